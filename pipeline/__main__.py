@@ -1,0 +1,88 @@
+"""The main job: compose and check the settings, run every stage, and show what came of it."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from convoy import config
+from convoy.config import ConvoyError, Whole, typed
+
+
+def main() -> None:
+    """Parse the command line and run the pipeline in the current folder."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
+    parser.add_argument(
+        "--pull", action="store_true", help="take results that the DVC remote has instead of making them"
+    )
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        print("composing conf/ into params.yaml")
+        params = config.compose(root)
+        check(params)
+        remove_unlisted(root, list(params["model"]))
+        status = repro(["--pull"] if options.pull else [])
+        if status == 0:
+            conclude(root, params)
+    except ConvoyError as error:
+        sys.exit(f"convoy: {error}")
+    sys.exit(status)
+
+
+def check(params: dict[str, Any]) -> None:
+    """Raises ConvoyError where a key is unknown, missing, of a wrong type or out of range, before anything runs."""
+    from convoy.datasets import Dataset
+    from convoy.evaluation import Evaluate
+    from convoy.preprocessing import Preprocess
+    from convoy.promotion import Register
+
+    light = {"dataset": Dataset, "seed": Whole, "preprocess": Preprocess, "evaluate": Evaluate, "register": Register}
+    config.check_sections(params, [*light, "train", "model"])
+    for name, schema in light.items():
+        typed(schema, params[name], name)
+
+    from convoy import models  # these import torch and Lightning, which takes seconds
+    from convoy.training import Train
+
+    typed(Train, params["train"], "train")
+    for name, values in params["model"].items():
+        typed(models.schema(name), values, f"model.{name}")
+
+
+def remove_unlisted(root: Path, names: list[str]) -> None:
+    """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
+    for folder in [*(root / "artifacts/train").glob("*"), *(root / "artifacts/evaluate").glob("*")]:
+        if folder.name not in names:
+            print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
+            shutil.rmtree(folder)
+
+
+def repro(options: list[str]) -> int:
+    """Run `dvc repro`, and return its exit status. A signal reaches DVC and the stage at work."""
+    dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *options], start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: os.killpg(dvc.pid, received))
+    return dvc.wait()
+
+
+def conclude(root: Path, params: dict[str, Any]) -> None:
+    """Print the leaderboard, and what to type next."""
+    import pandas as pd
+
+    from convoy import report, tracking
+
+    report.print_table(
+        pd.read_csv(root / "artifacts/register/leaderboard.csv"), "Leaderboard, best in validation first"
+    )
+    with tracking.store(root, params["register"]["name"]) as store:
+        table, curves = tracking.save_views(store)
+    print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {table}\n  curves       {curves}")
+
+
+if __name__ == "__main__":
+    main()

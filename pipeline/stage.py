@@ -1,0 +1,112 @@
+"""The stage: what all stages share, from the settings they may see to outputs that appear only when whole."""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from filelock import FileLock, Timeout
+
+from convoy import config
+from convoy.config import ConvoyError
+
+Schema = TypeVar("Schema")
+MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
+
+
+class Stage:
+    """A stage at work in the project folder `root`, as `dvc.yaml` describes it."""
+
+    def __init__(self, root: Path, name: str, item: str | None = None) -> None:
+        self.root = root
+        self.item = item  # of a foreach stage, "lenet" in train@lenet
+        self.name = name if item is None else f"{name}@{item}"
+        described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
+        watched = described.get("do", described).get("params", [])
+        self.watched = [section.replace("${key}", str(item)) for section in watched]
+        self.params = config.load(root / "params.yaml")
+        self.folder = root / "artifacts" / name / (item or "")
+        self.scratch = root / "artifacts" / ".scratch" / self.name
+
+    def section(self, name: str) -> Any:
+        """A section of params.yaml, by its dotted name. Only what dvc.yaml says the stage watches can be read."""
+        if name not in self.watched:
+            raise ConvoyError(f"stage {self.name} reads {name!r}: add it to the stage's params in dvc.yaml")
+        values: Any = self.params
+        for key in name.split("."):
+            if not isinstance(values, Mapping) or key not in values:
+                raise ConvoyError(f"params.yaml has no {name}: compose it anew with `make repro`")
+            values = values[key]
+        return values
+
+    def typed(self, schema: type[Schema], name: str) -> Schema:
+        """A section as its checked schema."""
+        return config.typed(schema, self.section(name), name)
+
+    def input(self, name: str) -> Path:
+        """The output folder of an earlier stage ("preprocess", "train/lenet"), its files found untouched."""
+        folder = self.root / "artifacts" / name
+        mend = f"run `dvc repro {name.replace('/', '@')}`"
+        try:
+            hashes = json.loads((folder / MARK).read_text())
+        except FileNotFoundError:
+            raise ConvoyError(f"{folder.relative_to(self.root)}/ is missing or incomplete: {mend}") from None
+        for file, digest in hashes.items():
+            if not (folder / file).is_file() or sha256(folder / file) != digest:
+                path = (folder / file).relative_to(self.root)
+                raise ConvoyError(f"{path} is not what its stage wrote: remove artifacts/{name}/ and {mend}")
+        return folder
+
+    def run(self, work: Callable[["Stage"], None]) -> None:
+        """Let `work` write into `self.scratch`, then put that folder in place, whole and marked."""
+        self.scratch.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # an orphan of a killed `dvc repro` may still be writing here
+            with FileLock(f"{self.scratch}.lock", timeout=0):
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                self.scratch.mkdir()
+                work(self)
+                self._publish()
+        except Timeout:
+            raise ConvoyError(f"another process is at work on {self.name}: wait for it, or end it") from None
+
+    def _publish(self) -> None:
+        files = sorted(file for file in self.scratch.rglob("*") if file.is_file())
+        hashes = {str(file.relative_to(self.scratch)): sha256(file) for file in files}
+        (self.scratch / MARK).write_text(json.dumps(hashes, indent=2) + "\n")
+        for file in (*files, self.scratch / MARK):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch.rename(self.folder)
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def main(name: str, work: Callable[[Stage], None], item: str | None = None) -> None:
+    """Run a stage as a command: what the user can mend ends in one clear message and exit code 1.
+
+    `item` names the argument of a foreach stage: "architecture".
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=work.__doc__)
+    if item:
+        parser.add_argument(item)
+    chosen = vars(parser.parse_args())
+    # without this Lightning would catch it, stop training early and let the stage end as if it were whole
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        Stage(Path.cwd(), name, chosen.get(item or "")).run(work)
+    except ConvoyError as error:
+        sys.exit(f"convoy: {name}: {error}")

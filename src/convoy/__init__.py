@@ -1,0 +1,1 @@
+"""convoy: from labelled images to a registered champion."""

@@ -1,0 +1,113 @@
+"""Settings: the one door to Hydra and OmegaConf, and to the types that settings must have."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import Field
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+Schema = TypeVar("Schema")
+
+# A class decorator: a frozen dataclass whose values are checked when it is made. No key may be missing, unknown
+# or of another type (3.7 is no int, "1" is no number, nan is no float), and no number out of its range.
+schema = pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+)
+
+
+class ConvoyError(Exception):
+    """What a user can mend. The message names the file or key, what is wrong with it, and the mend."""
+
+
+def compose(root: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Compose `root/conf` into `root/params.yaml`, the same bytes that `dvc exp run` writes, and return it.
+
+    Raises ConvoyError for a file or key in `conf/` or in `overrides` that Hydra can't make sense of.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    params = root / "params.yaml"
+    before = params.read_bytes() if params.exists() else None
+    try:
+        compose_and_dump(params, str(root / "conf"), None, "config", str(root), list(overrides))
+        return load(params)
+    except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        if before is not None:
+            params.write_bytes(before)
+        raise ConvoyError(f"conf/ does not compose: {error}") from error
+
+
+def load(params: Path) -> dict[str, Any]:
+    """The sections of a composed `params.yaml`."""
+    from omegaconf import OmegaConf
+
+    if not params.exists():
+        raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `make repro`")
+    sections = OmegaConf.to_container(OmegaConf.load(params))
+    if not isinstance(sections, dict):
+        raise ConvoyError(f"{params.name} is not a table of sections: compose it anew with `make repro`")
+    return sections  # type: ignore[return-value]
+
+
+def typed(schema: type[Schema], values: Any, section: str) -> Schema:
+    """`values` as a checked `schema`; `section` is their dotted name in params.yaml, for the message.
+
+    Raises ConvoyError that lists every wrong key with what it may be.
+    """
+    try:
+        # by way of JSON, where strict types still let a table become a dataclass
+        return pydantic.TypeAdapter(schema).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        raise ConvoyError("\n".join(_complaints(error, schema, section))) from None
+
+
+def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises ConvoyError where the composed settings lack a known section, or have another."""
+    for name in params:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
+            raise ConvoyError(f"conf/: {name}: unknown section; {hint}")
+    for name in known:
+        if not params.get(name) and params.get(name) != 0:
+            raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
+
+
+def _complaints(error: pydantic.ValidationError, schema: Any, section: str) -> Iterator[str]:
+    for complaint in error.errors():
+        *parents, key = complaint["loc"] or ("",)
+        name = ".".join(str(part) for part in (section, *complaint["loc"]))
+        match complaint["type"]:
+            case "unexpected_keyword_argument":
+                known = _fields(schema, parents)
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
+                yield f"{name}: unknown key; {hint}"
+            case "missing" | "missing_argument":
+                yield f"{name}: missing; set it in conf/"
+            case _:
+                said = complaint["msg"][0].lower() + complaint["msg"][1:]
+                yield f"{name}={complaint['input']!r}: {said}"
+
+
+def _fields(schema: Any, parents: Sequence[Any]) -> list[str]:
+    for parent in parents:
+        schema = next((f.type for f in dataclasses.fields(schema) if f.name == parent), None)
+        if not dataclasses.is_dataclass(schema):
+            return []
+    return [field.name for field in dataclasses.fields(schema)]

@@ -1,0 +1,312 @@
+"""Data sets: labelled images from folders, archives or torchvision, and the packed form that all of them take."""
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import lzma
+import shutil
+import tarfile
+import traceback
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from convoy.config import ConvoyError, Count, schema
+from convoy.images import BadImage, decode, plain
+
+SPLITS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}  # as written -> as meant
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+JUNK = (
+    "__MACOSX",
+    "Thumbs.db",
+    "desktop.ini",
+)  # what systems leave in folders; so do names that begin with a dot
+
+
+@schema
+class TorchvisionSet:
+    """A data set that torchvision knows."""
+
+    name: str  # of the class in torchvision.datasets
+    splits: dict[str, dict[str, Any]]  # train, val or test -> the arguments that select it; "all" for a set without
+
+
+@schema
+class Dataset:
+    """Where labelled images come from."""
+
+    name: str  # what reports call it
+    longest_side: Count  # pixels; a larger image is reduced when it is decoded, which bounds the disk
+    torchvision: TorchvisionSet | None = None  # None: the folders and archives in data/
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One labelled image, or why it can't be used."""
+
+    path: str  # where it came from, for messages and reports
+    label: str  # the name of its class
+    split: str  # train, val or test where the source says so, else ""
+    pixels: np.ndarray | BadImage  # (H, W, 1 or 3) uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Labelled images that are about to be read, once."""
+
+    classes: list[str]  # in the order of their labels
+    count: int
+    examples: Iterator[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A data set in two large files: the pixels of all images end to end, and a table with a row for each image."""
+
+    name: str
+    classes: list[str]
+    table: pd.DataFrame  # path, label, split, sha256 (of shape and pixels), height, width, channels, offset
+    pixels: np.ndarray  # one long memory-mapped row of uint8
+
+    def images(self) -> Iterator[np.ndarray]:
+        """Each row's image, (H, W, 1 or 3) uint8."""
+        shapes = self.table[["height", "width", "channels", "offset"]]
+        for height, width, channels, offset in shapes.itertuples(index=False):
+            yield self.pixels[offset : offset + height * width * channels].reshape(height, width, channels)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Packed":
+        described = json.loads((folder / "dataset.json").read_text())
+        table = pd.read_parquet(folder / "images.parquet")
+        return cls(pixels=np.memmap(folder / "pixels.bin", np.uint8, mode="r"), table=table, **described)
+
+
+def read(params: Dataset, data: Path, downloads: Path) -> Source:
+    """The images of a data set that torchvision knows, fetched into `downloads`, or else those in `data`."""
+    if params.torchvision is not None:
+        return read_torchvision(params.torchvision, params.longest_side, downloads / params.name)
+    return read_folder(data, params.longest_side)
+
+
+def pack(source: Source, name: str, folder: Path) -> Packed:
+    """Write a source into `folder` in the packed form.
+
+    Raises ConvoyError that lists every image that can't be used; or if there are fewer than two classes.
+    """
+    if len(source.classes) < 2:
+        raise ConvoyError(
+            f"{name} has one class, {source.classes[0]!r}, and a classifier needs two or more: "
+            "give each class a folder of its own"
+        )
+    rows, faults, offset = [], [], 0
+    with (folder / "pixels.bin").open("wb") as file:
+        for example in tqdm(source.examples, name, source.count, unit=" images", mininterval=1):
+            if isinstance(example.pixels, BadImage):
+                faults.append(f"{example.path} {example.pixels}")
+                continue
+            height, width, channels = example.pixels.shape
+            digest = hashlib.sha256(f"{height}x{width}x{channels}:".encode() + example.pixels.tobytes()).hexdigest()
+            rows.append((example.path, example.label, example.split, digest, height, width, channels, offset))
+            offset += file.write(example.pixels.tobytes())
+    if faults:
+        listed = "\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]
+        raise ConvoyError(f"{len(faults)} of {source.count} images can't be used; mend or remove: {listed}")
+    columns = ["path", "label", "split", "sha256", "height", "width", "channels", "offset"]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "images.parquet", index=False)
+    (folder / "dataset.json").write_text(json.dumps({"name": name, "classes": source.classes}, indent=2) + "\n")
+    return Packed.load(folder)
+
+
+def read_folder(data: Path, longest_side: int) -> Source:
+    """The images below `data`: `<class>/...` or `<train|val|test>/<class>/...`, in folders or in archives.
+
+    Folders around all of it are looked through, so an archive may hold `digits/<class>/...`.
+    Raises ConvoyError where there is no image, or one in no class folder, and for links and broken archives.
+    """
+    files = [file for file in sorted(data.rglob("*")) if not file.is_dir() and not _is_junk(file.relative_to(data))]
+    for link in (file for file in files if file.is_symlink()):
+        raise ConvoyError(
+            f"{_name(link, data)} is a link, which would bring in what is not in the data: put the file itself there"
+        )
+    archives = [file for file in files if file.name.lower().endswith(ARCHIVES)]
+    # what lies beside the class folders (a licence, a script) is no image
+    loose = [file for file in files if file not in archives and file.parent != data]
+
+    members = [Member(_name(file, data), file.relative_to(data), file.read_bytes) for file in loose]
+    placed = _placed(members)
+    for archive in archives:
+        open_archive = _zip_members if archive.suffix.lower() == ".zip" else _tar_members
+        placed += _placed(open_archive(archive, _name(archive, data)))
+    if not placed:
+        raise ConvoyError(
+            f"{data.name}/ holds no images: put them there in one folder for each class, or in zip or tar archives of"
+            " such folders"
+        )
+    return Source(
+        classes=sorted({label for _, label, _ in placed}),
+        count=len(placed),
+        examples=(Example(m.name, label, split, _decoded(m, longest_side)) for split, label, m in placed),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in a folder or an archive."""
+
+    name: str  # for messages
+    path: PurePath  # below the folder or archive
+    read: Callable[[], bytes]
+
+
+def _name(file: Path, data: Path) -> str:
+    """As `data/...`, wherever the project stands."""
+    return str(file.relative_to(data.parent))
+
+
+def _is_junk(path: PurePath) -> bool:
+    return any(part.startswith(".") or part in JUNK for part in path.parts)
+
+
+def _zip_members(archive: Path, name: str) -> list[Member]:
+    try:
+        file = zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ConvoyError(f"{name} is not a whole zip archive ({error}): put a sound copy there") from error
+    return [
+        Member(f"{name}:{entry.filename}", PurePosixPath(entry.filename), lambda entry=entry: file.read(entry))
+        for entry in file.infolist()
+        if not entry.is_dir() and not _is_junk(PurePosixPath(entry.filename))
+    ]
+
+
+def _tar_members(archive: Path, name: str) -> list[Member]:
+    try:
+        file = tarfile.open(archive)  # noqa: SIM115 - read from until the last image is decoded
+        entries = [entry for entry in file.getmembers() if not _is_junk(PurePosixPath(entry.name))]
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ConvoyError(f"{name} is not a whole tar archive ({error}): put a sound copy there") from error
+    for entry in entries:
+        if not entry.isdir() and not entry.isfile():
+            raise ConvoyError(f"{name}:{entry.name} is no plain file: put the file itself into the archive")
+    return [
+        Member(
+            f"{name}:{entry.name}",
+            PurePosixPath(entry.name),
+            lambda entry=entry: file.extractfile(entry).read(),
+        )
+        for entry in entries
+        if entry.isfile()
+    ]
+
+
+def _placed(members: list[Member]) -> list[tuple[str, str, Member]]:
+    """The split ("" where none is given), the class and the member, for the files of one folder or archive."""
+    parts = [member.path.parts for member in members]
+    while parts and len({path[0] for path in parts}) == 1 and min(len(path) for path in parts) > 2:
+        parts = [path[1:] for path in parts]
+    for member, path in zip(members, parts, strict=True):
+        if len(path) < 2:
+            raise ConvoyError(f"{member.name} is in no class folder: move it into the folder of its class")
+    if parts and {path[0] for path in parts} <= SPLITS.keys() and min(len(path) for path in parts) > 2:
+        return [(SPLITS[path[0]], path[1], member) for path, member in zip(parts, members, strict=True)]
+    return [("", path[0], member) for path, member in zip(parts, members, strict=True)]
+
+
+def _decoded(member: Member, longest_side: int) -> np.ndarray | BadImage:
+    try:
+        return decode(member.read(), longest_side)
+    except BadImage as fault:
+        return fault
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:
+        return BadImage(f"can't be read: {error}")
+
+
+def read_torchvision(params: TorchvisionSet, longest_side: int, folder: Path) -> Source:
+    """A data set that torchvision knows, from `folder`, into which torchvision fetches it where it is not there yet.
+
+    Raises ConvoyError for a name that torchvision does not know, and for a download that fails.
+    """
+    import torchvision
+
+    known = [name for name in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, name))]
+    if params.name not in known:
+        close = difflib.get_close_matches(params.name, known)
+        raise ConvoyError(
+            f"dataset.torchvision.name={params.name!r}: torchvision has no such set; it has {close or known}"
+        )
+    make = getattr(torchvision.datasets, params.name)
+    try:
+        parts = {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+    except RuntimeError:  # torchvision's word for a set that is not there, or not whole
+        parts = _downloaded(make, params, folder)
+    first = next(iter(parts.values()))
+    classes = [str(name) for name in getattr(first, "classes", None) or _labels(first)]
+    return Source(
+        classes=classes,
+        count=sum(len(part) for part in parts.values()),
+        examples=(
+            Example(
+                f"{params.name}/{split}/{row}",
+                classes[int(label)],
+                SPLITS.get(split, ""),
+                plain(image, longest_side),
+            )
+            for split, part in parts.items()
+            for row, (image, label) in enumerate(part)
+        ),
+    )
+
+
+def _labels(part: Any) -> list[int]:
+    """The labels 0 to K-1 of a set that names no classes."""
+    return list(range(1 + max(int(label) for _, label in part)))
+
+
+def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
+    """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole."""
+    arriving = folder.with_name(f"{folder.name}.arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, arriving)  # what is there already need not come again
+    try:
+        for chosen in params.splits.values():
+            make(arriving, download=True, **chosen)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        shutil.rmtree(arriving, ignore_errors=True)
+        said = " ".join(str(error).split())
+        raise ConvoyError(
+            f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
+            f" or put the files that torchvision looks for into {folder}/"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    arriving.rename(folder)
+    return {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+
+
+def _address(error: BaseException) -> str:
+    """The address that a download was at when it failed: torchvision's errors do not always tell."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    addresses = [frame.f_locals["url"] for frame in frames if isinstance(frame.f_locals.get("url"), str)]
+    return addresses[-1] if addresses else "its address"

@@ -1,0 +1,95 @@
+"""The architectures. The folder is the registry: `models/resnet.py` is what `conf/model/resnet.yaml` configures."""
+
+import bisect
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from convoy.classifier import Classifier
+from convoy.config import ConvoyError, typed
+from convoy.task import Task
+
+
+def names() -> list[str]:
+    """The architectures there are, none of them imported."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def schema(name: str) -> type:
+    """The `Params` of architecture `name`: what `conf/model/<name>.yaml` must hold."""
+    return _module(name).Params
+
+
+def build(name: str, values: Mapping[str, Any], task: Task) -> Classifier:
+    """Architecture `name` with `values` from `conf/model/<name>.yaml`, its weights from torch's global generator.
+
+    Raises ConvoyError for an unknown name, a wrong setting, or settings that the images are too small for.
+    """
+    params: Any = typed(schema(name), values, f"model.{name}")
+    _rehearse(name, params, task)
+    return _class(name)(task, params)
+
+
+def restore(name: str, values: Mapping[str, Any], task: Task, weights: Path) -> Classifier:
+    """A built classifier with the `weights` of a safetensors file, in evaluation mode."""
+    classifier = build(name, values, task)
+    try:
+        classifier.load_state_dict(load_file(weights), strict=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ConvoyError(f"{weights}: not the weights of this {name}; train it again ({error})") from error
+    return classifier.eval()
+
+
+def _module(name: str) -> ModuleType:
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConvoyError(f"model.{name}: no such architecture; {hint}There are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _class(name: str) -> type:
+    """The one classifier that the module defines."""
+    module = _module(name)
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Classifier) and value.__module__ == module.__name__
+    )
+    return found
+
+
+def _rehearse(name: str, params: Any, task: Task) -> None:
+    """One batch through every head on the meta device, which has shapes and no numbers.
+
+    Raises ConvoyError with the smallest images that do fit, if these don't.
+    """
+
+    def refusal(size: int) -> str:
+        try:
+            with torch.device("meta"):
+                classifier = _class(name)(dataclasses.replace(task, size=size), params)
+                pixels = torch.empty(params.recipe.batch_size, size, size, task.channels, dtype=torch.uint8)
+            with torch.inference_mode():
+                classifier.heads(classifier.normalise(pixels))
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return ""
+
+    if reason := refusal(task.size):
+        sizes = range(task.size, 257)
+        smallest = bisect.bisect_left(sizes, True, key=lambda size: not refusal(size))
+        fits = f"images of {sizes[smallest]} px or more" if smallest < len(sizes) else "other numbers for any image"
+        raise ConvoyError(
+            f"model.{name}: does not fit images of {task.size} px ({reason}). It needs {fits}, "
+            f"or a smaller kernel, stride or pool in conf/model/{name}.yaml"
+        )

@@ -1,0 +1,173 @@
+"""GoogLeNet (Szegedy et al. 2014): nine inception modules, two auxiliary classifiers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convoy.classifier import Classifier, Recipe
+from convoy.config import Count, Positive, Share, schema
+from convoy.task import Task
+
+
+@schema
+class Params:
+    """GoogLeNet's numbers."""
+
+    width: Positive  # times the channels of the paper's table; paper 1
+    third_kernel: Count  # pixels, odd: of the third branch of a module; paper 5, torchvision 3
+    stem_kernel: Count  # pixels, odd: of the first convolution; paper 7
+    stem_stride: Count  # pixels; paper 2
+    stem_pools: bool  # 3x3 max pooling with stride 2 after the first and the third convolution; paper true
+    dropout: Share  # probability that an input of the last layer is dropped; paper 0.4
+    auxiliary_dropout: Share  # the same in the auxiliary classifiers; paper 0.7
+    recipe: Recipe
+
+
+class Channels(NamedTuple):
+    """The output channels of an inception module's convolutions: a line of the paper's table 1."""
+
+    one: int  # 1x1
+    three_reduce: int  # 1x1 before the 3x3
+    three: int  # 3x3
+    five_reduce: int  # 1x1 before the 5x5
+    five: int  # 5x5
+    pool: int  # 1x1 after the max pooling
+
+    @property
+    def depth(self) -> int:
+        return self.one + self.three + self.five + self.pool
+
+
+TABLE = {
+    #          1x1  reduce 3x3  reduce 5x5  pool
+    "3a": Channels(64, 96, 128, 16, 32, 32),
+    "3b": Channels(128, 128, 192, 32, 96, 64),
+    "4a": Channels(192, 96, 208, 16, 48, 64),
+    "4b": Channels(160, 112, 224, 24, 64, 64),
+    "4c": Channels(128, 128, 256, 24, 64, 64),
+    "4d": Channels(112, 144, 288, 32, 64, 64),
+    "4e": Channels(256, 160, 320, 32, 128, 128),
+    "5a": Channels(256, 160, 320, 32, 128, 128),
+    "5b": Channels(384, 192, 384, 48, 128, 128),
+}
+
+
+class GoogLeNet(Classifier):
+    """Szegedy et al. 2014, "Going deeper with convolutions".
+
+    Kept: table 1 of the paper, and two auxiliary classifiers on 4a and 4d, of weight 0.3 and only while training.
+    Changed: batch norm after each convolution (Ioffe & Szegedy 2015), no local response normalisation; the last
+    pooling is 2x2; the stem, the third branch's kernel and a factor on all widths are settings; auxiliary
+    classifiers average any maps down to 4x4, with the paper's 5x5 windows at 224 px; weights start from
+    He et al. 2015.
+    """
+
+    def __init__(self, task: Task, params: Params) -> None:
+        super().__init__(task, params.recipe)
+
+        def scaled(channels: int) -> int:
+            return max(1, round(channels * params.width))
+
+        table = {name: Channels(*map(scaled, line)) for name, line in TABLE.items()}
+        inputs = [scaled(192), *(line.depth for line in table.values())]  # of each module: the depth before it
+        module = {
+            name: Inception(depth, line, params.third_kernel)
+            for depth, (name, line) in zip(inputs, table.items(), strict=False)
+        }
+        pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        stem_pool = pool if params.stem_pools else nn.Identity()
+        self.to_4a = nn.Sequential(
+            convolution(task.channels, scaled(64), params.stem_kernel, params.stem_stride),
+            stem_pool,
+            convolution(scaled(64), scaled(64), 1),
+            convolution(scaled(64), scaled(192), 3),
+            stem_pool,
+            module["3a"],
+            module["3b"],
+            pool,
+            module["4a"],
+        )
+        self.to_4d = nn.Sequential(module["4b"], module["4c"], module["4d"])
+        self.to_5b = nn.Sequential(module["4e"], nn.MaxPool2d(2, stride=2, ceil_mode=True), module["5a"], module["5b"])
+        classes = len(task.classes)
+        widths = scaled(128), scaled(1024)
+        self.auxiliary_4a = Auxiliary(table["4a"].depth, *widths, classes, params.auxiliary_dropout)
+        self.auxiliary_4d = Auxiliary(table["4d"].depth, *widths, classes, params.auxiliary_dropout)
+        self.classifier = nn.Sequential(nn.Dropout(params.dropout), nn.Linear(table["5b"].depth, classes))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.end(self.to_4d(self.to_4a(x)))
+
+    def heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
+        x_4a = self.to_4a(x)  # (N, 512, 14, 14)
+        x_4d = self.to_4d(x_4a)  # (N, 528, 14, 14)
+        # 0.3: section 5 of the paper
+        return [(1.0, self.end(x_4d)), (0.3, self.auxiliary_4a(x_4a)), (0.3, self.auxiliary_4d(x_4d))]
+
+    def end(self, x: Tensor) -> Tensor:
+        x = self.to_5b(x)  # (N, 1024, 7, 7)
+        return self.classifier(x.mean((2, 3)))
+
+
+def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """A convolution as this network has them, which keeps height and width at stride 1."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs, eps=0.001),  # Szegedy et al. 2015, as in torchvision
+        nn.ReLU(inplace=True),
+    )
+
+
+class Inception(nn.Module):
+    """Four looks at the same maps, side by side (figure 2b of the paper)."""
+
+    def __init__(self, inputs: int, channels: Channels, third_kernel: int) -> None:
+        super().__init__()
+        self.one = convolution(inputs, channels.one, 1)
+        self.three = nn.Sequential(
+            convolution(inputs, channels.three_reduce, 1),
+            convolution(channels.three_reduce, channels.three, 3),
+        )
+        self.five = nn.Sequential(
+            convolution(inputs, channels.five_reduce, 1),
+            convolution(channels.five_reduce, channels.five, third_kernel),
+        )
+        self.pool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), convolution(inputs, channels.pool, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], dim=1)
+
+
+class Auxiliary(nn.Module):
+    """A classifier on maps halfway, so that a strong gradient reaches the layers below (section 5)."""
+
+    def __init__(self, inputs: int, channels: int, hidden: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.convolution = convolution(inputs, channels, 1)
+        self.classifier = nn.Sequential(
+            nn.Linear(channels * 4 * 4, hidden),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = average_to(x, 4)  # (N, 512, 4, 4)
+        x = self.convolution(x)  # (N, 128, 4, 4)
+        return self.classifier(x.flatten(1))
+
+
+def average_to(x: Tensor, size: int) -> Tensor:
+    """Means of equal windows, `size` by `size` of them; maps of that size stay as they are.
+
+    Not adaptive_avg_pool2d, whose backward pass on CUDA is not deterministic.
+    """
+    stride = x.shape[-1] // size
+    return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

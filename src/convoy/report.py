@@ -1,0 +1,64 @@
+"""The report: the compared architectures as tables and pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+
+
+def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """A row for each architecture, best in validation first: its best epoch, its test figures and its size."""
+    rows = [
+        {
+            "model": name,
+            "val_accuracy": record["best"]["val_accuracy"],
+            "val_loss": record["best"]["val_loss"],
+            "epoch": int(record["best"]["epoch"]),
+            **{f"test_{figure}": value for figure, value in figures[name].items()},
+            "parameters": record["parameters"],
+        }
+        for name, record in records.items()
+    ]
+    order = {"by": ["val_accuracy", "val_loss", "model"], "ascending": [False, True, True]}
+    return pd.DataFrame(rows).sort_values(**order, ignore_index=True)
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """On the terminal, with four digits of each fraction."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for column, values in table.items():
+        numeric = pd.api.types.is_numeric_dtype(values)
+        shown.add_column(str(column).replace("_", "\n"), justify="right" if numeric else "left")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+    Console().print(shown)
+
+
+def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, file: Path) -> None:
+    """Actual against predicted classes, as a picture; `predictions` has the columns actual and predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    side = max(5.0, 0.45 * len(classes))
+    figure, axes = pyplot.subplots(figsize=(side + 1, side))
+    ConfusionMatrixDisplay.from_predictions(
+        predictions["actual"],
+        predictions["predicted"],
+        labels=classes,
+        ax=axes,
+        cmap="Blues",
+        xticks_rotation="vertical",
+        include_values=len(classes) <= 30,
+    )
+    axes.set(title=title, xlabel="predicted", ylabel="actual")
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)

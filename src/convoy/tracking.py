@@ -1,0 +1,175 @@
+"""Tracking: the one door to MLflow, for runs, models and aliases, each brought there once."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import requests
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param, ViewType
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+
+from convoy import views
+from convoy.config import ConvoyError
+
+IDENTITY = "convoy.identity"  # tag of a run and of a model version: the hash of the results that it shows
+SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pytorch-lightning", "safetensors", "torch")
+COLUMNS = [
+    "metrics.best/val_accuracy",
+    "metrics.best/val_loss",
+    "metrics.best/epoch",
+    "metrics.test/accuracy",
+    "metrics.test/balanced_accuracy",
+    "metrics.test/macro_f1",
+    "metrics.test/log_loss",
+    "metrics.parameters",
+    "params.dataset",
+    "params.recipe.optimizer",
+    "params.recipe.lr",
+    "params.recipe.batch_size",
+    "params.train.max_epochs",
+    "params.seed",
+    "tags.reproduction",
+]
+CURVES = ["val/accuracy", "val/loss", "train/loss"]
+BARS = ["best/val_accuracy", "test/accuracy"]
+SCATTERS = [("parameters", "test/accuracy")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished training with its evaluation, as MLflow shall show it."""
+
+    name: str
+    identity: str
+    colour: str  # of its curves, "#rrggbb"
+    params: Mapping[str, object]  # flat dotted names
+    metrics: Mapping[str, float]
+    history: pd.DataFrame  # a row for each epoch: "epoch", then metrics by their names in MLflow
+    tags: Mapping[str, str]
+    files: Sequence[Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """An MLflow tracking store, and the experiment in it that is ours."""
+
+    client: MlflowClient
+    experiment: Experiment
+    address: str  # where its UI answers
+
+
+@contextlib.contextmanager
+def store(root: Path, experiment: str) -> Iterator[Store]:
+    """The store that MLFLOW_TRACKING_URI names, or `root/mlflow.db` with the artifacts in `root/mlartifacts`.
+
+    One process at a time in a project folder. Raises ConvoyError where a server can't be reached or refuses.
+    """
+    # MLflow's own defaults would wait for four minutes on a server that is down
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    embedded = f"sqlite:///{root / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient()
+    lock = root / "artifacts" / ".scratch" / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # to search and then to create is not atomic, and two processes can't make the same database
+        with FileLock(lock):
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
+                client.create_experiment(
+                    experiment, artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
+                )
+                found = client.get_experiment_by_name(experiment)
+            address = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+            yield Store(client, found, address)
+    except (MlflowException, requests.RequestException) as error:
+        said = " ".join(str(error).split())
+        raise ConvoyError(f"MLflow at {uri} fails: {said}. Mend it, or unset MLFLOW_TRACKING_URI") from error
+
+
+def find_run(store: Store, identity: str) -> str | None:
+    """The id of the finished run that shows these results. What a killed process left of one is removed."""
+    experiments = [store.experiment.experiment_id]
+    for run in store.client.search_runs(experiments, f"tags.`{IDENTITY}` = '{identity}'", ViewType.ACTIVE_ONLY):
+        if run.info.status == "FINISHED":
+            return run.info.run_id
+        store.client.delete_run(run.info.run_id)
+    return None
+
+
+def create_run(store: Store, run: Run) -> str:
+    """Write a whole run, and return its id. It counts as finished only after the last of it has arrived."""
+    client = store.client
+    tags = {**resolve_tags(), **run.tags, IDENTITY: run.identity, "mlflow.runColor": run.colour}
+    info = client.create_run(store.experiment.experiment_id, tags=tags, run_name=run.name).info
+    metrics = [Metric(name, round(value, 6), info.start_time, 0) for name, value in run.metrics.items()]
+    for row in run.history.to_dict("records"):
+        epoch = int(row.pop("epoch"))
+        metrics += [Metric(str(name), round(value, 6), info.start_time, epoch) for name, value in row.items()]
+    client.log_batch(info.run_id, params=[Param(name, str(value)) for name, value in run.params.items()])
+    for start in range(0, len(metrics), 1000):  # what a server takes at a time
+        client.log_batch(info.run_id, metrics=metrics[start : start + 1000])
+    for file in run.files:
+        client.log_artifact(info.run_id, str(file))
+    client.set_terminated(info.run_id)
+    return info.run_id
+
+
+def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:
+    """The version of a registered model that was made from these results."""
+    found = store.client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'")
+    return found[0] if found else None
+
+
+def register(store: Store, name: str, run_id: str, identity: str, model: Path, files: Mapping[str, Path], code: Path,
+             step: int) -> ModelVersion:  # fmt: skip
+    """Log a model (its Python file `model`, the package `code` and `files`, no pickle) and make a version of it."""
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(model),
+            artifacts={key: str(file) for key, file in files.items()},
+            code_paths=[str(code)],
+            pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
+            step=step,
+        )
+    return mlflow.register_model(logged.model_uri, name, tags={IDENTITY: identity})
+
+
+def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:
+    """Point an alias at a version; False where it did already."""
+    try:
+        if store.client.get_model_version_by_alias(name, alias).version == version.version:
+            return False
+    except MlflowException as error:
+        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            raise
+    store.client.set_registered_model_alias(name, alias, version.version)
+    return True
+
+
+def save_views(store: Store) -> tuple[str, str]:
+    """The links to two views of the experiment in MLflow's UI: the leaderboard, and the curves of all runs."""
+    client, experiment = store.client, store.experiment.experiment_id
+    best_first = "metrics.best/val_accuracy"
+    table = views.save_table(client, experiment, "leaderboard", COLUMNS, best_first)
+    charts = views.save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, best_first)
+    note = f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all trained architectures, best in validation first"
+    if store.experiment.tags.get("mlflow.note.content") != note:
+        client.set_experiment_tag(experiment, "mlflow.note.content", note)
+    return store.address + table, store.address + charts

@@ -19,9 +19,13 @@ def main() -> None:
     parser.add_argument(
         "--pull", action="store_true", help="take results that the DVC remote has instead of making them"
     )
+    parser.add_argument("--show", action="store_true", help="run nothing; show the leaderboard and the links")
     options = parser.parse_args()
     root = Path.cwd()
     try:
+        if options.show:
+            conclude(root, config.load(root / "params.yaml"))
+            sys.exit()
         print("composing conf/ into params.yaml")
         params = config.compose(root)
         check(params)

@@ -35,7 +35,7 @@ def register(stage: Stage) -> None:
     winner = promotion.choose(best)
     with tracking.store(stage.root, params.name) as store:
         reproduction = hashlib.sha256("".join(sorted(identities.values())).encode()).hexdigest()[:12]
-        runs = {}
+        runs: dict[str, str] = {}
         for name in trained:
             run = tracking.find_run(store, identities[name])
             colour = report.COLOURS[len(runs) % len(report.COLOURS)]
@@ -58,9 +58,8 @@ def register(stage: Stage) -> None:
             step=int(best[winner]["epoch"]),
         )
         moved = tracking.set_alias(store, params.name, "champion", version)
-    print(
-        f"{winner} {'is now' if moved else 'stays'} the champion: models:/{params.name}@champion, version {version.version}"
-    )
+    became = "is now" if moved else "stays"
+    print(f"{winner} {became} the champion: models:/{params.name}@champion, version {version.version}")
 
 
 def _identity(trained: Path, evaluated: Path) -> str:
@@ -118,7 +117,7 @@ def _metric_name(column: str) -> str:
 
 def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """{"augment": {"flip": True}} -> {"recipe.augment.flip": True}"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}.{key}"
         flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}

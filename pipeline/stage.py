@@ -24,15 +24,15 @@ MARK = "complete.json"  # in every output folder: the sha256 of each file in it,
 class Stage:
     """A stage at work in the project folder `root`, as `dvc.yaml` describes it."""
 
-    def __init__(self, root: Path, name: str, item: str | None = None) -> None:
+    def __init__(self, root: Path, name: str, item: str = "") -> None:
         self.root = root
-        self.item = item  # of a foreach stage, "lenet" in train@lenet
-        self.name = name if item is None else f"{name}@{item}"
+        self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
+        self.name = f"{name}@{item}" if item else name
         described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
         watched = described.get("do", described).get("params", [])
-        self.watched = [section.replace("${key}", str(item)) for section in watched]
+        self.watched = [section.replace("${key}", item) for section in watched]
         self.params = config.load(root / "params.yaml")
-        self.folder = root / "artifacts" / name / (item or "")
+        self.folder = root / "artifacts" / name / item
         self.scratch = root / "artifacts" / ".scratch" / self.name
 
     def section(self, name: str) -> Any:
@@ -95,7 +95,7 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def main(name: str, work: Callable[[Stage], None], item: str | None = None) -> None:
+def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     """Run a stage as a command: what the user can mend ends in one clear message and exit code 1.
 
     `item` names the argument of a foreach stage: "architecture".
@@ -107,6 +107,6 @@ def main(name: str, work: Callable[[Stage], None], item: str | None = None) -> N
     # without this Lightning would catch it, stop training early and let the stage end as if it were whole
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        Stage(Path.cwd(), name, chosen.get(item or "")).run(work)
+        Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
     except ConvoyError as error:
         sys.exit(f"convoy: {name}: {error}")

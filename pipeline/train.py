@@ -19,12 +19,13 @@ def train(stage: Stage) -> None:
     """Train one architecture."""
     params = stage.typed(Train, "train")
     seed = stage.typed(Whole, "seed")
-    settings = stage.section(f"model.{stage.item}")
+    architecture = stage.item
+    settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
     task = Task.load(prepared / "task.json")
 
     torch.manual_seed(seed)
-    classifier = models.build(stage.item, settings, task)
+    classifier = models.build(architecture, settings, task)
     train, val = Images.load(prepared, "train"), Images.load(prepared, "val")
     recipe = classifier.recipe
     data = ImageData(train, val, recipe.batch_size, recipe.augment, seed)
@@ -33,10 +34,10 @@ def train(stage: Stage) -> None:
     save_file(trained.weights, stage.scratch / "weights.safetensors")
     pd.DataFrame(trained.history).to_csv(stage.scratch / "history.csv", index=False)
     record = {
-        "architecture": stage.item,
+        "architecture": architecture,
         "settings": settings,
         "seed": seed,
-        "train": dataclasses.asdict(params),
+        "train": stage.section("train"),
         "task": dataclasses.asdict(task),
         "data": sha256(prepared / MARK),
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional
 
@@ -101,7 +102,7 @@ class Classifier(LightningModule, ABC):
         loss, correct, count = self._sums[split].tolist()
         self.log_dict({f"{split}_loss": loss / count, f"{split}_accuracy": correct / count})
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         recipe = self.recipe
         decayed = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]

@@ -5,7 +5,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import pydantic
 from pydantic import Field
@@ -19,11 +19,16 @@ Whole = Annotated[int, Field(ge=0)]
 
 Schema = TypeVar("Schema")
 
-# A class decorator: a frozen dataclass whose values are checked when it is made. No key may be missing, unknown
-# or of another type (3.7 is no int, "1" is no number, nan is no float), and no number out of its range.
-schema = pydantic.dataclasses.dataclass(
-    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-)
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def schema(table: type[Schema]) -> type[Schema]:
+    """Class decorator: a frozen dataclass whose values are checked when it is made.
+
+    No key may be missing, unknown or of another type (3.7 is no int, "1" is no number, nan is no float), and no
+    number out of its range.
+    """
+    strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(table)  # type: ignore[return-value]
 
 
 class ConvoyError(Exception):
@@ -46,19 +51,24 @@ def compose(root: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         compose_and_dump(params, str(root / "conf"), None, "config", str(root), list(overrides))
         return load(params)
-    except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    # OSError is OmegaConf's word for a file that holds no table
+    except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         if before is not None:
             params.write_bytes(before)
-        raise ConvoyError(f"conf/ does not compose: {error}") from error
+        raise ConvoyError(f"conf/ does not compose: {str(error) or type(error).__name__}") from error
 
 
 def load(params: Path) -> dict[str, Any]:
     """The sections of a composed `params.yaml`."""
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     if not params.exists():
         raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `make repro`")
-    sections = OmegaConf.to_container(OmegaConf.load(params))
+    try:
+        sections = OmegaConf.to_container(OmegaConf.load(params))
+    except (YAMLError, ValueError, OSError) as error:  # such as the marks of a merge conflict
+        raise ConvoyError(f"{params.name} can't be read: compose it anew with `make repro` ({error})") from error
     if not isinstance(sections, dict):
         raise ConvoyError(f"{params.name} is not a table of sections: compose it anew with `make repro`")
     return sections  # type: ignore[return-value]
@@ -71,7 +81,7 @@ def typed(schema: type[Schema], values: Any, section: str) -> Schema:
     """
     try:
         # by way of JSON, where strict types still let a table become a dataclass
-        return pydantic.TypeAdapter(schema).validate_json(json.dumps(values))
+        return pydantic.TypeAdapter(schema).validate_json(json.dumps(values, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise ConvoyError("\n".join(_complaints(error, schema, section))) from None
 
@@ -107,7 +117,9 @@ def _complaints(error: pydantic.ValidationError, schema: Any, section: str) -> I
 
 def _fields(schema: Any, parents: Sequence[Any]) -> list[str]:
     for parent in parents:
-        schema = next((f.type for f in dataclasses.fields(schema) if f.name == parent), None)
-        if not dataclasses.is_dataclass(schema):
+        kind = next((field.type for field in dataclasses.fields(schema) if field.name == parent), None)
+        # of `Table | None`, the table
+        schema = next((part for part in (kind, *get_args(kind)) if dataclasses.is_dataclass(part)), None)
+        if schema is None:
             return []
     return [field.name for field in dataclasses.fields(schema)]

@@ -1,7 +1,9 @@
 """Data sets: labelled images from folders, archives or torchvision, and the packed form that all of them take."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -11,12 +13,14 @@ import tarfile
 import traceback
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from PIL import Image
+from pydantic import Field
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Count, schema
@@ -29,6 +33,7 @@ SPLITS = {
     "validation": "val",
     "test": "test",
 }  # as written -> as meant
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what must lie in a class folder
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 JUNK = (
     "__MACOSX",
@@ -42,7 +47,8 @@ class TorchvisionSet:
     """A data set that torchvision knows."""
 
     name: str  # of the class in torchvision.datasets
-    splits: dict[str, dict[str, Any]]  # train, val or test -> the arguments that select it; "all" for a set without
+    # split -> the arguments that select it; "all" for a set without splits
+    splits: Annotated[dict[Literal["train", "val", "test", "all"], dict[str, Any]], Field(min_length=1)]
 
 
 @schema
@@ -137,30 +143,34 @@ def read_folder(data: Path, longest_side: int) -> Source:
     Folders around all of it are looked through, so an archive may hold `digits/<class>/...`.
     Raises ConvoyError where there is no image, or one in no class folder, and for links and broken archives.
     """
-    files = [file for file in sorted(data.rglob("*")) if not file.is_dir() and not _is_junk(file.relative_to(data))]
-    for link in (file for file in files if file.is_symlink()):
+    found = [file for file in sorted(data.rglob("*")) if not _is_junk(file.relative_to(data))]
+    for link in (file for file in found if file.is_symlink()):
         raise ConvoyError(
             f"{_name(link, data)} is a link, which would bring in what is not in the data: put the file itself there"
         )
+    files = [file for file in found if not file.is_dir()]
     archives = [file for file in files if file.name.lower().endswith(ARCHIVES)]
-    # what lies beside the class folders (a licence, a script) is no image
-    loose = [file for file in files if file not in archives and file.parent != data]
+    loose = [file for file in files if not file.name.lower().endswith(ARCHIVES)]
 
     members = [Member(_name(file, data), file.relative_to(data), file.read_bytes) for file in loose]
     placed = _placed(members)
-    for archive in archives:
-        open_archive = _zip_members if archive.suffix.lower() == ".zip" else _tar_members
-        placed += _placed(open_archive(archive, _name(archive, data)))
-    if not placed:
-        raise ConvoyError(
-            f"{data.name}/ holds no images: put them there in one folder for each class, or in zip or tar archives of"
-            " such folders"
+    with contextlib.ExitStack() as stack:
+        for archive in archives:
+            open_archive = _zip_members if archive.suffix.lower() == ".zip" else _tar_members
+            placed += _placed(open_archive(archive, _name(archive, data), stack))
+        if not placed:
+            raise ConvoyError(
+                f"{data.name}/ holds no images: put them there in one folder for each class, or in zip or tar archives"
+                " of such folders"
+            )
+        for _, _, member in placed:
+            if member.name.encode(errors="replace").decode() != member.name:
+                raise ConvoyError(f"{member.name!a} has a name that is not UTF-8: rename it")
+        return Source(
+            classes=sorted({label for _, label, _ in placed}),
+            count=len(placed),
+            examples=_examples(placed, longest_side, stack.pop_all()),  # which closes the archives
         )
-    return Source(
-        classes=sorted({label for _, label, _ in placed}),
-        count=len(placed),
-        examples=(Example(m.name, label, split, _decoded(m, longest_side)) for split, label, m in placed),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,24 +191,38 @@ def _is_junk(path: PurePath) -> bool:
     return any(part.startswith(".") or part in JUNK for part in path.parts)
 
 
-def _zip_members(archive: Path, name: str) -> list[Member]:
+def _zip_members(archive: Path, name: str, opened: contextlib.ExitStack) -> list[Member]:
     try:
-        file = zipfile.ZipFile(archive)
-    except (zipfile.BadZipFile, OSError) as error:
+        file = opened.enter_context(zipfile.ZipFile(archive))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise ConvoyError(f"{name} is not a whole zip archive ({error}): put a sound copy there") from error
     return [
-        Member(f"{name}:{entry.filename}", PurePosixPath(entry.filename), lambda entry=entry: file.read(entry))
+        Member(f"{name}:{entry.filename}", PurePosixPath(entry.filename), functools.partial(file.read, entry))
         for entry in file.infolist()
-        if not entry.is_dir() and not _is_junk(PurePosixPath(entry.filename))
+        if not entry.filename.endswith("/") and not _is_junk(PurePosixPath(entry.filename))
     ]
 
 
-def _tar_members(archive: Path, name: str) -> list[Member]:
+class _Entry(tarfile.TarInfo):
+    """An entry of a tar archive. `tarfile` alone takes a broken one for the end, and loses all that come after it."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Entry":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _tar_members(archive: Path, name: str, opened: contextlib.ExitStack) -> list[Member]:
     try:
-        file = tarfile.open(archive)  # noqa: SIM115 - read from until the last image is decoded
+        file = opened.enter_context(tarfile.open(archive, tarinfo=_Entry))  # noqa: SIM115 - it is closed by `opened`
         entries = [entry for entry in file.getmembers() if not _is_junk(PurePosixPath(entry.name))]
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ConvoyError(f"{name} is not a whole tar archive ({error}): put a sound copy there") from error
+        said = " ".join(str(error).split())  # tarfile's word may have several lines
+        raise ConvoyError(f"{name} is not a whole tar archive ({said}): put a sound copy there") from error
     for entry in entries:
         if not entry.isdir() and not entry.isfile():
             raise ConvoyError(f"{name}:{entry.name} is no plain file: put the file itself into the archive")
@@ -206,24 +230,54 @@ def _tar_members(archive: Path, name: str) -> list[Member]:
         Member(
             f"{name}:{entry.name}",
             PurePosixPath(entry.name),
-            lambda entry=entry: file.extractfile(entry).read(),
+            functools.partial(_extract, file, entry),
         )
         for entry in entries
         if entry.isfile()
     ]
 
 
-def _placed(members: list[Member]) -> list[tuple[str, str, Member]]:
-    """The split ("" where none is given), the class and the member, for the files of one folder or archive."""
-    parts = [member.path.parts for member in members]
-    while parts and len({path[0] for path in parts}) == 1 and min(len(path) for path in parts) > 2:
-        parts = [path[1:] for path in parts]
-    for member, path in zip(members, parts, strict=True):
-        if len(path) < 2:
+def _extract(file: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
+    opened = file.extractfile(entry)
+    return opened.read() if opened else b""
+
+
+def _placed(members: list[Member], depth: int = 0) -> list[tuple[str, str, Member]]:
+    """The split ("" where none is given), the class and the member, for the files of one folder or archive.
+
+    `depth` counts the folders around all of them, which have been looked through.
+    """
+    members = _in_folders(members, depth)
+    folders = {member.path.parts[depth] for member in members}
+    if folders and {folder.lower() for folder in folders} <= SPLITS.keys():
+        return [
+            (SPLITS[member.path.parts[depth].lower()], member.path.parts[depth + 1], member)
+            for member in _in_folders(members, depth + 1)
+        ]
+    within = [member for member in members if len(member.path.parts) == depth + 2]
+    if len(folders) == 1 and len(within) < len(members) and not any(map(_is_image, within)):
+        return _placed(members, depth + 1)
+    return [("", member.path.parts[depth], member) for member in members]
+
+
+def _in_folders(members: list[Member], depth: int) -> list[Member]:
+    """Those that lie in a folder; what lies beside the folders (a licence, a script) must not be an image."""
+    for member in members:
+        if len(member.path.parts) < depth + 2 and _is_image(member):
             raise ConvoyError(f"{member.name} is in no class folder: move it into the folder of its class")
-    if parts and {path[0] for path in parts} <= SPLITS.keys() and min(len(path) for path in parts) > 2:
-        return [(SPLITS[path[0]], path[1], member) for path, member in zip(parts, members, strict=True)]
-    return [("", path[0], member) for path, member in zip(parts, members, strict=True)]
+    return [member for member in members if len(member.path.parts) >= depth + 2]
+
+
+def _is_image(member: Member) -> bool:
+    return member.path.suffix.lower() in IMAGES
+
+
+def _examples(
+    placed: list[tuple[str, str, Member]], longest_side: int, opened: contextlib.ExitStack
+) -> Iterator[Example]:
+    with opened:
+        for split, label, member in placed:
+            yield Example(member.name, label, split, _decoded(member, longest_side))
 
 
 def _decoded(member: Member, longest_side: int) -> np.ndarray | BadImage:
@@ -258,11 +312,13 @@ def read_torchvision(params: TorchvisionSet, longest_side: int, folder: Path) ->
         )
     make = getattr(torchvision.datasets, params.name)
     try:
-        parts = {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
-    except RuntimeError:  # torchvision's word for a set that is not there, or not whole
+        parts = _parts(make, params, folder)
+    except (TypeError, ValueError) as error:
+        raise ConvoyError(f"dataset.torchvision.splits={params.splits} is not for {params.name}: {error}") from error
+    except (OSError, RuntimeError):  # torchvision's words for a set that is not there, or not whole
         parts = _downloaded(make, params, folder)
     first = next(iter(parts.values()))
-    classes = [str(name) for name in getattr(first, "classes", None) or _labels(first)]
+    classes = [str(name) for name in getattr(first, "classes", None) or _labels(parts.values())]
     return Source(
         classes=classes,
         count=sum(len(part) for part in parts.values()),
@@ -271,7 +327,7 @@ def read_torchvision(params: TorchvisionSet, longest_side: int, folder: Path) ->
                 f"{params.name}/{split}/{row}",
                 classes[int(label)],
                 SPLITS.get(split, ""),
-                plain(image, longest_side),
+                _plain(image, longest_side),
             )
             for split, part in parts.items()
             for row, (image, label) in enumerate(part)
@@ -279,9 +335,21 @@ def read_torchvision(params: TorchvisionSet, longest_side: int, folder: Path) ->
     )
 
 
-def _labels(part: Any) -> list[int]:
+def _plain(image: Image.Image, longest_side: int) -> np.ndarray | BadImage:
+    try:
+        return plain(image, longest_side)
+    except BadImage as fault:
+        return fault
+
+
+def _labels(parts: Iterable[Any]) -> list[int]:
     """The labels 0 to K-1 of a set that names no classes."""
-    return list(range(1 + max(int(label) for _, label in part)))
+    return list(range(1 + max(int(label) for part in parts for _, label in part)))
+
+
+def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
+    """Split -> its torchvision data set."""
+    return {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
 
 
 def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
@@ -293,16 +361,16 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
     try:
         for chosen in params.splits.values():
             make(arriving, download=True, **chosen)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
+    except Exception as error:  # of urllib, of an archive that is not whole, or torchvision's own
         shutil.rmtree(arriving, ignore_errors=True)
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(
             f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
             f" or put the files that torchvision looks for into {folder}/"
         ) from error
     shutil.rmtree(folder, ignore_errors=True)
     arriving.rename(folder)
-    return {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+    return _parts(make, params, folder)
 
 
 def _address(error: BaseException) -> str:

@@ -22,8 +22,8 @@ def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, 
         }
         for name, record in records.items()
     ]
-    order = {"by": ["val_accuracy", "val_loss", "model"], "ascending": [False, True, True]}
-    return pd.DataFrame(rows).sort_values(**order, ignore_index=True)
+    order = ["val_accuracy", "val_loss", "model"]
+    return pd.DataFrame(rows).sort_values(order, ascending=[False, True, True], ignore_index=True)
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -89,17 +91,14 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
         # to search and then to create is not atomic, and two processes can't make the same database
         with FileLock(lock):
             found = client.get_experiment_by_name(experiment)
-            if found is None:
-                artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
-                client.create_experiment(
-                    experiment, artifacts, tags={"mlflow.experimentKind": "custom_model_development"}
-                )
-                found = client.get_experiment_by_name(experiment)
+            artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
+            ours = found or client.get_experiment(client.create_experiment(experiment, artifacts))
             address = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-            yield Store(client, found, address)
+            yield Store(client, ours, address)
     except (MlflowException, requests.RequestException) as error:
-        said = " ".join(str(error).split())
-        raise ConvoyError(f"MLflow at {uri} fails: {said}. Mend it, or unset MLFLOW_TRACKING_URI") from error
+        said = f"MLflow at {uri} fails: {textwrap.shorten(str(error), 300)}"
+        said = re.sub(r"//[^/@\s]*@", "//", said)  # no user name and password
+        raise ConvoyError(f"{said}. Start it, or mend MLFLOW_TRACKING_URI, and run this again") from error
 
 
 def find_run(store: Store, identity: str) -> str | None:
@@ -154,7 +153,8 @@ def register(store: Store, name: str, run_id: str, identity: str, model: Path, f
 def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:
     """Point an alias at a version; False where it did already."""
     try:
-        if store.client.get_model_version_by_alias(name, alias).version == version.version:
+        # MLflow hands out version numbers now as text, now as int
+        if int(store.client.get_model_version_by_alias(name, alias).version) == int(version.version):
             return False
     except MlflowException as error:
         if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):

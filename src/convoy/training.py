@@ -45,7 +45,8 @@ def fit(classifier: Classifier, data: ImageData, params: Train) -> Trained:
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches come whole from memory
-    warnings.filterwarnings("ignore", ".*lower value for log_every_n_steps.*")  # logged by epoch
+    warnings.filterwarnings("ignore", ".*log_every_n_steps.*")  # logged by epoch
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
     torch.set_num_threads(params.threads)
     keeper = BestEpoch()
     terminal = sys.stderr.isatty()

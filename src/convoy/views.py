@@ -100,7 +100,7 @@ def save_charts(
     charts: list[dict[str, Any]] = [LINE | {"metricKey": m, "selectedMetricKeys": [m]} for m in curves]
     charts += [{"type": "BAR", "metricKey": m} for m in bars]
     for x, y in scatters:
-        axes = zip(("xaxis", "yaxis"), (x, y))
+        axes = (("xaxis", x), ("yaxis", y))
         charts.append({"type": "SCATTER"} | {axis: {"key": m, "type": "METRIC"} for axis, m in axes})
     for i, chart in enumerate(charts):
         chart |= {"uuid": f"{top}-{i}", "metricSectionId": top, "runsCountToCompare": 100, "deleted": False}

@@ -1,0 +1,54 @@
+# `make repro` runs the whole pipeline, `make test` the tests. Both make .venv from requirements.lock when it is
+# missing or stale. PYTHON is the interpreter to make it from: 3.11, 3.12 or 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+READY := $(VENV)/ready
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: help install repro test lint ui lock retrain push hand-back
+
+help: ## show what can be made
+	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | column -t -s '|'
+
+install: $(READY) ## the environment that requirements.lock describes
+
+repro: $(READY) ## the whole pipeline: compose conf/, run what is not up to date, show the leaderboard
+	python -m pipeline
+
+test: $(READY) ## the tests
+	python -m pytest -q
+
+lint: $(READY) ## style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+ui: $(READY) ## MLflow's pages on this machine, for comparing runs
+	@python -m pipeline --show
+	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+lock: $(READY) ## requirements.lock anew from pyproject.toml: the newest versions, with hashes
+	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml --quiet
+
+retrain: $(READY) ## the newest data, then the pipeline, taking results that the DVC remote has already
+	dvc update data.dvc
+	python -m pipeline --pull
+
+push: $(READY) ## results and run cache to the DVC remote
+	dvc push --run-cache
+
+hand-back: ## what a retraining changed, as a commit on a branch of its own, pushed to origin
+	git diff --quiet -- data.dvc dvc.lock params.yaml || { \
+		git switch --create retrain-$$(date -u +%Y-%m-%d-%H%M) && \
+		git commit --message "Retrain on the newest data" -- data.dvc dvc.lock params.yaml && \
+		git push --set-upstream origin HEAD; }
+
+# uv writes no bytecode unless told, and without it each stage would start seconds later
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "convoy needs Python 3.11 to 3.13, and $(PYTHON) is another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	test -x $(VENV)/bin/uv || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet uv; }
+	uv pip sync --python $(VENV) --quiet --compile-bytecode requirements.lock
+	uv pip install --python $(VENV) --quiet --no-deps --no-build-isolation --editable .
+	@touch $(READY)

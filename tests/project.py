@@ -1,0 +1,53 @@
+"""A small project for tests: the real settings and stages, made small, on pictures that are drawn here."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from convoy import config
+from pipeline.evaluate import evaluate
+from pipeline.fetch import fetch
+from pipeline.preprocess import preprocess
+from pipeline.register import register
+from pipeline.stage import Stage
+from pipeline.train import train
+
+REAL = Path(__file__).parents[1]
+SMALL = ("model=[lenet,resnet]", "train.max_epochs=3", "train.threads=1", "register.floor=0.0")
+
+
+def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
+    """The project's own conf/ and dvc.yaml in `root`, composed with `overrides`, and 30 pictures of 3 classes."""
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(REAL / "conf", root / "conf")
+    shutil.copy(REAL / "dvc.yaml", root)
+    config.compose(root, overrides)
+    draw_pictures(root / "data", each=30)
+    return root
+
+
+def draw_pictures(data: Path, each: int) -> None:
+    """Grey pictures of 12x12 pixels in class folders: a bright bar that stands, lies or leans, in noise."""
+    random = np.random.default_rng(0)
+    masks = {"lying": np.eye(12)[6][:, None] * np.ones(12), "leaning": np.eye(12)}
+    masks["standing"] = masks["lying"].T
+    for name, mask in masks.items():
+        folder = data / name
+        folder.mkdir(parents=True)
+        for number in range(each):
+            grey = random.integers(0, 90, (12, 12)) + np.roll(mask, random.integers(-2, 3), axis=(0, 1)) * 150
+            Image.fromarray(grey.astype(np.uint8)).save(folder / f"{number:02}.png")
+
+
+def run_stages(root: Path, *, until: str = "register") -> None:
+    """Run the stages in this process, in their order."""
+    names = list(config.load(root / "params.yaml")["model"])
+    steps = [("fetch", fetch, [""]), ("preprocess", preprocess, [""]), ("train", train, names)]
+    for stage, work, items in [*steps, ("evaluate", evaluate, names), ("register", register, [""])]:
+        for item in items:
+            Stage(root, stage, item).run(work)
+        if stage == until:
+            break

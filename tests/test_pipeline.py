@@ -1,0 +1,205 @@
+"""The pipeline: from pictures in folders to a champion, and what it says where it can't."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from project import REAL, SMALL, make_project, run_stages
+
+from convoy import config, tracking
+from convoy.config import ConvoyError
+from pipeline.__main__ import check, conclude, remove_unlisted
+from pipeline.register import register
+from pipeline.stage import Stage
+
+
+@pytest.fixture(autouse=True)
+def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose stages have all run once."""
+    root = make_project(tmp_path_factory.mktemp("road") / "project")
+    run_stages(root)
+    return root
+
+
+def runs(root: Path) -> pd.DataFrame:
+    with tracking.store(root, "convoy") as store:
+        return mlflow.search_runs([store.experiment.experiment_id]).set_index("tags.mlflow.runName").sort_index()
+
+
+def champion_version(root: Path) -> str:
+    with tracking.store(root, "convoy") as store:
+        return str(store.client.get_model_version_by_alias("convoy", "champion").version)
+
+
+def test_the_leaderboard_lists_every_architecture_best_in_validation_first(road: Path) -> None:
+    table = pd.read_csv(road / "artifacts/register/leaderboard.csv")
+    assert set(table["model"]) == {"lenet", "resnet"}
+    assert table["val_accuracy"].is_monotonic_decreasing
+    assert {"test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_log_loss"} <= set(table.columns)
+
+
+def test_each_run_is_in_mlflow_with_its_curves_settings_and_figures(road: Path) -> None:
+    table = runs(road)
+    assert list(table.index) == ["lenet", "resnet"]
+    assert set(table["status"]) == {"FINISHED"}
+    for name in table.index:
+        record = json.loads((road / f"artifacts/train/{name}/record.json").read_text())
+        history = pd.read_csv(road / f"artifacts/train/{name}/history.csv")
+        run = table.loc[name]
+        assert run["metrics.best/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
+        assert run["params.recipe.lr"] == str(record["settings"]["recipe"]["lr"])
+        with tracking.store(road, "convoy") as store:
+            curve = store.client.get_metric_history(run["run_id"], "val/loss")
+            files = {file.path for file in store.client.list_artifacts(run["run_id"])}
+        assert [point.step for point in curve] == list(history["epoch"])
+        assert [point.value for point in curve] == pytest.approx(list(history["val_loss"]), abs=1e-6)
+        assert {"confusion.png", "per_class.csv", "record.json"} <= files
+
+
+def test_all_runs_have_the_same_metrics_and_parameters(road: Path) -> None:
+    table = runs(road).filter(regex=r"^(metrics|params)\.")
+    assert not table.isna().any().any()
+
+
+def test_the_champion_answers_plain_images_as_the_evaluation_did(road: Path) -> None:
+    best = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
+    recorded = pd.read_parquet(road / f"artifacts/evaluate/{best}/predictions.parquet")
+    prepared = pd.read_parquet(road / "artifacts/preprocess/images.parquet").query("split == 'test'")
+    pictures = [np.asarray(Image.open(road / path)) for path in prepared["path"]]
+    with tracking.store(road, "convoy"):
+        model = mlflow.pyfunc.load_model("models:/convoy@champion")
+    answer = model.predict(pictures)
+    assert list(answer["label"]) == list(recorded["predicted"])
+    expected = recorded.filter(regex="^probability_").to_numpy()
+    np.testing.assert_allclose(np.array(answer["probabilities"].tolist()), expected, atol=1e-5)
+
+
+def test_registering_the_same_results_again_changes_nothing(road: Path) -> None:
+    before, version, database = runs(road), champion_version(road), (road / "mlflow.db").read_bytes()
+    outputs = {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()}
+    Stage(road, "register").run(register)
+    pd.testing.assert_frame_equal(runs(road), before)
+    assert champion_version(road) == version
+    assert {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()} == outputs
+    assert (road / "mlflow.db").read_bytes() == database
+
+
+def test_what_a_killed_register_left_of_a_run_is_replaced_by_the_whole_run(road: Path) -> None:
+    lenet = runs(road).loc["lenet", "run_id"]
+    with tracking.store(road, "convoy") as store:
+        store.client.update_run(lenet, status="RUNNING")
+    Stage(road, "register").run(register)
+    after = runs(road)
+    assert list(after.index) == ["lenet", "resnet"]
+    assert set(after["status"]) == {"FINISHED"}
+    assert after.loc["lenet", "run_id"] != lenet
+
+
+def test_an_experiment_leaves_the_champion_as_it_is(
+    road: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tracking.store(road, "convoy") as store:
+        store.client.delete_registered_model_alias("convoy", "champion")
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
+    Stage(road, "register").run(register)
+    assert "bold-idea" in capsys.readouterr().out
+    with tracking.store(road, "convoy") as store:
+        assert store.client.get_registered_model("convoy").aliases == {}
+    monkeypatch.delenv("DVC_EXP_NAME")
+    Stage(road, "register").run(register)
+    assert champion_version(road) == "1"
+
+
+def test_below_the_floor_nothing_is_registered_and_the_score_is_told(road: Path, tmp_path: Path) -> None:
+    # the same results, seen by a project with a higher floor and a store of its own
+    root = tmp_path / "strict"
+    make_project(
+        root, [*SMALL, "register.floor=1.0", "train.max_epochs=1", "model.lenet.recipe.lr=0.0001", "model=[lenet]"]
+    )
+    run_stages(root, until="evaluate")
+    with pytest.raises(ConvoyError, match=r"lenet scored 0\.\d+ in validation, below register.floor=1.0"):
+        Stage(root, "register").run(register)
+    assert len(runs(root)) == 1
+    with tracking.store(root, "convoy") as store:
+        assert store.client.search_registered_models() == []
+    assert not (root / "artifacts/register").exists()
+
+
+def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
+    road: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conclude(road, config.load(road / "params.yaml"))
+    said = capsys.readouterr().out
+    assert "lenet" in said
+    assert "resnet" in said
+    assert "make ui" in said
+    assert "/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=TABLE&viewStateShareKey=" in said
+
+
+def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
+    again = make_project(tmp_path / "another" / "place")
+    run_stages(again, until="evaluate")
+    for mark in sorted(again.glob("artifacts/**/complete.json")):
+        assert mark.read_bytes() == (road / mark.relative_to(again)).read_bytes(), mark
+
+
+def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
+    road: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConvoyError, match=r"MLflow at http://127.0.0.1:9 fails: .*MLFLOW_TRACKING_URI") as raised:
+        Stage(road, "register").run(register)
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+train.max_epoch=3", "train.max_epoch: unknown key; did you mean max_epochs?"),
+        ("train.max_epochs=0", "train.max_epochs=0: input should be greater than or equal to 1"),
+        ("train.max_epochs=soon", "train.max_epochs='soon': input should be a valid integer"),
+        ("train.accelerator=cuda", "train.accelerator='cuda': input should be 'auto', 'cpu', 'gpu'"),
+        ("preprocess.size=16", "preprocess.size=16: input should be greater than or equal to 32"),
+        ("preprocess.test_fraction=1.5", "preprocess.test_fraction=1.5: input should be less than 1"),
+        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
+        ("model.resnet.recipe.lr=-0.1", "model.resnet.recipe.lr=-0.1: input should be greater than 0"),
+        ("+model.lenet.recipe.momentun=0.9", "model.lenet.recipe.momentun: unknown key; did you mean momentum?"),
+        ("~model.lenet.recipe.lr", "model.lenet.recipe.lr: missing; set it in conf/"),
+        ("+model.lenett.c1=6", "model.lenett: no such architecture; did you mean lenet?"),
+        ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
+        ("register.floor=.nan", "register.floor="),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, override])
+    with pytest.raises(ConvoyError) as raised:
+        check(config.load(root / "params.yaml"))
+    assert said in str(raised.value)
+
+
+def test_an_unknown_architecture_in_the_list_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match="lenett"):
+        make_project(tmp_path / "project", ["model=[lenett,resnet]"])
+
+
+def test_results_of_an_architecture_off_the_list_are_removed(tmp_path: Path) -> None:
+    for name in ("lenet", "vgg"):
+        (tmp_path / "artifacts/train" / name).mkdir(parents=True)
+    remove_unlisted(tmp_path, ["lenet"])
+    assert [folder.name for folder in (tmp_path / "artifacts/train").iterdir()] == ["lenet"]
+
+
+def test_the_committed_settings_pass_the_check() -> None:
+    check(config.load(REAL / "params.yaml"))

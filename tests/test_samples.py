@@ -1,0 +1,30 @@
+"""The bundled sample: made by the script beside it, byte for byte, and a sound data set."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from convoy.datasets import pack, read_folder
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
+    make = runpy.run_path(str(SAMPLES / "make_digits.py"))["make"]
+    make(tmp_path / "digits.zip")
+    assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
+
+
+def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp_path: Path) -> None:
+    digits = pack(read_folder(SAMPLES, 512), "digits", tmp_path)
+    assert digits.classes == list("0123456789")
+    assert len(digits.table) == 1797
+    assert {image.shape for image in digits.images()} == {(8, 8, 1)}
+    assert digits.table["path"][0] == "samples/digits.zip:digits/0/0000.png"
+
+
+def test_its_grey_levels_are_the_seventeen_of_the_source(tmp_path: Path) -> None:
+    digits = pack(read_folder(SAMPLES, 512), "digits", tmp_path)
+    assert len(np.unique(digits.pixels)) == 17
+    assert (digits.pixels.min(), digits.pixels.max()) == (0, 255)

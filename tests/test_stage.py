@@ -1,0 +1,123 @@
+"""The stage: what it may read, and how its outputs appear."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from project import REAL, make_project
+
+from convoy.config import ConvoyError
+from convoy.preprocessing import Preprocess
+from pipeline.stage import MARK, Stage, sha256
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_project(tmp_path / "project")
+
+
+def write_hello(stage: Stage) -> None:
+    (stage.scratch / "hello.txt").write_text("hello")
+
+
+def test_a_stage_reads_the_sections_that_dvc_yaml_says_it_watches(root: Path) -> None:
+    assert Stage(root, "preprocess").typed(Preprocess, "preprocess").size == 32
+    assert Stage(root, "train", "resnet").section("model.resnet")["block"] == "basic"
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "section"),
+    [
+        ("preprocess", "", "train"),
+        ("fetch", "", "seed"),
+        ("train", "lenet", "model.resnet"),
+        ("evaluate", "lenet", "model"),
+    ],
+)
+def test_a_stage_that_reads_another_section_fails(root: Path, stage: str, item: str, section: str) -> None:
+    with pytest.raises(ConvoyError, match=f"{stage}.* reads '{section}': add it to the stage's params in dvc.yaml"):
+        Stage(root, stage, item).section(section)
+
+
+def test_outputs_appear_whole_with_a_mark_that_names_every_file(root: Path) -> None:
+    stage = Stage(root, "fetch")
+    stage.run(write_hello)
+    assert json.loads((root / "artifacts/fetch" / MARK).read_text()) == {
+        "hello.txt": sha256(root / "artifacts/fetch/hello.txt")
+    }
+    assert Stage(root, "preprocess").input("fetch") == root / "artifacts/fetch"
+
+
+def test_a_stage_that_fails_leaves_no_output(root: Path) -> None:
+    def fail(stage: Stage) -> None:
+        write_hello(stage)
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        Stage(root, "fetch").run(fail)
+    assert not (root / "artifacts/fetch").exists()
+
+
+def test_what_a_killed_stage_left_is_not_taken_over(root: Path) -> None:
+    stage = Stage(root, "fetch")
+    stage.scratch.mkdir(parents=True)
+    (stage.scratch / "torn.txt").write_text("half")
+    stage.run(write_hello)
+    assert sorted(file.name for file in stage.folder.iterdir()) == [MARK, "hello.txt"]
+
+
+def test_an_input_without_its_mark_is_incomplete(root: Path) -> None:
+    (root / "artifacts/fetch").mkdir(parents=True)
+    with pytest.raises(ConvoyError, match="artifacts/fetch/ is missing or incomplete: run `dvc repro fetch`"):
+        Stage(root, "preprocess").input("fetch")
+
+
+def test_one_changed_byte_in_an_input_is_found(root: Path) -> None:
+    Stage(root, "fetch").run(write_hello)
+    (root / "artifacts/fetch/hello.txt").write_text("hellO")
+    with pytest.raises(ConvoyError, match=r"artifacts/fetch/hello.txt is not what its stage wrote"):
+        Stage(root, "preprocess").input("fetch")
+
+
+def test_two_processes_never_work_on_the_same_stage(root: Path) -> None:
+    stage = Stage(root, "fetch")
+    stage.scratch.parent.mkdir(parents=True)
+    with FileLock(f"{stage.scratch}.lock"), pytest.raises(ConvoyError, match="another process is at work on fetch"):
+        stage.run(write_hello)
+
+
+def test_a_terminated_stage_exits_with_143_and_leaves_no_output(root: Path) -> None:
+    code = (
+        "import time; from pipeline.stage import main\n"
+        "def work(stage):\n    print('at work', flush=True)\n    time.sleep(60)\n"
+        "main('fetch', work)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=root, env=environment(), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"at work\n"
+        process.terminate()
+        assert process.wait(timeout=20) == 143
+    assert not (root / "artifacts/fetch").exists()
+
+
+def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
+    (root / "data").rename(root / "elsewhere")
+    (root / "data").mkdir()
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pipeline.fetch"]
+    process = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("convoy: fetch: data/ holds no images")
+    assert process.stderr.count("\n") == 1
+    assert time.monotonic() - started < 20
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(REAL)}

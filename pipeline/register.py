@@ -28,8 +28,8 @@ def register(stage: Stage) -> None:
     identities = {name: _identity(trained[name], evaluated[name]) for name in trained}
 
     report.leaderboard(records, figures).to_csv(stage.scratch / "leaderboard.csv", index=False)
-    curves = [pd.read_csv(folder / "history.csv").assign(model=name) for name, folder in trained.items()]
-    pd.concat(curves).to_csv(stage.scratch / "curves.csv", index=False)
+    _together(trained, "history.csv").to_csv(stage.scratch / "curves.csv", index=False)
+    _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
 
     best = {name: record["best"] for name, record in records.items()}
     winner = promotion.choose(best)
@@ -60,6 +60,13 @@ def register(stage: Stage) -> None:
         moved = tracking.set_alias(store, params.name, "champion", version)
     became = "is now" if moved else "stays"
     print(f"{winner} {became} the champion: models:/{params.name}@champion, version {version.version}")
+
+
+def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
+    """The rows of this table of every architecture, with a column that names it."""
+    as_written = {"dtype": {"class": str}, "keep_default_na": False}  # a class may be called NA or 007
+    tables = [pd.read_csv(folder / file, **as_written).assign(model=name) for name, folder in folders.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _identity(trained: Path, evaluated: Path) -> str:

@@ -97,7 +97,10 @@ def save_charts(
     the interface puts its own for the metrics that no line or bar chart draws.
     """
     top = _uid(experiment_id, name, "section")
-    charts: list[dict[str, Any]] = [LINE | {"metricKey": m, "selectedMetricKeys": [m]} for m in curves]
+    charts: list[dict[str, Any]] = [
+        LINE | {"metricKey": m, "selectedMetricKeys": [m], "scaleType": "log" if m.endswith("loss") else "linear"}
+        for m in curves
+    ]
     charts += [{"type": "BAR", "metricKey": m} for m in bars]
     for x, y in scatters:
         axes = (("xaxis", x), ("yaxis", y))

@@ -1,0 +1,281 @@
+"""The laws of the house: what stands where, and that a thing has one name in all places."""
+
+import ast
+import contextlib
+import importlib
+import re
+import shutil
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from convoy import config, models
+from convoy.config import typed
+from convoy.datasets import Dataset
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "src" / "convoy"
+FLOORS = [
+    "config", "images", "task", "datasets", "preprocessing", "datamodule", "classifier", "models", "training",
+    "evaluation", "views", "tracking", "promotion", "report", "serving",
+]  # fmt: skip
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PYTHON = sorted(
+    file
+    for folder in ("src", "pipeline", "samples", "tests", "benchmarks")
+    for file in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in file.parts
+)
+every_file = pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(ROOT)))
+every_stage = pytest.mark.parametrize("stage", STAGES)
+every_library_file = pytest.mark.parametrize(
+    "file", sorted(LIBRARY.rglob("*.py")), ids=lambda file: str(file.relative_to(LIBRARY))
+)
+
+
+def floor(file: Path) -> str:
+    """The floor that a file of the library stands on; "" for the package's own first file."""
+    name = file.relative_to(LIBRARY).parts[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+def imports(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
+    """The dotted names that code imports, but for those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names):
+                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                pass
+            case ast.FunctionDef() | ast.AsyncFunctionDef() if not inside_functions:
+                pass
+            case _:
+                yield from imports(node, inside_functions)
+
+
+def imported(file: Path, inside_functions: bool = True) -> set[str]:
+    return set(imports(ast.parse(file.read_text()), inside_functions))
+
+
+def packages(file: Path, inside_functions: bool = True) -> set[str]:
+    return {name.partition(".")[0] for name in imported(file, inside_functions)}
+
+
+# Floors
+
+
+def test_every_file_of_the_library_stands_on_a_floor() -> None:
+    assert sorted({floor(file) for file in LIBRARY.rglob("*.py")}) == sorted(["", *FLOORS])
+
+
+@every_library_file
+def test_a_file_imports_only_floors_to_its_left(file: Path) -> None:
+    ours = [name.split(".")[1] for name in imported(file) if name.startswith("convoy.")]
+    below = FLOORS[: FLOORS.index(floor(file))] if floor(file) else []
+    assert set(ours) <= set(below)
+
+
+def test_the_law_of_floors_sees_every_way_to_import() -> None:
+    code = (
+        "import a.b\nfrom c import d\nfrom . import i\n"
+        "def f():\n    from e.f import g\n"
+        "class A:\n    async def f(self):\n        import j\n"
+        "if TYPE_CHECKING:\n    import h\n"
+        "if True:\n    import k\n"
+    )
+    assert set(imports(ast.parse(code))) == {"a.b", "c.d", "e.f.g", "j", "k", "None.i"}
+    assert set(imports(ast.parse(code), inside_functions=False)) == {"a.b", "c.d", "k", "None.i"}
+
+
+@every_library_file
+def test_the_library_knows_no_stage_and_imports_by_full_names(file: Path) -> None:
+    assert not packages(file) & {"pipeline", "None"}
+
+
+@every_library_file
+def test_only_config_knows_hydra_and_only_two_files_know_mlflow(file: Path) -> None:
+    allowed = {"config": {"hydra", "omegaconf", "dvc"}, "tracking": {"mlflow"}, "serving": {"mlflow"}}
+    doors = {"hydra", "omegaconf", "dvc", "mlflow"}
+    assert packages(file) & doors <= allowed.get(floor(file), set())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda file: file.name)
+def test_the_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
+    assert not packages(file) & {"hydra", "omegaconf", "dvc", "mlflow"}
+
+
+@pytest.mark.parametrize("name", FLOORS[: FLOORS.index("datamodule")])
+def test_before_the_datamodule_nothing_waits_for_torch(name: str) -> None:
+    heavy = {"torch", "torchvision", "pytorch_lightning"}
+    assert not packages(LIBRARY / f"{name}.py", inside_functions=False) & heavy
+
+
+# One word, six places
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of conf/ and the params.yaml that it composes to."""
+    folder = tmp_path_factory.mktemp("composed")
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    config.compose(folder)
+    return folder
+
+
+def test_params_yaml_is_what_conf_composes_to(composed: Path) -> None:
+    assert (ROOT / "params.yaml").read_bytes() == (composed / "params.yaml").read_bytes()
+
+
+def stage_parts(stage: str) -> dict:
+    return STAGES[stage].get("do", STAGES[stage])
+
+
+@every_stage
+def test_a_stage_is_a_module_a_command_and_an_output_folder_of_its_name(stage: str) -> None:
+    parts = stage_parts(stage)
+    assert (ROOT / "pipeline" / f"{stage}.py").is_file()
+    assert parts["cmd"].split()[:3] == ["python", "-m", f"pipeline.{stage}"]
+    made = [*parts["outs"], *(next(iter(plot)) for plot in parts.get("plots", [])), *parts.get("metrics", [])]
+    assert {"/".join(path.split("/")[:2]) for path in made} == {f"artifacts/{stage}"}
+
+
+@every_stage
+def test_the_settings_that_a_stage_watches_are_there(stage: str, composed: Path) -> None:
+    params = config.load(composed / "params.yaml")
+    for section in stage_parts(stage)["params"]:
+        name, _, key = section.partition(".")
+        assert name in params
+        assert key in ("", "${key}")
+
+
+def test_every_section_of_the_settings_is_watched_by_a_stage(composed: Path) -> None:
+    watched = {section.split(".")[0] for stage in STAGES for section in stage_parts(stage)["params"]}
+    assert watched == set(config.load(composed / "params.yaml"))
+
+
+def test_an_architecture_is_a_python_file_and_a_yaml_file_of_its_name() -> None:
+    assert models.names() == sorted(file.stem for file in (ROOT / "conf/model").iterdir())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_settings_of_every_architecture_compose_and_fit_its_schema(name: str, composed: Path) -> None:
+    params = config.compose(composed, [f"model=[{name}]"])
+    assert list(params["model"]) == [name]
+    typed(models.schema(name), params["model"][name], f"model.{name}")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "conf/dataset").iterdir()))
+def test_the_settings_of_every_data_set_compose_and_fit_the_schema(name: str, composed: Path) -> None:
+    dataset = typed(Dataset, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
+    assert name in (dataset.name, "folder")
+
+
+# What a stage depends on
+
+
+def project_modules() -> dict[str, ModuleType]:
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("convoy", "pipeline")}
+
+
+@contextlib.contextmanager
+def forgotten() -> Iterator[None]:
+    """As in an interpreter that has not imported the project yet."""
+    before = project_modules()
+    for name in before:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name in project_modules():
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def really_imported(stage: str, key: str) -> set[str]:
+    """The files of the project that a stage brings in, but for those that hold a docstring alone."""
+    with forgotten():
+        importlib.import_module(f"pipeline.{stage}")
+        if key:
+            importlib.import_module(f"convoy.models.{key}")
+        files = [Path(str(module.__file__)) for module in project_modules().values()]
+    return {str(file.relative_to(ROOT)) for file in files if len(ast.parse(file.read_text()).body) > 1}
+
+
+def code_deps(stage: str, key: str) -> set[str]:
+    deps = {dep.replace("${key}", key) for dep in stage_parts(stage)["deps"]}
+    return {dep for dep in deps if dep.startswith(("src/", "pipeline/"))}
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"),
+    [(stage, key) for stage in STAGES for key in (models.names() if "do" in STAGES[stage] else [""])],
+)
+def test_a_stage_depends_on_the_very_files_that_it_imports(
+    stage: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    named = code_deps(stage, key)
+    folders = tuple(f"{dep}/" for dep in named if (ROOT / dep).is_dir())
+    files = {dep for dep in named if (ROOT / dep).is_file()}
+    assert {file for file in really_imported(stage, key) if not file.startswith(folders)} == files
+    assert len(files) + len(folders) == len(named)  # all there
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "register"])
+def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
+    key = models.names()[0] if "do" in STAGES[stage] else ""
+    named = code_deps(stage, key)
+    modules = {re.sub(r"(/__init__)?\.py$", "", dep.removeprefix("src/")).replace("/", ".") for dep in named}
+    for file in named:
+        for name in imported(ROOT / file):
+            if name.partition(".")[0] in ("convoy", "pipeline"):
+                assert name in modules or name.rpartition(".")[0] in modules
+
+
+@every_stage
+def test_a_stage_reads_only_what_an_earlier_one_makes(stage: str) -> None:
+    earlier = list(STAGES)[: list(STAGES).index(stage)]
+    others = {dep for dep in stage_parts(stage)["deps"] if not dep.startswith(("src/", "pipeline/"))}
+    assert others <= {"data"} | {
+        f"artifacts/{name}{item}" for name in earlier for item in ("", "/${key}")
+    }  # register takes the folders of all architectures
+
+
+# Files
+
+
+@every_file
+def test_a_file_begins_by_saying_what_it_is(file: Path) -> None:
+    first = file.read_text().partition("\n")[0]
+    assert re.fullmatch(r'"""\S.{10,}', first)
+    assert first.endswith(('."""', ".", "`.")), "the first line is a sentence"
+
+
+@every_file
+def test_no_file_knows_the_machine_it_was_written_on(file: Path) -> None:
+    assert not re.findall(r"/(?:work|root|home)\b", file.read_text())
+
+
+def test_the_lock_is_of_hashes_alone_and_names_no_address() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    requirements = re.split(r"\n(?=\S)", lock.strip())
+    assert len(requirements) > 50
+    for requirement in requirements:
+        assert re.match(r"[a-z0-9._-]+(\[[a-z0-9,-]+\])?==\S+", requirement), requirement
+        assert "--hash=sha256:" in requirement, requirement
+    for word in ("http:", "https:", "--index", "--extra-index", "--find-links", "file:", "git+"):
+        assert word not in lock
+
+
+def test_the_lock_holds_every_package_that_the_project_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    locked = re.findall(r"^([a-z0-9._-]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert {re.match(r"[\w.-]+", name).group().lower() for name in asked} <= set(locked)  # type: ignore[union-attr]

@@ -257,6 +257,17 @@ def test_a_broken_file_in_conf_is_refused_and_harms_nothing(project: Path, conte
     assert (project / "params.yaml").read_text() == "old: 1\n"
 
 
+def test_a_full_disk_leaves_params_yaml_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, *_: object, **__: object) -> int:
+        file.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConvoyError, match="No space left on device"):
+        config.compose(project)
+    assert (project / "params.yaml").read_text() == "old: 1\n"
+
+
 def test_a_first_params_yaml_is_not_left_behind_by_a_broken_conf(project: Path) -> None:
     (project / "params.yaml").unlink()
     with pytest.raises(ConvoyError):

@@ -28,16 +28,20 @@ def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
     """On the terminal, with four digits of each fraction."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left")
+    shown = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column, values in table.items():
         numeric = pd.api.types.is_numeric_dtype(values)
-        shown.add_column(str(column).replace("_", "\n"), justify="right" if numeric else "left")
+        shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left")
     for row in table.itertuples(index=False):
         shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(shown)
+    console = Console()
+    Console(width=max(console.width, 100)).print(shown)  # a log file has no width of its own
 
 
 def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, file: Path) -> None:

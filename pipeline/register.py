@@ -41,10 +41,10 @@ def register(stage: Stage) -> None:
             colour = report.COLOURS[len(runs) % len(report.COLOURS)]
             runs[name] = run or _bring(store, trained[name], evaluated[name], identities[name], reproduction, colour)
         tracking.save_views(store)
-        promotion.check_floor(winner, best[winner], params)
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
+        promotion.check_floor(winner, best[winner], params)
         version = tracking.find_version(store, params.name, identities[winner]) or tracking.register(
             store,
             name=params.name,

@@ -27,8 +27,7 @@ def main() -> None:
             conclude(root, config.load(root / "params.yaml"))
             sys.exit()
         print("composing conf/ into params.yaml")
-        params = config.compose(root)
-        check(params)
+        params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
         status = repro(["--pull"] if options.pull else [])
         if status == 0:

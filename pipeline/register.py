@@ -64,8 +64,11 @@ def register(stage: Stage) -> None:
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
     """The rows of this table of every architecture, with a column that names it."""
-    as_written = {"dtype": {"class": str}, "keep_default_na": False}  # a class may be called NA or 007
-    tables = [pd.read_csv(folder / file, **as_written).assign(model=name) for name, folder in folders.items()]
+    tables = []
+    for name, folder in folders.items():
+        # a class may be called NA or 007
+        table = pd.read_csv(folder / file, dtype={"class": str}, keep_default_na=False)
+        tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)
 
 

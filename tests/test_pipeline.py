@@ -189,9 +189,16 @@ def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: P
     assert said in str(raised.value)
 
 
-def test_an_unknown_architecture_in_the_list_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match="lenett"):
+def test_an_unknown_architecture_in_the_list_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^conf/model/lenett.yaml: there is no such file; did you mean lenet\?$"):
         make_project(tmp_path / "project", ["model=[lenett,resnet]"])
+
+
+def test_refused_settings_leave_params_yaml_as_it_was(road: Path) -> None:
+    before = (road / "params.yaml").read_bytes()
+    with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
+        config.compose(road, ["train.max_epochs=0"], check=check)
+    assert (road / "params.yaml").read_bytes() == before
 
 
 def test_results_of_an_architecture_off_the_list_are_removed(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_no_pictures_get_no_answers(served: ImageClassifier) -> None:
         (picture() / 255, "whole numbers from 0 to 255"),
         ([picture().astype(np.int32) + 200], "whole numbers from 0 to 255"),
         ([np.zeros((4, 5, 6, 7), np.uint8)], "it must be"),
-        ([np.zeros((0, 5), np.uint8)], "whole numbers"),
+        ([np.zeros((0, 5), np.uint8)], "has no pixels"),
         ([b"no image at all"], "is not an image"),
         ("no base64!", "not the base64 of an image file"),
         ([None], "whole numbers"),

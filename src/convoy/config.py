@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
@@ -35,27 +35,49 @@ class ConvoyError(Exception):
     """What a user can mend. The message names the file or key, what is wrong with it, and the mend."""
 
 
-def compose(root: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def compose(
+    root: Path, overrides: Sequence[str] = (), check: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
     """Compose `root/conf` into `root/params.yaml`, the same bytes that `dvc exp run` writes, and return it.
 
-    Raises ConvoyError for a file or key in `conf/` or in `overrides` that Hydra can't make sense of.
+    Raises ConvoyError for what Hydra can't make sense of, and whatever `check` raises of the composed sections.
+    Then `params.yaml` is left as it was.
     """
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import compose_and_dump
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     params = root / "params.yaml"
     before = params.read_bytes() if params.exists() else None
     try:
-        compose_and_dump(params, str(root / "conf"), None, "config", str(root), list(overrides))
-        return load(params)
-    # OSError is OmegaConf's word for a file that holds no table
-    except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        _compose(root, params, list(overrides))
+        sections = load(params)
+        check(sections)
+        return sections
+    except BaseException:
         if before is not None:
             params.write_bytes(before)
-        raise ConvoyError(f"conf/ does not compose: {str(error) or type(error).__name__}") from error
+        raise
+
+
+def _compose(root: Path, params: Path, overrides: list[str]) -> None:
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        compose_and_dump(params, str(root / "conf"), None, "config", str(root), overrides)
+    except MissingConfigException as error:
+        file = Path(f"conf/{error.missing_cfg_file}.yaml")
+        known = sorted(other.stem for other in (root / file.parent).glob("*.yaml"))
+        raise ConvoyError(f"{file}: there is no such file; {_hint(file.stem, known)}") from error
+    # OSError is OmegaConf's word for a file that holds no table
+    except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConvoyError(f"conf/ does not compose: {said}") from error
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
 
 
 def load(params: Path) -> dict[str, Any]:
@@ -90,9 +112,7 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raises ConvoyError where the composed settings lack a known section, or have another."""
     for name in params:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
-            raise ConvoyError(f"conf/: {name}: unknown section; {hint}")
+            raise ConvoyError(f"conf/: {name}: unknown section; {_hint(name, known)}")
     for name in known:
         if not params.get(name) and params.get(name) != 0:
             raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
@@ -105,9 +125,7 @@ def _complaints(error: pydantic.ValidationError, schema: Any, section: str) -> I
         match complaint["type"]:
             case "unexpected_keyword_argument":
                 known = _fields(schema, parents)
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
-                yield f"{name}: unknown key; {hint}"
+                yield f"{name}: unknown key; {_hint(str(key), known)}"
             case "missing" | "missing_argument":
                 yield f"{name}: missing; set it in conf/"
             case _:

@@ -77,7 +77,9 @@ def _pixels(image: Any) -> np.ndarray:
     if isinstance(image, bytes):
         return images.decode(image, LONGEST_SIDE)
     pixels = np.asarray(image)
-    if not np.issubdtype(pixels.dtype, np.integer) or pixels.size == 0 or pixels.min() < 0 or pixels.max() > 255:
+    if pixels.size == 0:
+        raise images.BadImage("has no pixels")
+    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 255:
         raise images.BadImage(f"has pixels of type {pixels.dtype}; they must be whole numbers from 0 to 255")
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]

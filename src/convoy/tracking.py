@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +80,7 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     # MLflow's own defaults would wait for four minutes on a server that is down
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     embedded = f"sqlite:///{root / 'mlflow.db'}"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -138,6 +140,7 @@ def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:
 def register(store: Store, name: str, run_id: str, identity: str, model: Path, files: Mapping[str, Path], code: Path,
              step: int) -> ModelVersion:  # fmt: skip
     """Log a model (its Python file `model`, the package `code` and `files`, no pickle) and make a version of it."""
+    warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method.*")  # see serving
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name="model",

@@ -230,7 +230,7 @@ def test_dvc_composes_the_very_same_bytes(project: Path) -> None:
     ],
 )
 def test_an_override_that_fits_nothing_is_named_and_harms_nothing(project: Path, override: str, named: str) -> None:
-    with pytest.raises(ConvoyError, match="^conf/") as refusal:
+    with pytest.raises(ConvoyError, match=r"^conf/") as refusal:
         config.compose(project, [override])
     assert named in str(refusal.value)
     assert (project / "params.yaml").read_text() == "old: 1\n"

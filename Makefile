@@ -16,7 +16,7 @@ repro: $(READY) ## the whole pipeline: compose conf/, run what is not up to date
 	python -m pipeline
 
 test: $(READY) ## the tests
-	python -m pytest -q
+	python -m pytest -q --numprocesses auto --dist loadfile
 
 lint: $(READY) ## style and types
 	ruff check .

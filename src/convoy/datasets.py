@@ -9,6 +9,7 @@ import inspect
 import json
 import lzma
 import shutil
+import socket
 import tarfile
 import traceback
 import zipfile
@@ -358,6 +359,8 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
     shutil.rmtree(arriving, ignore_errors=True)
     if folder.exists():
         shutil.copytree(folder, arriving)  # what is there already need not come again
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds; torchvision itself would wait for ever on a server that is silent
     try:
         for chosen in params.splits.values():
             make(arriving, download=True, **chosen)
@@ -368,6 +371,8 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
             f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
             f" or put the files that torchvision looks for into {folder}/"
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
     shutil.rmtree(folder, ignore_errors=True)
     arriving.rename(folder)
     return _parts(make, params, folder)

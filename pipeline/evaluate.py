@@ -22,6 +22,8 @@ def evaluate(stage: Stage) -> None:
     classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
 
     torch.set_num_threads(record["train"]["threads"])  # part of what makes the same bits
+    if record["train"]["accelerator"] in ("auto", "gpu") and torch.cuda.is_available():
+        classifier.cuda()
 
     test = Images.load(prepared, "test")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")

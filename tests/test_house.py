@@ -279,3 +279,25 @@ def test_the_lock_holds_every_package_that_the_project_asks_for() -> None:
     asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     locked = re.findall(r"^([a-z0-9._-]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert {re.match(r"[\w.-]+", name).group().lower() for name in asked} <= set(locked)  # type: ignore[union-attr]
+
+
+def test_every_make_target_that_is_named_anywhere_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {}
+    for file in ("README.md", "Dockerfile", ".ci/run", ".github/workflows/ci.yml", ".github/workflows/retrain.yml"):
+        found = re.findall(r"(?:`|^ *|run: |RUN )make ([a-z-]+)(?:`| |$)", (ROOT / file).read_text(), re.MULTILINE)
+        named[file] = set(found)
+    assert {"repro", "test", "ui"} <= named["README.md"]
+    assert {"install", "retrain", "push", "hand-back"} <= named[".github/workflows/retrain.yml"]
+    assert set().union(*named.values()) <= targets
+
+
+def test_every_stage_of_the_table_in_the_readme_watches_what_dvc_yaml_says() -> None:
+    rows = re.findall(
+        r"^\| ([a-z]+)(?:@x)? \|(?:[^|]*\|){2} ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    watched = {
+        stage: [param.replace("${key}", "x") for param in described.get("do", described)["params"]]
+        for stage, described in STAGES.items()
+    }
+    assert {stage: params.split(", ") for stage, params in rows if stage in watched} == watched

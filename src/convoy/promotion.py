@@ -13,13 +13,13 @@ class Register:
     floor: Share  # validation accuracy below which nothing is registered
 
 
-def choose(best: Mapping[str, Mapping[str, float]]) -> str:
-    """The architecture with the highest validation accuracy, then the lowest validation loss, then the first name.
+def rank(best: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The architectures, best first: by highest validation accuracy, then by lowest validation loss, then by name.
 
     `best` holds the best epoch of each architecture. Test figures take no part: a model that is chosen by them
     looks better than it is.
     """
-    return min(best, key=lambda name: (-best[name]["val_accuracy"], best[name]["val_loss"], name))
+    return sorted(best, key=lambda name: (-best[name]["val_accuracy"], best[name]["val_loss"], name))
 
 
 def check_floor(name: str, best: Mapping[str, float], params: Register) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pandas as pd
@@ -35,6 +36,7 @@ COLUMNS = [
     "metrics.test/macro_f1",
     "metrics.test/log_loss",
     "metrics.parameters",
+    "attributes.Models",
     "params.dataset",
     "params.recipe.optimizer",
     "params.recipe.lr",
@@ -53,13 +55,56 @@ class Run:
     """A finished training with its evaluation, as MLflow shall show it."""
 
     name: str
-    identity: str
-    colour: str  # of its curves, "#rrggbb"
     params: Mapping[str, object]  # flat dotted names
     metrics: Mapping[str, float]
     history: pd.DataFrame  # a row for each epoch: "epoch", then metrics by their names in MLflow
-    tags: Mapping[str, str]
+    tags: Mapping[str, str]  # IDENTITY among them
     files: Sequence[Path]
+
+
+def describe(
+    record: Mapping[str, Any],
+    figures: Mapping[str, float],
+    history: pd.DataFrame,
+    tags: Mapping[str, str],
+    files: Sequence[Path],
+) -> Run:
+    """The run that a training's record and history and its evaluation's figures make: the same names for all."""
+    best = record["best"]
+    return Run(
+        name=record["architecture"],
+        params={
+            "model": record["architecture"],
+            "dataset": record["task"]["dataset"],
+            "size": record["task"]["size"],
+            "seed": record["seed"],
+            "train.max_epochs": record["train"]["max_epochs"],
+            **_flat(record["settings"]["recipe"], "recipe"),
+        },
+        metrics={
+            **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch")},
+            **{f"test/{name}": value for name, value in figures.items()},
+            "parameters": record["parameters"],
+        },
+        history=history.rename(columns=_metric_name),
+        tags={**tags, **{f"environment.{name}": str(value) for name, value in record["environment"].items()}},
+        files=files,
+    )
+
+
+def _metric_name(column: str) -> str:
+    """val_accuracy -> val/accuracy, so that MLflow draws the metrics of a split in one section."""
+    split, _, figure = column.partition("_")
+    return f"{split}/{figure}" if figure else column
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """{"augment": {"flip": True}} -> {"recipe.augment.flip": True}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +161,7 @@ def find_run(store: Store, identity: str) -> str | None:
 def create_run(store: Store, run: Run) -> str:
     """Write a whole run, and return its id. It counts as finished only after the last of it has arrived."""
     client = store.client
-    tags = {**resolve_tags(), **run.tags, IDENTITY: run.identity, "mlflow.runColor": run.colour}
+    tags = {**resolve_tags(), **run.tags}
     info = client.create_run(store.experiment.experiment_id, tags=tags, run_name=run.name).info
     metrics = [Metric(name, round(value, 6), info.start_time, 0) for name, value in run.metrics.items()]
     for row in run.history.to_dict("records"):

@@ -50,7 +50,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
 
 def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
     trained = train(max_epochs=6, lr=0.05)
-    assert [epoch["epoch"] for epoch in trained.history] == list(range(6))
+    assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
     assert set(trained.history[0]) == {"epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"}
     assert trained.best == max(trained.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
 

@@ -100,7 +100,7 @@ class Classifier(LightningModule, ABC):
 
     def _report(self, split: str) -> None:
         loss, correct, count = self._sums[split].tolist()
-        self.log_dict({f"{split}_loss": loss / count, f"{split}_accuracy": correct / count})
+        self.log_dict({f"{split}_loss": loss / count, f"{split}_accuracy": correct / count}, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         recipe = self.recipe

@@ -70,7 +70,11 @@ def describe(
     files: Sequence[Path],
 ) -> Run:
     """The run that a training's record and history and its evaluation's figures make: the same names for all."""
-    best = record["best"]
+    best, epochs = record["best"], record["train"]["max_epochs"]
+    note = (
+        f"{record['architecture']} on {record['task']['dataset']}: {best['val_accuracy']:.4f} in validation "
+        f"(epoch {best['epoch']} of {epochs}), {figures['accuracy']:.4f} on test images"
+    )
     return Run(
         name=record["architecture"],
         params={
@@ -87,7 +91,11 @@ def describe(
             "parameters": record["parameters"],
         },
         history=history.rename(columns=_metric_name),
-        tags={**tags, **{f"environment.{name}": str(value) for name, value in record["environment"].items()}},
+        tags={
+            "mlflow.note.content": note,
+            **tags,
+            **{f"environment.{name}": str(value) for name, value in record["environment"].items()},
+        },
         files=files,
     )
 

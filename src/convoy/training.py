@@ -33,7 +33,7 @@ class Trained:
     """What training leaves."""
 
     weights: dict[str, Tensor]  # of the best epoch, on the CPU
-    history: list[dict[str, float]]  # for each epoch: epoch, lr, and loss and accuracy on train and val
+    history: list[dict[str, float]]  # for each epoch, from 1: epoch, lr, and loss and accuracy on train and val
     best: dict[str, float]  # the row of `history` with the highest val_accuracy, then the lowest val_loss
     environment: dict[str, str | int]  # what the bits depend on beside code, settings and data
 
@@ -78,12 +78,13 @@ class BestEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-        epoch = {"epoch": trainer.current_epoch, "lr": trainer.optimizers[0].param_groups[0]["lr"], **metrics}
+        number = trainer.current_epoch + 1
+        epoch = {"epoch": number, "lr": trainer.optimizers[0].param_groups[0]["lr"], **metrics}
         self.history.append(epoch)
         if not all(map(math.isfinite, epoch.values())):
             name = type(pl_module).__name__.lower()
             raise ConvoyError(
-                f"the loss of {name} is no longer a number in epoch {trainer.current_epoch}, "
+                f"the loss of {name} is no longer a number in epoch {number}, "
                 f"at a learning rate of {epoch['lr']:.3g}: lower model.{name}.recipe.lr"
             )
         if not self.best or _rank(epoch) > _rank(self.best):
@@ -91,7 +92,7 @@ class BestEpoch(Checkpoint):
             self.weights = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         if not trainer.progress_bar_callback:
             print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {epoch['train_loss']:.4f}  "
+                f"epoch {number}/{trainer.max_epochs}  loss {epoch['train_loss']:.4f}  "
                 f"val_loss {epoch['val_loss']:.4f}  val_accuracy {epoch['val_accuracy']:.4f}",
                 flush=True,
             )

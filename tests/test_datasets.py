@@ -247,6 +247,23 @@ def test_an_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str)
     assert [int(image[0, 0, 0]) for image in found.images()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_data_itself_may_be_one_archive(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "data").write_bytes(WRITERS[kind](SPLIT_PETS))
+    assert sorted(rows(packed(tmp_path / "data"))) == [
+        ("data:test/cat/3.png", "cat", "test"),
+        ("data:train/cat/1.png", "cat", "train"),
+        ("data:train/dog/2.png", "dog", "train"),
+        ("data:valid/dog/4.png", "dog", "val"),
+    ]
+
+
+def test_data_that_is_one_file_and_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(png())
+    with pytest.raises(ConvoyError, match="data is not a whole tar archive"):
+        read_folder(tmp_path / "data", 64)
+
+
 def test_archives_and_folders_are_one_data_set(data: Path) -> None:
     write(data, PETS | {"a.zip": zipped({"cat/3.png": png()}), "b.tar.gz": tarred({"bird/1.png": png()})})
     found = packed(data)

@@ -27,20 +27,12 @@ from tqdm import tqdm
 from convoy.config import ConvoyError, Count, schema
 from convoy.images import BadImage, decode, plain
 
-SPLITS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}  # as written -> as meant
+# as written -> as meant
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what must lie in a class folder
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-JUNK = (
-    "__MACOSX",
-    "Thumbs.db",
-    "desktop.ini",
-)  # what systems leave in folders; so do names that begin with a dot
+# what systems leave in folders; so do names that begin with a dot
+JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 @schema
@@ -139,25 +131,27 @@ def pack(source: Source, name: str, folder: Path) -> Packed:
 
 
 def read_folder(data: Path, longest_side: int) -> Source:
-    """The images below `data`: `<class>/...` or `<train|val|test>/<class>/...`, in folders or in archives.
+    """The images in `data`: `<class>/...` or `<train|val|test>/<class>/...`, in folders or in archives.
 
     Folders around all of it are looked through, so an archive may hold `digits/<class>/...`.
     Raises ConvoyError where there is no image, or one in no class folder, and for links and broken archives.
     """
-    found = [file for file in sorted(data.rglob("*")) if not _is_junk(file.relative_to(data))]
+    below = [data] if data.is_file() else sorted(data.rglob("*"))  # `data` itself may be one archive
+    found = [file for file in below if not _is_junk(file.relative_to(data))]
     for link in (file for file in found if file.is_symlink()):
         raise ConvoyError(
             f"{_name(link, data)} is a link, which would bring in what is not in the data: put the file itself there"
         )
     files = [file for file in found if not file.is_dir()]
-    archives = [file for file in files if file.name.lower().endswith(ARCHIVES)]
-    loose = [file for file in files if not file.name.lower().endswith(ARCHIVES)]
+    archives = [file for file in files if file == data or file.name.lower().endswith(ARCHIVES)]
+    loose = [file for file in files if file not in set(archives)]
 
     members = [Member(_name(file, data), file.relative_to(data), file.read_bytes) for file in loose]
     placed = _placed(members)
     with contextlib.ExitStack() as stack:
         for archive in archives:
-            open_archive = _zip_members if archive.suffix.lower() == ".zip" else _tar_members
+            is_zip = archive.suffix.lower() == ".zip" or (archive == data and zipfile.is_zipfile(data))
+            open_archive = _zip_members if is_zip else _tar_members
             placed += _placed(open_archive(archive, _name(archive, data), stack))
         if not placed:
             raise ConvoyError(
@@ -286,15 +280,7 @@ def _decoded(member: Member, longest_side: int) -> np.ndarray | BadImage:
         return decode(member.read(), longest_side)
     except BadImage as fault:
         return fault
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-    ) as error:
+    except (OSError, RuntimeError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         return BadImage(f"can't be read: {error}")
 
 

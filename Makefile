@@ -8,7 +8,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 .PHONY: help install repro test lint ui lock retrain push hand-back
 
 help: ## show what can be made
-	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
 
 install: $(READY) ## the environment that requirements.lock describes
 

@@ -7,8 +7,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home convoy
 USER convoy
+RUN mkdir /home/convoy/pipeline
 WORKDIR /home/convoy/pipeline
-ENV VENV=/home/convoy/venv PATH=/home/convoy/venv/bin:$PATH UV_NO_CACHE=1
+ENV VENV=/home/convoy/venv PATH=/home/convoy/venv/bin:$PATH UV_NO_CACHE=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 # the libraries change seldom, and have a layer of their own
 COPY --chown=convoy requirements.lock ./

@@ -7,7 +7,7 @@ from pipeline.stage import Stage, main
 def fetch(stage: Stage) -> None:
     """Decode, check and pack the labelled images."""
     params = stage.typed(datasets.Dataset, "dataset")
-    source = datasets.read(params, stage.root / "data", stage.root / "downloads")
+    source = datasets.read(params, stage.root / "data", stage.home / "downloads")
     datasets.pack(source, params.name, stage.scratch)
 
 

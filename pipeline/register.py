@@ -35,7 +35,7 @@ def register(stage: Stage) -> None:
     _together(trained, "history.csv").to_csv(stage.scratch / "curves.csv", index=False)
     _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
 
-    with tracking.store(stage.root, params.name) as store:
+    with tracking.store(stage.home, params.name) as store:
         reproduction = hashlib.sha256("".join(sorted(identities.values())).encode()).hexdigest()[:12]
         runs: dict[str, str] = {}
         for name in reversed(ranked):  # of equal runs MLflow shows the newest first

@@ -26,6 +26,8 @@ class Stage:
 
     def __init__(self, root: Path, name: str, item: str = "") -> None:
         self.root = root
+        # DVC may run an experiment in a temporary copy of the project: what outlives the copy belongs here
+        self.home = Path(os.environ.get("DVC_ROOT", root))
         self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
         self.name = f"{name}@{item}" if item else name
         described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]

@@ -1,6 +1,7 @@
 """The pipeline: from pictures in folders to a champion, and what it says where it can't."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -21,6 +22,7 @@ from pipeline.stage import Stage
 def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,19 @@ def test_an_experiment_leaves_the_champion_as_it_is(
     monkeypatch.delenv("DVC_EXP_NAME")
     Stage(road, "register").run(register)
     assert champion_version(road) == "1"
+
+
+def test_an_experiment_in_a_temporary_copy_brings_its_runs_to_the_project(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    for name in ("artifacts", "dvc.yaml", "params.yaml"):
+        (shutil.copytree if (road / name).is_dir() else shutil.copy)(road / name, copy / name)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    monkeypatch.setenv("DVC_EXP_NAME", "elsewhere")
+    Stage(copy, "register").run(register)
+    assert not (copy / "mlflow.db").exists()
+    assert list(runs(tmp_path / "project").index) == ["lenet", "resnet"]
 
 
 def test_below_the_floor_nothing_is_registered_and_the_score_is_told(road: Path, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def repro(options: list[str]) -> int:
     dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *options], start_new_session=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: os.killpg(dvc.pid, received))
-    return dvc.wait()
+    status = dvc.wait()
+    return status if status >= 0 else 128 - status  # as a shell says it of a process that a signal ended
 
 
 def conclude(root: Path, params: dict[str, Any]) -> None:

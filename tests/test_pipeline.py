@@ -28,7 +28,7 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages have all run once."""
-    root = make_project(tmp_path_factory.mktemp("road") / "project")
+    root = make_project(tmp_path_factory.mktemp("road") / "a project")  # a path may hold a space
     run_stages(root)
     return root
 

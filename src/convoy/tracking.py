@@ -190,8 +190,17 @@ def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:
     return found[0] if found else None
 
 
-def register(store: Store, name: str, run_id: str, identity: str, model: Path, files: Mapping[str, Path], code: Path,
-             step: int) -> ModelVersion:  # fmt: skip
+def register(
+    store: Store,
+    *,
+    name: str,
+    run_id: str,
+    identity: str,
+    model: Path,
+    files: Mapping[str, Path],
+    code: Path,
+    step: int,
+) -> ModelVersion:
     """Log a model (its Python file `model`, the package `code` and `files`, no pickle) and make a version of it."""
     # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
     with mlflow.start_run(run_id=run_id), warnings.catch_warnings(record=True):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -45,7 +46,7 @@ def register(stage: Stage) -> None:
                 "reproduction": reproduction,
                 "mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)],
             }
-            runs[name] = run or _bring(store, trained[name], evaluated[name], tags)
+            runs[name] = run or _bring(store, records[name], figures[name], trained[name], evaluated[name], tags)
         tracking.save_views(store)
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
@@ -81,10 +82,15 @@ def _identity(trained: Path, evaluated: Path) -> str:
     return hashlib.sha256((trained / MARK).read_bytes() + (evaluated / MARK).read_bytes()).hexdigest()
 
 
-def _bring(store: tracking.Store, trained: Path, evaluated: Path, tags: dict[str, str]) -> str:
+def _bring(
+    store: tracking.Store,
+    record: dict[str, Any],
+    figures: dict[str, float],
+    trained: Path,
+    evaluated: Path,
+    tags: dict[str, str],
+) -> str:
     """Write the run of one architecture into the store, and return its id."""
-    record = json.loads((trained / "record.json").read_text())
-    figures = json.loads((evaluated / "metrics.json").read_text())
     predictions = pd.read_parquet(evaluated / "predictions.parquet")
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "confusion.png"

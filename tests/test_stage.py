@@ -1,6 +1,7 @@
 """The stage: what it may read, and how its outputs appear."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -118,6 +119,4 @@ def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(REAL)}

@@ -118,9 +118,10 @@ def pack(source: Source, name: str, folder: Path) -> Packed:
                 faults.append(f"{example.path} {example.pixels}")
                 continue
             height, width, channels = example.pixels.shape
-            digest = hashlib.sha256(f"{height}x{width}x{channels}:".encode() + example.pixels.tobytes()).hexdigest()
+            data = example.pixels.tobytes()
+            digest = hashlib.sha256(f"{height}x{width}x{channels}:".encode() + data).hexdigest()
             rows.append((example.path, example.label, example.split, digest, height, width, channels, offset))
-            offset += file.write(example.pixels.tobytes())
+            offset += file.write(data)
     if faults:
         listed = "\n  ".join(["", *faults]) if len(faults) > 1 else faults[0]
         raise ConvoyError(f"{len(faults)} of {source.count} images can't be used; mend or remove: {listed}")

@@ -70,10 +70,10 @@ def describe(
     files: Sequence[Path],
 ) -> Run:
     """The run that a training's record and history and its evaluation's figures make: the same names for all."""
-    best, epochs = record["best"], record["train"]["max_epochs"]
+    best, max_epochs = record["best"], record["train"]["max_epochs"]
     note = (
         f"{record['architecture']} on {record['task']['dataset']}: {best['val_accuracy']:.4f} in validation "
-        f"(epoch {best['epoch']} of {epochs}), {figures['accuracy']:.4f} on test images"
+        f"(epoch {best['epoch']} of {max_epochs}), {figures['accuracy']:.4f} on test images"
     )
     return Run(
         name=record["architecture"],
@@ -82,7 +82,7 @@ def describe(
             "dataset": record["task"]["dataset"],
             "size": record["task"]["size"],
             "seed": record["seed"],
-            "train.max_epochs": record["train"]["max_epochs"],
+            "train.max_epochs": max_epochs,
             **_flat(record["settings"]["recipe"], "recipe"),
         },
         metrics={

@@ -54,10 +54,8 @@ def _save(client: "MlflowClient", experiment_id: str, name: str, mode: str, stat
     return f"{page}&viewStateShareKey={view}"
 
 
-def save_table(
-    client: "MlflowClient", experiment_id: str, name: str, columns: list[str], order_by: str, ascending: bool = False
-) -> str:
-    """Save a runs table with `columns` in this order, sorted by `order_by`, and return its link's path.
+def save_table(client: "MlflowClient", experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
+    """Save a runs table with `columns` in this order, the highest `order_by` first, and return its link's path.
 
     Columns are like "metrics.val/accuracy", "params.model", "tags.candidate", "attributes.Models" (Dataset,
     Source, User, Version, Description). Run Name, Created, Duration always show; what no run has never does.
@@ -76,7 +74,7 @@ def save_table(
             "columnOrder": list(widths),
             "columnWidths": widths,
             "orderByKey": _key(order_by),
-            "orderByAsc": ascending,
+            "orderByAsc": False,
         },
     )
 
@@ -89,7 +87,6 @@ def save_charts(
     bars: list[str],
     scatters: list[tuple[str, str]],
     order_by: str,
-    ascending: bool = False,
 ) -> str:
     """Save a charts page of metrics over all runs (by step; last values; y over x), return its link's path.
 
@@ -118,6 +115,6 @@ def save_charts(
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
             "orderByKey": _key(order_by),
-            "orderByAsc": ascending,
+            "orderByAsc": False,
         },
     )

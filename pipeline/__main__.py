@@ -39,12 +39,20 @@ def main() -> None:
 
 def check(params: dict[str, Any]) -> None:
     """Raises ConvoyError where a key is unknown, missing, of a wrong type or out of range, before anything runs."""
-    from convoy.datasets import Dataset
+    from convoy.datasets.intake import Fetch
+    from convoy.datasets.source import Dataset
     from convoy.evaluation import Evaluate
     from convoy.preprocessing import Preprocess
     from convoy.promotion import Register
 
-    light = {"dataset": Dataset, "seed": Whole, "preprocess": Preprocess, "evaluate": Evaluate, "register": Register}
+    light = {
+        "dataset": Dataset,
+        "fetch": Fetch,
+        "seed": Whole,
+        "preprocess": Preprocess,
+        "evaluate": Evaluate,
+        "register": Register,
+    }
     config.check_sections(params, [*light, "train", "model"])
     for name, schema in light.items():
         typed(schema, params[name], name)

@@ -1,14 +1,50 @@
-"""fetch: the labelled images of data/, or a set that torchvision knows, decoded, checked and packed."""
+"""fetch: the labelled images of data/, or a set that torchvision knows, decoded, judged and packed."""
 
-from convoy import datasets
+from convoy.datacard import AsFound, write_fetch_card
+from convoy.datasets.decoding import fingerprint
+from convoy.datasets.folders import read_folder
+from convoy.datasets.history import History, version_of
+from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.published import read_torchvision
+from convoy.datasets.source import Dataset
 from pipeline.stage import Stage, main
 
 
 def fetch(stage: Stage) -> None:
-    """Decode, check and pack the labelled images."""
-    params = stage.typed(datasets.Dataset, "dataset")
-    source = datasets.read(params, stage.root / "data", stage.home / "downloads")
-    datasets.pack(source, params.name, stage.scratch)
+    """Decode, judge and pack the labelled images."""
+    params = stage.typed(Dataset, "dataset")
+    limits = stage.typed(Fetch, "fetch")
+    lock = stage.root / "data.lock"
+    history = History.load(lock, params.name)
+    earlier = stage.home / "artifacts" / ".decoded" / params.name / fingerprint(params.longest_side)
+
+    if params.torchvision is None:
+        source = read_folder(stage.root / "data")
+    else:
+        source = read_torchvision(params.torchvision, stage.home / "downloads" / params.name)
+    intake = take_in(source, params, limits, history.classes, stage.scratch, earlier)
+    packed, quarantine, merged = intake.packed, intake.quarantine, intake.merged
+    quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
+    merged.to_csv(stage.scratch / "merged.csv", index=False)
+
+    history = history.grown(packed.classes, version_of(packed.table, len(quarantine)))
+    changes = history.changes()
+    found = AsFound(params.name, packed.classes, packed.table, packed.image, quarantine, merged, changes)
+    write_fetch_card(found, stage.scratch)
+    tell(found)
+    history.save(lock, params.name)
+
+
+def tell(found: AsFound) -> None:
+    """On the terminal, what nobody should miss."""
+    for path, _, reason in found.quarantine.itertuples(index=False):
+        print(f"left out: {path} {reason}")
+    for change in found.changes:
+        print(f"changed: {change}")
+    print(
+        f"{found.name}: {len(found.table)} images, {len(found.quarantine)} left out, {len(found.merged)} exact copies"
+        " merged; artifacts/fetch/card.md shows them"
+    )
 
 
 if __name__ == "__main__":

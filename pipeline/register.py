@@ -97,7 +97,8 @@ def _bring(
         title = f"{record['architecture']} on test images"
         report.draw_confusion(predictions, record["task"]["classes"], title, picture)
         files = [trained / "record.json", trained / "history.csv", evaluated / "per_class.csv", picture]
-        run = tracking.describe(record, figures, pd.read_csv(trained / "history.csv"), tags, files)
+        data = tracking.DataVersion(**record["data"])
+        run = tracking.describe(record, figures, pd.read_csv(trained / "history.csv"), tags, files, data)
         return tracking.create_run(store, run)
 
 

@@ -39,7 +39,7 @@ def train(stage: Stage) -> None:
         "seed": seed,
         "train": stage.section("train"),
         "task": dataclasses.asdict(task),
-        "data": sha256(prepared / MARK),
+        "data": json.loads((prepared / "data.json").read_text()) | {"digest": sha256(prepared / MARK)[:12]},
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
         "best": trained.best,
         "environment": trained.environment,

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from convoy import config, models
 from convoy.config import ConvoyError, Share, Whole, check_sections, typed
-from convoy.datasets import Dataset
+from convoy.datasets.source import Dataset
 from convoy.preprocessing import Preprocess
 
 ROOT = Path(__file__).parents[1]
-SOUND: dict[str, Any] = {"size": 32, "channels": "auto", "test_fraction": 0.2, "val_fraction": 0.1}
+SOUND: dict[str, Any] = {"size": 32, "channels": "auto", "test_fraction": 0.2, "val_fraction": 0.1, "near_duplicate": 0.9}
 
 
 def lenet(**augment: object) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_an_unknown_key_brings_the_known_one_that_is_like_it() -> None:
 
 
 def test_a_key_like_no_other_brings_all_that_there_are() -> None:
-    message = r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction$"
+    message = r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
     with pytest.raises(ConvoyError, match=message):
         typed(Preprocess, SOUND | {"x": 3}, "preprocess")
 
@@ -113,7 +113,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(ConvoyError) as refusal:
         typed(Preprocess, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
     named = {line.split(":")[0].split("=")[0] for line in str(refusal.value).splitlines()}
-    keys = ("size", "siz", "channels", "test_fraction", "val_fraction")
+    keys = ("size", "siz", "channels", "test_fraction", "val_fraction", "near_duplicate")
     assert named == {f"preprocess.{key}" for key in keys}
 
 
@@ -133,14 +133,19 @@ def test_a_key_deep_inside_is_named_from_the_top(augment: dict, message: str) ->
 
 
 def test_a_key_in_a_table_that_may_be_left_out_is_helped_too() -> None:
-    values = {"name": "x", "longest_side": 9, "torchvision": {"nme": "MNIST", "name": "MNIST", "splits": {"all": {}}}}
+    values = {
+        "name": "x",
+        "longest_side": 9,
+        "group": None,
+        "torchvision": {"nme": "MNIST", "name": "MNIST", "splits": {"all": {}}},
+    }
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.nme: unknown key; did you mean name\?$"):
         typed(Dataset, values, "dataset")
 
 
 @pytest.mark.parametrize("splits", [{}, {"training": {"train": True}}])
 def test_a_torchvision_set_needs_splits_that_we_know(splits: dict) -> None:
-    values = {"name": "x", "longest_side": 9, "torchvision": {"name": "MNIST", "splits": splits}}
+    values = {"name": "x", "longest_side": 9, "group": None, "torchvision": {"name": "MNIST", "splits": splits}}
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.splits"):
         typed(Dataset, values, "dataset")
 

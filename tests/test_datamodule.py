@@ -146,6 +146,52 @@ def test_no_pixel_is_invented_and_the_given_images_stay_as_they_are(
         assert set(map(tuple, other.flatten(0, 1).tolist())) <= set(map(tuple, image.flatten(0, 1).tolist()))
 
 
+def drawn(pixels: Tensor, params: Augment) -> Tensor:
+    """What `augment` promises, an image at a time, from the same random numbers."""
+    count = len(pixels)
+    down = right = torch.zeros(count, 1, dtype=torch.int64)
+    if params.shift:
+        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
+    changed = torch.stack([shifted(*each) for each in zip(pixels, down, right, strict=True)])
+    if params.flip:
+        for image in (torch.rand(count, 1) < 0.5).flatten().nonzero().flatten():
+            changed[image] = changed[image].flip(1)
+    return changed
+
+
+@given(
+    count=st.integers(1, 20), height=st.integers(1, 9), width=st.integers(1, 9), channels=st.sampled_from([1, 3]),
+    shift=st.integers(0, 20), flip=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=100)
+def test_a_batch_is_changed_as_its_images_are_one_by_one_and_by_the_same_random_numbers(
+    count: int, height: int, width: int, channels: int, shift: int, flip: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    expected = drawn(pixels, Augment(shift=shift, flip=flip))
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert torch.equal(augment(pixels, Augment(shift=shift, flip=flip)), expected)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_images_that_are_not_side_by_side_in_memory_are_changed_alike() -> None:
+    rows = torch.arange(12 * 10 * 3, dtype=torch.uint8).reshape(1, 3, 12, 10).permute(0, 2, 3, 1).expand(50, 12, 10, 3)
+    torch.manual_seed(0)
+    changed = augment(rows, Augment(shift=2, flip=True))
+    torch.manual_seed(0)
+    assert torch.equal(changed, augment(rows.contiguous(), Augment(shift=2, flip=True)))
+
+
+def test_a_device_is_told_what_to_do_and_never_asked() -> None:
+    pixels = ramp().to("meta")  # has no values, and raises where one is read
+    changed = augment(pixels, Augment(shift=3, flip=True))
+    assert changed.device == pixels.device
+    assert changed.shape == pixels.shape
+
+
 def test_about_half_of_the_images_are_flipped_exactly() -> None:
     torch.manual_seed(0)
     image = ramp(1)[0]

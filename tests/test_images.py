@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from convoy.images import FORMATS, MAX_PIXELS, BadImage, decode, fit
+from convoy import images
+from convoy.images import FORMATS, MAX_PIXELS, BadImage, fit
 
 # A picture that no flip or turn maps onto itself: 24 wide, 16 high
 PICTURE = np.kron(
@@ -24,6 +25,10 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **(LOSSLESS.get(form, {}) | options))
     return file.getvalue()
+
+
+def decode(data: bytes, longest_side: int) -> np.ndarray:
+    return images.decode(data, longest_side).pixels
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -187,7 +192,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
         (encoded(picture(), "WEBP")[:60], "is not an image|can't be decoded"),
         (bomb(11_000, 11_000), "has 11000x11000 pixels, over the limit of 100000000"),
         (bomb(MAX_PIXELS + 1, 1), "pixels, over the limit"),
-        (bomb(90_000, 90_000), r"8100000000 pixels.* exceeds limit"),
+        (bomb(90_000, 90_000), "has more than the limit of 100000000 pixels"),
         (bomb(8, 8), "can't be decoded"),
     ],
 )

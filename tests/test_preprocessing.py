@@ -1,6 +1,9 @@
 """Preprocessing: the split follows from the images alone, and the arrays hold what the table says."""
 
+import dataclasses
 import hashlib
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +11,26 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from convoy.config import ConvoyError
-from convoy.datasets import Example, Packed, Source, pack
-from convoy.preprocessing import SPLITS, Preprocess, prepare, split
-from convoy.task import Task, measure
+from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.packed import Packed
+from convoy.datasets.source import Dataset, Member, Source
+from convoy.preprocessing import SPLITS, Preprocess, near_duplicates, prepare, split, withhold
+from convoy.task import Sums, Task
 
-PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25)
+PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
 
 
 def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
     """As of `count` different images."""
     hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(start, start + count)]
     paths = [f"data/cat/{number}.png" for number in range(start, start + count)]
-    return pd.DataFrame({"path": paths, "label": "cat", "split": "", "sha256": hashes}).assign(**columns)
+    pictures = np.arange(start, start + count)
+    images = {"path": paths, "label": "cat", "split": "", "group": "", "sha256": hashes, "picture": pictures}
+    return pd.DataFrame(images).assign(**columns)
 
 
 def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
@@ -53,17 +62,24 @@ def test_new_images_never_move_an_old_one(kept: int, seed: int) -> None:
     assert {digest: after[digest] for digest in before} == before
 
 
-def test_neither_order_nor_names_nor_labels_move_an_image() -> None:
+def test_neither_order_nor_names_nor_labels_nor_settings_of_the_decoder_move_an_image() -> None:
     images = table()
-    changed = images.sample(frac=1, random_state=0).assign(path="data/elsewhere.png", label="dog")
+    changed = images.sample(frac=1, random_state=0).assign(path="data/elsewhere.png", label="dog", picture=0, height=9)
     assert by_hash(changed) == by_hash(images)
 
 
-def test_two_copies_of_an_image_are_always_on_the_same_side() -> None:
-    images = table(300)
-    twice = pd.concat([images, images.assign(path="data/copy.png", label="dog")], ignore_index=True)
-    first, second = np.split(split(twice, PARAMS, 1).to_numpy(), 2)
-    assert (first == second).all()
+@given(groups=st.lists(st.sampled_from(["tom", "rex", "", "é|`"]), min_size=1, max_size=60), seed=st.integers(0, 50))
+def test_a_group_is_never_divided_and_growing_it_moves_nothing(groups: list[str], seed: int) -> None:
+    images = table(len(groups)).assign(group=groups)
+    sides = split(images, PARAMS, seed)
+    assert (sides.groupby(images["group"]).nunique().drop("", errors="ignore") == 1).all()
+    half = images.sample(frac=0.5, random_state=0)
+    assert split(half, PARAMS, seed).equals(sides[half.index])
+
+
+def test_a_group_of_one_name_has_nothing_to_do_with_an_image_of_that_hash() -> None:
+    images = table(200)
+    assert not split(images, PARAMS, 1).equals(split(images.assign(group=images["sha256"]), PARAMS, 1))
 
 
 def test_another_seed_gives_another_split_and_the_same_seed_the_same() -> None:
@@ -89,18 +105,122 @@ def test_where_the_source_gives_only_training_images_both_others_are_drawn() -> 
     assert by_hash(table(split="train")) == by_hash(table())
 
 
+# Near duplicates
+
+
+@st.composite
+def likenesses(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
+    """Images of which some have the same picture in another file, and pairs of rows that are near each other."""
+    count = draw(st.integers(1, 40))
+    pictures = draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
+    row = st.integers(0, count - 1)
+    pairs = draw(st.lists(st.tuples(row, row).filter(lambda pair: pair[0] != pair[1]), max_size=60))
+    return table(count).assign(picture=pictures), np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
+    """sha256 -> side, of the images that are not withheld."""
+    sides = split(images, PARAMS, seed)
+    left = sides.drop(withhold(images, sides, near).index)
+    return dict(zip(images["sha256"][left.index], left, strict=True))
+
+
+@given(likenesses(), st.integers(0, 20))
+def test_no_near_duplicates_stand_across_two_sides_and_no_picture_is_there_twice(
+    drawn: tuple[pd.DataFrame, np.ndarray], seed: int
+) -> None:
+    images, near = drawn
+    sides = used(images, near, seed)
+    hashes = images["sha256"].to_numpy()
+    for one, other in hashes[near]:
+        assert not (one in sides and other in sides and sides[one] != sides[other])
+    assert not images[images["sha256"].isin(list(sides))]["picture"].duplicated().any()
+
+
+@given(likenesses(), st.integers(0, 20))
+def test_an_image_is_used_on_its_own_side_or_not_at_all(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
+    images, near = drawn
+    alone = by_hash(images, seed)
+    assert used(images, near, seed).items() <= alone.items()
+
+
+@given(likenesses(), st.integers(0, 20), st.randoms())
+def test_what_is_withheld_follows_neither_from_order_nor_from_names(
+    drawn: tuple[pd.DataFrame, np.ndarray], seed: int, random: object
+) -> None:
+    images, near = drawn
+    order = np.random.default_rng(seed).permutation(len(images))
+    moved = images.iloc[order].reset_index(drop=True).assign(path=[f"elsewhere/{row}" for row in order])
+    assert used(moved, np.argsort(order)[near][:, ::-1], seed) == used(images, near, seed)
+
+
+@given(likenesses(), st.integers(0, 20))
+def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_same_picture(
+    drawn: tuple[pd.DataFrame, np.ndarray], seed: int
+) -> None:
+    images, near = drawn
+    alone = by_hash(images, seed)
+    pictures = images.set_index("sha256")["picture"]
+    for digest, side in alone.items():
+        if side == "test" and (pictures == pictures[digest]).sum() == 1:
+            assert used(images, near, seed)[digest] == "test"
+
+
+def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
+    images = table(3)
+    sides = pd.Series(["train", "test", "val"])
+    withheld = withhold(images, sides, np.array([[0, 1], [2, 1]]))
+    assert withheld.to_dict("records") == [
+        {"path": "data/cat/0.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
+        {"path": "data/cat/2.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
+    ]
+    same = withhold(images.assign(picture=[5, 5, 6]), sides, np.empty((0, 2), int))
+    assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
+
+
+def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Path) -> None:
+    photograph = load_sample_images().images[0][130:]  # below the sky, which looks alike everywhere
+    pictures = [photograph[top : top + 96, left : left + 96] for top in (0, 96) for left in range(0, 540, 96)]
+    copies = []
+    for picture in pictures[:8]:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=70)
+        copies.append(file.getvalue())
+    images = packed(tmp_path / "packed", {"china": pictures, "copies": copies})
+    found = near_duplicates(images, 0.98)
+    paths = images.table["path"].to_numpy()[found]
+    expected = {(f"data/china/{number}.png", f"data/copies/{number}.png") for number in range(8)}
+    assert {tuple(sorted(pair)) for pair in paths} == expected
+
+
+def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tmp_path: Path) -> None:
+    pictures = noise(60, 3, 1, size=40)
+    slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
+    found = prepare(
+        packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), PARAMS, 1, tmp_path
+    )
+    assert len(found.near) == 60
+    assert 10 < len(found.withheld) < 40
+    assert found.withheld["reason"].str.contains("nearly equals the (?:test|val) image data/cat/").all()
+    assert not set(found.withheld["path"]) & set(found.table["path"])
+    assert len(found.withheld) + len(found.table) == 180
+
+
 # The arrays
 
 
-def packed(folder: Path, images: dict[str, list[np.ndarray]], given_split: str = "") -> Packed:
+def packed(folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], given_split: str = "") -> Packed:
     """`images` by class, as a packed data set in `folder`."""
-    examples = [
-        Example(f"data/{label}/{number}.png", label, given_split, pixels)
-        for label, list_of_pixels in images.items()
-        for number, pixels in enumerate(list_of_pixels)
+    members = [
+        Member(f"data/{label}/{number}.png", label, given_split, "", content)
+        for label, contents in images.items()
+        for number, content in enumerate(contents)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    return pack(Source(sorted(images), len(examples), iter(examples)), "pets", folder)
+    source = Source(sorted(images), len(members), iter(members))
+    limits = Fetch(max_bad_fraction=0.0)
+    pets = Dataset(name="pets", longest_side=512, group=None)
+    return take_in(source, pets, limits, [], folder, folder / "remembered" / "here").packed
 
 
 def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
@@ -160,7 +280,7 @@ def test_the_task_says_what_the_data_are(prepared: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mean_and_deviation_are_those_of_the_training_images_alone(tmp_path: Path, channels: int) -> None:
     images = {"cat": noise(80, channels, 1), "dog": noise(80, channels, 2)}
-    task = prepare(packed(tmp_path / "packed", images), PARAMS, 1, tmp_path)
+    task = prepare(packed(tmp_path / "packed", images), PARAMS, 1, tmp_path).task
     pixels = np.load(tmp_path / "train_pixels.npy") / 255
     assert task.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
     assert task.std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
@@ -175,8 +295,8 @@ def test_channels_are_as_asked_and_by_themselves_grey_only_where_every_image_is(
     tmp_path: Path, asked: object, source: int, expected: int
 ) -> None:
     images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
-    params = Preprocess(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3)
-    task = prepare(packed(tmp_path / "packed", images), params, 1, tmp_path)
+    params = Preprocess(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
+    task = prepare(packed(tmp_path / "packed", images), params, 1, tmp_path).task
     assert task.channels == len(task.mean) == len(task.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)
 
@@ -198,25 +318,28 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
     assert set(first) == arrays | {"images.parquet", "task.json"}
 
 
-# What is refused
+# What is said and what is refused
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_class_with_too_few_images_is_refused_by_name(tmp_path: Path, count: int) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(50), "rare": noise(count, 1, 1)})
-    with pytest.raises(ConvoyError, match=rf"every class needs 3 images or more.*: 'rare' has {count}$"):
-        prepare(images, PARAMS, 1, tmp_path)
+def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
+    images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2), "rare": noise(count, 1, 1)})
+    (note,) = prepare(images, PARAMS, 1, tmp_path).notes
+    assert note.startswith(f"class 'rare' has {count} images, too few for each split: none in ")
 
 
-def test_a_class_without_an_image_on_one_side_is_refused_by_name(tmp_path: Path) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(50), "copies": noise(1, 1, 1) * 9})
-    with pytest.raises(ConvoyError, match=r"no (train|val) image of 'copies'"):
-        prepare(images, PARAMS, 1, tmp_path)
+def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tmp_path: Path) -> None:
+    images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
+    images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
+    prepared = prepare(images, PARAMS, 1, tmp_path)
+    assert prepared.notes == ["class 'owl' has no image: the networks keep its place, and can't learn it"]
+    assert prepared.task.classes == ["owl", "cat", "dog"]
+    assert set(np.load(tmp_path / "train_labels.npy")) == {1, 2}
 
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
-    with pytest.raises(ConvoyError, match="no train image of 'cat', 'dog'"):
+    with pytest.raises(ConvoyError, match="there is no train image left: pets needs more images"):
         prepare(images, PARAMS, 1, tmp_path)
 
 
@@ -228,19 +351,27 @@ def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     seed=st.integers(0, 1000),
     chunk=st.integers(1, 10),
 )
-def test_measure_is_numpys_mean_and_deviation_whatever_the_order_and_the_chunk(
+def test_mean_and_deviation_are_numpys_whatever_the_order_and_the_parts(
     shape: tuple[int, ...], seed: int, chunk: int
 ) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    mean, std = measure(pixels, chunk)
+    mean, std = summed(pixels, chunk).mean_and_std()
     assert mean == pytest.approx((pixels / 255).mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
     assert std == pytest.approx(np.maximum((pixels / 255).std(axis=(0, 1, 2)), 1 / 255).tolist(), abs=1e-6)
-    assert measure(pixels[::-1], 4096) == (mean, std)
+    assert summed(pixels[::-1], len(pixels)).mean_and_std() == (mean, std)
+
+
+def summed(pixels: np.ndarray, chunk: int) -> Sums:
+    sums = Sums(pixels.shape[-1])
+    for start in range(0, len(pixels), chunk):
+        sums.add(pixels[start : start + chunk])
+    return sums
 
 
 @given(value=st.integers(0, 255))
 def test_a_channel_that_never_varies_can_still_be_divided_by(value: int) -> None:
-    assert measure(np.full((3, 4, 4, 1), value, np.uint8)) == ([round(value / 255, 6)], [round(1 / 255, 6)])
+    pixels = np.full((3, 4, 4, 1), value, np.uint8)
+    assert summed(pixels, 3).mean_and_std() == ([round(value / 255, 6)], [round(1 / 255, 6)])
 
 
 def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.datasets import pack, read_folder
+from convoy.datasets.folders import read_folder
+from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.packed import Packed
+from convoy.datasets.source import Dataset
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -16,15 +19,21 @@ def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
     assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
 
 
+def packed(folder: Path) -> Packed:
+    dataset = Dataset(name="digits", longest_side=512, group=None)
+    limits = Fetch(max_bad_fraction=0.0)
+    return take_in(read_folder(SAMPLES), dataset, limits, [], folder, folder / "remembered" / "here").packed
+
+
 def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp_path: Path) -> None:
-    digits = pack(read_folder(SAMPLES, 512), "digits", tmp_path)
+    digits = packed(tmp_path)
     assert digits.classes == list("0123456789")
     assert len(digits.table) == 1797
-    assert {image.shape for image in digits.images()} == {(8, 8, 1)}
+    assert {digits.image(row).shape for row in range(1797)} == {(8, 8, 1)}
     assert digits.table["path"][0] == "samples/digits.zip:digits/0/0000.png"
 
 
 def test_its_grey_levels_are_the_seventeen_of_the_source(tmp_path: Path) -> None:
-    digits = pack(read_folder(SAMPLES, 512), "digits", tmp_path)
+    digits = packed(tmp_path)
     assert len(np.unique(digits.pixels)) == 17
     assert (digits.pixels.min(), digits.pixels.max()) == (0, 255)

@@ -21,18 +21,31 @@ class Augment:
 
 
 def augment(pixels: Tensor, params: Augment) -> Tensor:
-    """A changed copy of `pixels` (N, H, W, C) uint8, drawn from torch's global generator on the host."""
-    count, height, width, _ = pixels.shape
-    rows = torch.arange(height, device=pixels.device).expand(count, height)
-    columns = torch.arange(width, device=pixels.device).expand(count, width)
+    """`pixels` (N, H, W, C) uint8 with random changes, drawn from torch's global generator on the host.
+
+    The tensor given stays as it is, and nothing is read back from its device.
+    """
+    count = len(pixels)
     if params.shift:
-        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1)).to(pixels.device)
-        rows, columns = (rows + down).clamp(0, height - 1), (columns + right).clamp(0, width - 1)
+        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
+        pixels = move(pixels, params.shift, down, right)
     if params.flip:
-        flipped = (torch.rand(count, 1) < 0.5).to(pixels.device)
-        columns = torch.where(flipped, columns.flip(1), columns)
-    images = torch.arange(count, device=pixels.device)
-    return pixels[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+        image = torch.arange(count) + count * (torch.rand(count) < 0.5)
+        both = torch.cat([pixels, pixels.flip(2)])
+        pixels = both.index_select(0, image.to(pixels.device, non_blocking=True))
+    return pixels
+
+
+def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
+    """Each image as seen from `down` and `right` of it, on the host, (N, 1) pixels in -shift..shift."""
+    count, height, width, channels = pixels.shape
+    wide = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
+    # A row of the result lies in `wide` in one piece, so whole rows are copied: an index of every pixel takes
+    # four times as long.
+    pieces = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
+    row = (torch.arange(height) + down).clamp(0, height - 1) + height * torch.arange(count)[:, None]  # (N, H)
+    piece = row * (width + 2 * shift) + shift + right
+    return pieces.index_select(0, piece.flatten().to(pixels.device, non_blocking=True)).view(pixels.shape)
 
 
 class Images(Dataset):
@@ -52,7 +65,7 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.pixels[rows]), torch.from_numpy(self.labels[rows])
+        return torch.from_numpy(np.take(self.pixels, rows, axis=0)), torch.from_numpy(self.labels[rows])
 
 
 class ShuffledBatches(Sampler[list[int]]):

@@ -1,20 +1,28 @@
 """Preprocessing: from a packed data set to images of one size, split for training, validation and test."""
 
+import contextlib
+import dataclasses
 import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 from pydantic import Field
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Fraction, schema
-from convoy.datasets import Packed
+from convoy.datasets.packed import Packed
 from convoy.images import fit
-from convoy.task import Task, measure
+from convoy.likeness import near_hashes, near_pairs, thumbnails
+from convoy.task import Sums, Task
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")  # each further from training than the one before
+CHUNK = 2**24  # bytes of pixels at a time
 
 
 @schema
@@ -25,57 +33,64 @@ class Preprocess:
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
     test_fraction: Fraction  # of all images, where the source has no test split of its own
     val_fraction: Fraction  # of the images that are left to train with, where the source has no val split of its own
+    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # correlation of thumbnails from which two images count as one
 
 
-def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the networks are given, and what was kept from them."""
+
+    task: Task
+    table: pd.DataFrame  # path, label, sha256 and split of each image, in the order of the arrays
+    near: pd.DataFrame  # path, label, other, other_label: pairs of images that nearly equal each other
+    withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
+    notes: list[str]  # what is worth knowing about the split, in words
+
+
+def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
-    `images.parquet` has a row for each image in the order of the arrays: path, label, split, sha256.
-    Raises ConvoyError where a class has too few images to train, validate and test.
+    `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, split.
+    Raises ConvoyError where no image is left to train, validate or test with.
     """
-    splits = split(packed.table, params, seed)
-    _check_counts(packed, splits)
+    drawn = split(packed.table, params, seed)
+    near = near_duplicates(packed, params.near_duplicate)
+    withheld = withhold(packed.table, drawn, near)
+    sides = drawn.mask(drawn.index.isin(withheld.index), "")
+    notes = _notes(packed, sides)
+
     grey = bool((packed.table["channels"] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
-
-    shape = (params.size, params.size, channels)
-    arrays = {
-        name: np.lib.format.open_memmap(
-            folder / f"{name}_pixels.npy", "w+", np.uint8, (int((splits == name).sum()), *shape)
-        )
-        for name in SPLITS
-    }
-    filled = dict.fromkeys(SPLITS, 0)
-    images = tqdm(packed.images(), "preprocess", len(packed.table), unit=" images", mininterval=1)
-    for name, pixels in zip(splits, images, strict=True):
-        arrays[name][filled[name]] = fit(pixels, params.size, channels)
-        filled[name] += 1
-
+    sums = _write_pixels(packed, sides, (params.size, params.size, channels), folder)
     labels = packed.table["label"].map({name: label for label, name in enumerate(packed.classes)}).astype("int64")
-    for name, array in arrays.items():
-        array.flush()
-        np.save(folder / f"{name}_labels.npy", labels[splits == name].to_numpy())
-    table = packed.table[["path", "label", "sha256"]].assign(split=splits)
+    for name in SPLITS:
+        np.save(folder / f"{name}_labels.npy", labels[sides == name].to_numpy())
+    table = packed.table[["path", "label", "sha256"]].assign(split=sides)
     table = pd.concat([table[table["split"] == name] for name in SPLITS], ignore_index=True)
     table.to_parquet(folder / "images.parquet", index=False)
 
-    mean, std = measure(arrays["train"])
+    mean, std = sums.mean_and_std()
     task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
     task.save(folder / "task.json")
-    return task
+    named = packed.table[["path", "label"]]
+    pairs = [named.iloc[near[:, side]].reset_index(drop=True) for side in (0, 1)]
+    pairs[1] = pairs[1].rename(columns={"path": "other", "label": "other_label"})
+    return Prepared(task, table, pd.concat(pairs, axis=1), withheld.reset_index(drop=True), notes)
 
 
 def split(table: pd.DataFrame, params: Preprocess, seed: int) -> pd.Series:
-    """train, val or test for each row. A split that the source gives stands; else it follows from what the image shows.
+    """train, val or test for each row. A split that the source gives stands; else it follows from the image's file.
 
-    So new images never move an old one, and two copies of an image are always on the same side.
+    From the name of its group, where it has one. So new images never move an old one.
     """
     given = set(table["split"]) - {""}
     test = 0.0 if "test" in given else params.test_fraction
     val = 0.0 if "val" in given else params.val_fraction
     free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
 
-    key = table["sha256"].map(lambda digest: _uniform(f"{seed}:{digest}"))
+    grouped = table["group"] != ""
+    name = table["sha256"].where(~grouped, "group:" + table["group"])
+    key = name.map({text: _uniform(f"{seed}:{text}") for text in name.unique()})
     drawn = pd.Series("train", index=table.index)
     drawn[key < test + (1 - test) * val] = "val"
     drawn[key < test] = "test"
@@ -87,16 +102,125 @@ def _uniform(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _check_counts(packed: Packed, splits: pd.Series) -> None:
-    counts = pd.crosstab(packed.table["label"], splits).reindex(index=packed.classes, columns=SPLITS, fill_value=0)
-    few = counts.index[counts.sum(axis=1) < len(SPLITS)]
-    if len(few):
-        have = ", ".join(f"{name!r} has {counts.loc[name].sum()}" for name in few)
-        raise ConvoyError(f"every class needs 3 images or more, one each to train, validate and test: {have}")
+def near_duplicates(packed: Packed, least: float) -> np.ndarray:
+    """(P, 2): the pairs of rows that nearly equal each other, the same picture in another file among them.
+
+    Those whose perceptual hashes are near are looked at: the thumbnails of near duplicates correlate by `least`.
+    """
+    hashes = packed.table["phash"].to_numpy()
+    different, which = np.unique(hashes, return_inverse=True)
+    pairs = _rows_of(which, near_hashes(different))
+    if not len(pairs):
+        return pairs
+    shapes = packed.table[["height", "width", "channels", "offset"]].to_numpy()
+    involved, places = np.unique(pairs, return_inverse=True)
+    small = thumbnails([packed.at(*shapes[row]) for row in involved])
+    return pairs[near_pairs(small, places.reshape(-1, 2), least)]
+
+
+def _rows_of(which: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """(P, 2): all pairs of rows whose hashes are the same or near: those of row r and of `near` (Q, 2) by number."""
+    order = np.argsort(which, kind="stable")
+    counts = np.bincount(which)
+    starts = np.cumsum(counts) - counts
+    lone = (counts[near] == 1).all(axis=1)
+    several = np.flatnonzero(counts > 1)
+    pairs = [order[starts[near[lone]]]]
+    for one, other in np.concatenate([near[~lone], np.stack([several, several], axis=1)]):
+        rows = [order[starts[place] : starts[place] + counts[place]] for place in (one, other)]
+        grid = np.stack(np.meshgrid(*rows, indexing="ij"), axis=-1).reshape(-1, 2)
+        pairs.append(grid if one != other else grid[grid[:, 0] < grid[:, 1]])
+    return np.concatenate(pairs)
+
+
+def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.DataFrame:
+    """path, label and reason of the images that must not be used on their side, by their index.
+
+    Of two near duplicates on different sides the one that is nearer to training is left out. To move it instead would
+    mean that new images move old ones: no rule that looks at the images alone can keep both where they are. Of two
+    files with the same picture one is enough.
+    """
+    rank = sides.map({name: place for place, name in enumerate(SPLITS)}).to_numpy()
+    order = table.assign(rank=-rank).sort_values(["rank", "sha256"], kind="stable")
+    copies = order[order["picture"].duplicated()].index
+    first = order.drop_duplicates("picture").set_index("picture")["path"]
+    same = table["picture"][copies].map(first)
+    reasons: dict[Any, str] = {row: f"shows the same picture as {path}" for row, path in same.items()}
+
+    one, other = near.T
+    swapped = rank[one] > rank[other]
+    lower, upper = np.where(swapped, other, one), np.where(swapped, one, other)
+    across = rank[lower] < rank[upper]
+    for row, like in zip(lower[across], upper[across], strict=True):
+        path, side = table["path"].iat[like], sides.iat[like]
+        reasons.setdefault(table.index[row], f"nearly equals the {side} image {path}")
+    rows = sorted(reasons)
+    reason = pd.Series([reasons[row] for row in rows], index=rows, dtype="str")
+    return table.loc[rows, ["path", "label"]].assign(reason=reason)
+
+
+def _notes(packed: Packed, sides: pd.Series) -> list[str]:
+    counts = pd.crosstab(packed.table["label"], sides).reindex(index=packed.classes, columns=SPLITS, fill_value=0)
     for name in SPLITS:
-        missing = list(counts.index[counts[name] == 0])
-        if missing:
+        if not counts[name].sum():
             raise ConvoyError(
-                f"no {name} image of {', '.join(map(repr, missing))}: such small classes need more images"
-                " (or a larger preprocess.test_fraction and preprocess.val_fraction)"
+                f"there is no {name} image left: {packed.name} needs more images"
+                " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
             )
+    notes = []
+    for label, here in counts.iterrows():
+        missing = [side for side in SPLITS if not here[side]]
+        if len(missing) == len(SPLITS):
+            notes.append(f"class {label!r} has no image: the networks keep its place, and can't learn it")
+        elif missing:
+            notes.append(
+                f"class {label!r} has {here.sum()} images, too few for each split: none in {' and '.join(missing)}"
+            )
+    return notes
+
+
+def _write_pixels(packed: Packed, sides: pd.Series, shape: tuple[int, int, int], folder: Path) -> Sums:
+    """Write `<split>_pixels.npy`, (N, H, W, C) uint8 each, and return the sums over the training images.
+
+    As plain files, front to back: of a memory map all that was written would count as memory in use.
+    """
+    names = sides.to_numpy()
+    sums = Sums(shape[-1])
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}_pixels.npy").open("wb")) for name in SPLITS}
+        for name, file in files.items():
+            described = {"descr": "|u1", "fortran_order": False, "shape": (int((names == name).sum()), *shape)}
+            np.lib.format.write_array_header_1_0(file, described)
+        start = 0
+        for images in _fitted(packed, shape):
+            here = names[start : start + len(images)]
+            for name, file in files.items():
+                file.write(images[here == name].data)
+            sums.add(images[here == "train"])
+            start += len(images)
+    return sums
+
+
+def _fitted(packed: Packed, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
+    """All images in their order as (N, H, W, C) uint8, some at a time."""
+    at = packed.table[["height", "width", "channels", "offset"]].to_numpy()
+    sizes = at[:, 0] * at[:, 1] * at[:, 2]
+    step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
+    chunks = [at[start : start + step] for start in range(0, len(at), step)]
+    with ThreadPoolExecutor(cpu_count()) as pool, tqdm(total=len(at), desc="preprocess", unit=" images") as bar:
+        for start in range(0, len(chunks), 16):  # as many at a time, so that no more than these are in memory
+            for images in pool.map(lambda chunk: _fit(packed, chunk, shape), chunks[start : start + 16]):
+                yield images
+                bar.update(len(images))
+
+
+def _fit(packed: Packed, at: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """(N, H, W, C) uint8, of the images at `at` (N, 4): height, width, channels, offset.
+
+    Read from the file: of a memory map all that was read would count as memory in use.
+    """
+    (*_, first), (height, width, channels, last) = at[0], at[-1]
+    count = last + height * width * channels - first
+    pixels = np.fromfile(packed.pixels.filename, np.uint8, count, offset=first)  # type: ignore[attr-defined]
+    near = dataclasses.replace(packed, pixels=pixels)
+    return np.stack([fit(near.at(h, w, c, offset - first), shape[0], shape[2]) for h, w, c, offset in at])

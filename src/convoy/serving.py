@@ -75,7 +75,7 @@ def _pixels(image: Any) -> np.ndarray:
         except binascii.Error:
             raise images.BadImage("is text, but not the base64 of an image file") from None
     if isinstance(image, bytes):
-        return images.decode(image, LONGEST_SIDE)
+        return images.decode(image, LONGEST_SIDE).pixels
     pixels = np.asarray(image)
     if pixels.size == 0:
         raise images.BadImage("has no pixels")

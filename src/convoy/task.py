@@ -26,19 +26,24 @@ class Task:
         return cls(**json.loads(file.read_text()))
 
 
-def measure(pixels: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of `pixels` (N, H, W, C) uint8, in units of [0, 1].
+class Sums:
+    """The mean and the spread of each of C channels, over images that come a few at a time.
 
-    Sums are exact integers, so the result does not depend on the order of the images or on `chunk`.
-    A channel that never varies is given the standard deviation of one grey level, 1/255.
+    The sums are whole numbers, so the result does not depend on the order of the images.
     """
-    count = pixels.size // pixels.shape[-1]
-    total = np.zeros(pixels.shape[-1], np.int64)
-    squares = np.zeros(pixels.shape[-1], np.int64)
-    for start in range(0, len(pixels), chunk):
-        part = pixels[start : start + chunk].astype(np.int64)
-        total += part.sum(axis=(0, 1, 2))
-        squares += (part**2).sum(axis=(0, 1, 2))
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
-    return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]
+
+    def __init__(self, channels: int) -> None:
+        self.levels = np.zeros((channels, 256), np.int64)  # how often each grey level occurs
+
+    def add(self, pixels: np.ndarray) -> None:
+        """(N, H, W, C) uint8"""
+        for channel, levels in enumerate(self.levels):
+            levels += np.bincount(pixels[..., channel].ravel(), minlength=256)
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """Of each channel, in units of [0, 1]. One that never varies is given the deviation of one grey level."""
+        grey = np.arange(256)
+        count = self.levels.sum(axis=1)
+        mean = self.levels @ grey / count
+        std = np.sqrt(np.maximum(self.levels @ grey**2 / count - mean**2, 1.0))
+        return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

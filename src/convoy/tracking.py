@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -17,16 +18,27 @@ import pandas as pd
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, ViewType
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from convoy import views
 from convoy.config import ConvoyError
 
 IDENTITY = "convoy.identity"  # tag of a run and of a model version: the hash of the results that it shows
-SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "pytorch-lightning", "safetensors", "torch")
+SERVED_WITH = (
+    "mlflow",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pytorch-lightning",
+    "safetensors",
+    "simplejpeg",
+    "torch",
+)
 COLUMNS = [
     "metrics.best/val_accuracy",
     "metrics.best/val_loss",
@@ -51,6 +63,16 @@ SCATTERS = [("parameters", "test/accuracy")]
 
 
 @dataclasses.dataclass(frozen=True)
+class DataVersion:
+    """The data that a model saw, as MLflow shall name it."""
+
+    name: str
+    digest: str  # at most 36 characters; name and digest together are the identity of the data in MLflow
+    source: str  # where it came from, such as "data.dvc"
+    profile: Mapping[str, int]  # what was counted: images, classes, train, val, test, ...
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A finished training with its evaluation, as MLflow shall show it."""
 
@@ -60,6 +82,7 @@ class Run:
     history: pd.DataFrame  # a row for each epoch: "epoch", then metrics by their names in MLflow
     tags: Mapping[str, str]  # IDENTITY among them
     files: Sequence[Path]
+    data: DataVersion
 
 
 def describe(
@@ -68,6 +91,7 @@ def describe(
     history: pd.DataFrame,
     tags: Mapping[str, str],
     files: Sequence[Path],
+    data: DataVersion,
 ) -> Run:
     """The run that a training's record and history and its evaluation's figures make: the same names for all."""
     best, max_epochs = record["best"], record["train"]["max_epochs"]
@@ -97,6 +121,7 @@ def describe(
             **{f"environment.{name}": str(value) for name, value in record["environment"].items()},
         },
         files=files,
+        data=data,
     )
 
 
@@ -175,6 +200,7 @@ def create_run(store: Store, run: Run) -> str:
     for row in run.history.to_dict("records"):
         epoch = int(row.pop("epoch"))
         metrics += [Metric(str(name), round(value, 6), info.start_time, epoch) for name, value in row.items()]
+    client.log_inputs(info.run_id, datasets=[_training_input(run.data)])
     client.log_batch(info.run_id, params=[Param(name, str(value)) for name, value in run.params.items()])
     for start in range(0, len(metrics), 1000):  # what a server takes at a time
         client.log_batch(info.run_id, metrics=metrics[start : start + 1000])
@@ -182,6 +208,17 @@ def create_run(store: Store, run: Run) -> str:
         client.log_artifact(info.run_id, str(file))
     client.set_terminated(info.run_id)
     return info.run_id
+
+
+def _training_input(data: DataVersion) -> DatasetInput:
+    dataset = Dataset(
+        name=data.name,
+        digest=data.digest,
+        source_type="local",
+        source=json.dumps({"uri": data.source}),
+        profile=json.dumps(dict(data.profile)),
+    )
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])
 
 
 def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:

@@ -1,0 +1,185 @@
+"""What feeding a classifier costs, beside the way it is usually written: `python benchmarks/data.py`.
+
+CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg). Both sides go from the same
+images to shuffled batches (N, C, H, W) float32, moved, flipped and normalised. They take turns, so that what else the
+machine does falls on all of them, and a ratio is of two figures from the same round.
+"""
+
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from convoy.classifier import Classifier, Recipe
+from convoy.datamodule import Augment, ImageData, Images
+from convoy.task import Task
+
+IMAGES = 20_000  # of the 50,000 training images of CIFAR-10, the same number of each class
+BATCH = 256
+SHIFT = 4  # pixels
+ROUNDS = 7
+RECIPE = Recipe(
+    batch_size=BATCH, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0, label_smoothing=0.0,
+    augment=Augment(shift=SHIFT, flip=True),
+)  # fmt: skip
+OURS = "convoy"
+CROP = {"size": 32, "padding": SHIFT, "padding_mode": "edge"}
+
+Epoch = Callable[[], Iterator[Tensor]]  # batches (N, C, H, W) float32, normalised
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack(Path(os.environ["CONVOY_REAL_DATA"]) / "cifar10-jpeg.zip", folder / "train")
+        show(f"Feeding: {IMAGES} images, batches of {BATCH}, {ROUNDS} rounds", feeding(folder))
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        names = sorted(name for name in packed.namelist() if name.startswith("train/") and name.endswith(".jpg"))
+        for name in (names[number * len(names) // IMAGES] for number in range(IMAGES)):
+            file = folder / name.removeprefix("train/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(packed.read(name))
+
+
+# Feeding
+
+
+def feeding(folder: Path) -> pd.DataFrame:
+    """Columns way, round, images, wall and cpu (seconds, with those of child processes)."""
+    task = decode(folder)
+    changes = {
+        "torchvision v1": transforms.Compose([
+            transforms.RandomCrop(**CROP), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(task.mean, task.std),
+        ]),
+        "torchvision v2": v2.Compose([
+            v2.PILToTensor(), v2.RandomCrop(**CROP), v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(task.mean, task.std),
+        ]),
+    }  # fmt: skip
+    ways = {
+        f"{name}, {workers} workers": image_folder(folder, change, workers)
+        for name, change in changes.items()
+        for workers in (0, 2)
+    }
+    ways[OURS] = ours(folder, task)
+    check_alike(folder, task)
+    return measure(ways)
+
+
+def decode(folder: Path) -> Task:
+    """The images as one array beside their files, which is what the preprocess stage leaves behind."""
+    files = ImageFolder(str(folder / "train"))
+    pixels = np.stack([np.asarray(image) for image, _ in files])  # (N, 32, 32, 3)
+    np.save(folder / "train_pixels.npy", pixels)
+    np.save(folder / "train_labels.npy", np.array(files.targets))
+    mean, std = pixels.mean((0, 1, 2)) / 255, pixels.std((0, 1, 2)) / 255
+    return Task("cifar10", files.classes, 32, 3, mean.tolist(), std.tolist())
+
+
+def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) -> Epoch:
+    files = ImageFolder(str(folder / "train"), change)
+    loader = DataLoader(files, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    return lambda: (pixels for pixels, _ in loader)
+
+
+def ours(folder: Path, task: Task) -> Epoch:
+    images = Images.load(folder, "train")
+    data = ImageData(images, images, RECIPE.batch_size, RECIPE.augment, seed=0)
+    data.trainer = SimpleNamespace(training=True)  # type: ignore[assignment]
+    loader = data.train_dataloader()
+    classifier = Still(task)
+
+    def epoch() -> Iterator[Tensor]:
+        loader.sampler.set_epoch(loader.sampler.epoch + 1)  # type: ignore[attr-defined]
+        for batch in loader:
+            pixels, _ = data.on_after_batch_transfer(batch, 0)
+            yield classifier.normalise(pixels)
+
+    return epoch
+
+
+class Still(Classifier):
+    """A classifier of which only the normalisation is used."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, RECIPE)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x
+
+
+def check_alike(folder: Path, task: Task) -> None:
+    """Raises AssertionError where the two sides, with nothing drawn at random, feed different numbers."""
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(task.mean, task.std)])
+    files = ImageFolder(str(folder / "train"), plain)
+    images = Images.load(folder, "train")
+    rows = list(range(0, len(files), 97))
+    pixels, labels = images[rows]
+    torch.testing.assert_close(Still(task).normalise(pixels), torch.stack([files[row][0] for row in rows]))
+    assert labels.tolist() == [files.targets[row] for row in rows]
+
+
+# Measuring
+
+
+def measure(ways: dict[str, Epoch]) -> pd.DataFrame:
+    for epoch in ways.values():  # workers start, files come into memory
+        sum(1 for _ in epoch())
+    rows = []
+    for number in range(ROUNDS):
+        for way, epoch in ways.items():
+            # what is quick is repeated, or it would be measured in a moment that is not like the others
+            for _ in range(8 if way == OURS else 1):
+                wall, cpu = time.perf_counter(), processor_seconds()
+                images = sum(len(batch) for batch in epoch())
+                rows.append((way, number, images, time.perf_counter() - wall, processor_seconds() - cpu))
+    table = pd.DataFrame(rows, columns=["way", "round", "images", "wall", "cpu"])
+    return table.groupby(["way", "round"], sort=False).sum().reset_index()
+
+
+def processor_seconds() -> float:
+    """Of this process and of the workers that it keeps."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
+
+
+def show(title: str, measured: pd.DataFrame) -> None:
+    """Medians over the rounds, and the lowest and the highest."""
+    measured = measured.set_index(["round", "way"])
+    rate = (measured.images / measured.wall).unstack()
+    cost = (measured.cpu / measured.images * 1e6).unstack()
+    table = Table("", "images / s", "us of processor / image", f"{OURS}: images / s", f"{OURS}: processor", title=title)
+    for way in measured.index.unique("way"):
+        faster, cheaper = rate[OURS] / rate[way], cost[way] / cost[OURS]
+        table.add_row(way, spread(rate[way], 0), spread(cost[way], 1), spread(faster, 1, "x"), spread(cheaper, 1, "x"))
+    Console(width=140).print(table)
+
+
+def spread(values: pd.Series, digits: int, unit: str = "") -> str:
+    return f"{values.median():,.{digits}f}{unit} ({values.min():,.{digits}f} to {values.max():,.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

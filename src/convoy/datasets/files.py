@@ -1,0 +1,62 @@
+"""Files: those of one folder or one archive, and what the source says of each."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from convoy.datasets.source import SPLITS
+from convoy.images import BadImage
+
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# what systems leave in folders; so do names that begin with a dot
+JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
+MAX_BYTES = 256 << 20  # of one file in an archive or in Parquet: what is larger is not taken into memory
+TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
+
+SPLIT_WORDS = ", ".join(SPLITS)
+
+Content = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of a folder or an archive, but for junk."""
+
+    name: str  # what stands before their paths in messages: data/, data/pets.zip:
+    paths: list[str]  # below the folder or in the archive, with slashes; in an order that does not change
+    # gives a function that gives the content of the i-th file, at little cost if i only grows
+    opened: Callable[[], AbstractContextManager[Callable[[int], Content]]]
+
+
+class Said(NamedTuple):
+    """What the source says of one image."""
+
+    label: str = ""
+    split: str = ""
+    group: str = ""
+    fault: str = ""  # why the image is no use, where what is said of it shows that
+
+
+def below(name: str) -> str | None:
+    """A path as plain names with slashes between them; None where it is absolute or climbs up."""
+    parts = name.split("/")
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in name.replace("\\", "/").split("/"):
+        return None
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def is_junk(path: str) -> bool:
+    return any(part.startswith(".") or part in JUNK for part in path.split("/"))
+
+
+def is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGES)
+
+
+def split_in(path: str) -> str:
+    """The split that a file is named after (train.csv, test-00000-of-00002.parquet), or else its folder, or else ""."""
+    *folders, name = path.lower().split("/")
+    start = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name)
+    return SPLITS[start[1]] if start else SPLITS.get(folders[-1], "") if folders else ""

@@ -1,0 +1,211 @@
+"""The data folder: images in class folders, archives and Parquet, or beside a table of their labels."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from convoy.config import ConvoyError
+from convoy.datasets.archives import ARCHIVES, open_archive
+from convoy.datasets.files import Files, Said, is_image, is_junk, split_in
+from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
+from convoy.datasets.source import SPLITS, Member, Source
+from convoy.datasets.tables import TABLES, Table, holds_labels, labels_in, may_be_tables, read_csv, read_parquet
+from convoy.images import BadImage
+
+Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
+
+
+def read_folder(data: Path) -> Source:
+    """The images in `data`, a folder or one file; nothing of them is read before `members` comes to it.
+
+    Labels are those of `<class>/...` or `<train|val|test>/<class>/...`, in folders or archives, where folders around
+    all of it are looked through; those in Parquet files that hold the images too; or, where there are tables of
+    labels, what these say alone.
+    Raises ConvoyError where no label is found, and for links and for broken archives, tables and Parquet files.
+    """
+    places = _places(data)
+    tables, shards, others = _tables(places)
+    says, astray = _by_table(tables, places) if tables else (_by_folder(places, shards), [])
+
+    labels = {member.label for member in astray}
+    count = len(astray) + sum(shard.count for shard in shards)
+    found = [*others, *(f"{member.path} {member.content!s}" for member in astray[:3])]
+    for files, said in zip(places, says, strict=True):
+        for path in files.paths:
+            for row in said(path):
+                _check_name(f"{files.name}{path}")
+                count += 1
+                labels.add(row.label)
+                if row.fault and len(found) < len(others) + 3:
+                    found.append(f"{files.name}{path} {row.fault}")
+    classes = list(dict.fromkeys([*classes_in(shards), *sorted(labels - {""})]))
+    if not classes:
+        raise ConvoyError(
+            f"{data.name}/ holds no images with a label: put them there in one folder for each class, or beside a"
+            " labels.csv with the columns path and label; either may lie in zip or tar archives"
+            + "".join(f"\n  {line}" for line in found)
+        )
+    return Source(classes, count, _members(places, says, astray, shards))
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises ConvoyError that lists every link below a folder, in hidden folders too, but for links to files in it.
+
+    Quick, for it goes before a copy that would follow them.
+    """
+    _scan(folder)
+
+
+def _places(data: Path) -> list[Files]:
+    """The loose files, then those of each archive."""
+    if data.is_file():
+        with data.open("rb") as file:
+            is_table = file.read(4) == b"PAR1" or data.suffix.lower() in TABLES
+        one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda _: str(data)))
+        return [one_file if is_table else open_archive(data, data.name)]
+    loose: list[str] = []
+    archives: list[str] = []
+    for path in _scan(data):
+        if not is_junk(path):
+            (archives if path.lower().endswith(ARCHIVES) else loose).append(path)
+    return [
+        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda index: f"{data}/{loose[index]}")),
+        *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
+    ]
+
+
+def _scan(folder: Path) -> list[str]:
+    """The paths of all files below a folder, in order. As strings: there may be very many."""
+    inside = folder.resolve()
+    paths, faults, waiting = [], [], [""] if folder.is_dir() else []
+    while waiting:
+        around = waiting.pop()
+        try:
+            with os.scandir(f"{folder}/{around}") as entries:
+                for entry in entries:
+                    path = f"{around}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{path}/")
+                    elif fault := _fault(entry, inside):
+                        faults.append(f"{folder.name}/{path} {fault}")
+                    else:
+                        paths.append(path)
+        except OSError as error:
+            raise ConvoyError(f"{folder.name}/{around} can't be read: {error.strerror}") from error
+    if faults:
+        raise ConvoyError("\n".join(sorted(faults)).encode(errors="backslashreplace").decode())
+    paths.sort(key=lambda path: path.replace("/", "\0"))  # a folder's files together
+    return paths
+
+
+def _fault(entry: os.DirEntry, inside: Path) -> str:
+    if entry.is_file(follow_symlinks=False):
+        return ""
+    if not entry.is_symlink():
+        return "is no plain file: take it away"
+    link = Path(entry.path)
+    try:
+        target = link.resolve(strict=True)
+        if target.is_file() and target.is_relative_to(inside):
+            return ""
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        pass
+    return (
+        f"is a link to {link.readlink()}, which would bring in what is no file in the data: put the file itself there"
+    )
+
+
+def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]:
+    """The tables of labels; the Parquet files with images; and what other tables there are."""
+    tables, shards, others = [], [], []
+    for files in places:
+        indices = list(may_be_tables(files.paths)) if files.name else [0]  # without a name it is one file, a table
+        if not indices:
+            continue
+        with files.opened() as read:
+            for index in indices:
+                path, content = files.paths[index], read(index)
+                name = f"{files.name}{path}"
+                if isinstance(content, BadImage):
+                    raise ConvoyError(f"{name} {content}: put a sound copy there")
+                if path.lower().endswith(".csv"):
+                    rows = read_csv(name, content)
+                else:
+                    shard = open_parquet(name, content, split_in(path))
+                    if image_column(shard) is not None:
+                        if isinstance(content, bytes):
+                            raise ConvoyError(f"{name} holds images: take it out of the archive")
+                        label_column(shard)
+                        shards.append(shard)
+                        continue
+                    rows = read_parquet(shard)
+                if holds_labels(rows):
+                    tables.append(Table(path, files, path[: path.rfind("/") + 1], split_in(path), rows))
+                else:
+                    others.append(f"{name} has the columns {', '.join(rows.columns)}, and not path and label")
+    return tables, shards, others
+
+
+def _by_table(tables: list[Table], places: list[Files]) -> tuple[list[Says], list[Member]]:
+    """What tables say of the images in each place; and members for what they say of no file."""
+    unnamed = (Said(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
+
+    def says(said: dict[str, tuple[Said, ...]], path: str) -> Sequence[Said]:
+        return said.get(path, unnamed if is_image(path) else ())
+
+    named, astray = labels_in(tables, places)
+    return [functools.partial(says, said) for said in named], astray
+
+
+def _by_folder(places: list[Files], shards: list[Parquet]) -> list[Says]:
+    """What class folders say of the images in each place. `shards` lie there too, and are no images themselves."""
+    apart = {shard.name for shard in shards}
+    return [_by_folder_in(files, apart) for files in places]
+
+
+def _by_folder_in(files: Files, apart: set[str]) -> Says:
+    depth, has_splits = _class_folders([path for path in files.paths if f"{files.name}{path}" not in apart])
+
+    def says(path: str) -> Sequence[Said]:
+        folders = path.split("/")[:-1]
+        if f"{files.name}{path}" in apart:
+            return ()
+        if len(folders) > depth:
+            return (Said(folders[depth], SPLITS[folders[depth - 1].lower()] if has_splits else ""),)
+        return (Said(fault="lies in no class folder, so its label is unknown"),) if is_image(path) else ()
+
+    return says
+
+
+def _class_folders(paths: list[str]) -> tuple[int, bool]:
+    """How many folders stand around the class folders, and whether the innermost of them are named after splits."""
+    depth = 0
+    while True:
+        folders = {path.split("/")[depth] for path in paths if path.count("/") > depth}
+        if folders and {folder.lower() for folder in folders} <= SPLITS.keys():
+            return depth + 1, True
+        has_images = any(path.count("/") == depth + 1 and is_image(path) for path in paths)
+        has_folders = any(path.count("/") > depth + 1 for path in paths)
+        if len(folders) != 1 or has_images or not has_folders:
+            return depth, False
+        depth += 1
+
+
+def _check_name(name: str) -> None:
+    if not name.isascii() and name.encode(errors="replace").decode() != name:
+        raise ConvoyError(f"{name!a} has a name that is not UTF-8: rename it")
+
+
+def _members(places: list[Files], says: list[Says], astray: list[Member], shards: list[Parquet]) -> Iterator[Member]:
+    for files, said in zip(places, says, strict=True):
+        with files.opened() as read:
+            for index, path in enumerate(files.paths):
+                rows = said(path)
+                content = read(index) if any(not row.fault for row in rows) else b""
+                for label, split, group, fault in rows:
+                    yield Member(f"{files.name}{path}", label, split, group, BadImage(fault) if fault else content)
+    yield from astray
+    for shard in shards:
+        yield from members(shard)

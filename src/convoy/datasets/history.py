@@ -1,0 +1,104 @@
+"""The history of a data set: its class list, which only ever grows, and its last two versions."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import yaml
+from pydantic import Field
+
+from convoy.config import ConvoyError, Whole, schema, typed
+
+HEADER = """\
+# What the fetch stage has seen of each data set: its classes in the order of their labels, and the last two versions.
+# Commit it. A class that has no images any more keeps its place; to drop one for good, take it off the list here.
+"""
+
+
+@schema
+class Version:
+    """What a data set held at one time."""
+
+    digest: str  # of all images, their labels and splits, in whatever order and under whatever names
+    images: dict[str, Whole]  # class -> how many
+    quarantine: Whole  # images left out
+
+
+@schema
+class History:
+    """A data set through time."""
+
+    classes: list[str]
+    versions: Annotated[list[Version], Field(max_length=2)]  # the newest last
+
+    @classmethod
+    def load(cls, file: Path, name: str) -> "History":
+        """What `file` tells of the data set `name`: nothing where it is new. Raises ConvoyError for a damaged file."""
+        values = _sections(file).get(name, {"classes": [], "versions": []})
+        return typed(cls, values, f"{file.name}: {name}")
+
+    def save(self, file: Path, name: str) -> None:
+        """Put it into `file`, beside other data sets."""
+        sections = _sections(file) | {name: dataclasses.asdict(self)}
+        text = HEADER + yaml.safe_dump(sections, sort_keys=False)
+        arriving = file.with_name(f"{file.name}.arriving")
+        arriving.write_text(text, encoding="utf-8")
+        arriving.replace(file)
+
+    def grown(self, classes: Sequence[str], version: Version) -> "History":
+        """With the classes that are new at the end, and this version as the newest. The same twice is the same."""
+        versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]
+        return History(classes=extended(self.classes, classes), versions=versions)
+
+    def changes(self) -> list[str]:
+        """From the version before to the newest, in words."""
+        if len(self.versions) < 2:
+            return []
+        before, now = self.versions
+        words = []
+        if new := [name for name in now.images if name not in before.images]:
+            words.append(f"new classes: {', '.join(map(repr, new))}")
+        if gone := [name for name in before.images if name not in now.images]:
+            words.append(f"classes that have no images any more: {', '.join(map(repr, gone))}; they keep their places")
+        total, earlier = sum(now.images.values()), sum(before.images.values())
+        if total != earlier:
+            words.append(f"{total} images, {total - earlier:+} ({earlier} before)")
+        for name in now.images:
+            if name in before.images and now.images[name] != before.images[name]:
+                words.append(f"class {name!r}: {now.images[name]} images ({before.images[name]} before)")
+        if not words and now.digest != before.digest:
+            words.append("as many images in each class as before, but not the same ones, or in another split")
+        if now.quarantine != before.quarantine:
+            words.append(f"{now.quarantine} images in quarantine ({before.quarantine} before)")
+        return words
+
+
+def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """The class list `known` with those that are new at its end, so that no label ever shifts."""
+    return [*known, *(name for name in classes if name not in known)]
+
+
+def version_of(table: pd.DataFrame, quarantine: int) -> Version:
+    """Of the images in `table`: sha256, label and split."""
+    lines = sorted("\t".join(row) for row in table[["sha256", "label", "split"]].itertuples(index=False))
+    counts = table["label"].value_counts().sort_index()
+    return Version(
+        digest=hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32],
+        images={str(label): int(count) for label, count in counts.items()},
+        quarantine=quarantine,
+    )
+
+
+def _sections(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConvoyError(f"{file.name} can't be read: take it from git again ({error})") from error
+    if not isinstance(sections, dict):
+        raise ConvoyError(f"{file.name} is not a table of data sets: take it from git again")
+    return sections

@@ -1,0 +1,154 @@
+"""The intake: every image of a source judged, and packed or put in quarantine."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from tqdm import tqdm
+
+from convoy.config import ConvoyError, Share, schema
+from convoy.datasets.decoding import PIXELS, RECORD, decoded, remember
+from convoy.datasets.history import extended
+from convoy.datasets.packed import DESCRIPTION, TABLE, Packed
+from convoy.datasets.source import Dataset, Source
+
+RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
+
+
+@schema
+class Fetch:
+    """When fetch gives up."""
+
+    max_bad_fraction: Share  # of all images: those that can't be used, or whose labels contradict each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Intake:
+    """What a source came to."""
+
+    packed: Packed
+    quarantine: pd.DataFrame  # path, label, reason: left out
+    merged: pd.DataFrame  # path, kept: exact copies of files, and the one that stands for them
+
+
+def take_in(
+    source: Source, dataset: Dataset, params: Fetch, known_classes: Sequence[str], folder: Path, earlier: Path
+) -> Intake:
+    """Decode and judge every image of a source, and pack the sound ones into `folder`.
+
+    Classes that are not among `known_classes` come after them. What an earlier run left in `earlier` is not decoded
+    again, and what this one decodes is left there.
+    Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; and where fewer than
+    two classes have images.
+    """
+    found, records = _decode(source, dataset, folder / PIXELS, earlier)
+    bad = found["reason"] != ""
+    table = pd.concat([found[~bad].drop(columns="reason").reset_index(drop=True), _columns(records)], axis=1)
+
+    contradictions = _contradictions(table)
+    quarantine = pd.concat([found.loc[bad, ["path", "label", "reason"]], contradictions], ignore_index=True)
+    if len(quarantine) > params.max_bad_fraction * source.count:
+        raise ConvoyError(_too_many(quarantine, source.count, params))
+    table = table.drop(index=contradictions.index)
+    copies = _copies(table)
+    table = table.drop(index=copies.index).reset_index(drop=True)
+    _check_classes(dataset.name, table)
+
+    labels = set(table["label"])
+    classes = extended(known_classes, [label for label in source.classes if label in labels])
+    described = {"name": dataset.name, "origin": dataset.origin, "classes": classes}
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+    table.to_parquet(folder / TABLE, index=False)
+    remember(records, folder / PIXELS, earlier)
+    return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True))
+
+
+def group_in(path: str, pattern: str | None) -> str:
+    """The name of a path's group: "" for None, the folder for "folder", else what the regular expression finds.
+
+    Of the expression its first bracket counts. A path in which it finds nothing is in no group.
+    """
+    if pattern is None:
+        return ""
+    if pattern == "folder":
+        return path.rpartition("/")[0]
+    match = re.search(pattern, path)
+    return (match[min(1, match.re.groups)] or "") if match else ""
+
+
+def _decode(source: Source, dataset: Dataset, pixels: Path, earlier: Path) -> tuple[pd.DataFrame, np.ndarray]:
+    """A row for each member (path, label, split, group, and the reason why it can't be used), and the others' records.
+
+    A row costs some hundred bytes of memory and a batch of images some hundred megabytes, however many there are.
+    """
+    parts: list[pa.Table] = []
+    records: list[np.ndarray] = []
+    offset = 0
+    with pixels.open("wb") as file, tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar:
+        for members, batch in decoded(source, dataset.longest_side, earlier):
+            part = {
+                "path": [member.path for member in members],
+                "label": [member.label for member in members],
+                "split": [member.split for member in members],
+                "group": [member.group or group_in(member.path, dataset.group) for member in members],
+                "reason": batch.faults,
+            }
+            parts.append(pa.table(part, pa.schema([(column, pa.string()) for column in part])))
+            sizes = batch.records["height"].astype(np.int64) * batch.records["width"] * batch.records["channels"]
+            batch.records["offset"] = offset + np.cumsum(sizes) - sizes
+            records.append(batch.records)
+            offset += file.write(batch.pixels)
+            bar.update(len(members))
+    if not parts:
+        raise ConvoyError(f"{dataset.name} holds no images")
+    return pa.concat_tables(parts).to_pandas(), np.concatenate(records)
+
+
+def _columns(records: np.ndarray) -> pd.DataFrame:
+    """The records as columns, the sha256 in hexadecimal."""
+    digits = np.frombuffer(records["sha256"].tobytes().hex().encode(), "S64")
+    columns = {"sha256": pa.array(digits).cast(pa.string()).to_pandas()}
+    return pd.DataFrame(columns | {name: records[name] for name in RECORD.fields or () if name != "sha256"})
+
+
+def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
+    """path, label and reason of the rows whose picture is there under another label as well, by their index."""
+    codes = pd.Series(pd.factorize(table["label"])[0], index=table.index).groupby(table["picture"])
+    several = table[codes.transform("min") != codes.transform("max")]
+    reasons = {}
+    for _, same in several.groupby("picture", sort=False):
+        for row, label in same["label"].items():
+            other = same[same["label"] != label].iloc[0]
+            reasons[row] = f"shows the same picture as {other['path']}, which is labelled {other['label']!r}"
+    return several[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
+
+
+def _copies(table: pd.DataFrame) -> pd.DataFrame:
+    """path and kept of the rows whose file is there already, by their index."""
+    ranked = table.loc[table["split"].map(RANKS).sort_values(ascending=False, kind="stable").index, ["path", "sha256"]]
+    again = ranked["sha256"].duplicated()
+    kept = ranked[~again].set_index("sha256")["path"]
+    copies = ranked[again].sort_index()
+    return pd.DataFrame({"path": copies["path"], "kept": copies["sha256"].map(kept)}, index=copies.index)
+
+
+def _too_many(quarantine: pd.DataFrame, count: int, params: Fetch) -> str:
+    listed = "\n  ".join(f"{path} {reason}" for path, _, reason in quarantine.itertuples(index=False))
+    return (
+        f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction={params.max_bad_fraction}"
+        f" allows; mend or remove them:\n  {listed}"
+    )
+
+
+def _check_classes(name: str, table: pd.DataFrame) -> None:
+    classes = sorted(table["label"].unique())
+    if len(classes) < 2:
+        have = f"images of one class, {classes[0]!r}" if classes else "no images that can be used"
+        raise ConvoyError(
+            f"{name} has {have}, and a classifier needs two classes or more: give each class a folder of its own"
+        )

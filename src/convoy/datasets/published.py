@@ -1,0 +1,150 @@
+"""Published sets: those that torchvision knows, fetched and checked by it."""
+
+import difflib
+import functools
+import inspect
+import shutil
+import socket
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from convoy.config import ConvoyError
+from convoy.datasets.source import SPLITS, Member, Source, TorchvisionSet
+from convoy.images import BadImage, plain
+
+
+def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
+    """A data set that torchvision knows, from `folder`, into which torchvision fetches it where it is not there yet.
+
+    Raises ConvoyError for a name that torchvision does not know, for arguments that the set does not take or that
+    select images without labels, and for a download that fails.
+    """
+    import torchvision
+
+    known = [name for name in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, name))]
+    if params.name not in known:
+        close = difflib.get_close_matches(params.name, known)
+        raise ConvoyError(
+            f"dataset.torchvision.name={params.name!r}: torchvision has no such set; it has {close or known}"
+        )
+    make = getattr(torchvision.datasets, params.name)
+    if "loader" in inspect.signature(make).parameters:
+        # its images are files, which are left as they are; a set that opens its files itself, as OxfordIIITPet does,
+        # keeps their names in no public place, so its images are decoded by torchvision, here and one by one
+        make = functools.partial(make, loader=str)
+    try:
+        parts = _parts(make, params, folder)
+    except (TypeError, ValueError) as error:
+        raise ConvoyError(f"dataset.torchvision.splits={params.splits} is not for {params.name}: {error}") from error
+    except (OSError, RuntimeError):  # torchvision's words for a set that is not there, or not whole
+        parts = _downloaded(make, params, folder)
+    classes = _classes(parts.values())
+    if min(classes, default=0) < 0:
+        raise ConvoyError(
+            f"dataset.torchvision.splits={params.splits} selects images of {params.name} that have no label:"
+            " leave those out"
+        )
+    return Source(
+        classes=list(classes.values()),
+        count=sum(len(part) for part in parts.values()),
+        members=(
+            _member(part, row, f"{params.name}/{split}/{row}", SPLITS.get(split, ""), classes, folder)
+            for split, part in parts.items()
+            for row in range(len(part))
+        ),
+    )
+
+
+def _member(part: Any, row: int, path: str, split: str, classes: dict[int, str], folder: Path) -> Member:
+    """One image of a part: under the name of its file where it has one of its own, else under `path`."""
+    try:
+        image, label = part[row]
+    except Exception as error:  # of a set that opens its files itself: Pillow raises whatever comes up
+        return Member(path, "", split, "", BadImage(f"can't be decoded: {str(error) or type(error).__name__}"))
+    if isinstance(image, str):
+        path = str(Path(image).relative_to(folder.parent))
+    return Member(path, classes[int(label)], split, "", _content(image))
+
+
+def _content(image: str | Image.Image) -> str | np.ndarray | BadImage:
+    """A file as it is; a picture that torchvision has in memory, as pixels."""
+    if isinstance(image, str):
+        return image
+    try:
+        return plain(image)
+    except BadImage as fault:
+        return fault
+
+
+def _classes(parts: Collection[Any]) -> dict[int, str]:
+    """Label -> the name of its class; of a set that names none, the label itself.
+
+    A class that no image has is left out, such as EMNIST's "N/A", unless the images would have to be decoded for it.
+    """
+    names = getattr(next(iter(parts)), "classes", None)
+    listed = [_listed_labels(part) for part in parts]
+    if names and not all(listed):
+        used = list(range(len(names)))
+    else:
+        used = sorted(
+            {label for part, labels in zip(parts, listed, strict=True) for label in labels or _sought_labels(part)}
+        )
+    # a class of Imagenette has several names
+    named = {label: name if isinstance(name, str) else name[0] for label, name in enumerate(names or [])}
+    return {label: named.get(label, str(label)) for label in used}
+
+
+def _listed_labels(part: Any) -> list[int]:
+    """The labels of all images where the set has them in a row, else none."""
+    for name in ("targets", "labels"):
+        labels = np.asarray(getattr(part, name, ()))
+        if labels.shape == (len(part),) and np.issubdtype(labels.dtype, np.integer):
+            return labels.tolist()
+    return []
+
+
+def _sought_labels(part: Any) -> Iterator[int]:
+    """The labels of all images, each opened for it."""
+    return (int(part[row][1]) for row in range(len(part)))
+
+
+def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
+    """Split -> its torchvision data set."""
+    return {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+
+
+def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
+    """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole."""
+    arriving = folder.with_name(f"{folder.name}.arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, arriving)  # what is there already need not come again
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds; torchvision itself would wait for ever on a server that is silent
+    try:
+        for chosen in params.splits.values():
+            make(arriving, download=True, **chosen)
+    except Exception as error:  # of urllib, of an archive that is not whole, or torchvision's own
+        shutil.rmtree(arriving, ignore_errors=True)
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConvoyError(
+            f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
+            f" or put the files that torchvision looks for into {folder}/"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
+    shutil.rmtree(folder, ignore_errors=True)
+    arriving.rename(folder)
+    return _parts(make, params, folder)
+
+
+def _address(error: BaseException) -> str:
+    """The address that a download was at when it failed: torchvision's errors do not always tell."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    addresses = [frame.f_locals["url"] for frame in frames if isinstance(frame.f_locals.get("url"), str)]
+    return addresses[-1] if addresses else "its address"

@@ -1,0 +1,72 @@
+"""The source: labelled images that are about to be read, wherever they lie."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from convoy.config import Count, schema
+from convoy.images import BadImage
+
+
+@schema
+class TorchvisionSet:
+    """A data set that torchvision knows."""
+
+    name: str  # of the class in torchvision.datasets
+    # split -> the arguments that select it; "all" for a set without splits
+    splits: Annotated[dict[Literal["train", "val", "test", "all"], dict[str, Any]], Field(min_length=1)]
+
+
+def _is_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"neither null nor folder nor a regular expression ({error})") from None
+    return text
+
+
+@schema
+class Dataset:
+    """Where labelled images come from."""
+
+    name: Annotated[str, Field(pattern=r"^\w[^/\\]*$")]  # what reports, and folders that are made, call it
+    longest_side: Count  # pixels; a larger image is reduced when it is decoded, which bounds the disk
+    # "folder", or a regular expression that finds the group's name in a path
+    group: Annotated[str, AfterValidator(_is_pattern)] | None
+    torchvision: TorchvisionSet | None = None  # None: the folders and archives in data/
+
+    @property
+    def origin(self) -> str:
+        """What says which version of the data it is."""
+        return f"torchvision {self.torchvision.name}" if self.torchvision else "data.dvc"
+
+
+# as written -> as meant
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+# the name of a file; what was in one; (H, W, 1 or 3) uint8; or why it is no use
+Content = str | bytes | np.ndarray | BadImage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """One labelled image, not decoded yet."""
+
+    path: str  # as reports name it: data/cats/1.jpg, data/pets.zip:cats/1.jpg, MNIST/train/17
+    label: str  # the name of its class; "" where that is unknown, which `content` then says
+    split: str  # train, val or test where the source says so, else ""
+    group: str  # images of one group stay on one side of the split; "" where the source names none
+    content: Content
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Labelled images, to be gone through once."""
+
+    classes: list[str]  # every label of a member, in the order of the source
+    count: int  # of the members
+    members: Iterator[Member]  # in an order that does not change from run to run

@@ -1,0 +1,103 @@
+"""Likeness: how alike two pictures look, by a perceptual hash first and then by their thumbnails."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+SIDE = 32  # pixels, of a thumbnail
+LOW = 8  # of its frequencies each way, which make the hash
+# how far two hashes of near duplicates may lie apart: recompressed, resized, blurred and grey copies stay within it
+DISTANCE = 4  # bits of 64
+BANDS = [range(0, 11), range(11, 22), range(22, 33), range(33, 44), range(44, 54), range(54, 64)]
+
+# of a discrete cosine transform. Whole numbers: all sums below are exact in float64, so the hash is the same anywhere
+COSINES = np.round(4096 * np.cos(np.pi * np.arange(LOW)[:, None] * (2 * np.arange(SIDE) + 1) / (2 * SIDE)))
+
+
+def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
+    """N images (H, W, 1 or 3) uint8 of any sizes -> (N, 32, 32, 3) uint8."""
+    small = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
+    for place, pixels in enumerate(images):
+        if pixels.shape[:2] != (SIDE, SIDE):
+            image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+            image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+            pixels = np.asarray(image).reshape(SIDE, SIDE, -1)
+        small[place] = pixels
+    return small
+
+
+def _grey(thumbnails: np.ndarray) -> np.ndarray:
+    """(N, 32, 32, 3) uint8 -> (N, 32, 32) uint8"""
+    red, green, blue = (thumbnails[..., channel].astype(np.uint32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)  # as Pillow mixes them
+
+
+def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:
+    """(N, 32, 32, 3) uint8 -> (N,) uint64: which of the 8x8 lowest frequencies are above their median.
+
+    This is pHash (Zauner 2010), in the form that the library imagehash gave it.
+    """
+    rows = _grey(thumbnails).reshape(-1, SIDE).astype(np.float64) @ COSINES.T
+    columns = rows.reshape(-1, SIDE, LOW).transpose(0, 2, 1).reshape(-1, SIDE) @ COSINES.T
+    frequencies = columns.reshape(-1, LOW, LOW).transpose(0, 2, 1).reshape(-1, LOW * LOW)
+    above = frequencies > np.median(frequencies, axis=1, keepdims=True)
+    return np.packbits(above, axis=1).view(">u8").astype(np.uint64).ravel()
+
+
+def near_hashes(hashes: np.ndarray) -> np.ndarray:
+    """(N,) uint64, all different -> (P, 2): the pairs of rows whose hashes differ in `DISTANCE` bits or less.
+
+    Of six bands of bits two at least are equal in such a pair, as four different bits reach four bands at most. So
+    only hashes that agree in two bands are compared: for a million random ones some four million comparisons.
+    """
+    found = [np.empty((0, 2), np.int64)]
+    bands = [_bits(hashes, band) for band in BANDS]
+    for one, other in itertools.combinations(range(len(BANDS)), 2):
+        key = (bands[one] << np.uint64(len(BANDS[other]))) | bands[other]
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        for step in range(1, len(hashes)):
+            same = np.flatnonzero(key[step:] == key[:-step])
+            if not len(same):
+                break
+            pairs = np.stack([order[same], order[same + step]], axis=1)
+            close = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]) <= DISTANCE
+            found.append(np.sort(pairs[close], axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _bits(hashes: np.ndarray, band: range) -> np.ndarray:
+    return (hashes >> np.uint64(band.start)) & np.uint64((1 << len(band)) - 1)
+
+
+def near_pairs(thumbnails: np.ndarray, pairs: np.ndarray, least: float) -> np.ndarray:
+    """(N, 32, 32, 3) uint8, (P, 2) rows of it -> (P,): whether the two correlate by `least` or more."""
+    near = correlation(_grey(thumbnails), pairs) >= least
+    red, green, blue = np.moveaxis(thumbnails.reshape(len(thumbnails), -1, 3).astype(np.int16), 2, 0)
+    apart = np.maximum(abs(red - green), abs(green - blue))
+    coloured = apart.max(axis=1, initial=0) > 16  # more than the rounding of a JPEG
+    both = np.flatnonzero(near & coloured[pairs].all(axis=1))
+    near[both] = correlation(thumbnails, pairs[both]) >= least  # colours count where both have any
+    return near
+
+
+def correlation(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """(N, ...) uint8, (P, 2) rows of it -> (P,): of each pair, whatever their brightness and contrast.
+
+    1 is the same picture, 0 nothing in common. An even picture has nothing to be recognised by: it correlates with
+    none. The sums are whole numbers, the same on any machine.
+    """
+    flat = images.reshape(len(images), -1)
+    size = flat.shape[1]
+    totals = flat.sum(axis=1, dtype=np.int64)
+    spreads = size * np.einsum("nd,nd->n", flat, flat, dtype=np.int64) - totals**2
+    products = [np.empty(0, np.int64)]
+    for start in range(0, len(pairs), 4096):
+        one, other = pairs[start : start + 4096].T
+        products.append(np.einsum("pd,pd->p", flat[one], flat[other], dtype=np.int32))  # below 2**31
+    one, other = pairs.T
+    scale = np.sqrt(spreads[one].astype(np.float64) * spreads[other])
+    shared = size * np.concatenate(products) - totals[one] * totals[other]
+    return np.where(scale > 0, shared / np.maximum(scale, 1.0), 0.0)

@@ -1,0 +1,85 @@
+"""What tests of the data are given: small images, folders of them, archives."""
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from convoy.datasets.folders import read_folder
+from convoy.datasets.source import Member
+from convoy.images import BadImage
+
+
+def png(value: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (4, 3), value).save(file, "PNG")
+    return file.getvalue()
+
+
+PETS = {"cat/1.png": png(1), "cat/2.png": png(2), "dog/1.png": png(3)}
+SPLIT_PETS = {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "test/cat/3.png": png(3), "valid/dog/4.png": png(4)}
+
+
+def write(data: Path, files: Mapping[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return data
+
+
+def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(zipfile.ZipInfo(name), content, compression)
+    return archive.getvalue()
+
+
+def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode=mode) as file:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()
+
+
+ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {
+    "zip": zipped,
+    "ZIP": zipped,
+    "tar": lambda files: tarred(files, "w"),
+    "tar.gz": lambda files: tarred(files, "w:gz"),
+    "tgz": lambda files: tarred(files, "w:gz"),
+    "tar.bz2": lambda files: tarred(files, "w:bz2"),
+    "tar.xz": lambda files: tarred(files, "w:xz"),
+}
+
+
+def read(data: Path) -> list[Member]:
+    """All members of the data, which are as many and of the classes that were promised."""
+    source = read_folder(data)
+    members = list(source.members)
+    assert len(members) == source.count
+    assert {member.label for member in members} - {""} <= set(source.classes)
+    return members
+
+
+def rows(data: Path) -> list[tuple[str, str, str]]:
+    """The path, label and split of all members, none of which has a fault."""
+    members = read(data)
+    assert faults(members) == []
+    return [(member.path, member.label, member.split) for member in members]
+
+
+def faults(members: list[Member]) -> list[str]:
+    return [f"{member.path} {member.content}" for member in members if isinstance(member.content, BadImage)]
+
+
+def content(member: Member) -> bytes:
+    """What a member holds, which is read here where it is only named."""
+    assert isinstance(member.content, str | bytes), str(member.content)
+    return Path(member.content).read_bytes() if isinstance(member.content, str) else member.content

@@ -1,0 +1,304 @@
+"""The data card: it says and shows what is in the data, whatever the labels look like."""
+
+import re
+from collections.abc import Callable, Iterable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from convoy.datacard import AsFound, AsPrepared, write_fetch_card, write_preprocess_card
+
+RED = (255, 0, 0)
+LABELS = ["a|b", "<script>alert(1)</script>", "🦉 owl", "猫", "$x^2$ $y$", "__init__", "*star*", "`tick`", "007", "1e5",
+          "[link](there)", "![picture](there)", "العربية", "# heading", "~~gone~~", "&amp;", "C:\\dir\\", "_a_", "=",
+          "-", "$\\frac$"]  # fmt: skip
+
+
+def plain(height: int = 8, width: int = 8, channels: int = 3) -> Callable[[int], np.ndarray]:
+    """Images that are red, or white where they are grey."""
+    return lambda row: np.broadcast_to(np.array(RED[:channels], np.uint8), (height, width, channels))
+
+
+def listed(labels: Iterable[str], split: str = "") -> pd.DataFrame:
+    """A table of images of 8x8 pixels."""
+    table = pd.DataFrame({"label": list(labels)}, dtype=str)
+    table["path"] = [f"{label}/{row}.png" for row, label in enumerate(table["label"])]
+    return table.assign(split=split, group="", height=8, width=8, channels=3, source_height=8, source_width=8)
+
+
+def some(count: int) -> pd.DataFrame:
+    """Images that are left out."""
+    paths = [f"cat/{row}.png" for row in range(count)]
+    return pd.DataFrame({"path": paths, "label": "cat", "reason": "is empty"}, dtype=str)
+
+
+def intake(table: pd.DataFrame, **more: Any) -> AsFound:
+    empty = {"quarantine": some(0), "merged": pd.DataFrame({"path": [], "kept": []}, dtype=str), "changes": []}
+    classes = list(dict.fromkeys(table["label"]))
+    return AsFound(**{"name": "toy", "classes": classes, "table": table, "images": plain()} | empty | more)
+
+
+def pairs(table: pd.DataFrame, *rows: tuple[int, int]) -> pd.DataFrame:
+    """Near duplicates: pairs of rows of `table`."""
+    one, other = (table.iloc[[pair[side] for pair in rows]].reset_index(drop=True) for side in (0, 1))
+    return pd.DataFrame(
+        {"path": one["path"], "other": other["path"], "label": one["label"], "other_label": other["label"]}
+    )
+
+
+def prepared(table: pd.DataFrame, **more: Any) -> AsPrepared:
+    measured = {"size": 8, "channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    images = {
+        "classes": sorted(set(table["label"])),
+        "table": table,
+        "images": plain(),
+        "found": lambda path: plain()(0),
+    }
+    empty = {"near": pairs(table), "withheld": some(0), "notes": []}
+    return AsPrepared(**{"name": "toy"} | measured | images | empty | more)
+
+
+def picture(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+class Cells(HTMLParser):
+    """The texts of all cells of all tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.texts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.texts[-1] += data
+
+
+def cells(card: str) -> list[str]:
+    parser = Cells()
+    parser.feed(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card))
+    return parser.texts
+
+
+def fetch_card(folder: Path, **more: Any) -> str:
+    write_fetch_card(intake(**more), folder)
+    return (folder / "card.md").read_text()
+
+
+def preprocess_card(folder: Path, **more: Any) -> str:
+    write_preprocess_card(prepared(**more), folder)
+    return (folder / "card.md").read_text()
+
+
+def headings(card: str) -> list[str]:
+    return re.findall(r"^## (.*)", card, re.MULTILINE)
+
+
+def full_intake() -> AsFound:
+    table = listed(["cat"] * 7 + ["owl"] * 3)
+    table.loc[0, ["height", "source_height"]] = 16, 900
+    merged = pd.DataFrame({"path": ["cat/copy.png"], "kept": ["cat/1.png"]})
+    return intake(table, quarantine=some(60), merged=merged, changes=["3 images of 'owl' are new."])
+
+
+def full_prepared() -> AsPrepared:
+    table = listed(["cat"] * 7 + ["owl"] * 3).assign(split=["train", "train", "val", "test", "train"] * 2)
+    return prepared(table, near=pairs(table, (0, 1), (2, 8)), withheld=some(2), notes=["Class 'owl' is small."])
+
+
+# Both cards
+
+
+@pytest.mark.parametrize(("write", "made"), [(write_fetch_card, full_intake), (write_preprocess_card, full_prepared)])
+def test_the_card_shows_every_picture_beside_it_and_no_other(write: Callable, made: Callable, tmp_path: Path) -> None:
+    write(made(), tmp_path)
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (tmp_path / "card.md").read_text())
+    assert sorted(shown) == sorted(file.name for file in tmp_path.glob("*.png"))
+    assert len(shown) >= 3
+
+
+@pytest.mark.parametrize(("write", "made"), [(write_fetch_card, full_intake), (write_preprocess_card, full_prepared)])
+def test_the_same_data_gives_the_same_bytes(write: Callable, made: Callable, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        write(made(), tmp_path / name)
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "other").iterdir())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_sections_without_content_are_quarantine(tmp_path: Path) -> None:
+    everyday = ["What changed", "Classes", "Size and colour", "What the images look like"]
+    assert headings(fetch_card(tmp_path, table=listed(["cat", "owl"]))) == everyday
+    assert headings(preprocess_card(tmp_path, table=listed(["cat"], "train"))) == ["Splits", "What the networks see"]
+
+
+def test_a_label_is_shown_as_it_is_whatever_is_in_it(tmp_path: Path) -> None:
+    shown = cells(fetch_card(tmp_path, table=listed(LABELS), quarantine=some(1).assign(path="a|b/<0>.png")))
+    assert set(LABELS) | {"a|b/<0>.png"} <= set(shown)
+
+
+printing = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=30)
+
+
+@settings(max_examples=5)
+@given(st.lists(printing, min_size=20, max_size=20, unique=True))
+def test_any_text_can_be_a_label(tmp_path_factory: pytest.TempPathFactory, labels: list[str]) -> None:
+    assert set(labels) <= set(cells(fetch_card(tmp_path_factory.mktemp("card"), table=listed(labels))))
+
+
+def test_what_does_not_print_is_spelled_out_and_a_long_name_keeps_its_ends(tmp_path: Path) -> None:
+    shown = cells(fetch_card(tmp_path, table=listed(["two\nlines", "first " + "w" * 500 + " last"])))
+    assert r"two\nlines" in shown
+    (long,) = {text for text in shown if text.startswith("first")}
+    assert long.endswith("w last")
+    assert len(long) <= 80
+
+
+def test_names_that_a_picture_can_not_show_stand_below_it(tmp_path: Path) -> None:
+    assert "From top to bottom: 'cat', '猫'." in fetch_card(tmp_path, table=listed(["cat", "猫"]))
+    assert "From top to bottom" not in fetch_card(tmp_path, table=listed(["cat", "owl"]))
+
+
+def test_of_very_many_classes_the_largest_and_the_smallest_are_shown(tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(300)]
+    loaded: list[int] = []
+
+    def images(row: int) -> np.ndarray:
+        loaded.append(row)
+        return plain()(row)
+
+    table = listed(np.repeat(names, np.arange(300, 0, -1)))  # 45,150 images
+    card = fetch_card(tmp_path, table=table, images=images)
+    assert "Of 300 classes these are the 50 largest and the 50 smallest." in card
+    assert {"class 0", "class 49", "class 250", "class 299"} <= set(cells(card))
+    assert not {"class 50", "class 249"} & set(cells(card))
+    assert len(loaded) <= 100 * 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 50, 51, 200])
+def test_every_class_has_a_row_in_the_table_and_on_a_contact_sheet(count: int, tmp_path: Path) -> None:
+    names = [f"class {number}" for number in range(count)]
+    assert set(names) <= set(cells(fetch_card(tmp_path, table=listed(names))))
+    rows = sum((len(picture(file)) + 3) // 67 for file in tmp_path.glob("contact_*.png"))
+    assert rows == count
+
+
+@pytest.mark.parametrize("image", [plain(8, 8), plain(60, 60), plain(900, 900)])
+def test_small_images_are_enlarged_and_large_ones_reduced(image: Callable, tmp_path: Path) -> None:
+    fetch_card(tmp_path, table=listed(["cat"] * 3), images=image)
+    red = int((picture(tmp_path / "contact_1.png") == RED).all(axis=2).sum())
+    assert 3 * 60**2 <= red <= 3 * 64**2
+
+
+def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path) -> None:
+    card = fetch_card(tmp_path, table=listed(["cat", "owl"]), quarantine=some(51))
+    assert "50 of 51; all are in quarantine.csv:" in card
+    assert "cat/49.png" in card
+    assert "cat/50.png" not in card
+
+
+# The card of fetch
+
+
+def test_the_imbalance_of_the_classes_is_said_in_a_sentence(tmp_path: Path) -> None:
+    card = fetch_card(tmp_path, table=listed(["cat"] * 6 + ["owl"] * 2), classes=["cat", "newt", "owl"])
+    assert "'cat', has 6 images: 3.0 times as many as the smallest, 'owl', with 2." in card
+    assert "To answer always 'cat' would be right for 75.0% of the images." in card
+    assert "No image at all: 'newt'." in card
+
+
+def test_given_splits_are_counted_apart(tmp_path: Path) -> None:
+    table = listed(["cat"] * 5).assign(split=["train", "train", "test", "", ""])
+    rows = [line for line in fetch_card(tmp_path, table=table).splitlines() if line.startswith("| cat ")]
+    assert re.findall(r"[\d.]+%?", rows[0]) == ["2", "1", "2", "5", "100.0%"]
+
+
+def test_sizes_are_drawn_only_where_they_differ(tmp_path: Path) -> None:
+    table = listed(["cat"] * 3)
+    assert "Every image has 8x8 pixels. All are RGB." in fetch_card(tmp_path, table=table)
+    assert not (tmp_path / "sizes.png").exists()
+    table["source_width"], table["channels"] = [8, 20, 40], [1, 1, 3]
+    card = fetch_card(tmp_path, table=table)
+    assert "the smallest image has 8x8, the median 20x8, the largest 40x8" in card
+    assert "Stored smaller than found: 2 images, no side above 8 pixels. 2 (66.7%) are grey, 1 are RGB." in card
+    assert (tmp_path / "sizes.png").exists()
+
+
+def test_reasons_are_counted_the_most_frequent_first(tmp_path: Path) -> None:
+    quarantine = pd.concat([some(2).assign(reason="has no label"), some(3)])
+    shown = cells(fetch_card(tmp_path, table=listed(["cat"]), quarantine=quarantine))
+    start = shown.index("reason")
+    assert shown[start : start + 6] == ["reason", "images", "is empty", "3", "has no label", "2"]
+
+
+def test_changes_are_listed_and_a_first_version_says_so(tmp_path: Path) -> None:
+    assert "This is the first version of the data." in fetch_card(tmp_path, table=listed(["cat"]))
+    card = fetch_card(tmp_path, table=listed(["cat"]), changes=["3 images are new.", "1 is gone."])
+    assert "- 3 images are new.\n- 1 is gone.\n" in card
+
+
+def test_data_without_any_image_has_a_card_too(tmp_path: Path) -> None:
+    card = fetch_card(tmp_path, table=listed([]), classes=["cat"], quarantine=some(3))
+    assert headings(card) == ["What changed", "Classes", "In quarantine"]
+
+
+# The card of preprocess
+
+
+def test_shares_and_measures_are_said(tmp_path: Path) -> None:
+    table = listed(["cat"] * 10).assign(split=["train"] * 7 + ["val"] + ["test"] * 2)
+    card = preprocess_card(tmp_path, table=table)
+    assert "Of the images 70.0% train, 10.0% val, 20.0% test." in card
+    assert "Every image has 8x8 pixels, RGB." in card
+    start = cells(card).index("red")
+    assert cells(card)[start : start + 3] == ["red", "0.5", "0.2"]
+    card = preprocess_card(tmp_path, table=table, channels=1, mean=[0.5], std=[0.2], images=plain(channels=1))
+    assert "Every image has 8x8 pixels, grey." in card
+
+
+def test_pairs_with_different_labels_have_a_section_of_their_own(tmp_path: Path) -> None:
+    table = listed(["cat"] * 3 + ["owl"], "train")
+    card = preprocess_card(tmp_path, table=table, near=pairs(table, (0, 1), (1, 2), (2, 3)))
+    same, different = card.index("## Nearly equal, with the same"), card.index("## Nearly equal, with different")
+    assert different < same
+    assert "1 pair. Worth a look: one of the two labels may be wrong." in card[different:same]
+    assert "owl/3.png" in card[different:same]
+    assert "2 pairs." in card[same:]
+
+
+def test_a_pair_of_which_one_is_withheld_is_drawn_as_it_was_found(tmp_path: Path) -> None:
+    table = listed(["cat"] * 4, "train")
+    asked: list[str] = []
+
+    def found(path: str) -> np.ndarray:
+        asked.append(path)
+        return plain()(0)
+
+    preprocess_card(tmp_path, table=table[:3], near=pairs(table, (0, 3)), found=found)
+    assert asked == ["cat/0.png", "cat/3.png"]
+    assert (tmp_path / "near.png").exists()
+
+
+def test_what_is_withheld_is_listed_with_its_reason(tmp_path: Path) -> None:
+    card = preprocess_card(tmp_path, table=listed(["cat"], "train"), withheld=some(2).assign(reason="nearly equals x"))
+    assert cells(card)[-3:] == ["cat/1.png", "cat", "nearly equals x"]

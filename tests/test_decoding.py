@@ -1,0 +1,212 @@
+"""Decoding: what comes back is what each file holds, in order, whatever a broken one does to the process at work."""
+
+import io
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from convoy.datasets import decoding
+from convoy.datasets.decoding import PIXELS, RECORD, Batch, decoded, judge, remember
+from convoy.datasets.source import Content, Member, Source
+from convoy.images import FORMATS, BadImage, decode
+
+NOTHING = Path("nothing is remembered here")
+PHOTOGRAPH = load_sample_images().images[0][100:148, 200:264]
+
+
+def saved(pixels: np.ndarray, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def noise(seed: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size + seed % 3, 3), np.uint8)
+
+
+def source(contents: list[Content]) -> Source:
+    return Source(["cat"], len(contents), (Member(str(n), "cat", "", "", c) for n, c in enumerate(contents)))
+
+
+def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], list[np.ndarray | str]]:
+    """The path and the pixels of each member, or why there are none."""
+    paths, found = [], []
+    for members, batch in decoded(source(contents), longest_side, NOTHING):
+        paths += [member.path for member in members]
+        images = images_of(batch)
+        found += [fault or images.pop(0) for fault in batch.faults]
+    return paths, found
+
+
+def images_of(batch: Batch) -> list[np.ndarray]:
+    images, start = [], 0
+    for record in batch.records:
+        shape = tuple(int(record[name]) for name in ("height", "width", "channels"))
+        end = start + int(np.prod(shape))
+        images.append(np.frombuffer(batch.pixels[start:end], np.uint8).reshape(shape))
+        start = end
+    assert start == len(batch.pixels)
+    return images
+
+
+def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path) -> None:
+    pictures = [noise(number) for number in range(60)]
+    (tmp_path / "0.png").write_bytes(saved(pictures[0]))
+    contents: list[Content] = [str(tmp_path / "0.png"), *map(saved, pictures[1:40]), *pictures[40:]]
+    paths, found = whole(contents)
+    assert paths == [str(number) for number in range(60)]
+    assert all(np.array_equal(one, other) for one, other in zip(found, pictures, strict=True))
+
+
+def test_a_fault_stands_in_its_place_and_the_others_are_decoded(tmp_path: Path) -> None:
+    contents = [saved(noise(1)), b"", BadImage("has no label"), str(tmp_path / "gone.png"), saved(noise(2))]
+    _, (first, *faults, last) = whole(contents)
+    assert faults == ["is empty", "has no label", "can't be read: No such file or directory"]
+    assert np.array_equal(first, noise(1))
+    assert np.array_equal(last, noise(2))
+
+
+def test_a_file_larger_than_any_photograph_is_not_even_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**28 + 1)
+    assert whole([str(tmp_path / "huge.png")]) == (["0"], ["is larger than 256 MB"])
+
+
+def test_pixels_larger_than_asked_are_reduced_too() -> None:
+    _, (image,) = whole([noise(0, 64)], longest_side=32)
+    assert isinstance(image, np.ndarray)
+    assert max(image.shape) == 32
+
+
+def test_what_is_recorded_of_a_file() -> None:
+    batch = judge([saved(noise(0, 64)), saved(noise(0, 64), "BMP")], 32, NOTHING)
+    one, other = batch.records
+    assert (one["source_height"], one["source_width"], one["height"], one["width"]) == (64, 64, 32, 32)
+    assert one["sha256"] != other["sha256"]  # of the file
+    assert one["picture"] == other["picture"]  # of the pixels
+    assert one["phash"] == other["phash"]
+
+
+# Processes that die
+
+
+def crash(contents: list[Content], longest_side: int, earlier: Path) -> Batch:
+    """As `judge`, but one image ends the process, as broken PNGs did with torchvision, and another takes for ever."""
+    if b"crash" in contents:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if b"hang" in contents:
+        time.sleep(600)
+    return judge(contents, longest_side, earlier)
+
+
+def test_an_image_that_crashes_or_holds_up_its_decoder_is_named_and_the_others_survive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "judge", crash)
+    monkeypatch.setattr(decoding, "PATIENCE", 2)
+    pictures = [noise(number) for number in range(50)]
+    contents: list[Content] = [saved(picture) for picture in pictures]
+    contents[3], contents[45] = b"crash", b"hang"
+    paths, found = whole(contents)
+    assert paths == [str(number) for number in range(50)]
+    assert found[3] == "crashes its decoder"
+    assert found[45] == "takes more than 2 seconds to decode"
+    sound = [number for number in range(50) if number not in (3, 45)]
+    assert all(np.array_equal(found[number], pictures[number]) for number in sound)
+
+
+# Damage
+
+FORMS = {form: saved(PHOTOGRAPH, form) for form in FORMATS} | {
+    "progressive JPEG": saved(PHOTOGRAPH, "JPEG", progressive=True, quality=95),
+    "TIFF in LZW": saved(PHOTOGRAPH, "TIFF", compression="tiff_lzw"),
+    "lossless WEBP": saved(PHOTOGRAPH, "WEBP", lossless=True),
+}
+every_form = pytest.mark.parametrize("data", FORMS.values(), ids=FORMS)
+
+
+def flipped(data: bytes, random: np.random.Generator) -> bytes:
+    broken = bytearray(data)
+    broken[random.integers(len(data))] ^= 1 << random.integers(8)
+    return bytes(broken)
+
+
+@every_form
+def test_of_a_file_cut_anywhere_no_wrong_picture_comes_through(data: bytes) -> None:
+    random = np.random.default_rng(0)
+    _, found = whole([data[:end] for end in random.integers(len(data), size=400)])
+    original = decode(data, 512).pixels
+    wrong = [pixels for pixels in found if not isinstance(pixels, str) and not np.array_equal(pixels, original)]
+    assert wrong == []
+    assert sum(isinstance(fault, str) for fault in found) > 390
+
+
+def test_of_a_png_with_one_bit_flipped_no_wrong_picture_comes_through() -> None:
+    random = np.random.default_rng(0)
+    _, found = whole([flipped(FORMS["PNG"], random) for _ in range(2000)])
+    assert all(isinstance(pixels, str) or np.array_equal(pixels, PHOTOGRAPH) for pixels in found)
+
+
+@every_form
+def test_bits_flipped_in_a_real_picture_neither_crash_nor_hang_a_decoder(data: bytes) -> None:
+    random = np.random.default_rng(0)
+    _, found = whole([flipped(flipped(data, random), random) for _ in range(600)])
+    assert len(found) == 600
+    assert not {"crashes its decoder", f"takes more than {decoding.PATIENCE} seconds to decode"} & {
+        fault for fault in found if isinstance(fault, str)
+    }
+
+
+def test_damage_that_a_jpeg_decoder_only_warns_of_is_a_fault() -> None:
+    random = np.random.default_rng(0)
+    _, found = whole([flipped(FORMS["progressive JPEG"], random) for _ in range(1000)])
+    warned = [fault for fault in found if isinstance(fault, str) and "Corrupt JPEG data" in fault]
+    assert len(warned) > 200  # Pillow passes nearly all of them
+
+
+# What is remembered
+
+
+def remembered(folder: Path, contents: list[Content]) -> Batch:
+    batch = judge(contents, 512, NOTHING)
+    sizes = batch.records["height"] * batch.records["width"] * batch.records["channels"]
+    batch.records["offset"] = np.cumsum(sizes) - sizes
+    folder.mkdir(parents=True)
+    (folder / PIXELS).write_bytes(batch.pixels)
+    remember(batch.records, folder / PIXELS, folder / "remembered" / "here")
+    return batch
+
+
+def never(data: bytes, longest_side: int) -> None:
+    raise AssertionError("decoded again")
+
+
+def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [saved(noise(number)) for number in range(9)]
+    first = remembered(tmp_path / "first", contents)
+    monkeypatch.setattr(decoding, "decode", never)
+    again = judge(contents[::-1], 512, tmp_path / "first/remembered/here")
+    assert again.faults == [""] * 9
+    assert (again.records["phash"] == first.records["phash"][::-1]).all()
+    assert all(np.array_equal(*pair) for pair in zip(images_of(again), images_of(first)[::-1], strict=True))
+
+
+def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Path) -> None:
+    first = remembered(tmp_path / "spoiled", [saved(noise(1)), saved(noise(2))])
+    pixels = tmp_path / "spoiled/remembered/here" / PIXELS
+    pixels.write_bytes(flipped(pixels.read_bytes(), np.random.default_rng(0)))
+    again = judge([saved(noise(1)), saved(noise(2))], 512, tmp_path / "spoiled/remembered/here")
+    assert again.pixels == first.pixels
+
+
+def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
+    (tmp_path / PIXELS).write_bytes(b"\0")
+    for name in ("one", "two"):
+        remember(np.zeros(0, RECORD), tmp_path / PIXELS, tmp_path / "pets" / name)
+    assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]

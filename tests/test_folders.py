@@ -1,0 +1,239 @@
+"""The data folder: what lies in class folders comes with its label, is named with its fault, or is refused."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from given import PETS, SPLIT_PETS, content, faults, png, read, rows, tarred, write, zipped
+
+from convoy.config import ConvoyError
+from convoy.datasets.folders import read_folder, refuse_links
+
+AS_ROWS = [("data/cat/1.png", "cat", ""), ("data/cat/2.png", "cat", ""), ("data/dog/1.png", "dog", "")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+# Class folders
+
+
+def test_a_folder_for_each_class_is_a_data_set(data: Path) -> None:
+    write(data, PETS)
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert rows(data) == AS_ROWS
+    assert {member.group for member in read(data)} == {""}
+
+
+def test_a_loose_file_is_named_and_not_read(data: Path) -> None:
+    write(data, PETS)
+    assert [member.content for member in read(data)] == [str(data / name) for name in PETS]
+
+
+def test_folders_inside_a_class_folder_belong_to_the_class(data: Path) -> None:
+    write(data, {"cat/a/b/1.png": png(), "cat/2.png": png(), "dog/c/3.png": png()})
+    assert [label for _, label, _ in rows(data)] == ["cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize("outer", ["outer/inner/", "a/" * 1500])
+def test_folders_around_all_classes_are_looked_through(data: Path, outer: str) -> None:
+    inside = {f"{outer}{name}": content for name, content in PETS.items()}
+    write(data, inside if len(outer) < 100 else {"pets.zip": zipped(inside)})
+    assert read_folder(data).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("outer", ["", "pets/"])
+@pytest.mark.parametrize("style", [str.lower, str.capitalize])
+def test_train_and_test_folders_keep_their_split(data: Path, outer: str, style: Callable[[str], str]) -> None:
+    write(data, {outer + style(name.split("/")[0]) + name[name.index("/") :]: content
+                 for name, content in SPLIT_PETS.items()})  # fmt: skip
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert {(label, split) for _, label, split in rows(data)} == {
+        ("cat", "train"), ("dog", "train"), ("cat", "test"), ("dog", "val"),
+    }  # fmt: skip
+
+
+def test_a_class_may_be_called_like_a_split(data: Path) -> None:
+    write(data, {"bus/1.png": png(), "train/1.png": png()})
+    assert rows(data) == [("data/bus/1.png", "bus", ""), ("data/train/1.png", "train", "")]
+
+
+@pytest.mark.parametrize(
+    "names", [("NA", "None", "nan"), ("007", "7", "7.0"), ("true", "no", "null"), ("é", "猫", " ")]
+)
+def test_the_names_of_classes_survive(data: Path, names: tuple[str, ...]) -> None:
+    write(data, {f"{name}/1.png": png() for name in names})
+    assert read_folder(data).classes == [label for _, label, _ in rows(data)] == sorted(names)
+
+
+def test_the_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
+    names = ["a/2.png", "a/x/1.png", "a/x.png", "a-b/1.png", "b/10.png", "b/9.png"]
+    write(data, dict.fromkeys(reversed(names), png()))
+    assert [path for path, _, _ in rows(data)] == [f"data/{name}" for name in names]
+
+
+# What is no image with a label
+
+
+def test_what_systems_leave_in_folders_is_passed_over(data: Path) -> None:
+    write(data, dict.fromkeys((".DS_Store", "cat/.DS_Store", "cat/Thumbs.db", "dog/desktop.ini"), b"junk"))
+    write(data, {"__MACOSX/cat/._1.png": b"junk", "cat/._1.png": b"junk", ".git/config": b"junk"})
+    assert rows(write(data, PETS)) == AS_ROWS
+
+
+def test_what_lies_beside_the_class_folders_may_be_anything_but_an_image(data: Path) -> None:
+    extra = {"README.md": b"pets", "LICENSE": b"free", "make.py": b"print()", "sizes.csv": b"name,size\ncat,1\n"}
+    write(data, PETS | extra | {"more.zip": zipped({f"more/{n}": c for n, c in (PETS | extra).items()})})
+    assert rows(data) == AS_ROWS + [(f"data/more.zip:more/{path[5:]}", label, split) for path, label, split in AS_ROWS]
+
+
+def test_every_file_in_a_class_folder_is_taken_for_an_image(data: Path) -> None:
+    write(data, PETS | {"dog/note.txt": b"a note", "dog/table.csv": b"path,label\n"})
+    assert [path for path, label, _ in rows(data) if label == "dog"] == [
+        "data/dog/1.png", "data/dog/note.txt", "data/dog/table.csv",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({**PETS, "stray.jpg": png()}, "data/stray.jpg"),
+        ({**SPLIT_PETS, "train/stray.png": png()}, "data/train/stray.png"),
+        ({"pets.zip": zipped({**PETS, "stray.PNG": png()})}, "data/pets.zip:stray.PNG"),
+        ({**PETS, "cat.zip": zipped({"1.png": png()})}, "data/cat.zip:1.png"),
+    ],
+)
+def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
+    members = read(write(data, files))
+    assert faults(members) == [f"{named} lies in no class folder, so its label is unknown"]
+    assert [member.path for member in members if member.label == ""] == [named]
+    assert len(members) == 1 + len(SPLIT_PETS if "train/cat/1.png" in files else PETS)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, ""),
+        ({"README.md": b"soon"}, ""),
+        ({"empty.zip": zipped({})}, ""),
+        ({"empty.tar": tarred({}, "w")}, ""),
+        ({"1.png": png(), "2.png": png()}, "data/1.png lies in no class folder"),
+        ({"train/1.png": png(), "test/2.png": png()}, "data/test/2.png lies in no class folder"),
+        ({"cat.zip": zipped({"1.png": png()})}, "data/cat.zip:1.png lies in no class folder"),
+        ({"a.csv": b"id,breed\n1,pug\n"}, "data/a.csv has the columns id, breed, and not path and label"),
+        ({"a.csv": b"path,label\n1.png,\n", "1.png": png()}, "data/1.png has no label in a.csv"),
+    ],
+)
+def test_data_without_a_label_are_refused_with_what_was_found(data: Path, files: dict[str, bytes], found: str) -> None:
+    with pytest.raises(ConvoyError, match="data/ holds no images with a label: put them there in one fol") as refusal:
+        read_folder(write(data, files))
+    assert found in str(refusal.value)
+
+
+def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match="data/ holds no images"):
+        read_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9/1.png", b"cat/caf\xe9.png"])
+def test_a_name_that_is_not_utf8_is_refused(data: Path, name: bytes) -> None:
+    with pytest.raises(ConvoyError, match=r"caf\\udce9.*not UTF-8: rename it"):
+        read_folder(write(data, PETS | {os.fsdecode(name): png()}))
+
+
+def test_a_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConvoyError, match="data/ can't be read: Permission denied"):
+        read_folder(data)
+
+
+# Links
+
+
+@pytest.fixture(params=[read_folder, refuse_links])
+def look(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    return request.param
+
+
+def test_all_links_that_lead_to_no_file_in_the_data_are_listed_at_once(
+    data: Path, look: Callable[[Path], None]
+) -> None:
+    write(data.parent, {"outside.png": png(), "outside/1.png": png(), "data-2/1.png": png()})
+    write(data, PETS | {".hidden/1.png": png()})
+    targets = {
+        "cat/absolute": data.parent / "outside.png",
+        "cat/relative": Path("../../outside.png"),
+        "cat/sibling": data.parent / "data-2" / "1.png",
+        "folder": data.parent / "outside",
+        "inner": data / "cat",
+        "nowhere": Path("nothing.png"),
+        "circle": Path("circle"),
+        "self": data,
+        ".hidden/passwords": Path("/etc/passwd"),
+    }
+    for name, target in targets.items():
+        (data / name).symlink_to(target)
+    with pytest.raises(ConvoyError) as refusal:
+        look(data)
+    assert str(refusal.value).splitlines() == [
+        f"data/{name} is a link to {target}, which would bring in what is no file in the data: put the file itself"
+        " there"
+        for name, target in sorted(targets.items())
+    ]
+
+
+def test_a_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, look: Callable[[Path], None]) -> None:
+    (data / os.fsdecode(b"caf\xe9")).symlink_to("/etc/passwd")
+    with pytest.raises(ConvoyError, match=r"data/caf\\udce9 is a link") as refusal:
+        look(data)
+    assert str(refusal.value).encode()
+
+
+def test_a_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[Path], None]) -> None:
+    write(data, PETS)
+    (data / "dog" / "2.png").symlink_to("../cat/2.png")
+    (data / "dog" / "3.png").symlink_to(data / "dog" / "2.png")
+    look(data)
+    assert rows(data) == [*AS_ROWS, ("data/dog/2.png", "dog", ""), ("data/dog/3.png", "dog", "")]
+    assert [content(member) for member in read(data)[-2:]] == [PETS["cat/2.png"]] * 2
+
+
+def test_the_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None]) -> None:
+    write(data, PETS)
+    (data / "dog" / "2.png").symlink_to(data / "cat" / "2.png")
+    (data.parent / "link").mkdir()
+    (data.parent / "link" / "data").symlink_to(data)
+    look(data.parent / "link" / "data")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(data: Path, look: Callable[[Path], None]) -> None:
+    os.mkfifo(write(data, PETS) / "cat" / "pipe.png")
+    with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is no plain file"):
+        look(data)
+
+
+@pytest.mark.parametrize("given", ["nothing", "file"])
+def test_where_there_is_no_folder_there_are_no_links(tmp_path: Path, given: str) -> None:
+    (tmp_path / "file").touch()
+    refuse_links(tmp_path / given)
+
+
+# Many files
+
+
+def test_many_files_are_listed_quickly(data: Path) -> None:
+    for label in range(10):
+        (data / str(label)).mkdir()
+        for image in range(1000):
+            (data / str(label) / f"{image}.png").touch()
+    start = time.process_time()
+    assert read_folder(data).count == 10_000
+    assert time.process_time() - start < 1  # second; it takes a tenth of it

@@ -1,0 +1,101 @@
+"""The history of a data set: no label ever shifts, and what changed is said in words."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convoy.config import ConvoyError
+from convoy.datasets.history import History, Version, extended, version_of
+
+NEW = History(classes=[], versions=[])
+names = st.lists(st.text(max_size=5), unique=True, max_size=6)
+
+
+def version(quarantine: int = 0, digest: str = "a", **images: int) -> Version:
+    return Version(digest=digest, images=images, quarantine=quarantine)
+
+
+@given(known=names, classes=names)
+def test_the_class_list_only_grows_and_no_label_shifts(known: list[str], classes: list[str]) -> None:
+    longer = extended(known, classes)
+    assert longer[: len(known)] == known
+    assert set(longer) == {*known, *classes}
+    assert len(set(longer)) == len(longer)
+    assert extended(longer, classes) == longer
+
+
+def test_the_first_version_has_no_changes() -> None:
+    assert NEW.grown(["cat"], version(cat=3)).changes() == []
+
+
+def test_what_came_and_what_went_is_said_in_words() -> None:
+    history = NEW.grown(["cat", "dog"], version(cat=3, dog=4, quarantine=1, digest="a"))
+    history = history.grown(["cat", "owl"], version(cat=5, owl=7, digest="b"))
+    assert history.classes == ["cat", "dog", "owl"]
+    assert history.changes() == [
+        "new classes: 'owl'",
+        "classes that have no images any more: 'dog'; they keep their places",
+        "12 images, +5 (7 before)",
+        "class 'cat': 5 images (3 before)",
+        "0 images in quarantine (1 before)",
+    ]
+
+
+def test_other_images_in_the_same_numbers_are_noticed() -> None:
+    history = NEW.grown(["cat"], version(cat=3, digest="a")).grown(["cat"], version(cat=3, digest="b"))
+    assert history.changes() == ["as many images in each class as before, but not the same ones, or in another split"]
+
+
+def test_the_same_version_seen_twice_tells_the_same_changes() -> None:
+    once = NEW.grown(["cat"], version(cat=3)).grown(["cat"], version(cat=4))
+    assert once.grown(["cat"], version(cat=4)) == once
+
+
+def table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["sha256", "label", "split"], dtype="str")
+
+
+def test_a_version_knows_neither_order_nor_names_but_labels_and_splits() -> None:
+    rows = [("a", "cat", ""), ("b", "dog", ""), ("c", "dog", "")]
+    same = version_of(table(rows), 0)
+    assert same.images == {"cat": 1, "dog": 2}
+    assert version_of(table(rows[::-1]), 0) == same
+    assert version_of(table([("a", "dog", ""), *rows[1:]]), 0).digest != same.digest
+    assert version_of(table([("a", "cat", "test"), *rows[1:]]), 0).digest != same.digest
+
+
+@given(labels=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=1, max_size=5))
+def test_any_class_name_survives_the_file(labels: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("history") / "data.lock"
+    history = NEW.grown(labels, version(**dict.fromkeys(labels, 2)))
+    history.save(file, "pets")
+    assert History.load(file, "pets") == history
+
+
+def test_data_sets_stand_side_by_side_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "data.lock"
+    for name in ("pets", "digits"):
+        NEW.grown(["no", "007"], version(no=1)).save(file, name)
+    assert file.read_text().startswith("# ")
+    assert list(yaml.safe_load(file.read_text())) == ["pets", "digits"]
+    assert History.load(file, "flowers") == NEW
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pets: [", "data.lock can't be read: take it from git again"),
+        ("- pets", "data.lock is not a table of data sets: take it from git again"),
+        ("pets: {classes: [cat]}", "data.lock: pets.versions: missing"),
+        ("pets: {classes: cat, versions: []}", "data.lock: pets.classes='cat'"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.lock").write_text(text)
+    with pytest.raises(ConvoyError) as refusal:
+        History.load(tmp_path / "data.lock", "pets")
+    assert message in str(refusal.value)

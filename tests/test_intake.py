@@ -1,0 +1,208 @@
+"""The intake: a folder of every fault goes through with the right report and the right survivors."""
+
+import io
+import shutil
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from convoy.config import ConvoyError, typed
+from convoy.datasets.folders import read_folder
+from convoy.datasets.intake import Fetch, Intake, group_in, take_in
+from convoy.datasets.source import Dataset
+
+SIZE = 16
+
+
+def picture(seed: int, channels: int = 3) -> np.ndarray:
+    """(16, 16, C) uint8, like no other."""
+    return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, channels), np.uint8)
+
+
+def saved(image: np.ndarray | Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze())
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 10,000,000,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    broken = bytearray(data)
+    broken[place] ^= 1
+    return bytes(broken)
+
+
+def write(data: Path, files: Mapping[str, bytes]) -> Path:
+    for name, content in files.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(content)
+    return data
+
+
+def taken_in(
+    data: Path,
+    max_bad_fraction: float = 1.0,
+    group: str | None = None,
+    known: tuple[str, ...] = (),
+    into: str = "packed",
+) -> Intake:
+    folder = data.parent / into
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    limits = Fetch(max_bad_fraction=max_bad_fraction)
+    earlier = data.parent / "remembered" / "here"
+    return take_in(read_folder(data), pets(group), limits, known, folder, earlier)
+
+
+def pets(group: str | None = None) -> Dataset:
+    return typed(Dataset, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
+
+
+def kept(intake: Intake) -> list[str]:
+    return intake.packed.table["path"].tolist()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+PETS = {
+    f"{name}/{number}.png": saved(picture(10 * k + number))
+    for k, name in enumerate(["cat", "dog"])
+    for number in range(4)
+}
+PNG, JPEG = saved(picture(50)), saved(np.kron(picture(51), np.ones((4, 4, 1), np.uint8)), "JPEG")
+FAULTS = {
+    "cat/cut.jpg": (JPEG[: len(JPEG) // 2], "can't be decoded: "),
+    "cat/cut.png": (PNG[: len(PNG) // 2], "can't be decoded: "),
+    "cat/one_bit.png": (flipped(PNG, len(PNG) // 2), "can't be decoded: broken PNG file"),
+    "cat/empty.jpg": (b"", "is empty"),
+    "cat/notes.txt": (b"milk, bread", "is not an image in BMP, GIF, JPEG, PNG, TIFF, WEBP"),
+    "dog/page.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n", "is not an image"),
+    "dog/bomb.png": (bomb(), "has more than the limit of 100000000 pixels"),
+    "dog/range.tif": (saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "has F pixels (32 bits)"),
+    "stray.png": (saved(picture(52)), "lies in no class folder, so its label is unknown"),
+}
+
+
+def test_a_folder_of_every_fault_goes_through_with_the_right_report_and_the_right_survivors(data: Path) -> None:
+    twin, shared = saved(picture(60)), saved(picture(61))
+    write(data, PETS | {name: content for name, (content, _) in FAULTS.items()})
+    write(data, {"cat/twin.png": twin, "cat/again/twin.png": twin})  # one file, twice
+    write(data, {"cat/both.png": shared, "dog/both.bmp": saved(picture(61), "BMP")})  # one picture, two labels
+    intake = taken_in(data)
+
+    assert kept(intake) == sorted([f"data/{name}" for name in PETS] + ["data/cat/again/twin.png"])
+    assert intake.merged.to_dict("records") == [{"path": "data/cat/twin.png", "kept": "data/cat/again/twin.png"}]
+    reasons = intake.quarantine.set_index("path")["reason"].to_dict()
+    assert set(reasons) == {f"data/{name}" for name in [*FAULTS, "cat/both.png", "dog/both.bmp"]}
+    for name, (_, reason) in FAULTS.items():
+        assert reasons[f"data/{name}"].startswith(reason)
+    assert reasons["data/cat/both.png"] == "shows the same picture as data/dog/both.bmp, which is labelled 'dog'"
+    assert reasons["data/dog/both.bmp"] == "shows the same picture as data/cat/both.png, which is labelled 'cat'"
+
+
+def test_each_survivor_has_its_own_pixels(data: Path) -> None:
+    write(data, PETS | {"cat/1_broken.png": PNG[:50], "cat/2_again.png": PETS["cat/0.png"]})
+    packed = taken_in(data).packed
+    for row, path in enumerate(packed.table["path"]):
+        with Image.open(data.parent / path) as image:
+            assert np.array_equal(packed.image(row), np.asarray(image))
+
+
+def test_too_many_bad_images_stop_the_run_with_a_list_of_all_of_them(data: Path) -> None:
+    write(data, PETS | {f"cat/{number}.jpg": b"" for number in range(3)})
+    with pytest.raises(ConvoyError) as refusal:
+        taken_in(data, max_bad_fraction=0.2)
+    message = str(refusal.value)
+    assert message.startswith(
+        "3 of 11 images can't be used, more than fetch.max_bad_fraction=0.2 allows; mend or remove"
+    )
+    assert all(f"data/cat/{number}.jpg is empty" in message for number in range(3))
+    assert len(taken_in(data, max_bad_fraction=3 / 11).quarantine) == 3
+
+
+def test_one_class_is_too_few_even_where_another_was_there_but_broken(data: Path) -> None:
+    write(data, {"cat/1.png": PNG, "dog/1.png": b""})
+    with pytest.raises(ConvoyError, match="pets has images of one class, 'cat', and a classifier needs two"):
+        taken_in(data)
+    write(data, {"cat/1.png": b""})
+    with pytest.raises(ConvoyError, match="pets has no images that can be used"):
+        taken_in(data)
+
+
+def test_of_two_copies_the_one_in_the_test_split_stays(data: Path) -> None:
+    for split in ("train", "test", "val"):
+        write(data / split, PETS)
+    intake = taken_in(data)
+    assert intake.packed.table["split"].unique().tolist() == ["test"]
+    assert len(intake.merged) == 16
+    assert intake.merged["kept"].str.startswith("data/test/").all()
+
+
+def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_their_places(data: Path) -> None:
+    write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
+    assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
+    assert taken_in(data, known=("owl", "dog")).packed.classes == ["owl", "dog", "ape", "cat"]
+
+
+# Groups
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"),
+    [
+        (None, ""),
+        ("folder", "data/patient-7/left"),
+        (r"patient-(\d+)", "7"),
+        (r"patient-\d+", "patient-7"),
+        (r"hospital-(\d+)", ""),
+        (r"(hospital)?patient", ""),
+    ],
+)
+def test_a_group_is_the_folder_or_what_an_expression_finds_in_the_path(pattern: str | None, group: str) -> None:
+    assert group_in("data/patient-7/left/1.png", pattern) == group
+
+
+def test_an_expression_that_is_none_is_refused_by_name() -> None:
+    with pytest.raises(ConvoyError, match=r"dataset\.group='\(': .*neither null nor folder nor a regular expression"):
+        pets("(")
+
+
+def test_a_group_that_the_source_names_goes_before_the_pattern(data: Path) -> None:
+    write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
+    table = taken_in(data, group="folder").packed.table
+    assert table["group"].tolist() == ["tom", "data/cat", "rex"]
+
+
+# Growth
+
+
+def test_a_second_run_gives_the_same_bits_with_the_new_images_among_the_old(data: Path) -> None:
+    write(data, PETS)
+    taken_in(data)
+    write(data, {"cat/00.png": PNG, "dog/9.jpg": JPEG, "dog/bad.png": b""})
+    grown = taken_in(data)
+    shutil.rmtree(data.parent / "remembered")
+    afresh = taken_in(data, into="afresh")
+    pd.testing.assert_frame_equal(grown.packed.table, afresh.packed.table)
+    pd.testing.assert_frame_equal(grown.quarantine, afresh.quarantine)
+    for name in ("pixels.bin", "images.parquet", "dataset.json"):
+        assert (data.parent / "packed" / name).read_bytes() == (data.parent / "afresh" / name).read_bytes()

@@ -1,0 +1,117 @@
+"""Likeness: copies of a picture are found however they were saved, and different pictures are told apart."""
+
+import io
+import itertools
+
+import imagehash
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image, ImageEnhance, ImageFilter
+from sklearn.datasets import load_sample_images
+
+from convoy.likeness import DISTANCE, _grey, correlation, near_hashes, near_pairs, perceptual_hash, thumbnails
+
+# 84 real pictures of 160x160 pixels
+PICTURES = [
+    photograph[top : top + 160, left : left + 160]
+    for photograph in load_sample_images().images
+    for top in range(0, 240, 40)
+    for left in range(0, 460, 80)
+]
+
+
+def saved(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+COPIES = {
+    "saved again": lambda image: saved(image, 60),
+    "half as large": lambda image: image.resize((80, 80)),
+    "grey": lambda image: image.convert("L"),
+    "a little blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "a little brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.05),
+}
+
+
+def hashes(pictures: list[np.ndarray]) -> np.ndarray:
+    return perceptual_hash(thumbnails(pictures))
+
+
+def near(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+    small = thumbnails([*ones, *others])
+    return near_pairs(small, np.arange(len(small)).reshape(2, -1).T, 0.98)
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+@pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
+def test_copies_of_real_pictures_have_near_hashes_and_thumbnails_that_correlate(change: object) -> None:
+    copies = [as_array(change(Image.fromarray(picture))) for picture in PICTURES]  # type: ignore[operator]
+    far = np.bitwise_count(hashes(PICTURES) ^ hashes(copies))
+    assert (far <= DISTANCE).mean() > 0.9
+    assert near(PICTURES, copies).mean() > 0.85
+
+
+def test_different_pictures_do_not_correlate() -> None:
+    assert not near(PICTURES[1:], PICTURES[:-1]).any()
+
+
+def test_the_hash_is_the_one_of_the_library_imagehash() -> None:
+    small = [np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in PICTURES]
+    theirs = np.array([int(str(imagehash.phash(Image.fromarray(picture))), 16) for picture in small], np.uint64)
+    # the cosines here are rounded, so that two nearly equal frequencies may change places
+    assert np.bitwise_count(hashes(small) ^ theirs).sum() <= 4
+
+
+@given(arrays(np.uint8, (3, 32, 32, 3)))
+def test_colours_turn_grey_as_pillow_mixes_them(pixels: np.ndarray) -> None:
+    expected = [np.asarray(Image.fromarray(picture).convert("L")) for picture in pixels]
+    assert (_grey(pixels) == np.stack(expected)).all()
+
+
+def test_brightness_and_contrast_leave_the_correlation_at_one() -> None:
+    picture = _grey(thumbnails(PICTURES[:1]))[0] // 2
+    images = np.stack([picture, picture + np.uint8(50), 255 - picture])
+    assert correlation(images, np.array([[0, 1], [0, 2]])) == pytest.approx([1.0, -1.0])
+
+
+@given(arrays(np.uint8, (4, 5, 5)))
+def test_the_correlation_is_numpys(images: np.ndarray) -> None:
+    pairs = np.array(list(itertools.combinations(range(4), 2)))
+    for (one, other), found in zip(pairs, correlation(images, pairs), strict=True):
+        if np.ptp(images[one]) and np.ptp(images[other]):
+            assert found == pytest.approx(np.corrcoef(images[one].ravel(), images[other].ravel())[0, 1])
+        else:
+            assert found == 0.0  # an even picture has nothing to be recognised by
+
+
+def test_the_same_shape_in_another_colour_is_another_picture_unless_it_is_grey() -> None:
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[8:24, 8:24] = [250, 0, 0]
+    assert not near([red], [red[..., ::-1]]).any()
+    assert near([red], [red // 2]).all()
+    assert near([red], [red[..., :1]]).all()
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12, unique=True),
+    st.lists(st.tuples(st.integers(0, 11), st.sets(st.integers(0, 63), max_size=6)), max_size=12),
+)
+def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], changes: list) -> None:
+    for place, bits in changes:
+        seeds.append(seeds[place % len(seeds)] ^ sum(1 << bit for bit in bits))
+    values = np.unique(np.array(seeds, np.uint64))
+    expected = [
+        [one, other]
+        for one, other in itertools.combinations(range(len(values)), 2)
+        if int(values[one] ^ values[other]).bit_count() <= DISTANCE
+    ]
+    assert near_hashes(values).tolist() == expected

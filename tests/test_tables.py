@@ -1,0 +1,270 @@
+"""Tables of labels: each row finds its image and keeps its words, or is named with what is wrong with it."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from given import PETS, content, faults, png, read, rows, tarred, write, zipped
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convoy.config import ConvoyError
+from convoy.datasets.folders import read_folder
+
+LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
+AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def as_rows(name: str) -> list[tuple[str, str, str]]:
+    return [(f"{name}{path}", label, split) for path, label, split in AS_ROWS]
+
+
+# Where tables lie
+
+
+def test_where_a_table_has_the_labels_class_folders_do_not_count(data: Path) -> None:
+    write(data, PETS | {"labels.csv": LABELS})
+    assert read_folder(data).classes == ["persian", "pug", "siamese"]
+    assert rows(data) == as_rows("data/")
+
+
+def test_a_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
+    write(data, {f"pets/{name}": content for name, content in (PETS | {"labels.csv": LABELS}).items()})
+    assert rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
+
+
+@pytest.mark.parametrize("outer", ["", "pets/"])
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
+    inside = {f"{outer}{name}": content for name, content in (PETS | {"labels.csv": LABELS.encode()}).items()}
+    write(data, {"pets.zip" if make is zipped else "pets.tar.gz": make(inside)})
+    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
+    assert [content(member) for member in read(data)] == list(PETS.values())
+
+
+@pytest.mark.parametrize("outer", ["", "pets/"])
+def test_a_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
+    write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": zipped(PETS)})
+    assert rows(data) == as_rows(f"data/{outer}images.zip:")
+
+
+def test_a_table_and_the_images_may_be_anything_together(data: Path) -> None:
+    loose, *others = PETS.items()
+    write(data, dict([loose]) | {"a.tar.gz": tarred(dict(others)), "labels.csv": LABELS, "notes.md": b"pets"})
+    assert rows(data) == [(f"data/a.tar.gz:{path}" if k else f"data/{path}", label, split)
+                          for k, (path, label, split) in enumerate(AS_ROWS)]  # fmt: skip
+
+
+def test_the_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
+    first, *lines = LABELS.splitlines()
+    write(data, PETS | {"labels.csv": "\n".join([first, *reversed(lines)])})
+    assert rows(data) == as_rows("data/")
+
+
+def test_several_tables_are_put_together_and_say_the_split_by_their_names(data: Path) -> None:
+    write(data, PETS | {"Train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
+    write(data, {"more.csv": "file_name,label\ndog/1.png,a\n"})
+    assert [(label, split) for _, label, split in rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
+
+
+def test_a_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
+    for split, name in (("train", "1.png"), ("validation", "2.png"), ("test", "3.png")):
+        write(data / split, {name: png(), "metadata.csv": f"file_name,label\n{name},cat\n"})
+    assert rows(data) == [
+        ("data/test/3.png", "cat", "test"), ("data/train/1.png", "cat", "train"),
+        ("data/validation/2.png", "cat", "val"),
+    ]  # fmt: skip
+
+
+def test_columns_say_the_split_and_the_group(data: Path) -> None:
+    table = "group,split,label,path,age\nA,Train,a,cat/1.png,3\nB,validation,a,cat/2.png,4\n,,b,dog/1.png,5\n"
+    members = read(write(data, PETS | {"test.csv": table}))
+    assert [(m.label, m.split, m.group) for m in members] == [("a", "train", "A"), ("a", "val", "B"), ("b", "", "")]
+
+
+def test_a_table_may_be_parquet(data: Path) -> None:
+    table = pd.read_csv(io.StringIO(LABELS)).assign(split=["train", "test", None], group=[7, 8, 9])
+    write(data, PETS)
+    table.to_parquet(data / "labels.parquet")
+    assert [row[1:] for row in rows(data)] == [("siamese", "train"), ("persian", "test"), ("pug", "")]
+    assert [member.group for member in read(data)] == ["7", "8", "9"]
+
+
+def test_a_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
+    table = io.BytesIO()
+    pd.read_csv(io.StringIO(LABELS)).to_parquet(table)
+    assert rows(write(data, {"pets.zip": zipped(PETS | {"a.parquet": table.getvalue()})})) == as_rows("data/pets.zip:")
+
+
+def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: Path) -> None:
+    table = pa.table({"path": list(PETS), "label": [1, 0, -1]}).replace_schema_metadata(
+        {"huggingface": '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'}
+    )
+    write(data, PETS)
+    pq.write_table(table, data / "labels.parquet")
+    members = read(data)
+    assert [member.label for member in members] == ["dog", "cat", ""]
+    assert faults(members) == ["data/dog/1.png has no label in labels.parquet"]
+
+
+# Words as they are written
+
+
+@pytest.mark.parametrize("table", [
+    '\ufeffpath,label\ncat/1.png,NA\ncat/2.png,007\ndog/1.png,true\n',
+    '\ufeff"path","label"\r\n"cat/1.png","NA"\r\n"cat/2.png",007\r\n"dog/1.png",true\r\n',
+    'path,label\n./cat/1.png,NA\ncat//2.png,007\n\n,\ndog/./1.png,true',
+    'path,label\ncat\\1.png,NA\n.\\cat\\2.png,007\ndog\\1.png,true\n',
+    'label,file_name\nNA,cat/1.png\n007,cat/2.png\ntrue,dog/1.png\n',
+])  # fmt: skip
+def test_labels_are_words_however_the_table_is_written(data: Path, table: str) -> None:
+    assert [label for _, label, _ in rows(write(data, PETS | {"labels.csv": table}))] == ["NA", "007", "true"]
+
+
+def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> None:
+    name, label = 'a, "b" c/ 1 .png', ' a, "b"\nc '
+    file = io.StringIO()
+    csv.writer(file).writerows([("path", "label"), (name, label)])
+    write(data, {name: png(), "labels.csv": file.getvalue()})
+    assert rows(data) == [(f"data/{name}", label, "")]
+
+
+# no blanks alone, which are no line to pandas; and in names nothing that a path is made of
+words = st.text(st.characters(codec="utf-8")).filter(str.strip)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\.")).map(lambda name: f"a{name}.png"[-50:])
+
+
+@given(st.dictionaries(names, st.tuples(words, st.sampled_from(["", "train", "val", "test"]), words), min_size=1))
+def test_any_words_survive_the_way_through_csv(
+    tmp_path_factory: pytest.TempPathFactory, said: dict[str, tuple[str, str, str]]
+) -> None:
+    data = tmp_path_factory.getbasetemp() / "data"
+    file = io.StringIO(newline="")
+    columns = ("path", "label", "split", "group")
+    csv.writer(file).writerows([columns, *((name, *words) for name, words in said.items())])
+    write(data, dict.fromkeys(said, b"") | {"labels.csv": file.getvalue()})
+    try:
+        assert {m.path: (m.label, m.split, m.group) for m in read(data)} == {
+            f"data/{name}": words for name, words in said.items()
+        }
+    finally:
+        shutil.rmtree(data)
+
+
+# Rows with a fault
+
+
+def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path) -> None:
+    outside = write(data.parent, {"outside.png": png()}) / "outside.png"
+    table = f"""path,label,split
+cat/1.png,,train
+cat/2.png,cat,trian
+cat/3.png,cat,
+../outside.png,cat,
+..\\outside.png,cat,
+cat/../cat/1.png,cat,
+{outside},cat,
+C:\\cat\\1.png,cat,
+,cat,
+dog/1.png,dog,test
+"""
+    members = read(write(data, PETS | {"labels.csv": table, "dog/2.png": png(), "dog/note.txt": b"a note"}))
+    assert faults(members) == [
+        "data/cat/1.png has no label in labels.csv",
+        "data/cat/2.png has the split 'trian' in labels.csv, which is none of train, val, valid, validation, test",
+        "data/dog/2.png is not in labels.csv, so its label is unknown",
+        "data/cat/3.png is named in labels.csv, but there is no such file",
+        "../outside.png is named in labels.csv and points out of the data",
+        "..\\outside.png is named in labels.csv and points out of the data",
+        "cat/../cat/1.png is named in labels.csv and points out of the data",
+        f"{outside} is named in labels.csv and points out of the data",
+        "C:\\cat\\1.png is named in labels.csv and points out of the data",
+        "data/labels.csv has a row without a path",
+    ]
+    assert [m.path for m in members if isinstance(m.content, str)] == ["data/dog/1.png"]
+
+
+def test_an_image_that_several_tables_do_not_name_is_missed_in_all_of_them(data: Path) -> None:
+    write(data, PETS | {"train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
+    assert faults(read(data)) == ["data/dog/1.png is not in test.csv or train.csv, so its label is unknown"]
+
+
+def test_a_path_twice_with_one_label_is_one_member_and_with_two_labels_two(data: Path) -> None:
+    table = (
+        "path,label\ncat/1.png,cat\n./cat/1.png,cat\ncat/2.png,cat\ncat/2.png,dog\ndog/1.png,dog\nx.png,a\nx.png,a\n"
+    )
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped({"dog/2.png": png()})}))
+    assert [(member.path, member.label) for member in members] == [
+        ("data/cat/1.png", "cat"), ("data/cat/2.png", "cat"), ("data/cat/2.png", "dog"), ("data/dog/1.png", "dog"),
+        ("data/pets.zip:dog/2.png", ""), ("data/x.png", "a"),
+    ]  # fmt: skip
+
+
+def test_a_path_in_two_splits_is_two_members(data: Path) -> None:
+    write(data, PETS | {"train.csv": LABELS, "test.csv": "path,label\ncat/1.png,siamese\n"})
+    assert [split for path, _, split in rows(data) if path == "data/cat/1.png"] == ["test", "train"]
+
+
+def test_a_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": tarred(PETS)})
+    source = read_folder(data)
+    monkeypatch.setattr("_compression.DecompressReader._rewind", None)
+    assert [m.label for m in source.members] == ["siamese", "tabby", "persian", "pug"]
+
+
+def test_a_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
+    write(tmp_path, PETS | {"data.csv": LABELS})
+    assert faults(read(tmp_path / "data.csv"))[0] == "cat/1.png is named in data.csv, but there is no such file"
+
+
+# Tables that are none
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        (b"path,label\ncat/1.png,caf\xe9\n", "is not in UTF-8"),
+        (LABELS.encode("utf-16"), "is not in UTF-8"),
+        (b'path,label\n"cat/1.png,cat\n', "is not whole CSV .*EOF inside string"),
+        (b"path,label\ncat/1.png,cat,3\ncat/2.png,cat,4\n", "is not whole CSV .*Length of header"),
+        (b"path,label\ncat/1.png,cat\ncat/2.png,cat,4\n", "is not whole CSV .*Expected 2 fields in line 3, saw 3"),
+        (b'"path,label\n', "is not whole CSV .*EOF inside string"),
+    ],
+)
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_csv_that_can_not_be_read_is_refused_with_its_mend(
+    data: Path, table: bytes, fault: str, archived: bool
+) -> None:
+    files = PETS | {"labels.csv": table}
+    write(data, {"pets.zip": zipped(files)} if archived else files)
+    name = r"data/pets\.zip:labels\.csv" if archived else r"data/labels\.csv"
+    with pytest.raises(ConvoyError, match=rf"{name} {fault}.*: (save it as CSV in UTF-8|put commas between)"):
+        read_folder(data)
+
+
+def test_a_table_in_an_archive_that_can_not_be_read_is_refused(data: Path) -> None:
+    archive = zipped(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: put a sound copy"):
+        read_folder(write(data, {"pets.zip": archive}))
+
+
+@pytest.mark.parametrize("table", ["", "\n\n", "name,size\ncat,3\n", "path;label\ncat/1.png;cat\n", "label\ncat\n"])
+def test_another_table_beside_class_folders_is_passed_over(data: Path, table: str) -> None:
+    assert rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
+
+
+def test_a_table_without_the_columns_is_named_where_there_are_no_classes(data: Path) -> None:
+    write(data, {"1.png": png(), "labels.csv": "path;label\n1.png;cat\n"})
+    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns path;label, and not path and label"):
+        read_folder(data)

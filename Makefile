@@ -32,16 +32,15 @@ lock: $(READY) ## requirements.lock anew from pyproject.toml: the newest version
 		--no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml --quiet
 
 retrain: $(READY) ## the newest data, then the pipeline, taking results that the DVC remote has already
-	dvc update data.dvc
-	python -m pipeline --pull
+	python -m pipeline --update --pull
 
 push: $(READY) ## results and run cache to the DVC remote
 	dvc push --run-cache
 
 hand-back: ## what a retraining changed, as a commit on a branch of its own, pushed to origin
-	git diff --quiet -- data.dvc dvc.lock params.yaml || { \
+	git diff --quiet -- data.dvc data.lock dvc.lock params.yaml || { \
 		git switch --create retrain-$$(date -u +%Y-%m-%d-%H%M) && \
-		git commit --message "Retrain on the newest data" -- data.dvc dvc.lock params.yaml && \
+		git commit --message "Retrain on the newest data" -- data.dvc data.lock dvc.lock params.yaml && \
 		git push --set-upstream origin HEAD; }
 
 # uv writes no bytecode unless told, and without it each stage would start seconds later

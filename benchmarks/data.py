@@ -1,11 +1,15 @@
-"""What feeding a classifier costs, beside the way it is usually written: `python benchmarks/data.py`.
+"""What preparing data and feeding a classifier cost, beside what is usually written: `python benchmarks/data.py`.
 
-CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg). Both sides go from the same
-images to shuffled batches (N, C, H, W) float32, moved, flipped and normalised. They take turns, so that what else the
-machine does falls on all of them, and a ratio is of two figures from the same round.
+CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg). Preparing goes from image files
+to arrays of one size; feeding from there to shuffled batches (N, C, H, W) float32, moved, flipped and normalised. All
+ways take turns, so that what else the machine does falls on each of them, and a ratio is of two figures from the same
+round.
 """
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -18,8 +22,11 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from PIL import Image
+from preparing import OURS, WAYS
 from rich.console import Console
 from rich.table import Table
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -30,15 +37,16 @@ from convoy.classifier import Classifier, Recipe
 from convoy.datamodule import Augment, ImageData, Images
 from convoy.task import Task
 
-IMAGES = 20_000  # of the 50,000 training images of CIFAR-10, the same number of each class
+IMAGES = 50_000  # the training images of CIFAR-10
+FED = 25_000  # of them, the same number of each class
+PHOTOGRAPHS = 60  # of 4000x3000 pixels
 BATCH = 256
 SHIFT = 4  # pixels
-ROUNDS = 7
+ROUNDS = 3
 RECIPE = Recipe(
     batch_size=BATCH, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0, label_smoothing=0.0,
     augment=Augment(shift=SHIFT, flip=True),
 )  # fmt: skip
-OURS = "convoy"
 CROP = {"size": 32, "padding": SHIFT, "padding_mode": "edge"}
 
 Epoch = Callable[[], Iterator[Tensor]]  # batches (N, C, H, W) float32, normalised
@@ -49,16 +57,42 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unpack(Path(os.environ["CONVOY_REAL_DATA"]) / "cifar10-jpeg.zip", folder / "train")
-        show(f"Feeding: {IMAGES} images, batches of {BATCH}, {ROUNDS} rounds", feeding(folder))
+        photograph(folder / "photographs")
+        show(f"Preparing: {IMAGES} images of 32x32, {ROUNDS} rounds", preparing(folder / "train", 32))
+        show(f"Preparing: {PHOTOGRAPHS} photographs, {ROUNDS} rounds", preparing(folder / "photographs", 224))
+        show(f"Feeding: {FED} images, batches of {BATCH}, {ROUNDS} rounds", feeding(folder))
 
 
 def unpack(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as packed:
         names = sorted(name for name in packed.namelist() if name.startswith("train/") and name.endswith(".jpg"))
-        for name in (names[number * len(names) // IMAGES] for number in range(IMAGES)):
+        for name in names:
             file = folder / name.removeprefix("train/")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(packed.read(name))
+
+
+def photograph(folder: Path) -> None:
+    """As a telephone takes them: parts of scikit-learn's two sample photographs, enlarged, in two classes."""
+    for label, picture in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (folder / label).mkdir(parents=True)
+        for number in range(PHOTOGRAPHS // 2):
+            part = Image.fromarray(picture[number : number + 360, 5 * number : 5 * number + 480])
+            part.resize((4000, 3000), Image.Resampling.BICUBIC).save(folder / label / f"{number}.jpg", quality=90)
+
+
+# Preparing
+
+
+def preparing(folder: Path, size: int) -> pd.DataFrame:
+    """Columns way, round, images, wall and cpu (seconds). Each run is a process of its own."""
+    rows = []
+    for number in range(ROUNDS):
+        for way in WAYS:
+            command = [sys.executable, str(Path(__file__).with_name("preparing.py")), way, str(folder), str(size)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append({"way": way, "round": number, **json.loads(done.stdout.splitlines()[-1])})
+    return pd.DataFrame(rows)
 
 
 # Feeding
@@ -89,7 +123,10 @@ def feeding(folder: Path) -> pd.DataFrame:
 
 def decode(folder: Path) -> Task:
     """The images as one array beside their files, which is what the preprocess stage leaves behind."""
-    files = ImageFolder(str(folder / "train"))
+    for file in sorted((folder / "train").glob("*/*.jpg"))[:: IMAGES // FED]:
+        (folder / "fed" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        file.rename(folder / "fed" / file.parent.name / file.name)
+    files = ImageFolder(str(folder / "fed"))
     pixels = np.stack([np.asarray(image) for image, _ in files])  # (N, 32, 32, 3)
     np.save(folder / "train_pixels.npy", pixels)
     np.save(folder / "train_labels.npy", np.array(files.targets))
@@ -98,7 +135,7 @@ def decode(folder: Path) -> Task:
 
 
 def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) -> Epoch:
-    files = ImageFolder(str(folder / "train"), change)
+    files = ImageFolder(str(folder / "fed"), change)
     loader = DataLoader(files, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
     return lambda: (pixels for pixels, _ in loader)
 
@@ -132,7 +169,7 @@ class Still(Classifier):
 def check_alike(folder: Path, task: Task) -> None:
     """Raises AssertionError where the two sides, with nothing drawn at random, feed different numbers."""
     plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(task.mean, task.std)])
-    files = ImageFolder(str(folder / "train"), plain)
+    files = ImageFolder(str(folder / "fed"), plain)
     images = Images.load(folder, "train")
     rows = list(range(0, len(files), 97))
     pixels, labels = images[rows]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from convoy import config
 from convoy.config import ConvoyError, Whole, typed
 
@@ -19,6 +21,7 @@ def main() -> None:
     parser.add_argument(
         "--pull", action="store_true", help="take results that the DVC remote has instead of making them"
     )
+    parser.add_argument("--update", action="store_true", help="bring the newest data first, as `dvc update` does")
     parser.add_argument("--show", action="store_true", help="run nothing; show the leaderboard and the links")
     options = parser.parse_args()
     root = Path.cwd()
@@ -29,7 +32,9 @@ def main() -> None:
         print("composing conf/ into params.yaml")
         params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
-        status = repro(["--pull"] if options.pull else [])
+        check_source(root)
+        status = dvc("update", "data.dvc") if options.update else 0
+        status = status or dvc("repro", *(["--pull"] if options.pull else []))
         if status == 0:
             conclude(root, params)
     except ConvoyError as error:
@@ -65,6 +70,17 @@ def check(params: dict[str, Any]) -> None:
         typed(models.schema(name), values, f"model.{name}")
 
 
+def check_source(root: Path) -> None:
+    """Raises ConvoyError for links in the folder that data.dvc names: DVC would copy what they point to."""
+    from convoy.datasets.folders import refuse_links
+
+    described = yaml.safe_load((root / "data.dvc").read_text())
+    for source in described.get("deps", []):
+        folder = root / source["path"]
+        if "://" not in source["path"] and folder.is_dir():
+            refuse_links(folder)
+
+
 def remove_unlisted(root: Path, names: list[str]) -> None:
     """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
     for folder in [*(root / "artifacts/train").glob("*"), *(root / "artifacts/evaluate").glob("*")]:
@@ -73,12 +89,12 @@ def remove_unlisted(root: Path, names: list[str]) -> None:
             shutil.rmtree(folder)
 
 
-def repro(options: list[str]) -> int:
-    """Run `dvc repro`, and return its exit status. A signal reaches DVC and the stage at work."""
-    dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *options], start_new_session=True)
+def dvc(*command: str) -> int:
+    """Run DVC, and return its exit status. A signal reaches it and the stage at work."""
+    running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: os.killpg(dvc.pid, received))
-    status = dvc.wait()
+        signal.signal(number, lambda received, _: os.killpg(running.pid, received))
+    status = running.wait()
     return status if status >= 0 else 128 - status  # as a shell says it of a process that a signal ended
 
 

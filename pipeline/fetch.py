@@ -1,7 +1,7 @@
 """fetch: the labelled images of data/, or a set that torchvision knows, decoded, judged and packed."""
 
 from convoy.datacard import AsFound, write_fetch_card
-from convoy.datasets.decoding import fingerprint
+from convoy.datasets.decoding import fingerprint, get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
 from convoy.datasets.intake import Fetch, take_in
@@ -12,6 +12,7 @@ from pipeline.stage import Stage, main
 
 def fetch(stage: Stage) -> None:
     """Decode, judge and pack the labelled images."""
+    get_ready()
     params = stage.typed(Dataset, "dataset")
     limits = stage.typed(Fetch, "fetch")
     lock = stage.root / "data.lock"

@@ -19,7 +19,13 @@ from convoy.datasets.source import Dataset
 from convoy.preprocessing import Preprocess
 
 ROOT = Path(__file__).parents[1]
-SOUND: dict[str, Any] = {"size": 32, "channels": "auto", "test_fraction": 0.2, "val_fraction": 0.1, "near_duplicate": 0.9}
+SOUND: dict[str, Any] = {
+    "size": 32,
+    "channels": "auto",
+    "test_fraction": 0.2,
+    "val_fraction": 0.1,
+    "near_duplicate": 0.9,
+}
 
 
 def lenet(**augment: object) -> dict[str, Any]:
@@ -99,7 +105,9 @@ def test_an_unknown_key_brings_the_known_one_that_is_like_it() -> None:
 
 
 def test_a_key_like_no_other_brings_all_that_there_are() -> None:
-    message = r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
+    message = (
+        r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
+    )
     with pytest.raises(ConvoyError, match=message):
         typed(Preprocess, SOUND | {"x": 3}, "preprocess")
 

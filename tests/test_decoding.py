@@ -75,7 +75,7 @@ def test_a_fault_stands_in_its_place_and_the_others_are_decoded(tmp_path: Path) 
 def test_a_file_larger_than_any_photograph_is_not_even_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**28 + 1)
-    assert whole([str(tmp_path / "huge.png")]) == (["0"], ["is larger than 256 MB"])
+    assert whole([str(tmp_path / "huge.png")]) == (["0"], ["is larger than 256 MiB"])
 
 
 def test_pixels_larger_than_asked_are_reduced_too() -> None:

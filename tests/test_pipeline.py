@@ -13,7 +13,7 @@ from project import REAL, SMALL, make_project, run_stages
 
 from convoy import config, tracking
 from convoy.config import ConvoyError
-from pipeline.__main__ import check, conclude, remove_unlisted
+from pipeline.__main__ import check, check_source, conclude, remove_unlisted
 from pipeline.register import register
 from pipeline.stage import Stage
 
@@ -166,6 +166,74 @@ def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path,
     run_stages(again, until="evaluate")
     for mark in sorted(again.glob("artifacts/**/complete.json")):
         assert mark.read_bytes() == (road / mark.relative_to(again)).read_bytes(), mark
+
+
+def test_each_run_names_the_data_that_its_model_saw(road: Path) -> None:
+    profile = json.loads((road / "artifacts/preprocess/data.json").read_text())["profile"]
+    assert profile["train"] + profile["val"] + profile["test"] == profile["images"] == 90
+    names = list(runs(road)["run_id"])
+    with tracking.store(road, "convoy") as store:
+        for run in names:
+            (found,) = store.client.get_run(run).inputs.dataset_inputs
+            assert found.dataset.name == "digits"
+            assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
+            assert json.loads(found.dataset.profile) == profile
+
+
+# Data that grow
+
+
+def test_a_class_that_comes_goes_to_the_end_and_one_that_goes_keeps_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "train.max_epochs=1"])
+    run_stages(root, until="preprocess")
+    first = (root / "artifacts/preprocess/task.json").read_text()
+    assert "changed:" not in capsys.readouterr().out
+    (root / "data/lying").rename(root / "data/drooping")
+    run_stages(root)
+
+    said = capsys.readouterr().out
+    assert "changed: new classes: 'drooping'" in said
+    assert "changed: classes that have no images any more: 'lying'; they keep their places" in said
+    assert "note: class 'lying' has no image: the networks keep its place, and can't learn it" in said
+    assert "new classes: 'drooping'" in (root / "artifacts/fetch/card.md").read_text().replace("&#39;", "'")
+    before = json.loads(first)["classes"]
+    assert json.loads((root / "artifacts/preprocess/task.json").read_text())["classes"] == [*before, "drooping"]
+    assert champion_version(root) == "1"  # and all the stages can live with a class without images
+
+
+def test_the_same_data_seen_again_give_the_same_card(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    run_stages(root, until="fetch")
+    Image.new("L", (12, 12), 7).save(root / "data/lying/new.png")
+    run_stages(root, until="fetch")
+    card, lock = (root / "artifacts/fetch/card.md").read_bytes(), (root / "data.lock").read_bytes()
+    run_stages(root, until="fetch")
+    assert (root / "artifacts/fetch/card.md").read_bytes() == card
+    assert (root / "data.lock").read_bytes() == lock
+
+
+def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_project(tmp_path / "project")
+    (root / "data/lying/torn.png").write_bytes((root / "data/lying/00.png").read_bytes()[:60])
+    (root / "data/lying/again.png").write_bytes((root / "data/lying/00.png").read_bytes())
+    run_stages(root, until="fetch")
+    said = capsys.readouterr().out
+    assert "left out: data/lying/torn.png can't be decoded: " in said
+    assert "digits: 90 images, 1 left out, 1 exact copies merged; artifacts/fetch/card.md shows them" in said
+    assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
+
+
+def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_them(tmp_path: Path) -> None:
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "data.dvc").write_text("deps:\n- path: flowers\nouts:\n- path: data\n")
+    check_source(tmp_path)
+    (tmp_path / "flowers" / "secret.png").symlink_to("/etc/hostname")
+    with pytest.raises(ConvoyError, match=r"^flowers/secret.png is a link to /etc/hostname, which would bring in"):
+        check_source(tmp_path)
+    (tmp_path / "data.dvc").write_text("deps:\n- path: s3://bucket/flowers\nouts:\n- path: data\n")
+    check_source(tmp_path)
 
 
 def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(

@@ -88,9 +88,10 @@ def split(table: pd.DataFrame, params: Preprocess, seed: int) -> pd.Series:
     val = 0.0 if "val" in given else params.val_fraction
     free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
 
-    grouped = table["group"] != ""
-    name = table["sha256"].where(~grouped, "group:" + table["group"])
-    key = name.map({text: _uniform(f"{seed}:{text}") for text in name.unique()})
+    names = [
+        f"group:{group}" if group else digest for digest, group in zip(table["sha256"], table["group"], strict=True)
+    ]
+    key = np.array([_uniform(f"{seed}:{name}") for name in names])
     drawn = pd.Series("train", index=table.index)
     drawn[key < test + (1 - test) * val] = "val"
     drawn[key < test] = "test"
@@ -141,10 +142,9 @@ def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.Data
     files with the same picture one is enough.
     """
     rank = sides.map({name: place for place, name in enumerate(SPLITS)}).to_numpy()
-    order = table.assign(rank=-rank).sort_values(["rank", "sha256"], kind="stable")
-    copies = order[order["picture"].duplicated()].index
-    first = order.drop_duplicates("picture").set_index("picture")["path"]
-    same = table["picture"][copies].map(first)
+    several = table.assign(rank=-rank)[table["picture"].duplicated(keep=False)].sort_values(["rank", "sha256"])
+    first = several.drop_duplicates("picture").set_index("picture")["path"]
+    same = several.loc[several["picture"].duplicated(), "picture"].map(first)
     reasons: dict[Any, str] = {row: f"shows the same picture as {path}" for row, path in same.items()}
 
     one, other = near.T

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from importlib.metadata import version
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
+from convoy.datasets.files import MAX_BYTES, TOO_LARGE
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import BadImage, Decoded, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 
-MAX_BYTES = 2**28  # of a file; no photograph is larger
-BATCH_BYTES = 2**25  # of pixels that a batch may come to
+FIRST_BATCH = 16  # images; of the later ones there are as many as come to
+BATCH_BYTES = 2**23  # of pixels and of files
 PATIENCE = 60  # seconds for an image, and twice that for a batch
 
 # what is known of an image
@@ -58,7 +61,7 @@ def fingerprint(longest_side: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What became of some images, in their order."""
+    """What became of images, in their order."""
 
     faults: list[str]  # why an image can't be used; "" where it can
     records: np.ndarray  # of those that can; their offsets are not set
@@ -70,24 +73,42 @@ def decoded(source: Source, longest_side: int, earlier: Path) -> Iterator[tuple[
 
     Images whose bytes are known from `earlier`, which `remember` wrote, are not decoded again.
     """
-    size = int(np.clip(BATCH_BYTES // (3 * longest_side**2), 16, 256))
     workers = cpu_count()
     judging = functools.partial(judge, longest_side=longest_side, earlier=earlier)
-    context = multiprocessing.get_context("forkserver")  # its processes share no lock, file or thread with this one
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPool(workers, context=context, initializer=_settle)
+    pool = ProcessPool(workers, context=get_ready(), initializer=_settle)
     ahead: collections.deque[tuple[list[Member], Future]] = collections.deque()
+    size = FIRST_BATCH
     try:
         while members := list(itertools.islice(source.members, size)):
             contents = [member.content for member in members]
             ahead.append((members, pool.schedule(judging, [contents], timeout=2 * PATIENCE)))
-            if len(ahead) > workers + 1:
-                yield _outcome(pool, judging, *ahead.popleft())
+            if len(ahead) > 2 * workers + 4:
+                for done, batch in _outcomes(pool, judging, *ahead.popleft()):
+                    yield done, batch
+                    size = _next_size(done, batch)
         while ahead:
-            yield _outcome(pool, judging, *ahead.popleft())
+            yield from _outcomes(pool, judging, *ahead.popleft())
     finally:
         pool.stop()
         pool.join()
+
+
+def get_ready() -> BaseContext:
+    """How the processes are made that decode: as copies of one that is started here and imports what they need.
+
+    They share no lock, file or thread with this process. To call it early saves the time of the imports.
+    """
+    main = sys.modules["__main__"].__spec__  # each of them would import it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *([main.name] if main else [])])
+    forkserver.ensure_running()
+    return context
+
+
+def _next_size(members: list[Member], batch: Batch) -> int:
+    """So many images that they come to `BATCH_BYTES`: a task costs time, and what is under way costs memory."""
+    read = sum(len(member.content) for member in members if isinstance(member.content, bytes))
+    return int(np.clip(BATCH_BYTES * len(members) // (len(batch.pixels) + read + 1), 4, 256))
 
 
 def _settle() -> None:
@@ -95,14 +116,21 @@ def _settle() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
 
 
-def _outcome(pool: ProcessPool, judging: Callable, members: list[Member], whole: Future) -> tuple[list[Member], Batch]:
-    try:
-        return members, whole.result()
-    except (ProcessExpired, TimeoutError):  # each by itself shows which of them it was
-        alone = [_alone(pool, judging, member.content) for member in members]
-        faults = [fault for batch in alone for fault in batch.faults]
-        records = np.concatenate([batch.records for batch in alone])
-        return members, Batch(faults, records, b"".join(batch.pixels for batch in alone))
+def _outcomes(
+    pool: ProcessPool, judging: Callable, members: list[Member], whole: Future
+) -> Iterator[tuple[list[Member], Batch]]:
+    while members:
+        try:
+            batch = whole.result()
+            done, members = members[: len(batch.faults)], members[len(batch.faults) :]
+            yield done, batch
+            if members:
+                rest = [member.content for member in members]
+                whole = pool.schedule(judging, [rest], timeout=2 * PATIENCE)
+        except (ProcessExpired, TimeoutError):  # each by itself shows which of them it was
+            for member in members:
+                yield [member], _alone(pool, judging, member.content)
+            return
 
 
 def _alone(pool: ProcessPool, judging: Callable, content: Content) -> Batch:
@@ -116,13 +144,16 @@ def _alone(pool: ProcessPool, judging: Callable, content: Content) -> Batch:
 
 
 def judge(contents: list[Content], longest_side: int, earlier: Path) -> Batch:
-    """Read, hash and decode images."""
+    """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`."""
     known = Earlier.load(earlier)
     faults: list[str] = []
     rows: list[tuple] = []
     pixels: list[bytes] = []
     new: list[tuple[int, np.ndarray]] = []
+    count = 0  # bytes of pixels
     for content in contents:
+        if count > 4 * BATCH_BYTES:
+            break
         try:
             data = _read(content)
             sha256 = _digest(hashlib.sha256(), data)
@@ -134,6 +165,7 @@ def judge(contents: list[Content], longest_side: int, earlier: Path) -> Batch:
                 new.append((len(rows), image))
             rows.append(row)
             pixels.append(image.tobytes())
+            count += image.size
             faults.append("")
         except BadImage as fault:
             faults.append(str(fault))
@@ -150,10 +182,14 @@ def _read(content: Content) -> bytes | np.ndarray:
     if not isinstance(content, str):
         return content
     try:
-        with open(content, "rb", buffering=0) as file:  # noqa: PTH123 - a Path costs as much as the reading
-            if os.fstat(file.fileno()).st_size > MAX_BYTES:
-                raise BadImage(f"is larger than {MAX_BYTES >> 20} MB")
-            return file.readall()
+        file = os.open(content, os.O_RDONLY)  # which costs half of what `open` does, and that counts for small files
+        try:
+            size = os.fstat(file).st_size
+            if size > MAX_BYTES:
+                raise BadImage(TOO_LARGE)
+            return os.read(file, size)
+        finally:
+            os.close(file)
     except OSError as error:
         raise BadImage(f"can't be read: {error.strerror}") from None
 
@@ -206,7 +242,7 @@ class Earlier:
 
 
 def _picture(pixels: np.ndarray) -> int:
-    return int.from_bytes(_digest(hashlib.blake2b(digest_size=8), pixels), "little")
+    return int.from_bytes(_digest(hashlib.sha256(), pixels)[:8], "little")
 
 
 def _starts(records: np.ndarray) -> np.ndarray:

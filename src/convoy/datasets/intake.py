@@ -65,7 +65,7 @@ def take_in(
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
     table.to_parquet(folder / TABLE, index=False)
     remember(records, folder / PIXELS, earlier)
-    return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True))
+    return Intake(Packed.load(folder, table), quarantine, copies.reset_index(drop=True))
 
 
 def group_in(path: str, pattern: str | None) -> str:
@@ -130,7 +130,8 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
 
 def _copies(table: pd.DataFrame) -> pd.DataFrame:
     """path and kept of the rows whose file is there already, by their index."""
-    ranked = table.loc[table["split"].map(RANKS).sort_values(ascending=False, kind="stable").index, ["path", "sha256"]]
+    several = table[table["sha256"].duplicated(keep=False)]
+    ranked = several.loc[several["split"].map(RANKS).sort_values(ascending=False, kind="stable").index]
     again = ranked["sha256"].duplicated()
     kept = ranked[~again].set_index("sha256")["path"]
     copies = ranked[again].sort_index()

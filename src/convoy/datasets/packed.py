@@ -38,7 +38,8 @@ class Packed:
         return self.image(int((self.table["path"] == path).to_numpy().argmax()))
 
     @classmethod
-    def load(cls, folder: Path) -> "Packed":
+    def load(cls, folder: Path, table: pd.DataFrame | None = None) -> "Packed":
+        """From `folder`; who has the table already can spare the reading."""
         described = json.loads((folder / DESCRIPTION).read_text())
         pixels = np.memmap(folder / PIXELS, np.uint8, mode="r")
-        return cls(table=pd.read_parquet(folder / TABLE), pixels=pixels, **described)
+        return cls(table=pd.read_parquet(folder / TABLE) if table is None else table, pixels=pixels, **described)

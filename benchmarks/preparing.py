@@ -1,0 +1,102 @@
+"""One way to prepare a folder of labelled images: `python benchmarks/preparing.py <way> <folder> <size> [<memory>]`.
+
+Prints the number of images, and the seconds that passed and those of processors, without the imports. A process of
+its own for each run, so that no way finds anything warm that another one left. `data.py` and `growth.py` run it.
+"""
+
+import functools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+OURS = "convoy"
+
+
+def torchvision(folder: Path, size: int, workers: int) -> int:
+    """What is usually written: every image through a DataLoader, into one array."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    change = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()])
+    return _load(ImageFolder(str(folder), change), size, workers)
+
+
+def torchvision_v2(folder: Path, size: int, workers: int) -> int:
+    """The same on tensors of uint8, as torchvision advises now."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    change = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    return _load(ImageFolder(str(folder), change), size, workers)
+
+
+def _load(images: "torch.utils.data.Dataset", size: int, workers: int) -> int:  # type: ignore[name-defined]  # noqa: F821
+    from torch.utils.data import DataLoader
+
+    pixels = np.empty((len(images), 3, size, size), np.float32)
+    start = 0
+    for batch, _ in DataLoader(images, 256, num_workers=workers):
+        pixels[start : start + len(batch)] = batch.numpy()
+        start += len(batch)
+    return start
+
+
+def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None) -> int:
+    """All of fetch and preprocess but the cards: judged, hashed, packed, near duplicates found, split, resized."""
+    from convoy.datasets.decoding import get_ready
+    from convoy.datasets.folders import read_folder
+    from convoy.datasets.intake import Fetch, take_in
+    from convoy.datasets.source import Dataset
+    from convoy.preprocessing import Preprocess, prepare
+
+    get_ready()
+    dataset = Dataset(name="benchmark", longest_side=512, group=None)
+    params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
+    with tempfile.TemporaryDirectory() as name:
+        source = read_folder(folder)
+        earlier = remembered or Path(name, "remembered", "here")
+        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), [], Path(name), earlier)
+        prepare(intake.packed, params, 1, Path(name))
+        return source.count
+
+
+WAYS: dict[str, tuple[Callable[[Path, int, int], int], int]] = {
+    "torchvision v1, 0 workers": (torchvision, 0),
+    "torchvision v1, 2 workers": (torchvision, 2),
+    "torchvision v2, 0 workers": (torchvision_v2, 0),
+    "torchvision v2, 2 workers": (torchvision_v2, 2),
+    OURS: (convoy, 0),
+}
+
+
+def processor_seconds() -> float:
+    """Of this process and of all that it started, those that ended among them."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(each.user + each.system + each.children_user + each.children_system for each in times)
+
+
+def main(way: str, folder: str, size: str, remembered: str = "") -> None:
+    prepare, workers = WAYS[way]
+    if remembered:
+        prepare = functools.partial(prepare, remembered=Path(remembered))
+    import torch  # for all of them, as imports are not measured
+    import torchvision.transforms.v2  # noqa: F401
+
+    import convoy.preprocessing  # noqa: F401
+
+    torch.set_num_threads(1)
+    cpu, wall = processor_seconds(), time.perf_counter()
+    images = prepare(Path(folder), int(size), workers)
+    passed = time.perf_counter() - wall
+    print(json.dumps({"images": images, "wall": passed, "cpu": processor_seconds() - cpu}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Kills: whenever fetch or preprocess is killed, to run it again ends in the same bits as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from project import REAL, make_project, run_stages
+
+from pipeline.fetch import fetch
+from pipeline.preprocess import preprocess
+from pipeline.stage import Stage
+
+WORK = {"fetch": fetch, "preprocess": preprocess}
+
+
+def start(root: Path, stage: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(REAL)}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"pipeline.{stage}"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def results(root: Path, stage: str) -> dict[str, bytes]:
+    return contents(root / "artifacts" / stage) | {"data.lock": (root / "data.lock").read_bytes()}
+
+
+@pytest.mark.parametrize("stage", ["fetch", "preprocess"])
+def test_a_stage_that_is_killed_at_any_moment_ends_in_the_same_bits_when_it_runs_again(
+    stage: str, tmp_path: Path
+) -> None:
+    undisturbed, killed = make_project(tmp_path / "undisturbed"), make_project(tmp_path / "killed")
+    run_stages(undisturbed, until=stage)
+    if stage == "preprocess":
+        run_stages(killed, until="fetch")
+
+    running = start(killed, stage)  # once to its end: so long it takes
+    begun = time.monotonic()
+    assert running.wait() == 0
+    takes = time.monotonic() - begun
+    assert results(killed, stage) == results(undisturbed, stage)
+
+    moments = random.Random(0)
+    for number in range(6):
+        running = start(killed, stage)
+        time.sleep(takes * (0.4 + 0.6 * moments.random()))  # before that it imports
+        if number % 2:
+            os.killpg(running.pid, signal.SIGKILL)
+        else:  # the stage alone: what it started must end by itself
+            running.kill()
+        running.wait()
+        assert_nobody_is_left_of(running.pid)
+    Stage(killed, stage).run(WORK[stage])
+    assert results(killed, stage) == results(undisturbed, stage)
+    assert [folder.name for folder in (killed / "artifacts" / ".scratch").iterdir() if folder.is_dir()] == []
+
+
+def assert_nobody_is_left_of(session: int) -> None:
+    """The processes that decode notice that nobody waits for them any more."""
+    for _ in range(100):
+        left = [process for process in psutil.process_iter() if session_of(process.pid) == session]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(left)
+
+
+def session_of(process: int) -> int:
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:  # it has just ended
+        return 0

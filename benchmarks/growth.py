@@ -42,10 +42,10 @@ def main() -> None:
 
 
 def draw(folder: Path, first: int, last: int) -> None:
-    """Ten classes of pictures, of 16 areas of any colour each."""
+    """Ten classes of pictures, of 64 areas of any colour each."""
     for number in range(first, last):
         random = np.random.default_rng(number)
-        areas = random.integers(0, 256, (4, 4, 3), np.uint8).repeat(SIDE // 4, 0).repeat(SIDE // 4, 1)
+        areas = random.integers(0, 256, (8, 8, 3), np.uint8).repeat(SIDE // 8, 0).repeat(SIDE // 8, 1)
         file = folder / str(number % 10) / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(areas), quality=85))

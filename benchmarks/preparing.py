@@ -41,7 +41,8 @@ def _load(images: "torch.utils.data.Dataset", size: int, workers: int) -> int:  
 
     pixels = np.empty((len(images), 3, size, size), np.float32)
     start = 0
-    for batch, _ in DataLoader(images, 256, num_workers=workers):
+    batch_size = min(256, len(images) // 16)  # enough of them for two workers
+    for batch, _ in DataLoader(images, batch_size, num_workers=workers):
         pixels[start : start + len(batch)] = batch.numpy()
         start += len(batch)
     return start

@@ -9,6 +9,8 @@ from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
 from pipeline.stage import Stage, main
 
+TOLD = 50  # images that are left out, by name on the terminal; the others in a file
+
 
 def fetch(stage: Stage) -> None:
     """Decode, judge and pack the labelled images."""
@@ -38,8 +40,10 @@ def fetch(stage: Stage) -> None:
 
 def tell(found: AsFound) -> None:
     """On the terminal, what nobody should miss."""
-    for path, _, reason in found.quarantine.itertuples(index=False):
+    for path, _, reason in found.quarantine.head(TOLD).itertuples(index=False):
         print(f"left out: {path} {reason}")
+    if len(found.quarantine) > TOLD:
+        print(f"left out: {len(found.quarantine) - TOLD} more, all of them in artifacts/fetch/quarantine.csv")
     for change in found.changes:
         print(f"changed: {change}")
     print(

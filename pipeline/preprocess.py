@@ -32,7 +32,10 @@ def preprocess(stage: Stage) -> None:
     )
     write_preprocess_card(card, stage.scratch)
     counts = {"images": len(paths), "classes": len(task.classes), **prepared.table["split"].value_counts()}
-    profile = {name: int(count) for name, count in counts.items()} | {"withheld": len(prepared.withheld)}
+    profile = {name: int(count) for name, count in counts.items()} | {
+        "near_duplicates": len(prepared.near),
+        "withheld": len(prepared.withheld),
+    }
     described = {"name": packed.name, "source": packed.origin, "profile": profile}
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
     for note in prepared.notes:

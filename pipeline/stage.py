@@ -1,6 +1,7 @@
 """The stage: what all stages share, from the settings they may see to outputs that appear only when whole."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -112,3 +113,7 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
         Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
     except ConvoyError as error:
         sys.exit(f"convoy: {name}: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"convoy: {name}: the disk is full: make room and run `dvc repro` again; what was there is untouched")

@@ -58,11 +58,14 @@ def test_a_stage_that_is_killed_at_any_moment_ends_in_the_same_bits_when_it_runs
     for number in range(6):
         running = start(killed, stage)
         time.sleep(takes * (0.4 + 0.6 * moments.random()))  # before that it imports
-        if number % 2:
-            os.killpg(running.pid, signal.SIGKILL)
-        else:  # the stage alone: what it started must end by itself
-            running.kill()
-        running.wait()
+        match number % 3:
+            case 0:
+                os.killpg(running.pid, signal.SIGKILL)
+            case 1:  # the stage alone: what it started must end by itself
+                running.kill()
+            case 2:
+                running.terminate()
+        assert running.wait() in (-signal.SIGKILL, 128 + signal.SIGTERM, 0)
         assert_nobody_is_left_of(running.pid)
     Stage(killed, stage).run(WORK[stage])
     assert results(killed, stage) == results(undisturbed, stage)

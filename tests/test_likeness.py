@@ -12,7 +12,17 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_images
 
-from convoy.likeness import DISTANCE, _grey, correlation, near_hashes, near_pairs, perceptual_hash, thumbnails
+from convoy import likeness
+from convoy.likeness import (
+    DISTANCE,
+    FEW,
+    _grey,
+    correlation,
+    near_hashes,
+    near_pairs,
+    perceptual_hash,
+    thumbnails,
+)
 
 # 84 real pictures of 160x160 pixels
 PICTURES = [
@@ -43,8 +53,8 @@ def hashes(pictures: list[np.ndarray]) -> np.ndarray:
 
 
 def near(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
-    small = thumbnails([*ones, *others])
-    return near_pairs(small, np.arange(len(small)).reshape(2, -1).T, 0.98)
+    images = [*ones, *others]
+    return near_pairs(images.__getitem__, np.arange(len(images)).reshape(2, -1).T, 0.98)
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -75,6 +85,31 @@ def test_the_hash_is_the_one_of_the_library_imagehash() -> None:
 def test_colours_turn_grey_as_pillow_mixes_them(pixels: np.ndarray) -> None:
     expected = [np.asarray(Image.fromarray(picture).convert("L")) for picture in pixels]
     assert (_grey(pixels) == np.stack(expected)).all()
+
+
+def test_however_few_are_in_memory_at_a_time_the_same_pairs_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [picture for picture in PICTURES[:20] for _ in range(2)]
+    pairs = np.array(list(itertools.combinations(range(40), 2)))
+    at_once = near_pairs(images.__getitem__, pairs, 0.98)
+    monkeypatch.setattr(likeness, "BLOCK", 7)
+    assert (near_pairs(images.__getitem__, pairs, 0.98) == at_once).all()
+    assert at_once.sum() >= 20
+    assert near_pairs(images.__getitem__, pairs[:0], 0.98).tolist() == []
+
+
+def test_even_pictures_have_nothing_to_be_recognised_by() -> None:
+    even = [np.full((9, 9, 3), level, np.uint8) for level in (0, 3, 255)]
+    assert hashes(even).tolist() == [0, 0, 0]
+    assert len(near_hashes(hashes(even))) == 0
+
+
+def test_where_very_many_look_alike_each_is_compared_with_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likeness, "ENOUGH", 10_000)
+    alike = np.full(5000, 12345, np.uint64)
+    pairs = near_hashes(alike)
+    assert len(np.unique(pairs, axis=0)) == len(pairs)
+    assert np.bincount(pairs.ravel(), minlength=5000).min() >= FEW
+    assert len(pairs) <= 5000 * FEW
 
 
 def test_brightness_and_contrast_leave_the_correlation_at_one() -> None:
@@ -108,7 +143,7 @@ def test_the_same_shape_in_another_colour_is_another_picture_unless_it_is_grey()
 def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], changes: list) -> None:
     for place, bits in changes:
         seeds.append(seeds[place % len(seeds)] ^ sum(1 << bit for bit in bits))
-    values = np.unique(np.array(seeds, np.uint64))
+    values = np.unique(np.array([seed or 1 for seed in seeds], np.uint64))
     expected = [
         [one, other]
         for one, other in itertools.combinations(range(len(values)), 2)

@@ -106,6 +106,18 @@ def test_a_terminated_stage_exits_with_143_and_leaves_no_output(root: Path) -> N
     assert not (root / "artifacts/fetch").exists()
 
 
+def test_a_full_disk_is_one_line_and_no_traceback(root: Path) -> None:
+    code = (
+        "import errno; from pipeline.stage import main\n"
+        "def work(stage):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "main('fetch', work)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("convoy: fetch: the disk is full: make room")
+    assert process.stderr.count("\n") == 1
+
+
 def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
     (root / "data").rename(root / "elsewhere")
     (root / "data").mkdir()

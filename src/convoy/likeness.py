@@ -1,7 +1,7 @@
 """Likeness: how alike two pictures look, by a perceptual hash first and then by their thumbnails."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -10,6 +10,9 @@ SIDE = 32  # pixels, of a thumbnail
 LOW = 8  # of its frequencies each way, which make the hash
 # how far two hashes of near duplicates may lie apart: recompressed, resized, blurred and grey copies stay within it
 DISTANCE = 4  # bits of 64
+# how many a hash is compared with, of those that agree with it in the same two bands: many, but few if there are enough
+FEW, MANY, ENOUGH = 32, 2048, 2**22
+BLOCK = 2**15  # thumbnails, of 1 KB
 BANDS = [range(0, 11), range(11, 22), range(22, 33), range(33, 44), range(44, 54), range(54, 64)]
 
 # of a discrete cosine transform. Whole numbers: all sums below are exact in float64, so the hash is the same anywhere
@@ -37,50 +40,88 @@ def _grey(thumbnails: np.ndarray) -> np.ndarray:
 def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:
     """(N, 32, 32, 3) uint8 -> (N,) uint64: which of the 8x8 lowest frequencies are above their median.
 
-    This is pHash (Zauner 2010), in the form that the library imagehash gave it.
+    This is pHash (Zauner 2010), in the form that the library imagehash gave it; 0 for an even picture, which has
+    nothing to be recognised by.
     """
-    rows = _grey(thumbnails).reshape(-1, SIDE).astype(np.float64) @ COSINES.T
+    grey = _grey(thumbnails)
+    rows = grey.reshape(-1, SIDE).astype(np.float64) @ COSINES.T
     columns = rows.reshape(-1, SIDE, LOW).transpose(0, 2, 1).reshape(-1, SIDE) @ COSINES.T
     frequencies = columns.reshape(-1, LOW, LOW).transpose(0, 2, 1).reshape(-1, LOW * LOW)
     above = frequencies > np.median(frequencies, axis=1, keepdims=True)
-    return np.packbits(above, axis=1).view(">u8").astype(np.uint64).ravel()
+    even = np.ptp(grey.reshape(len(grey), -1), axis=1) == 0
+    return np.where(even, 0, np.packbits(above, axis=1).view(">u8").astype(np.uint64).ravel()).astype(np.uint64)
 
 
 def near_hashes(hashes: np.ndarray) -> np.ndarray:
-    """(N,) uint64, all different -> (P, 2): the pairs of rows whose hashes differ in `DISTANCE` bits or less.
+    """(N,) uint64 -> (P, 2): pairs of rows whose hashes differ in `DISTANCE` bits or less; that of even pictures apart.
 
     Of six bands of bits two at least are equal in such a pair, as four different bits reach four bands at most. So
-    only hashes that agree in two bands are compared: for a million random ones some four million comparisons.
+    only hashes that agree in two bands are compared: for a million random ones some four million comparisons. Where
+    very many look alike, as the images of a camera that stands still, each is compared with `FEW` of them at least and
+    as many with it, but not with all.
     """
+    rows = np.flatnonzero(hashes)
+    hashes = hashes[rows]
+    bands = np.stack([_bits(hashes, band) for band in BANDS])
+    both_of = list(itertools.combinations(range(len(BANDS)), 2))
     found = [np.empty((0, 2), np.int64)]
-    bands = [_bits(hashes, band) for band in BANDS]
-    for one, other in itertools.combinations(range(len(BANDS)), 2):
+    for number, (one, other) in enumerate(both_of):
         key = (bands[one] << np.uint64(len(BANDS[other]))) | bands[other]
         order = np.argsort(key, kind="stable")
         key = key[order]
-        for step in range(1, len(hashes)):
+        for step in range(1, MANY):
             same = np.flatnonzero(key[step:] == key[:-step])
-            if not len(same):
+            if not len(same) or (step > FEW and sum(map(len, found)) > ENOUGH):
                 break
-            pairs = np.stack([order[same], order[same + step]], axis=1)
-            close = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]) <= DISTANCE
-            found.append(np.sort(pairs[close], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            left, right = order[same], order[same + step]
+            close = np.bitwise_count(hashes[left] ^ hashes[right]) <= DISTANCE
+            left, right = left[close], right[close]
+            for first, second in both_of[:number]:  # found by these already
+                fresh = (bands[first, left] != bands[first, right]) | (bands[second, left] != bands[second, right])
+                left, right = left[fresh], right[fresh]
+            found.append(np.sort(rows[np.stack([left, right], axis=1)], axis=1))
+    pairs = np.concatenate(found)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
 def _bits(hashes: np.ndarray, band: range) -> np.ndarray:
     return (hashes >> np.uint64(band.start)) & np.uint64((1 << len(band)) - 1)
 
 
-def near_pairs(thumbnails: np.ndarray, pairs: np.ndarray, least: float) -> np.ndarray:
-    """(N, 32, 32, 3) uint8, (P, 2) rows of it -> (P,): whether the two correlate by `least` or more."""
-    near = correlation(_grey(thumbnails), pairs) >= least
-    red, green, blue = np.moveaxis(thumbnails.reshape(len(thumbnails), -1, 3).astype(np.int16), 2, 0)
-    apart = np.maximum(abs(red - green), abs(green - blue))
-    coloured = apart.max(axis=1, initial=0) > 16  # more than the rounding of a JPEG
-    both = np.flatnonzero(near & coloured[pairs].all(axis=1))
-    near[both] = correlation(thumbnails, pairs[both]) >= least  # colours count where both have any
+def near_pairs(image: Callable[[int], np.ndarray], pairs: np.ndarray, least: float) -> np.ndarray:
+    """(P, 2) rows -> (P,): whether the thumbnails of the two correlate by `least` or more.
+
+    `image` gives a row's (H, W, 1 or 3) uint8. Colours count where both images have any.
+    """
+    near = np.zeros(len(pairs), bool)
+    for here, rows, local in _blocks(pairs, BLOCK):
+        grey = np.empty((len(rows), SIDE, SIDE), np.uint8)
+        for start in range(0, len(rows), 1024):
+            grey[start : start + 1024] = _grey(thumbnails([image(row) for row in rows[start : start + 1024]]))
+        near[here] = correlation(grey, local) >= least
+    found = np.flatnonzero(near)
+    for here, rows, local in _blocks(pairs[found], BLOCK // 4):
+        small = thumbnails([image(row) for row in rows])
+        both = _coloured(small)[local].all(axis=1)
+        near[found[here[both]]] = correlation(small, local[both]) >= least
     return near
+
+
+def _blocks(pairs: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The pairs by parts: which pairs, what rows they have (2 * `size` at most), and the pairs as places in those."""
+    rows, places = np.unique(pairs, return_inverse=True)
+    places = places.reshape(-1, 2)
+    blocks = places // size
+    for both in np.unique(blocks, axis=0):
+        here = np.flatnonzero((blocks == both).all(axis=1))
+        needed, local = np.unique(places[here], return_inverse=True)
+        yield here, rows[needed], local.reshape(-1, 2)
+
+
+def _coloured(thumbnails: np.ndarray) -> np.ndarray:
+    """(N, 32, 32, 3) uint8 -> (N,): whether the channels differ by more than a JPEG rounds."""
+    red, green, blue = np.moveaxis(thumbnails.reshape(len(thumbnails), -1, 3).astype(np.int16), 2, 0)
+    return np.maximum(abs(red - green), abs(green - blue)).max(axis=1) > 16
 
 
 def correlation(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:

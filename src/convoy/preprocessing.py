@@ -18,10 +18,11 @@ from tqdm import tqdm
 from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import Packed
 from convoy.images import fit
-from convoy.likeness import near_hashes, near_pairs, thumbnails
+from convoy.likeness import near_hashes, near_pairs
 from convoy.task import Sums, Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
+LISTED = 10_000  # pairs of near duplicates
 CHUNK = 2**24  # bytes of pixels at a time
 
 
@@ -58,6 +59,8 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prep
     withheld = withhold(packed.table, drawn, near)
     sides = drawn.mask(drawn.index.isin(withheld.index), "")
     notes = _notes(packed, sides)
+    if len(near) > LISTED:
+        notes.append(f"{len(near)} pairs of images nearly equal each other; {LISTED} of them are listed")
 
     grey = bool((packed.table["channels"] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
@@ -72,10 +75,16 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prep
     mean, std = sums.mean_and_std()
     task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
     task.save(folder / "task.json")
-    named = packed.table[["path", "label"]]
-    pairs = [named.iloc[near[:, side]].reset_index(drop=True) for side in (0, 1)]
-    pairs[1] = pairs[1].rename(columns={"path": "other", "label": "other_label"})
-    return Prepared(task, table, pd.concat(pairs, axis=1), withheld.reset_index(drop=True), notes)
+    return Prepared(task, table, _named(packed.table, near), withheld.reset_index(drop=True), notes)
+
+
+def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
+    """path, label, other and other_label of each pair; those under two labels first, and at most `LISTED`."""
+    labels = pd.factorize(table["label"])[0]
+    one, other = near[np.argsort(labels[near[:, 0]] == labels[near[:, 1]], kind="stable")][:LISTED].T
+    names = ["path", "label"]
+    others = table[names].iloc[other].set_axis(["other", "other_label"], axis=1)
+    return pd.concat([table[names].iloc[one].reset_index(drop=True), others.reset_index(drop=True)], axis=1)
 
 
 def split(table: pd.DataFrame, params: Preprocess, seed: int) -> pd.Series:
@@ -108,30 +117,10 @@ def near_duplicates(packed: Packed, least: float) -> np.ndarray:
 
     Those whose perceptual hashes are near are looked at: the thumbnails of near duplicates correlate by `least`.
     """
-    hashes = packed.table["phash"].to_numpy()
-    different, which = np.unique(hashes, return_inverse=True)
-    pairs = _rows_of(which, near_hashes(different))
-    if not len(pairs):
-        return pairs
-    shapes = packed.table[["height", "width", "channels", "offset"]].to_numpy()
-    involved, places = np.unique(pairs, return_inverse=True)
-    small = thumbnails([packed.at(*shapes[row]) for row in involved])
-    return pairs[near_pairs(small, places.reshape(-1, 2), least)]
-
-
-def _rows_of(which: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """(P, 2): all pairs of rows whose hashes are the same or near: those of row r and of `near` (Q, 2) by number."""
-    order = np.argsort(which, kind="stable")
-    counts = np.bincount(which)
-    starts = np.cumsum(counts) - counts
-    lone = (counts[near] == 1).all(axis=1)
-    several = np.flatnonzero(counts > 1)
-    pairs = [order[starts[near[lone]]]]
-    for one, other in np.concatenate([near[~lone], np.stack([several, several], axis=1)]):
-        rows = [order[starts[place] : starts[place] + counts[place]] for place in (one, other)]
-        grid = np.stack(np.meshgrid(*rows, indexing="ij"), axis=-1).reshape(-1, 2)
-        pairs.append(grid if one != other else grid[grid[:, 0] < grid[:, 1]])
-    return np.concatenate(pairs)
+    order = packed.table["sha256"].argsort(kind="stable").to_numpy()  # so that names decide nothing
+    pairs = order[near_hashes(packed.table["phash"].to_numpy()[order])]
+    at = packed.table[["height", "width", "channels", "offset"]].to_numpy()
+    return pairs[near_pairs(lambda row: packed.at(*at[row]), pairs, least)]
 
 
 def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.DataFrame:
@@ -150,7 +139,8 @@ def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.Data
     one, other = near.T
     swapped = rank[one] > rank[other]
     lower, upper = np.where(swapped, other, one), np.where(swapped, one, other)
-    across = rank[lower] < rank[upper]
+    across = np.flatnonzero(rank[lower] < rank[upper])
+    across = across[np.unique(lower[across], return_index=True)[1]]  # one of those that it is like is enough
     for row, like in zip(lower[across], upper[across], strict=True):
         path, side = table["path"].iat[like], sides.iat[like]
         reasons.setdefault(table.index[row], f"nearly equals the {side} image {path}")

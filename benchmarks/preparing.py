@@ -87,12 +87,14 @@ def main(way: str, folder: str, size: str, remembered: str = "") -> None:
     prepare, workers = WAYS[way]
     if remembered:
         prepare = functools.partial(prepare, remembered=Path(remembered))
-    import torch  # for all of them, as imports are not measured
-    import torchvision.transforms.v2  # noqa: F401
+    if way == OURS:  # imports are not measured
+        import convoy.datasets.intake
+        import convoy.preprocessing  # noqa: F401
+    else:
+        import torch
+        import torchvision.transforms.v2  # noqa: F401
 
-    import convoy.preprocessing  # noqa: F401
-
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
     cpu, wall = processor_seconds(), time.perf_counter()
     images = prepare(Path(folder), int(size), workers)
     passed = time.perf_counter() - wall

@@ -68,8 +68,9 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prep
     labels = packed.table["label"].map({name: label for label, name in enumerate(packed.classes)}).astype("int64")
     for name in SPLITS:
         np.save(folder / f"{name}_labels.npy", labels[sides == name].to_numpy())
-    table = packed.table[["path", "label", "sha256"]].assign(split=sides)
-    table = pd.concat([table[table["split"] == name] for name in SPLITS], ignore_index=True)
+    order = np.concatenate([np.flatnonzero(sides == name) for name in SPLITS])
+    table = packed.table[["path", "label", "sha256"]].iloc[order].assign(split=sides.iloc[order])
+    table = table.reset_index(drop=True)
     table.to_parquet(folder / "images.parquet", index=False)
 
     mean, std = sums.mean_and_std()
@@ -97,10 +98,9 @@ def split(table: pd.DataFrame, params: Preprocess, seed: int) -> pd.Series:
     val = 0.0 if "val" in given else params.val_fraction
     free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
 
-    names = [
-        f"group:{group}" if group else digest for digest, group in zip(table["sha256"], table["group"], strict=True)
-    ]
-    key = np.array([_uniform(f"{seed}:{name}") for name in names])
+    keys = zip(table["sha256"], table["group"], strict=True)
+    drawn_by = (_uniform(f"{seed}:group:{group}" if group else f"{seed}:{digest}") for digest, group in keys)
+    key = np.fromiter(drawn_by, float, len(table))
     drawn = pd.Series("train", index=table.index)
     drawn[key < test + (1 - test) * val] = "val"
     drawn[key < test] = "test"

@@ -213,20 +213,21 @@ def _digest(algorithm: Any, data: bytes | np.ndarray) -> bytes:
 class Earlier:
     """What an earlier run decoded, found by the sha256 of a file."""
 
-    def __init__(self, records: np.ndarray, pixels: np.ndarray) -> None:
+    def __init__(self, records: np.ndarray, pixels: int) -> None:
         self.records = records
-        self.pixels = pixels
-        self.starts = _starts(records)
-        self.order = np.argsort(self.starts, kind="stable")
-        self.starts = self.starts[self.order]
+        self.pixels = pixels  # descriptor of an open file: of a memory map all that was read would count as memory
+        starts = _starts(records)
+        self.order = np.argsort(starts, kind="stable")
+        self.starts = starts[self.order]
 
     @classmethod
     @functools.cache
     def load(cls, folder: Path) -> "Earlier":
         """From a folder that `remember` wrote; nothing is known where it is missing."""
-        if not (folder / RECORDS).exists():
-            return cls(np.empty(0, RECORD), np.empty(0, np.uint8))
-        return cls(np.load(folder / RECORDS, mmap_mode="r"), np.memmap(folder / PIXELS, np.uint8, mode="r"))
+        try:
+            return cls(np.load(folder / RECORDS, mmap_mode="r"), os.open(folder / PIXELS, os.O_RDONLY))
+        except (OSError, ValueError):
+            return cls(np.empty(0, RECORD), -1)
 
     def find(self, sha256: bytes) -> tuple[tuple, np.ndarray | None]:
         """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this hash; (), None where it is unknown."""
@@ -237,8 +238,11 @@ class Earlier:
         if not record or record[0] != sha256:
             return (), None
         _, picture, *_, height, width, channels, offset = record
-        image = self.pixels[offset : offset + height * width * channels].reshape(height, width, channels)
-        return (record, image) if _picture(image) == picture else ((), None)  # a disk may forget
+        size = height * width * channels
+        image = np.frombuffer(os.pread(self.pixels, size, offset), np.uint8)
+        if len(image) != size or _picture(image := image.reshape(height, width, channels)) != picture:
+            return (), None  # a disk may forget
+        return record, image
 
 
 def _picture(pixels: np.ndarray) -> int:

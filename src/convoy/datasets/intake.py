@@ -46,17 +46,15 @@ def take_in(
     Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; and where fewer than
     two classes have images.
     """
-    found, records = _decode(source, dataset, folder / PIXELS, earlier)
-    bad = found["reason"] != ""
-    table = pd.concat([found[~bad].drop(columns="reason").reset_index(drop=True), _columns(records)], axis=1)
-
-    contradictions = _contradictions(table)
-    quarantine = pd.concat([found.loc[bad, ["path", "label", "reason"]], contradictions], ignore_index=True)
+    table, faulty, records = _decode(source, dataset, folder / PIXELS, earlier)
+    several = table[table["picture"].duplicated(keep=False)]  # so are the few that can contradict or repeat each other
+    contradictions = _contradictions(several)
+    quarantine = pd.concat([faulty, contradictions], ignore_index=True)
     if len(quarantine) > params.max_bad_fraction * source.count:
         raise ConvoyError(_too_many(quarantine, source.count, params))
-    table = table.drop(index=contradictions.index)
-    copies = _copies(table)
-    table = table.drop(index=copies.index).reset_index(drop=True)
+    copies = _copies(several.drop(index=contradictions.index))
+    if len(contradictions) + len(copies):
+        table = table.drop(index=contradictions.index.union(copies.index)).reset_index(drop=True)
     _check_classes(dataset.name, table)
 
     labels = set(table["label"])
@@ -81,39 +79,51 @@ def group_in(path: str, pattern: str | None) -> str:
     return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-def _decode(source: Source, dataset: Dataset, pixels: Path, earlier: Path) -> tuple[pd.DataFrame, np.ndarray]:
-    """A row for each member (path, label, split, group, and the reason why it can't be used), and the others' records.
+def _decode(
+    source: Source, dataset: Dataset, pixels: Path, earlier: Path
+) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """The table of the images that can be used; path, label and reason of the others; and the records of the first.
 
-    A row costs some hundred bytes of memory and a batch of images some hundred megabytes, however many there are.
+    An image costs some hundred bytes of memory, in columns and not in objects of Python, and a batch of images as
+    much as they are large, however many there are.
     """
-    parts: list[pa.Table] = []
-    records: list[np.ndarray] = []
+    parts, faults, records = [NO_IMAGES], [NO_FAULTS], [np.empty(0, RECORD)]
     offset = 0
     with pixels.open("wb") as file, tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar:
         for members, batch in decoded(source, dataset.longest_side, earlier):
-            part = {
-                "path": [member.path for member in members],
-                "label": [member.label for member in members],
-                "split": [member.split for member in members],
-                "group": [member.group or group_in(member.path, dataset.group) for member in members],
-                "reason": batch.faults,
-            }
-            parts.append(pa.table(part, pa.schema([(column, pa.string()) for column in part])))
             sizes = batch.records["height"].astype(np.int64) * batch.records["width"] * batch.records["channels"]
             batch.records["offset"] = offset + np.cumsum(sizes) - sizes
-            records.append(batch.records)
             offset += file.write(batch.pixels)
+            records.append(batch.records)
+
+            sound, bad = [], []
+            for member, fault in zip(members, batch.faults, strict=True):
+                if fault:
+                    bad.append((member.path, member.label, fault))
+                else:
+                    group = member.group or group_in(member.path, dataset.group)
+                    sound.append((member.path, member.label, member.split, group))
+            parts.append(pa.Table.from_arrays(_columns(sound, batch.records), schema=NO_IMAGES.schema))
+            faults.append(pa.Table.from_arrays(_strings(bad, 3), schema=NO_FAULTS.schema))
             bar.update(len(members))
-    if not parts:
-        raise ConvoyError(f"{dataset.name} holds no images")
-    return pa.concat_tables(parts).to_pandas(), np.concatenate(records)
+    return pa.concat_tables(parts).to_pandas(), pa.concat_tables(faults).to_pandas(), np.concatenate(records)
 
 
-def _columns(records: np.ndarray) -> pd.DataFrame:
-    """The records as columns, the sha256 in hexadecimal."""
-    digits = np.frombuffer(records["sha256"].tobytes().hex().encode(), "S64")
-    columns = {"sha256": pa.array(digits).cast(pa.string()).to_pandas()}
-    return pd.DataFrame(columns | {name: records[name] for name in RECORD.fields or () if name != "sha256"})
+NO_FAULTS = pa.schema([(name, pa.string()) for name in ("path", "label", "reason")]).empty_table()
+NO_IMAGES = pa.schema(
+    [(name, pa.string()) for name in ("path", "label", "split", "group", "sha256")]
+    + [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORD.names or () if name != "sha256"]
+).empty_table()
+
+
+def _columns(named: list[tuple[str, str, str, str]], records: np.ndarray) -> list[pa.Array]:
+    """path, label, split and group, and what is recorded of each image, the sha256 in hexadecimal."""
+    digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.string())
+    return [*_strings(named, 4), digests, *(pa.array(records[name]) for name in NO_IMAGES.column_names[5:])]
+
+
+def _strings(rows: list[tuple], width: int) -> list[pa.Array]:
+    return [pa.array([row[column] for row in rows], pa.string()) for column in range(width)]
 
 
 def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
@@ -130,8 +140,7 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
 
 def _copies(table: pd.DataFrame) -> pd.DataFrame:
     """path and kept of the rows whose file is there already, by their index."""
-    several = table[table["sha256"].duplicated(keep=False)]
-    ranked = several.loc[several["split"].map(RANKS).sort_values(ascending=False, kind="stable").index]
+    ranked = table.loc[table["split"].map(RANKS).sort_values(ascending=False, kind="stable").index]
     again = ranked["sha256"].duplicated()
     kept = ranked[~again].set_index("sha256")["path"]
     copies = ranked[again].sort_index()

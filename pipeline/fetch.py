@@ -25,6 +25,7 @@ def fetch(stage: Stage) -> None:
         source = read_folder(stage.root / "data")
     else:
         source = read_torchvision(params.torchvision, stage.home / "downloads" / params.name)
+    history.check(params.name, source.classes)
     intake = take_in(source, params, limits, history.classes, stage.scratch, earlier)
     packed, quarantine, merged = intake.packed, intake.quarantine, intake.merged
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)

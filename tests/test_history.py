@@ -28,6 +28,14 @@ def test_the_class_list_only_grows_and_no_label_shifts(known: list[str], classes
     assert extended(longer, classes) == longer
 
 
+def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
+    history = NEW.grown(["cat", "dog"], version(cat=3))
+    NEW.check("pets", ["rose"])
+    history.check("pets", ["dog", "rose"])
+    with pytest.raises(ConvoyError, match=r"^none of the classes of pets that data.lock knows \(cat, dog, ...\) is in"):
+        history.check("pets", ["rose", "tulip"])
+
+
 def test_the_first_version_has_no_changes() -> None:
     assert NEW.grown(["cat"], version(cat=3)).changes() == []
 

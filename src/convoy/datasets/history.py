@@ -48,6 +48,14 @@ class History:
         arriving.write_text(text, encoding="utf-8")
         arriving.replace(file)
 
+    def check(self, name: str, classes: Sequence[str]) -> None:
+        """Raises ConvoyError where no class is left of those that are known: that is not the same data set any more."""
+        if self.classes and not set(self.classes) & set(classes):
+            raise ConvoyError(
+                f"none of the classes of {name} that data.lock knows ({', '.join(self.classes[:5])}, ...) is in the data:"
+                " name another data set otherwise in conf/dataset/ (the key name), or take this one out of data.lock"
+            )
+
     def grown(self, classes: Sequence[str], version: Version) -> "History":
         """With the classes that are new at the end, and this version as the newest. The same twice is the same."""
         versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]

@@ -98,9 +98,9 @@ def get_ready() -> BaseContext:
 
     They share no lock, file or thread with this process. To call it early saves the time of the imports.
     """
-    main = sys.modules["__main__"].__spec__  # each of them would import it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *([main.name] if main else [])])
+    # each of them imports the main module anew, and what that brings in of ours with all that stands behind it
+    context.set_forkserver_preload([name for name in sys.modules if name.startswith("convoy.")])
     forkserver.ensure_running()
     return context
 

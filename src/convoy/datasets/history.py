@@ -52,8 +52,8 @@ class History:
         """Raises ConvoyError where no class is left of those that are known: that is not the same data set any more."""
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
-                f"none of the classes of {name} that data.lock knows ({', '.join(self.classes[:5])}, ...) is in the data:"
-                " name another data set otherwise in conf/dataset/ (the key name), or take this one out of data.lock"
+                f"none of the classes that data.lock knows of {name} ({', '.join(self.classes[:5])}, ...) is there:"
+                " give another data set another name in conf/dataset/, or take this one out of data.lock"
             )
 
     def grown(self, classes: Sequence[str], version: Version) -> "History":

@@ -65,7 +65,8 @@ def test_a_stage_that_is_killed_at_any_moment_ends_in_the_same_bits_when_it_runs
                 running.kill()
             case 2:
                 running.terminate()
-        assert running.wait() in (-signal.SIGKILL, 128 + signal.SIGTERM, 0)
+        # terminated while it still imports, or at work; or it was done already
+        assert running.wait() in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0)
         assert_nobody_is_left_of(running.pid)
     Stage(killed, stage).run(WORK[stage])
     assert results(killed, stage) == results(undisturbed, stage)

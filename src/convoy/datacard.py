@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from convoy.images import as_image
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -472,7 +474,7 @@ def _draw_pairs(pairs: Sequence[tuple[np.ndarray, ...]], names: Sequence[str], f
 
 def _tile(pixels: np.ndarray, side: int) -> np.ndarray:
     """(H, W, 1 or 3) -> (side, side, 3): a small image enlarged so that one sees its pixels, a large one reduced."""
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+    image = as_image(pixels).convert("RGB")
     if max(image.size) > side:
         image.thumbnail((side, side))
     else:

@@ -67,7 +67,7 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     )
     if scale == 1.0 and not any(mark in data for mark in ORIENTED):
         return Decoded(pixels, height, width)
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image = as_image(pixels)
     image.info = _open(data).info  # EXIF and XMP, where the orientation stands
     return Decoded(plain(image, longest_side), height, width)
 
@@ -115,9 +115,13 @@ def fit(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
     """(H, W, 1 or 3) uint8 -> (size, size, channels) uint8: the middle square, resized with anti-aliasing."""
     if pixels.shape == (size, size, channels):
         return pixels
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = as_image(pixels).convert("L" if channels == 1 else "RGB")
     return _pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    """(H, W, 1 or 3) uint8 -> an image, grey or RGB."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

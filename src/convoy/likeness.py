@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from convoy.images import as_image
+
 SIDE = 32  # pixels, of a thumbnail
 LOW = 8  # of its frequencies each way, which make the hash
 # how far two hashes of near duplicates may lie apart: recompressed, resized, blurred and grey copies stay within it
@@ -24,8 +26,7 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
     small = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
     for place, pixels in enumerate(images):
         if pixels.shape[:2] != (SIDE, SIDE):
-            image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            image = image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+            image = as_image(pixels).resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
             pixels = np.asarray(image).reshape(SIDE, SIDE, -1)
         small[place] = pixels
     return small
@@ -64,14 +65,14 @@ def near_hashes(hashes: np.ndarray) -> np.ndarray:
     hashes = hashes[rows]
     bands = np.stack([_bits(hashes, band) for band in BANDS])
     both_of = list(itertools.combinations(range(len(BANDS)), 2))
-    found = [np.empty((0, 2), np.int64)]
+    found, count = [np.empty((0, 2), np.int64)], 0
     for number, (one, other) in enumerate(both_of):
         key = (bands[one] << np.uint64(len(BANDS[other]))) | bands[other]
         order = np.argsort(key, kind="stable")
         key = key[order]
         for step in range(1, MANY):
             same = np.flatnonzero(key[step:] == key[:-step])
-            if not len(same) or (step > FEW and sum(map(len, found)) > ENOUGH):
+            if not len(same) or (step > FEW and count > ENOUGH):
                 break
             left, right = order[same], order[same + step]
             close = np.bitwise_count(hashes[left] ^ hashes[right]) <= DISTANCE
@@ -79,6 +80,7 @@ def near_hashes(hashes: np.ndarray) -> np.ndarray:
             for first, second in both_of[:number]:  # found by these already
                 fresh = (bands[first, left] != bands[first, right]) | (bands[second, left] != bands[second, right])
                 left, right = left[fresh], right[fresh]
+            count += len(left)
             found.append(np.sort(rows[np.stack([left, right], axis=1)], axis=1))
     pairs = np.concatenate(found)
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]

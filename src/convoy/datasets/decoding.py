@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from joblib import cpu_count
 from pebble import ProcessExpired, ProcessPool
-from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
 from convoy.datasets.files import MAX_BYTES, TOO_LARGE
 from convoy.datasets.source import Content, Member, Source
-from convoy.images import BadImage, Decoded, decode, plain
+from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 
 FIRST_BATCH = 16  # images; of the later ones there are as many as come to
@@ -48,7 +47,7 @@ RECORD = np.dtype(
         ("offset", np.int64),  # of its first pixel
     ]
 )
-RECORDS, PIXELS = "records.npy", "pixels.bin"
+RECORDS, PIXELS = "records.npy", "pixels.bin"  # what `remember` leaves
 
 
 def fingerprint(longest_side: int) -> str:
@@ -197,9 +196,9 @@ def _read(content: Content) -> bytes | np.ndarray:
 def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:
     if isinstance(data, bytes):
         return decode(data, longest_side)
-    height, width, channels = data.shape
-    image = Image.fromarray(data[:, :, 0] if channels == 1 else data)
-    return Decoded(plain(image, longest_side), height, width)
+    height, width, _ = data.shape
+    small = max(height, width) <= longest_side
+    return Decoded(data if small else plain(as_image(data), longest_side), height, width)
 
 
 def _digest(algorithm: Any, data: bytes | np.ndarray) -> bytes:

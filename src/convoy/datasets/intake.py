@@ -12,9 +12,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Share, schema
-from convoy.datasets.decoding import PIXELS, RECORD, decoded, remember
+from convoy.datasets.decoding import RECORD, decoded, remember
 from convoy.datasets.history import extended
-from convoy.datasets.packed import DESCRIPTION, TABLE, Packed
+from convoy.datasets.packed import DESCRIPTION, PIXELS, TABLE, Packed
 from convoy.datasets.source import Dataset, Source
 
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays

@@ -5,7 +5,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test lint ui lock retrain push hand-back
+.PHONY: help install repro test test-slow lint ui lock retrain push hand-back
 
 help: ## show what can be made
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -17,6 +17,9 @@ repro: $(READY) ## the whole pipeline: compose conf/, run what is not up to date
 
 test: $(READY) ## the tests
 	python -m pytest -q --numprocesses auto --dist loadfile
+
+test-slow: $(READY) ## the tests that take longer: several processes, fresh clones, what pays
+	python -m pytest -q -m slow
 
 lint: $(READY) ## style and types
 	ruff check .

@@ -58,14 +58,16 @@ def check(params: dict[str, Any]) -> None:
         "evaluate": Evaluate,
         "register": Register,
     }
-    config.check_sections(params, [*light, "train", "model"])
+    config.check_sections(params, [*light, "train", "trainer", "model"])
     for name, schema in light.items():
         typed(schema, params[name], name)
 
     from convoy import models  # these import torch and Lightning, which takes seconds
+    from convoy.hardware import Trainer
     from convoy.training import Train
 
     typed(Train, params["train"], "train")
+    typed(Trainer, params["trainer"], "trainer")
     for name, values in params["model"].items():
         typed(models.schema(name), values, f"model.{name}")
 

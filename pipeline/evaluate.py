@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import torch
 
 from convoy import models
+from convoy.batches import Images
 from convoy.classifier import predict
-from convoy.datamodule import Images
 from convoy.evaluation import Evaluate, per_class, predictions, scores
 from convoy.task import Task
 from pipeline.stage import Stage, main
@@ -19,23 +20,26 @@ def evaluate(stage: Stage) -> None:
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
     record = json.loads((trained / "record.json").read_text())
     task = Task(**record["task"])
-    classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
-
-    torch.set_num_threads(record["train"]["threads"])  # part of what makes the same bits
-    if record["train"]["accelerator"] in ("auto", "gpu") and torch.cuda.is_available():
-        classifier.cuda()
-
     test = Images.load(prepared, "test")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
-    probabilities = predict(classifier, test.pixels, params.batch_size)
+    if record["failure"]:  # there is nothing to judge, and that is its result
+        test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
+        probabilities, figures = np.empty((0, len(task.classes))), {}
+    else:
+        classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
+        torch.set_num_threads(record["trainer"]["threads"])  # part of what makes the same bits
+        if record["trainer"]["accelerator"] == "gpu" and torch.cuda.is_available():
+            classifier.cuda()
+        probabilities = predict(classifier, test.pixels, params.batch_size)
+        figures = scores(test.labels, probabilities)
 
     table = predictions(task.classes, images, probabilities)
     table.to_parquet(stage.scratch / "predictions.parquet", index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
     per_class(task.classes, test.labels, probabilities).to_csv(stage.scratch / "per_class.csv", index=False)
-    figures = scores(test.labels, probabilities)
     (stage.scratch / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"{stage.item}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    print(f"{stage.item}: {said or 'its training failed'}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pandas as pd
 
 import convoy
 from convoy import promotion, report, tracking
+from convoy.config import ConvoyError
 from pipeline.stage import MARK, Stage, main
 
 PACKAGE = Path(convoy.__file__).parent
@@ -26,8 +27,8 @@ def register(stage: Stage) -> None:
     records = {name: json.loads((folder / "record.json").read_text()) for name, folder in trained.items()}
     figures = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in evaluated.items()}
     identities = {name: _identity(trained[name], evaluated[name]) for name in names}
-    best = {name: record["best"] for name, record in records.items()}
-    ranked = promotion.rank(best)
+    best = {name: record["best"] for name, record in records.items() if not record["failure"]}
+    ranked = [*promotion.rank(best), *(name for name in names if name not in best)]
     winner = ranked[0]
 
     report.leaderboard({name: records[name] for name in ranked}, figures).to_csv(
@@ -35,6 +36,9 @@ def register(stage: Stage) -> None:
     )
     _together(trained, "history.csv").to_csv(stage.scratch / "curves.csv", index=False)
     _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
+
+    for name in ranked[len(best) :]:
+        print(f"{name} failed: {records[name]['failure']['reason']}")
 
     with tracking.store(stage.home, params.name) as store:
         reproduction = hashlib.sha256("".join(sorted(identities.values())).encode()).hexdigest()[:12]
@@ -48,6 +52,8 @@ def register(stage: Stage) -> None:
             }
             runs[name] = run or _bring(store, records[name], figures[name], trained[name], evaluated[name], tags)
         tracking.save_views(store)
+        if not best:
+            raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
@@ -93,10 +99,12 @@ def _bring(
     """Write the run of one architecture into the store, and return its id."""
     predictions = pd.read_parquet(evaluated / "predictions.parquet")
     with tempfile.TemporaryDirectory() as scratch:
-        picture = Path(scratch) / "confusion.png"
-        title = f"{record['architecture']} on test images"
-        report.draw_confusion(predictions, record["task"]["classes"], title, picture)
-        files = [trained / "record.json", trained / "history.csv", evaluated / "per_class.csv", picture]
+        files = [trained / "record.json", trained / "history.csv", evaluated / "per_class.csv"]
+        if not record["failure"]:
+            picture = Path(scratch) / "confusion.png"
+            title = f"{record['architecture']} on test images"
+            report.draw_confusion(predictions, record["task"]["classes"], title, picture)
+            files += [trained / "weights.safetensors", picture]
         data = tracking.DataVersion(**record["data"])
         run = tracking.describe(record, figures, pd.read_csv(trained / "history.csv"), tags, files, data)
         return tracking.create_run(store, run)

@@ -19,6 +19,7 @@ from convoy import config
 from convoy.config import ConvoyError
 
 Schema = TypeVar("Schema")
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, Slurm and Lightning say a process' number
 MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
 
 
@@ -34,9 +35,13 @@ class Stage:
         described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
         watched = described.get("do", described).get("params", [])
         self.watched = [section.replace("${key}", item) for section in watched]
+        self.deps = [dep.replace("${key}", item) for dep in described.get("do", described).get("deps", [])]
         self.params = config.load(root / "params.yaml")
         self.folder = root / "artifacts" / name / item
-        self.scratch = root / "artifacts" / ".scratch" / self.name
+        # processes that train together each run the stage; the first alone, of rank 0, has its outputs published
+        self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
+        self.scratch = root / "artifacts" / ".scratch" / (f"{self.name}.{self.rank}" if self.rank else self.name)
+        self.afterwards: list[Callable[[], None]] = []  # called when the outputs are in place
 
     def section(self, name: str) -> Any:
         """A section of params.yaml, by its dotted name. Only what dvc.yaml says the stage watches can be read."""
@@ -67,6 +72,14 @@ class Stage:
                 raise ConvoyError(f"{path} is not what its stage wrote: remove artifacts/{name}/ and {mend}")
         return folder
 
+    def identity(self, *more: object) -> str:
+        """The hash of what defines this run: its settings, the data and code that dvc.yaml names, and `more`."""
+        settings = {name: self.section(name) for name in self.watched}
+        # an output folder is known by the hashes in its mark
+        inputs = [file for dep in self.deps for file in (self.root / dep, self.root / dep / MARK) if file.is_file()]
+        files = {str(file.relative_to(self.root)): sha256(file) for file in inputs}
+        return hashlib.sha256(json.dumps([self.name, settings, files, more], sort_keys=True).encode()).hexdigest()
+
     def run(self, work: Callable[["Stage"], None]) -> None:
         """Let `work` write into `self.scratch`, then put that folder in place, whole and marked."""
         self.scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +89,12 @@ class Stage:
                 shutil.rmtree(self.scratch, ignore_errors=True)
                 self.scratch.mkdir()
                 work(self)
-                self._publish()
+                if self.rank:
+                    shutil.rmtree(self.scratch)
+                else:
+                    self._publish()
+                    for finish in self.afterwards:
+                        finish()
         except Timeout:
             raise ConvoyError(f"another process is at work on {self.name}: wait for it, or end it") from None
 

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import sys
 
 import pandas as pd
 import torch
 from safetensors.torch import save_file
 
 from convoy import models
+from convoy.batches import Images
+from convoy.checkpoint import Checkpoint
 from convoy.config import Whole
-from convoy.datamodule import ImageData, Images
+from convoy.datamodule import ImageData
+from convoy.hardware import Trainer, choose, environment, multiply_adds
 from convoy.task import Task
-from convoy.training import Train, fit
+from convoy.training import COLUMNS, Train, fit
 from pipeline.stage import MARK, Stage, main, sha256
 
 
@@ -26,25 +30,35 @@ def train(stage: Stage) -> None:
 
     torch.manual_seed(seed)
     classifier = models.build(architecture, settings, task)
-    train, val = Images.load(prepared, "train"), Images.load(prepared, "val")
-    recipe = classifier.recipe
-    data = ImageData(train, val, recipe.batch_size, recipe.augment, seed)
-    trained = fit(classifier, data, params)
+    choice = choose(stage.typed(Trainer, "trainer"), classifier)
+    machine = environment(choice)
+    data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
+    identity = stage.identity(machine)
+    checkpoint = Checkpoint(stage.home / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
+    trained = fit(classifier, data, params, choice, checkpoint)
 
-    save_file(trained.weights, stage.scratch / "weights.safetensors")
-    pd.DataFrame(trained.history).to_csv(stage.scratch / "history.csv", index=False)
+    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / "history.csv", index=False)
     record = {
         "architecture": architecture,
         "settings": settings,
         "seed": seed,
         "train": stage.section("train"),
+        "trainer": dataclasses.asdict(choice),
         "task": dataclasses.asdict(task),
         "data": json.loads((prepared / "data.json").read_text()) | {"digest": sha256(prepared / MARK)[:12]},
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
+        "multiply_adds": multiply_adds(classifier),
         "best": trained.best,
-        "environment": trained.environment,
+        "stopped": trained.stopped,
+        "failure": dataclasses.asdict(trained.failure) if trained.failure else None,
+        "environment": machine,
     }
     (stage.scratch / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    if trained.failure is None:
+        save_file(trained.weights, stage.scratch / "weights.safetensors")
+    else:
+        print(trained.failure.words(architecture), file=sys.stderr, flush=True)
+    stage.afterwards.append(checkpoint.remove)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pipeline.stage import Stage
 from pipeline.train import train
 
 REAL = Path(__file__).parents[1]
-SMALL = ("model=[lenet,resnet]", "train.max_epochs=3", "train.threads=1", "register.floor=0.0")
+SMALL = ("model=[lenet,resnet]", "train.max_epochs=3", "trainer.threads=1", "register.floor=0.0")
 
 
 def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:

@@ -1,7 +1,9 @@
-"""Kills: whenever fetch or preprocess is killed, to run it again ends in the same bits as if nothing had happened."""
+"""Kills: whenever a stage is killed, to run it again ends in the same bits as if nothing had happened."""
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import training_apart
 from project import REAL, make_project, run_stages
 
 from pipeline.fetch import fetch
@@ -88,3 +91,59 @@ def session_of(process: int) -> int:
         return os.getsid(process)
     except ProcessLookupError:  # it has just ended
         return 0
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def ready() -> multiprocessing.context.ForkServerContext:
+    """Processes that start with everything imported, so that a kill meets the work and not the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_apart"])
+    return context
+
+
+@pytest.mark.parametrize("architecture", ["lenet", "resnet"])
+def test_a_training_killed_again_and_again_ends_in_the_same_bits_as_if_nothing_had_happened(
+    architecture: str, tmp_path: Path, ready: multiprocessing.context.ForkServerContext
+) -> None:
+    overrides = [f"model=[{architecture}]", "train.max_epochs=6", "trainer.threads=1"]
+    overrides += ["train.checkpoint_minutes=0.0005", f"model.{architecture}.recipe.batch_size=8"]
+    root = make_project(tmp_path / "project", overrides)
+    run_stages(root, until="preprocess")
+
+    def train_apart() -> multiprocessing.context.ForkServerProcess:
+        process = ready.Process(target=training_apart.train_there, args=(root, architecture))
+        process.start()
+        return process
+
+    begun = time.monotonic()
+    undisturbed = train_apart()
+    undisturbed.join()
+    takes = time.monotonic() - begun
+    assert undisturbed.exitcode == 0
+    expected = contents(root / "artifacts/train" / architecture)
+    shutil.rmtree(root / "artifacts/train")
+
+    moments, ends, kept = random.Random(1), [], 0
+    for number in range(12):
+        process = train_apart()
+        process.join(takes * moments.random() * 0.5)
+        if number % 4 == 3:
+            process.terminate()
+        else:
+            process.kill()
+        process.join()
+        ends.append(process.exitcode)
+        kept += len(list((root / "artifacts/.checkpoints").rglob("last.pt")))
+        if (root / "artifacts/train" / architecture).exists():
+            break  # it had been on its last steps
+    assert set(ends) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0}
+    assert ends.count(-signal.SIGKILL) >= 2
+    assert kept >= 2  # so that it did go on from where it was
+    last = train_apart()
+    last.join()
+    assert last.exitcode == 0
+    assert contents(root / "artifacts/train" / architecture) == expected
+    assert not list((root / "artifacts/.checkpoints").rglob("*.pt"))  # success cleans up

@@ -253,7 +253,7 @@ def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
         ("+train.max_epoch=3", "train.max_epoch: unknown key; did you mean max_epochs?"),
         ("train.max_epochs=0", "train.max_epochs=0: input should be greater than or equal to 1"),
         ("train.max_epochs=soon", "train.max_epochs='soon': input should be a valid integer"),
-        ("train.accelerator=cuda", "train.accelerator='cuda': input should be 'auto', 'cpu', 'gpu'"),
+        ("trainer.accelerator=cuda", "trainer.accelerator='cuda': input should be 'auto', 'cpu' or 'gpu'"),
         ("preprocess.size=16", "preprocess.size=16: input should be greater than or equal to 32"),
         ("preprocess.test_fraction=1.5", "preprocess.test_fraction=1.5: input should be less than 1"),
         ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
@@ -270,6 +270,37 @@ def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: P
     with pytest.raises(ConvoyError) as raised:
         check(config.load(root / "params.yaml"))
     assert said in str(raised.value)
+
+
+def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, "model.resnet.recipe.lr=1e30"])
+    run_stages(root)
+    shown = capsys.readouterr()
+    assert "resnet failed in epoch 1, step " in shown.err
+    assert "Lower model.resnet.recipe.lr" in shown.err
+    assert "lenet is now the champion" in shown.out
+
+    with tracking.store(root, "convoy") as store:
+        runs = {run.info.run_name: run for run in store.client.search_runs([store.experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {"lenet": "FINISHED", "resnet": "FAILED"}
+    assert ": failed in epoch 1 of 3" in runs["resnet"].data.tags["mlflow.note.content"]
+    table = pd.read_csv(root / "artifacts/register/leaderboard.csv")
+    assert table["model"].tolist() == ["lenet", "resnet"]
+    assert table["test_accuracy"].isna().tolist() == [False, True]
+
+    conclude(root, config.load(root / "params.yaml"))
+    assert "failed" in capsys.readouterr().out
+    Stage(root, "register").run(register)  # the failed run is not brought twice
+    with tracking.store(root, "convoy") as store:
+        assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
+
+
+def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", ["model=[lenet]", "model.lenet.recipe.lr=1e30", "trainer.threads=1"])
+    with pytest.raises(ConvoyError, match="the training of lenet failed: there is nothing to register"):
+        run_stages(root)
 
 
 def test_an_unknown_architecture_in_the_list_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 def bring(store: Store, name: str, data: DataVersion) -> str:
     history = pd.DataFrame({"epoch": [0, 1], "val/accuracy": [0.5, 0.6]})
-    run = Run(name, {"model": name}, {"test/accuracy": 0.6}, history, {tracking.IDENTITY: name}, [], data)
+    run = Run(name, {"model": name}, {"test/accuracy": 0.6}, history, {tracking.IDENTITY: name}, [], data, failed=False)
     return tracking.create_run(store, run)
 
 

@@ -1,6 +1,9 @@
-"""Training: the same bits, and the best epoch kept."""
+"""Training: the same bits, also after any interruption, and the best epoch kept."""
 
 import math
+import signal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +12,18 @@ import yaml
 from project import REAL
 from torch import Tensor
 
-from convoy import models
-from convoy.classifier import predict, warm_cosine
+from convoy import models, training
+from convoy.batches import Images
+from convoy.checkpoint import Checkpoint
+from convoy.classifier import Classifier, predict
 from convoy.config import ConvoyError
-from convoy.datamodule import ImageData, Images
+from convoy.datamodule import ImageData
+from convoy.hardware import Choice
 from convoy.task import Task
-from convoy.training import Train, Trained, fit
+from convoy.training import Train, Trained, fit, warm_cosine
+
+BARS = Task("bars", ["column", "row"], 32, 1, [0.3], [0.2])
+CPU = Choice("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
 
 
 def bars(count: int, seed: int) -> Images:
@@ -27,58 +36,99 @@ def bars(count: int, seed: int) -> Images:
     return Images(pixels, labels)
 
 
-def train(seed: int = 0, max_epochs: int = 3, **recipe: float) -> Trained:
-    settings = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]
+def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> Classifier:
+    settings = yaml.safe_load((REAL / f"conf/model/{name}.yaml").read_text())[name]
     settings["recipe"] |= recipe
+    settings["recipe"]["augment"] |= augment or {}
     torch.manual_seed(seed)
-    task = Task("bars", ["column", "row"], 32, 1, [0.3], [0.2])
-    classifier = models.build("lenet", settings, task)
-    data = ImageData(bars(96, 1), bars(40, 2), 32, classifier.recipe.augment, seed)
-    return fit(classifier, data, Train(max_epochs=max_epochs, accelerator="cpu", threads=1))
+    return models.build(name, settings, BARS)
+
+
+def train(
+    classifier: Classifier, seed: int = 0, checkpoint: Checkpoint | None = None, choice: Choice = CPU, **params: Any
+) -> Trained:
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, seed)
+    settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
+    return fit(classifier, data, Train(**settings), choice, checkpoint)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# What training leaves
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
-    first, again, other = train(seed=0), train(seed=0), train(seed=1)
+    first, again, other = train(build()), train(build()), train(build(1), seed=1)
     assert same(first.weights, again.weights)
     assert first.history == again.history
     assert not same(first.weights, other.weights)
 
 
 def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
-    trained = train(max_epochs=6, lr=0.05)
+    trained = train(build(), max_epochs=6)
     assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
-    assert set(trained.history[0]) == {"epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"}
+    assert list(trained.history[0]) == training.COLUMNS
     assert trained.best == max(trained.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
+    assert trained.stopped == "max_epochs"
 
 
-def test_the_kept_weights_score_what_the_history_says_of_the_best_epoch() -> None:
-    trained = train(max_epochs=6, lr=0.05)
-    settings = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]
-    classifier = models.build("lenet", settings, Task("bars", ["column", "row"], 32, 1, [0.3], [0.2]))
+@pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_kept_weights_score_what_the_history_says_of_the_best_epoch(recipe: dict, precision: str) -> None:
+    choice = Choice("cpu", 1, 1, precision, False, 1)
+    trained = train(build(**recipe), max_epochs=6, choice=choice)
+    classifier = build()
     classifier.load_state_dict(trained.weights)
     val = bars(40, 2)
     accuracy = (predict(classifier, val.pixels, 16).argmax(axis=1) == val.labels).mean()
     assert accuracy == pytest.approx(trained.best["val_accuracy"])
 
 
-def test_a_network_learns_what_can_be_learnt() -> None:
-    assert train(max_epochs=15, lr=0.05).best["val_accuracy"] > 0.9
+LEARNING = {
+    "as it is": {},
+    "adamw": {"optimizer": "adamw", "lr": 0.002},
+    "one cycle": {"schedule": "one_cycle"},
+    "smoothed and clipped": {"label_smoothing": 0.1, "clip_norm": 1.0},
+    "running mean": {"ema": 0.95},
+    "weights in the loss": {"balance": "loss"},
+    "balanced sampler": {"balance": "sampler"},
+    "in pieces": {"accumulate": 2},
+    "mixed": {"augment": {"mixup": 0.2, "cutmix": 0.2}},
+    "policy": {"augment": {"policy": "trivial", "erase": 0.2, "shift": 0}},
+}
 
 
-def test_a_loss_that_is_no_number_stops_with_the_learning_rate_to_lower() -> None:
-    with pytest.raises(ConvoyError, match=r"the loss of lenet is no longer a number .* lower model.lenet.recipe.lr"):
-        train(lr=1e30, warmup=0.0)
+@pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)
+def test_a_network_learns_what_can_be_learnt_by_every_recipe(recipe: dict[str, Any]) -> None:
+    assert train(build(**recipe), max_epochs=15).best["val_accuracy"] > 0.9
 
 
-def test_the_record_says_what_the_bits_depend_on() -> None:
-    environment = train(max_epochs=1).environment
-    assert environment["torch"] == torch.__version__.split("+")[0]
-    assert environment["threads"] == 1
-    assert environment["device"] == "cpu"
+def test_pieces_of_a_batch_add_up_to_the_batch() -> None:
+    still = {"augment": {"shift": 0}}  # the pieces would draw other changes
+    whole, pieces = train(build(**still), max_epochs=1), train(build(accumulate=4, **still), max_epochs=1)
+    for name, weights in whole.weights.items():
+        assert pieces.weights[name] == pytest.approx(weights, abs=1e-5)
+
+
+def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
+    classifier = build(name="resnet", body_lr=0.0)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    after = train(classifier, max_epochs=1).weights
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_norms_and_biases_do_not_decay_and_the_body_has_a_rate_of_its_own() -> None:
+    classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
+    names = {id(parameter): name for name, parameter in classifier.named_parameters()}
+    groups = training.make_optimizer(classifier).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0)
+            assert group["share"] == (1 if names[id(parameter)].startswith("classifier.") else 0.1)
 
 
 def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
@@ -88,3 +138,177 @@ def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
     assert all(math.isfinite(rate) and 0 <= rate <= 1 for rate in rates)
+
+
+def test_a_training_that_gets_no_better_stops_after_patience_epochs() -> None:
+    trained = train(build(lr=1e-9), max_epochs=50, patience=2)
+    assert trained.stopped == "patience"
+    assert len(trained.history) == trained.best["epoch"] + 2 < 50
+
+
+def test_no_epoch_begins_that_would_pass_the_budget_of_minutes() -> None:
+    trained = train(build(), max_epochs=500, max_minutes=1e-6)
+    assert trained.stopped == "max_minutes"
+    assert len(trained.history) == 1
+
+
+# A training that comes to nothing
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_its_step_and_rate_and_what_to_try() -> None:
+    trained = train(build(lr=1e30), max_epochs=3)
+    assert trained.stopped == "failure"
+    failure = trained.failure
+    assert failure is not None
+    assert failure.epoch == 1
+    assert 1 <= failure.step <= 3  # 96 images in batches of 32
+    said = failure.words("lenet")
+    assert f"lenet failed in epoch 1, step {failure.step}, at a learning rate of " in said
+    assert "Lower model.lenet.recipe.lr" in said
+
+
+def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode_later(self: training.Training, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 if number < 7 else 1e30
+
+    monkeypatch.setattr(training.Training, "_set_rate", explode_later)
+    trained = train(build(), max_epochs=5)
+    assert [row["epoch"] for row in trained.history] == [1, 2]
+    assert trained.failure is not None
+    assert (trained.failure.epoch, trained.failure.step) == (3, 9)  # the step after the one with that rate
+
+
+def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build()
+    heads = classifier.heads
+
+    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return heads(x)
+
+    monkeypatch.setattr(classifier, "heads", limited)
+    with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
+        train(classifier)
+
+
+# Never lost
+
+
+class Interrupted(Checkpoint):
+    """Saves after every step, and ends the process, as it were, after so many."""
+
+    def __init__(self, file: Path, after: int) -> None:
+        super().__init__(file)
+        self.left = after
+
+    def save(self, state: dict[str, Any]) -> None:
+        super().save(state)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+EVERYTHING = {
+    "batch_size": 32,
+    "augment": {"mixup": 0.2, "cutmix": 0.2, "erase": 0.2},
+    "ema": 0.9,
+    "balance": "sampler",
+    "schedule": "one_cycle",
+    "accumulate": 2,
+    "clip_norm": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("lenet", {}), ("alexnet", {}), ("lenet", EVERYTHING), ("resnet", EVERYTHING | {"optimizer": "adamw"})],
+    ids=["lenet", "alexnet, which drops out", "lenet with everything", "resnet with everything, adamw"],
+)
+def test_a_training_interrupted_after_any_step_goes_on_to_the_same_bits(
+    name: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    undisturbed = train(build(name=name, **recipe))
+    file = tmp_path / "last.pt"
+    for after in (1, 1, 2, 3, 1):  # of 3 epochs of 3 steps; at an epoch's end two saves follow each other
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(build(name=name, **recipe), checkpoint=Interrupted(file, after), checkpoint_minutes=1e-9)
+    resumed = train(build(name=name, **recipe), checkpoint=Checkpoint(file))
+    assert same(resumed.weights, undisturbed.weights)
+    assert resumed.history == undisturbed.history
+    assert resumed.best == undisturbed.best
+
+
+def test_a_training_that_had_ended_ends_again_without_a_step(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    first = train(build(), checkpoint=checkpoint)
+    again = train(build(1), checkpoint=checkpoint)
+    assert same(first.weights, again.weights)
+    assert first.history == again.history
+
+
+@pytest.mark.parametrize("where", ["_step", "on_validation_epoch_start", "on_train_epoch_end"])
+def test_sigterm_saves_what_is_done_and_exits_with_143(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(build())
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    original = getattr(training.Training, where)
+    calls = []
+
+    def terminated(self: training.Training, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(training.Training, where, terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised:
+        train(build(), checkpoint=checkpoint)
+    assert raised.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    state = checkpoint.load()
+    assert state is not None
+    assert (state["epoch"], state["step"]) == {
+        "_step": (0, 2), "on_validation_epoch_start": (1, 3), "on_train_epoch_end": (2, 0)
+    }[where]  # fmt: skip
+    monkeypatch.undo()
+    assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way of the folder")
+    trained = train(build(), checkpoint=Checkpoint(tmp_path / "file" / "last.pt"))
+    assert len(trained.history) == 3
+    assert "no checkpoint could be written" in capsys.readouterr().out
+
+
+# What a person sees
+
+
+def test_a_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    train(build(), max_epochs=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for number, line in enumerate(lines, start=1):
+        assert line.startswith(f"lenet  epoch {number}/3  loss ")
+        for word in ("val_loss", "val_accuracy", "images/s", "left"):
+            assert word in line
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train(build(), max_epochs=3)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    last = shown.err.rstrip().rpartition("\r")[2]
+    assert last.startswith("lenet 3/3: 100%")
+    assert "loss=" in last
+    assert "val_accuracy=" in last
+    assert " images/s" in last
+    assert shown.err.count("\r") < 20

@@ -1,120 +1,114 @@
-"""The data module: whole batches of uint8 images, in an order that follows from the seed and the epoch alone."""
+"""The data module: says which steps are due, and takes their images by the batch where they lie."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from convoy.config import Whole, schema
+from convoy.batches import Batches, Images
+from convoy.recipe import Recipe
 
-
-@schema
-class Augment:
-    """Random changes to training images that leave their label true."""
-
-    shift: Whole  # pixels: moved by up to this far each way, the edge repeated into the gap
-    flip: bool  # left to right, every second image; not for digits or letters
+TOGETHER = 16  # steps that Lightning is told of at a time: around each time it spends 1 ms
+VAL_BATCH = 512  # images
+ON_DEVICE = 0.5  # share of the free GPU memory that images may take
 
 
-def augment(pixels: Tensor, params: Augment) -> Tensor:
-    """`pixels` (N, H, W, C) uint8 with random changes, drawn from torch's global generator on the host.
+class Held:
+    """The images of a split, held where they are used: in GPU memory where they fit, else where they are."""
 
-    The tensor given stays as it is, and nothing is read back from its device.
-    """
-    count = len(pixels)
-    if params.shift:
-        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
-        pixels = move(pixels, params.shift, down, right)
-    if params.flip:
-        image = torch.arange(count) + count * (torch.rand(count) < 0.5)
-        both = torch.cat([pixels, pixels.flip(2)])
-        pixels = both.index_select(0, image.to(pixels.device, non_blocking=True))
-    return pixels
+    def __init__(self, images: Images, device: torch.device) -> None:
+        self.images = images
+        self.device = device
+        self.resident: tuple[Tensor, Tensor] | None = None
+        if device.type == "cuda" and images.pixels.nbytes < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
+            labels = torch.from_numpy(images.labels).to(device)
+            self.resident = torch.from_numpy(np.array(images.pixels)).to(device), labels
 
-
-def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
-    """Each image as seen from `down` and `right` of it, on the host, (N, 1) pixels in -shift..shift."""
-    count, height, width, channels = pixels.shape
-    wide = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
-    # A row of the result lies in `wide` in one piece, so whole rows are copied: an index of every pixel takes
-    # four times as long.
-    pieces = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
-    row = (torch.arange(height) + down).clamp(0, height - 1) + height * torch.arange(count)[:, None]  # (N, H)
-    piece = row * (width + 2 * shift) + shift + right
-    return pieces.index_select(0, piece.flatten().to(pixels.device, non_blocking=True)).view(pixels.shape)
-
-
-class Images(Dataset):
-    """One split: pixels (N, H, W, C) uint8 and labels (N,) int64, fetched by the batch: `images[[3, 1, 4]]`."""
-
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.labels = labels
-
-    @classmethod
-    def load(cls, folder: Path, split: str) -> "Images":
-        """The split that preprocessing wrote into `folder`; its pixels stay on disk until they are asked for."""
-        pixels = np.load(folder / f"{split}_pixels.npy", mmap_mode="r")
-        return cls(pixels, np.load(folder / f"{split}_labels.npy"))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(np.take(self.pixels, rows, axis=0)), torch.from_numpy(self.labels[rows])
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Rows by the batch, in an order that is a function of (seed, epoch), whatever else has drawn random numbers.
-
-    The last batch is left out where it is not full: batch norm can't train on a batch of one.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count = count
-        self.batch_size = min(batch_size, count)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        for batch in range(len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+    def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pixels (N, H, W, C) uint8 and labels (N,) int64 of these rows, on the device; the host waits for nothing."""
+        if self.resident is not None:
+            index = torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)
+            pixels, labels = self.resident
+            return pixels.index_select(0, index), labels.index_select(0, index)
+        taken = torch.from_numpy(np.take(self.images.pixels, rows, axis=0)), torch.from_numpy(self.images.labels[rows])
+        if self.device.type == "cpu":
+            return taken
+        pixels, labels = (part.pin_memory().to(self.device, non_blocking=True) for part in taken)
+        return pixels, labels
 
 
 class ImageData(LightningDataModule):
-    """Feeds a classifier from arrays that may be memory maps: `train` and `val` as (pixels, labels)."""
+    """Feeds a training from `train` and `val`, in an order that follows from `seed` and the epoch alone.
 
-    def __init__(self, train: Images, val: Images, batch_size: int, augment: Augment, seed: int) -> None:
+    `epoch` and `step` are where the training stands: epochs done, and steps done in the one under way. What the loaders
+    hand out are not images but which: the steps of the epoch that are left, some at a time, and rows to validate.
+    """
+
+    def __init__(self, train: Images, val: Images, recipe: Recipe, seed: int) -> None:
         super().__init__()
         self.train = train
         self.val = val
-        self.batch_size = batch_size
-        self.augment = augment
+        self.recipe = recipe
         self.seed = seed
+        self.epoch = 0
+        self.step = 0
+        self.together = TOGETHER
+        self.share(torch.device("cpu"), 0, 1)
 
-    def train_dataloader(self) -> DataLoader:
-        # batch_size=None: the sampler hands out whole batches, and the loader passes each on as it is
-        batches = ShuffledBatches(len(self.train), self.batch_size, self.seed)
-        return DataLoader(self.train, sampler=batches, batch_size=None)
+    def share(self, device: torch.device, rank: int, ranks: int) -> None:
+        """Hold the images for `device`, and take the part of `rank` among `ranks` processes that train together."""
+        self.rank, self.ranks = rank, ranks
+        balanced = self.recipe.balance == "sampler"
+        self.batches = Batches(
+            self.train.labels, self.recipe.batch_size, self.seed, balanced=balanced, rank=rank, ranks=ranks
+        )
+        self.order: tuple[int, list[np.ndarray]] = (-1, [])  # an epoch and the rows of its steps
+        self.held_train, self.held_val = Held(self.train, device), Held(self.val, device)
+        if ranks > 1:
+            self.together = 1  # each call then brings the processes' running means level
 
-    def val_dataloader(self) -> DataLoader:
-        batches = BatchSampler(SequentialSampler(self.val), 512, drop_last=False)
-        return DataLoader(self.val, sampler=batches, batch_size=None)
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.batches)
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        pixels, labels = batch
-        if self.trainer is not None and self.trainer.training:
-            pixels = augment(pixels, self.augment)
-        return pixels, labels
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The pixels and labels of a step of the epoch under way: this process' part of the batch."""
+        if self.order[0] != self.epoch:
+            self.order = self.epoch, self.batches.epoch(self.epoch)
+        return self.held_train.take(self.order[1][step])
+
+    def train_dataloader(self) -> "Left":
+        return Left(self)
+
+    def val_dataloader(self) -> "Rows":
+        return Rows(np.arange(self.rank, len(self.val), self.ranks))
+
+    def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
+        return batch  # only which, not the images
+
+
+class Left:
+    """The steps that are left of the epoch under way, some at a time; where none is, an empty range comes once."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[range]:
+        data = self.data
+        yield range(data.step, min(data.step + data.together, data.steps))
+        for start in range(data.step + data.together, data.steps, data.together):
+            yield range(start, min(start + data.together, data.steps))
+
+
+class Rows:
+    """Rows to validate, a batch at a time."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.rows), VAL_BATCH):
+            yield self.rows[start : start + VAL_BATCH]

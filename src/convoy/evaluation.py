@@ -27,7 +27,9 @@ def scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
 
 def per_class(classes: list[str], labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """A row for each class: its test images, precision, recall and F1."""
+    """A row for each class: its test images, precision, recall and F1. No rows where there are no images at all."""
+    if not len(labels):
+        return pd.DataFrame(columns=["class", "images", "precision", "recall", "f1"])
     precision, recall, f1, images = metrics.precision_recall_fscore_support(
         labels, probabilities.argmax(axis=1), labels=np.arange(len(classes)), zero_division=0
     )

@@ -10,19 +10,20 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 
 
 def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """A row for each architecture, in their order: its best epoch, its test figures and its size."""
+    """A row for each architecture, in their order: its best epoch, its test figures and its size.
+
+    Of one whose training failed there is only the name and the size.
+    """
     rows = [
         {
             "model": name,
-            "val_accuracy": record["best"]["val_accuracy"],
-            "val_loss": record["best"]["val_loss"],
-            "epoch": int(record["best"]["epoch"]),
+            **{column: record["best"].get(column) for column in ("val_accuracy", "val_loss", "epoch")},
             **{f"test_{figure}": value for figure, value in figures[name].items()},
             "parameters": record["parameters"],
         }
         for name, record in records.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"epoch": "Int64"})
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
@@ -38,9 +39,15 @@ def print_table(table: pd.DataFrame, title: str) -> None:
         numeric = pd.api.types.is_numeric_dtype(values)
         shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left")
     for row in table.itertuples(index=False):
-        shown.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row))
+        shown.add_row(*map(_shown, row))
     console = Console()
     Console(width=max(console.width, 100)).print(shown)  # a log file has no width of its own
+
+
+def _shown(value: object) -> str:
+    if pd.isna(value):  # type: ignore[call-overload]
+        return "failed"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, file: Path) -> None:
@@ -63,5 +70,22 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
         include_values=len(classes) <= 30,
     )
     axes.set(title=title, xlabel="predicted", ylabel="actual")
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
+    """The loss against the learning rate, with a line at `guess`; `table` has the columns lr and loss."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(table["lr"], table["loss"], color=COLOURS[0])
+    axes.axvline(guess, color=COLOURS[1], linestyle="--", label=f"falls fastest at {guess:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     figure.savefig(file, dpi=100, bbox_inches="tight")
     pyplot.close(figure)

@@ -28,6 +28,7 @@ from convoy import views
 from convoy.config import ConvoyError
 
 IDENTITY = "convoy.identity"  # tag of a run and of a model version: the hash of the results that it shows
+RECORD, WEIGHTS = "record.json", "weights.safetensors"  # what training leaves, as runs and model versions hold it
 SERVED_WITH = (
     "mlflow",
     "numpy",
@@ -83,6 +84,7 @@ class Run:
     tags: Mapping[str, str]  # IDENTITY among them
     files: Sequence[Path]
     data: DataVersion
+    failed: bool
 
 
 def describe(
@@ -94,11 +96,15 @@ def describe(
     data: DataVersion,
 ) -> Run:
     """The run that a training's record and history and its evaluation's figures make: the same names for all."""
-    best, max_epochs = record["best"], record["train"]["max_epochs"]
-    note = (
-        f"{record['architecture']} on {record['task']['dataset']}: {best['val_accuracy']:.4f} in validation "
-        f"(epoch {best['epoch']} of {max_epochs}), {figures['accuracy']:.4f} on test images"
-    )
+    best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
+    note = f"{record['architecture']} on {record['task']['dataset']}: "
+    if failure:
+        note += f"failed in epoch {failure['epoch']} of {max_epochs}, {failure['reason']}"
+    else:
+        note += (
+            f"{best['val_accuracy']:.4f} in validation (epoch {best['epoch']} of {max_epochs}), "
+            f"{figures['accuracy']:.4f} on test images"
+        )
     return Run(
         name=record["architecture"],
         params={
@@ -110,7 +116,7 @@ def describe(
             **_flat(record["settings"]["recipe"], "recipe"),
         },
         metrics={
-            **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch")},
+            **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch") if name in best},
             **{f"test/{name}": value for name, value in figures.items()},
             "parameters": record["parameters"],
         },
@@ -122,6 +128,7 @@ def describe(
         },
         files=files,
         data=data,
+        failed=failure is not None,
     )
 
 
@@ -185,7 +192,7 @@ def find_run(store: Store, identity: str) -> str | None:
     """The id of the finished run that shows these results. What a killed process left of one is removed."""
     experiments = [store.experiment.experiment_id]
     for run in store.client.search_runs(experiments, f"tags.`{IDENTITY}` = '{identity}'", ViewType.ACTIVE_ONLY):
-        if run.info.status == "FINISHED":
+        if run.info.status in ("FINISHED", "FAILED"):  # as its training did
             return run.info.run_id
         store.client.delete_run(run.info.run_id)
     return None
@@ -206,7 +213,7 @@ def create_run(store: Store, run: Run) -> str:
         client.log_batch(info.run_id, metrics=metrics[start : start + 1000])
     for file in run.files:
         client.log_artifact(info.run_id, str(file))
-    client.set_terminated(info.run_id)
+    client.set_terminated(info.run_id, "FAILED" if run.failed else "FINISHED")
     return info.run_id
 
 
@@ -250,6 +257,51 @@ def register(
             step=step,
         )
     return mlflow.register_model(logged.model_uri, name, tags={IDENTITY: identity})
+
+
+def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
+    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
+
+    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
+    is of this architecture, else the newest version that is. Raises ConvoyError where there is none.
+    """
+    if init == "champion":
+        return _fetch_version(store, name, architecture, folder)
+    try:
+        store.client.get_run(init)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConvoyError(f"model.{architecture}.init: MLflow has no run {init}: take the id from its page") from error
+    held = {file.path for file in store.client.list_artifacts(init)}
+    for file in (RECORD, WEIGHTS):
+        if file not in held:
+            raise ConvoyError(f"model.{architecture}.init: run {init} holds no {file}: take another run")
+        store.client.download_artifacts(init, file, str(folder))
+    return f"run {init}"
+
+
+def _fetch_version(store: Store, name: str, architecture: str, folder: Path) -> str:
+    versions = store.client.search_model_versions(f"name = '{name}'")
+    champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
+    others = set()
+    for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
+        artifacts = f"models:/{name}/{found.version}/artifacts"
+        record = json.loads(_download(f"{artifacts}/{RECORD}", folder).read_text())
+        if record["architecture"] == architecture:
+            _download(f"{artifacts}/{WEIGHTS}", folder)
+            return f"version {found.version} of model {name}, of run {found.run_id}"
+        others.add(record["architecture"])
+    there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
+    raise ConvoyError(
+        f"model.{architecture}.init: MLflow has no version of model {name} that is a {architecture} ({there}): "
+        "set init: scratch"
+    )
+
+
+def _download(uri: str, folder: Path) -> Path:
+    """One file, brought into `folder` under its own name."""
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).rename(folder / Path(uri).name)
 
 
 def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:

@@ -1,22 +1,39 @@
 """Training: a classifier and its data through Lightning, the best epoch by validation kept."""
 
+import contextlib
+import copy
 import dataclasses
 import logging
 import math
-import platform
+import signal
 import sys
+import time
 import warnings
-from importlib.metadata import version
-from typing import Literal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
+import numpy as np
+import pytorch_lightning as lightning
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+import torch.utils.deterministic
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from torch.nn import functional
 
+from convoy.augmentation import augment, mix
+from convoy.batches import class_weights
+from convoy.checkpoint import Checkpoint
 from convoy.classifier import Classifier
-from convoy.config import ConvoyError, Count, schema
+from convoy.config import ConvoyError, Count, NotNegative, Positive, Whole, schema
 from convoy.datamodule import ImageData
+from convoy.hardware import Choice
+from convoy.progress import Progress
+
+TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
+GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
+EXPLODED = 1000  # times the loss of a guess among all classes
+COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
 
 
 @schema
@@ -24,92 +41,478 @@ class Train:
     """What all architectures have in common when they are trained."""
 
     max_epochs: Count
-    accelerator: Literal["auto", "cpu", "gpu", "mps", "tpu"]  # auto: a GPU where there is one
-    threads: Count  # of the CPU; sums are split among them, so their number is part of what makes the same bits
+    patience: Whole  # epochs without a better one after which to stop; 0: never
+    max_minutes: NotNegative  # of training after which no epoch begins; 0: no limit
+    checkpoint_minutes: Positive  # between checkpoints within an epoch; there is one at the end of each anyway
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a training came to nothing."""
+
+    reason: str
+    epoch: int  # from 1
+    step: int  # of the whole training, from 1
+    lr: float  # of that step
+
+    def words(self, architecture: str) -> str:
+        """What to tell the user."""
+        return (
+            f"{architecture} failed in epoch {self.epoch}, step {self.step}, at a learning rate of {self.lr:.3g}: "
+            f"{self.reason}. Lower model.{architecture}.recipe.lr, lengthen its warmup or set its clip_norm to 1.0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training leaves."""
+    """What training leaves. Of one that failed: the epochs before, and the failure."""
 
     weights: dict[str, Tensor]  # of the best epoch, on the CPU
     history: list[dict[str, float]]  # for each epoch, from 1: epoch, lr, and loss and accuracy on train and val
     best: dict[str, float]  # the row of `history` with the highest val_accuracy, then the lowest val_loss
-    environment: dict[str, str | int]  # what the bits depend on beside code, settings and data
+    stopped: str  # the setting that ended it: max_epochs, patience or max_minutes; or failure
+    failure: Failure | None
 
 
-def fit(classifier: Classifier, data: ImageData, params: Train) -> Trained:
+def fit(
+    classifier: Classifier, data: ImageData, params: Train, choice: Choice, checkpoint: Checkpoint | None = None
+) -> Trained:
     """Train `classifier` on `data`: the same bits for the same settings, data, versions, instruction set and threads.
 
-    Raises ConvoyError where the loss is no longer a number.
+    It begins where `checkpoint` was left, and ends in the same bits as if it had never been interrupted. SIGTERM
+    saves and exits with 143. Raises ConvoyError where a batch does not fit into the GPU's memory.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # batches come whole from memory
-    warnings.filterwarnings("ignore", ".*log_every_n_steps.*")  # logged by epoch
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
-    torch.set_num_threads(params.threads)
-    keeper = BestEpoch()
-    terminal = sys.stderr.isatty()
-    trainer = Trainer(
-        accelerator=params.accelerator,
-        devices=1,
-        max_epochs=params.max_epochs,
+    torch.set_num_threads(choice.threads)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the pixels come
+    training = Training(classifier, data, params, choice, checkpoint)
+    trainer = lightning.Trainer(
+        accelerator="gpu" if choice.accelerator == "gpu" else "cpu",
+        devices=choice.devices,
+        num_nodes=choice.nodes,
+        strategy="ddp" if choice.devices * choice.nodes > 1 else "auto",
+        max_epochs=-1,  # Training says when it is enough
         deterministic=True,
         logger=False,
-        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
-        enable_progress_bar=terminal,
-        callbacks=[keeper, TQDMProgressBar(refresh_rate=10)] if terminal else [keeper],
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
     )
-    trainer.fit(classifier, data)
-    return Trained(keeper.weights, keeper.history, keeper.best, environment(trainer, params))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read none, and it costs time
+    if training.reason_to_stop() == "":
+        with terminated_softly(training):
+            try:
+                trainer.fit(training, data)
+            except torch.OutOfMemoryError as error:
+                raise ConvoyError(too_large(classifier, data, choice)) from error
+            except Failed:
+                pass
+            finally:
+                training.progress.close()
+    return training.trained()
 
 
-class BestEpoch(Checkpoint):
-    """Keeps the history of all epochs, and the weights of the best.
+@contextlib.contextmanager
+def terminated_softly(training: "Training") -> Iterator[None]:
+    """SIGTERM lets the step under way end and its outcome be saved, and then ends the process."""
 
-    A Checkpoint because Lightning calls those after all metrics of the epoch are in.
+    def end(*_: object) -> None:
+        sys.exit(TERMINATED)
+
+    def soften(number: int, frame: FrameType | None) -> None:
+        training.terminated = True
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(GRACE)
+
+    try:
+        before = signal.signal(signal.SIGTERM, soften)
+    except ValueError:  # not in the main thread, which alone is told of signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGTERM, before)
+
+
+class Failed(Exception):
+    """The training came to nothing; `Training.failure` says why."""
+
+
+class Training(lightning.LightningModule):
+    """A classifier in training: what Lightning calls, and all that a checkpoint must hold.
+
+    It takes optimizer steps by itself, some in each call of Lightning's. Loss and accuracy are summed on the device,
+    and read once an epoch (once a second for a terminal).
     """
 
-    def __init__(self) -> None:
+    class_weights: Tensor
+
+    def __init__(
+        self, classifier: Classifier, data: ImageData, params: Train, choice: Choice, checkpoint: Checkpoint | None
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.classifier = classifier
+        self.data = data
+        self.params = params
+        self.choice = choice
+        self.checkpoint = checkpoint
+        self.recipe = classifier.recipe
+        if self.recipe.body_lr == 0:
+            for name, parameter in classifier.named_parameters():
+                parameter.requires_grad_(is_head(classifier, name))
+        self.average: Classifier | None = None  # the running mean of the weights, where the recipe wants one
+        if self.recipe.ema:
+            self.average = copy.deepcopy(classifier).requires_grad_(False)
+        self.heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.heads
+        if choice.compile:
+            self.heads = torch.compile(classifier.heads)
+        classes = len(classifier.task.classes)
+        weights = class_weights(data.train.labels, classes) if self.recipe.balance == "loss" else np.ones(classes)
+        self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
+        self.explosion = EXPLODED * math.log(max(2, classes))
+        self.total = params.max_epochs * data.steps
+
+        self.rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        self.terminated = False
+        self.failure: Failure | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}
+        self.sums = torch.zeros(3)  # of the epoch under way: loss, right answers, images
+        self.bad_step = torch.tensor(-1)  # the first with a loss that is no number or too large
+        self.minutes = 0.0  # trained by processes before this one
+        self.optimizer_state: dict[str, Any] | None = None
+        self.began = self.saved = self.looked = time.monotonic()
+        if state := checkpoint.load() if checkpoint else None:
+            self._restore(state)
+        images = data.batches.batch_size
+        seen = (data.epoch * data.steps + data.step) * images
+        self.progress = Progress(
+            type(classifier).__name__.lower(),
+            self.total * images,
+            params.max_epochs,
+            seen,
+            silent=self.rank > 0,
+        )
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {name: value.item() for name, value in sorted(trainer.callback_metrics.items())}
-        number = trainer.current_epoch + 1
-        epoch = {"epoch": number, "lr": trainer.optimizers[0].param_groups[0]["lr"], **metrics}
-        self.history.append(epoch)
-        if not all(map(math.isfinite, epoch.values())):
-            name = type(pl_module).__name__.lower()
-            raise ConvoyError(
-                f"the loss of {name} is no longer a number in epoch {number}, "
-                f"at a learning rate of {epoch['lr']:.3g}: lower model.{name}.recipe.lr"
+    # What is kept
+
+    def state(self) -> dict[str, Any]:
+        """All that the training depends on from here, as tensors and plain values."""
+        return {
+            "epoch": self.data.epoch,
+            "step": self.data.step,
+            "minutes": self._minutes(),
+            "classifier": self.classifier.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "sums": self.sums,
+            "bad_step": self.bad_step,
+            "history": self.history,
+            "best": self.best,
+            "weights": self.weights,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.data.epoch, self.data.step = state["epoch"], state["step"]
+        self.minutes = state["minutes"]
+        self.classifier.load_state_dict(state["classifier"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.optimizer_state = state["optimizer"]
+        if self.rank == 0:  # they are the sums of all processes
+            self.sums = state["sums"]
+        self.bad_step = state["bad_step"]
+        self.history, self.best, self.weights = state["history"], state["best"], state["weights"]
+        print(f"going on after {self.data.epoch} epochs and {self.data.step} steps", flush=True)
+
+    def trained(self) -> Trained:
+        """What has come of it."""
+        stopped = "failure" if self.failure else self.reason_to_stop()
+        return Trained(self.weights, self.history, self.best, stopped, self.failure)
+
+    def reason_to_stop(self) -> str:
+        """The setting that says so, or ""."""
+        since = self.data.epoch - int(self.best.get("epoch", 0))
+        spent = self._minutes()
+        if self.data.epoch >= self.params.max_epochs:
+            return "max_epochs"
+        if self.params.patience and since >= self.params.patience:
+            return "patience"
+        if self.params.max_minutes and self.data.epoch and spent * (1 + 1 / self.data.epoch) > self.params.max_minutes:
+            return "max_minutes"  # another epoch as long as those before would pass it
+        return ""
+
+    def _minutes(self) -> float:
+        return self.minutes + (time.monotonic() - self.began) / 60
+
+    # What Lightning calls
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = make_optimizer(self.classifier)
+        if self.optimizer_state:
+            self.optimizer.load_state_dict(self.optimizer_state)
+        return self.optimizer
+
+    def on_fit_start(self) -> None:
+        self.data.share(self.device, self.global_rank, self.trainer.world_size)
+        self.sums, self.bad_step = self.sums.to(self.device), self.bad_step.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        self.classifier.train()
+        if self.recipe.body_lr == 0:  # a frozen body stays as it is, its running means too
+            for layer in self.classifier.modules():
+                if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+
+    def training_step(self, steps: range) -> None:
+        for step in steps:
+            self._step(step)
+            self._between_steps()
+        if steps:
+            self.progress.advance(self.data.epoch + 1, len(steps) * self.data.batches.batch_size, self._loss_so_far)
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums = torch.zeros(3, device=self.device)
+
+    def validation_step(self, rows: np.ndarray) -> None:
+        pixels, labels = self.data.held_val.take(rows)
+        self.val_sums += figures((self.average or self.classifier)(pixels), labels)  # in float32, as it will be used
+        self._end_if_terminated()
+
+    def on_train_epoch_end(self) -> None:
+        everywhere = self.trainer.strategy.reduce(torch.stack([self.sums, self.val_sums]), reduce_op="sum")
+        self._fail_if_bad()
+        (loss, correct, count), (val_loss, val_correct, val_count) = everywhere.tolist()
+        row = {
+            "epoch": self.data.epoch + 1,
+            "lr": self.lr(self.data.epoch * self.data.steps + self.data.steps - 1),
+            "train_accuracy": correct / count,
+            "train_loss": loss / count,
+            "val_accuracy": val_correct / val_count,
+            "val_loss": val_loss / val_count,
+        }
+        if not math.isfinite(row["val_loss"]):
+            self._fail((self.data.epoch + 1) * self.data.steps - 1, "the validation loss is no number")
+        self.history.append(row)
+        if not self.best or _rank_of(row) > _rank_of(self.best):
+            self.best = row
+            kept = (self.average or self.classifier).state_dict()
+            self.weights = {
+                name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for name, value in kept.items()
+            }
+        self.data.epoch += 1
+        self.data.step = 0
+        self.sums = torch.zeros(3, device=self.device)
+        self.progress.end(row)
+        self._save()
+        self._end_if_terminated(saved=True)
+        self.trainer.should_stop = self.reason_to_stop() != ""
+
+    # A step
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the heads in `step` of the whole training, from 0."""
+        return self.recipe.lr * warm_cosine(step, self.total, self.recipe.warmup)
+
+    def _step(self, step: int) -> None:
+        recipe = self.recipe
+        number = self.data.epoch * self.data.steps + step
+        self.seed(number)
+        self._set_rate(number)
+        pixels, labels = self.data.batch(step)
+        pieces = zip(pixels.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True)
+        total = torch.zeros((), device=self.device)
+        for piece in pieces:
+            loss = self.loss(*piece) / len(labels)
+            self.manual_backward(loss)
+            total += loss.detach()
+        if recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), recipe.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            draw_near(self.average, self.classifier, min(recipe.ema, (1 + number) / (10 + number)))
+        good = (self.bad_step >= 0) | (total < self.explosion)
+        self.bad_step = torch.where(good, self.bad_step, number)
+        self.data.step = step + 1
+
+    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """The sum of what is minimised over images (N, H, W, C) uint8 with labels (N,), changed as the recipe says."""
+        recipe = self.recipe
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.choice.precision == "bfloat16"):
+            x = self.classifier.normalise(augment(pixels, recipe.augment))
+            x, targets = mix(x, labels, len(self.class_weights), recipe.augment)
+            heads = [(weight, logits.float()) for weight, logits in self.heads(x)]
+        smoothing, weights = recipe.label_smoothing, self.class_weights if recipe.balance == "loss" else None
+        losses = [
+            functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing, reduction="sum")
+            for _, logits in heads
+        ]
+        plain = losses[0].detach() if targets is labels and not smoothing and weights is None else None
+        self.sums += figures(heads[0][1].detach(), labels, plain)
+        return torch.stack([weight * loss for (weight, _), loss in zip(heads, losses, strict=True)]).sum()
+
+    def seed(self, number: int) -> None:
+        """Make all that is drawn in this step of the whole training, from 0, a function of it."""
+        state = np.random.SeedSequence([self.data.seed, number, self.data.rank]).generate_state(1, np.uint64)
+        seed = int(state[0] >> 1)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _set_rate(self, number: int) -> None:
+        share = warm_cosine(number, self.total, self.recipe.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * share * group["share"]
+            if self.recipe.schedule == "one_cycle":
+                momentum = max(0.0, self.recipe.momentum - 0.1 * share)
+                if self.recipe.optimizer == "sgd":
+                    group["momentum"] = momentum
+                else:
+                    group["betas"] = (momentum, 0.999)
+
+    # Between steps
+
+    def _between_steps(self) -> None:
+        if self.trainer.world_size == 1:
+            due, terminated = self._save_is_due(), self.terminated
+            if time.monotonic() > self.looked + 1:
+                self._fail_if_bad()
+        elif self.data.step % 20 == 0:  # together, since all processes must agree
+            due, terminated = (
+                self.trainer.strategy.reduce_boolean_decision(asked, all=False)
+                for asked in (self._save_is_due(), self.terminated)
             )
-        if not self.best or _rank(epoch) > _rank(self.best):
-            self.best = epoch
-            self.weights = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
-        if not trainer.progress_bar_callback:
-            print(
-                f"epoch {number}/{trainer.max_epochs}  loss {epoch['train_loss']:.4f}  "
-                f"val_loss {epoch['val_loss']:.4f}  val_accuracy {epoch['val_accuracy']:.4f}",
-                flush=True,
-            )
+        else:
+            return
+        if due or terminated:
+            self._fail_if_bad()
+            self._save()
+        if terminated:
+            sys.exit(TERMINATED)
+
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self.saved > 60 * self.params.checkpoint_minutes
+
+    def _end_if_terminated(self, saved: bool = False) -> None:
+        """Between two batches of validation: all steps of the epoch are done, and it will begin again."""
+        if self.terminated and self.trainer.world_size == 1:
+            if not saved:
+                self._save()
+            sys.exit(TERMINATED)
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        # one process writes for all, and after a restart goes on from the sums of all
+        sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        if self.checkpoint and self.global_rank == 0:
+            try:
+                self.checkpoint.save(self.state() | {"sums": sums})
+            except OSError as error:
+                print(f"no checkpoint could be written ({error}); the training goes on", flush=True)
+
+    def _loss_so_far(self) -> float:
+        loss, _, count = self.sums.tolist()
+        return loss / count
+
+    def _fail_if_bad(self) -> None:
+        self.looked = time.monotonic()
+        step = int(self.trainer.strategy.reduce(self.bad_step.clone(), reduce_op="max"))
+        if step >= 0:
+            self._fail(step, "the loss is no number, or a thousand times that of a guess")
+
+    def _fail(self, step: int, reason: str) -> None:
+        self.failure = Failure(reason, step // self.data.steps + 1, step + 1, self.lr(step))
+        raise Failed(reason)
 
 
-def _rank(epoch: dict[str, float]) -> tuple[float, float]:
+def _rank_of(epoch: dict[str, float]) -> tuple[float, float]:
     return epoch["val_accuracy"], -epoch["val_loss"]
 
 
-def environment(trainer: Trainer, params: Train) -> dict[str, str | int]:
-    """The versions and the hardware that decide the bits."""
-    device = trainer.strategy.root_device
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("numpy", "pytorch-lightning", "torch")},
-        "device": gpu or device.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": params.threads,
-    }
+def figures(logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> Tensor:
+    """The summed loss (`loss`, where it is known), right answers and images of a batch: (3,) on its device."""
+    if loss is None:
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return torch.stack([loss, correct, torch.full_like(correct, len(labels))])
+
+
+def warm_cosine(step: int, steps: int, warmup: float) -> float:
+    """The share of the highest learning rate at `step` of `steps`: linear for `warmup` of them, then a cosine to 0
+    (Loshchilov & Hutter 2017, without restarts)."""
+    warm = warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+
+
+def is_head(classifier: Classifier, parameter: str) -> bool:
+    """Whether a parameter, by its name, belongs to a head and not to the body."""
+    return parameter.startswith(tuple(f"{layer}." for layer in classifier.head))
+
+
+def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
+    """The recipe's optimizer. Norms and biases do not decay; `share` of a group is its part of the learning rate."""
+    recipe = classifier.recipe
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in classifier.named_parameters():
+        share = 1.0 if is_head(classifier, name) else recipe.body_lr
+        decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+        if parameter.requires_grad:
+            groups.setdefault((share, decay), []).append(parameter)
+    tables = [{"params": group, "share": share, "weight_decay": decay} for (share, decay), group in groups.items()]
+    if recipe.optimizer == "sgd":
+        nesterov = recipe.momentum > 0
+        return torch.optim.SGD(tables, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.AdamW(tables, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+
+
+@torch.no_grad()
+def draw_near(average: Classifier, classifier: Classifier, decay: float) -> None:
+    """Move `average` towards the weights of `classifier`, by 1 - decay of the way; its buffers become the same."""
+    torch._foreach_lerp_(list(average.parameters()), list(classifier.parameters()), 1 - decay)
+    for kept, current in zip(average.buffers(), classifier.buffers(), strict=True):
+        kept.copy_(current)
+
+
+def too_large(classifier: Classifier, data: ImageData, choice: Choice) -> str:
+    """What to say of a batch that does not fit into the memory of the GPU: which one does."""
+    name = type(classifier).__name__.lower()
+    size = classifier.recipe.batch_size // classifier.recipe.accumulate
+    fits = size // 2
+    while fits and not fits_in_memory(classifier, data, choice, fits):
+        fits //= 2
+    said = f"{name}: a batch of {size} images does not fit into the memory of the GPU"
+    if not fits:
+        return f"{said}, and neither does one image: take smaller images, or a smaller network"
+    pieces = math.ceil(classifier.recipe.batch_size / fits)
+    return (
+        f"{said}, but {fits} do: set model.{name}.recipe.batch_size={fits}, "
+        f"or model.{name}.recipe.accumulate={pieces} to keep the batch"
+    )
+
+
+def fits_in_memory(classifier: Classifier, data: ImageData, choice: Choice, size: int) -> bool:
+    """Whether the gradients of a batch of `size` images can be had."""
+    classifier.zero_grad()
+    rows = np.arange(size) % len(data.train)
+    try:
+        pixels, _ = data.held_train.take(rows)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=choice.precision == "bfloat16"):
+            heads = classifier.heads(classifier.normalise(pixels))
+        torch.stack([logits.float().sum() for _, logits in heads]).sum().backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        classifier.zero_grad()
+        torch.cuda.empty_cache()
+    return True

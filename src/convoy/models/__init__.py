@@ -4,8 +4,9 @@ import bisect
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError, typed
 from convoy.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Twins:
+    """The networks of torchvision that an architecture is equal to, and what makes their weights ours.
+
+    A module that has some holds them as `TWINS`. The layers stand in the same order on both sides.
+    """
+
+    settings: Mapping[str, Mapping[str, Any]]  # under torchvision's name of each: those that the weights depend on
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the images that the weights were trained with
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # to as many tensors as ours, in our order
 
 
 def names() -> list[str]:
@@ -47,6 +62,31 @@ def restore(name: str, values: Mapping[str, Any], task: Task, weights: Path) -> 
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConvoyError(f"{weights}: not the weights of this {name}; train it again ({error})") from error
     return classifier.eval()
+
+
+def twins(name: str) -> Twins:
+    """What torchvision has of architecture `name`."""
+    return getattr(_module(name), "TWINS", Twins({}))
+
+
+def twin(name: str, values: Mapping[str, Any]) -> str:
+    """Torchvision's name of the network that architecture `name` is with `values`.
+
+    Raises ConvoyError that says what to set for the nearest one.
+    """
+    wanted = {
+        twin: {key: value for key, value in settings.items() if values[key] != value}
+        for twin, settings in twins(name).settings.items()
+    }
+    if not wanted:
+        raise ConvoyError(f"model.{name}.init: torchvision has no {name} with weights from ImageNet; set init: scratch")
+    nearest = min(wanted, key=lambda twin: len(wanted[twin]))
+    if wanted[nearest]:
+        mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in wanted[nearest].items())
+        raise ConvoyError(
+            f"model.{name}.init: torchvision has no {name} with these settings; for its {nearest} set {mend}"
+        )
+    return nearest
 
 
 def _module(name: str) -> ModuleType:

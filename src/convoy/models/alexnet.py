@@ -1,14 +1,16 @@
 """AlexNet (Krizhevsky et al. 2012): five convolutions, three overlapping poolings, three full layers."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier, Recipe
+from convoy.classifier import Classifier
 from convoy.config import Count, Share, Whole, schema
+from convoy.models import Twins
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 
@@ -24,7 +26,23 @@ class Params:
     pool: Count  # height and width of the maps that the full layers see; paper 6
     hidden: Count  # units of each of the two hidden full layers; paper 4096
     dropout: Share  # probability that an input of a hidden full layer is dropped; paper 0.5
+    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
     recipe: Recipe
+
+
+TWINS = Twins(
+    {
+        "alexnet": {
+            "widths": [64, 192, 384, 256, 256],
+            "stem_kernel": 11,
+            "stem_stride": 4,
+            "stem_padding": 2,
+            "response_norm": False,
+            "pool": 6,
+            "hidden": 4096,
+        }
+    }
+)
 
 
 class AlexNet(Classifier):
@@ -35,6 +53,8 @@ class AlexNet(Classifier):
     from He et al. 2015. Without response_norm and at widths 64, 192, 384, 256, 256 it is Krizhevsky 2014, "One
     weird trick for parallelizing convolutional neural networks", the form that torchvision has.
     """
+
+    head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
     def __init__(self, task: Task, params: Params) -> None:
         super().__init__(task, params.recipe)

@@ -1,13 +1,15 @@
 """GoogLeNet (Szegedy et al. 2014): nine inception modules, two auxiliary classifiers."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier, Recipe
+from convoy.classifier import Classifier
 from convoy.config import Count, Positive, Share, schema
+from convoy.models import Twins
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 
@@ -22,6 +24,7 @@ class Params:
     stem_pools: bool  # 3x3 max pooling with stride 2 after the first and the third convolution; paper true
     dropout: Share  # probability that an input of the last layer is dropped; paper 0.4
     auxiliary_dropout: Share  # the same in the auxiliary classifiers; paper 0.7
+    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
     recipe: Recipe
 
 
@@ -54,6 +57,13 @@ TABLE = {
 }
 
 
+TWINS = Twins(
+    {"googlenet": {"width": 1, "third_kernel": 3, "stem_kernel": 7, "stem_stride": 2, "stem_pools": True}},
+    mean=(0.5, 0.5, 0.5),  # the weights came from TensorFlow, whose images are in [-1, 1]
+    std=(0.5, 0.5, 0.5),
+)
+
+
 class GoogLeNet(Classifier):
     """Szegedy et al. 2014, "Going deeper with convolutions".
 
@@ -63,6 +73,9 @@ class GoogLeNet(Classifier):
     classifiers average any maps down to 4x4, with the paper's 5x5 windows at 224 px; weights start from
     He et al. 2015.
     """
+
+    # the auxiliary classifiers as a whole: torchvision's are not trained, and they serve nothing but training
+    head: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
 
     def __init__(self, task: Task, params: Params) -> None:
         super().__init__(task, params.recipe)

@@ -1,12 +1,14 @@
 """LeNet-5 (LeCun et al. 1998): two rounds of convolution and averaging, then three full layers."""
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier, Recipe
+from convoy.classifier import Classifier
 from convoy.config import Count, schema
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 
@@ -18,6 +20,7 @@ class Params:
     c3: Count  # maps of the second; paper 16
     c5: Count  # units of the third, which sees all of its 5x5 input at once; paper 120
     f6: Count  # units of the full layer; paper 84
+    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
     recipe: Recipe
 
 
@@ -29,6 +32,8 @@ class LeNet(Classifier):
     output is linear, not radial basis functions; images above 32x32 are averaged down to 5x5 before C5; weights
     start from LeCun et al. 1998, "Efficient BackProp".
     """
+
+    head: ClassVar[tuple[str, ...]] = ("output",)
 
     def __init__(self, task: Task, params: Params) -> None:
         super().__init__(task, params.recipe)

@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from convoy.classifier import Classifier, Recipe
+from convoy.classifier import Classifier
 from convoy.config import Count, schema
+from convoy.models import Twins
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 FourStages = Annotated[list[Count], Field(min_length=4, max_length=4)]  # conv2_x to conv5_x
@@ -23,7 +25,24 @@ class Params:
     stem_kernel: Count  # pixels, odd: of the first convolution; paper 7
     stem_stride: Count  # pixels; paper 2
     stem_pool: bool  # 3x3 max pooling with stride 2 after it; paper true
+    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
     recipe: Recipe
+
+
+DEPTHS = {  # the paper's table 1
+    "resnet18": ("basic", [2, 2, 2, 2]),
+    "resnet34": ("basic", [3, 4, 6, 3]),
+    "resnet50": ("bottleneck", [3, 4, 6, 3]),
+    "resnet101": ("bottleneck", [3, 4, 23, 3]),
+    "resnet152": ("bottleneck", [3, 8, 36, 3]),
+}
+STEM = {"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}
+TWINS = Twins(
+    {
+        name: {"block": block, "blocks": blocks, "widths": [64, 128, 256, 512], **STEM}
+        for name, (block, blocks) in DEPTHS.items()
+    }
+)
 
 
 class ResNet(Classifier):

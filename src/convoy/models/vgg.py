@@ -1,13 +1,15 @@
 """VGG (Simonyan & Zisserman 2014): stacks of 3x3 convolutions, each halved by max pooling, then three full layers."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier, Recipe
+from convoy.classifier import Classifier
 from convoy.config import Count, Share, schema
+from convoy.models import Twins
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 Stack = Annotated[list[Count], Field(min_length=2, max_length=2)]  # [convolutions, channels]
@@ -24,7 +26,34 @@ class Params:
     pool: Count  # height and width of the maps that the full layers see; paper 7
     hidden: Count  # units of each of the two hidden full layers; paper 4096
     dropout: Share  # probability that an output of a hidden full layer is dropped; paper 0.5
+    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
     recipe: Recipe
+
+
+def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the biases that torchvision's convolutions have before a batch norm: taken off its mean instead."""
+    folded = dict(weights)
+    for name, mean in weights.items():
+        if name.endswith("running_mean"):
+            _, norm, _ = name.split(".")  # features.1.running_mean, after features.0.bias
+            folded[name] = mean - folded.pop(f"features.{int(norm) - 1}.bias")
+    return folded
+
+
+STACKS = {  # the paper's table 1: columns A, B, D and E
+    "vgg11": [[1, 64], [1, 128], [2, 256], [2, 512], [2, 512]],
+    "vgg13": [[2, 64], [2, 128], [2, 256], [2, 512], [2, 512]],
+    "vgg16": [[2, 64], [2, 128], [3, 256], [3, 512], [3, 512]],
+    "vgg19": [[2, 64], [2, 128], [4, 256], [4, 512], [4, 512]],
+}
+TWINS = Twins(
+    {
+        name + ending: {"stacks": stacks, "batch_norm": bool(ending), "pool": 7, "hidden": 4096}
+        for name, stacks in STACKS.items()
+        for ending in ("", "_bn")
+    },
+    translate=fold,
+)
 
 
 class VGG(Classifier):
@@ -34,6 +63,8 @@ class VGG(Classifier):
     Changed: batch norm (Ioffe & Szegedy 2015) is a setting; maps are averaged down to `pool`; weights start from
     He et al. 2015, where the paper trained a shallow net first.
     """
+
+    head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
     def __init__(self, task: Task, params: Params) -> None:
         super().__init__(task, params.recipe)

@@ -1,0 +1,154 @@
+"""What weights from other classes are worth where images are few: `python benchmarks/transfer.py`.
+
+CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg, test/...). ResNet as in
+conf/model/resnet.yaml learns five classes of CIFAR-10 from all of their images, then the other five from 50 images a
+class. Of those 50 ten choose the epoch, as validation does in the pipeline; the test images are seen once, at the end.
+Each seed draws a donor, the images and the first weights anew. All ways take as many steps.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from safetensors.torch import save_file
+from simplejpeg import decode_jpeg
+
+from convoy import models, transfer
+from convoy.batches import Images
+from convoy.classifier import Classifier, predict
+from convoy.datamodule import ImageData
+from convoy.hardware import Trainer, choose
+from convoy.task import Sums, Task
+from convoy.training import Train, fit
+
+LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
+NEW = ["dog", "frog", "horse", "ship", "truck"]
+FEW = 50  # images of each new class
+CHOOSING = 10  # of them
+EPOCHS_LEFT = 6
+EPOCHS_NEW = 50  # of 250 images less those that choose
+SEEDS = (1, 2, 3)
+RESNET = yaml.safe_load((Path(__file__).parents[1] / "conf/model/resnet.yaml").read_text())["resnet"]
+BATCH = 32  # images; with lr 0.1 the best for scratch among batches of 32 and 64 and rates of 0.1, 0.03 and 0.01
+AUGMENT = {"shift": 4, "flip": True}  # as photographs want it
+TRAINER = Trainer(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads=1)
+WAYS: dict[str, dict[str, Any]] = {  # the recipe of each, but for what conf/model/resnet.yaml says
+    "scratch": {},
+    "transfer, all layers alike": {"body_lr": 1.0},
+    "transfer, body_lr 0.1": {"body_lr": 0.1},
+    "transfer, body frozen": {"body_lr": 0.0},
+}
+
+
+def main() -> None:
+    start = time.perf_counter()
+    archive = Path(os.environ["CONVOY_REAL_DATA"]) / "cifar10-jpeg.zip"
+    left, new, test = read(archive, "train", LEFT), read(archive, "train", NEW), read(archive, "test", NEW)
+    rows = []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as name:
+            donor = Path(name)
+            accuracy = leave(donor, left, seed)
+            few = draw(new, FEW, seed)
+            for way, recipe in WAYS.items():
+                init = "scratch" if way == "scratch" else str(donor / transfer.WEIGHTS)
+                rows.append({"way": way, "seed": seed, "donor": accuracy, **learn(few, test, init, recipe, seed)})
+    show(pd.DataFrame(rows))
+    print(f"\n{time.perf_counter() - start:.0f} s")
+
+
+def read(archive: Path, split: str, classes: list[str]) -> Images:
+    pixels, labels = [], []
+    with zipfile.ZipFile(archive) as packed:
+        for name in sorted(packed.namelist()):
+            folder, _, label = name.rpartition("/")[0].partition("/")
+            if folder == split and label in classes:
+                pixels.append(decode_jpeg(packed.read(name)))
+                labels.append(classes.index(label))
+    return Images(np.stack(pixels), np.array(labels))
+
+
+def draw(images: Images, each: int, seed: int) -> Images:
+    """`each` images of every class, one class after another."""
+    random = np.random.default_rng(seed)
+    rows = [random.permutation(np.flatnonzero(images.labels == label))[:each] for label in np.unique(images.labels)]
+    return Images(images.pixels[np.concatenate(rows)], images.labels[np.concatenate(rows)])
+
+
+def held_out(images: Images, share: int) -> tuple[Images, Images]:
+    """All but every `share`-th image of each class to train with, those to validate."""
+    order = np.argsort(images.labels, kind="stable")
+    val = np.arange(len(order)) % share == 0
+    train, rest = order[~val], order[val]
+    return Images(images.pixels[train], images.labels[train]), Images(images.pixels[rest], images.labels[rest])
+
+
+def settings(init: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    plain = RESNET["recipe"] | {"augment": RESNET["recipe"]["augment"] | AUGMENT}
+    return RESNET | {"init": init, "recipe": plain | recipe}
+
+
+def train(values: dict[str, Any], classes: list[str], images: Images, share: int, epochs: int, seed: int) -> Classifier:
+    """As the train stage does it: the weights of the epoch that is best in validation."""
+    kept, val = held_out(images, share)
+    sums = Sums(3)
+    sums.add(kept.pixels)
+    task = Task("cifar10", classes, 32, 3, *sums.mean_and_std())
+    torch.manual_seed(seed)
+    classifier = models.build("resnet", values, task)
+    transfer.start(classifier, "resnet", values, lambda *_: "")
+    params = Train(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trained = fit(classifier, ImageData(kept, val, classifier.recipe, seed), params, choose(TRAINER, classifier))
+    classifier.load_state_dict(trained.weights)
+    return classifier
+
+
+def leave(folder: Path, images: Images, seed: int) -> float:
+    """The weights and the record of a training on the first classes, and its accuracy in validation."""
+    values = settings("scratch", {})
+    classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
+    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+    save_file(weights, folder / transfer.WEIGHTS)
+    record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.task)}
+    (folder / transfer.RECORD).write_text(json.dumps(record))
+    return accuracy(classifier, held_out(images, 10)[1])
+
+
+def learn(few: Images, test: Images, init: str, recipe: dict[str, Any], seed: int) -> dict[str, float]:
+    start = time.perf_counter()
+    classifier = train(settings(init, recipe | {"batch_size": BATCH}), NEW, few, FEW // CHOOSING, EPOCHS_NEW, seed)
+    return {"seconds": time.perf_counter() - start, "accuracy": accuracy(classifier, test)}
+
+
+def accuracy(classifier: Classifier, images: Images) -> float:
+    return float((predict(classifier, images.pixels, 512).argmax(axis=1) == images.labels).mean())
+
+
+def show(rows: pd.DataFrame) -> None:
+    """Medians over the seeds, and the lowest and the highest, as a Markdown table."""
+    donors = rows.drop_duplicates("seed")["donor"]
+    print(f"donor: {spread(donors)} on images of its own classes that it was not trained with\n")
+    print(f"| {FEW} images a class | accuracy on {len(NEW)} x 1,000 test images | seconds |\n|---|---|---|")
+    for way in WAYS:
+        measured = rows[rows["way"] == way]
+        print(f"| {way} | {spread(measured['accuracy'])} | {measured['seconds'].median():.0f} |")
+
+
+def spread(values: pd.Series) -> str:
+    return f"{values.median():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The finder: a first guess of the learning rate, from one short training in which it grows (Smith 2017)."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from convoy.classifier import Classifier
+from convoy.datamodule import ImageData
+from convoy.hardware import Choice
+from convoy.training import Train, Training
+
+LOWEST, HIGHEST = 1e-5, 10.0
+STEPS = 150
+SMOOTH = 0.9  # decay, in a step, of the running mean of the loss
+HOPELESS = 4  # times the lowest loss so far
+
+
+def try_rates(classifier: Classifier, data: ImageData, choice: Choice) -> pd.DataFrame:
+    """The smoothed loss at each learning rate: a row for each step, with the columns lr and loss.
+
+    The rate grows by the same factor from step to step until the loss has left all hope; the weights are spoilt.
+    """
+    device = torch.device("cuda" if choice.accelerator == "gpu" else "cpu")
+    torch.set_num_threads(choice.threads)
+    once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
+    training = Training(classifier, data, once, choice, None).to(device)
+    training.progress.close()
+    optimizer = training.configure_optimizers()
+    data.share(device, 0, 1)
+    rows: list[dict[str, float]] = []
+    mean = 0.0
+    for number, lr in enumerate(np.geomspace(LOWEST, HIGHEST, STEPS)):
+        data.epoch, step = divmod(number, data.steps)
+        training.seed(number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        pixels, labels = data.batch(step)
+        loss = training.loss(pixels, labels) / len(labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = SMOOTH * mean + (1 - SMOOTH) * loss.item()
+        rows.append({"lr": lr, "loss": mean / (1 - SMOOTH ** (number + 1))})
+        lowest = min(row["loss"] for row in rows)
+        if not rows[-1]["loss"] < HOPELESS * lowest:
+            break
+    return pd.DataFrame(rows)
+
+
+def suggest(table: pd.DataFrame) -> float:
+    """The learning rate at which the loss falls fastest, of those before its lowest."""
+    falling = table[np.isfinite(table["loss"])].reset_index(drop=True)
+    until = max(2, int(falling["loss"].idxmin()) + 1)
+    slopes = np.gradient(falling["loss"].to_numpy())[:until]
+    return float(falling["lr"].iloc[int(slopes.argmin())])

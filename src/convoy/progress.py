@@ -1,0 +1,60 @@
+"""Progress: a calm bar on a terminal, one line for each epoch in a log."""
+
+import datetime
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Tells how far a training has come, to standard error on a terminal and to standard output elsewhere.
+
+    `images` and `epochs` are those of the whole training, `seen` the images before this process went on with it.
+    """
+
+    def __init__(self, name: str, images: int, epochs: int, seen: int, *, silent: bool = False) -> None:
+        self.name = name
+        self.images = images
+        self.epochs = epochs
+        self.seen = self.first = seen
+        self.silent = silent
+        self.began = self.told = time.monotonic()
+        self.known: dict[str, str] = {}  # what the bar shows at its end
+        self.bar: tqdm | None = None
+        if sys.stderr.isatty() and not silent:
+            self.bar = tqdm(total=images, initial=seen, desc=name, unit=" images", unit_scale=True, mininterval=1)
+
+    def advance(self, epoch: int, images: int, loss: Callable[[], float]) -> None:
+        """So many images more, in `epoch` from 1. `loss` is asked once a second: it makes the host wait."""
+        self.seen += images
+        if self.bar is not None and time.monotonic() > self.told + 1:
+            self._show(epoch, loss=loss())
+
+    def end(self, row: Mapping[str, float]) -> None:
+        """An epoch has ended with this row of the history."""
+        if self.bar is not None:
+            self._show(int(row["epoch"]), loss=row["train_loss"], val_accuracy=row["val_accuracy"])
+        elif not self.silent:
+            rate = (self.seen - self.first) / (time.monotonic() - self.began)
+            left = datetime.timedelta(seconds=round((self.images - self.seen) / rate)) if rate else "an unknown time"
+            print(
+                f"{self.name}  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
+                f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
+                f"{rate:,.0f} images/s  {left} left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, epoch: int, **figures: float) -> None:
+        assert self.bar is not None
+        self.told = time.monotonic()
+        self.known |= {name: f"{figure:.4f}" for name, figure in figures.items()}
+        self.bar.set_description(f"{self.name} {epoch}/{self.epochs}", refresh=False)
+        self.bar.set_postfix(self.known, refresh=False)
+        self.bar.update(self.seen - self.bar.n)

@@ -1,0 +1,27 @@
+"""The recipe: how one architecture is trained."""
+
+from typing import Literal
+
+from convoy.augmentation import Augment
+from convoy.batches import Balance
+from convoy.config import Count, NotNegative, Positive, Share, schema
+
+
+@schema
+class Recipe:
+    """How one architecture is trained."""
+
+    batch_size: Count  # images in an optimizer step, over all devices
+    accumulate: Count  # pieces that a batch is computed in, one after the other: less memory
+    optimizer: Literal["sgd", "adamw"]  # sgd is with Nesterov momentum
+    schedule: Literal["cosine", "one_cycle"]  # after the warm-up; one_cycle moves momentum against the learning rate
+    lr: Positive  # the highest learning rate, reached after the warm-up
+    body_lr: Share  # of lr, for all layers but the heads; 0 freezes them
+    momentum: Share  # of sgd; beta1 of adamw
+    weight_decay: NotNegative  # on weights; never on biases and norms
+    warmup: Share  # of all steps: linear from 0 to lr, then a cosine to 0
+    label_smoothing: Share  # probability mass moved from the true class to all classes
+    clip_norm: NotNegative  # the gradient's norm is cut to this; 0: never
+    ema: Share  # decay, in a step, of the running mean of the weights that is judged and kept; 0: none
+    balance: Balance  # of classes: none, weights in the loss, or a sampler that draws each class as often
+    augment: Augment

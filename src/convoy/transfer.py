@@ -1,0 +1,245 @@
+"""Transfer: a classifier that starts from weights which another training left."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import tempfile
+import textwrap
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from convoy import models
+from convoy.classifier import Classifier
+from convoy.config import ConvoyError
+
+RUN = re.compile("[0-9a-f]{32}")  # the id of an MLflow run
+WEIGHTS = "weights.safetensors"
+RECORD = "record.json"  # beside it, of the training that left the weights: architecture, settings, task
+PICKLED = (".pth", ".pt")
+IMAGENET = 1000  # classes
+
+# (init, folder): brings the weights and the record of the champion or of a run into the folder, and says whose they are
+Bring = Callable[[str, Path], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Donor:
+    """Weights to start from."""
+
+    source: str  # whose they are, in words
+    weights: Mapping[str, Tensor]  # under the names of our own classifier
+    classes: Sequence[str]  # of the head, in its order; none where nobody knows them
+    settings: Mapping[str, Any]  # that they were trained with, as far as they are known
+    sha256: str  # of the file
+
+
+def check(architecture: str, settings: Mapping[str, Any]) -> None:
+    """Raises ConvoyError where the settings alone tell that their `init` can't be followed."""
+    init = settings["init"]
+    if init in ("scratch", "champion") or RUN.fullmatch(init):
+        return
+    if init == "pretrained" or Path(init).suffix in PICKLED:
+        models.twin(architecture, settings)
+    elif Path(init).suffix != Path(WEIGHTS).suffix:
+        raise ConvoyError(
+            f"model.{architecture}.init={init!r}: it may be scratch, pretrained, champion, the id of an MLflow run "
+            "(32 digits and letters a to f), or a file of weights (.safetensors, .pth)"
+        )
+    if init != "pretrained" and not Path(init).is_file():
+        raise ConvoyError(f"model.{architecture}.init: there is no file {init}; its path starts where dvc.yaml is")
+
+
+def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, str]:
+    """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
+
+    Its head stays fresh, but where the weights are of the same classes in the same order. Normalisation comes with
+    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256 and head ("kept"
+    or "new"). Only for the champion or a run `bring` is called. Raises ConvoyError for weights that aren't there, that
+    don't fit, or that are no plain numbers.
+    """
+    check(architecture, settings)
+    init = settings["init"]
+    channels = classifier.task.channels
+    if init == "scratch":
+        return {"init": init}
+    if init == "pretrained":
+        _check_channels(architecture, 3, channels)  # before anything is downloaded
+        donor = pretrained(classifier, architecture, settings)
+    elif init == "champion" or RUN.fullmatch(init):
+        with tempfile.TemporaryDirectory() as folder:
+            source = bring(init, Path(folder))
+            donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings)
+            donor = dataclasses.replace(donor, source=source)
+    else:
+        donor = from_file(Path(init), classifier, architecture, settings)
+    if "mean" in donor.weights:
+        _check_channels(architecture, donor.weights["mean"].numel(), channels)
+    kept = list(donor.classes) == classifier.task.classes
+    try:
+        adopt(classifier, donor.weights, same_classes=kept)
+    except ConvoyError as error:
+        others = {
+            key: value
+            for key, value in donor.settings.items()
+            if key not in ("init", "recipe") and settings.get(key) != value
+        }
+        mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
+        said = f"model.{architecture}.init: {donor.source}: {error}" + (f"; set {mend}" if mend else "")
+        raise ConvoyError(said) from None
+    return {"init": init, "source": donor.source, "sha256": donor.sha256, "head": "kept" if kept else "new"}
+
+
+def is_head(classifier: Classifier, name: str) -> bool:
+    """Whether a parameter or buffer, by its name, belongs to the head."""
+    return name.startswith(tuple(f"{layer}." for layer in classifier.head))
+
+
+def adopt(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
+    """Copy `weights`, a state dict, into `classifier`: without the head, unless they are of the same classes.
+
+    Raises ConvoyError, with the classifier untouched, where a name is missing or unknown, or has another shape.
+    """
+    own = classifier.state_dict()  # which shares its numbers with the classifier
+    taken = [name for name in own if same_classes or not is_head(classifier, name)]
+    if wrong := list(_misfits(own, taken, weights)):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConvoyError(f"the weights don't fit the settings: {'; '.join(wrong[:3])}{more}")
+    for name in taken:
+        own[name].copy_(weights[name])
+
+
+def _misfits(own: Mapping[str, Tensor], taken: Sequence[str], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in taken:
+        if name not in weights:
+            yield f"{name} is missing"
+        elif weights[name].shape != own[name].shape:
+            yield f"{name} has the shape {list(weights[name].shape)}, and here {list(own[name].shape)}"
+    yield from (f"{name} is unknown here" for name in weights if name not in own)
+
+
+def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> Donor:
+    """The network of these settings as torchvision has it, trained on ImageNet.
+
+    From torchvision's cache, or downloaded into it. Raises ConvoyError that names the file, where neither goes.
+    """
+    from torchvision.models import get_model_weights
+
+    twin = models.twin(architecture, settings)
+    published = get_model_weights(twin).IMAGENET1K_V1
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
+    if not file.exists():
+        try:
+            # its defaults would unpickle anything, and ask for no checksum
+            published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+        except (OSError, HTTPException, RuntimeError) as error:
+            said = textwrap.shorten(str(error), 200)
+            raise ConvoyError(
+                f"model.{architecture}.init: {published.url} can't be downloaded ({said}); "
+                f"put that file into {file.parent} by hand, or set init: scratch"
+            ) from error
+    donor = from_file(file, classifier, architecture, settings)
+    return dataclasses.replace(donor, source=f"torchvision {twin} {published.name}")
+
+
+def from_file(file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> Donor:
+    """The weights in a .safetensors file of ours, with its record.json beside it, or in a .pth file of torchvision.
+
+    Nothing in it is run. Raises ConvoyError for another architecture, and for what is no file of weights.
+    """
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
+    if file.suffix in PICKLED:
+        weights, classes, trained_with = _of_torchvision(file, classifier, architecture, settings)
+    else:
+        weights, classes, trained_with = _of_ours(file, architecture)
+    return Donor(str(file), weights, classes, trained_with, digest)
+
+
+Content = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any]]  # weights, classes, settings of a Donor
+
+
+def _of_ours(file: Path, architecture: str) -> Content:
+    beside = file.with_name(RECORD)
+    try:
+        record = json.loads(beside.read_text())
+        found, classes, trained_with = record["architecture"], record["task"]["classes"], record["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConvoyError(
+            f"model.{architecture}.init: {beside} is missing or can't be read: "
+            "put the record of the training that left the weights beside them"
+        ) from error
+    if found != architecture:
+        raise ConvoyError(f"model.{architecture}.init: {file} holds the weights of a {found}, not of a {architecture}")
+    try:
+        return load_file(file), classes, trained_with
+    except SafetensorError as error:
+        raise ConvoyError(f"model.{architecture}.init: {file} is no safetensors file ({error})") from error
+
+
+def _of_torchvision(file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> Content:
+    from torchvision.models import get_model_weights
+
+    twin = models.twin(architecture, settings)
+    weights = _plain(file, architecture)
+    theirs = _blank(twin, IMAGENET)
+    *_, last = theirs.state_dict()  # the bias of the output layer
+    outputs = weights[last].numel() if last in weights else IMAGENET
+    theirs = _blank(twin, outputs)
+    try:
+        # By torchvision's own module: an old file has another order, and counts no batches
+        theirs.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        said = textwrap.shorten(str(error), 300)
+        raise ConvoyError(f"model.{architecture}.init: {file} is not of torchvision's {twin} ({said})") from error
+    twins = models.twins(architecture)
+    norm = {"mean": torch.tensor(twins.mean).view(1, -1, 1, 1), "std": torch.tensor(twins.std).view(1, -1, 1, 1)}
+    names = [name for name in classifier.state_dict() if name not in norm]
+    layers = zip(names, twins.translate(theirs.state_dict()).values(), strict=True)
+    # such a file names no classes: a thousand are taken for those of ImageNet
+    classes = get_model_weights(twin).IMAGENET1K_V1.meta["categories"] if outputs == IMAGENET else []
+    return {**norm, **dict(layers)}, classes, settings
+
+
+def _blank(twin: str, classes: int) -> nn.Module:
+    """Torchvision's network, with shapes and no numbers."""
+    from torchvision.models import get_model
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet, about first weights that are not used here
+        return get_model(twin, weights=None, num_classes=classes)
+
+
+def _plain(file: Path, architecture: str) -> Mapping[str, Tensor]:
+    try:
+        whole = not zipfile.is_zipfile(file)  # in the old form, which can't be mapped
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
+    except Exception as error:  # broken and hostile files fail in many ways
+        said = textwrap.shorten(str(error), 200)
+        raise ConvoyError(
+            f"model.{architecture}.init: {file} is no file of plain weights, and nothing in it was run ({said})"
+        ) from error
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ConvoyError(f"model.{architecture}.init: {file} holds more than tensors: save a state_dict() in it")
+    return weights
+
+
+def _check_channels(architecture: str, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        raise ConvoyError(
+            f"model.{architecture}.init: the weights are for images with {theirs} channels, and these have {ours}: "
+            f"set preprocess.channels: {theirs}"
+        )

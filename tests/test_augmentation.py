@@ -1,0 +1,435 @@
+"""Augmentation: whole batches changed as asked, each image on its own, on a device that is never asked."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from convoy.augmentation import GROUPS, Augment, augment, mix
+
+NOTHING = Augment(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+
+
+def asked(**changes: Any) -> Augment:
+    """Settings that ask for these changes and no other."""
+    return dataclasses.replace(NOTHING, **changes)
+
+
+def name(params: Augment) -> str:
+    return " ".join(f"{key}={value}" for key, value in vars(params).items() if value != getattr(NOTHING, key))
+
+
+every_policy = pytest.mark.parametrize("policy", ["trivial", "rand"])
+grey_and_colour = pytest.mark.parametrize("channels", [1, 3])
+EVERY_CHANGE = [
+    asked(shift=3),
+    asked(flip=True),
+    asked(policy="trivial"),
+    asked(policy="rand"),
+    asked(erase=0.5),
+    asked(shift=3, flip=True, policy="trivial", erase=0.5),
+]
+every_change = pytest.mark.parametrize("changes", EVERY_CHANGE, ids=name)
+MIXED = [asked(mixup=1.0), asked(cutmix=1.0), asked(mixup=1.0, cutmix=1.0)]
+every_mix = pytest.mark.parametrize("mixed", MIXED, ids=name)
+
+
+def ramp(count: int = 200, height: int = 12, width: int = 10) -> Tensor:
+    """The same image `count` times, each pixel with another value."""
+    return torch.arange(height * width, dtype=torch.uint8).reshape(1, height, width, 1).repeat(count, 1, 1, 1)
+
+
+def noise(count: int = 48, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
+    """Images that all differ, the same at each call."""
+    return torch.randint(
+        256, (count, height, width, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Every change
+
+
+def test_nothing_changes_where_nothing_is_asked() -> None:
+    assert augment(noise(), NOTHING).equal(noise())
+
+
+@every_change
+@grey_and_colour
+@pytest.mark.parametrize("count", [1, 33])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 4)], ids=str)
+def test_images_keep_their_shape_and_type_and_the_given_ones_stay_as_they_are(
+    changes: Augment, channels: int, count: int, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    pixels = noise(count, *size, channels)
+    changed = augment(pixels, changes)
+    assert changed.shape == pixels.shape
+    assert changed.dtype == torch.uint8
+    assert pixels.equal(noise(count, *size, channels))
+
+
+@every_change
+def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_gives_others(changes: Augment) -> None:
+    def changed(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return augment(noise(), changes)
+
+    assert changed(7).equal(changed(7))
+    assert not changed(7).equal(changed(8))
+
+
+@every_change
+@grey_and_colour
+def test_a_device_is_told_what_to_do_and_never_asked(changes: Augment, channels: int) -> None:
+    for seed in range(3):  # a policy does something else each time
+        torch.manual_seed(seed)
+        augment(noise(channels=channels), changes)
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        pixels = noise(channels=channels).to("meta")  # has no values, and raises where one is read
+        changed = augment(pixels, changes)
+        assert changed.device == pixels.device
+        assert changed.shape == pixels.shape
+        assert torch.get_rng_state().equal(after)  # the random numbers do not depend on the device
+
+
+@every_change
+def test_each_batch_is_changed_by_deterministic_operations(changes: Augment, deterministic: None) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        augment(noise(), changes)
+
+
+@every_change
+def test_images_that_are_not_side_by_side_in_memory_are_changed_alike(changes: Augment) -> None:
+    pixels = (
+        torch.arange(12 * 10 * 3, dtype=torch.uint8).reshape(1, 3, 12, 10).permute(0, 2, 3, 1).expand(50, -1, -1, -1)
+    )
+    torch.manual_seed(0)
+    changed = augment(pixels, changes)
+    torch.manual_seed(0)
+    assert changed.equal(augment(pixels.contiguous(), changes))
+
+
+# Shift and flip
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    rows = (torch.arange(image.shape[0]) + down).clamp(0, image.shape[0] - 1)
+    columns = (torch.arange(image.shape[1]) + right).clamp(0, image.shape[1] - 1)
+    return image[rows][:, columns]
+
+
+def is_among(image: Tensor, allowed: list[Tensor]) -> bool:
+    return any(torch.equal(image, other) for other in allowed)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_a_changed_image_is_the_image_moved_by_up_to_shift_and_perhaps_flipped(shift: int, flip: bool) -> None:
+    torch.manual_seed(0)
+    image = ramp(1)[0]
+    ways = range(-shift, shift + 1)
+    allowed = [shifted(image, down, right) for down in ways for right in ways]
+    allowed += [other.flip(1) for other in allowed] if flip else []
+    changed = augment(ramp(500), asked(shift=shift, flip=flip))
+    assert all(is_among(other, allowed) for other in changed)
+    assert len(changed.unique(dim=0)) == len(allowed)  # and every way comes up
+
+
+def test_each_image_of_a_batch_is_changed_on_its_own() -> None:
+    torch.manual_seed(0)
+    changed = augment(ramp(64), asked(shift=2, flip=True))
+    assert len(changed.unique(dim=0)) > 20
+
+
+@given(
+    height=st.integers(1, 9), width=st.integers(1, 9), channels=st.sampled_from([1, 3]),
+    shift=st.integers(0, 12), flip=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=50)
+def test_no_pixel_is_invented_and_the_given_images_stay_as_they_are(
+    height: int, width: int, channels: int, shift: int, flip: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    pixels = torch.randint(0, 256, (4, height, width, channels), dtype=torch.uint8)
+    before = pixels.clone()
+    changed = augment(pixels, asked(shift=shift, flip=flip))
+    assert changed.shape == pixels.shape
+    assert changed.dtype == torch.uint8
+    assert torch.equal(pixels, before)
+    for image, other in zip(pixels, changed, strict=True):  # colours stay together
+        assert set(map(tuple, other.flatten(0, 1).tolist())) <= set(map(tuple, image.flatten(0, 1).tolist()))
+
+
+def drawn(pixels: Tensor, params: Augment) -> Tensor:
+    """What `augment` promises, an image at a time, from the same random numbers."""
+    count = len(pixels)
+    down = right = torch.zeros(count, 1, dtype=torch.int64)
+    if params.shift:
+        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
+    changed = torch.stack([shifted(*each) for each in zip(pixels, down, right, strict=True)])
+    if params.flip:
+        for image in (torch.rand(count, 1) < 0.5).flatten().nonzero().flatten():
+            changed[image] = changed[image].flip(1)
+    return changed
+
+
+@given(
+    count=st.integers(1, 20), height=st.integers(1, 9), width=st.integers(1, 9), channels=st.sampled_from([1, 3]),
+    shift=st.integers(0, 20), flip=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+@settings(max_examples=100)
+def test_a_batch_is_changed_as_its_images_are_one_by_one_and_by_the_same_random_numbers(
+    count: int, height: int, width: int, channels: int, shift: int, flip: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    expected = drawn(pixels, asked(shift=shift, flip=flip))
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert torch.equal(augment(pixels, asked(shift=shift, flip=flip)), expected)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_about_half_of_the_images_are_flipped_exactly() -> None:
+    torch.manual_seed(0)
+    image = ramp(1)[0]
+    changed = augment(ramp(1000), asked(shift=0, flip=True))
+    flipped = sum(torch.equal(other, image.flip(1)) for other in changed)
+    kept = sum(torch.equal(other, image) for other in changed)
+    assert flipped + kept == 1000
+    assert 440 < flipped < 560
+
+
+# Policies
+
+
+@every_policy
+@grey_and_colour
+def test_a_policy_does_what_torchvision_does_of_the_same_random_numbers(policy: str, channels: int) -> None:
+    from torchvision.transforms.v2 import InterpolationMode, RandAugment, TrivialAugmentWide
+
+    smooth = InterpolationMode.BILINEAR
+    change = {"trivial": TrivialAugmentWide, "rand": RandAugment}[policy](interpolation=smooth)
+    images = noise(10, channels=channels)
+    torch.manual_seed(0)
+    expected = [change(image.permute(2, 0, 1)).permute(1, 2, 0) for image in images]
+    torch.manual_seed(0)
+    assert augment(images, asked(policy=policy)).equal(torch.stack(expected))
+
+
+@every_policy
+def test_a_small_batchs_images_draw_each_a_change_of_their_own_and_a_large_batchs_in_groups(policy: str) -> None:
+    torch.manual_seed(0)
+    image = noise(1)
+    assert len(augment(image.repeat(GROUPS, 1, 1, 1), asked(policy=policy)).unique(dim=0)) > GROUPS / 2
+    groups = augment(image.repeat(4 * GROUPS, 1, 1, 1), asked(policy=policy)).split(4)
+    assert all(len(group.unique(dim=0)) == 1 for group in groups)
+    assert len(torch.cat(groups).unique(dim=0)) > GROUPS / 2
+
+
+@every_policy
+@grey_and_colour
+def test_most_images_are_changed(policy: str, channels: int) -> None:
+    torch.manual_seed(0)
+    pixels = noise(channels=channels)
+    batches = [augment(pixels, asked(policy=policy)) for _ in range(10)]
+    changed = torch.stack([(batch != pixels).flatten(1).any(1) for batch in batches]).float().mean()
+    assert 0.6 < changed < 1
+
+
+@every_policy
+@grey_and_colour
+def test_every_change_of_a_policy_comes_up_and_leaves_an_image(policy: str, channels: int) -> None:
+    torch.manual_seed(0)
+    for _ in range(20):  # of 16 groups: that one of 14 changes never comes up has a chance of 1e-9
+        changed = augment(noise(16, channels=channels), asked(policy=policy))
+        assert changed.shape == (16, 12, 10, channels)
+
+
+# Erasing
+
+
+def erased(count: int, size: int, probability: float) -> tuple[Tensor, Tensor]:
+    """Black images after erasing, and where they are not black: (N, H, W) bool."""
+    torch.manual_seed(0)
+    changed = augment(torch.zeros(count, size, size, 3, dtype=torch.uint8), asked(erase=probability))
+    return changed, (changed > 0).any(dim=3)
+
+
+def test_what_is_erased_is_a_rectangle_of_a_sane_size_and_shape_and_the_rest_stays() -> None:
+    _, where = erased(200, 64, 1.0)
+    highs, wides = where.any(2).sum(1), where.any(1).sum(1)
+    assert where.sum((1, 2)).equal(highs * wides)  # each row of the rectangle is as wide as the others
+    for rows in (where.any(2), where.any(1)):
+        assert ((rows[:, 1:] & ~rows[:, :-1]).sum(1) + rows[:, 0] == 1).all()  # and in one piece
+    shares, ratios = highs * wides / 64**2, highs / wides
+    assert 0.015 < shares.min() < 0.05
+    assert 0.3 < shares.max() < 0.345
+    assert 0.27 < ratios.min() < 0.4
+    assert 2.6 < ratios.max() < 3.7
+    assert 0.15 < shares.mean() < 0.2
+    assert 0.4 < (ratios > 1).float().mean() < 0.6
+
+
+def test_as_many_images_are_erased_as_asked_each_in_a_place_of_its_own() -> None:
+    _, where = erased(2000, 16, 0.3)
+    assert 0.26 < where.any(2).any(1).float().mean() < 0.34
+    assert len(where.unique(dim=0)) > 400
+    often = where.float().mean(0)
+    assert often.min() > 0  # corners too
+    assert torch.allclose(often, often.flip(0), atol=0.03)
+    assert torch.allclose(often, often.flip(1), atol=0.03)
+
+
+def test_noise_of_every_level_takes_the_place_of_what_is_erased_and_another_in_each_batch() -> None:
+    changed, where = erased(200, 64, 1.0)
+    assert len(changed[where].unique()) == 256
+    assert 126 < changed[where].float().mean() < 129
+    full = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
+    other = augment(full, asked(erase=1.0))
+    both = where & (other > 0).any(3)
+    assert (changed[both] == other[both]).float().mean() < 0.01
+
+
+# Mixing images with each other
+
+
+def numbered(count: int = 5, height: int = 16, width: int = 10) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) whose every value is the number of the image, and the numbers, as labels (N,)."""
+    numbers = torch.arange(count)
+    return numbers.float()[:, None, None, None].repeat(1, 3, height, width), numbers
+
+
+def before(values: Tensor) -> Tensor:
+    return values.roll(1, 0)
+
+
+def test_nothing_is_mixed_where_nothing_is_asked() -> None:
+    x, labels = numbered()
+    state = torch.get_rng_state()
+    images, targets = mix(x, labels, 5, asked(shift=2, policy="rand", erase=1.0))
+    assert images is x
+    assert targets is labels
+    assert torch.get_rng_state().equal(state)
+
+
+@every_mix
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_targets_are_shares_of_an_images_own_class_and_of_that_of_the_one_before(mixed: Augment, count: int) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, labels = numbered(count)
+        images, targets = mix(x, labels, 7, mixed)
+        assert images.shape == x.shape
+        assert images.dtype == x.dtype
+        assert targets.shape == (count, 7)
+        assert targets.dtype == torch.float32
+        assert targets.min() >= 0
+        torch.testing.assert_close(targets.sum(1), torch.ones(count))
+        own, other = (torch.nn.functional.one_hot(each, 7).bool() for each in (labels, before(labels)))
+        assert (targets[~(own | other)] == 0).all()
+        assert len(targets[own].unique()) == 1  # one share for the batch
+        assert x.equal(numbered(count)[0])
+        assert labels.equal(numbered(count)[1])
+
+
+@every_mix
+def test_a_batch_of_one_class_has_that_class_alone_as_its_target(mixed: Augment) -> None:
+    x, labels = numbered()
+    assert mix(x, labels * 0 + 2, 3, mixed)[1].equal(torch.tensor([[0.0, 0.0, 1.0]]).repeat(5, 1))
+
+
+@every_mix
+def test_an_image_that_is_alone_in_its_batch_stays_as_it_is(mixed: Augment) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    images, targets = mix(x, torch.tensor([1]), 3, mixed)
+    assert images.equal(x)
+    assert targets.equal(torch.tensor([[0.0, 1.0, 0.0]]))
+
+
+def test_mixup_is_the_mean_of_two_images_weighted_as_their_targets_are() -> None:
+    x, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
+    shares = []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        images, targets = mix(x, labels, 6, asked(mixup=0.2))
+        share = targets[0, 0]
+        torch.testing.assert_close(images, share * x + (1 - share) * before(x))
+        shares.append(share)
+    # the mean and variance of Beta(0.2, 0.2)
+    assert 0.4 < torch.stack(shares).mean() < 0.6
+    assert torch.stack(shares).var().item() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.15)
+
+
+def test_cutmix_pastes_a_rectangle_of_the_image_before_and_the_targets_are_the_shares_of_the_area() -> None:
+    x, labels = numbered()
+    seen = torch.zeros(16, 10)
+    for seed in range(300):
+        torch.manual_seed(seed)
+        images, targets = mix(x, labels, 5, asked(cutmix=1.0))
+        pasted = images[0, 0] != x[0, 0]  # (H, W)
+        assert images.equal(torch.where(pasted, before(x), x))
+        high, wide = pasted.any(1).sum(), pasted.any(0).sum()
+        assert pasted.sum() == high * wide
+        for lines in (pasted.any(1), pasted.any(0)):  # in one piece
+            assert (lines[1:] & ~lines[:-1]).sum() + lines[0] == lines.any()
+        torch.testing.assert_close(targets.diag(), 1 - pasted.float().mean().expand(5))
+        seen += pasted
+    assert seen.min() > 10  # anywhere, corners too
+    assert torch.allclose(seen, seen.flip(0), atol=50)
+    assert torch.allclose(seen, seen.flip(1), atol=50)
+
+
+def test_with_both_a_batch_is_blended_or_pasted_as_often() -> None:
+    x, labels = numbered()
+    pasted = 0
+    for seed in range(400):
+        torch.manual_seed(seed)
+        images, _ = mix(x, labels, 5, asked(mixup=1.0, cutmix=1.0))
+        pasted += images.frac().eq(0).all().item()
+    assert 160 < pasted < 240
+
+
+@every_mix
+def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives_another(mixed: Augment) -> None:
+    def after(seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        return mix(*numbered(), 5, mixed)
+
+    assert all(one.equal(other) for one, other in zip(after(1), after(1), strict=True))
+    assert not after(1)[1].equal(after(2)[1])
+
+
+@every_mix
+def test_a_mix_keeps_the_order_of_values_in_memory(mixed: Augment) -> None:
+    x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    images, _ = mix(x, torch.arange(4), 4, mixed)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_mix
+def test_a_device_mixes_by_deterministic_operations_and_is_never_asked(mixed: Augment, deterministic: None) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        mix(*numbered(), 5, mixed)
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        x, labels = (each.to("meta") for each in numbered())
+        images, targets = mix(x, labels, 5, mixed)
+        assert images.device == targets.device == x.device
+        assert torch.get_rng_state().equal(after)

@@ -1,0 +1,96 @@
+"""Batches: an order of seed and epoch alone, shared evenly among processes, and balanced where that is asked."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convoy.batches import Batches, Images, class_weights
+from convoy.config import ConvoyError
+
+sizes = given(count=st.integers(1, 200), batch_size=st.integers(1, 80), seed=st.integers(0, 2**40))
+
+
+def labels(count: int, classes: int = 3) -> np.ndarray:
+    return np.arange(count) % classes
+
+
+def epoch(batches: Batches, number: int) -> list[list[int]]:
+    return [rows.tolist() for rows in batches.epoch(number)]
+
+
+@sizes
+def test_every_batch_is_whole_and_no_image_comes_twice_in_an_epoch(count: int, batch_size: int, seed: int) -> None:
+    batches = Batches(labels(count), batch_size, seed)
+    seen = epoch(batches, 3)
+    assert len(seen) == len(batches) >= 1
+    assert {len(batch) for batch in seen} == {min(batch_size, count)}
+    rows = [row for batch in seen for row in batch]
+    assert len(set(rows)) == len(rows) > count - batch_size
+    assert set(rows) <= set(range(count))
+
+
+@sizes
+@settings(max_examples=20)
+def test_the_order_is_that_of_seed_and_epoch_whatever_else_draws_random_numbers(
+    count: int, batch_size: int, seed: int
+) -> None:
+    expected = epoch(Batches(labels(count), batch_size, seed), 5)
+    batches = Batches(labels(count), batch_size, seed)
+    batches.epoch(4)
+    np.random.default_rng().random()
+    assert epoch(batches, 5) == expected
+
+
+def test_epochs_and_seeds_differ_in_their_order() -> None:
+    orders = [epoch(Batches(labels(100), 10, seed), number) for seed in (1, 2) for number in (0, 1)]
+    assert all(orders.count(order) == 1 for order in orders)
+
+
+def test_over_some_epochs_every_image_is_seen_even_where_the_last_batch_is_left_out() -> None:
+    batches = Batches(labels(19), 10, 1)
+    assert {row for number in range(10) for batch in epoch(batches, number) for row in batch} == set(range(19))
+
+
+@given(ranks=st.integers(1, 4), count=st.integers(4, 100), batch_size=st.integers(4, 40))
+def test_processes_that_train_together_share_every_batch_evenly(ranks: int, count: int, batch_size: int) -> None:
+    parts = [Batches(labels(count), batch_size, 1, rank=rank, ranks=ranks).epoch(2) for rank in range(ranks)]
+    size = min(batch_size, count) // ranks * ranks
+    alone = Batches(labels(count), size, 1).epoch(2)
+    for step, together in enumerate(alone):
+        assert {len(part[step]) for part in parts} == {size // ranks}
+        assert sorted(np.concatenate([part[step] for part in parts])) == sorted(together)
+
+
+def test_more_processes_than_images_in_a_batch_are_refused() -> None:
+    with pytest.raises(ConvoyError, match="4 processes can't share a batch of 3 images"):
+        Batches(labels(9), 3, 1, ranks=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_balanced_batches_show_each_class_as_often_as_any_other(ranks: int) -> None:
+    rare = np.repeat([0, 1, 2], [9000, 900, 100])
+    parts = [Batches(rare, 100, 1, balanced=True, rank=rank, ranks=ranks).epoch(0) for rank in range(ranks)]
+    seen = np.bincount(rare[np.concatenate([rows for part in parts for rows in part])])
+    assert seen.sum() == 10_000
+    assert seen == pytest.approx([3333] * 3, rel=0.1)
+
+
+def test_class_weights_are_one_on_average_and_make_all_classes_weigh_alike() -> None:
+    rare = np.repeat([0, 1, 3], [90, 9, 1])
+    weights = class_weights(rare, 4)
+    assert weights[rare].mean() == pytest.approx(1)
+    totals = np.bincount(rare, weights[rare], minlength=4)
+    assert totals[[0, 1, 3]] == pytest.approx([100 / 3] * 3)
+    assert weights[2] == 0  # there is none to weigh
+
+
+def test_a_split_is_read_from_disk_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    np.save(tmp_path / "val_pixels.npy", np.full((3, 8, 8, 1), 7, np.uint8))
+    np.save(tmp_path / "val_labels.npy", np.arange(3))
+    images = Images.load(tmp_path, "val")
+    assert isinstance(images.pixels, np.memmap)
+    assert len(images) == 3
+    assert (np.take(images.pixels, [2, 0], axis=0) == 7).all()

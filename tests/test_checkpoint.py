@@ -1,0 +1,77 @@
+"""The checkpoint: always whole, and replaced in one step."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convoy.checkpoint import Checkpoint
+
+
+def test_what_was_saved_last_comes_back(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "deep" / "last.pt")
+    for step in (1, 2):
+        checkpoint.save({"step": step, "weights": {"layer": torch.full((2, 2), float(step))}})
+    state = checkpoint.load()
+    assert state is not None
+    assert state["step"] == 2
+    assert torch.equal(state["weights"]["layer"], torch.full((2, 2), 2.0))
+    assert [file.name for file in checkpoint.file.parent.iterdir()] == ["last.pt"]
+
+
+def test_where_none_was_saved_there_is_none(tmp_path: Path) -> None:
+    assert Checkpoint(tmp_path / "last.pt").load() is None
+
+
+def test_a_broken_one_is_said_and_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    checkpoint.save({"step": 1})
+    checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:-100])
+    assert checkpoint.load() is None
+    assert "last.pt can't be read, so the training starts anew" in capsys.readouterr().out
+
+
+def test_code_in_a_poisoned_one_is_never_run(tmp_path: Path) -> None:
+    class Poison:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "poisoned"),)
+
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    torch.save({"step": Poison()}, checkpoint.file)
+    assert checkpoint.load() is None
+    assert not (tmp_path / "poisoned").exists()
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    checkpoint.save({"step": 1})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"step": 2})
+    assert checkpoint.load() == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_device_that_is_really_full_raises_an_os_error(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    beside = checkpoint.file.with_suffix(f".{os.getpid()}")
+    beside.symlink_to("/dev/full")  # the kernel's own full disk
+    with pytest.raises(OSError):
+        checkpoint.save({"weights": torch.zeros(100_000)})
+    assert checkpoint.load() is None
+
+
+def test_nothing_is_left_of_a_removed_one(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "identity" / "last.pt")
+    checkpoint.save({"step": 1})
+    checkpoint.file.with_suffix(".4711").write_bytes(b"half")  # of a process that was killed
+    checkpoint.remove()
+    assert list(tmp_path.iterdir()) == []
+    checkpoint.remove()  # and again

@@ -1,0 +1,27 @@
+"""The finder: a learning rate between too little and too much."""
+
+import numpy as np
+import pandas as pd
+from test_training import CPU, bars, build
+
+from convoy.datamodule import ImageData
+from convoy.finder import suggest, try_rates
+
+
+def test_the_guess_trains_and_the_rates_tried_end_where_the_loss_has_left_all_hope() -> None:
+    classifier = build()
+    table = try_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
+    assert table["lr"].is_monotonic_increasing
+    assert table["lr"].iloc[0] == 1e-5
+    assert 1e-3 < suggest(table) < 1
+
+
+def test_the_guess_is_where_the_loss_falls_fastest() -> None:
+    rates = np.geomspace(1e-5, 10, 200)
+    loss = 2 - np.tanh(3 * (np.log10(rates) + 2)) + np.where(rates > 1, (np.log10(rates) * 9) ** 2, 0)
+    assert abs(np.log10(suggest(pd.DataFrame({"lr": rates, "loss": loss}))) + 2) < 0.1
+
+
+def test_a_loss_that_is_no_number_does_not_disturb_the_guess() -> None:
+    table = pd.DataFrame({"lr": [1e-3, 1e-2, 1e-1, 1.0], "loss": [2.0, 1.0, 0.5, float("nan")]})
+    assert suggest(table) in (1e-3, 1e-2, 1e-1)

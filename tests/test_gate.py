@@ -1,0 +1,628 @@
+"""The gate: what is better passes, what is not shown to be waits, what does harm is refused, and doubt never passes."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from convoy.config import ConvoyError, typed
+from convoy.gate import (
+    Contender,
+    Gate,
+    Reason,
+    Verdict,
+    better,
+    bootstrap,
+    calibration,
+    calibration_noise,
+    fingerprint,
+    judge,
+    lower_bound,
+    non_inferior,
+    p_better,
+    visible_gain,
+)
+
+CLASSES = ["007", "NA", "cat"]
+IMAGES = 600
+RULE = Gate(
+    mode="better",
+    alpha=0.05,
+    margin=0.02,
+    min_test_images=500,
+    floor=0.5,
+    class_drop=0.05,
+    min_class_images=50,
+    max_parameters=0,
+    max_latency_ratio=0,
+    max_looks=20,
+    acknowledge=[],
+)
+QUICK = settings(max_examples=20)
+counts = st.integers(0, 60)
+
+
+def digest(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+ELSEWHERE = {digest(-1), digest(-2)}  # images that nobody is tested on
+
+
+def answers(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: float = 0.8) -> pd.DataFrame:
+    """The predictions of a model that gives what it predicts the probability `sure`."""
+    table = pd.DataFrame({"actual": actual, "predicted": predicted})
+    table.insert(0, "sha256", [digest(number) for number in range(len(table))])
+    for name in classes:
+        table[f"probability_{name}"] = np.where(table["predicted"] == name, sure, (1 - sure) / (len(classes) - 1))
+    return table
+
+
+def contender(name: str, predictions: pd.DataFrame, **known: Any) -> Contender:
+    return Contender(name, predictions, **{"trained_on": ELSEWHERE} | known)
+
+
+def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[Contender, Contender]:
+    """Challenger and champion that alone are right so often, and both wrong on other images."""
+    actual = np.array(CLASSES, object)[np.arange(images) % 3]
+    other = np.array(CLASSES, object)[(np.arange(images) + 1) % 3]
+    number = np.arange(images)
+    lost = (number >= wins) & (number < wins + losses)
+    neither = (number >= wins + losses) & (number < wins + losses + wrong)
+    challenger = answers(np.where(lost | neither, other, actual), actual)
+    champion = answers(np.where((number < wins) | neither, other, actual), actual)
+    return contender("resnet", challenger), contender("vgg", champion)
+
+
+def judged(new: Contender, old: Contender | None, params: Gate = RULE, looks: int = 1, **how: Any) -> Verdict:
+    return judge(new, old, params, looks=looks, **how)
+
+
+def ruled(**changes: Any) -> Gate:
+    return dataclasses.replace(RULE, **changes)
+
+
+def reason(verdict: Verdict, check: str) -> Reason:
+    (found,) = [reason for reason in verdict.reasons if reason.check == check]
+    return found
+
+
+def outcomes(verdict: Verdict, *kinds: str) -> list[str]:
+    return [reason.check for reason in verdict.reasons if reason.outcome in kinds]
+
+
+def changed(model: Contender, column: str, row: int, value: Any) -> Contender:
+    predictions = model.predictions.copy()
+    values = predictions[column].astype(object)
+    values.iloc[row] = value
+    return dataclasses.replace(model, predictions=predictions.assign(**{column: values}))
+
+
+# Really better
+
+
+def test_a_better_challenger_is_promoted() -> None:
+    verdict = judged(*pair(30, 5))
+    assert verdict.decision == "PROMOTE"
+    assert outcomes(verdict, "hold", "reject", "warn") == []
+    assert "resnet is better than the champion vgg: 30 images won, 5 lost (p = 1.1" in verdict.summary()
+    assert reason(verdict, "difference").value == pytest.approx(25 / IMAGES)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (12, 12), (7, 5), (5, 7), (1, 0)])
+def test_a_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
+    verdict = judged(*pair(wins, losses))
+    assert verdict.decision == "HOLD"
+    assert outcomes(verdict, "hold", "reject") == ["better"]
+
+
+def test_the_summary_says_in_plain_words_what_decided() -> None:
+    assert judged(*pair(7, 5)).summary() == (
+        "HOLD: resnet is not shown to be better than the champion vgg: 7 images won, 5 lost (p = 0.387, limit 0.05);"
+        " 600 test images can show a gain of about 0.0144 in accuracy"
+    )
+
+
+def test_a_worse_challenger_is_rejected() -> None:
+    verdict = judged(*pair(5, 30))
+    assert verdict.decision == "REJECT"
+    assert "better" in outcomes(verdict, "reject")
+    assert "resnet is worse than the champion vgg: 5 images won, 30 lost" in verdict.summary()
+
+
+def test_a_stricter_alpha_does_not_soften_the_tests_for_harm() -> None:
+    assert reason(judged(*pair(10, 22), ruled(alpha=0.0001)), "better").outcome == "reject"
+
+
+@QUICK
+@given(counts, counts, st.floats(0.001, 0.4))
+def test_two_models_are_never_both_promoted_over_each_other(wins: int, losses: int, alpha: float) -> None:
+    new, old = pair(wins, losses, images=200)
+    rule = ruled(alpha=alpha, min_test_images=100)
+    assert [judged(new, old, rule).decision, judged(old, new, rule).decision].count("PROMOTE") <= 1
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_the_p_value_is_that_of_the_exact_binomial_test(wins: int, losses: int) -> None:
+    expected = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
+    assert float(p_better(wins, losses)) == pytest.approx(expected)
+    by_hand = sum(math.comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
+    assert float(p_better(wins, losses)) == pytest.approx(by_hand)
+
+
+def test_equal_models_pass_no_more_often_than_alpha_says() -> None:
+    random = np.random.default_rng(0)
+    won = random.binomial(40, 0.5, 100_000)
+    assert 0.01 < better(won, 40 - won, 0.05).mean() <= 0.05
+
+
+# The interval
+
+
+def test_the_interval_is_tangos() -> None:
+    # the roots of the quartic equation by Yang, Sun and Hardin (2012) for the same interval
+    assert float(lower_bound(40, 20, 160, 0.025)) == pytest.approx(0.03086453, abs=1e-7)
+    assert -float(lower_bound(20, 40, 160, 0.025)) == pytest.approx(0.21806424, abs=1e-7)
+    assert float(lower_bound(1, 0, 44, 0.025)) == pytest.approx(-0.05939323, abs=1e-7)
+
+
+@given(counts, counts, st.integers(1, 1000), st.floats(0.001, 0.4))
+def test_the_interval_holds_the_difference_and_stays_in_range(wins: int, losses: int, more: int, alpha: float) -> None:
+    images = wins + losses + more
+    low, high = float(lower_bound(wins, losses, images, alpha)), -float(lower_bound(losses, wins, images, alpha))
+    assert -1 <= low <= (wins - losses) / images <= high <= 1
+    assert float(lower_bound(wins + 1, losses, images, alpha)) > low
+
+
+def test_where_all_or_none_differ_there_is_still_an_interval() -> None:
+    assert -0.01 < float(lower_bound(0, 0, 500, 0.05)) < 0
+    assert 0.98 < float(lower_bound(500, 0, 500, 0.05)) < 1
+    assert float(lower_bound(0, 500, 500, 0.05)) == -1
+
+
+@pytest.mark.parametrize("difference", [-0.02, 0.0, 0.02])
+def test_the_lower_bound_is_above_the_truth_no_more_often_than_alpha_says(difference: float) -> None:
+    shares = [0.03 + difference / 2, 0.03 - difference / 2, 0.94]
+    won, lost, _ = np.random.default_rng(0).multinomial(1000, shares, 20_000).T
+    assert (lower_bound(won, lost, 1000, 0.05) > difference).mean() == pytest.approx(0.05, abs=0.01)
+
+
+# Enough data
+
+
+def test_too_few_test_images_decide_nothing() -> None:
+    for wins, losses in ((40, 0), (0, 40)):
+        verdict = judged(*pair(wins, losses, images=499))
+        assert verdict.decision == "HOLD"
+        assert verdict.summary().startswith("HOLD: 499 test images, and 500 are needed")
+    assert judged(*pair(40, 0, images=500)).decision == "PROMOTE"
+
+
+def test_every_verdict_tells_the_smallest_gain_that_could_have_been_seen() -> None:
+    gain = reason(judged(*pair(15, 9)), "visible gain").value
+    assert gain == pytest.approx(2.5 * math.sqrt(24 / IMAGES / IMAGES), rel=0.01)
+    for old in (pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
+        assert reason(judged(pair(0, 0)[0], old, first=old is None), "visible gain").value > 0  # type: ignore[operator]
+
+
+def test_a_gain_that_is_called_visible_is_seen_four_times_of_five() -> None:
+    gain = visible_gain(0.05, 2000, 0.05)
+    won, lost, _ = np.random.default_rng(0).multinomial(2000, [0.025 + gain / 2, 0.025 - gain / 2, 0.95], 20_000).T
+    assert better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_looks_are_counted_and_past_their_number_a_warning_asks_for_fresh_images() -> None:
+    new, old = pair(30, 5)
+    assert reason(judged(new, old, looks=20), "looks").words == "look 20 at these test images"
+    assert reason(judged(new, old, looks=20), "looks").outcome == "shown"
+    late = judged(new, old, looks=21)
+    assert late.decision == "PROMOTE"
+    assert "look 21 at these test images, and after 20 they are used up: bring fresh ones" in late.summary()
+    for looks in (0, math.nan):
+        with pytest.raises(ConvoyError, match="this one counts too"):
+            judged(new, old, looks=looks)  # type: ignore[arg-type]
+
+
+def test_a_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
+    table = pair(0, 0)[0].predictions
+    assert fingerprint(table) == fingerprint(table.iloc[::-1])
+    assert fingerprint(table) != fingerprint(table.iloc[1:])
+
+
+# Floors
+
+
+def test_what_is_below_the_floor_is_rejected_however_much_better_it_is() -> None:
+    verdict = judged(*pair(30, 5), ruled(floor=0.95))
+    assert verdict.decision == "REJECT"
+    assert "resnet has test accuracy 0.9417, floor 0.95" in verdict.summary()
+
+
+def test_a_score_at_the_floor_passes() -> None:
+    assert judged(*pair(30, 0), ruled(floor=0.95)).decision == "PROMOTE"
+
+
+def test_what_is_no_better_than_the_majority_class_is_rejected() -> None:
+    actual = ["cat"] * 550 + ["NA"] * 50
+    lazy = contender("lazy", answers(["cat"] * 600, actual))
+    verdict = judged(lazy, None, first=True)
+    assert verdict.decision == "REJECT"
+    assert outcomes(verdict, "reject") == ["majority class"]
+
+
+def test_a_class_that_only_the_champion_predicts_is_missed() -> None:
+    actual = np.array(["cat"] * 500 + ["NA"] * 100 + ["007"] * 5)
+    champion = np.where(np.arange(605) < 60, "NA", actual)
+    silent = np.where(actual == "007", "cat", actual)
+    new, old = contender("resnet", answers(silent, actual)), contender("vgg", answers(champion, actual))
+    few = judged(new, old)
+    assert few.decision == "HOLD"  # of five images there is too little to see
+    assert "resnet never predicts '007', and vgg does" in few.summary()
+    assert judged(new, old, ruled(acknowledge=["007"])).decision == "PROMOTE"
+    assert judged(new, old, ruled(min_class_images=5)).decision == "REJECT"
+    assert judged(new, old, ruled(min_class_images=5, acknowledge=["007"])).decision == "REJECT"
+
+
+# No class hurt
+
+
+def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
+    actual = np.array(["cat"] * 900 + ["NA"] * 100)
+    number = np.arange(1000)
+    champion = np.where(number < 90, "NA", actual)
+    ruined = np.where(number >= 960, "cat", actual)
+    new = contender("resnet", answers(ruined, actual, CLASSES[1:]))
+    verdict = judged(new, contender("vgg", answers(champion, actual, CLASSES[1:])))
+    assert verdict.decision == "REJECT"
+    assert outcomes(verdict, "reject") == ["class drop"]
+    assert reason(verdict, "class drop").value == pytest.approx(0.4)
+    assert "recall fell for 'NA' by 0.4000 (0 won, 40 lost" in verdict.summary()
+
+
+@pytest.mark.parametrize(
+    ("lost", "class_drop", "outcome"),
+    [
+        (5, 0.0, "pass"),  # p = 1/32, and with three classes the limit is 1/60
+        (6, 0.0, "reject"),  # p = 1/64
+        (6, 0.03, "pass"),  # 6 of 200 images are no more than this
+    ],
+)
+def test_a_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_drop: float, outcome: str) -> None:
+    new, old = pair(0, 0, wrong=0)
+    predicted = new.predictions["predicted"].mask(np.isin(np.arange(IMAGES), np.arange(lost) * 3), "cat")
+    fallen = dataclasses.replace(new, predictions=answers(predicted, new.predictions["actual"]))
+    assert reason(judged(fallen, old, ruled(class_drop=class_drop)), "class drop").outcome == outcome
+
+
+def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
+    new, old = pair(30, 5)
+    verdict = judged(new, old, ruled(min_class_images=201))
+    assert verdict.decision == "PROMOTE"
+    assert outcomes(judged(new, old, ruled(min_class_images=200)), "warn") == []
+    assert "not guarded, with fewer than 201 test images: '007', 'NA', 'cat'" in verdict.summary()
+    assert reason(verdict, "class drop").outcome == "shown"
+
+
+# Probabilities
+
+
+def test_right_more_often_but_with_far_worse_probabilities_is_rejected() -> None:
+    new, old = pair(30, 5)
+    predictions = new.predictions
+    sure = answers(predictions["predicted"], predictions["actual"], sure=1 - 1e-6)
+    verdict = judged(dataclasses.replace(new, predictions=sure), old)
+    assert outcomes(verdict, "reject") == ["log loss"]
+    assert verdict.decision == "REJECT"
+
+
+def test_a_probability_of_zero_for_the_actual_class_is_a_large_loss_and_no_infinite_one() -> None:
+    new, old = pair(30, 5)
+    certain = answers(new.predictions["predicted"], new.predictions["actual"], sure=1.0)
+    assert math.isfinite(reason(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
+
+
+def test_a_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0.6, 1, 500)
+    noise = calibration_noise(confidence, seed=0)
+    assert 0.02 < noise < 0.06
+    assert float(calibration(confidence, random.random(500) < confidence)) == pytest.approx(noise, abs=0.03)
+    assert float(calibration(confidence, np.zeros(500, bool))) == pytest.approx(confidence.mean())
+
+
+def test_calibration_is_shown_and_not_judged() -> None:
+    assert reason(judged(*pair(30, 5)), "calibration").passed is None
+
+
+def test_the_bootstrap_finds_the_spread_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(1, 2, 400)
+    low, high = bootstrap(values, None, 0.05, seed=0)
+    assert (low, high) == pytest.approx((values.mean() - 0.1645, values.mean() + 0.1645), abs=0.02)
+    assert (low, high) == bootstrap(values, None, 0.05, seed=0)
+    assert bootstrap(values, None, 0.05, seed=1) != (low, high)
+
+
+# Groups
+
+
+def test_the_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
+    values = np.repeat(np.random.default_rng(0).normal(0, 1, 40), 10)
+    by_image, by_group = bootstrap(values, None, 0.05, 0), bootstrap(values, np.arange(400) // 10, 0.05, 0)
+    assert by_group[1] - by_group[0] > 2 * (by_image[1] - by_image[0])
+    unequal = np.minimum(np.arange(400), 9)
+    assert bootstrap(np.ones(400), unequal, 0.05, 0) == (1, 1)
+
+
+def test_a_gain_that_comes_from_one_group_is_held() -> None:
+    new, old = pair(30, 5)
+    one = np.where(np.arange(IMAGES) < 30, "one film", "")
+    film = dataclasses.replace(new, predictions=new.predictions.assign(group=one))
+    verdict = judged(film, old)
+    assert verdict.decision == "HOLD"
+    assert outcomes(verdict, "hold") == ["by groups"]
+    many = np.array([f"film {number // 2}" for number in range(IMAGES)])
+    assert judged(dataclasses.replace(new, predictions=new.predictions.assign(group=many)), old).decision == "PROMOTE"
+
+
+def test_groups_without_repeats_change_nothing() -> None:
+    new, old = pair(30, 5)
+    alone = dataclasses.replace(new, predictions=new.predictions.assign(group=""))
+    assert judged(alone, old) == judged(new, old)
+
+
+def test_groups_that_contradict_each_other_are_an_error() -> None:
+    new, old = (
+        dataclasses.replace(model, predictions=model.predictions.assign(group=name))
+        for model, name in zip(pair(30, 5), ("a", "b"), strict=True)
+    )
+    with pytest.raises(ConvoyError, match="different groups"):
+        judged(new, old)
+
+
+# Non-inferior
+
+
+def test_a_refresh_that_is_as_good_passes_where_that_is_asked_for() -> None:
+    new, old = pair(12, 12)
+    refresh = ruled(mode="non_inferior")
+    assert judged(new, old).decision == "HOLD"
+    assert judged(new, old, refresh, best=old).decision == "PROMOTE"
+    assert judged(*pair(11, 12), refresh, best=old).decision == "HOLD"  # below on the sample
+    assert judged(new, old, ruled(mode="non_inferior", margin=0.005), best=old).decision == "HOLD"  # could lack more
+    assert judged(*pair(5, 30), refresh, best=old).decision == "REJECT"
+
+
+def test_a_refresh_is_held_against_the_best_champion_ever_too() -> None:
+    new, old = pair(12, 12)
+    refresh = ruled(mode="non_inferior")
+    best = dataclasses.replace(pair(0, 0, wrong=10)[0], name="googlenet")
+    slow_decline = judged(new, old, refresh, best=best)
+    assert slow_decline.decision == "REJECT"
+    assert "resnet is worse than the best champion ever, googlenet" in slow_decline.summary()
+    unknown = judged(new, old, refresh)
+    assert unknown.decision == "HOLD"
+    assert outcomes(unknown, "hold") == ["best ever"]
+
+
+def test_a_clear_gain_is_non_inferior() -> None:
+    assert bool(non_inferior(30, 5, 600, 0.05, 0.02))
+
+
+# Size and latency
+
+
+def test_what_is_over_its_budget_is_rejected_and_what_was_not_measured_is_held() -> None:
+    new, old = pair(30, 5)
+
+    def decision(parameters: int | None, latency: float | None, budgets: Gate) -> str:
+        model = dataclasses.replace(new, parameters=parameters, latency=latency)
+        return judged(model, dataclasses.replace(old, latency=10.0), budgets).decision
+
+    size, time = ruled(max_parameters=1000), ruled(max_latency_ratio=1.5)
+    assert [decision(number, None, size) for number in (1000, 1001, None)] == ["PROMOTE", "REJECT", "HOLD"]
+    assert [decision(None, number, time) for number in (15.0, 15.1, None)] == ["PROMOTE", "REJECT", "HOLD"]
+    assert judged(dataclasses.replace(new, latency=1.0), old, time).decision == "HOLD"
+    assert judged(new, old).decision == "PROMOTE"
+    assert reason(judged(new, old, size), "parameters").words == "the parameters were not counted, budget 1000"
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -1, 0])
+@pytest.mark.parametrize("what", ["parameters", "latency"])
+def test_a_measurement_that_is_no_number_is_an_error(what: str, broken: float) -> None:
+    new, old = pair(30, 5)
+    with pytest.raises(ConvoyError, match=f"{what} of (resnet|vgg) is {broken}"):
+        judged(new, dataclasses.replace(old, **{what: broken}))  # type: ignore[arg-type]
+
+
+# Classes that came and went
+
+
+def with_classes(model: Contender, classes: list[str]) -> Contender:
+    return dataclasses.replace(
+        model, predictions=answers(model.predictions["predicted"], model.predictions["actual"], classes)
+    )
+
+
+def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
+    new, old = pair(30, 5)
+    grown, wider = with_classes(new, [*CLASSES, "dog"]), with_classes(old, ["", *CLASSES])
+    verdict = judged(grown, wider)
+    assert verdict.decision == "HOLD"
+    assert "since vgg 'dog' came and '' went: if that is intended, add 'dog', '' to acknowledge" in verdict.summary()
+    assert judged(grown, wider, ruled(acknowledge=["dog"])).decision == "HOLD"
+    assert judged(grown, wider, ruled(acknowledge=["dog", ""])).decision == "PROMOTE"
+
+
+def test_an_acknowledgement_that_is_left_over_is_told() -> None:
+    verdict = judged(*pair(30, 5), ruled(acknowledge=["dog"]))
+    assert verdict.decision == "PROMOTE"
+    assert "'dog' in acknowledge neither came nor went" in verdict.summary()
+
+
+def test_what_is_won_with_a_new_class_does_not_pay_for_losses_on_the_old_ones() -> None:
+    actual = np.array(CLASSES * 200 + ["dog"] * 100, object)
+    champion = np.where(actual == "dog", "cat", actual)
+    everywhere = np.where(np.arange(700) % 20 == 0, "dog", actual)
+    new = contender("resnet", answers(everywhere, actual, [*CLASSES, "dog"]))
+    verdict = judged(new, contender("vgg", answers(champion, actual)), ruled(acknowledge=["dog"]))
+    assert reason(verdict, "better").outcome == "pass"
+    assert "old classes" in outcomes(verdict, "reject")
+    assert verdict.decision == "REJECT"
+
+
+def test_a_class_that_went_leaves_images_that_the_challenger_can_only_lose() -> None:
+    actual = np.array(CLASSES * 200, object)
+    fewer = np.where(actual == "cat", "NA", actual)
+    new, old = contender("resnet", answers(fewer, actual, CLASSES[:2])), contender("vgg", answers(actual, actual))
+    assert judged(new, old, ruled(acknowledge=["cat"])).decision == "REJECT"
+
+
+# First night
+
+
+def test_the_first_champion_passes_the_parts_that_need_no_champion_before() -> None:
+    new, _ = pair(0, 0)
+    verdict = judged(new, None, first=True)
+    assert verdict.decision == "PROMOTE"
+    assert "resnet may be the first champion, with test accuracy 0.9500" in verdict.summary()
+
+
+@pytest.mark.parametrize(
+    ("rule", "decision"),
+    [
+        (ruled(floor=0.96), "REJECT"),
+        (ruled(min_test_images=601), "HOLD"),
+        (ruled(max_parameters=1), "HOLD"),
+        (ruled(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
+    ],
+)
+def test_the_first_champion_must_pass_too(rule: Gate, decision: str) -> None:
+    assert judged(pair(0, 0)[0], None, rule, first=True).decision == decision
+
+
+def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
+    new, old = pair(30, 5)
+    with pytest.raises(ConvoyError, match="the champion is missing or unreadable"):
+        judged(new, None)
+    with pytest.raises(ConvoyError, match="vgg is the champion, so this is no first night"):
+        judged(new, old, first=True)
+    with pytest.raises(ConvoyError, match="vgg was the best champion, so this is no first night"):
+        judged(new, None, first=True, best=old)
+
+
+# Integrity
+
+
+@QUICK
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_rows_and_columns_plays_no_part(random: Any) -> None:
+    new, old = pair(30, 5)
+    rows, columns = list(range(IMAGES)), list(new.predictions)
+    random.shuffle(rows)
+    random.shuffle(columns)
+    mixed = dataclasses.replace(new, predictions=new.predictions.iloc[rows][columns])
+    assert judged(mixed, old) == judged(new, old)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("probability_NA", math.nan, "a probability that is no finite number"),
+        ("probability_NA", math.inf, "a probability that is no finite number"),
+        ("probability_NA", None, "a probability that is no finite number"),
+        ("probability_NA", -0.1, r"a probability outside \[0, 1\]"),
+        ("probability_NA", 1.1, r"a probability outside \[0, 1\]"),
+        ("probability_NA", 0.11, "probabilities that do not sum to 1"),
+        ("probability_NA", "much", "probabilities that are no numbers"),
+        ("predicted", "NA", "another class than the likeliest"),
+        ("predicted", "dog", "a class that has no probability"),
+        ("predicted", math.nan, "the column predicted has values that are missing or no text"),
+        ("actual", None, "the column actual has values that are missing or no text"),
+        ("actual", 7, "the column actual has values that are missing or no text"),
+        ("sha256", digest(1), "is there twice"),
+        ("sha256", "1.png", "'1.png' is no sha256"),
+    ],
+)
+def test_a_table_that_is_broken_in_one_place_is_an_error(side: int, column: str, value: Any, said: str) -> None:
+    models = list(pair(30, 5))
+    models[side] = changed(models[side], column, 300, value)
+    with pytest.raises(ConvoyError, match=said):
+        judged(models[0], models[1])
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda table: table.drop(columns="actual"), "the column actual is missing"),
+        (lambda table: table[["sha256", "actual", "predicted"]], "there is no column probability_<class>"),
+        (lambda table: table.iloc[:0], "there is no image"),
+        (lambda table: pd.concat([table, table["actual"]], axis=1), "the column actual is there twice"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "is there twice"),
+        (lambda table: table.iloc[1:], "different test images"),
+        (lambda table: None, "they are no table"),
+    ],
+)
+def test_a_table_that_is_broken_as_a_whole_is_an_error(break_it: Any, said: str) -> None:
+    new, old = pair(30, 5)
+    with pytest.raises(ConvoyError, match=said):
+        judged(new, dataclasses.replace(old, predictions=break_it(old.predictions)))
+
+
+def test_other_images_or_other_actual_classes_are_an_error() -> None:
+    new, old = pair(30, 5)
+    fewer = dataclasses.replace(new, predictions=new.predictions.iloc[1:])
+    for one, other in ((new, changed(old, "sha256", 300, digest(-5))), (new, fewer), (fewer, new)):
+        with pytest.raises(ConvoyError, match="different test images"):
+            judged(one, other)
+    with pytest.raises(ConvoyError, match="different actual classes for 1 test images"):
+        judged(new, changed(old, "actual", 300, "cat"))
+    with pytest.raises(ConvoyError, match="the class 'dog', which is unknown to resnet and vgg"):
+        judged(changed(new, "actual", 300, "dog"), changed(old, "actual", 300, "dog"))
+    with pytest.raises(ConvoyError, match="the class 'dog', which is unknown to resnet"):
+        judged(changed(new, "actual", 300, "dog"), None, first=True)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_known_is_held(side: int) -> None:
+    models = list(pair(30, 5))
+    for unknown in (None, frozenset[str]()):
+        models[side] = dataclasses.replace(models[side], trained_on=unknown)
+        verdict = judged(models[0], models[1])
+        assert verdict.decision == "HOLD"
+        assert outcomes(verdict, "hold") == ["seen images"]
+    models[side] = dataclasses.replace(models[side], trained_on=[digest(-1), digest(7)])
+    with pytest.raises(ConvoyError, match="was trained on 1 of the 600 test images"):
+        judged(models[0], models[1])
+    models[side] = dataclasses.replace(models[side], trained_on={"train/1.png"})
+    with pytest.raises(ConvoyError, match="not given by their sha256"):
+        judged(models[0], models[1])
+
+
+def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:
+    good = dataclasses.asdict(RULE)
+    assert typed(Gate, good, "gate") == RULE
+    for key, value in (("alpha", math.nan), ("alpha", 0.5), ("floor", math.nan), ("mode", "any"), ("acknowledge", [7])):
+        with pytest.raises(ConvoyError, match=f"gate.{key}"):
+            typed(Gate, good | {key: value}, "gate")
+
+
+def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
+    table = judged(*pair(30, 5)).table()
+    assert list(table.columns) == ["check", "value", "limit", "outcome", "words"]
+    assert table["check"].is_unique
+    assert (table[["value", "limit", "words"]] != "").all(axis=None)
+    assert table.set_index("check")["value"]["test images"] == "600"
+
+
+def test_a_verdict_can_be_kept_as_json() -> None:
+    verdict = judged(*pair(30, 5), ruled(mode="non_inferior"))
+    assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision

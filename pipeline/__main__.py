@@ -62,7 +62,7 @@ def check(params: dict[str, Any]) -> None:
     for name, schema in light.items():
         typed(schema, params[name], name)
 
-    from convoy import models  # these import torch and Lightning, which takes seconds
+    from convoy import models, transfer  # these import torch and Lightning, which takes seconds
     from convoy.hardware import Trainer
     from convoy.training import Train
 
@@ -70,6 +70,7 @@ def check(params: dict[str, Any]) -> None:
     typed(Trainer, params["trainer"], "trainer")
     for name, values in params["model"].items():
         typed(models.schema(name), values, f"model.{name}")
+        transfer.check(name, values)
 
 
 def check_source(root: Path) -> None:

@@ -9,8 +9,9 @@ import torch
 from convoy import models
 from convoy.batches import Images
 from convoy.classifier import predict
-from convoy.evaluation import Evaluate, per_class, predictions, scores
+from convoy.evaluation import Evaluate, log_loss, per_class, predictions, scores, slices
 from convoy.task import Task
+from convoy.temperature import fit_temperature, tempered
 from pipeline.stage import Stage, main
 
 
@@ -20,25 +21,39 @@ def evaluate(stage: Stage) -> None:
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
     record = json.loads((trained / "record.json").read_text())
     task = Task(**record["task"])
-    test = Images.load(prepared, "test")
+    test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
     if record["failure"]:  # there is nothing to judge, and that is its result
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
-        probabilities, figures = np.empty((0, len(task.classes))), {}
+        raw = probabilities = np.empty((0, len(task.classes)))
+        calibration = {}
     else:
         classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
         torch.set_num_threads(record["trainer"]["threads"])  # part of what makes the same bits
         if record["trainer"]["accelerator"] == "gpu" and torch.cuda.is_available():
             classifier.cuda()
-        probabilities = predict(classifier, test.pixels, params.batch_size)
-        figures = scores(test.labels, probabilities)
+        in_val = predict(classifier, val.pixels, params.batch_size)
+        temperature = fit_temperature(val.labels, in_val)
+        calibration = {
+            "temperature": temperature,
+            "val_log_loss": log_loss(val.labels, tempered(in_val, temperature)),
+            "val_log_loss_uncalibrated": log_loss(val.labels, in_val),
+        }
+        raw = predict(classifier, test.pixels, params.batch_size)
+        probabilities = tempered(raw, temperature)
 
+    groups = images["group"].to_numpy()
     table = predictions(task.classes, images, probabilities)
     table.to_parquet(stage.scratch / "predictions.parquet", index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
-    per_class(task.classes, test.labels, probabilities).to_csv(stage.scratch / "per_class.csv", index=False)
-    (stage.scratch / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-    said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / "per_class.csv", index=False)
+    slices(table).to_csv(stage.scratch / "slices.csv", index=False)
+    intervals = scores(test.labels, probabilities, raw, groups)
+    intervals.to_csv(stage.scratch / "intervals.csv", index=False)
+    figures = dict(zip(intervals["metric"], intervals["value"], strict=True))
+    for name, values in (("metrics", figures), ("calibration", calibration)):
+        (stage.scratch / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+    said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_uncalibrated"))
     print(f"{stage.item}: {said or 'its training failed'}")
 
 

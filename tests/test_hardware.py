@@ -51,10 +51,10 @@ def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_else(monkeypatch: pytest.
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=0)
-    with pytest.raises(ConvoyError, match="trainer.accelerator=gpu: this machine has no GPU"):
+    with pytest.raises(ConvoyError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
         choose(dataclasses.replace(AUTO, accelerator="gpu"), build())
     machine(monkeypatch, gpus=2)
-    with pytest.raises(ConvoyError, match="trainer.devices=3: this machine has 2 GPUs"):
+    with pytest.raises(ConvoyError, match=r"trainer\.devices=3: this machine has 2 GPUs"):
         choose(dataclasses.replace(AUTO, devices=3), build())
 
 

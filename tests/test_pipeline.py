@@ -15,7 +15,8 @@ from convoy import config, tracking
 from convoy.config import ConvoyError
 from pipeline.__main__ import check, check_source, conclude, remove_unlisted
 from pipeline.register import register
-from pipeline.stage import Stage
+from pipeline.stage import Stage, sha256
+from pipeline.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +296,26 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
     Stage(root, "register").run(register)  # the failed run is not brought twice
     with tracking.store(root, "convoy") as store:
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
+
+
+def test_a_training_starts_from_the_champion_and_a_run_and_says_so(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REAL))
+    winner = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
+    run = runs(road).loc[winner, "run_id"]
+    for init in ("champion", run):
+        root = tmp_path / init
+        shutil.copytree(road / "artifacts/preprocess", root / "artifacts/preprocess")
+        shutil.copytree(road / "conf", root / "conf")
+        shutil.copy(road / "dvc.yaml", root)
+        config.compose(root, [*SMALL, f"model.{winner}.init={init}", "train.max_epochs=1"])
+        monkeypatch.setenv("DVC_ROOT", str(road))
+        Stage(root, "train", winner).run(train)
+        record = json.loads((root / f"artifacts/train/{winner}/record.json").read_text())
+        assert record["init"]["init"] == init
+        assert record["init"]["head"] == "kept"
+        assert record["init"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
 
 
 def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> None:

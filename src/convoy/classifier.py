@@ -38,6 +38,10 @@ class Classifier(nn.Module, ABC):
         """The weight in the loss and the logits (N, K) of every head that is trained, the main one first."""
         return [(1.0, self.logits(x))]
 
+    def is_head(self, name: str) -> bool:
+        """Whether a layer, a parameter or a buffer, by its name, belongs to a head and not to the body."""
+        return f"{name}.".startswith(tuple(f"{layer}." for layer in self.head))
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(N, H, W, C) uint8 -> (N, C, H, W) float, of mean 0 and standard deviation 1 in the training set."""
         # whole rows at a time: over channels that lie side by side, the loops would be three values long

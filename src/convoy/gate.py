@@ -13,20 +13,17 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 from pydantic import Field
+from scipy import sparse
 from scipy.stats import binom, norm
 
 from convoy.config import ConvoyError, Count, Fraction, NotNegative, Share, Whole, schema
+from convoy.evaluation import LEAST, PREFIX, calibration, calibration_noise, resampled, units_of
 
 HARM = 0.05  # level of the tests that speak against a challenger: a stricter `alpha` must not soften them
 POWER = 0.8  # with which the smallest gain that counts as visible would be seen
-RESAMPLES = 2000
-BLOCK = 2**21  # numbers drawn at a time; bounds the memory
-BINS = 15  # of confidence (Guo et al. 2017)
 SUM_TOLERANCE = 1e-3  # of the probabilities of an image around 1
-LEAST = 2.0**-23  # probability, in the log loss: of float32; 0 would make one image outweigh all others
 NAMED = 10  # classes in a sentence
 DIGEST = re.compile("[0-9a-f]{64}")
-PREFIX = "probability_"
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
 Outcome = Literal["pass", "shown", "warn", "hold", "reject"]
@@ -215,36 +212,10 @@ def bootstrap(differences: np.ndarray, groups: np.ndarray | None, alpha: float, 
 
     Images are drawn anew, or whole groups (N,) of them.
     """
-    codes = np.arange(len(differences)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    sums, sizes = np.bincount(codes, differences), np.bincount(codes)
-    random = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    step = max(1, BLOCK // len(sums))
-    for start in range(0, RESAMPLES, step):
-        drawn = random.integers(0, len(sums), (min(step, RESAMPLES - start), len(sums)))
-        means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(means, [alpha, 1 - alpha])
+    columns = sparse.csr_array(np.stack([differences, np.ones(len(differences))], axis=1))
+    sums, sizes = resampled(columns, units_of(groups, len(differences)), seed).T
+    low, high = np.quantile(sums / sizes, [alpha, 1 - alpha])
     return float(low), float(high)
-
-
-def calibration(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Expected calibration error: confidence (N,) in [0, 1], right (..., N) booleans, to (...)."""
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    order = np.argsort(bins, kind="stable")
-    starts = np.unique(bins[order], return_index=True)[1]
-    gaps = np.add.reduceat((right - confidence)[..., order], starts, axis=-1)
-    return np.abs(gaps).sum(axis=-1) / len(confidence)
-
-
-def calibration_noise(confidence: np.ndarray, seed: int, simulations: int = 200) -> float:
-    """The calibration error that so many images show on average where the probabilities are perfect."""
-    random = np.random.default_rng(seed)
-    step = max(1, BLOCK // len(confidence))
-    parts = [
-        calibration(confidence, random.random((min(step, simulations - start), len(confidence))) < confidence)
-        for start in range(0, simulations, step)
-    ]
-    return float(np.concatenate(parts).mean())
 
 
 # Reading

@@ -294,7 +294,7 @@ def _fetch_version(store: Store, name: str, architecture: str, folder: Path) -> 
         others.add(record["architecture"])
     there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
     raise ConvoyError(
-        f"model.{architecture}.init: MLflow has no version of model {name} that is a {architecture} ({there}): "
+        f"model.{architecture}.init: MLflow has no version of model {name} of architecture {architecture} ({there}): "
         "set init: scratch"
     )
 

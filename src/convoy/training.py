@@ -165,7 +165,7 @@ class Training(lightning.LightningModule):
         self.recipe = classifier.recipe
         if self.recipe.body_lr == 0:
             for name, parameter in classifier.named_parameters():
-                parameter.requires_grad_(is_head(classifier, name))
+                parameter.requires_grad_(classifier.is_head(name))
         self.average: Classifier | None = None  # the running mean of the weights, where the recipe wants one
         if self.recipe.ema:
             self.average = copy.deepcopy(classifier).requires_grad_(False)
@@ -267,8 +267,8 @@ class Training(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.classifier.train()
         if self.recipe.body_lr == 0:  # a frozen body stays as it is, its running means too
-            for layer in self.classifier.modules():
-                if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            for name, layer in self.classifier.named_modules():
+                if isinstance(layer, torch.nn.BatchNorm2d) and not self.classifier.is_head(name):
                     layer.eval()
 
     def training_step(self, steps: range) -> None:
@@ -455,17 +455,12 @@ def warm_cosine(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
 
 
-def is_head(classifier: Classifier, parameter: str) -> bool:
-    """Whether a parameter, by its name, belongs to a head and not to the body."""
-    return parameter.startswith(tuple(f"{layer}." for layer in classifier.head))
-
-
 def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     """The recipe's optimizer. Norms and biases do not decay; `share` of a group is its part of the learning rate."""
     recipe = classifier.recipe
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        share = 1.0 if is_head(classifier, name) else recipe.body_lr
+        share = 1.0 if classifier.is_head(name) else recipe.body_lr
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault((share, decay), []).append(parameter)

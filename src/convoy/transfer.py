@@ -100,18 +100,13 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
     return {"init": init, "source": donor.source, "sha256": donor.sha256, "head": "kept" if kept else "new"}
 
 
-def is_head(classifier: Classifier, name: str) -> bool:
-    """Whether a parameter or buffer, by its name, belongs to the head."""
-    return name.startswith(tuple(f"{layer}." for layer in classifier.head))
-
-
 def adopt(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
     """Copy `weights`, a state dict, into `classifier`: without the head, unless they are of the same classes.
 
     Raises ConvoyError, with the classifier untouched, where a name is missing or unknown, or has another shape.
     """
     own = classifier.state_dict()  # which shares its numbers with the classifier
-    taken = [name for name in own if same_classes or not is_head(classifier, name)]
+    taken = [name for name in own if same_classes or not classifier.is_head(name)]
     if wrong := list(_misfits(own, taken, weights)):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConvoyError(f"the weights don't fit the settings: {'; '.join(wrong[:3])}{more}")
@@ -183,7 +178,7 @@ def _of_ours(file: Path, architecture: str) -> Content:
             "put the record of the training that left the weights beside them"
         ) from error
     if found != architecture:
-        raise ConvoyError(f"model.{architecture}.init: {file} holds the weights of a {found}, not of a {architecture}")
+        raise ConvoyError(f"model.{architecture}.init: {file} holds the weights of {found}, not of {architecture}")
     try:
         return load_file(file), classes, trained_with
     except SafetensorError as error:

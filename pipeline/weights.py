@@ -1,0 +1,32 @@
+"""weights: what a registered champion or a run was trained to, from MLflow into a folder; no stage.
+
+The train stage calls it as a process of its own: which way leads to MLflow is no part of what defines a training.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from convoy import config, tracking
+from convoy.config import ConvoyError
+
+
+def main() -> None:
+    """Bring record.json and weights.safetensors into FOLDER, and print whose they are."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.weights", description=main.__doc__)
+    parser.add_argument("architecture")
+    parser.add_argument("init", help="champion, or the id of a run")
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        name = config.load(root / "params.yaml")["register"]["name"]
+        with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
+            print(tracking.fetch_weights(store, name, options.architecture, options.init, options.folder))
+    except ConvoyError as error:
+        sys.exit(f"convoy: weights: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ VENV ?= .venv
 READY := $(VENV)/ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint ui lock retrain push hand-back
+.PHONY: help install repro test test-slow lint sync ui lock retrain push hand-back rollback
 
 help: ## show what can be made
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -26,9 +26,15 @@ lint: $(READY) ## style and types
 	ruff format --check .
 	mypy
 
+sync: $(READY) ## the runs of the current results brought to MLflow, where they are not there or not whole
+	python -m pipeline.sync
+
 ui: $(READY) ## MLflow's pages on this machine, for comparing runs
 	@python -m pipeline --show
 	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+
+rollback: $(READY) ## the champion before this one again: make rollback REASON="why"
+	@python -m pipeline.rollback --reason "$(REASON)"
 
 lock: $(READY) ## requirements.lock anew from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \

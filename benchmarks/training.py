@@ -3,9 +3,10 @@
 CONVOY_REAL_DATA names the folder with mnist/ (the four gzipped idx files) and cifar10-jpeg.zip. All ways take turns
 with the same network, batch, number of threads, and random crops and flips:
 
-* the limit: a loop over tensors in memory, written by hand for this one purpose,
+* limit: a loop over tensors in memory, written by hand for this one purpose, in the precision that convoy chooses,
 * convoy: `convoy.training.fit` with validation and checkpoints, as the train stage calls it,
-* Lightning: automatic optimization, torchvision's transforms image by image in a DataLoader, torchmetrics.
+* Lightning: automatic optimization, torchvision's transforms image by image in a DataLoader, torchmetrics; in that
+  precision, and in float32, as most write it.
 
 Counted are the steps of an epoch, all of them, from asking for the first batch until the last step is done; what `fit`
 does before and after them is a table of its own. With `--compile`, the limit and one more way of convoy's go through
@@ -81,6 +82,7 @@ def main() -> None:
         "--compile", action="store_true", help="take minutes to compile the limit, and convoy once more"
     )
     parser.add_argument("--only", nargs="+", help="of the networks, those whose names begin so")
+    parser.add_argument("--threads", type=int, help="1 where others use the machine; else as trainer.threads=auto")
     options = parser.parse_args()
     quiet()
     large = {"resnet": {"widths": [64, 128, 256, 512], "stem_kernel": 3, "stem_stride": 1, "stem_pool": False}}
@@ -101,7 +103,7 @@ def main() -> None:
             Contest("784-128-10", Full, "mnist", 256, 96, 12),
         ]
     chosen = [each for each in contests if not options.only or each.name.startswith(tuple(options.only))]
-    measured = {contest.name: measure(contest, options.compile) for contest in chosen}
+    measured = {contest.name: measure(contest, options.threads or "auto", options.compile) for contest in chosen}
     show({name: steps for name, (steps, _) in measured.items()})
     show_rest({name: rest for name, (_, rest) in measured.items()})
 
@@ -371,7 +373,7 @@ class Mark:
         return cls(time.perf_counter(), time.process_time() + sum(each.user + each.system for each in workers))
 
 
-def measure(contest: Contest, compiled: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Columns way, round, images, wall and cpu (seconds) of the counted steps; and before and after them, of `fit`."""
     images = read(contest.data, contest.batch_size * contest.steps)
     flip = contest.data != "mnist"
@@ -386,7 +388,7 @@ def measure(contest: Contest, compiled: bool) -> tuple[pd.DataFrame, pd.DataFram
         torch.manual_seed(0)
         return contest.build(task, recipe)
 
-    asked = Trainer(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
+    asked = Trainer(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
     choice = choose(asked, fresh())
     rest: list[dict[str, float]] = []
     ways: dict[str, Callable[[Classifier, Images], list[Mark]]] = {
@@ -414,10 +416,8 @@ def measure(contest: Contest, compiled: bool) -> tuple[pd.DataFrame, pd.DataFram
             begin, end = way(fresh(), images)
             rows.append((name, number, len(images), end.wall - begin.wall, end.cpu - begin.cpu))
     table = pd.DataFrame(rows, columns=["way", "round", "images", "wall", "cpu"])
-    table.attrs = {
-        "ways": list(ways),
-        "words": f"batch {contest.batch_size}, {choice.precision}, {choice.threads} threads",
-    }
+    words = f"batch {contest.batch_size}, {choice.precision}, threads: {choice.threads}"
+    table.attrs = {"ways": list(ways), "words": words}
     return table, pd.DataFrame(rest)
 
 

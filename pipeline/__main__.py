@@ -107,12 +107,11 @@ def conclude(root: Path, params: dict[str, Any]) -> None:
 
     from convoy import report, tracking
 
-    report.print_table(
-        pd.read_csv(root / "artifacts/register/leaderboard.csv"), "Leaderboard, best in validation first"
-    )
+    table = pd.read_csv(root / "artifacts/register/leaderboard.csv").reindex(columns=report.SHOWN)
+    report.print_table(table, "Leaderboard, best in validation first")
     with tracking.store(root, params["register"]["name"]) as store:
-        table, curves = tracking.save_views(store)
-    print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {table}\n  curves       {curves}")
+        leaderboard, curves = tracking.save_views(store)
+    print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {leaderboard}\n  curves       {curves}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import torch
 from convoy import models
 from convoy.batches import Images
 from convoy.classifier import predict
-from convoy.evaluation import Evaluate, log_loss, per_class, predictions, scores, slices
+from convoy.evaluation import Evaluate, per_class, predictions, scores, slices
 from convoy.task import Task
-from convoy.temperature import fit_temperature, tempered
+from convoy.temperature import fit_temperature, log_losses, tempered
 from pipeline.stage import Stage, main
 
 
@@ -36,8 +36,8 @@ def evaluate(stage: Stage) -> None:
         temperature = fit_temperature(val.labels, in_val)
         calibration = {
             "temperature": temperature,
-            "val_log_loss": log_loss(val.labels, tempered(in_val, temperature)),
-            "val_log_loss_uncalibrated": log_loss(val.labels, in_val),
+            "val_log_loss": float(log_losses(val.labels, tempered(in_val, temperature)).mean()),
+            "val_log_loss_uncalibrated": float(log_losses(val.labels, in_val).mean()),
         }
         raw = predict(classifier, test.pixels, params.batch_size)
         probabilities = tempered(raw, temperature)

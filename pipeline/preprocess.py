@@ -19,6 +19,9 @@ def preprocess(stage: Stage) -> None:
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
 
+    seen = prepared.table.query("split != 'test'")["sha256"]  # what will train, or choose among epochs and models
+    (stage.scratch / "seen.txt").write_text("\n".join(sorted(seen)) + "\n")
+
     task, paths = prepared.task, prepared.table["path"]
     card = AsPrepared(
         name=packed.name,

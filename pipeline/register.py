@@ -1,76 +1,73 @@
-"""register: all runs into MLflow, and the best of them by validation as the champion among the registered models."""
+"""register: all runs into MLflow, and the best by validation into the champion's place if it is really better."""
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 import convoy
-from convoy import promotion, report, tracking
+from convoy import champion, promotion, registry, report, tracking
 from convoy.config import ConvoyError
-from pipeline.stage import MARK, Stage, main
+from pipeline import sync
+from pipeline.promote import Candidate, promote
+from pipeline.stage import Stage, main
 
 PACKAGE = Path(convoy.__file__).parent
 
 
 def register(stage: Stage) -> None:
-    """Bring all runs into MLflow, and make the best by validation the champion."""
+    """Bring all runs into MLflow, and let the best by validation be judged beside the champion."""
     params = stage.typed(promotion.Register, "register")
     names = list(stage.section("model"))
-    trained = {name: stage.input(f"train/{name}") for name in names}
-    evaluated = {name: stage.input(f"evaluate/{name}") for name in names}
-    records = {name: json.loads((folder / "record.json").read_text()) for name, folder in trained.items()}
-    figures = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in evaluated.items()}
-    identities = {name: _identity(trained[name], evaluated[name]) for name in names}
+    results = {name: sync.find_result(stage, name) for name in names}
+    records = {name: result.record() for name, result in results.items()}
+    figures = {name: json.loads((result.evaluated / "metrics.json").read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
     ranked = [*promotion.rank(best), *(name for name in names if name not in best)]
     winner = ranked[0]
 
-    report.leaderboard({name: records[name] for name in ranked}, figures).to_csv(
-        stage.scratch / "leaderboard.csv", index=False
-    )
+    table = report.leaderboard({name: records[name] for name in ranked}, figures)
+    table.to_csv(stage.scratch / "leaderboard.csv", index=False)
+    trained = {name: result.trained for name, result in results.items()}
+    evaluated = {name: result.evaluated for name, result in results.items()}
     _together(trained, "history.csv").to_csv(stage.scratch / "curves.csv", index=False)
     _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
-
     for name in ranked[len(best) :]:
         print(f"{name} failed: {records[name]['failure']['reason']}")
 
     with tracking.store(stage.home, params.name) as store:
-        reproduction = hashlib.sha256("".join(sorted(identities.values())).encode()).hexdigest()[:12]
-        runs: dict[str, str] = {}
-        for name in reversed(ranked):  # of equal runs MLflow shows the newest first
-            run = tracking.find_run(store, identities[name])
-            tags = {
-                tracking.IDENTITY: identities[name],
-                "reproduction": reproduction,
-                "mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)],
-            }
-            runs[name] = run or _bring(store, records[name], figures[name], trained[name], evaluated[name], tags)
+        runs = sync.bring_level(store, stage.root, names, {name: results[name] for name in reversed(ranked)})
         tracking.save_views(store)
         if not best:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
-        promotion.check_floor(winner, best[winner], params)
-        version = tracking.find_version(store, params.name, identities[winner]) or tracking.register(
+        champion.finish(store, params.name)
+        identity = results[winner].mark()
+        version = registry.find_version(store, params.name, identity) or registry.register(
             store,
             name=params.name,
             run_id=runs[winner],
-            identity=identities[winner],
+            identity=identity,
             model=PACKAGE / "serving.py",
-            files={"record": trained[winner] / "record.json", "weights": trained[winner] / "weights.safetensors"},
+            files={
+                "record": trained[winner] / "record.json",
+                "weights": trained[winner] / "weights.safetensors",
+                "calibration": evaluated[winner] / "calibration.json",
+                "seen": stage.input("preprocess") / "seen.txt",
+            },
             code=PACKAGE,
             step=int(best[winner]["epoch"]),
         )
-        moved = tracking.set_alias(store, params.name, "champion", version)
-    became = "is now" if moved else "stays"
-    print(f"{winner} {became} the champion: models:/{params.name}@champion, version {version.version}")
+        registry.set_alias(store, params.name, champion.CHALLENGER, version)
+        compared = champion.current(store, params.name)
+    if int(version.version) == compared:
+        print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
+    else:
+        promote(stage, params, Candidate(winner, int(version.version), results[winner], runs[winner]), compared)
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
@@ -81,33 +78,6 @@ def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
         table = pd.read_csv(folder / file, dtype={"class": str}, keep_default_na=False)
         tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)
-
-
-def _identity(trained: Path, evaluated: Path) -> str:
-    """The hash of everything that training and evaluation wrote."""
-    return hashlib.sha256((trained / MARK).read_bytes() + (evaluated / MARK).read_bytes()).hexdigest()
-
-
-def _bring(
-    store: tracking.Store,
-    record: dict[str, Any],
-    figures: dict[str, float],
-    trained: Path,
-    evaluated: Path,
-    tags: dict[str, str],
-) -> str:
-    """Write the run of one architecture into the store, and return its id."""
-    predictions = pd.read_parquet(evaluated / "predictions.parquet")
-    with tempfile.TemporaryDirectory() as scratch:
-        files = [trained / "record.json", trained / "history.csv", evaluated / "per_class.csv"]
-        if not record["failure"]:
-            picture = Path(scratch) / "confusion.png"
-            title = f"{record['architecture']} on test images"
-            report.draw_confusion(predictions, record["task"]["classes"], title, picture)
-            files += [trained / "weights.safetensors", picture]
-        data = tracking.DataVersion(**record["data"])
-        run = tracking.describe(record, figures, pd.read_csv(trained / "history.csv"), tags, files, data)
-        return tracking.create_run(store, run)
 
 
 if __name__ == "__main__":

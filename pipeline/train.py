@@ -1,10 +1,15 @@
 """train: one architecture on the prepared images, with the whole record of the run."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,10 +43,7 @@ def train(stage: Stage) -> None:
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     identity = stage.identity(machine, start)
     checkpoint = Checkpoint(stage.home / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
-    trained = fit(classifier, data, params, choice, checkpoint)
-
-    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / "history.csv", index=False)
-    record = {
+    record: dict[str, Any] = {
         "architecture": architecture,
         "settings": settings,
         "seed": seed,
@@ -53,17 +55,71 @@ def train(stage: Stage) -> None:
         "init": start,
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
         "multiply_adds": multiply_adds(classifier),
+        "environment": machine,
+    }
+    live = Live(stage, record)
+    try:
+        trained = fit(classifier, data, params, choice, checkpoint, live.tell)
+    except Exception:
+        live.end("FAILED")
+        raise
+
+    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / "history.csv", index=False)
+    record |= {
         "best": trained.best,
         "stopped": trained.stopped,
         "failure": dataclasses.asdict(trained.failure) if trained.failure else None,
-        "environment": machine,
     }
     (stage.scratch / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     if trained.failure is None:
         save_file(trained.weights, stage.scratch / "weights.safetensors")
     else:
         print(trained.failure.words(architecture), file=sys.stderr, flush=True)
-    stage.afterwards.append(checkpoint.remove)
+    stage.afterwards += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]
+
+
+class Live:
+    """The training as a run in MLflow while it lasts: what `pipeline.live`, a process of its own, is told of it.
+
+    The training never waits for that process, nor for MLflow: what it does not take is dropped. It ends by itself when
+    nobody can tell it any more, and knows a training that was killed by its having said no end. Nobody is told where
+    CONVOY_LIVE is 0 in the environment, nor by processes that train together with the first.
+    """
+
+    def __init__(self, stage: Stage, record: Mapping[str, Any]) -> None:
+        self.pipe: int | None = None
+        if stage.rank or os.environ.get("CONVOY_LIVE") == "0":
+            return
+        command = [sys.executable, "-m", "pipeline.live", stage.item]
+        reader, self.pipe = os.pipe()
+        os.set_blocking(self.pipe, False)
+        try:
+            # in a session of its own, so that it outlives a training that is killed with its whole group
+            subprocess.Popen(command, cwd=stage.root, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            print(f"the run can't be shown in MLflow while it trains: {error}", file=sys.stderr, flush=True)
+        finally:
+            os.close(reader)
+        # of a thousand classes the names would fill the pipe
+        self._say({"record": dict(record) | {"task": dict(record["task"]) | {"classes": []}}, "process": os.getpid()})
+
+    def tell(self, row: Mapping[str, float]) -> None:
+        """An epoch has ended with this row of the history."""
+        self._say({"row": row})
+
+    def end(self, status: str) -> None:
+        """The training has come to its end, FINISHED or FAILED."""
+        self._say({"status": status})
+        if self.pipe is not None:
+            os.close(self.pipe)
+            self.pipe = None
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        if self.pipe is None:
+            return
+        line = json.dumps({**message, "moment": int(time.time() * 1000)}) + "\n"
+        with contextlib.suppress(OSError):  # full, or nobody reads it any more
+            os.write(self.pipe, line.encode())
 
 
 def bring(stage: Stage, init: str, folder: Path) -> str:

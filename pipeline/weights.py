@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from convoy import config, tracking
+from convoy import config, registry, tracking
 from convoy.config import ConvoyError
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
         with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
-            print(tracking.fetch_weights(store, name, options.architecture, options.init, options.folder))
+            print(registry.fetch_weights(store, name, options.architecture, options.init, options.folder))
     except ConvoyError as error:
         sys.exit(f"convoy: weights: {error}")
 

@@ -16,7 +16,13 @@ from pipeline.stage import Stage
 from pipeline.train import train
 
 REAL = Path(__file__).parents[1]
-SMALL = ("model=[lenet,resnet]", "train.max_epochs=3", "trainer.threads=1", "register.floor=0.0")
+SMALL = (
+    "model=[lenet,resnet]",
+    "train.max_epochs=3",
+    "trainer.threads=1",
+    "register.gate.floor=0.0",
+    "register.gate.min_test_images=1",
+)
 
 
 def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
@@ -42,12 +48,12 @@ def draw_pictures(data: Path, each: int) -> None:
             Image.fromarray(grey.astype(np.uint8)).save(folder / f"{number:02}.png")
 
 
-def run_stages(root: Path, *, until: str = "register") -> None:
+def run_stages(root: Path, *, since: str = "fetch", until: str = "register") -> None:
     """Run the stages in this process, in their order."""
     names = list(config.load(root / "params.yaml")["model"])
     steps = [("fetch", fetch, [""]), ("preprocess", preprocess, [""]), ("train", train, names)]
-    for stage, work, items in [*steps, ("evaluate", evaluate, names), ("register", register, [""])]:
+    steps += [("evaluate", evaluate, names), ("register", register, [""])]
+    stages = [stage for stage, _, _ in steps]
+    for stage, work, items in steps[stages.index(since) : stages.index(until) + 1]:
         for item in items:
             Stage(root, stage, item).run(work)
-        if stage == until:
-            break

@@ -206,3 +206,13 @@ def test_a_second_run_gives_the_same_bits_with_the_new_images_among_the_old(data
     pd.testing.assert_frame_equal(grown.quarantine, afresh.quarantine)
     for name in ("pixels.bin", "images.parquet", "dataset.json"):
         assert (data.parent / "packed" / name).read_bytes() == (data.parent / "afresh" / name).read_bytes()
+
+
+def test_the_other_columns_of_a_table_stand_beside_what_is_recorded(tmp_path: Path) -> None:
+    files = {f"{number}.png": saved(picture(number)) for number in range(4)} | {"4.png": b"torn"}
+    rows = [f"{number}.png,{'ab'[number % 2]},site {number}" for number in range(5)]
+    data = write(tmp_path / "data", files | {"labels.csv": "\n".join(["path,label,label_site", *rows]).encode()})
+    table = taken_in(data).packed.table
+    assert table["column_label_site"].tolist() == [f"site {number}" for number in range(4)]
+    assert table["path"].tolist() == [f"data/{number}.png" for number in range(4)]
+    assert (table["height"] == SIZE).all()

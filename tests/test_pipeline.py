@@ -263,7 +263,7 @@ def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
         ("~model.lenet.recipe.lr", "model.lenet.recipe.lr: missing; set it in conf/"),
         ("+model.lenett.c1=6", "model.lenett: no such architecture; did you mean lenet?"),
         ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
-        ("register.floor=.nan", "register.floor="),
+        ("register.gate.floor=.nan", "register.gate.floor="),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:

@@ -255,7 +255,7 @@ def test_each_image_is_in_the_arrays_once_with_its_label(prepared: Path) -> None
 
 def test_the_table_has_the_rows_of_the_arrays_in_their_order(prepared: Path) -> None:
     images = pd.read_parquet(prepared / "images.parquet")
-    assert images.columns.tolist() == ["path", "label", "sha256", "split"]
+    assert images.columns.tolist() == ["path", "label", "sha256", "group", "split"]
     for name in SPLITS:
         rows = images.query("split == @name")
         labels = np.load(prepared / f"{name}_labels.npy")

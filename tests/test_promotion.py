@@ -1,11 +1,6 @@
-"""Promotion: the best by validation, and nothing below the floor."""
+"""Promotion: the challenger is the best by validation."""
 
-import math
-
-import pytest
-
-from convoy.config import ConvoyError
-from convoy.promotion import Register, check_floor, rank
+from convoy.promotion import rank
 
 
 def scored(accuracy: float, loss: float = 0.5) -> dict[str, float]:
@@ -20,13 +15,3 @@ def test_the_highest_validation_accuracy_comes_first_then_the_lowest_loss_then_t
 def test_test_figures_take_no_part() -> None:
     best = {"vgg": scored(0.9) | {"test_accuracy": 0.1}, "lenet": scored(0.8) | {"test_accuracy": 1.0}}
     assert rank(best)[0] == "vgg"
-
-
-@pytest.mark.parametrize("accuracy", [0.7999, math.nan])
-def test_a_score_below_the_floor_or_none_at_all_is_refused(accuracy: float) -> None:
-    with pytest.raises(ConvoyError, match=r"vgg scored .* in validation, below register\.floor=0\.8"):
-        check_floor("vgg", scored(accuracy), Register(name="convoy", floor=0.8))
-
-
-def test_a_score_at_the_floor_passes() -> None:
-    check_floor("vgg", scored(0.8), Register(name="convoy", floor=0.8))

@@ -118,6 +118,43 @@ def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: 
     assert faults(members) == ["data/dog/1.png has no label in labels.parquet"]
 
 
+# Other columns
+
+
+def test_other_columns_come_with_each_image_as_words(data: Path) -> None:
+    table = "site,path,label,path.1,age\nNA,cat/1.png,a,x,007\n,cat/2.png,b,y,7\nlab,dog/1.png,b,x,\n"
+    source = read_folder(write(data, PETS | {"labels.csv": table}))
+    assert source.more == ["site", "path.1", "age"]
+    assert [member.more for member in source.members] == [("NA", "x", "007"), ("", "y", "7"), ("lab", "x", "")]
+
+
+def test_what_one_table_does_not_say_is_empty_and_of_two_rows_the_first_counts(data: Path) -> None:
+    write(data, PETS | {"train.csv": "path,label,site\ncat/1.png,a,lab\ncat/1.png,a,home\n"})
+    source = read_folder(write(data, {"test.csv": "path,label\ncat/2.png,b\ndog/1.png,a\n"}))
+    assert [(member.path, member.more) for member in source.members] == [
+        ("data/cat/1.png", ("lab",)),
+        ("data/cat/2.png", ("",)),
+        ("data/dog/1.png", ("",)),
+    ]
+
+
+def test_a_column_of_more_values_than_can_be_compared_is_left_out(data: Path) -> None:
+    names = [f"{number}.png" for number in range(51)]
+    table = pd.DataFrame({"path": names, "label": "a", "number": range(51), "coarse": [f"{n % 50}" for n in range(51)]})
+    write(data, {name: png(number) for number, name in enumerate(names)})
+    table.to_csv(data / "labels.csv", index=False)
+    assert read_folder(data).more == ["coarse"]
+
+
+def test_other_columns_of_a_parquet_table_come_too_but_for_lists(data: Path) -> None:
+    write(data, PETS)
+    table = {"path": list(PETS), "label": ["a", "b", "a"], "boxes": [[1], [2], []], "night": [True, None, False]}
+    pq.write_table(pa.table(table), data / "labels.parquet")
+    source = read_folder(data)
+    assert source.more == ["night"]
+    assert [member.more for member in source.members] == [("True",), ("",), ("False",)]
+
+
 # Words as they are written
 
 

@@ -1,15 +1,40 @@
-"""Tracking: what a run in MLflow tells about the data that its model saw."""
+"""Tracking: what a run in MLflow tells about the data that its model saw, and how its parameters read."""
 
 import json
 from collections.abc import Iterator
 
-import pandas as pd
 import pytest
+from mlflow.entities import Run as Found
 
 from convoy import tracking
 from convoy.tracking import DataVersion, Run, Store
 
 DIGITS = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797, "train": 1132, "val": 302, "test": 363})
+RECORD = {
+    "architecture": "vgg",
+    "settings": {
+        "widths": [6, 16],
+        "batch_norm": True,
+        "init": "scratch",
+        "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup": 0.1, "augment": {"flip": False}},
+    },
+    "seed": 1,
+    "train": {"max_epochs": 3},
+    "task": {"dataset": "digits", "size": 32},
+    "data": {"name": "digits", "digest": "a99769f9303d", "source": "data.dvc", "profile": {"images": 1797}},
+    "identity": "f" * 64,
+    "environment": {
+        "python": "3.11.7",
+        "numpy": "2.4.6",
+        "pytorch-lightning": "2.6.6",
+        "torch": "2.15.0",
+        "device": "cpu",
+        "instructions": "AVX512",
+        "threads": 2,
+        "precision": "bfloat16",
+        "processes": 1,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +46,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             yield store
 
 
-def bring(store: Store, name: str, data: DataVersion) -> str:
-    history = pd.DataFrame({"epoch": [0, 1], "val/accuracy": [0.5, 0.6]})
-    run = Run(name, {"model": name}, {"test/accuracy": 0.6}, history, {tracking.IDENTITY: name}, [], data, failed=False)
-    return tracking.create_run(store, run)
+def bring(store: Store, name: str, data: DataVersion) -> Found:
+    run = Run(
+        name=name,
+        params={"model": name},
+        tags={tracking.IDENTITY: f"{name} {data.digest}"},
+        origin={},
+        data=data,
+        history=[{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.6}],
+        metrics={"test/accuracy": 0.6, "test/f1": float("nan")},
+        status="FINISHED",
+    )
+    return store.client.get_run(tracking.level(store, run, "results", moment=0))
 
 
 def test_a_run_names_the_data_that_its_model_saw(store: Store) -> None:
-    (found,) = store.client.get_run(bring(store, "lenet", DIGITS)).inputs.dataset_inputs
+    (found,) = bring(store, "lenet", DIGITS).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("digits", "a99769f9303d")
     assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
     assert json.loads(found.dataset.profile) == {"images": 1797, "train": 1132, "val": 302, "test": 363}
@@ -37,7 +70,34 @@ def test_a_run_names_the_data_that_its_model_saw(store: Store) -> None:
 
 def test_runs_are_found_by_the_version_of_their_data(store: Store) -> None:
     newer = DataVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
-    older, runs = bring(store, "lenet", DIGITS), {bring(store, name, newer) for name in ("lenet", "resnet")}
+    older = bring(store, "lenet", DIGITS).info.run_id
+    runs = {bring(store, name, newer).info.run_id for name in ("lenet", "resnet")}
     found = store.client.search_runs([store.experiment.experiment_id], "dataset.digest = 'b1c2d3e4f5a6'")
     assert {run.info.run_id for run in found} == runs
     assert older not in runs
+
+
+def test_figures_that_are_no_number_are_left_out(store: Store) -> None:
+    assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
+
+
+def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
+    run = tracking.begun(RECORD, {}, {})
+    assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
+    assert run.params["recipe.augment"] == "flip=false"
+    assert run.params["recipe.others"] == "warmup=0.1"
+    assert run.params["recipe.lr"] == 0.05
+    assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.123456789, 0.1234568), (1.23456789e-7, 1.234568e-7), (12345678, 12345678), (2.0, 2.0)]
+)
+def test_figures_are_shown_with_seven_digits_and_counts_whole(value: float, shown: float) -> None:
+    assert tracking.rounded(value) == shown
+
+
+def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
+    said = tracking.fails(RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ..."))
+    assert "secret" not in said
+    assert "\n" not in said

@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 import convoy
-from convoy import config, models, tracking, transfer
+from convoy import config, models, registry, tracking, transfer
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError, typed
 from convoy.task import Task
@@ -452,7 +451,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             for number, name in enumerate(VERSIONS, start=1):
                 folder = root / str(number)
                 leave(folder, name, settings(name), task(), seed=number)
-                tracking.register(
+                registry.register(
                     store,
                     name="convoy",
                     run_id=bring(store, name, folder),
@@ -469,11 +468,17 @@ def bring(
     store: Store, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
 ) -> str:
     data = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
-    history = pd.DataFrame({"epoch": [1], "val/accuracy": [0.5]})
-    tags = {tracking.IDENTITY: name}
-    return tracking.create_run(
-        store, Run(name, {"model": name}, {}, history, tags, [folder / f for f in files], data, failed=False)
+    run = Run(
+        name=name,
+        params={"model": name},
+        tags={tracking.IDENTITY: str(folder)},
+        origin={},
+        data=data,
+        history=[{"epoch": 1, "val_accuracy": 0.5}],
+        files=[folder / file for file in files],
+        status="FINISHED",
     )
+    return tracking.level(store, run, "results", moment=0)
 
 
 def from_store(store: Store, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
@@ -482,7 +487,7 @@ def from_store(store: Store, name: str, values: dict) -> tuple[Classifier, dict[
         classifier,
         name,
         values,
-        lambda init, folder: tracking.fetch_weights(store, "convoy", name, init, folder),
+        lambda init, folder: registry.fetch_weights(store, "convoy", name, init, folder),
     )
     return classifier, record
 
@@ -512,7 +517,7 @@ def test_an_architecture_that_was_never_registered_is_refused_with_those_that_we
 
 def test_before_any_model_is_registered_there_is_no_champion(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"\(there is none at all\): set init: scratch"):
-        tracking.fetch_weights(store, "another", "lenet", "champion", tmp_path)
+        registry.fetch_weights(store, "another", "lenet", "champion", tmp_path)
 
 
 def test_a_run_gives_its_weights(store: Store, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from scipy import sparse
 from scipy.stats import binom, norm
 
 from convoy.config import ConvoyError, Count, Fraction, NotNegative, Share, Whole, schema
-from convoy.evaluation import LEAST, PREFIX, calibration, calibration_noise, resampled, units_of
+from convoy.evaluation import PREFIX, calibration, calibration_noise, resampled, units_of
+from convoy.temperature import LEAST
 
 HARM = 0.05  # level of the tests that speak against a challenger: a stricter `alpha` must not soften them
 POWER = 0.8  # with which the smallest gain that counts as visible would be seen

@@ -16,7 +16,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Fraction, schema
-from convoy.datasets.packed import Packed
+from convoy.datasets.packed import COLUMN, Packed
 from convoy.images import fit
 from convoy.likeness import near_hashes, near_pairs
 from convoy.task import Sums, Task
@@ -42,7 +42,7 @@ class Prepared:
     """What the networks are given, and what was kept from them."""
 
     task: Task
-    table: pd.DataFrame  # path, label, sha256 and split of each image, in the order of the arrays
+    table: pd.DataFrame  # as `images.parquet`
     near: pd.DataFrame  # path, label, other, other_label: pairs of images that nearly equal each other
     withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
     notes: list[str]  # what is worth knowing about the split, in words
@@ -51,7 +51,8 @@ class Prepared:
 def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
-    `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, split.
+    `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, group, split, and the
+    other columns of a table of labels.
     Raises ConvoyError where no image is left to train, validate or test with.
     """
     drawn = split(packed.table, params, seed)
@@ -69,8 +70,9 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prep
     for name in SPLITS:
         np.save(folder / f"{name}_labels.npy", labels[sides == name].to_numpy())
     order = np.concatenate([np.flatnonzero(sides == name) for name in SPLITS])
-    table = packed.table[["path", "label", "sha256"]].iloc[order].assign(split=sides.iloc[order])
-    table = table.reset_index(drop=True)
+    more = [name for name in packed.table.columns if name.startswith(COLUMN)]
+    table = packed.table[["path", "label", "sha256", "group", "split", *more]].iloc[order]
+    table = table.assign(split=sides.iloc[order]).reset_index(drop=True)
     table.to_parquet(folder / "images.parquet", index=False)
 
     mean, std = sums.mean_and_std()

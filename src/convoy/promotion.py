@@ -1,16 +1,17 @@
-"""Promotion: which of the trained architectures is the best, and whether it is good enough to be registered."""
+"""Promotion: which of the trained architectures is the challenger, and what it must show to become the champion."""
 
 from collections.abc import Mapping
 
-from convoy.config import ConvoyError, Share, schema
+from convoy.config import schema
+from convoy.gate import Gate
 
 
 @schema
 class Register:
-    """Where runs and models go, and what a model must reach."""
+    """Where runs and models go, and what a model must show."""
 
     name: str  # of the MLflow experiment and of the registered model
-    floor: Share  # validation accuracy below which nothing is registered
+    gate: Gate
 
 
 def rank(best: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -20,12 +21,3 @@ def rank(best: Mapping[str, Mapping[str, float]]) -> list[str]:
     looks better than it is.
     """
     return sorted(best, key=lambda name: (-best[name]["val_accuracy"], best[name]["val_loss"], name))
-
-
-def check_floor(name: str, best: Mapping[str, float], params: Register) -> None:
-    """Raises ConvoyError where the chosen architecture is below the floor (or its score is no number)."""
-    score = best["val_accuracy"]
-    if not score >= params.floor:
-        raise ConvoyError(
-            f"{name} scored {score:.4f} in validation, below register.floor={params.floor}: nothing is registered"
-        )

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from convoy.gate import Verdict
+
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
@@ -24,6 +26,11 @@ def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, 
         for name, record in records.items()
     ]
     return pd.DataFrame(rows).astype({"epoch": "Int64"})
+
+
+# of the leaderboard, what a terminal has room for
+SHOWN = ["model", "val_accuracy", "val_loss", "epoch", "test_accuracy", "test_macro_f1", "test_log_loss",
+         "test_calibration_error", "parameters"]  # fmt: skip
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
@@ -72,6 +79,14 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     axes.set(title=title, xlabel="predicted", ylabel="actual")
     figure.savefig(file, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def write_verdict(verdict: Verdict, name: str, version: int, compared: int | None, file: Path) -> None:
+    """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
+    against = f"the champion, version {compared}" if compared else "no champion: this is the first night"
+    table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
+    summary = verdict.summary()
+    file.write_text(f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{summary}\n\n{table}\n")
 
 
 def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:

@@ -1,8 +1,6 @@
 """Serving: a trained classifier as the MLflow model that takes plain images."""
 
 import base64
-import binascii
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
-from convoy import images, models
-from convoy.classifier import predict
-from convoy.task import Task
-
-LONGEST_SIDE = 4096  # pixels of an image that comes as a file; larger ones are reduced
+from convoy import images, predictor
 
 
 class ImageClassifier(PythonModel):
@@ -25,10 +19,9 @@ class ImageClassifier(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Rebuild the network from its record and weights; nothing is unpickled."""
-        record = json.loads(Path(context.artifacts["record"]).read_text())
-        self.task = Task(**record["task"])
-        weights = Path(context.artifacts["weights"])
-        self.classifier = models.restore(record["architecture"], record["settings"], self.task, weights)
+        folder = Path(context.artifacts["record"]).parent
+        predictor.check(folder, context.model_config["sha256"])
+        self.predictor = predictor.restore(folder)
 
     # model_input has no type hint: MLflow would take one for a schema, and refuse what is documented here
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
@@ -38,14 +31,14 @@ class ImageClassifier(PythonModel):
         and alpha, RGB, RGBA); a list of arrays of any sizes; the bytes of image files, or their base64 text, in a
         list or in the first column of a table. Raises MlflowException for anything else.
         """
+        task = self.predictor.task
+        shape = (0, task.size, task.size, task.channels)
         plain = [self._fitted(image) for image in _each(model_input)]
-        shape = (0, self.task.size, self.task.size, self.task.channels)
-        pixels = np.stack(plain) if plain else np.empty(shape, np.uint8)
-        probabilities = predict(self.classifier, pixels, 256) if plain else np.empty((0, len(self.task.classes)))
+        probabilities = self.predictor.probabilities(np.stack(plain) if plain else np.empty(shape, np.uint8))
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
-                "label": [self.task.classes[label] for label in best],
+                "label": [task.classes[label] for label in best],
                 "probability": probabilities[np.arange(len(best)), best],
                 "probabilities": probabilities.tolist(),
             }
@@ -53,7 +46,11 @@ class ImageClassifier(PythonModel):
 
     def _fitted(self, image: Any) -> np.ndarray:
         try:
-            return images.fit(_pixels(image), self.task.size, self.task.channels)
+            if isinstance(image, str):
+                image = _decoded(image)
+            if isinstance(image, bytes):
+                return self.predictor.fitted(image)
+            return images.fit(_plain(image), self.predictor.task.size, self.predictor.task.channels)
         except images.BadImage as fault:
             raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
 
@@ -68,14 +65,15 @@ def _each(model_input: Any) -> list[Any]:
     return [model_input] if isinstance(model_input, bytes | str) else list(model_input)
 
 
-def _pixels(image: Any) -> np.ndarray:
-    if isinstance(image, str):
-        try:
-            image = base64.b64decode(image, validate=True)
-        except binascii.Error:
-            raise images.BadImage("is text, but not the base64 of an image file") from None
-    if isinstance(image, bytes):
-        return images.decode(image, LONGEST_SIDE).pixels
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)  # such text often comes in lines
+    except ValueError:  # of which binascii.Error is one, and text that is not ASCII another
+        raise images.BadImage("is text, but not the base64 of an image file") from None
+
+
+def _plain(image: Any) -> np.ndarray:
+    """(H, W, 1 or 3) of pixels in any of the documented forms."""
     pixels = np.asarray(image)
     if pixels.size == 0:
         raise images.BadImage("has no pixels")
@@ -86,7 +84,7 @@ def _pixels(image: Any) -> np.ndarray:
     mode = {(2, 1): "L", (3, 2): "LA", (3, 3): "RGB", (3, 4): "RGBA"}
     if (pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1) not in mode:
         raise images.BadImage(f"has the shape {pixels.shape}; it must be (H, W) or (H, W, 1 to 4)")
-    return images.plain(Image.fromarray(pixels.astype(np.uint8)), LONGEST_SIDE)
+    return images.plain(Image.fromarray(pixels.astype(np.uint8)), predictor.LONGEST_SIDE)
 
 
 set_model(ImageClassifier())  # MLflow runs this file to make the model ("models from code"), and takes what is set here

@@ -1,45 +1,38 @@
-"""Tracking: the one door to MLflow, for runs, models and aliases, each brought there once."""
+"""Tracking: the one door to MLflow, for experiments and runs, each brought there once."""
 
 import contextlib
 import dataclasses
+import getpass
+import hashlib
 import json
 import logging
+import math
 import os
+import platform
 import re
+import subprocess
 import textwrap
-import warnings
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import pandas as pd
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, ViewType
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities import Run as Found
 from mlflow.exceptions import MlflowException
-from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from convoy import views
 from convoy.config import ConvoyError
 
-IDENTITY = "convoy.identity"  # tag of a run and of a model version: the hash of the results that it shows
-RECORD, WEIGHTS = "record.json", "weights.safetensors"  # what training leaves, as runs and model versions hold it
-SERVED_WITH = (
-    "mlflow",
-    "numpy",
-    "pandas",
-    "pillow",
-    "pydantic",
-    "pytorch-lightning",
-    "safetensors",
-    "simplejpeg",
-    "torch",
-)
+IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
+RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
+PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
+CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
     "metrics.best/val_accuracy",
     "metrics.best/val_loss",
@@ -51,6 +44,7 @@ COLUMNS = [
     "metrics.parameters",
     "attributes.Models",
     "params.dataset",
+    "params.init",
     "params.recipe.optimizer",
     "params.recipe.lr",
     "params.recipe.batch_size",
@@ -73,78 +67,103 @@ class DataVersion:
     profile: Mapping[str, int]  # what was counted: images, classes, train, val, test, ...
 
 
+Row = Mapping[str, float]  # of an epoch: "epoch", from 1, and what the history has of it, such as "val_loss"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished training with its evaluation, as MLflow shall show it."""
+    """A training as MLflow shall show it, and its evaluation once there is one."""
 
     name: str
-    params: Mapping[str, object]  # flat dotted names
-    metrics: Mapping[str, float]
-    history: pd.DataFrame  # a row for each epoch: "epoch", then metrics by their names in MLflow
-    tags: Mapping[str, str]  # IDENTITY among them
-    files: Sequence[Path]
+    params: Mapping[str, object]  # flat dotted names, the same for all architectures
+    tags: Mapping[str, str]  # what is so now; IDENTITY among them
+    origin: Mapping[str, str]  # tags that stay as they were first written: commit, who, why
     data: DataVersion
-    failed: bool
+    history: Sequence[Row] = ()
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    files: Sequence[Path] = ()
+    status: str = "RUNNING"  # or FINISHED or FAILED, as the training did
 
 
-def describe(
-    record: Mapping[str, Any],
-    figures: Mapping[str, float],
-    history: pd.DataFrame,
-    tags: Mapping[str, str],
-    files: Sequence[Path],
-    data: DataVersion,
-) -> Run:
-    """The run that a training's record and history and its evaluation's figures make: the same names for all."""
-    best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
-    note = f"{record['architecture']} on {record['task']['dataset']}: "
-    if failure:
-        note += f"failed in epoch {failure['epoch']} of {max_epochs}, {failure['reason']}"
-    else:
-        note += (
-            f"{best['val_accuracy']:.4f} in validation (epoch {best['epoch']} of {max_epochs}), "
-            f"{figures['accuracy']:.4f} on test images"
-        )
+def begun(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[str, str]) -> Run:
+    """The run of a training that has begun; of its `record` all that is known by then."""
+    settings, recipe, environment = record["settings"], dict(record["settings"]["recipe"]), record["environment"]
+    shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
+    augment = recipe.pop("augment")
+    data = DataVersion(**record["data"])
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
+    processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
+    versions = {name: environment[name] for name in ("python", "torch", "pytorch-lightning", "numpy")}
     return Run(
         name=record["architecture"],
         params={
             "model": record["architecture"],
-            "dataset": record["task"]["dataset"],
-            "size": record["task"]["size"],
+            "model.numbers": _line({name: settings[name] for name in settings if name not in ("init", "recipe")}),
+            "init": settings["init"],
+            "dataset": data.name,
+            "preprocess.size": record["task"]["size"],
             "seed": record["seed"],
-            "train.max_epochs": max_epochs,
-            **_flat(record["settings"]["recipe"], "recipe"),
+            "train.max_epochs": record["train"]["max_epochs"],
+            **shown,
+            "recipe.augment": _line(augment),
+            "recipe.others": _line(recipe),
         },
+        tags={
+            "mlflow.note.content": f"{record['architecture']} on {data.name}",
+            **tags,
+            IDENTITY: record["identity"],
+            "data": f"{data.name}@{data.digest}",
+            "hardware": f"{environment['device']}, {environment['instructions']}, {threads}, "
+            f"{environment['precision']}{processes}",
+            "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+        origin=origin,
+        data=data,
+    )
+
+
+def ended(
+    record: Mapping[str, Any],
+    figures: Mapping[str, float],
+    history: Sequence[Row],
+    tags: Mapping[str, str],
+    origin: Mapping[str, str],
+    files: Sequence[Path],
+) -> Run:
+    """The run that the whole record and the history of a training and its evaluation's figures make."""
+    best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
+    if failure:
+        note = f"failed in epoch {failure['epoch']} of {max_epochs}, {failure['reason']}"
+    else:
+        note = (
+            f"{best['val_accuracy']:.4f} in validation (epoch {best['epoch']} of {max_epochs}), "
+            f"{figures['accuracy']:.4f} on test images"
+        )
+    run = begun(record, tags, origin)
+    return dataclasses.replace(
+        run,
+        tags={**run.tags, "mlflow.note.content": f"{run.tags['mlflow.note.content']}: {note}"},
         metrics={
             **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch") if name in best},
             **{f"test/{name}": value for name, value in figures.items()},
             "parameters": record["parameters"],
         },
-        history=history.rename(columns=_metric_name),
-        tags={
-            "mlflow.note.content": note,
-            **tags,
-            **{f"environment.{name}": str(value) for name, value in record["environment"].items()},
-        },
+        history=history,
         files=files,
-        data=data,
-        failed=failure is not None,
+        status="FAILED" if failure else "FINISHED",
     )
 
 
-def _metric_name(column: str) -> str:
-    """val_accuracy -> val/accuracy, so that MLflow draws the metrics of a split in one section."""
-    split, _, figure = column.partition("_")
-    return f"{split}/{figure}" if figure else column
+def _line(values: Mapping[str, Any]) -> str:
+    """{"widths": [6, 16], "flip": False} -> "widths=[6,16] flip=false": what is too much for a parameter each."""
+    return " ".join(f"{name}={_short(value)}" for name, value in values.items())
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """{"augment": {"flip": True}} -> {"recipe.augment.flip": True}"""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}"
-        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: value}
-    return flat
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+# The store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +173,7 @@ class Store:
     client: MlflowClient
     experiment: Experiment
     address: str  # where its UI answers
+    locks: Path  # the folder of the locks
 
 
 @contextlib.contextmanager
@@ -165,6 +185,7 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     # MLflow's own defaults would wait for four minutes on a server that is down
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")  # nor for as long as a server may ask
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     embedded = f"sqlite:///{root / 'mlflow.db'}"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
@@ -172,49 +193,119 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     client = MlflowClient()
-    lock = root / "artifacts" / ".scratch" / "mlflow.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    locks = root / "artifacts" / ".scratch"
+    locks.mkdir(parents=True, exist_ok=True)
     try:
         # to search and then to create is not atomic, and two processes can't make the same database
-        with FileLock(lock):
+        with FileLock(locks / "mlflow.lock"):
             found = client.get_experiment_by_name(experiment)
             artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
             ours = found or client.get_experiment(client.create_experiment(experiment, artifacts))
             address = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-            yield Store(client, ours, address)
+            yield Store(client, ours, address, locks)
     except (MlflowException, requests.RequestException) as error:
-        said = f"MLflow at {uri} fails: {textwrap.shorten(str(error), 300)}"
-        said = re.sub(r"//[^/@\s]*@", "//", said)  # no user name and password
-        raise ConvoyError(f"{said}. Start it, or mend MLFLOW_TRACKING_URI, and run this again") from error
+        raise ConvoyError(f"{fails(error)}. Start it, or mend MLFLOW_TRACKING_URI, and run this again") from error
 
 
-def find_run(store: Store, identity: str) -> str | None:
-    """The id of the finished run that shows these results. What a killed process left of one is removed."""
-    experiments = [store.experiment.experiment_id]
-    for run in store.client.search_runs(experiments, f"tags.`{IDENTITY}` = '{identity}'", ViewType.ACTIVE_ONLY):
-        if run.info.status in ("FINISHED", "FAILED"):  # as its training did
-            return run.info.run_id
-        store.client.delete_run(run.info.run_id)
-    return None
+def fails(error: BaseException) -> str:
+    """What to say where MLflow failed with `error`: one line, and no user name and password in it."""
+    said = f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(str(error) or repr(error), 300)}"
+    return re.sub(r"//[^/\s]*@", "//", said)
 
 
-def create_run(store: Store, run: Run) -> str:
-    """Write a whole run, and return its id. It counts as finished only after the last of it has arrived."""
-    client = store.client
-    tags = {**resolve_tags(), **run.tags}
-    info = client.create_run(store.experiment.experiment_id, tags=tags, run_name=run.name).info
-    metrics = [Metric(name, round(value, 6), info.start_time, 0) for name, value in run.metrics.items()]
-    for row in run.history.to_dict("records"):
-        epoch = int(row.pop("epoch"))
-        metrics += [Metric(str(name), round(value, 6), info.start_time, epoch) for name, value in row.items()]
-    client.log_inputs(info.run_id, datasets=[_training_input(run.data)])
-    client.log_batch(info.run_id, params=[Param(name, str(value)) for name, value in run.params.items()])
-    for start in range(0, len(metrics), 1000):  # what a server takes at a time
-        client.log_batch(info.run_id, metrics=metrics[start : start + 1000])
+# Runs
+
+
+@contextlib.contextmanager
+def sole_writer(store: Store, identity: str, timeout: float) -> Iterator[None]:
+    """One process at a time in a project folder writes the run of this identity.
+
+    Who holds it may do without `store`'s lock; nobody waits for that one while holding this. Raises filelock.Timeout
+    after so many seconds.
+    """
+    file = store.locks / f"run-{identity[:12]}.lock"
+    with FileLock(file, timeout):
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)  # who waits for it notices
+
+
+def find(store: Store, identity: str) -> Found | None:
+    """The run of this identity. One that was deleted is taken back; of two, by machines that met, the elder stays."""
+    ours = [store.experiment.experiment_id]
+    known = store.client.search_runs(ours, f"tags.`{IDENTITY}` = '{identity}'", ViewType.ALL)
+    found = sorted(known, key=lambda run: (run.info.lifecycle_stage != "active", run.info.start_time, run.info.run_id))
+    if not found:
+        return None
+    first, *others = found
+    if first.info.lifecycle_stage != "active":
+        store.client.restore_run(first.info.run_id)
+    for other in others:
+        if other.info.lifecycle_stage == "active":
+            store.client.delete_run(other.info.run_id)
+    return first
+
+
+def begin(store: Store, run: Run, process: str, moment: int) -> str | None:
+    """The id of the run that a training begins at `moment` (ms) or goes on with; None where that is finished."""
+    client, found = store.client, find(store, run.tags[IDENTITY])
+    if found is None:
+        tags = {**run.origin, **run.tags, PROCESS: process}
+        found = client.create_run(store.experiment.experiment_id, moment, tags, run.name)
+    elif found.info.status == "FINISHED" or RESULTS in found.data.tags:
+        return None
+    else:
+        set_tags(store, found, {PROCESS: process})
+        client.update_run(found.info.run_id, "RUNNING")
+    _define(store, run, found)
+    return found.info.run_id
+
+
+def is_level(found: Found, status: str, results: str) -> bool:
+    """Whether a run shows these very results."""
+    return found.info.status == status and found.data.tags.get(RESULTS) == results
+
+
+def level(store: Store, run: Run, results: str, moment: int) -> str:
+    """Write all that the store does not have yet of a run that ended at `moment` (ms), and return its id.
+
+    The status and then RESULTS are written last, so that whatever ends this, to do it again completes it.
+    """
+    client, found, now = store.client, find(store, run.tags[IDENTITY]), _now()
+    found = found or client.create_run(store.experiment.experiment_id, now, {**run.origin, **run.tags}, run.name)
+    run_id = found.info.run_id
+    _define(store, run, found)
+    figures = {name: rounded(value) for name, value in run.metrics.items() if math.isfinite(value)}
+    changed = {name: value for name, value in figures.items() if found.data.metrics.get(name) != value}
+    points = [Metric(name, value, now, 0) for name, value in changed.items()]
+    there: dict[str, dict[int, float]] = {}
+    for point in (point for row in run.history for point in curve_points(row, now)):
+        if point.key not in there:
+            known = client.get_metric_history(run_id, point.key) if point.key in found.data.metrics else []
+            there[point.key] = {other.step: other.value for other in known}
+        if there[point.key].get(point.step) != point.value:
+            points.append(point)
+    log_points(client, run_id, points)
+    held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
     for file in run.files:
-        client.log_artifact(info.run_id, str(file))
-    client.set_terminated(info.run_id, "FAILED" if run.failed else "FINISHED")
-    return info.run_id
+        # the identity decides the weights, so that those which are there are these
+        if file.suffix != ".safetensors" or held.get(file.name) != file.stat().st_size:
+            client.log_artifact(run_id, str(file))
+    set_tags(store, found, {**{name: run.origin[name] for name in run.origin.keys() - found.data.tags}, **run.tags})
+    if found.info.status != run.status:
+        client.set_terminated(run_id, run.status, max(moment, found.info.start_time))
+    client.set_tag(run_id, RESULTS, results)
+    return run_id
+
+
+def _define(store: Store, run: Run, found: Found) -> None:
+    """The parameters and the data of a run, as far as they are not there: MLflow lets nobody change them."""
+    missing = [Param(name, str(value)) for name, value in run.params.items() if name not in found.data.params]
+    if missing:
+        store.client.log_batch(found.info.run_id, params=missing)
+    if not found.inputs or not found.inputs.dataset_inputs:
+        store.client.log_inputs(found.info.run_id, datasets=[_training_input(run.data)])
 
 
 def _training_input(data: DataVersion) -> DatasetInput:
@@ -228,93 +319,102 @@ def _training_input(data: DataVersion) -> DatasetInput:
     return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])
 
 
-def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:
-    """The version of a registered model that was made from these results."""
-    found = store.client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'")
-    return found[0] if found else None
+def set_tags(store: Store, found: Found, tags: Mapping[str, str]) -> None:
+    """Write those tags that differ."""
+    for name, value in tags.items():
+        if found.data.tags.get(name) != value:
+            store.client.set_tag(found.info.run_id, name, value)
 
 
-def register(
-    store: Store,
-    *,
-    name: str,
-    run_id: str,
-    identity: str,
-    model: Path,
-    files: Mapping[str, Path],
-    code: Path,
-    step: int,
-) -> ModelVersion:
-    """Log a model (its Python file `model`, the package `code` and `files`, no pickle) and make a version of it."""
-    # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings(record=True):
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(model),
-            artifacts={key: str(file) for key, file in files.items()},
-            code_paths=[str(code)],
-            pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
-            step=step,
-        )
-    return mlflow.register_model(logged.model_uri, name, tags={IDENTITY: identity})
+def curve_points(row: Row, moment: int) -> list[Metric]:
+    """An epoch's points of the curves, at its step; val_accuracy as val/accuracy: MLflow makes sections of prefixes."""
+    points = {name.replace("_", "/", 1): rounded(value) for name, value in row.items() if name != "epoch"}
+    return [Metric(name, value, moment, int(row["epoch"])) for name, value in points.items() if math.isfinite(value)]
 
 
-def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
-    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
+def shown_epochs(store: Store, run_id: str) -> set[int]:
+    """The epochs whose points a run has."""
+    return {point.step for point in store.client.get_metric_history(run_id, "val/loss")}
 
-    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
-    is of this architecture, else the newest version that is. Raises ConvoyError where there is none.
-    """
-    if init == "champion":
-        return _fetch_version(store, name, architecture, folder)
+
+def log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> None:
+    """Write points; the same one twice, moment included, is one."""
+    for start in range(0, len(points), 1000):  # what a server takes at a time
+        client.log_batch(run_id, metrics=points[start : start + 1000])
+
+
+def rounded(value: float) -> float:
+    """To seven digits, as MLflow's tables show all that there are."""
+    return value if float(value).is_integer() else float(f"{value:.7g}")
+
+
+def end_lost_runs(store: Store) -> None:
+    """Runs that count as running, though their process on this machine has gone, were killed."""
+    for run in store.client.search_runs([store.experiment.experiment_id], "attributes.status = 'RUNNING'"):
+        machine, _, process = run.data.tags.get(PROCESS, "").rpartition(" ")
+        if machine == platform.node() and process.isdecimal() and not _is_alive(int(process)):
+            store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_alive(process: int) -> bool:
     try:
-        store.client.get_run(init)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ConvoyError(f"model.{architecture}.init: MLflow has no run {init}: take the id from its page") from error
-    held = {file.path for file in store.client.list_artifacts(init)}
-    for file in (RECORD, WEIGHTS):
-        if file not in held:
-            raise ConvoyError(f"model.{architecture}.init: run {init} holds no {file}: take another run")
-        store.client.download_artifacts(init, file, str(folder))
-    return f"run {init}"
-
-
-def _fetch_version(store: Store, name: str, architecture: str, folder: Path) -> str:
-    versions = store.client.search_model_versions(f"name = '{name}'")
-    champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
-    others = set()
-    for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
-        artifacts = f"models:/{name}/{found.version}/artifacts"
-        record = json.loads(_download(f"{artifacts}/{RECORD}", folder).read_text())
-        if record["architecture"] == architecture:
-            _download(f"{artifacts}/{WEIGHTS}", folder)
-            return f"version {found.version} of model {name}, of run {found.run_id}"
-        others.add(record["architecture"])
-    there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
-    raise ConvoyError(
-        f"model.{architecture}.init: MLflow has no version of model {name} of architecture {architecture} ({there}): "
-        "set init: scratch"
-    )
-
-
-def _download(uri: str, folder: Path) -> Path:
-    """One file, brought into `folder` under its own name."""
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).rename(folder / Path(uri).name)
-
-
-def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:
-    """Point an alias at a version; False where it did already."""
-    try:
-        # MLflow hands out version numbers now as text, now as int
-        if int(store.client.get_model_version_by_alias(name, alias).version) == int(version.version):
-            return False
-    except MlflowException as error:
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
-            raise
-    store.client.set_registered_model_alias(name, alias, version.version)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
     return True
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+# Where a run comes from
+
+
+def origin(root: Path) -> dict[str, str]:
+    """The tags that say where a run comes from: commit, packages, who and why. None says a secret."""
+    lock, experiment, head = root / "requirements.lock", os.environ.get("DVC_EXP_NAME", ""), commit(root)
+    scheduled = os.environ.get("GITHUB_EVENT_NAME") == "schedule"
+    tags = {
+        "commit": head,
+        "lock": hashlib.sha256(lock.read_bytes()).hexdigest()[:12] if lock.exists() else "",
+        "who": who(root),
+        "why": "scheduled" if scheduled else "tuning" if experiment else "manual",
+        "experiment": experiment,
+        "mlflow.user": who(root),  # as MLflow calls them, for its columns User, Version and Source
+        "mlflow.source.git.commit": head.partition(" ")[0],
+        "mlflow.source.name": "pipeline/train.py",
+        "mlflow.source.type": "LOCAL",
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def who(root: Path = Path()) -> str:
+    """The name of the person in git, who started the workflow on GitHub, or of the account."""
+    name = os.environ.get("GITHUB_ACTOR") or _git(root, "config", "user.name")
+    with contextlib.suppress(OSError, KeyError):  # an account without a name, as in a container
+        name = name or getpass.getuser()
+    return name or "unknown"
+
+
+def commit(root: Path = Path()) -> str:
+    """The commit of the project in `root`, and whether code or settings differ from it; "" where git knows none."""
+    head = _git(root, "rev-parse", "--short=12", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--", *CODE) if head else ""
+    return f"{head} with changes" if changes else head
+
+
+def _git(root: Path, *command: str) -> str:
+    try:
+        asked = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
+# Views
 
 
 def save_views(store: Store) -> tuple[str, str]:

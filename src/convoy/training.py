@@ -35,6 +35,8 @@ GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has end
 EXPLODED = 1000  # times the loss of a guess among all classes
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
 
+Tell = Callable[[dict[str, float]], None]  # is given each row of the history
+
 
 @schema
 class Train:
@@ -75,18 +77,24 @@ class Trained:
 
 
 def fit(
-    classifier: Classifier, data: ImageData, params: Train, choice: Choice, checkpoint: Checkpoint | None = None
+    classifier: Classifier,
+    data: ImageData,
+    params: Train,
+    choice: Choice,
+    checkpoint: Checkpoint | None = None,
+    tell: Tell = lambda row: None,
 ) -> Trained:
     """Train `classifier` on `data`: the same bits for the same settings, data, versions, instruction set and threads.
 
-    It begins where `checkpoint` was left, and ends in the same bits as if it had never been interrupted. SIGTERM
-    saves and exits with 143. Raises ConvoyError where a batch does not fit into the GPU's memory.
+    It begins where `checkpoint` was left, and ends in the same bits as if it had never been interrupted. `tell` is
+    called when an epoch ends, and at once for those before the checkpoint. SIGTERM saves and exits with 143. Raises
+    ConvoyError where a batch does not fit into the GPU's memory.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
     torch.set_num_threads(choice.threads)
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the pixels come
-    training = Training(classifier, data, params, choice, checkpoint)
+    training = Training(classifier, data, params, choice, checkpoint, tell)
     trainer = lightning.Trainer(
         accelerator="gpu" if choice.accelerator == "gpu" else "cpu",
         devices=choice.devices,
@@ -153,7 +161,13 @@ class Training(lightning.LightningModule):
     class_weights: Tensor
 
     def __init__(
-        self, classifier: Classifier, data: ImageData, params: Train, choice: Choice, checkpoint: Checkpoint | None
+        self,
+        classifier: Classifier,
+        data: ImageData,
+        params: Train,
+        choice: Choice,
+        checkpoint: Checkpoint | None,
+        tell: Tell = lambda row: None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -162,6 +176,7 @@ class Training(lightning.LightningModule):
         self.params = params
         self.choice = choice
         self.checkpoint = checkpoint
+        self.tell = tell
         self.recipe = classifier.recipe
         if self.recipe.body_lr == 0:
             for name, parameter in classifier.named_parameters():
@@ -191,6 +206,8 @@ class Training(lightning.LightningModule):
         self.began = self.saved = self.looked = time.monotonic()
         if state := checkpoint.load() if checkpoint else None:
             self._restore(state)
+            for row in self.history:
+                tell(row)
         images = data.batches.batch_size
         seen = (data.epoch * data.steps + data.step) * images
         self.progress = Progress(
@@ -312,6 +329,7 @@ class Training(lightning.LightningModule):
         self.data.step = 0
         self.sums = torch.zeros(3, device=self.device)
         self.progress.end(row)
+        self.tell(row)
         self._save()
         self._end_if_terminated(saved=True)
         self.trainer.should_stop = self.reason_to_stop() != ""

@@ -37,6 +37,7 @@ class Said(NamedTuple):
     split: str = ""
     group: str = ""
     fault: str = ""  # why the image is no use, where what is said of it shows that
+    more: tuple[str, ...] = ()  # the other columns of a table
 
 
 def below(name: str) -> str | None:

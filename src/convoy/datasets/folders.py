@@ -11,7 +11,16 @@ from convoy.datasets.archives import ARCHIVES, open_archive
 from convoy.datasets.files import Files, Said, is_image, is_junk, split_in
 from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
 from convoy.datasets.source import SPLITS, Member, Source
-from convoy.datasets.tables import TABLES, Table, holds_labels, labels_in, may_be_tables, read_csv, read_parquet
+from convoy.datasets.tables import (
+    TABLES,
+    Table,
+    holds_labels,
+    labels_in,
+    may_be_tables,
+    more_columns,
+    read_csv,
+    read_parquet,
+)
 from convoy.images import BadImage
 
 Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
@@ -27,7 +36,8 @@ def read_folder(data: Path) -> Source:
     """
     places = _places(data)
     tables, shards, others = _tables(places)
-    says, astray = _by_table(tables, places) if tables else (_by_folder(places, shards), [])
+    more = more_columns(tables)
+    says, astray = _by_table(tables, places, more) if tables else (_by_folder(places, shards), [])
 
     labels = {member.label for member in astray}
     count = len(astray) + sum(shard.count for shard in shards)
@@ -47,7 +57,7 @@ def read_folder(data: Path) -> Source:
             " labels.csv with the columns path and label; either may lie in zip or tar archives"
             + "".join(f"\n  {line}" for line in found)
         )
-    return Source(classes, count, _members(places, says, astray, shards))
+    return Source(classes, count, _members(places, says, astray, shards), more)
 
 
 def refuse_links(folder: Path) -> None:
@@ -148,14 +158,14 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
     return tables, shards, others
 
 
-def _by_table(tables: list[Table], places: list[Files]) -> tuple[list[Says], list[Member]]:
+def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tuple[list[Says], list[Member]]:
     """What tables say of the images in each place; and members for what they say of no file."""
     unnamed = (Said(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
 
     def says(said: dict[str, tuple[Said, ...]], path: str) -> Sequence[Said]:
         return said.get(path, unnamed if is_image(path) else ())
 
-    named, astray = labels_in(tables, places)
+    named, astray = labels_in(tables, places, more)
     return [functools.partial(says, said) for said in named], astray
 
 
@@ -204,8 +214,9 @@ def _members(places: list[Files], says: list[Says], astray: list[Member], shards
             for index, path in enumerate(files.paths):
                 rows = said(path)
                 content = read(index) if any(not row.fault for row in rows) else b""
-                for label, split, group, fault in rows:
-                    yield Member(f"{files.name}{path}", label, split, group, BadImage(fault) if fault else content)
+                for row in rows:
+                    shown = BadImage(row.fault) if row.fault else content
+                    yield Member(f"{files.name}{path}", row.label, row.split, row.group, shown, row.more)
     yield from astray
     for shard in shards:
         yield from members(shard)

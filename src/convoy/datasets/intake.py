@@ -14,7 +14,7 @@ from tqdm import tqdm
 from convoy.config import ConvoyError, Share, schema
 from convoy.datasets.decoding import RECORD, decoded, remember
 from convoy.datasets.history import extended
-from convoy.datasets.packed import DESCRIPTION, PIXELS, TABLE, Packed
+from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed
 from convoy.datasets.source import Dataset, Source
 
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
@@ -87,7 +87,9 @@ def _decode(
     An image costs some hundred bytes of memory, in columns and not in objects of Python, and a batch of images as
     much as they are large, however many there are.
     """
-    parts, faults, records = [NO_IMAGES], [NO_FAULTS], [np.empty(0, RECORD)]
+    more = [(f"{COLUMN}{name}", pa.string()) for name in source.more]
+    schema, unsaid = pa.schema([*NO_IMAGES.schema, *more]), ("",) * len(more)
+    parts, faults, records = [schema.empty_table()], [NO_FAULTS], [np.empty(0, RECORD)]
     offset = 0
     with pixels.open("wb") as file, tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar:
         for members, batch in decoded(source, dataset.longest_side, earlier):
@@ -102,8 +104,8 @@ def _decode(
                     bad.append((member.path, member.label, fault))
                 else:
                     group = member.group or group_in(member.path, dataset.group)
-                    sound.append((member.path, member.label, member.split, group))
-            parts.append(pa.Table.from_arrays(_columns(sound, batch.records), schema=NO_IMAGES.schema))
+                    sound.append((member.path, member.label, member.split, group, *(member.more or unsaid)))
+            parts.append(pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(more)), schema=schema))
             faults.append(pa.Table.from_arrays(_strings(bad, 3), schema=NO_FAULTS.schema))
             bar.update(len(members))
     return pa.concat_tables(parts).to_pandas(), pa.concat_tables(faults).to_pandas(), np.concatenate(records)
@@ -116,10 +118,15 @@ NO_IMAGES = pa.schema(
 ).empty_table()
 
 
-def _columns(named: list[tuple[str, str, str, str]], records: np.ndarray) -> list[pa.Array]:
-    """path, label, split and group, and what is recorded of each image, the sha256 in hexadecimal."""
+def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
+    """path, label, split and group; what is recorded of each image, the sha256 in hexadecimal; and what else is said.
+
+    `width` texts are said of each image.
+    """
+    texts = _strings(said, width)
     digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.string())
-    return [*_strings(named, 4), digests, *(pa.array(records[name]) for name in NO_IMAGES.column_names[5:])]
+    recorded = [pa.array(records[name]) for name in NO_IMAGES.column_names[5:]]
+    return [*texts[:4], digests, *recorded, *texts[4:]]
 
 
 def _strings(rows: list[tuple], width: int) -> list[pa.Array]:

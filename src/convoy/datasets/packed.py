@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 
 PIXELS, TABLE, DESCRIPTION = "pixels.bin", "images.parquet", "dataset.json"
+COLUMN = "column_"  # before the name of a column of a table of labels that convoy itself makes no use of
+FEW = 50  # different values of such a column; what has more, as a number or a comment has, is left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Packed:
 
     Columns: path, label, split and group as the source has them ("" for none); sha256 of the file; picture, a hash of
     the shape and the pixels; phash, the perceptual hash; source_height and source_width in the file; height, width and
-    channels as kept, and the offset of the first of the image's pixels.
+    channels as kept, and the offset of the first of the image's pixels. Then the other columns of a table of labels,
+    as text, each under its name with `COLUMN` before it.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -61,6 +61,7 @@ class Member:
     split: str  # train, val or test where the source says so, else ""
     group: str  # images of one group stay on one side of the split; "" where the source names none
     content: Content
+    more: tuple[str, ...] = ()  # what `Source.more` names; nothing where nothing is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +71,4 @@ class Source:
     classes: list[str]  # every label of a member, in the order of the source
     count: int  # of the members
     members: Iterator[Member]  # in an order that does not change from run to run
+    more: Sequence[str] = ()  # names of the other columns of the tables of labels

@@ -2,20 +2,24 @@
 
 import dataclasses
 import io
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 
 from convoy.config import ConvoyError
 from convoy.datasets.files import SPLIT_WORDS, Files, Said, below
+from convoy.datasets.packed import FEW
 from convoy.datasets.parquet import Parquet, texts
 from convoy.datasets.source import SPLITS, Member
 from convoy.images import BadImage
 
 TABLES = (".csv", ".parquet")
 PATHS = ("path", "file_name")  # the column that names the files is called one of these
+USED = (*PATHS, "label", "split", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Table:
     files: Files  # among which it lies
     folder: str  # below which its paths are: "" or pets/
     split: str  # of all rows, where no column says it
-    rows: pd.DataFrame  # text; path or file_name, label, and perhaps split and group
+    rows: pd.DataFrame  # text; path or file_name, label, and perhaps split, group and others
 
 
 def may_be_tables(paths: list[str]) -> Iterator[int]:
@@ -81,14 +85,25 @@ def read_parquet(table: Parquet) -> pd.DataFrame:
     rows = pd.DataFrame(columns=table.schema.names)
     if not holds_labels(rows):
         return rows
-    columns = [column for column in (*PATHS, "label", "split", "group") if column in rows]
+    columns = [field.name for field in table.schema if field.name in USED or not pa.types.is_nested(field.type)]
     return pd.DataFrame(texts(table, columns), columns=columns)
 
 
+def more_columns(tables: Sequence[Table]) -> list[str]:
+    """The columns that convoy makes no use of, where they have few values: images can be told apart by them."""
+    values: dict[str, set[str]] = {}
+    for table in tables:
+        for column in table.rows.columns.difference(list(USED), sort=False):
+            values.setdefault(column, set()).update(table.rows[column].unique())
+    return [column for column, there in values.items() if len(there) <= FEW]
+
+
 def labels_in(
-    tables: Sequence[Table], places: Sequence[Files]
+    tables: Sequence[Table], places: Sequence[Files], more: Sequence[str] = ()
 ) -> tuple[list[dict[str, tuple[Said, ...]]], list[Member]]:
     """What the tables say of the files in each place, by path; and members for the rows that lead to no file.
+
+    `more` are the columns that are told too; of several rows for one file those of the first.
 
     A row may also name a file in an archive that lies beside its table, by the path in the archive.
     """
@@ -100,7 +115,7 @@ def labels_in(
         beside = f"{table.files.name}{table.folder}"
         near = [(place, table.folder) for place, files in enumerate(places) if files is table.files]
         near += [(place, "") for place, files in enumerate(places) if files.name.rpartition("/")[0] + "/" == beside]
-        for path, row in _rows(table):
+        for path, row, others in _rows(table, more):
             names = [below(path), below(path.replace("\\", "/"))]
             files = [(k, folder + name) for name in names if name for k, folder in near if folder + name in there[k]]
             if None in names:
@@ -113,16 +128,17 @@ def labels_in(
             else:
                 place, name = files[0]
                 rows = said[place].get(name, ())
-                if row not in rows:
+                if row not in [known._replace(more=()) for known in rows]:
+                    row = row._replace(more=tuple(sys.intern(value) for value in others))  # few, of many images
                     said[place][name] = shared.setdefault((*rows, row), (*rows, row))
     return said, [Member(path, row.label, row.split, row.group, BadImage(row.fault)) for path, row in astray]
 
 
-def _rows(table: Table) -> Iterator[tuple[str, Said]]:
-    """The path in each row that is not empty, and what it says."""
-    columns = [next(column for column in PATHS if column in table.rows), "label", "split", "group"]
+def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Said, list[str]]]:
+    """The path in each row that is not empty, what it says, and what the columns `more` say."""
+    columns = [next(column for column in PATHS if column in table.rows), *USED[len(PATHS) :], *more]
     empty = pd.Series("", index=table.rows.index)
-    for path, label, word, group in zip(*(table.rows.get(column, empty) for column in columns), strict=True):
+    for path, label, word, group, *others in zip(*(table.rows.get(column, empty) for column in columns), strict=True):
         fault = f"has the split {word!r} in {table.title}, which is none of {SPLIT_WORDS}"
         if not label:
             fault = f"has no label in {table.title}"
@@ -130,4 +146,4 @@ def _rows(table: Table) -> Iterator[tuple[str, Said]]:
             fault = ""
         if path or label:
             split = SPLITS.get(word.lower(), "") if "split" in table.rows else table.split
-            yield path, Said(label, split, group, fault)
+            yield path, Said(label, split, group, fault), others

@@ -1,0 +1,146 @@
+"""predict: label and probability of images, by a registered model; no stage."""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from convoy import config, served, tracking
+from convoy.config import ConvoyError
+from convoy.datasets.files import MAX_BYTES, TOO_LARGE, is_image, is_junk
+from convoy.images import BadImage
+from convoy.predictor import Predictor
+
+BATCH = 64  # images that are in memory at a time
+
+Answer = dict[str, str | float]  # image, and either label and probability or error
+
+
+def main() -> None:
+    """Print label and probability of each IMAGE: a file, a folder (with all below it) or a pattern such as '*.png'."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=main.__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; the champion, if not given")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line, instead of a table")
+    options = parser.parse_args()
+    try:
+        title, predictor = registered(Path.cwd(), options.model)
+        answers = answer(predictor, options.images)
+        unread = print_lines(answers) if options.json else print_table(answers, title)
+    except ConvoyError as error:
+        sys.exit(f"convoy: predict: {error}")
+    except BrokenPipeError:  # whoever reads has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    if unread:
+        sys.exit(f"convoy: predict: {unread} image{'s' if unread > 1 else ''} without an answer")
+
+
+def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
+    """The model of a URI, or else the champion, and what it is, in words."""
+    name = config.load(root / "params.yaml")["register"]["name"]
+    home = Path(os.environ.get("DVC_ROOT", root))
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
+        raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
+    with tracking.store(home, name) as store:
+        version = served.find(store, uri or f"models:/{name}@champion")
+        predictor = served.load(version)
+    if torch.cuda.is_available():
+        predictor.classifier.cuda()
+    return f"{version.name} {version.version}, {predictor.architecture}", predictor
+
+
+def answer(predictor: Predictor, given: Sequence[str]) -> Iterator[Answer]:
+    """An answer for each image, in the order of the arguments; the images of a folder or a pattern by their names."""
+    batch: list[tuple[str, np.ndarray | BadImage]] = []
+    for path in found(given):
+        batch.append((str(path), read(path, predictor)))
+        if len(batch) == BATCH:
+            yield from _answer(predictor, batch)
+            batch = []
+    yield from _answer(predictor, batch)
+
+
+def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | BadImage]]) -> Iterator[Answer]:
+    pixels = [image for _, image in batch if isinstance(image, np.ndarray)]
+    rows = iter(predictor.probabilities(np.stack(pixels)) if pixels else [])
+    for path, image in batch:
+        if isinstance(image, BadImage):
+            yield {"image": path, "error": str(image)}
+        else:
+            row = next(rows)
+            best = int(row.argmax())
+            yield {"image": path, "label": predictor.task.classes[best], "probability": float(row[best])}
+
+
+def found(given: Sequence[str]) -> Iterator[Path]:
+    """The files that the arguments name. What names none comes as it is, and is no image."""
+    for name in given:
+        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute one)
+        for path in map(Path, matches or [name]):
+            below = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+            inside = [file for file in below if is_image(file.name) and not is_junk(str(file.relative_to(path)))]
+            yield from inside or [path]
+
+
+def read(path: Path, predictor: Predictor) -> np.ndarray | BadImage:
+    """The image as the network takes it, or why it can't be used."""
+    try:
+        if path.is_dir():
+            return BadImage("is a folder without images")
+        if not path.exists():
+            return BadImage("is not there")
+        if not path.is_file():  # a pipe or a device may never end
+            return BadImage("is not a file")
+        if path.stat().st_size > MAX_BYTES:
+            return BadImage(TOO_LARGE)
+        return predictor.fitted(path.read_bytes())
+    except OSError as error:
+        return BadImage(f"can't be read: {error.strerror}")
+    except BadImage as fault:
+        return fault
+
+
+def print_lines(answers: Iterator[Answer]) -> int:
+    """A JSON object a line; returns how many are without an answer."""
+    unread = 0
+    for each in answers:
+        unread += "error" in each
+        print(json.dumps(each), flush=True)
+    return unread
+
+
+def print_table(answers: Iterator[Answer], title: str) -> int:
+    """The answers as a table, what is wrong with the others on the error stream; returns how many these are."""
+    from rich.markup import escape
+
+    from convoy import report
+
+    rows, unread = [], 0
+    for each in answers:
+        image = printable(str(each["image"]))
+        if "error" in each:
+            unread += 1
+            print(f"{image} {each['error']}", file=sys.stderr)
+        else:
+            label = printable(str(each["label"]))
+            rows.append({"image": escape(image), "label": escape(label), "probability": each["probability"]})
+    if rows:
+        report.print_table(pd.DataFrame(rows), title)
+    return unread
+
+
+def printable(name: str) -> str:
+    """A name in which nothing but letters and signs reaches the terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
+
+
+if __name__ == "__main__":
+    main()

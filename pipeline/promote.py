@@ -1,0 +1,101 @@
+"""promote: the challenger judged beside the champion, and moved into its place if the gate says PROMOTE.
+
+Part of the register stage, and of nothing else: there is no other way to promote.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from convoy import champion, gate, models, registry, report, served, timing, tracking
+from convoy.batches import Images
+from convoy.comparison import answers
+from convoy.datasets.packed import Packed
+from convoy.gate import Contender, Verdict
+from convoy.predictor import Predictor
+from convoy.promotion import Register
+from convoy.task import Task
+from pipeline import sync, verify
+from pipeline.stage import MARK, Stage, sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """The best of the architectures by validation."""
+
+    architecture: str
+    version: int  # of the registered model
+    result: sync.Result
+    run: str  # its id in MLflow
+
+
+def promote(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> None:
+    """Judge the candidate beside version `compared` of the model (None: there never was a champion), and act on it."""
+    name, version, key = params.name, candidate.version, _key(stage, params, candidate, compared)
+    with tracking.store(stage.home, name) as store:
+        said = registry.judged(store, name, version, key)
+        if taken_back := champion.was_rolled_back(store, name, version):
+            said = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
+    if said is None:
+        predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
+        verdict = judge(stage, params, candidate, predictions, compared)
+        said = verdict.summary()
+        report.write_verdict(verdict, candidate.architecture, version, compared, stage.home / "artifacts/verdict.md")
+        with tracking.store(stage.home, name) as store:
+            accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
+            registry.keep_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
+    print(f"{candidate.architecture}, version {version}: {said}")
+    if not said.startswith("PROMOTE"):
+        stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
+        print(f"{stays}. Every reason is in artifacts/verdict.md, the rule in docs/promotion.md")
+        return
+
+    with tracking.store(stage.home, name) as store:
+        print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
+        who, commit = tracking.who(stage.root), tracking.commit(stage.root)
+        champion.move(store, name, champion.Event(champion.now(), "promotion", compared, version, who, commit, said))
+        registry.log_trail(store, candidate.run, champion.trail(store, name))
+    print(f"{candidate.architecture} is now the champion: models:/{name}@champion, version {version}")
+
+
+def judge(
+    stage: Stage, params: Register, candidate: Candidate, predictions: pd.DataFrame, compared: int | None
+) -> Verdict:
+    """The verdict of the gate, on today's test images."""
+    prepared = stage.input("preprocess")
+    task = Task.load(prepared / "task.json")
+    images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
+    packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
+    record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
+    challenger = Contender(candidate.architecture, predictions, seen, record["parameters"])
+
+    def contender(version: int, words: str) -> tuple[Contender, Predictor]:
+        """A registered version, its answers made now."""
+        with tracking.store(stage.home, params.name) as store:
+            found = served.find(store, f"models:/{params.name}/{version}")
+            old, trained_on = served.load(found), served.seen(found)
+        name = f"{words} {old.architecture} (version {version})"
+        return Contender(name, answers(old, images, pixels, task, packed), trained_on), old
+
+    with tracking.store(stage.home, params.name) as store:
+        looks = registry.count_looks(store, params.name, candidate.version, gate.fingerprint(predictions))
+        ever = registry.best_ever(store, params.name) if params.gate.mode == "non_inferior" else None
+    if compared is None:
+        return gate.judge(challenger, None, params.gate, looks=looks, first=True)
+    old, predictor = contender(compared, "the champion")
+    settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
+    classifier = models.restore(record["architecture"], settings, task, weights)
+    challenger = dataclasses.replace(challenger, latency=timing.latency_ratio(classifier, predictor.classifier))
+    old = dataclasses.replace(old, latency=1.0)
+    best = contender(ever, "the best champion ever")[0] if ever is not None else None
+    return gate.judge(challenger, old, params.gate, looks=looks, best=best)
+
+
+def _key(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> str:
+    """The hash of what a verdict depends on: where it is as before, the verdict need not be made again."""
+    code = sha256(Path(gate.__file__))
+    parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MARK), code]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,31 @@
+"""rollback: the champion before this one becomes the champion again, with the reason on record; no stage."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from convoy import champion, config, tracking
+from convoy.config import ConvoyError
+
+
+def main() -> None:
+    """Go back to the champion before."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.rollback", description=main.__doc__)
+    parser.add_argument("--reason", required=True, help="why; it is kept with the model")
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        if not options.reason.strip():
+            raise ConvoyError('say why: make rollback REASON="it mistakes wolves for dogs"')
+        name = config.load(root / "params.yaml")["register"]["name"]
+        with tracking.store(root, name) as store:
+            champion.finish(store, name)
+            event = champion.roll_back(store, name, options.reason, tracking.who(), tracking.commit())
+        gone = f"version {event.before}" if event.before else "none"
+        print(f"version {event.after} is the champion of {name} again, instead of {gone}: {event.reason}")
+    except ConvoyError as error:
+        sys.exit(f"convoy: rollback: {error}")
+
+
+if __name__ == "__main__":
+    main()

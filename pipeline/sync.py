@@ -1,0 +1,139 @@
+"""sync: MLflow brought level with the results in artifacts/: every run there, whole and once; no stage.
+
+Whatever kept a run from MLflow, this mends it: a server that was down or died in the middle, a database that was
+deleted, results that DVC's cache restored on another machine. The register stage does the same.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import Timeout
+
+from convoy import report, tracking
+from convoy.config import ConvoyError
+from pipeline.stage import MARK, Stage
+
+PATIENCE = 40  # seconds to wait for a process that still reports a training
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the training and the evaluation of one architecture left, both whole and of each other."""
+
+    trained: Path
+    evaluated: Path
+
+    def mark(self) -> str:
+        """The hash of everything that they wrote."""
+        return hashlib.sha256((self.trained / MARK).read_bytes() + (self.evaluated / MARK).read_bytes()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.trained / "record.json").read_text())
+
+
+def main() -> None:
+    """Bring every run of the current results to MLflow, whole and once."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.sync", description=main.__doc__)
+    parser.parse_args()
+    root = Path.cwd()
+    try:
+        stage = Stage(root, "register")
+        results = {}
+        for name in stage.section("model"):
+            try:
+                results[name] = find_result(stage, name)
+            except ConvoyError as error:
+                print(f"{name} is left out: {error}")
+        with tracking.store(stage.home, stage.section("register")["name"]) as store:
+            bring_level(store, root, list(stage.section("model")), results)
+            table, curves = tracking.save_views(store)
+        print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
+    except ConvoyError as error:
+        sys.exit(f"convoy: sync: {error}")
+
+
+def find_result(stage: Stage, name: str) -> Result:
+    """The result of an architecture. Raises ConvoyError where it is missing, damaged or of two trainings."""
+    result = Result(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
+    locked = stage.root / "dvc.lock"
+    stages = (yaml.safe_load(locked.read_text()) or {}).get("stages", {}) if locked.exists() else {}
+    made = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
+    judged = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
+    if made != judged:
+        raise ConvoyError(f"its evaluation is of an earlier training: run `dvc repro evaluate@{name}`")
+    return result
+
+
+def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:
+    return {entry["path"]: entry.get("md5", "") for entry in stages.get(stage, {}).get(side, [])}
+
+
+def bring_level(
+    store: tracking.Store, root: Path, names: Sequence[str], results: Mapping[str, Result]
+) -> dict[str, str]:
+    """Bring the runs of these results to MLflow, each whole and once; returns their ids.
+
+    `names` are all architectures of params.yaml. A run that shows its result already costs one query. Raises what
+    MLflow raises; to do it again then completes it.
+    """
+    tracking.end_lost_runs(store)
+    records = {name: result.record() for name, result in results.items()}
+    common = {}
+    if set(results) == set(names):
+        identities = sorted(record["identity"] for record in records.values())
+        common["reproduction"] = hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
+    runs = {}
+    for name in results:
+        record, result, mark = records[name], results[name], results[name].mark()
+        identity, status = record["identity"], "FAILED" if record["failure"] else "FINISHED"
+        tags = {**common, **colour(names, name)}
+        found = tracking.find(store, identity)
+        if found and tracking.is_level(found, status, mark):
+            tracking.set_tags(store, found, tags)
+            runs[name] = found.info.run_id
+            continue
+        try:
+            with tracking.sole_writer(store, identity, PATIENCE), tempfile.TemporaryDirectory() as folder:
+                run = describe(record, result, tags, tracking.origin(root), Path(folder))
+                runs[name] = tracking.level(store, run, mark, int((result.trained / MARK).stat().st_mtime * 1000))
+            print(f"{name}: its run is now whole in MLflow")
+        except Timeout:
+            print(f"{name} is training at this moment: its run comes level afterwards")
+            if found:
+                runs[name] = found.info.run_id
+    return runs
+
+
+def describe(
+    record: dict[str, Any], result: Result, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
+) -> tracking.Run:
+    """All that the run of a result holds; the picture among it is drawn in `scratch`."""
+    trained, evaluated = result.trained, result.evaluated
+    figures = json.loads((evaluated / "metrics.json").read_text())
+    files = [trained / "record.json", trained / "history.csv"]
+    files += [evaluated / name for name in ("per_class.csv", "intervals.csv") if (evaluated / name).exists()]
+    if not record["failure"]:
+        picture, title = scratch / "confusion.png", f"{record['architecture']} on test images"
+        predictions = pd.read_parquet(evaluated / "predictions.parquet")
+        report.draw_confusion(predictions, record["task"]["classes"], title, picture)
+        files += [trained / "weights.safetensors", picture]
+    history: list[Any] = pd.read_csv(trained / "history.csv").to_dict("records")
+    return tracking.ended(record, figures, history, tags, origin, files)
+
+
+def colour(names: Sequence[str], name: str) -> dict[str, str]:
+    """The colour of an architecture in MLflow's charts, among all that are trained."""
+    return {"mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""verify: whether a registered model is untouched, loads in a fresh process and answers as evaluated; no stage."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from convoy import config, served, tracking
+from convoy.batches import Images
+from convoy.config import ConvoyError
+
+IMAGES = 200  # that it answers, at most
+
+
+def main() -> None:
+    """Check the files of MODEL, load it in a fresh process, and compare its answers with the recorded ones."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=main.__doc__)
+    parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    parser.add_argument("evaluated", type=Path, help="folder with predictions.parquet, as artifacts/evaluate/lenet")
+    parser.add_argument("prepared", type=Path, nargs="?", default=Path("artifacts/preprocess"))
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        name = config.load(root / "params.yaml")["register"]["name"]
+        with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
+            print(verify(store, options.model, options.evaluated, options.prepared))
+    except ConvoyError as error:
+        sys.exit(f"convoy: verify: {error}")
+
+
+def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> str:
+    """What was found, in words; raises ConvoyError where the model is not what was evaluated."""
+    recorded = pd.read_parquet(evaluated / "predictions.parquet")
+    classes = json.loads((prepared / "task.json").read_text())["classes"]
+    expected = recorded[[f"probability_{name}" for name in classes]].to_numpy()
+    test = Images.load(prepared, "test")
+    if len(test) != len(expected):
+        raise ConvoyError(f"{evaluated} is of {len(expected)} images and {prepared} of {len(test)}: run `dvc repro`")
+    rows = np.unique(np.linspace(0, len(test) - 1, IMAGES).round().astype(int))  # of every class, as they lie in order
+    difference = served.verify(served.find(store, uri), test.pixels[rows], expected[rows])
+    return f"{uri} answers {len(rows)} images as evaluated; probabilities differ by {difference:.1g} at most"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The registry: versions of the registered model, and the aliases that say which of them is used."""
+
+import base64
+import io
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import Array
+from PIL import Image
+
+from convoy import predictor
+from convoy.config import ConvoyError
+from convoy.tracking import IDENTITY, Store
+
+RECORD, WEIGHTS = "record.json", "weights.safetensors"  # what training leaves, as runs and model versions hold it
+VERDICT, JUDGED = "convoy.verdict", "convoy.judged"  # tags of a version: what the gate said, and of what
+TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
+HASHES = "convoy.sha256"  # tag of a model version: the sha256 of every file of the model, as JSON
+SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg", "torch")
+SERVED_BY = (  # the part of this library that a model brings with it
+    "__init__.py",
+    "augmentation.py",
+    "batches.py",
+    "classifier.py",
+    "config.py",
+    "images.py",
+    "models",
+    "predictor.py",
+    "recipe.py",
+    "task.py",
+    "temperature.py",
+)
+
+
+def find_version(store: Store, name: str, identity: str) -> ModelVersion | None:
+    """The version of a registered model that was made from these results."""
+    found = store.client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'")
+    return found[0] if found else None
+
+
+def register(
+    store: Store,
+    *,
+    name: str,
+    run_id: str,
+    identity: str,
+    model: Path,
+    files: Mapping[str, Path],
+    code: Path,
+    step: int,
+) -> ModelVersion:
+    """Log a model and make a version of it, whose tag HASHES says what each of its files must be.
+
+    It is the Python file `model`, of the package `code` what SERVED_BY names, and `files`: record, weights and
+    calibration of a training. No pickle. Raises ConvoyError where the store does not hold what was brought.
+    """
+    artifacts = {file.name: predictor.sha256(file) for file in files.values()}
+    # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        mlflow.start_run(run_id=run_id),
+        warnings.catch_warnings(record=True),
+    ):
+        brought = shutil.copytree(
+            code,
+            Path(scratch, code.name),
+            ignore=lambda folder, names: [name for name in names if Path(folder) == code and name not in SERVED_BY],
+        )
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(model),
+            artifacts={key: str(file) for key, file in files.items()},
+            code_paths=[str(brought)],
+            pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
+            signature=_signature(),
+            input_example=_example(),
+            model_config={"sha256": artifacts},
+            step=step,
+        )
+        stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
+        predictor.check(stored / "artifacts", artifacts)
+        hashes = {str(file.relative_to(stored)): predictor.sha256(file) for file in _files(stored)}
+    tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
+    return mlflow.register_model(logged.model_uri, name, tags=tags)
+
+
+def _signature() -> ModelSignature:
+    """Base64 texts of image files in, as HTTP brings them; a row for each out."""
+    label, probability = ColSpec("string", "label"), ColSpec("double", "probability")
+    probabilities = ColSpec(Array(DataType.double), "probabilities")
+    signature = ModelSignature(Schema([ColSpec("string")]), Schema([label, probability, probabilities]))
+    # else MLflow would make a table of every input, and arrays of pixels could not come from Python any more
+    signature._is_signature_from_type_hint = True
+    return signature
+
+
+def _example() -> list[str]:
+    """A grey square as a PNG. No image of the data, which those who may use the model need not be shown."""
+    file = io.BytesIO()
+    Image.new("L", (32, 32), 128).save(file, "PNG")
+    return [base64.b64encode(file.getvalue()).decode()]
+
+
+def _files(folder: Path) -> list[Path]:
+    # MLflow writes a note of its own into what it downloads
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "registered_model_meta")
+
+
+def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
+    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
+
+    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
+    is of this architecture, else the newest version that is. Raises ConvoyError where there is none.
+    """
+    if init == "champion":
+        return _fetch_version(store, name, architecture, folder)
+    try:
+        store.client.get_run(init)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConvoyError(f"model.{architecture}.init: MLflow has no run {init}: take the id from its page") from error
+    held = {file.path for file in store.client.list_artifacts(init)}
+    for file in (RECORD, WEIGHTS):
+        if file not in held:
+            raise ConvoyError(f"model.{architecture}.init: run {init} holds no {file}: take another run")
+        store.client.download_artifacts(init, file, str(folder))
+    return f"run {init}"
+
+
+def _fetch_version(store: Store, name: str, architecture: str, folder: Path) -> str:
+    versions = store.client.search_model_versions(f"name = '{name}'")
+    champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
+    others = set()
+    for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
+        artifacts = f"models:/{name}/{found.version}/artifacts"
+        record = json.loads(_download(f"{artifacts}/{RECORD}", folder).read_text())
+        if record["architecture"] == architecture:
+            _download(f"{artifacts}/{WEIGHTS}", folder)
+            return f"version {found.version} of model {name}, of run {found.run_id}"
+        others.add(record["architecture"])
+    there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
+    raise ConvoyError(
+        f"model.{architecture}.init: MLflow has no version of model {name} of architecture {architecture} ({there}): "
+        "set init: scratch"
+    )
+
+
+def _download(uri: str, folder: Path) -> Path:
+    """One file, brought into `folder` under its own name."""
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).rename(folder / Path(uri).name)
+
+
+def judged(store: Store, name: str, version: int, key: str) -> str | None:
+    """What the gate said of a version when all that a verdict depends on, hashed as `key`, was as it is now."""
+    tags = store.client.get_model_version(name, str(version)).tags
+    return tags.get(VERDICT) if tags.get(JUDGED) == key else None
+
+
+def keep_verdict(store: Store, name: str, version: int, key: str, said: str, test_images: str, accuracy: float) -> None:
+    """Write a verdict into the tags of the version, with the test images (their fingerprint) and its accuracy there."""
+    tags = {VERDICT: said[:5000], TEST_IMAGES: test_images, TEST_ACCURACY: f"{accuracy:.6f}", JUDGED: key}
+    for tag, value in tags.items():  # the key last: without it the rest does not count
+        store.client.set_model_version_tag(name, str(version), tag, value)
+
+
+def count_looks(store: Store, name: str, version: int, test_images: str) -> int:
+    """How many versions were judged by these test images, this one included."""
+    versions = store.client.search_model_versions(f"name = '{name}' and tags.`{TEST_IMAGES}` = '{test_images}'")
+    return len({int(found.version) for found in versions} | {version})
+
+
+def best_ever(store: Store, name: str) -> int | None:
+    """Of all versions that were judged and promoted, the one with the highest test accuracy then."""
+    promoted = [
+        found
+        for found in store.client.search_model_versions(f"name = '{name}'")
+        if found.tags.get(VERDICT, "").startswith("PROMOTE")
+    ]
+    best = max(promoted, key=lambda found: float(found.tags[TEST_ACCURACY]), default=None)
+    return int(best.version) if best else None
+
+
+def log_trail(store: Store, run_id: str, trail: pd.DataFrame) -> None:
+    """The audit trail as promotions.csv among the artifacts of a run."""
+    store.client.log_text(run_id, trail.to_csv(index=False), "promotions.csv")
+
+
+def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:
+    """Point an alias at a version; False where it did already."""
+    try:
+        # MLflow hands out version numbers now as text, now as int
+        if int(store.client.get_model_version_by_alias(name, alias).version) == int(version.version):
+            return False
+    except MlflowException as error:
+        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            raise
+    store.client.set_registered_model_alias(name, alias, version.version)
+    return True

@@ -1,0 +1,216 @@
+"""The champion: moved only from where it was compared, whole or not at all, and back again."""
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.store.model_registry.abstract_store import AbstractStore
+
+from convoy import champion, tracking
+from convoy.champion import CHAMPION, PREVIOUS, Event, current, finish, move, roll_back, trail, was_rolled_back
+from convoy.config import ConvoyError
+from convoy.tracking import Store
+
+NAME = "convoy"
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with nothing in it, which takes seconds to make and none to copy."""
+    root = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch, tracking.store(root, NAME):
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A registry with four versions, and no champion yet."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty, tmp_path)
+    with tracking.store(tmp_path, NAME) as opened:
+        opened.client.create_registered_model(NAME)
+        for _ in range(4):
+            opened.client.create_model_version(NAME, source=(tmp_path / "mlartifacts").as_uri())
+        yield opened
+
+
+def promotion(before: int | None, after: int) -> Event:
+    return Event(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
+
+
+def aliases(store: Store) -> dict[str, int]:
+    return {name: int(version) for name, version in store.client.get_registered_model(NAME).aliases.items()}
+
+
+def test_before_the_first_there_is_none_and_then_there_is(store: Store) -> None:
+    assert current(store, NAME) is None
+    move(store, NAME, promotion(None, 1))
+    assert current(store, NAME) == 1
+    assert aliases(store) == {CHAMPION: 1}
+
+
+def test_a_move_keeps_the_champion_before_and_tells_who_when_and_why(store: Store) -> None:
+    for before, after in ((None, 1), (1, 3)):
+        move(store, NAME, promotion(before, after))
+    assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
+    table = trail(store, NAME)
+    assert table["after"].tolist() == [1, 3]
+    assert table["before"].astype(object).where(table["before"].notna(), None).tolist() == [None, 1]
+    assert set(table["who"]) == {"ada"}
+    assert table["time"].is_monotonic_increasing
+
+
+def test_a_champion_that_another_moved_meanwhile_is_left_alone(store: Store) -> None:
+    move(store, NAME, promotion(None, 1))
+    store.client.set_registered_model_alias(NAME, CHAMPION, "2")  # by hand
+    with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now: nothing was"):
+        move(store, NAME, promotion(1, 3))
+    assert aliases(store) == {CHAMPION: 2}
+    assert trail(store, NAME)["after"].tolist() == [1]
+
+
+@pytest.mark.parametrize("how", ["version", "alias"])
+def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: Store, how: str) -> None:
+    move(store, NAME, promotion(None, 1))
+    if how == "version":
+        store.client.delete_model_version(NAME, "1")
+    else:
+        store.client.delete_registered_model_alias(NAME, CHAMPION)
+    with pytest.raises(ConvoyError, match="had a champion and has none now"):
+        current(store, NAME)
+    with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is none now"):
+        move(store, NAME, promotion(1, 2))
+
+
+def test_a_rollback_brings_the_champion_before_and_back_again(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2)):
+        move(store, NAME, promotion(before, after))
+    event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
+    assert (event.before, event.after) == (2, 1)
+    assert aliases(store) == {CHAMPION: 1, PREVIOUS: 2}
+    taken_back = was_rolled_back(store, NAME, 2)
+    assert taken_back is not None
+    assert taken_back.reason == "it fails on photographs at night"
+    assert was_rolled_back(store, NAME, 1) is None
+    roll_back(store, NAME, "it was the lens", "bob", "1" * 40)
+    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+    assert was_rolled_back(store, NAME, 2) is None
+    assert trail(store, NAME)["kind"].tolist() == ["promotion", "promotion", "rollback", "rollback"]
+
+
+def test_a_rollback_helps_where_the_champion_was_deleted(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2)):
+        move(store, NAME, promotion(before, after))
+    store.client.delete_model_version(NAME, "2")
+    roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
+    assert aliases(store) == {CHAMPION: 1}
+
+
+def test_without_a_champion_before_there_is_nothing_to_go_back_to(store: Store) -> None:
+    move(store, NAME, promotion(None, 1))
+    with pytest.raises(ConvoyError, match="there is nothing to go back to"):
+        roll_back(store, NAME, "why not", "bob", "1" * 40)
+
+
+class Killed(BaseException):
+    """As if the process had died here."""
+
+
+WRITES = sorted(
+    name
+    for name in vars(AbstractStore)
+    if name.split("_")[0] in ("create", "set", "delete", "update", "rename")
+    and ("registered_model" in name or "model_version" in name)
+)
+
+
+@pytest.fixture
+def dying(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list with the number of writes to MLflow after which the process dies; what dies cleans nothing up."""
+    left = [10**9]
+    registry = store.client._get_registry_client().store
+
+    def counted(original: Any) -> Any:
+        def write(*arguments: Any, **named: Any) -> Any:
+            if left[0] <= 0:
+                raise Killed
+            left[0] -= 1
+            return original(*arguments, **named)
+
+        return write
+
+    for name in WRITES:
+        monkeypatch.setattr(registry, name, counted(getattr(registry, name)))
+    yield left
+
+
+def test_whatever_dies_between_two_steps_leaves_the_old_or_the_new_and_the_next_run_ends_it(
+    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move(store, NAME, promotion(None, 1))
+    monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
+    before, after, ends = 1, 2, set()
+    for writes in range(30):
+        dying[0] = writes
+        try:
+            move(store, NAME, promotion(before, after))
+            died = False
+        except Killed:
+            died = True
+        dying[0] = 10**9
+        assert aliases(store)[CHAMPION] in (before, after)
+        finish(store, NAME)
+        moved = aliases(store)[CHAMPION] == after
+        ends.add((died, moved))
+        known = trail(store, NAME)
+        assert (known["after"].iloc[-1] == after) == moved
+        if moved:
+            assert aliases(store)[PREVIOUS] == before
+            before, after = after, before
+        assert champion.MOVING not in store.client.get_registered_model(NAME).tags
+        assert [model.name for model in store.client.search_registered_models()] == [NAME]  # no lock is left
+        if not died:
+            break
+    assert ends == {(True, False), (True, True), (False, True)}
+
+
+def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Store) -> None:
+    move(store, NAME, promotion(None, 1))
+    ends: list[str] = []
+
+    def contend(after: int) -> None:
+        try:
+            move(Store(MlflowClient(), store.experiment, ""), NAME, promotion(1, after))
+            ends.append(f"moved to {after}")
+        except ConvoyError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=contend, args=(after,)) for after in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    won = aliases(store)[CHAMPION]
+    assert f"moved to {won}" in ends
+    assert any("was version 1 when it was compared" in end for end in ends)
+    assert trail(store, NAME)["after"].tolist() == [1, won]
+
+
+def test_a_lock_is_waited_for_and_then_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(champion, "PATIENCE", 1)
+    with champion.alone(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
+        move(store, NAME, promotion(None, 1))
+    move(store, NAME, promotion(None, 1))
+
+
+def test_the_lock_of_a_process_that_is_gone_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getpid", lambda: 2**30)  # larger than any
+    champion._take(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
+    monkeypatch.undo()
+    move(store, NAME, promotion(None, 1))
+    assert current(store, NAME) == 1

@@ -1,0 +1,334 @@
+"""Stories: what becomes of the champion from night to night, through the real stages and a real registry."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from project import draw_pictures, make_project, run_stages
+from test_champion import WRITES, Killed
+
+from convoy import champion, config, predictor, served, tracking
+from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
+from convoy.config import ConvoyError
+from pipeline import promote, rollback, sync
+from pipeline.register import register
+from pipeline.stage import MARK, Stage, sha256
+
+POOR = ["train.max_epochs=1", "model.lenet.recipe.lr=0.0001"]
+GOOD = ["train.max_epochs=4"]
+ALIKE = ["train.max_epochs=4", "model.lenet.recipe.weight_decay=0.0004"]
+BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.floor=0.0"]
+BASE += ["register.gate.min_test_images=50", "register.gate.min_class_images=20"]
+
+Night = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with three trainings of LeNet, poor, good, and one like it, and nothing registered yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        root = make_project(tmp_path_factory.mktemp("nights") / "project", [*BASE, *GOOD])
+        shutil.rmtree(root / "data")
+        draw_pictures(root / "data", each=120)
+        run_stages(root, until="preprocess")
+        for name, overrides in (("good", GOOD), ("alike", ALIKE), ("poor", POOR)):
+            config.compose(root, [*BASE, *overrides])
+            run_stages(root, until="evaluate", since="train")
+            for stage in ("train", "evaluate"):
+                (root / "kept" / name).mkdir(parents=True, exist_ok=True)
+                shutil.copytree(root / "artifacts" / stage, root / "kept" / name / stage)
+            shutil.copy(root / "params.yaml", root / "kept" / name)
+        with tracking.store(root, "convoy"):
+            pass
+    return root
+
+
+@pytest.fixture
+def root(nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    # MLflow writes absolute paths, so the database is made where it will be
+    return Path(
+        shutil.copytree(nights, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model answers here and not in a fresh process, which takes ten seconds, but in the first story."""
+
+    def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> list[dict[str, Any]]:
+        return [{"probabilities": row} for row in predictor.restore(model / "artifacts").probabilities(pixels).tolist()]
+
+    if request.function is not test_first_night_better_worse_and_tie:
+        monkeypatch.setattr(served, "_answers", answer)
+
+
+@pytest.fixture
+def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
+    """Lets a night end in a training ("poor", "good", "alike") and register; returns what was said."""
+
+    def play(training: str, *overrides: str) -> str:
+        for stage in ("train", "evaluate"):
+            shutil.rmtree(root / "artifacts" / stage, ignore_errors=True)
+            shutil.copytree(root / "kept" / training / stage, root / "artifacts" / stage)
+        settings = {"good": GOOD, "alike": ALIKE, "poor": POOR}[training]
+        config.compose(root, [*BASE, *settings, *overrides])
+        capsys.readouterr()
+        Stage(root, "register").run(register)
+        return capsys.readouterr().out
+
+    return play
+
+
+def aliases(root: Path) -> dict[str, int]:
+    with tracking.store(root, "convoy") as store:
+        found = store.client.get_registered_model("convoy").aliases
+    return {name: int(version) for name, version in found.items()}
+
+
+def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
+    assert "lenet is now the champion: models:/convoy@champion, version 1" in night("poor")
+    assert aliases(root) == {CHALLENGER: 1, CHAMPION: 1}
+
+    said = night("good")
+    assert "PROMOTE" in said
+    assert "lenet is now the champion: models:/convoy@champion, version 2" in said
+    assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+
+    said = night("poor")
+    assert "REJECT" in said
+    assert "version 2 stays the champion" in said
+    assert aliases(root) == {CHALLENGER: 1, CHAMPION: 2, PREVIOUS: 1}
+
+    said = night("alike")
+    assert "HOLD" in said
+    assert "version 2 stays the champion" in said
+    assert aliases(root) == {CHALLENGER: 3, CHAMPION: 2, PREVIOUS: 1}
+    verdict = (root / "artifacts/verdict.md").read_text()
+    assert verdict.startswith("# HOLD: lenet, version 3, beside the champion, version 2")
+    for check in ("better", "test images", "log loss", "visible gain", "latency"):
+        assert f"| {check}" in verdict
+
+    assert "stays the champion" in night("good")  # the champion's own results, again
+    with tracking.store(root, "convoy") as store:
+        table = champion.trail(store, "convoy")
+        assert table["after"].tolist() == [1, 2]
+        assert len(store.client.search_model_versions("name = 'convoy'")) == 3
+        run = store.client.get_model_version("convoy", "2").run_id
+        assert "promotions.csv" in {file.path for file in store.client.list_artifacts(run)}
+
+
+def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    night("good")
+    first = night("alike")
+    monkeypatch.setattr(promote, "judge", lambda *_: pytest.fail("judged again"))
+    assert "HOLD" in night("alike")
+    assert first.splitlines()[-2:] == night("alike").splitlines()[-2:]
+
+
+def test_too_few_test_images_hold_even_on_the_first_night(root: Path, night: Night) -> None:
+    said = night("good", "register.gate.min_test_images=500")
+    assert "HOLD" in said
+    assert "there is no champion yet" in said
+    assert aliases(root) == {CHALLENGER: 1}
+
+
+def test_below_the_floor_there_is_no_first_champion(root: Path, night: Night) -> None:
+    assert "REJECT" in night("poor", "register.gate.floor=0.95")
+    assert aliases(root) == {CHALLENGER: 1}
+
+
+def test_better_on_average_with_one_class_ruined_is_rejected(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("poor")
+    real = promote.answers
+
+    def doctored(*arguments: Any) -> pd.DataFrame:
+        """The champion gets all of one class right that the challenger misses, and little else."""
+        table = real(*arguments)
+        classes = [column for column in table.columns if column.startswith("probability_")]
+        for row in table.index:
+            sure = table.loc[row, "actual"] == "leaning" or row % 4 == 0
+            named = table.loc[row, "actual"] if sure else next(
+                name.removeprefix("probability_") for name in classes
+                if name.removeprefix("probability_") != table.loc[row, "actual"]
+            )  # fmt: skip
+            table.loc[row, classes] = 0.1
+            table.loc[row, f"probability_{named}"] = 1 - 0.1 * (len(classes) - 1)
+            table.loc[row, "predicted"] = named
+        return table
+
+    monkeypatch.setattr(promote, "answers", doctored)
+    evaluated = root / "kept/good/evaluate/lenet/predictions.parquet"
+    table = pd.read_parquet(evaluated)
+    ruined = table["actual"] == "leaning"
+    columns = [f"probability_{name}" for name in ("leaning", "lying", "standing")]
+    table.loc[ruined, columns] = np.array([0.1, 0.8, 0.1])
+    table.loc[ruined, "predicted"] = "lying"
+    monkeypatch.setattr(pd, "read_parquet", _instead(pd.read_parquet, "predictions.parquet", table))
+    said = night("good")
+    assert "REJECT" in said
+    assert "leaning" in said
+    assert aliases(root)[CHAMPION] == 1
+
+
+def _instead(read: Callable[..., pd.DataFrame], name: str, table: pd.DataFrame) -> Callable[..., pd.DataFrame]:
+    return lambda file, **options: table.copy() if Path(file).name == name else read(file, **options)
+
+
+def test_a_deleted_champion_is_an_error_and_not_a_first_night(root: Path, night: Night) -> None:
+    night("poor")
+    with tracking.store(root, "convoy") as store:
+        store.client.delete_model_version("convoy", "1")
+    with pytest.raises(ConvoyError, match="had a champion and has none now"):
+        night("good")
+    assert CHAMPION not in aliases(root)
+
+
+def test_a_tampered_champion_is_an_error(root: Path, night: Night) -> None:
+    night("poor")
+    (weights,) = (root / "mlartifacts").glob("**/models/*/artifacts/artifacts/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model is not what was registered"):
+        night("good")
+    assert aliases(root)[CHAMPION] == 1
+
+
+def test_an_alias_moved_by_hand_meanwhile_is_left_where_it_is(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("poor")
+    night("alike")
+    with tracking.store(root, "convoy") as store:
+        store.client.set_registered_model_alias("convoy", CHAMPION, "1")
+    monkeypatch.setattr(promote, "judge", _moving(promote.judge, root, to="2"))
+    with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now"):
+        night("good")
+    assert aliases(root)[CHAMPION] == 2
+
+
+def _moving(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any]:
+    def judged(*arguments: Any) -> Any:
+        verdict = judge(*arguments)
+        with tracking.store(root, "convoy") as store:
+            store.client.set_registered_model_alias("convoy", CHAMPION, to)
+        return verdict
+
+    return judged
+
+
+def test_a_rolled_back_model_does_not_come_again_by_itself(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night("poor")
+    night("good")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
+    rollback.main()
+    assert (
+        "version 1 is the champion of convoy again, instead of version 2: it fails at night" in capsys.readouterr().out
+    )
+    assert aliases(root)[CHAMPION] == 1
+    assert "HOLD: it was rolled back on " in night("good")
+    assert aliases(root)[CHAMPION] == 1
+
+
+def test_a_champion_that_was_trained_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
+    night("poor")
+    table = root / "artifacts/preprocess/images.parquet"
+    images = pd.read_parquet(table)
+    one = images.index[images["split"] == "train"][0]
+    other = images.index[images["split"] == "test"][0]
+    images.loc[other, "sha256"] = images.loc[one, "sha256"]
+    images.to_parquet(table, index=False)
+    renew_mark(table.parent)
+    predictions = root / "kept/good/evaluate/lenet/predictions.parquet"
+    answers = pd.read_parquet(predictions)
+    answers.loc[0, "sha256"] = images.loc[one, "sha256"]
+    answers.to_parquet(predictions, index=False)
+    renew_mark(predictions.parent)
+    with pytest.raises(ConvoyError, match=r"was trained on 1 of the .* test images"):
+        night("good")
+    assert aliases(root)[CHAMPION] == 1
+
+
+def renew_mark(folder: Path) -> None:
+    """As if the stage had written its files so."""
+    hashes = json.loads((folder / MARK).read_text())
+    (folder / MARK).write_text(json.dumps({file: sha256(folder / file) for file in hashes}))
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A list with the number of writes to the registry after which the process dies."""
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    left = [10**9]
+
+    def counted(original: Any) -> Any:
+        def write(*arguments: Any, **named: Any) -> Any:
+            if left[0] <= 0:
+                raise Killed
+            left[0] -= 1
+            return original(*arguments, **named)
+
+        return write
+
+    for name in WRITES:
+        if name in vars(SqlAlchemyStore):
+            monkeypatch.setattr(SqlAlchemyStore, name, counted(vars(SqlAlchemyStore)[name]))
+    yield left
+
+
+@pytest.mark.slow
+def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
+    root: Path, night: Night, dying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("poor")
+    monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
+    database = (root / "mlflow.db").read_bytes()
+    for writes in range(100):
+        (root / "mlflow.db").write_bytes(database)
+        dying[0] = writes
+        try:
+            night("good")
+            died = False
+        except Killed:
+            died = True
+        dying[0] = 10**9
+        assert aliases(root)[CHAMPION] in (1, 2)
+        night("good")
+        assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+        with tracking.store(root, "convoy") as store:
+            assert champion.trail(store, "convoy")["after"].tolist() == [1, 2]
+            assert [model.name for model in store.client.search_registered_models()] == ["convoy"]
+            assert len(store.client.search_model_versions("name = 'convoy'")) == 2
+        if not died:
+            break
+    assert writes > 8
+
+
+def test_a_deleted_database_is_filled_again_by_sync(
+    root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("good")
+    # in another place, since this process would not notice that its database is gone
+    lost = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    monkeypatch.chdir(lost)
+    monkeypatch.setattr("sys.argv", ["sync"])
+    for _ in range(2):
+        sync.main()
+    with tracking.store(lost, "convoy") as store:
+        (run,) = store.client.search_runs([store.experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        assert len(store.client.get_metric_history(run.info.run_id, "val/loss")) == 4
+    Stage(lost, "register").run(register)
+    assert aliases(lost)[CHAMPION] == 1

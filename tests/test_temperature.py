@@ -1,0 +1,59 @@
+"""The temperature: it finds what was planted, changes no answer, and never makes the images it was fitted on worse."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convoy.temperature import fit_temperature, log_losses, tempered
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    scaled = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return scaled / scaled.sum(axis=1, keepdims=True)
+
+
+def drawn(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """labels (N,), and the logits (N, K) that they were drawn by."""
+    random = np.random.default_rng(seed)
+    logits = 2 * random.normal(size=(images, classes))
+    labels = (softmax(logits).cumsum(axis=1) < random.random((images, 1))).sum(axis=1)
+    return np.minimum(labels, classes - 1), logits
+
+
+@pytest.mark.parametrize("planted", [0.3, 1.0, 2.5, 8.0])
+def test_a_planted_temperature_is_found(planted: float) -> None:
+    labels, logits = drawn(0, 5000, 7)
+    assert fit_temperature(labels, softmax(logits * planted)) == pytest.approx(planted, rel=0.05)
+
+
+def test_it_is_that_of_the_logits() -> None:
+    _, logits = drawn(0, 50, 7)
+    for temperature in (0.1, 1.0, 7.0):
+        np.testing.assert_allclose(tempered(softmax(logits), temperature), softmax(logits / temperature), atol=1e-12)
+        back = tempered(tempered(softmax(logits), temperature), 1 / temperature)
+        np.testing.assert_allclose(back, softmax(logits), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 12), st.floats(0.01, 200), st.booleans())
+def test_it_never_makes_its_images_worse_nor_changes_an_answer(
+    seed: int, images: int, classes: int, sharpness: float, shuffled: bool
+) -> None:
+    labels, logits = drawn(seed, images, classes)
+    probabilities = softmax((logits * sharpness).astype(np.float32).astype(float))
+    labels = labels[::-1] if shuffled else labels
+    temperature = fit_temperature(labels, probabilities)
+    after = tempered(probabilities, temperature)
+    assert 0.05 <= temperature <= 20
+    assert log_losses(labels, after).mean() <= log_losses(labels, probabilities).mean()
+    assert (after.argmax(axis=1) == probabilities.argmax(axis=1)).all()
+    assert after.sum(axis=1) == pytest.approx(np.ones(images))
+
+
+def test_few_images_that_are_all_right_prove_no_certainty() -> None:
+    labels = np.zeros(30, int)
+    probabilities = np.array([[0.9, 0.1]] * 30)
+    temperature = fit_temperature(labels, probabilities)
+    assert 0.2 < temperature < 1
+    assert tempered(probabilities, temperature).max() < 0.9999

@@ -1,0 +1,50 @@
+"""What MLflow shows, for tests: the runs of a small project, and a database that is copied instead of made anew."""
+
+import shutil
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+from project import make_project, run_stages
+
+from convoy import tracking
+from pipeline.stage import Stage
+from pipeline.sync import bring_level, find_result
+
+
+def make_road(root: Path, overrides: list[str], *, until: str = "evaluate") -> Path:
+    """A project whose stages have run, with a database that has no run yet."""
+    make_project(root, overrides)
+    run_stages(root, until=until)
+    with tracking.store(root, "convoy"):
+        return root
+
+
+def copied(road: Path, root: Path) -> Path:
+    shutil.copytree(road, root, ignore=shutil.ignore_patterns("mlartifacts"))
+    return root
+
+
+def client(root: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+
+
+def runs(root: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    """By their names."""
+    asked = client(root)
+    experiment = asked.get_experiment_by_name("convoy")
+    found = asked.search_runs([experiment.experiment_id], run_view_type=view) if experiment else []
+    return sorted(found, key=lambda run: run.info.run_name)
+
+
+def curve(root: Path, run: Run, name: str) -> list[tuple[int, float]]:
+    """Every point that there is, the older first."""
+    points = client(root).get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def sync(root: Path) -> dict[str, str]:
+    stage = Stage(root, "register")
+    names = list(stage.section("model"))
+    with tracking.store(root, "convoy") as store:
+        return bring_level(store, root, names, {name: find_result(stage, name) for name in names})

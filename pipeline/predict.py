@@ -119,7 +119,6 @@ def print_lines(answers: Iterator[Answer]) -> int:
 
 def print_table(answers: Iterator[Answer], title: str) -> int:
     """The answers as a table, what is wrong with the others on the error stream; returns how many these are."""
-    from rich.markup import escape
 
     from convoy import report
 
@@ -131,7 +130,7 @@ def print_table(answers: Iterator[Answer], title: str) -> int:
             print(f"{image} {each['error']}", file=sys.stderr)
         else:
             label = printable(str(each["label"]))
-            rows.append({"image": escape(image), "label": escape(label), "probability": each["probability"]})
+            rows.append({"image": image, "label": label, "probability": each["probability"]})
     if rows:
         report.print_table(pd.DataFrame(rows), title)
     return unread

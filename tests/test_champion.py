@@ -1,5 +1,6 @@
 """The champion: moved only from where it was compared, whole or not at all, and back again."""
 
+import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ NAME = "convoy"
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with nothing in it, which takes seconds to make and none to copy."""
     root = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch, tracking.store(root, NAME):
+    with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with tracking.store(root, NAME):
+            pass
     return root / "mlflow.db"
 
 
@@ -185,7 +188,7 @@ def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Store) -
 
     def contend(after: int) -> None:
         try:
-            move(Store(MlflowClient(), store.experiment, ""), NAME, promotion(1, after))
+            move(dataclasses.replace(store, client=MlflowClient()), NAME, promotion(1, after))
             ends.append(f"moved to {after}")
         except ConvoyError as error:
             ends.append(str(error))

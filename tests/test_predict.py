@@ -133,6 +133,7 @@ def test_what_is_no_image_is_named_with_the_reason_and_the_others_are_answered(
     assert all(found[name]["error"].startswith(reason) for name, reason in reasons.items())
     assert found["a.jpg"]["label"] in CLASSES
 
+    monkeypatch.setenv("COLUMNS", "300")
     assert run(monkeypatch, *given[:3]) == "convoy: predict: 2 images without an answer"
     said = capsys.readouterr()
     assert f"{pictures / 'torn.png'} can't be decoded: " in said.err

@@ -28,7 +28,8 @@ def test_two_fresh_copies_train_to_the_same_bytes_one_of_them_on_a_busy_machine(
         try:
             environment = {**os.environ, "PYTHONPATH": str(REAL), "HOME": str(root)}
             environment.pop("OMP_NUM_THREADS", None)  # as a person has it
-            subprocess.run([sys.executable, "-m", "pipeline.train", architecture], cwd=root, env=environment, check=True)
+            command = [sys.executable, "-m", "pipeline.train", architecture]
+            subprocess.run(command, cwd=root, env=environment, check=True)
         finally:
             for process in busy:
                 process.kill()

@@ -35,10 +35,11 @@ Files = dict[str, Path]
 
 def loaded(files: Files) -> ImageClassifier:
     """As MLflow loads it."""
-    hashes = {file.name: predictor.sha256(file) for file in files.values()}
+    hashes = next(iter(files.values())).parent / "hashes.json"
+    hashes.write_text(json.dumps({file.name: predictor.sha256(file) for file in files.values()}))
     model = ImageClassifier()
-    artifacts = {name: str(file) for name, file in files.items()}
-    model.load_context(SimpleNamespace(artifacts=artifacts, model_config={"sha256": hashes}))
+    artifacts = {name: str(file) for name, file in {**files, "hashes": hashes}.items()}
+    model.load_context(SimpleNamespace(artifacts=artifacts))
     return model
 
 

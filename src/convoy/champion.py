@@ -55,7 +55,7 @@ def current(store: Store, name: str) -> int | None:
     champion = version_of(store, name, CHAMPION)
     if champion is not None:
         return int(champion.version)
-    if was_crowned(store, name):
+    if CROWNED in _tags(store, name):
         raise ConvoyError(
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
             f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
@@ -63,14 +63,14 @@ def current(store: Store, name: str) -> int | None:
     return None
 
 
-def was_crowned(store: Store, name: str) -> bool:
-    """Whether there has ever been a champion."""
+def _tags(store: Store, name: str) -> dict[str, str]:
+    """Of the registered model; none where there is no such model."""
     try:
-        return CROWNED in store.client.get_registered_model(name).tags
+        return store.client.get_registered_model(name).tags
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return False
+        return {}
 
 
 def move(store: Store, name: str, event: Event) -> None:
@@ -92,13 +92,14 @@ def move(store: Store, name: str, event: Event) -> None:
 
 def finish(store: Store, name: str) -> None:
     """Bring to its end what a killed process left of a move, if there is such."""
-    if was_crowned(store, name):
+    _break_dead(store, f"{name}.moving")
+    if MOVING in _tags(store, name):
         with alone(store, name):
             _finish(store, name)
 
 
 def _finish(store: Store, name: str) -> None:
-    tags = store.client.get_registered_model(name).tags
+    tags = _tags(store, name)
     if MOVING not in tags:
         return
     event = Event(**json.loads(tags[MOVING]))
@@ -197,11 +198,16 @@ def _take(store: Store, lock: str, owner: str) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    with contextlib.suppress(MlflowException):  # gone meanwhile
+    _break_dead(store, lock)
+    return False
+
+
+def _break_dead(store: Store, lock: str) -> None:
+    """Remove the lock, if there is one, of a process that can't do it any more."""
+    with contextlib.suppress(MlflowException):
         held = store.client.get_registered_model(lock)
         if time.time() - held.creation_timestamp / 1000 > STALE or _is_dead(held.tags.get("owner", "")):
             store.client.delete_registered_model(lock)
-    return False
 
 
 def _is_dead(owner: str) -> bool:

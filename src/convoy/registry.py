@@ -72,6 +72,8 @@ def register(
         mlflow.start_run(run_id=run_id),
         warnings.catch_warnings(record=True),
     ):
+        hashes_file = Path(scratch, "hashes.json")  # against which the model holds itself where it is served
+        hashes_file.write_text(json.dumps(artifacts))
         brought = shutil.copytree(
             code,
             Path(scratch, code.name),
@@ -80,12 +82,11 @@ def register(
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(model),
-            artifacts={key: str(file) for key, file in files.items()},
+            artifacts={key: str(file) for key, file in {**files, "hashes": hashes_file}.items()},
             code_paths=[str(brought)],
             pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
             signature=_signature(),
             input_example=_example(),
-            model_config={"sha256": artifacts},
             step=step,
         )
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))

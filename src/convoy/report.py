@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from convoy.gate import Verdict
+if TYPE_CHECKING:  # who only prints a table waits for no statistics
+    from convoy.gate import Verdict
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
@@ -37,6 +38,7 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     """On the terminal, with four digits of each fraction."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(
@@ -44,9 +46,9 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     )
     for column, values in table.items():
         numeric = pd.api.types.is_numeric_dtype(values)
-        shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left")
+        shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*map(_shown, row))
+        shown.add_row(*map(escape, map(_shown, row)))
     console = Console()
     Console(width=max(console.width, 100)).print(shown)  # a log file has no width of its own
 
@@ -81,7 +83,7 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     pyplot.close(figure)
 
 
-def write_verdict(verdict: Verdict, name: str, version: int, compared: int | None, file: Path) -> None:
+def write_verdict(verdict: "Verdict", name: str, version: int, compared: int | None, file: Path) -> None:
     """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
     against = f"the champion, version {compared}" if compared else "no champion: this is the first night"
     table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)

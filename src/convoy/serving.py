@@ -1,6 +1,7 @@
 """Serving: a trained classifier as the MLflow model that takes plain images."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class ImageClassifier(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Rebuild the network from its record and weights; nothing is unpickled."""
         folder = Path(context.artifacts["record"]).parent
-        predictor.check(folder, context.model_config["sha256"])
+        predictor.check(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
         self.predictor = predictor.restore(folder)
 
     # model_input has no type hint: MLflow would take one for a schema, and refuse what is documented here

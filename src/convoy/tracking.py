@@ -192,6 +192,8 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
+    if uri == embedded:  # MLflow tells processes started from here; another project's store would be taken for a server
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     client = MlflowClient()
     locks = root / "artifacts" / ".scratch"
     locks.mkdir(parents=True, exist_ok=True)

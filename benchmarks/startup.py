@@ -25,8 +25,6 @@ images = Images(np.zeros((64, 32, 32, 1), np.uint8), np.arange(64) % 2)
 settings = yaml.safe_load(open("conf/model/lenet.yaml"))["lenet"]
 """
 PROCESSES = {
-    "Python": "pass",
-    "numpy": "import numpy",
     "pandas": "import pandas",
     "sklearn": "import sklearn.metrics",
     "torch": "import torch",
@@ -98,11 +96,8 @@ def show(measured: pd.DataFrame) -> None:
     """Medians, and in brackets the lowest and the highest."""
     print("| seconds | wall | of processors | wall, no bytecode | of processors |\n|---|---|---|---|---|")
     for process in PROCESSES:
-        cells = [
-            spread(measured.query("process == @process and bytecode == @kind")[column])
-            for kind in ROUNDS
-            for column in ("wall", "cpu")
-        ]
+        mine = measured[measured["process"] == process]
+        cells = [spread(mine[mine["bytecode"] == kind][column]) for kind in ROUNDS for column in ("wall", "cpu")]
         print(f"| {process} | {' | '.join(cells)} |")
 
 

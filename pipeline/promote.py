@@ -43,9 +43,11 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
         predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
         verdict = judge(stage, params, candidate, predictions, compared)
         said = verdict.summary()
-        report.write_verdict(verdict, candidate.architecture, version, compared, stage.home / "artifacts/verdict.md")
+        written = report.describe_verdict(verdict, candidate.architecture, version, compared)
+        (stage.home / "artifacts/verdict.md").write_text(written)
         with tracking.store(stage.home, name) as store:
             accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
+            registry.log_file(store, candidate.run, "verdict.md", written)
             registry.keep_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
     print(f"{candidate.architecture}, version {version}: {said}")
     if not said.startswith("PROMOTE"):
@@ -57,7 +59,7 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
         print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
         who, commit = tracking.who(stage.root), tracking.commit(stage.root)
         champion.move(store, name, champion.Event(champion.now(), "promotion", compared, version, who, commit, said))
-        registry.log_trail(store, candidate.run, champion.trail(store, name))
+        registry.log_file(store, candidate.run, "promotions.csv", champion.trail(store, name).to_csv(index=False))
     print(f"{candidate.architecture} is now the champion: models:/{name}@champion, version {version}")
 
 

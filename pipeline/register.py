@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 import convoy
-from convoy import champion, promotion, registry, report, tracking
+from convoy import champion, models, promotion, registry, report, timing, tracking
 from convoy.config import ConvoyError
+from convoy.task import Task
 from pipeline import sync
 from pipeline.promote import Candidate, promote
 from pipeline.stage import Stage, main
@@ -40,6 +42,7 @@ def register(stage: Stage) -> None:
     with tracking.store(stage.home, params.name) as store:
         runs = sync.bring_level(store, stage.root, names, {name: results[name] for name in reversed(ranked)})
         tracking.save_views(store)
+        _time(store, {runs[name]: records[name] for name in best if name in runs}, trained)
         if not best:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
@@ -68,6 +71,16 @@ def register(stage: Stage) -> None:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
     else:
         promote(stage, params, Candidate(winner, int(version.version), results[winner], runs[winner]), compared)
+
+
+def _time(store: tracking.Store, runs: Mapping[str, dict[str, Any]], trained: Mapping[str, Path]) -> None:
+    """Measure once for each run, by its id, how long its model takes for an image and for a batch, on this machine."""
+    for run, record in runs.items():
+        if tracking.lacks(store, run, "latency/image_ms_median"):
+            name = record["architecture"]
+            weights = trained[name] / "weights.safetensors"
+            classifier = models.restore(name, record["settings"], Task(**record["task"]), weights)
+            tracking.add_timings(store, run, timing.latency(classifier), timing.hardware())
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

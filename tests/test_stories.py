@@ -63,8 +63,8 @@ def root(nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model answers here and not in a fresh process, which takes ten seconds, but in the first story."""
 
-    def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> list[dict[str, Any]]:
-        return [{"probabilities": row} for row in predictor.restore(model / "artifacts").probabilities(pixels).tolist()]
+    def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> np.ndarray:
+        return predictor.restore(model / "artifacts").probabilities(pixels)
 
     if request.function is not test_first_night_better_worse_and_tie:
         monkeypatch.setattr(served, "_answers", answer)

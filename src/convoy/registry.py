@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
-import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -193,9 +192,9 @@ def best_ever(store: Store, name: str) -> int | None:
     return int(best.version) if best else None
 
 
-def log_trail(store: Store, run_id: str, trail: pd.DataFrame) -> None:
-    """The audit trail as promotions.csv among the artifacts of a run."""
-    store.client.log_text(run_id, trail.to_csv(index=False), "promotions.csv")
+def log_file(store: Store, run_id: str, name: str, content: str) -> None:
+    """A text among the artifacts of a run."""
+    store.client.log_text(run_id, content, name)
 
 
 def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:

@@ -83,12 +83,11 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     pyplot.close(figure)
 
 
-def write_verdict(verdict: "Verdict", name: str, version: int, compared: int | None, file: Path) -> None:
+def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None) -> str:
     """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
     against = f"the champion, version {compared}" if compared else "no champion: this is the first night"
     table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
-    summary = verdict.summary()
-    file.write_text(f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{summary}\n\n{table}\n")
+    return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
 
 
 def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:

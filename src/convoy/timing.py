@@ -3,17 +3,19 @@
 No cached output holds such figures: they would make equal results look changed.
 """
 
+import platform
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from convoy.classifier import Classifier, predict
 
 BATCH = 64  # images
 WARM = 5  # calls before the first that counts: caches fill, clocks rise, and kernels are chosen
-LEAST, MOST = 10, 200  # calls that count
-PATIENCE = 3.0  # seconds, after which no more calls than `LEAST` are made
+LEAST, MOST = 10, 100  # calls that count
+PATIENCE = 1.5  # seconds, after which no more calls than `LEAST` are made
 
 
 def latency(classifier: Classifier) -> dict[str, float]:
@@ -24,6 +26,13 @@ def latency(classifier: Classifier) -> dict[str, float]:
         figures[f"{name}_ms_median"] = float(np.median(times))
         figures[f"{name}_ms_p95"] = float(np.quantile(times, 0.95))
     return figures
+
+
+def hardware() -> str:
+    """What the figures are of: processor, its instructions and threads."""
+    return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " + (
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def latency_ratio(classifier: Classifier, other: Classifier, count: int = 1) -> float:

@@ -21,7 +21,7 @@ import mlflow
 import requests
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, ViewType
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.entities import Run as Found
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
@@ -348,6 +348,17 @@ def log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> N
 def rounded(value: float) -> float:
     """To seven digits, as MLflow's tables show all that there are."""
     return value if float(value).is_integer() else float(f"{value:.7g}")
+
+
+def lacks(store: Store, run_id: str, metric: str) -> bool:
+    """Whether a run has no such metric."""
+    return metric not in store.client.get_run(run_id).data.metrics
+
+
+def add_timings(store: Store, run_id: str, timings: Mapping[str, float], hardware: str) -> None:
+    """Write into a run how long its model took, as `latency/<name>`, and on which hardware. No output holds that."""
+    points = [Metric(f"latency/{name}", round(value, 3), _now(), 0) for name, value in timings.items()]
+    store.client.log_batch(run_id, metrics=points, tags=[RunTag("latency.hardware", hardware)])
 
 
 def end_lost_runs(store: Store) -> None:

@@ -51,9 +51,9 @@ from convoy.classifier import Classifier
 from convoy.config import typed
 from convoy.datamodule import ImageData
 from convoy.hardware import Choice, Trainer, choose
-from convoy.recipe import Recipe
+from convoy.recipe import Recipe, Train
 from convoy.task import Task
-from convoy.training import Train, fit, make_optimizer
+from convoy.training import fit, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

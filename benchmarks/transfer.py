@@ -29,8 +29,9 @@ from convoy.batches import Images
 from convoy.classifier import Classifier, predict
 from convoy.datamodule import ImageData
 from convoy.hardware import Trainer, choose
+from convoy.recipe import Train
 from convoy.task import Sums, Task
-from convoy.training import Train, fit
+from convoy.training import fit
 
 LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
 NEW = ["dog", "frog", "horse", "ship", "truck"]

@@ -62,9 +62,9 @@ def check(params: dict[str, Any]) -> None:
     for name, schema in light.items():
         typed(schema, params[name], name)
 
-    from convoy import models, transfer  # these import torch and Lightning, which takes seconds
+    from convoy import models, transfer  # these import torch, which takes seconds
     from convoy.hardware import Trainer
-    from convoy.training import Train
+    from convoy.recipe import Train
 
     typed(Train, params["train"], "train")
     typed(Trainer, params["trainer"], "trainer")

@@ -1,14 +1,18 @@
 """The data module: which steps are due, wherever a training stands, and their images whole and in their order."""
 
+from pathlib import Path
+
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from project import REAL
 
+from convoy import datamodule
 from convoy.batches import Batches, Images
 from convoy.config import typed
-from convoy.datamodule import VAL_BATCH, ImageData
+from convoy.datamodule import AHEAD, VAL_BATCH, Held, ImageData
 from convoy.recipe import Recipe
 
 
@@ -19,9 +23,10 @@ def numbered(count: int, size: int = 8) -> Images:
     return Images(pixels.copy(), numbers.astype(np.int64))
 
 
-def data(train: int = 100, val: int = 30, **recipe: object) -> ImageData:
+def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
+    images = numbered(train) if isinstance(train, int) else train
     values = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-    return ImageData(numbered(train), numbered(val), typed(Recipe, values | {"batch_size": 4} | recipe, "recipe"), 1)
+    return ImageData(images, numbered(val), typed(Recipe, values | {"batch_size": 4} | recipe, "recipe"), 1)
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
@@ -67,3 +72,49 @@ def test_images_are_taken_from_where_they_lie_and_stay_as_they_are() -> None:
     pixels, _ = feed.batch(0)
     pixels.zero_()
     assert feed.train.pixels.max() == 99
+
+
+def test_a_large_memory_map_gives_the_same_batches_and_each_is_asked_for_ahead_of_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = numbered(100, size=100)  # rows that begin and end within a page
+    np.save(tmp_path / "train_pixels.npy", images.pixels)
+    np.save(tmp_path / "train_labels.npy", images.labels)
+    monkeypatch.setattr(datamodule, "STREAMED", 0)
+    asked: list[list[int]] = []
+    expect = Held.expect
+
+    def noted(held: Held, rows: np.ndarray) -> None:
+        expect(held, rows)
+        assert held.file
+        asked.append(rows.tolist())
+
+    monkeypatch.setattr(Held, "expect", noted)
+    streamed, held = data(Images.load(tmp_path, "train")), data(images)
+    batches = [streamed.batch(step) for step in range(25)]
+    monkeypatch.undo()
+    for step, (pixels, labels) in enumerate(batches):
+        assert torch.equal(pixels, held.batch(step)[0])
+        assert torch.equal(labels, held.batch(step)[1])
+    assert asked == [labels.tolist() for _, labels in batches[AHEAD:]]
+
+
+def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> None:
+    with (tmp_path / "train_pixels.npy").open("wb") as file:  # 2 GB of zeros that take no disk
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (40_000, 128, 128, 3)}
+        )
+        file.truncate(file.tell() + 40_000 * 128 * 128 * 3)
+    np.save(tmp_path / "train_labels.npy", np.zeros(40_000, np.int64))
+    feed = data(Images.load(tmp_path, "train"), batch_size=64)
+    feed.batch(0)
+    before = own_memory()
+    for step in range(feed.steps):
+        feed.batch(step)
+    assert own_memory() - before < 20e6
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of a file, which the system may take back at any time."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared

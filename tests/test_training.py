@@ -19,8 +19,9 @@ from convoy.classifier import Classifier, predict
 from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
 from convoy.hardware import Choice
+from convoy.recipe import Train
 from convoy.task import Task
-from convoy.training import Train, Trained, fit, warm_cosine
+from convoy.training import Trained, fit, warm_cosine
 
 BARS = Task("bars", ["column", "row"], 32, 1, [0.3], [0.2])
 CPU = Choice("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)

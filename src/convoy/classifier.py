@@ -46,8 +46,10 @@ class Classifier(nn.Module, ABC):
         """(N, H, W, C) uint8 -> (N, C, H, W) float, of mean 0 and standard deviation 1 in the training set."""
         # whole rows at a time: over channels that lie side by side, the loops would be three values long
         width = pixels.shape[2]
-        mean, std = (values.flatten().repeat(width) for values in (self.mean, self.std))  # (W * C,)
-        rows = pixels.flatten(2).float().div_(255).sub_(mean).div_(std)  # (N, H, W * C)
+        scale, offset = (
+            values.flatten().repeat(width) for values in (1 / (255 * self.std), self.mean / self.std)
+        )  # (W * C,)
+        rows = pixels.flatten(2).float().mul_(scale).sub_(offset)  # (N, H, W * C)
         return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from convoy.classifier import Classifier
 from convoy.datamodule import ImageData
 from convoy.hardware import Choice
-from convoy.training import Train, Training
+from convoy.recipe import Train
+from convoy.training import Training
 
 LOWEST, HIGHEST = 1e-5, 10.0
 STEPS = 150

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from scipy import sparse
-from scipy.stats import binom, norm
+from scipy.special import bdtrc, ndtri  # scipy.stats takes a second to import
 
 from convoy.config import ConvoyError, Count, Fraction, NotNegative, Share, Whole, schema
 from convoy.evaluation import PREFIX, calibration, calibration_noise, resampled, units_of
@@ -166,7 +166,7 @@ def p_better(wins: np.ndarray | int, losses: np.ndarray | int) -> np.ndarray:
 
     Wins are images that the challenger alone gets right, losses those that the champion alone gets right.
     """
-    return binom.sf(np.asarray(wins) - 1, np.asarray(wins) + losses, 0.5)
+    return bdtrc(np.asarray(wins) - 1, np.asarray(wins) + losses, 0.5)
 
 
 def lower_bound(wins: np.ndarray | int, losses: np.ndarray | int, images: np.ndarray | int, alpha: float) -> np.ndarray:
@@ -175,7 +175,7 @@ def lower_bound(wins: np.ndarray | int, losses: np.ndarray | int, images: np.nda
     It holds for few discordant pairs too, and none. The upper bound is `-lower_bound(losses, wins, ...)`.
     """
     wins, losses, images = np.broadcast_arrays(*(np.asarray(n, float) for n in (wins, losses, images)))
-    limit = norm.isf(alpha)
+    limit = ndtri(1 - alpha)
     low, high = np.full(wins.shape, -1.0), (wins - losses) / images
     with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where all are won or lost: then high moves
         for _ in range(50):
@@ -205,7 +205,7 @@ def visible_gain(disagreement: float, images: int, alpha: float) -> float:
 
     `disagreement` is the share of images that one of the two models alone gets right.
     """
-    return float((norm.isf(alpha) + norm.ppf(POWER)) * math.sqrt(disagreement / images))
+    return float((ndtri(1 - alpha) + ndtri(POWER)) * math.sqrt(disagreement / images))
 
 
 def bootstrap(differences: np.ndarray, groups: np.ndarray | None, alpha: float, seed: int) -> tuple[float, float]:

@@ -1,10 +1,20 @@
-"""The recipe: how one architecture is trained."""
+"""The recipe: how networks are trained."""
 
 from typing import Literal
 
 from convoy.augmentation import Augment
 from convoy.batches import Balance
-from convoy.config import Count, NotNegative, Positive, Share, schema
+from convoy.config import Count, NotNegative, Positive, Share, Whole, schema
+
+
+@schema
+class Train:
+    """What all architectures have in common when they are trained."""
+
+    max_epochs: Count
+    patience: Whole  # epochs without a better one after which to stop; 0: never
+    max_minutes: NotNegative  # of training after which no epoch begins; 0: no limit
+    checkpoint_minutes: Positive  # between checkpoints within an epoch; there is one at the end of each anyway
 
 
 @schema

@@ -25,10 +25,11 @@ from convoy.augmentation import augment, mix
 from convoy.batches import class_weights
 from convoy.checkpoint import Checkpoint
 from convoy.classifier import Classifier
-from convoy.config import ConvoyError, Count, NotNegative, Positive, Whole, schema
+from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
-from convoy.hardware import Choice
+from convoy.hardware import Choice, keep_memory
 from convoy.progress import Progress
+from convoy.recipe import Train
 
 TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
 GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
@@ -36,16 +37,6 @@ EXPLODED = 1000  # times the loss of a guess among all classes
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
 
 Tell = Callable[[dict[str, float]], None]  # is given each row of the history
-
-
-@schema
-class Train:
-    """What all architectures have in common when they are trained."""
-
-    max_epochs: Count
-    patience: Whole  # epochs without a better one after which to stop; 0: never
-    max_minutes: NotNegative  # of training after which no epoch begins; 0: no limit
-    checkpoint_minutes: Positive  # between checkpoints within an epoch; there is one at the end of each anyway
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +84,7 @@ def fit(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
     torch.set_num_threads(choice.threads)
+    keep_memory()
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the pixels come
     training = Training(classifier, data, params, choice, checkpoint, tell)
     trainer = lightning.Trainer(

@@ -2,12 +2,17 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from project import REAL, make_project, run_stages
 
@@ -71,6 +76,57 @@ def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, 
     first = {file.name: file.read_bytes() for file in found.iterdir()}
     assert train_lenet(together).returncode == 0
     assert {file.name: file.read_bytes() for file in found.iterdir()} == first
+
+
+def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
+    """The train stage on as many machines, which here are folders."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(roots)}", "--nproc-per-node=1"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    return [
+        subprocess.Popen(
+            [*command, f"--node-rank={rank}", "-m", "pipeline.train", "lenet"],
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, root in enumerate(roots)
+    ]
+
+
+@pytest.mark.slow
+def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> None:
+    nodes = [*STILL, "trainer.accelerator=cpu", "trainer.nodes=2", "trainer.threads=1", "trainer.precision=float32"]
+    together = make_project(tmp_path / "together", [*STILL, *DDP, "trainer.threads=1"])
+    first = make_project(tmp_path / "first", [*nodes, "train.checkpoint_minutes=0.0005"])
+    run_stages(together, until="preprocess")
+    run_stages(first, until="preprocess")
+    second = shutil.copytree(first, tmp_path / "second")
+    assert train_lenet(together).returncode == 0
+    expected = pd.read_csv(together / "artifacts/train/lenet/history.csv")
+
+    # both machines go down, and only the first has kept a checkpoint
+    processes = by_torchrun([first, second])
+    while not list((first / "artifacts/.checkpoints").rglob("last.pt")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            worker.kill()
+        process.kill()
+        process.communicate()
+    said = [process.communicate()[1] for process in by_torchrun([first, second])]
+    assert any("convoy: train: the machines begin at different steps, 0 and " in words for words in said), said
+    shutil.rmtree(first / "artifacts/.checkpoints")
+
+    done = [(process.communicate()[1], process.returncode) for process in by_torchrun([first, second])]
+    assert [code for _, code in done] == [0, 0], done
+    history = pd.read_csv(first / "artifacts/train/lenet/history.csv")
+    np.testing.assert_allclose(history.to_numpy(), expected.to_numpy(), rtol=1e-3)
+    assert not (second / "artifacts/train").exists()
 
 
 def test_more_gpus_than_there_are_is_one_clear_line(tmp_path: Path) -> None:

@@ -270,8 +270,20 @@ class Training(lightning.LightningModule):
         return self.optimizer
 
     def on_fit_start(self) -> None:
+        self._check_level()
         self.data.share(self.device, self.global_rank, self.trainer.world_size)
         self.sums, self.bad_step = self.sums.to(self.device), self.bad_step.to(self.device)
+
+    def _check_level(self) -> None:
+        """Raises ConvoyError where processes that train together begin at different steps."""
+        done = self.data.epoch * self.data.steps + self.data.step
+        ends = torch.tensor([done, -done], device=self.device)
+        last, first = self.trainer.strategy.reduce(ends, reduce_op="max").tolist()
+        if last != -first:
+            raise ConvoyError(
+                f"the machines begin at different steps, {-first} and {last}, since not all have the checkpoint: let "
+                "artifacts/.checkpoints be on a disk that they share, or remove it on all of them"
+            )
 
     def on_train_epoch_start(self) -> None:
         self.classifier.train()

@@ -15,7 +15,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from convoy.classifier import Classifier, Recipe
-from convoy.datamodule import Augment, ImageData, Images
+from convoy.augmentation import Augment, augment
+from convoy.batches import Images
+from convoy.classifier import Classifier
+from convoy.datamodule import ImageData
+from convoy.recipe import Recipe
 from convoy.task import Task
 
 IMAGES = 50_000  # the training images of CIFAR-10
@@ -44,8 +46,9 @@ BATCH = 256
 SHIFT = 4  # pixels
 ROUNDS = 3
 RECIPE = Recipe(
-    batch_size=BATCH, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0, label_smoothing=0.0,
-    augment=Augment(shift=SHIFT, flip=True),
+    batch_size=BATCH, accumulate=1, optimizer="sgd", schedule="cosine", lr=0.1, body_lr=1.0, momentum=0.9,
+    weight_decay=0.0, warmup=0.0, label_smoothing=0.0, clip_norm=0.0, ema=0.0, balance="none",
+    augment=Augment(shift=SHIFT, flip=True, policy="none", erase=0.0, mixup=0.0, cutmix=0.0),
 )  # fmt: skip
 CROP = {"size": 32, "padding": SHIFT, "padding_mode": "edge"}
 
@@ -142,16 +145,14 @@ def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) ->
 
 def ours(folder: Path, task: Task) -> Epoch:
     images = Images.load(folder, "train")
-    data = ImageData(images, images, RECIPE.batch_size, RECIPE.augment, seed=0)
-    data.trainer = SimpleNamespace(training=True)  # type: ignore[assignment]
-    loader = data.train_dataloader()
+    data = ImageData(images, images, RECIPE, seed=0)
     classifier = Still(task)
 
     def epoch() -> Iterator[Tensor]:
-        loader.sampler.set_epoch(loader.sampler.epoch + 1)  # type: ignore[attr-defined]
-        for batch in loader:
-            pixels, _ = data.on_after_batch_transfer(batch, 0)
-            yield classifier.normalise(pixels)
+        data.epoch += 1
+        for step in range(data.steps):
+            pixels, _ = data.batch(step)
+            yield classifier.normalise(augment(pixels, RECIPE.augment))
 
     return epoch
 
@@ -172,9 +173,9 @@ def check_alike(folder: Path, task: Task) -> None:
     files = ImageFolder(str(folder / "fed"), plain)
     images = Images.load(folder, "train")
     rows = list(range(0, len(files), 97))
-    pixels, labels = images[rows]
+    pixels = torch.from_numpy(images.pixels[rows])
     torch.testing.assert_close(Still(task).normalise(pixels), torch.stack([files[row][0] for row in rows]))
-    assert labels.tolist() == [files.targets[row] for row in rows]
+    assert images.labels[rows].tolist() == [files.targets[row] for row in rows]
 
 
 # Measuring

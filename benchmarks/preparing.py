@@ -62,8 +62,11 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     with tempfile.TemporaryDirectory() as name:
         source = read_folder(folder)
         earlier = remembered or Path(name, "remembered", "here")
-        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), [], Path(name), earlier)
-        prepare(intake.packed, params, 1, Path(name))
+        fetched, prepared = Path(name, "fetch"), Path(name, "preprocess")
+        fetched.mkdir()
+        prepared.mkdir()
+        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), [], fetched, earlier)
+        prepare(intake.packed, params, 1, prepared)
         return source.count
 
 

@@ -1,14 +1,16 @@
 """fetch: the labelled images of data/, or a set that torchvision knows, decoded, judged and packed."""
 
 from convoy.datacard import AsFound, write_fetch_card
-from convoy.datasets.decoding import fingerprint, get_ready
+from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
 from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.judging import fingerprint
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
 from pipeline.stage import Stage, main
 
+SIZES = ("source_height", "source_width", "height", "width", "channels")
 TOLD = 50  # images that are left out, by name on the terminal; the others in a file
 
 
@@ -31,9 +33,10 @@ def fetch(stage: Stage) -> None:
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
     merged.to_csv(stage.scratch / "merged.csv", index=False)
 
-    history = history.grown(packed.classes, version_of(packed.table, len(quarantine)))
+    history = history.grown(packed.classes, version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine)))
     changes = history.changes()
-    found = AsFound(params.name, packed.classes, packed.table, packed.image, quarantine, merged, changes)
+    table = packed.rows.columns("label", "split", "group", *SIZES)
+    found = AsFound(params.name, packed.classes, table, packed.image, quarantine, merged, changes)
     write_fetch_card(found, stage.scratch)
     tell(found)
     history.save(lock, params.name)

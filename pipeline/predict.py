@@ -14,7 +14,8 @@ import torch
 
 from convoy import config, served, tracking
 from convoy.config import ConvoyError
-from convoy.datasets.files import MAX_BYTES, TOO_LARGE, is_image, is_junk
+from convoy.datasets.files import is_image, is_junk
+from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
 from convoy.images import BadImage
 from convoy.predictor import Predictor
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from convoy.datasets import decoding
-from convoy.datasets.decoding import PIXELS, RECORD, Batch, decoded, judge, remember
+from convoy.datasets import decoding, judging
+from convoy.datasets.decoding import decoded
+from convoy.datasets.judging import PIXELS, RECORDS, Batch, judge, remember
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
 
@@ -179,7 +180,8 @@ def remembered(folder: Path, contents: list[Content]) -> Batch:
     batch.records["offset"] = np.cumsum(sizes) - sizes
     folder.mkdir(parents=True)
     (folder / PIXELS).write_bytes(batch.pixels)
-    remember(batch.records, folder / PIXELS, folder / "remembered" / "here")
+    (folder / RECORDS).write_bytes(batch.records.tobytes())
+    remember(folder / RECORDS, folder / PIXELS, folder / "remembered" / "here")
     return batch
 
 
@@ -190,7 +192,7 @@ def never(data: bytes, longest_side: int) -> None:
 def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [saved(noise(number)) for number in range(9)]
     first = remembered(tmp_path / "first", contents)
-    monkeypatch.setattr(decoding, "decode", never)
+    monkeypatch.setattr(judging, "decode", never)
     again = judge(contents[::-1], 512, tmp_path / "first/remembered/here")
     assert again.faults == [""] * 9
     assert (again.records["phash"] == first.records["phash"][::-1]).all()
@@ -208,5 +210,6 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
 def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
     (tmp_path / PIXELS).write_bytes(b"\0")
     for name in ("one", "two"):
-        remember(np.zeros(0, RECORD), tmp_path / PIXELS, tmp_path / "pets" / name)
+        (tmp_path / RECORDS).touch()
+        remember(tmp_path / RECORDS, tmp_path / PIXELS, tmp_path / "pets" / name)
     assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]

@@ -71,11 +71,11 @@ def table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
 
 def test_a_version_knows_neither_order_nor_names_but_labels_and_splits() -> None:
     rows = [("a", "cat", ""), ("b", "dog", ""), ("c", "dog", "")]
-    same = version_of(table(rows), 0)
+    same = version_of([table(rows)], 0)
     assert same.images == {"cat": 1, "dog": 2}
-    assert version_of(table(rows[::-1]), 0) == same
-    assert version_of(table([("a", "dog", ""), *rows[1:]]), 0).digest != same.digest
-    assert version_of(table([("a", "cat", "test"), *rows[1:]]), 0).digest != same.digest
+    assert version_of([table(rows[::-1])], 0) == same
+    assert version_of([table([("a", "dog", ""), *rows[1:]])], 0).digest != same.digest
+    assert version_of([table([("a", "cat", "test"), *rows[1:]])], 0).digest != same.digest
 
 
 @given(labels=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=1, max_size=5))

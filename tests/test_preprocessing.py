@@ -202,8 +202,9 @@ def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tm
     assert len(found.near) == 60
     assert 10 < len(found.withheld) < 40
     assert found.withheld["reason"].str.contains("nearly equals the (?:test|val) image data/cat/").all()
-    assert not set(found.withheld["path"]) & set(found.table["path"])
-    assert len(found.withheld) + len(found.table) == 180
+    used = pd.read_parquet(tmp_path / "images.parquet")
+    assert not set(found.withheld["path"]) & set(used["path"])
+    assert len(found.withheld) + len(used) == 180
 
 
 # The arrays

@@ -52,14 +52,14 @@ class AsFound:
 def write_fetch_card(found: AsFound, folder: Path) -> None:
     """Write `card.md` and its pictures. The lists that it cuts short are in `quarantine.csv` and `merged.csv`."""
     table, labels = found.table, _labels(found.table)
-    counts = _counts(table.assign(split=table["split"].replace("", "no split")), found.classes)
+    counts = _counts(table, found.classes)
     headline = {
         "images": len(table),
         "classes": len(found.classes),
         "in quarantine": len(found.quarantine),
         "merged copies": len(found.merged),
     }
-    if groups := len(set(table["group"].dropna()) - {""}):
+    if groups := len(set(table["group"].dropna().unique()) - {""}):
         headline["groups"] = groups
     sections = [
         ("", _table(pd.DataFrame([headline]))),
@@ -219,7 +219,7 @@ def _sizes(table: pd.DataFrame, folder: Path) -> str:
 
 
 def _contact_sheets(
-    chosen: Sequence[str], classes: Sequence[str], labels: Mapping[str, list[int]], images: Images, folder: Path
+    chosen: Sequence[str], classes: Sequence[str], labels: Mapping[str, np.ndarray], images: Images, folder: Path
 ) -> str:
     """A row of images for each chosen class that has any, in the order of `classes`."""
     rows = {label: labels[label] for label in classes if label in set(chosen) and label in labels}
@@ -292,14 +292,16 @@ def _listed(table: pd.DataFrame, file: str, of: int = 0) -> str:
     return _paragraphs(f"{len(shown)} of {of:,}; all are in {file}:" if len(shown) < of else "", _table(shown))
 
 
-def _labels(table: pd.DataFrame) -> dict[str, list[int]]:
+def _labels(table: pd.DataFrame) -> Mapping[str, np.ndarray]:
     """For each label the positions of its rows."""
-    return {str(label): list(rows) for label, rows in table.groupby("label", observed=True).indices.items()}
+    return {str(label): np.asarray(rows) for label, rows in table.groupby("label", observed=True).indices.items()}
 
 
 def _counts(table: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
     """Images of each class, the largest first: a column for each split there is, and "images" for all of them."""
-    counts = pd.crosstab(table["label"].astype(str), table["split"].astype(str)).reindex(classes, fill_value=0)
+    counts = table.groupby(["label", "split"], observed=True).size().unstack(fill_value=0)
+    counts = counts.set_axis(counts.columns.astype(str), axis=1).rename(columns={"": "no split"})
+    counts = counts.set_axis(counts.index.astype(str)).reindex(classes, fill_value=0)
     splits = [split for split in ("train", "val", "test", "no split") if split in counts]
     counts = counts[splits].assign(images=counts[splits].sum(axis=1))
     counts = counts.sort_values("images", ascending=False, kind="stable")
@@ -311,7 +313,7 @@ def _shown(counts: pd.DataFrame) -> list[str]:
     return labels if len(labels) <= ALL else labels[:EXTREMES] + labels[-EXTREMES:]
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
+def _spread(items: Sequence[Any] | np.ndarray, most: int) -> list[Any]:
     """At most so many of the items, evenly from the first to the last."""
     positions = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[position] for position in positions]
@@ -439,7 +441,7 @@ def _draw_sizes(sizes: pd.DataFrame, file: Path) -> None:
     _save(figure, file)
 
 
-def _draw_contact_sheet(rows: Mapping[str, list[int]], images: Images, margin: int, file: Path) -> None:
+def _draw_contact_sheet(rows: Mapping[str, np.ndarray], images: Images, margin: int, file: Path) -> None:
     """A line for each class: its name and number of images, then some of these. `rows`: positions, by class."""
     side, gap = 64, 3
     canvas = np.full((len(rows) * (side + gap) - gap, margin + ACROSS * (side + gap) - gap, 3), 255, np.uint8)

@@ -15,6 +15,9 @@ DISTANCE = 4  # bits of 64
 # how many a hash is compared with, of those that agree with it in the same two bands: many, but few if there are enough
 FEW, MANY, ENOUGH = 32, 2048, 2**22
 BLOCK = 2**15  # thumbnails, of 1 KB
+FAST = 16  # thumbnails turned grey at a time: 1.3 us for each, where 256 at once took 2.3
+# of red, green and blue in a grey, as Pillow mixes them; the sums stay below 2**24, so float32 has them exactly
+MIX = np.array([19595, 38470, 7471], np.float32)
 BANDS = [range(0, 11), range(11, 22), range(22, 33), range(33, 44), range(44, 54), range(54, 64)]
 
 # of a discrete cosine transform. Whole numbers: all sums below are exact in float64, so the hash is the same anywhere
@@ -34,8 +37,11 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _grey(thumbnails: np.ndarray) -> np.ndarray:
     """(N, 32, 32, 3) uint8 -> (N, 32, 32) uint8"""
-    red, green, blue = (thumbnails[..., channel].astype(np.uint32) for channel in range(3))
-    return ((19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16).astype(np.uint8)  # as Pillow mixes them
+    grey = np.empty(thumbnails.shape[:3], np.uint8)
+    for start in range(0, len(grey), FAST):
+        mixed = thumbnails[start : start + FAST].astype(np.float32) @ MIX + np.float32(2**15)
+        grey[start : start + FAST] = mixed * np.float32(2**-16)
+    return grey
 
 
 def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:
@@ -63,11 +69,10 @@ def near_hashes(hashes: np.ndarray) -> np.ndarray:
     """
     rows = np.flatnonzero(hashes)
     hashes = hashes[rows]
-    bands = np.stack([_bits(hashes, band) for band in BANDS])
-    both_of = list(itertools.combinations(range(len(BANDS)), 2))
+    both_of = list(itertools.combinations(BANDS, 2))
     found, count = [np.empty((0, 2), np.int64)], 0
     for number, (one, other) in enumerate(both_of):
-        key = (bands[one] << np.uint64(len(BANDS[other]))) | bands[other]
+        key = ((_bits(hashes, one) << np.uint64(len(other))) | _bits(hashes, other)).astype(np.uint32)
         order = np.argsort(key, kind="stable")
         key = key[order]
         for step in range(1, MANY):
@@ -75,11 +80,11 @@ def near_hashes(hashes: np.ndarray) -> np.ndarray:
             if not len(same) or (step > FEW and count > ENOUGH):
                 break
             left, right = order[same], order[same + step]
-            close = np.bitwise_count(hashes[left] ^ hashes[right]) <= DISTANCE
-            left, right = left[close], right[close]
+            apart = hashes[left] ^ hashes[right]
+            fresh = np.bitwise_count(apart) <= DISTANCE
             for first, second in both_of[:number]:  # found by these already
-                fresh = (bands[first, left] != bands[first, right]) | (bands[second, left] != bands[second, right])
-                left, right = left[fresh], right[fresh]
+                fresh &= (_bits(apart, first) | _bits(apart, second)) != 0
+            left, right = left[fresh], right[fresh]
             count += len(left)
             found.append(np.sort(rows[np.stack([left, right], axis=1)], axis=1))
     pairs = np.concatenate(found)

@@ -1,27 +1,31 @@
 """Preprocessing: from a packed data set to images of one size, split for training, validation and test."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from joblib import cpu_count
 from pydantic import Field
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Fraction, schema
-from convoy.datasets.packed import COLUMN, Packed
+from convoy.datasets.packed import COLUMN, Packed, Rows
 from convoy.images import fit
 from convoy.likeness import near_hashes, near_pairs
 from convoy.task import Sums, Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
+NOWHERE = -1  # what is withheld is on no side
 LISTED = 10_000  # pairs of near duplicates
 CHUNK = 2**24  # bytes of pixels at a time
 
@@ -42,7 +46,7 @@ class Prepared:
     """What the networks are given, and what was kept from them."""
 
     task: Task
-    table: pd.DataFrame  # as `images.parquet`
+    rows: np.ndarray  # of the packed data set, in the order of the arrays
     near: pd.DataFrame  # path, label, other, other_label: pairs of images that nearly equal each other
     withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
     notes: list[str]  # what is worth knowing about the split, in words
@@ -51,34 +55,59 @@ class Prepared:
 def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
+    `folder` is not the one of `packed`, whose table has the same name and is read as it is needed.
+
     `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, group, split, and the
     other columns of a table of labels.
     Raises ConvoyError where no image is left to train, validate or test with.
     """
-    drawn = split(packed.table, params, seed)
+    sides = _sides(packed, params, seed)
     near = near_duplicates(packed, params.near_duplicate)
-    withheld = withhold(packed.table, drawn, near)
-    sides = drawn.mask(drawn.index.isin(withheld.index), "")
-    notes = _notes(packed, sides)
+    alike = packed.rows.columns("picture")["picture"].duplicated(keep=False)
+    involved = np.union1d(np.flatnonzero(alike), near)  # few of all rows
+    some, near = packed.rows.at(involved), np.searchsorted(involved, near)
+    withheld = withhold(some, pd.Series(SPLITS).take(sides[involved]).set_axis(involved), near)
+    sides[withheld.index] = NOWHERE
+    labels = _labels(packed)
+    notes = _notes(packed, labels, sides)
     if len(near) > LISTED:
         notes.append(f"{len(near)} pairs of images nearly equal each other; {LISTED} of them are listed")
 
-    grey = bool((packed.table["channels"] == 1).all())
+    for side, name in enumerate(SPLITS):
+        np.save(folder / f"{name}_labels.npy", labels[sides == side].astype(np.int64))
+    Rows(folder / "images.parquet").write(_tables(packed, sides))
+
+    grey = bool((packed.places[:, 2] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
     sums = _write_pixels(packed, sides, (params.size, params.size, channels), folder)
-    labels = packed.table["label"].map({name: label for label, name in enumerate(packed.classes)}).astype("int64")
-    for name in SPLITS:
-        np.save(folder / f"{name}_labels.npy", labels[sides == name].to_numpy())
-    order = np.concatenate([np.flatnonzero(sides == name) for name in SPLITS])
-    more = [name for name in packed.table.columns if name.startswith(COLUMN)]
-    table = packed.table[["path", "label", "sha256", "group", "split", *more]].iloc[order]
-    table = table.assign(split=sides.iloc[order]).reset_index(drop=True)
-    table.to_parquet(folder / "images.parquet", index=False)
-
     mean, std = sums.mean_and_std()
     task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
     task.save(folder / "task.json")
-    return Prepared(task, table, _named(packed.table, near), withheld.reset_index(drop=True), notes)
+    rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
+    return Prepared(task, rows, _named(some, near), withheld.reset_index(drop=True), notes)
+
+
+def _sides(packed: Packed, params: Preprocess, seed: int) -> np.ndarray:
+    """(N,): each row's place in `SPLITS`."""
+    given = set(packed.rows.columns("split")["split"].unique())
+    places = {name: place for place, name in enumerate(SPLITS)}
+    pieces = packed.rows.pieces("sha256", "group", "split")
+    return np.concatenate([split(piece, params, seed, given).map(places).to_numpy(np.int8) for piece in pieces])
+
+
+def _labels(packed: Packed) -> np.ndarray:
+    """(N,): each row's place in the list of classes."""
+    labels = packed.rows.columns("label")["label"].array
+    return np.array([packed.classes.index(name) for name in labels.categories], np.int32)[labels.codes]
+
+
+def _tables(packed: Packed, sides: np.ndarray) -> Iterator[pa.Table]:
+    """The rows of `images.parquet`, some at a time."""
+    more = [name for name in pq.read_schema(packed.rows.file).names if name.startswith(COLUMN)]
+    for side, name in enumerate(SPLITS):
+        for piece in packed.rows.pieces("path", "label", "sha256", "group", "split", *more):
+            here = piece[sides[piece.index] == side].assign(split=name)
+            yield pa.Table.from_pandas(here, preserve_index=False)
 
 
 def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
@@ -90,17 +119,18 @@ def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
     return pd.concat([table[names].iloc[one].reset_index(drop=True), others.reset_index(drop=True)], axis=1)
 
 
-def split(table: pd.DataFrame, params: Preprocess, seed: int) -> pd.Series:
+def split(table: pd.DataFrame, params: Preprocess, seed: int, given: Collection[str] | None = None) -> pd.Series:
     """train, val or test for each row. A split that the source gives stands; else it follows from the image's file.
 
-    From the name of its group, where it has one. So new images never move an old one.
+    From the name of its group, where it has one. So new images never move an old one. `given` are the splits that the
+    source gives, where the table is only a part of it.
     """
-    given = set(table["split"]) - {""}
+    given = set(table["split"] if given is None else given) - {""}
     test = 0.0 if "test" in given else params.test_fraction
     val = 0.0 if "val" in given else params.val_fraction
     free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
 
-    keys = zip(table["sha256"], table["group"], strict=True)
+    keys = zip(table["sha256"].tolist(), table["group"].tolist(), strict=True)
     drawn_by = (_uniform(f"{seed}:group:{group}" if group else f"{seed}:{digest}") for digest, group in keys)
     key = np.fromiter(drawn_by, float, len(table))
     drawn = pd.Series("train", index=table.index)
@@ -119,10 +149,10 @@ def near_duplicates(packed: Packed, least: float) -> np.ndarray:
 
     Those whose perceptual hashes are near are looked at: the thumbnails of near duplicates correlate by `least`.
     """
-    order = packed.table["sha256"].argsort(kind="stable").to_numpy()  # so that names decide nothing
-    pairs = order[near_hashes(packed.table["phash"].to_numpy()[order])]
-    at = packed.table[["height", "width", "channels", "offset"]].to_numpy()
-    return pairs[near_pairs(lambda row: packed.at(*at[row]), pairs, least)]
+    starts = (int(digest[:16], 16) for piece in packed.rows.pieces("sha256") for digest in piece["sha256"].tolist())
+    order = np.fromiter(starts, np.uint64, len(packed.rows)).argsort(kind="stable")  # so that names decide nothing
+    pairs = order[near_hashes(packed.rows.columns("phash")["phash"].to_numpy()[order])]
+    return pairs[near_pairs(packed.image, pairs, least)]
 
 
 def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.DataFrame:
@@ -151,17 +181,18 @@ def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.Data
     return table.loc[rows, ["path", "label"]].assign(reason=reason)
 
 
-def _notes(packed: Packed, sides: pd.Series) -> list[str]:
-    counts = pd.crosstab(packed.table["label"], sides).reindex(index=packed.classes, columns=SPLITS, fill_value=0)
-    for name in SPLITS:
-        if not counts[name].sum():
+def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
+    counts = np.zeros((len(packed.classes), len(SPLITS)), np.int64)
+    np.add.at(counts, (labels[sides != NOWHERE], sides[sides != NOWHERE]), 1)
+    for name, images in zip(SPLITS, counts.sum(axis=0), strict=True):
+        if not images:
             raise ConvoyError(
                 f"there is no {name} image left: {packed.name} needs more images"
                 " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
             )
     notes = []
-    for label, here in counts.iterrows():
-        missing = [side for side in SPLITS if not here[side]]
+    for label, here in zip(packed.classes, counts, strict=True):
+        missing = [name for name, images in zip(SPLITS, here, strict=True) if not images]
         if len(missing) == len(SPLITS):
             notes.append(f"class {label!r} has no image: the networks keep its place, and can't learn it")
         elif missing:
@@ -171,39 +202,42 @@ def _notes(packed: Packed, sides: pd.Series) -> list[str]:
     return notes
 
 
-def _write_pixels(packed: Packed, sides: pd.Series, shape: tuple[int, int, int], folder: Path) -> Sums:
+def _write_pixels(packed: Packed, sides: np.ndarray, shape: tuple[int, int, int], folder: Path) -> Sums:
     """Write `<split>_pixels.npy`, (N, H, W, C) uint8 each, and return the sums over the training images.
 
     As plain files, front to back: of a memory map all that was written would count as memory in use.
     """
-    names = sides.to_numpy()
     sums = Sums(shape[-1])
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}_pixels.npy").open("wb")) for name in SPLITS}
-        for name, file in files.items():
-            described = {"descr": "|u1", "fortran_order": False, "shape": (int((names == name).sum()), *shape)}
+        files = [stack.enter_context((folder / f"{name}_pixels.npy").open("wb")) for name in SPLITS]
+        for side, file in enumerate(files):
+            described = {"descr": "|u1", "fortran_order": False, "shape": (int((sides == side).sum()), *shape)}
             np.lib.format.write_array_header_1_0(file, described)
-        start = 0
+        start, bar = 0, stack.enter_context(tqdm(total=len(sides), desc="preprocess", unit=" images"))
         for images in _fitted(packed, shape):
-            here = names[start : start + len(images)]
-            for name, file in files.items():
-                file.write(images[here == name].data)
-            sums.add(images[here == "train"])
+            here = sides[start : start + len(images)]
+            for side, file in enumerate(files):
+                file.write(images[here == side].data)
+            sums.add(images[here == SPLITS.index("train")])
             start += len(images)
+            bar.update(len(images))
     return sums
 
 
 def _fitted(packed: Packed, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
     """All images in their order as (N, H, W, C) uint8, some at a time."""
-    at = packed.table[["height", "width", "channels", "offset"]].to_numpy()
+    at = packed.places
     sizes = at[:, 0] * at[:, 1] * at[:, 2]
     step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
-    chunks = [at[start : start + step] for start in range(0, len(at), step)]
-    with ThreadPoolExecutor(cpu_count()) as pool, tqdm(total=len(at), desc="preprocess", unit=" images") as bar:
-        for start in range(0, len(chunks), 16):  # as many at a time, so that no more than these are in memory
-            for images in pool.map(lambda chunk: _fit(packed, chunk, shape), chunks[start : start + 16]):
-                yield images
-                bar.update(len(images))
+    ahead: collections.deque[Future[np.ndarray]] = collections.deque()  # so that no more than these are in memory
+    workers = cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(at), step):
+            ahead.append(pool.submit(_fit, packed, at[start : start + step], shape))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _fit(packed: Packed, at: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

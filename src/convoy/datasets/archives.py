@@ -8,11 +8,13 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import MAX_BYTES, TOO_LARGE, Content, Files, below, is_junk
+from convoy.datasets.files import Content, Files, Paths, below, is_junk
+from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
 from convoy.images import BadImage
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -47,7 +49,7 @@ def _zip_files(archive: Path, name: str) -> Files:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
     _refuse_bomb(archive, name, sum(entry.file_size for entry in entries))
-    paths, rows = [], []
+    paths, rows = [], array("L")
     for row, entry in enumerate(entries):
         written = entry.filename.replace("\\", "/")  # which is what stands in some archives from Windows
         path = _checked(name, written)
@@ -58,11 +60,11 @@ def _zip_files(archive: Path, name: str) -> Files:
         if path and not written.endswith("/"):
             paths.append(path)
             rows.append(row)
-    return Files(f"{name}:", paths, functools.partial(_opened_zip, archive, rows))
+    return Files(f"{name}:", Paths(paths), functools.partial(_opened_zip, archive, rows))
 
 
 @contextlib.contextmanager
-def _opened_zip(archive: Path, rows: list[int]) -> Iterator[Callable[[int], Content]]:
+def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int], Content]]:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
         yield lambda index: _read(lambda: _zip_content(file, entries[rows[index]]))
@@ -102,7 +104,7 @@ class _Entry(tarfile.TarInfo):
 
 
 def _tar_files(archive: Path, name: str) -> Files:
-    paths, spans, place = [], [], 0
+    paths, offsets, sizes, place = [], array("q"), array("q"), 0
     with tarfile.open(archive, tarinfo=_Entry) as file:
         for entry in iter(file.next, None):
             file.members.clear()  # type: ignore[attr-defined]  # which would hold every entry
@@ -117,16 +119,17 @@ def _tar_files(archive: Path, name: str) -> Files:
                 raise _not_plain(name, path)
             if not entry.isdir():
                 paths.append(path)
-                spans.append((entry.offset_data, entry.size))
+                offsets.append(entry.offset_data)
+                sizes.append(entry.size)
         while file.fileobj.read(1 << 16):  # type: ignore[union-attr]  # at whose end is the checksum
             _refuse_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
-    return Files(f"{name}:", paths, functools.partial(_opened_tar, archive, spans))
+    return Files(f"{name}:", Paths(paths), functools.partial(_opened_tar, archive, offsets, sizes))
 
 
 @contextlib.contextmanager
-def _opened_tar(archive: Path, spans: list[tuple[int, int]]) -> Iterator[Callable[[int], Content]]:
+def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int], Content]]:
     with tarfile.open(archive, tarinfo=_Entry) as file:
-        yield lambda index: _read(lambda: _tar_content(file, *spans[index]))
+        yield lambda index: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
 
 
 def _tar_content(file: tarfile.TarFile, offset: int, size: int) -> bytes:

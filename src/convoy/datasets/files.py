@@ -2,22 +2,44 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convoy.datasets.source import SPLITS
 from convoy.images import BadImage
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # what systems leave in folders; so do names that begin with a dot
-JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini")
-MAX_BYTES = 256 << 20  # of one file in an archive or in Parquet: what is larger is not taken into memory
-TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
+JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
 SPLIT_WORDS = ", ".join(SPLITS)
 
 Content = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
+
+
+class Paths(Sequence[str]):
+    """Very many paths, end to end: as objects of Python they would take three times the memory."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.text, self.ends = bytearray(), array("Q")
+        for path in paths:
+            self.text += path.encode(errors="surrogatepass")  # as names that are not UTF-8 are told only later
+            self.ends.append(len(self.text))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].decode(errors="surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends:
+            yield self.text[start:end].decode(errors="surrogatepass")
+            start = end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +47,7 @@ class Files:
     """The files of a folder or an archive, but for junk."""
 
     name: str  # what stands before their paths in messages: data/, data/pets.zip:
-    paths: list[str]  # below the folder or in the archive, with slashes; in an order that does not change
+    paths: Sequence[str]  # below the folder or in the archive, with slashes; in an order that does not change
     # gives a function that gives the content of the i-th file, at little cost if i only grows
     opened: Callable[[], AbstractContextManager[Callable[[int], Content]]]
 
@@ -49,7 +71,7 @@ def below(name: str) -> str | None:
 
 
 def is_junk(path: str) -> bool:
-    return any(part.startswith(".") or part in JUNK for part in path.split("/"))
+    return path.startswith(".") or "/." in path or not JUNK.isdisjoint(path.split("/"))
 
 
 def is_image(path: str) -> bool:

@@ -1,5 +1,6 @@
 """The data folder: images in class folders, archives and Parquet, or beside a table of their labels."""
 
+import collections
 import contextlib
 import functools
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from convoy.config import ConvoyError
 from convoy.datasets.archives import ARCHIVES, open_archive
-from convoy.datasets.files import Files, Said, is_image, is_junk, split_in
+from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in
 from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
 from convoy.datasets.source import SPLITS, Member, Source
 from convoy.datasets.tables import (
@@ -65,7 +66,7 @@ def refuse_links(folder: Path) -> None:
 
     Quick, for it goes before a copy that would follow them.
     """
-    _scan(folder)
+    collections.deque(_scan(folder), maxlen=0)
 
 
 def _places(data: Path) -> list[Files]:
@@ -75,39 +76,50 @@ def _places(data: Path) -> list[Files]:
             is_table = file.read(4) == b"PAR1" or data.suffix.lower() in TABLES
         one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda _: str(data)))
         return [one_file if is_table else open_archive(data, data.name)]
-    loose: list[str] = []
     archives: list[str] = []
-    for path in _scan(data):
-        if not is_junk(path):
-            (archives if path.lower().endswith(ARCHIVES) else loose).append(path)
+    loose = Paths(_loose(data, archives))
     return [
         Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda index: f"{data}/{loose[index]}")),
         *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
     ]
 
 
-def _scan(folder: Path) -> list[str]:
-    """The paths of all files below a folder, in order. As strings: there may be very many."""
+def _loose(data: Path, archives: list[str]) -> Iterator[str]:
+    """The files that are neither junk nor archives; those go into `archives`."""
+    for path in _scan(data):
+        if is_junk(path):
+            continue
+        if path.lower().endswith(ARCHIVES):
+            archives.append(path)
+        else:
+            yield path
+
+
+def _scan(folder: Path) -> Iterator[str]:
+    """The paths of all files below a folder, in order, of one folder after the other: there may be very many."""
     inside = folder.resolve()
-    paths, faults, waiting = [], [], [""] if folder.is_dir() else []
+    faults: list[str] = []
+    waiting = ["/"] if folder.is_dir() else []  # folders, with a slash at the end, and files; the next one last
     while waiting:
-        around = waiting.pop()
+        path = waiting.pop()
+        if not path.endswith("/"):
+            yield path
+            continue
+        around, found = path.removeprefix("/"), []
         try:
             with os.scandir(f"{folder}/{around}") as entries:
                 for entry in entries:
-                    path = f"{around}{entry.name}"
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{path}/")
+                        found.append(f"{around}{entry.name}/")
                     elif fault := _fault(entry, inside):
-                        faults.append(f"{folder.name}/{path} {fault}")
+                        faults.append(f"{folder.name}/{around}{entry.name} {fault}")
                     else:
-                        paths.append(path)
+                        found.append(f"{around}{entry.name}")
         except OSError as error:
             raise ConvoyError(f"{folder.name}/{around} can't be read: {error.strerror}") from error
+        waiting += sorted(found, key=lambda path: path.removesuffix("/"), reverse=True)
     if faults:
         raise ConvoyError("\n".join(sorted(faults)).encode(errors="backslashreplace").decode())
-    paths.sort(key=lambda path: path.replace("/", "\0"))  # a folder's files together
-    return paths
 
 
 def _fault(entry: os.DirEntry, inside: Path) -> str:
@@ -176,7 +188,7 @@ def _by_folder(places: list[Files], shards: list[Parquet]) -> list[Says]:
 
 
 def _by_folder_in(files: Files, apart: set[str]) -> Says:
-    depth, has_splits = _class_folders([path for path in files.paths if f"{files.name}{path}" not in apart])
+    depth, has_splits = _class_folders(files, apart)
 
     def says(path: str) -> Sequence[Said]:
         folders = path.split("/")[:-1]
@@ -189,15 +201,19 @@ def _by_folder_in(files: Files, apart: set[str]) -> Says:
     return says
 
 
-def _class_folders(paths: list[str]) -> tuple[int, bool]:
+def _class_folders(files: Files, apart: set[str]) -> tuple[int, bool]:
     """How many folders stand around the class folders, and whether the innermost of them are named after splits."""
     depth = 0
     while True:
-        folders = {path.split("/")[depth] for path in paths if path.count("/") > depth}
+        folders, has_images, has_folders = set(), False, False
+        for path in files.paths:
+            if (below := path.count("/") - depth) < 1 or f"{files.name}{path}" in apart:
+                continue
+            folders.add(path.split("/", depth + 1)[depth])
+            has_folders = has_folders or below > 1
+            has_images = has_images or (below == 1 and is_image(path))
         if folders and {folder.lower() for folder in folders} <= SPLITS.keys():
             return depth + 1, True
-        has_images = any(path.count("/") == depth + 1 and is_image(path) for path in paths)
-        has_folders = any(path.count("/") > depth + 1 for path in paths)
         if len(folders) != 1 or has_images or not has_folders:
             return depth, False
         depth += 1

@@ -1,8 +1,9 @@
 """The history of a data set: its class list, which only ever grows, and its last two versions."""
 
+import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,15 +90,16 @@ def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:
     return [*known, *(name for name in classes if name not in known)]
 
 
-def version_of(table: pd.DataFrame, quarantine: int) -> Version:
-    """Of the images in `table`: sha256, label and split."""
-    total = 0  # a sum does not depend on the order, and needs no memory
-    for row in table[["sha256", "label", "split"]].itertuples(index=False):
-        total += int.from_bytes(hashlib.sha256("\t".join(row).encode()).digest())
-    counts = table["label"].value_counts().sort_index()
+def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> Version:
+    """Of the images in tables: sha256, label and split."""
+    total, counts = 0, collections.Counter[str]()  # a sum does not depend on the order, and needs no memory
+    for piece in pieces:
+        for row in zip(*(piece[name].tolist() for name in ("sha256", "label", "split")), strict=True):
+            total += int.from_bytes(hashlib.sha256("\t".join(row).encode()).digest())
+        counts.update(piece["label"].tolist())
     return Version(
         digest=f"{total % 2**128:032x}",
-        images={str(label): int(count) for label, count in counts.items()},
+        images=dict(sorted(counts.items())),
         quarantine=quarantine,
     )
 

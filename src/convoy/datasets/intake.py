@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Share, schema
-from convoy.datasets.decoding import RECORD, decoded, remember
+from convoy.datasets.decoding import decoded
 from convoy.datasets.history import extended
-from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed
+from convoy.datasets.judging import RECORD, RECORDS, remember
+from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
 from convoy.datasets.source import Dataset, Source
 
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
@@ -46,24 +47,25 @@ def take_in(
     Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; and where fewer than
     two classes have images.
     """
-    table, faulty, records = _decode(source, dataset, folder / PIXELS, earlier)
-    several = table[table["picture"].duplicated(keep=False)]  # so are the few that can contradict or repeat each other
+    faulty = _decode(source, dataset, folder, earlier)
+    rows = Rows(folder / TABLE)
+    shared = rows.columns("picture")["picture"].duplicated(keep=False)
+    several = rows.at(np.flatnonzero(shared))  # the few that can contradict or repeat each other
     contradictions = _contradictions(several)
     quarantine = pd.concat([faulty, contradictions], ignore_index=True)
     if len(quarantine) > params.max_bad_fraction * source.count:
         raise ConvoyError(_too_many(quarantine, source.count, params))
     copies = _copies(several.drop(index=contradictions.index))
     if len(contradictions) + len(copies):
-        table = table.drop(index=contradictions.index.union(copies.index)).reset_index(drop=True)
-    _check_classes(dataset.name, table)
+        rows.drop(np.union1d(contradictions.index, copies.index))
+    labels = set(rows.columns("label")["label"].unique())
+    _check_classes(dataset.name, labels)
 
-    labels = set(table["label"])
     classes = extended(known_classes, [label for label in source.classes if label in labels])
     described = {"name": dataset.name, "origin": dataset.origin, "classes": classes}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
-    table.to_parquet(folder / TABLE, index=False)
-    remember(records, folder / PIXELS, earlier)
-    return Intake(Packed.load(folder, table), quarantine, copies.reset_index(drop=True))
+    remember(folder / RECORDS, folder / PIXELS, earlier)
+    return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True))
 
 
 def group_in(path: str, pattern: str | None) -> str:
@@ -79,43 +81,55 @@ def group_in(path: str, pattern: str | None) -> str:
     return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-def _decode(
-    source: Source, dataset: Dataset, pixels: Path, earlier: Path
-) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
-    """The table of the images that can be used; path, label and reason of the others; and the records of the first.
+def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Path) -> pd.DataFrame:
+    """Write the pixels, the table and the records of the images that can be used; path, label and reason of the others.
 
-    An image costs some hundred bytes of memory, in columns and not in objects of Python, and a batch of images as
-    much as they are large, however many there are.
+    All goes to the disk batch by batch, so that memory does not grow with the number of images.
     """
-    more = [(f"{COLUMN}{name}", pa.string()) for name in source.more]
-    schema, unsaid = pa.schema([*NO_IMAGES.schema, *more]), ("",) * len(more)
-    parts, faults, records = [schema.empty_table()], [NO_FAULTS], [np.empty(0, RECORD)]
+    faults: list[tuple[str, str, str]] = []
+    Rows(folder / TABLE).write(_tables(source, dataset, folder, earlier, faults))
+    return pd.DataFrame(faults, columns=["path", "label", "reason"], dtype="str")
+
+
+def _tables(
+    source: Source, dataset: Dataset, folder: Path, earlier: Path, faults: list[tuple[str, str, str]]
+) -> Iterator[pa.Table]:
+    """The rows of the images that can be used, a batch at a time; the others are added to `faults`."""
+    schema, unsaid = _schema(source.more), ("",) * len(source.more)
+    yield schema.empty_table()
     offset = 0
-    with pixels.open("wb") as file, tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar:
+    with (
+        (folder / PIXELS).open("wb") as pixels,
+        (folder / RECORDS).open("wb") as records,
+        tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
+    ):
         for members, batch in decoded(source, dataset.longest_side, earlier):
             sizes = batch.records["height"].astype(np.int64) * batch.records["width"] * batch.records["channels"]
             batch.records["offset"] = offset + np.cumsum(sizes) - sizes
-            offset += file.write(batch.pixels)
-            records.append(batch.records)
+            offset += pixels.write(batch.pixels)
+            records.write(batch.records.tobytes())
 
-            sound, bad = [], []
+            sound = []
             for member, fault in zip(members, batch.faults, strict=True):
                 if fault:
-                    bad.append((member.path, member.label, fault))
+                    faults.append((member.path, member.label, fault))
                 else:
                     group = member.group or group_in(member.path, dataset.group)
                     sound.append((member.path, member.label, member.split, group, *(member.more or unsaid)))
-            parts.append(pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(more)), schema=schema))
-            faults.append(pa.Table.from_arrays(_strings(bad, 3), schema=NO_FAULTS.schema))
+            yield pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(source.more)), schema=schema)
             bar.update(len(members))
-    return pa.concat_tables(parts).to_pandas(), pa.concat_tables(faults).to_pandas(), np.concatenate(records)
 
 
-NO_FAULTS = pa.schema([(name, pa.string()) for name in ("path", "label", "reason")]).empty_table()
-NO_IMAGES = pa.schema(
-    [(name, pa.string()) for name in ("path", "label", "split", "group", "sha256")]
-    + [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORD.names or () if name != "sha256"]
-).empty_table()
+RECORDED = [name for name in RECORD.names or () if name != "sha256"]
+
+
+def _schema(more: Sequence[str]) -> pa.Schema:
+    """As pandas writes it, so that it reads the same back."""
+    texts = ["path", "label", "split", "group", "sha256"]
+    fields = [(name, pa.large_string()) for name in texts]
+    fields += [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORDED]
+    fields += [(f"{COLUMN}{name}", pa.large_string()) for name in more]
+    return pa.Table.from_pandas(pa.schema(fields).empty_table().to_pandas(), preserve_index=False).schema
 
 
 def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
@@ -124,13 +138,13 @@ def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> li
     `width` texts are said of each image.
     """
     texts = _strings(said, width)
-    digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.string())
-    recorded = [pa.array(records[name]) for name in NO_IMAGES.column_names[5:]]
+    digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.large_string())
+    recorded = [pa.array(records[name]) for name in RECORDED]
     return [*texts[:4], digests, *recorded, *texts[4:]]
 
 
 def _strings(rows: list[tuple], width: int) -> list[pa.Array]:
-    return [pa.array([row[column] for row in rows], pa.string()) for column in range(width)]
+    return [pa.array([row[column] for row in rows], pa.large_string()) for column in range(width)]
 
 
 def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
@@ -162,10 +176,9 @@ def _too_many(quarantine: pd.DataFrame, count: int, params: Fetch) -> str:
     )
 
 
-def _check_classes(name: str, table: pd.DataFrame) -> None:
-    classes = sorted(table["label"].unique())
+def _check_classes(name: str, classes: Collection[str]) -> None:
     if len(classes) < 2:
-        have = f"images of one class, {classes[0]!r}" if classes else "no images that can be used"
+        have = f"images of one class, {next(iter(classes))!r}" if classes else "no images that can be used"
         raise ConvoyError(
             f"{name} has {have}, and a classifier needs two classes or more: give each class a folder of its own"
         )

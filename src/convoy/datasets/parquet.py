@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import MAX_BYTES, SPLIT_WORDS, TOO_LARGE, Content
+from convoy.datasets.files import SPLIT_WORDS, Content
+from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
 from convoy.datasets.source import SPLITS, Member
 from convoy.images import BadImage
 

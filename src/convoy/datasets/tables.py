@@ -33,7 +33,7 @@ class Table:
     rows: pd.DataFrame  # text; path or file_name, label, and perhaps split, group and others
 
 
-def may_be_tables(paths: list[str]) -> Iterator[int]:
+def may_be_tables(paths: Sequence[str]) -> Iterator[int]:
     """Which of some files may be tables: those at the top, or in folders of splits there.
 
     A folder around all of them is looked through.

@@ -1,0 +1,196 @@
+"""Judging: images read, hashed and decoded, in a process of its own that needs nothing else, as imports take time."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from convoy import images, likeness
+from convoy.images import BadImage, Decoded, as_image, decode, plain
+from convoy.likeness import perceptual_hash, thumbnails
+
+if TYPE_CHECKING:
+    from convoy.datasets.source import Content
+
+BATCH_BYTES = 2**23  # of pixels and of files
+MAX_BYTES = 256 << 20  # of one file: what is larger is not taken into memory
+TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
+
+# what is known of an image
+RECORD = np.dtype(
+    [
+        ("sha256", "V32"),  # of the file, or of the shape and pixels where there is none
+        ("picture", np.uint64),  # a hash of the shape and the pixels
+        ("phash", np.uint64),  # perceptual
+        ("source_height", np.int32),  # pixels, in the file
+        ("source_width", np.int32),
+        ("height", np.int32),  # as kept
+        ("width", np.int32),
+        ("channels", np.int32),
+        ("offset", np.int64),  # of its first pixel
+    ]
+)
+PIECE = 2**13  # records that are in memory at a time
+RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `remember` leaves
+
+
+def fingerprint(longest_side: int) -> str:
+    """Of all that decides what a file is decoded to."""
+    code = [Path(module.__file__ or "").read_bytes() for module in (images, likeness, sys.modules[__name__])]
+    libraries = [f"{package} {version(package)}" for package in ("numpy", "pillow", "simplejpeg")]
+    told = b"\n".join([*code, *(library.encode() for library in libraries), str(longest_side).encode()])
+    return hashlib.sha256(told).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What became of images, in their order."""
+
+    faults: list[str]  # why an image can't be used; "" where it can
+    records: np.ndarray  # of those that can; their offsets are not set
+    pixels: bytes  # of those that can, end to end
+
+
+def settle() -> None:
+    """For a process that does nothing but judge."""
+    threadpool_limits(1)  # threads of these processes would only wait for each other
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
+
+
+def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
+    """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`."""
+    known = Earlier.load(earlier)
+    faults: list[str] = []
+    rows: list[tuple] = []
+    pixels: list[bytes] = []
+    new: list[tuple[int, np.ndarray]] = []
+    count = 0  # bytes of pixels
+    for content in contents:
+        if count > 4 * BATCH_BYTES:
+            break
+        try:
+            data = _read(content)
+            sha256 = _digest(hashlib.sha256(), data)
+            row, image = known.find(sha256)
+            if image is None:
+                found = _decode(data, longest_side)
+                image = found.pixels
+                row = (sha256, _picture(image), 0, found.height, found.width, *image.shape, 0)
+                new.append((len(rows), image))
+            rows.append(row)
+            pixels.append(image.tobytes())
+            count += image.size
+            faults.append("")
+        except BadImage as fault:
+            faults.append(str(fault))
+    records = np.array(rows, RECORD)
+    if new:
+        places, fresh = zip(*new, strict=True)
+        records["phash"][list(places)] = perceptual_hash(thumbnails(fresh))
+    return Batch(faults, records, b"".join(pixels))
+
+
+def _read(content: "Content") -> bytes | np.ndarray:
+    if isinstance(content, BadImage):
+        raise content
+    if not isinstance(content, str):
+        return content
+    try:
+        file = os.open(content, os.O_RDONLY)  # which costs half of what `open` does, and that counts for small files
+        try:
+            size = os.fstat(file).st_size
+            if size > MAX_BYTES:
+                raise BadImage(TOO_LARGE)
+            return os.read(file, size)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise BadImage(f"can't be read: {error.strerror}") from None
+
+
+def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:
+    if isinstance(data, bytes):
+        return decode(data, longest_side)
+    height, width, _ = data.shape
+    small = max(height, width) <= longest_side
+    return Decoded(data if small else plain(as_image(data), longest_side), height, width)
+
+
+def _digest(algorithm: Any, data: bytes | np.ndarray) -> bytes:
+    if isinstance(data, np.ndarray):
+        algorithm.update("x".join(map(str, data.shape)).encode())
+        data = np.ascontiguousarray(data)
+    algorithm.update(data)
+    return algorithm.digest()
+
+
+class Earlier:
+    """What an earlier run decoded, found by the sha256 of a file."""
+
+    def __init__(self, index: np.ndarray, records: int, pixels: int) -> None:
+        self.starts, self.rows = np.asarray(index)  # (2, N)
+        # descriptors of open files: of a memory map all that was read would count as memory
+        self.records, self.pixels = records, pixels
+
+    @classmethod
+    @functools.cache
+    def load(cls, folder: Path) -> "Earlier":
+        """From a folder that `remember` wrote; nothing is known where it is missing."""
+        try:
+            index = np.load(folder / INDEX, mmap_mode="r")  # which the processes share
+            return cls(index, *(os.open(folder / name, os.O_RDONLY) for name in (RECORDS, PIXELS)))
+        except (OSError, ValueError):
+            return cls(np.empty((2, 0), np.uint64), -1, -1)
+
+    def find(self, sha256: bytes) -> tuple[tuple, np.ndarray | None]:
+        """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this hash; (), None where it is unknown."""
+        at = np.searchsorted(self.starts, np.frombuffer(sha256, np.uint64, 1)[0])
+        if at == len(self.starts):
+            return (), None
+        told = os.pread(self.records, RECORD.itemsize, int(self.rows[at]) * RECORD.itemsize)
+        if len(told) < RECORD.itemsize or not told.startswith(sha256):
+            return (), None
+        record: tuple = np.frombuffer(told, RECORD)[0].item()
+        _, picture, *_, height, width, channels, offset = record
+        size = height * width * channels
+        image = np.frombuffer(os.pread(self.pixels, size, offset), np.uint8)
+        if len(image) != size or _picture(image := image.reshape(height, width, channels)) != picture:
+            return (), None  # a disk may forget
+        return record, image
+
+
+def _picture(pixels: np.ndarray) -> int:
+    return int.from_bytes(_digest(hashlib.sha256(), pixels)[:8], "little")
+
+
+def remember(records: Path, pixels: Path, folder: Path) -> None:
+    """Leave in `folder` what was decoded, for a later run, and nothing beside it.
+
+    `records` is moved there and `pixels` linked, which costs no disk; where that can't be done, nothing is left.
+    """
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with contextlib.suppress(OSError):
+        os.link(pixels, folder / PIXELS)
+        np.save(folder / INDEX, _index(records))
+        records.replace(folder / RECORDS)
+    records.unlink(missing_ok=True)
+
+
+def _index(records: Path) -> np.ndarray:
+    """(2, N) uint64: the first eight bytes of each sha256, in the order of numbers, and the rows that have them."""
+    starts = np.empty(records.stat().st_size // RECORD.itemsize, np.uint64)
+    for start in range(0, len(starts), PIECE):
+        some = np.fromfile(records, RECORD, PIECE, offset=start * RECORD.itemsize)["sha256"]
+        starts[start : start + PIECE] = np.ascontiguousarray(some).view(np.uint64)[::4]
+    rows = np.argsort(starts, kind="stable")
+    return np.stack([starts[rows], rows.astype(np.uint64)])

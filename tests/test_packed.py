@@ -1,0 +1,72 @@
+"""The packed data set: its table lies on the disk, and comes into memory in parts that make no difference."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from convoy.datasets import packed
+from convoy.datasets.files import Paths
+from convoy.datasets.packed import Rows
+
+COUNT = 100
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "PIECE", 16)
+
+
+def images() -> pd.DataFrame:
+    labels = [f"class {number % 7}" for number in range(COUNT)]
+    return pd.DataFrame({"path": [f"{number}.png" for number in range(COUNT)], "label": labels, "height": range(COUNT)})
+
+
+def written(file: Path, step: int) -> Rows:
+    """The images, so many rows at a time."""
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, COUNT, step):
+            yield pa.Table.from_pandas(images()[start : start + step], preserve_index=False)
+
+    Rows(file).write(tables())
+    return Rows(file)
+
+
+@pytest.mark.parametrize("step", [1, 15, 16, 17, 100])
+def test_however_the_rows_come_the_bytes_are_the_same_and_all_rows_are_there(tmp_path: Path, step: int) -> None:
+    rows = written(tmp_path / "one.parquet", step)
+    assert rows.file.read_bytes() == written(tmp_path / "other.parquet", 7).file.read_bytes()
+    assert len(rows) == COUNT
+    pd.testing.assert_frame_equal(pd.read_parquet(rows.file), images())
+    pd.testing.assert_frame_equal(pd.concat(rows.pieces()), images(), check_index_type=False)
+
+
+def test_a_table_of_one_piece_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "PIECE", COUNT)
+    images().to_parquet(tmp_path / "pandas.parquet", index=False)
+    assert written(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [15, 16, 99], list(range(COUNT))])
+def test_rows_are_found_and_taken_out_by_their_numbers(tmp_path: Path, chosen: list[int]) -> None:
+    rows = written(tmp_path / "images.parquet", 10)
+    assert rows.at(np.array(chosen, int)).index.tolist() == chosen
+    assert rows.at(np.array(chosen, int))["height"].tolist() == chosen
+    rows.drop(np.array(chosen, int))
+    assert rows.columns("height")["height"].tolist() == sorted(set(range(COUNT)) - set(chosen))
+
+
+def test_few_values_come_as_categories_that_are_one_over_all_pieces(tmp_path: Path) -> None:
+    labels = written(tmp_path / "images.parquet", 10).columns("label")["label"]
+    assert labels.dtype == "category"
+    assert labels.astype(str).tolist() == images()["label"].tolist()
+
+
+def test_paths_come_back_as_they_were_even_those_that_are_not_utf8() -> None:
+    names = ["cat/1.png", "", "caf\udce9/1.png", "\ud800", "\u732b/\0.png"]
+    paths = Paths(names)
+    assert list(paths) == [paths[index] for index in range(len(paths))] == names

@@ -74,12 +74,12 @@ def judge(
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
     challenger = Contender(candidate.architecture, predictions, seen, record["parameters"])
 
-    def contender(version: int, words: str) -> tuple[Contender, Predictor]:
+    def contender(version: int) -> tuple[Contender, Predictor]:
         """A registered version, its answers made now."""
         with tracking.store(stage.home, params.name) as store:
             found = served.find(store, f"models:/{params.name}/{version}")
             old, trained_on = served.load(found), served.seen(found)
-        name = f"{words} {old.architecture} (version {version})"
+        name = f"{old.architecture} (version {version})"
         return Contender(name, answers(old, images, pixels, task, packed), trained_on), old
 
     with tracking.store(stage.home, params.name) as store:
@@ -87,12 +87,12 @@ def judge(
         ever = registry.best_ever(store, params.name) if params.gate.mode == "non_inferior" else None
     if compared is None:
         return gate.judge(challenger, None, params.gate, looks=looks, first=True)
-    old, predictor = contender(compared, "the champion")
+    old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
     classifier = models.restore(record["architecture"], settings, task, weights)
     challenger = dataclasses.replace(challenger, latency=timing.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
-    best = contender(ever, "the best champion ever")[0] if ever is not None else None
+    best = contender(ever)[0] if ever is not None else None
     return gate.judge(challenger, old, params.gate, looks=looks, best=best)
 
 

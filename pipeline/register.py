@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 import convoy
-from convoy import champion, models, promotion, registry, report, timing, tracking
+from convoy import champion, export, models, predictor, promotion, registry, report, served, timing, tracking
 from convoy.config import ConvoyError
 from convoy.task import Task
-from pipeline import sync
+from pipeline import sync, verify
 from pipeline.promote import Candidate, promote
 from pipeline.stage import Stage, main
 
@@ -50,27 +51,52 @@ def register(stage: Stage) -> None:
             return
         champion.finish(store, params.name)
         identity = results[winner].mark()
-        version = registry.find_version(store, params.name, identity) or registry.register(
-            store,
-            name=params.name,
-            run_id=runs[winner],
-            identity=identity,
-            model=PACKAGE / "serving.py",
-            files={
+        version = registry.find_version(store, params.name, identity)
+        if version is None:
+            files = {
                 "record": trained[winner] / "record.json",
                 "weights": trained[winner] / "weights.safetensors",
                 "calibration": evaluated[winner] / "calibration.json",
                 "seen": stage.input("preprocess") / "seen.txt",
-            },
-            code=PACKAGE,
-            step=int(best[winner]["epoch"]),
-        )
+            }
+            with tempfile.TemporaryDirectory() as scratch:
+                version = registry.register(
+                    store,
+                    name=params.name,
+                    run_id=runs[winner],
+                    identity=identity,
+                    model=PACKAGE / "serving.py",
+                    files=files | exported(winner, files, results[winner], stage.input("preprocess"), Path(scratch)),
+                    code=PACKAGE,
+                    step=int(best[winner]["epoch"]),
+                )
         registry.set_alias(store, params.name, champion.CHALLENGER, version)
         compared = champion.current(store, params.name)
     if int(version.version) == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
     else:
         promote(stage, params, Candidate(winner, int(version.version), results[winner], runs[winner]), compared)
+
+
+def exported(
+    name: str, files: Mapping[str, Path], result: sync.Result, prepared: Path, scratch: Path
+) -> dict[str, Path]:
+    """The model of these files as an ONNX file in `scratch`; none where it does not export or answer as evaluated."""
+    for file in files.values():
+        (scratch / file.name).symlink_to(file.absolute())
+    model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, prepared)
+    onnx = scratch / export.FILE
+    try:
+        export.export(model, onnx)
+        difference = export.agreement(onnx, pixels, expected)
+        if not difference <= served.AGREEMENT:
+            raise ConvoyError(f"its probabilities differ by up to {difference:.2g}, more than {served.AGREEMENT:g}")
+    except ConvoyError as error:
+        print(f"{name} is registered without {onnx.name}: {error}")
+        return {}
+    said = f"answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
+    print(f"{name}: {onnx.name} {said}")
+    return {"onnx": onnx}
 
 
 def _time(store: tracking.Store, runs: Mapping[str, dict[str, Any]], trained: Mapping[str, Path]) -> None:

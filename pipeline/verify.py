@@ -34,6 +34,13 @@ def main() -> None:
 
 def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> str:
     """What was found, in words; raises ConvoyError where the model is not what was evaluated."""
+    pixels, expected = sample(evaluated, prepared)
+    difference = served.verify(served.find(store, uri), pixels, expected)
+    return f"{uri} answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
+
+
+def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Some test images (N, H, W, C) uint8 of every class, and the recorded probabilities (N, K) of each."""
     recorded = pd.read_parquet(evaluated / "predictions.parquet")
     classes = json.loads((prepared / "task.json").read_text())["classes"]
     expected = recorded[[f"probability_{name}" for name in classes]].to_numpy()
@@ -41,8 +48,7 @@ def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> 
     if len(test) != len(expected):
         raise ConvoyError(f"{evaluated} is of {len(expected)} images and {prepared} of {len(test)}: run `dvc repro`")
     rows = np.unique(np.linspace(0, len(test) - 1, IMAGES).round().astype(int))  # of every class, as they lie in order
-    difference = served.verify(served.find(store, uri), test.pixels[rows], expected[rows])
-    return f"{uri} answers {len(rows)} images as evaluated; probabilities differ by {difference:.1g} at most"
+    return test.pixels[rows], expected[rows]
 
 
 if __name__ == "__main__":

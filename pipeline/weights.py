@@ -1,4 +1,4 @@
-"""weights: what a registered champion or a run was trained to, from MLflow into a folder; no stage.
+"""weights: what a registered champion or a run was trained to, from MLflow into a folder, checked; no stage.
 
 The train stage calls it as a process of its own: which way leads to MLflow is no part of what defines a training.
 """
@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from convoy import config, registry, tracking
+from convoy import config, served, tracking
 from convoy.config import ConvoyError
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
         with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
-            print(registry.fetch_weights(store, name, options.architecture, options.init, options.folder))
+            print(served.fetch_weights(store, name, options.architecture, options.init, options.folder))
     except ConvoyError as error:
         sys.exit(f"convoy: weights: {error}")
 

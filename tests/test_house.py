@@ -23,8 +23,8 @@ LIBRARY = ROOT / "src" / "convoy"
 FLOORS = [
     "config", "images", "likeness", "task", "datasets", "datacard", "preprocessing", "batches", "augmentation",
     "recipe", "classifier", "models", "transfer", "hardware", "datamodule", "checkpoint", "progress", "training",
-    "finder", "temperature", "predictor", "evaluation", "timing", "comparison", "gate", "views", "tracking", "registry",
-    "served", "champion", "promotion", "report", "serving",
+    "finder", "temperature", "predictor", "export", "evaluation", "timing", "comparison", "gate", "views", "tracking",
+    "registry", "served", "champion", "moving", "promotion", "report", "serving",
 ]  # fmt: skip
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PYTHON = sorted(
@@ -103,9 +103,9 @@ def test_the_library_knows_no_stage_and_imports_by_full_names(file: Path) -> Non
 
 
 @every_library_file
-def test_only_config_knows_hydra_and_only_four_files_know_mlflow(file: Path) -> None:
+def test_only_config_knows_hydra_and_only_six_files_know_mlflow(file: Path) -> None:
     allowed = {"config": {"hydra", "omegaconf", "dvc"}} | {
-        name: {"mlflow"} for name in ("tracking", "registry", "served", "champion", "serving")
+        name: {"mlflow"} for name in ("tracking", "registry", "served", "champion", "moving", "serving")
     }
     doors = {"hydra", "omegaconf", "dvc", "mlflow"}
     assert packages(file) & doors <= allowed.get(floor(file), set())
@@ -121,6 +121,14 @@ def test_before_the_datamodule_nothing_waits_for_torch(name: str) -> None:
     heavy = {"torch", "torchvision", "pytorch_lightning"}
     for file in (LIBRARY / name).rglob("*.py") if (LIBRARY / name).is_dir() else [LIBRARY / f"{name}.py"]:
         assert not packages(file, inside_functions=False) & heavy
+
+
+@pytest.mark.parametrize("folder", [LIBRARY, ROOT / "pipeline"], ids=lambda folder: folder.name)
+def test_nothing_waits_for_onnx_but_what_needs_it(folder: Path) -> None:
+    users = {file.name for file in folder.rglob("*.py") if packages(file) & {"onnx", "onnxruntime", "onnxscript"}}
+    assert users == ({"export.py"} if folder == LIBRARY else set())
+    for file in folder.rglob("*.py"):
+        assert not packages(file, inside_functions=False) & {"onnx", "onnxruntime", "onnxscript"}
 
 
 # One word, six places

@@ -261,6 +261,83 @@ def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
         assert store.client.search_model_versions("name = 'convoy'") == []
 
 
+# What a training starts from
+
+
+@pytest.fixture
+def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """The id of a run with the files of a training, and the folder where these lie."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = tracking.DataVersion("pets", "0123", "data.dvc", {"images": 3})
+    files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
+    tags = {tracking.IDENTITY: str(tmp_path)}
+    ended = tracking.Run("lenet", {}, tags, {}, data, files=files, status="FINISHED")
+    with tracking.store(root, "convoy") as store:
+        made = tracking.level(store, ended, "results", moment=0)
+    yield made, root / "mlartifacts/convoy" / made / "artifacts"
+
+
+def start_from(root: Path, init: str, folder: Path) -> str:
+    folder.mkdir()
+    with tracking.store(root, "convoy") as store:
+        return served.fetch_weights(store, "convoy", "lenet", init, folder)
+
+
+def tamper(file: Path, change: str, fired: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if change == "one bit":
+        content[-5] ^= 1
+    file.write_bytes(content if change == "one bit" else b"[" * 100_000 if change == "deep" else pickled(fired))
+
+
+CHANGES = [("weights.safetensors", "one bit"), ("weights.safetensors", "poison"), ("record.json", "deep")]
+
+
+@pytest.mark.parametrize(("file", "change"), CHANGES)
+def test_a_training_starts_from_no_champion_whose_files_were_changed(
+    file: str, change: str, root: Path, stored: Path, fired: Path, tmp_path: Path
+) -> None:
+    tamper(stored / "artifacts" / file, change, fired)
+    said = rf"model\.lenet\.init: models:/convoy/1: \S*{file} of the model is not what was registered"
+    with pytest.raises(ConvoyError, match=said):
+        start_from(root, "champion", tmp_path / "start")
+    assert list((tmp_path / "start").iterdir()) == []
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize(("file", "change"), CHANGES)
+def test_a_training_starts_from_no_run_whose_files_were_changed(
+    file: str, change: str, root: Path, run: tuple[str, Path], fired: Path, tmp_path: Path
+) -> None:
+    made, folder = run
+    tamper(folder / file, change, fired)
+    with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: {file} of run {made} is not what its training left"):
+        start_from(root, made, tmp_path / "start")
+    assert list((tmp_path / "start").iterdir()) == []
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("init", ["champion", "run"])
+def test_a_training_starts_from_files_that_nobody_touched(
+    init: str, root: Path, stored: Path, run: tuple[str, Path], tmp_path: Path
+) -> None:
+    start_from(root, run[0] if init == "run" else init, tmp_path / "start")
+    for file in ("record.json", "weights.safetensors"):
+        assert (tmp_path / "start" / file).read_bytes() == (root / "left" / file).read_bytes()
+
+
+@pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json", '{"history.csv": "0123"}'])
+def test_a_training_starts_from_no_run_without_hashes(
+    tag: str | None, root: Path, run: tuple[str, Path], tmp_path: Path
+) -> None:
+    with tracking.store(root, "convoy") as store:
+        store.client.delete_tag(run[0], tracking.HASHES)
+        if tag is not None:
+            store.client.set_tag(run[0], tracking.HASHES, tag)
+    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {tracking.HASHES}"):
+        start_from(root, run[0], tmp_path / "start")
+
+
 # The model as MLflow itself loads it
 
 

@@ -9,21 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from project import draw_pictures, make_project, run_stages
+from nights import end_in, make_nights
 from test_champion import WRITES, Killed
 
-from convoy import champion, config, predictor, served, tracking
+from convoy import champion, export, predictor, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
 from pipeline import promote, rollback, sync
-from pipeline.register import register
+from pipeline.register import exported, register
 from pipeline.stage import MARK, Stage, sha256
-
-POOR = ["train.max_epochs=1", "model.lenet.recipe.lr=0.0001"]
-GOOD = ["train.max_epochs=4"]
-ALIKE = ["train.max_epochs=4", "model.lenet.recipe.weight_decay=0.0004"]
-BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.floor=0.0"]
-BASE += ["register.gate.min_test_images=50", "register.gate.min_class_images=20"]
 
 Night = Callable[..., str]
 
@@ -33,17 +27,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with three trainings of LeNet, poor, good, and one like it, and nothing registered yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        root = make_project(tmp_path_factory.mktemp("nights") / "project", [*BASE, *GOOD])
-        shutil.rmtree(root / "data")
-        draw_pictures(root / "data", each=120)
-        run_stages(root, until="preprocess")
-        for name, overrides in (("good", GOOD), ("alike", ALIKE), ("poor", POOR)):
-            config.compose(root, [*BASE, *overrides])
-            run_stages(root, until="evaluate", since="train")
-            for stage in ("train", "evaluate"):
-                (root / "kept" / name).mkdir(parents=True, exist_ok=True)
-                shutil.copytree(root / "artifacts" / stage, root / "kept" / name / stage)
-            shutil.copy(root / "params.yaml", root / "kept" / name)
+        root = make_nights(tmp_path_factory.mktemp("nights") / "project")
         with tracking.store(root, "convoy"):
             pass
     return root
@@ -61,13 +45,15 @@ def root(nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model answers here and not in a fresh process, which takes ten seconds, but in the first story."""
+    """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
     def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> np.ndarray:
         return predictor.restore(model / "artifacts").probabilities(pixels)
 
     if request.function is not test_first_night_better_worse_and_tie:
         monkeypatch.setattr(served, "_answers", answer)
+        if "onnx" not in request.function.__name__:  # some seconds
+            monkeypatch.setattr("pipeline.register.exported", lambda *_: {})
 
 
 @pytest.fixture
@@ -75,11 +61,7 @@ def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
     """Lets a night end in a training ("poor", "good", "alike") and register; returns what was said."""
 
     def play(training: str, *overrides: str) -> str:
-        for stage in ("train", "evaluate"):
-            shutil.rmtree(root / "artifacts" / stage, ignore_errors=True)
-            shutil.copytree(root / "kept" / training / stage, root / "artifacts" / stage)
-        settings = {"good": GOOD, "alike": ALIKE, "poor": POOR}[training]
-        config.compose(root, [*BASE, *settings, *overrides])
+        end_in(root, training, *overrides)
         capsys.readouterr()
         Stage(root, "register").run(register)
         return capsys.readouterr().out
@@ -98,7 +80,7 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
     assert aliases(root) == {CHALLENGER: 1, CHAMPION: 1}
 
     said = night("good")
-    assert "PROMOTE" in said
+    assert "PROMOTE: lenet is better than the champion lenet (version 1): " in said
     assert "lenet is now the champion: models:/convoy@champion, version 2" in said
     assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
 
@@ -123,6 +105,67 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
         assert len(store.client.search_model_versions("name = 'convoy'")) == 3
         run = store.client.get_model_version("convoy", "2").run_id
         assert "promotions.csv" in {file.path for file in store.client.list_artifacts(run)}
+
+
+def test_the_onnx_file_of_a_version_is_made_once_and_answers_as_evaluated(
+    root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "lenet: model.onnx answers " in night("good")
+    monkeypatch.setattr(export, "export", lambda *_: pytest.fail("exported again"))
+    assert "onnx" not in night("good")
+    with tracking.store(root, "convoy") as store:
+        served.fetch(served.find(store, "models:/convoy@champion"), tmp_path, ["artifacts/model.onnx"])  # and its hash
+    pixels = np.load(root / "artifacts/preprocess/test_pixels.npy")
+    table = pd.read_parquet(root / "artifacts/evaluate/lenet/predictions.parquet")
+    expected = table[[f"probability_{name}" for name in ("leaning", "lying", "standing")]].to_numpy()
+    assert export.agreement(tmp_path / "artifacts/model.onnx", pixels, expected) < 1e-5
+
+
+def test_a_model_that_does_not_export_to_onnx_is_registered_without_it(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("No ONNX function found\nand much more")
+
+    monkeypatch.setattr("torch.onnx.export", refuse)
+    lines = night("good").splitlines()
+    reason = "torch can't export it (No ONNX function found and much more)"
+    assert f"lenet is registered without model.onnx: {reason}" in lines
+    assert "lenet is now the champion: models:/convoy@champion, version 1" in lines
+    with tracking.store(root, "convoy") as store:
+        hashes = json.loads(served.find(store, "models:/convoy@champion").tags[tracking.HASHES])
+    assert "artifacts/weights.safetensors" in hashes
+    assert "artifacts/model.onnx" not in hashes
+
+
+@pytest.mark.parametrize(("difference", "kept"), [(9e-5, True), (2e-4, False), (np.inf, False), (np.nan, False)])
+def test_an_onnx_file_that_does_not_answer_as_evaluated_is_not_kept(
+    difference: float,
+    kept: bool,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    result = sync.find_result(Stage(end_in(root, "good"), "register"), "lenet")
+    names = {"record": result.trained, "weights": result.trained, "calibration": result.evaluated}
+    files = {name: next(folder.glob(f"{name}.*")) for name, folder in names.items()}
+    monkeypatch.setattr(export, "export", lambda *_: None)
+    monkeypatch.setattr(export, "agreement", lambda *_: difference)
+    found = exported("lenet", files, result, root / "artifacts/preprocess", tmp_path)
+    assert (list(found) == ["onnx"]) == kept
+    refusal = f"lenet is registered without model.onnx: its probabilities differ by up to {difference:.2g}, more than"
+    assert (refusal in capsys.readouterr().out) != kept
+
+
+def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = iter([0.0, 2e-4])  # as it is registered, and before the champion is moved
+    monkeypatch.setattr(export, "agreement", lambda *_: next(differences))
+    with pytest.raises(ConvoyError, match=r"models:/convoy/1 by model\.onnx does not answer as it was evaluated"):
+        night("good")
+    assert aliases(root) == {CHALLENGER: 1}
 
 
 def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,6 +182,30 @@ def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Pa
     assert_whole(root, ("lenet",))
 
 
+def test_weights_that_came_out_otherwise_replace_those_that_were_there(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    (tmp_path / "stored").mkdir()
+    folder = root / "artifacts/train/lenet"
+    weights = folder / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    marks = json.loads((folder / MARK).read_text()) | {weights.name: sha256(weights)}
+    (folder / MARK).write_text(json.dumps(marks))
+    assert list(sync(root).values()) == [run_id]
+    stored = Path(client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
+    assert (stored / weights.name).read_bytes() == weights.read_bytes()
+    assert tracking.hashes_of(runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
+
+
+def test_a_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    client(root).delete_tag(run_id, tracking.HASHES)
+    assert list(sync(root).values()) == [run_id]
+    assert tracking.hashes_of(runs(root)[0])["weights.safetensors"]
+
+
 def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()

@@ -1,9 +1,12 @@
 """Tracking: what a run in MLflow tells about the data that its model saw, and how its parameters read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.entities import Run as Found
 
 from convoy import tracking
@@ -77,6 +80,25 @@ def test_runs_are_found_by_the_version_of_their_data(store: Store) -> None:
     assert older not in runs
 
 
+def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, later = MlflowClient.log_batch, tracking._now() + 60_000
+
+    def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
+        if metrics:  # all is read by now; here the other one does the whole of it
+            monkeypatch.setattr(MlflowClient, "log_batch", write)
+            monkeypatch.setattr(tracking, "_now", lambda: later)
+            bring(store, "googlenet", DIGITS)
+        return write(client, run_id, metrics, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", meanwhile)
+    found = bring(store, "googlenet", DIGITS)
+    for name, points in (("val/accuracy", [(1, 0.5), (2, 0.6)]), ("test/accuracy", [(0, 0.6)])):
+        history = store.client.get_metric_history(found.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == points
+
+
 def test_figures_that_are_no_number_are_left_out(store: Store) -> None:
     assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 
@@ -95,6 +117,11 @@ def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
 )
 def test_figures_are_shown_with_seven_digits_and_counts_whole(value: float, shown: float) -> None:
     assert tracking.rounded(value) == shown
+
+
+def test_an_address_is_shown_without_user_name_and_password() -> None:
+    assert tracking.without_login("http://someone:secret@here:5000/a") == "http://here:5000/a"
+    assert tracking.without_login("http://here:5000/a@b") == "http://here:5000/a@b"
 
 
 def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:

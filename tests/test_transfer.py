@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 import convoy
-from convoy import config, models, registry, tracking, transfer
+from convoy import config, models, registry, served, tracking, transfer
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError, typed
 from convoy.task import Task
@@ -487,7 +487,7 @@ def from_store(store: Store, name: str, values: dict) -> tuple[Classifier, dict[
         classifier,
         name,
         values,
-        lambda init, folder: registry.fetch_weights(store, "convoy", name, init, folder),
+        lambda init, folder: served.fetch_weights(store, "convoy", name, init, folder),
     )
     return classifier, record
 
@@ -517,7 +517,7 @@ def test_an_architecture_that_was_never_registered_is_refused_with_those_that_we
 
 def test_before_any_model_is_registered_there_is_no_champion(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"\(there is none at all\): set init: scratch"):
-        registry.fetch_weights(store, "another", "lenet", "champion", tmp_path)
+        served.fetch_weights(store, "another", "lenet", "champion", tmp_path)
 
 
 def test_a_run_gives_its_weights(store: Store, tmp_path: Path) -> None:

@@ -62,8 +62,10 @@ def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int) -> np.n
     """Probabilities (N, K) float64 of images (N, H, W, C) uint8, in evaluation mode, on the classifier's device."""
     classifier.eval()
     device = classifier.mean.device
-    batches = [
-        classifier(torch.tensor(pixels[start : start + batch_size], device=device)).double().softmax(dim=1)
-        for start in range(0, len(pixels), batch_size)
-    ]
+    # cuDNN would round to the 10 bits of TF32 on a GPU, and then no CPU would answer alike
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        batches = [
+            classifier(torch.tensor(pixels[start : start + batch_size], device=device)).double().softmax(dim=1)
+            for start in range(0, len(pixels), batch_size)
+        ]
     return torch.cat(batches).cpu().numpy()

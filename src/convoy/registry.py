@@ -19,13 +19,10 @@ from mlflow.types.schema import Array
 from PIL import Image
 
 from convoy import predictor
-from convoy.config import ConvoyError
-from convoy.tracking import IDENTITY, Store
+from convoy.tracking import HASHES, IDENTITY, Store
 
-RECORD, WEIGHTS = "record.json", "weights.safetensors"  # what training leaves, as runs and model versions hold it
 VERDICT, JUDGED = "convoy.verdict", "convoy.judged"  # tags of a version: what the gate said, and of what
 TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
-HASHES = "convoy.sha256"  # tag of a model version: the sha256 of every file of the model, as JSON
 SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg", "torch")
 SERVED_BY = (  # the part of this library that a model brings with it
     "__init__.py",
@@ -115,51 +112,6 @@ def _example() -> list[str]:
 def _files(folder: Path) -> list[Path]:
     # MLflow writes a note of its own into what it downloads
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "registered_model_meta")
-
-
-def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
-    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
-
-    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
-    is of this architecture, else the newest version that is. Raises ConvoyError where there is none.
-    """
-    if init == "champion":
-        return _fetch_version(store, name, architecture, folder)
-    try:
-        store.client.get_run(init)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ConvoyError(f"model.{architecture}.init: MLflow has no run {init}: take the id from its page") from error
-    held = {file.path for file in store.client.list_artifacts(init)}
-    for file in (RECORD, WEIGHTS):
-        if file not in held:
-            raise ConvoyError(f"model.{architecture}.init: run {init} holds no {file}: take another run")
-        store.client.download_artifacts(init, file, str(folder))
-    return f"run {init}"
-
-
-def _fetch_version(store: Store, name: str, architecture: str, folder: Path) -> str:
-    versions = store.client.search_model_versions(f"name = '{name}'")
-    champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
-    others = set()
-    for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
-        artifacts = f"models:/{name}/{found.version}/artifacts"
-        record = json.loads(_download(f"{artifacts}/{RECORD}", folder).read_text())
-        if record["architecture"] == architecture:
-            _download(f"{artifacts}/{WEIGHTS}", folder)
-            return f"version {found.version} of model {name}, of run {found.run_id}"
-        others.add(record["architecture"])
-    there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
-    raise ConvoyError(
-        f"model.{architecture}.init: MLflow has no version of model {name} of architecture {architecture} ({there}): "
-        "set init: scratch"
-    )
-
-
-def _download(uri: str, folder: Path) -> Path:
-    """One file, brought into `folder` under its own name."""
-    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))).rename(folder / Path(uri).name)
 
 
 def judged(store: Store, name: str, version: int, key: str) -> str | None:

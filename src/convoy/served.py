@@ -1,4 +1,4 @@
-"""The served: registered versions as they are used, each file first held against the hash that the registry keeps.
+"""The served: registered versions as they are used, each file first held against the hash that MLflow's database keeps.
 
 Who can write where the files lie, but not into MLflow's database, can't change an answer and can't have code run.
 """
@@ -20,13 +20,13 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from convoy import images, predictor
+from convoy import export, images, predictor
 from convoy.config import ConvoyError
 from convoy.predictor import Predictor
-from convoy.registry import HASHES
-from convoy.tracking import Store
+from convoy.tracking import HASHES, Store, hashes_of
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))")
+START = (predictor.RECORD, predictor.WEIGHTS)  # of a training, for another to start from
 AGREEMENT = 1e-4  # of probabilities: what machines and batch sizes may differ by
 SECONDS = 600  # for a process that answers some hundred images
 
@@ -82,6 +82,68 @@ def load(version: ModelVersion) -> Predictor:
         return predictor.restore(Path(scratch, "artifacts"))
 
 
+def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
+    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
+
+    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
+    is of this architecture, else the newest version that is. Raises ConvoyError, with nothing in `folder`, where there
+    is none, and where a file was changed.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
+            if init == "champion":
+                source, checked = _from_version(store, name, architecture, Path(scratch))
+            else:
+                source, checked = _from_run(store, init, Path(scratch))
+        except ConvoyError as error:
+            raise ConvoyError(f"model.{architecture}.init: {error}") from None
+        for file in START:
+            (checked / file).rename(folder / file)
+    return source
+
+
+def _from_version(store: Store, name: str, architecture: str, folder: Path) -> tuple[str, Path]:
+    versions = store.client.search_model_versions(f"name = '{name}'")
+    champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
+    others = set()
+    for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
+        fetch(found, folder, [f"artifacts/{predictor.RECORD}"])
+        theirs = json.loads((folder / "artifacts" / predictor.RECORD).read_text())["architecture"]
+        if theirs == architecture:
+            fetch(found, folder, [f"artifacts/{predictor.WEIGHTS}"])
+            return f"version {found.version} of model {name}, of run {found.run_id}", folder / "artifacts"
+        others.add(theirs)
+    there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
+    raise ConvoyError(
+        f"MLflow has no version of model {name} of architecture {architecture} ({there}): set init: scratch"
+    )
+
+
+def _from_run(store: Store, run_id: str, folder: Path) -> tuple[str, Path]:
+    try:
+        hashes = hashes_of(store.client.get_run(run_id))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ConvoyError(f"MLflow has no run {run_id}: take the id from its page") from error
+    held = {file.path for file in store.client.list_artifacts(run_id)}
+    for file in START:
+        if file not in held:
+            raise ConvoyError(f"run {run_id} holds no {file}: take another run")
+        if file not in hashes:
+            raise ConvoyError(
+                f"run {run_id} has no hashes of its files in its tag {HASHES}: `make sync` writes them for the results "
+                "that are there; else take another run, or the path of a file that you trust"
+            )
+        store.client.download_artifacts(run_id, file, str(folder))
+        if predictor.sha256(folder / file) != hashes[file]:
+            raise ConvoyError(
+                f"{file} of run {run_id} is not what its training left; nothing of it was used. "
+                "Find out who changed it, and take another run"
+            )
+    return f"run {run_id}", folder
+
+
 def seen(version: ModelVersion) -> list[str] | None:
     """The sha256 of the images that a version was trained and chosen with; None where nobody wrote them down."""
     file = "artifacts/seen.txt"
@@ -93,10 +155,11 @@ def seen(version: ModelVersion) -> list[str] | None:
 
 
 def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference between recorded probabilities and those that a version answers, two ways.
+    """The largest difference between recorded probabilities and those that a version answers, in every way it can.
 
-    By the library at hand, and as `mlflow models serve` would: in a fresh process, with the model's own code, from
-    image files as text. `pixels` (N, H, W, C) uint8 are as preprocessing left them, `expected` is (N, K).
+    By the library at hand; by its ONNX file, if it has one; and as `mlflow models serve` would: in a fresh process,
+    with the model's own code, from image files as text. `pixels` (N, H, W, C) uint8 are as preprocessing left them,
+    `expected` is (N, K).
     Raises ConvoyError where a file was changed, no answer comes, or an answer is not the recorded one.
     """
     uri = f"models:/{version.name}/{version.version}"
@@ -105,11 +168,16 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> f
         fetch(version, model)
         ours = _compare(uri, predictor.restore(model / "artifacts").probabilities(pixels), expected)
         theirs = _compare(uri, _answers(uri, model, pixels, Path(scratch)), expected)
-    return max(ours, theirs)
+        onnx = model / "artifacts" / export.FILE
+        exported = _check(f"{uri} by {onnx.name}", export.agreement(onnx, pixels, expected)) if onnx.exists() else 0.0
+    return max(ours, theirs, exported)
 
 
 def _compare(uri: str, answered: np.ndarray, expected: np.ndarray) -> float:
-    difference = float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf
+    return _check(uri, float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf)
+
+
+def _check(uri: str, difference: float) -> float:
     if not difference <= AGREEMENT:
         raise ConvoyError(
             f"{uri} does not answer as it was evaluated: probabilities differ by up to {difference:.2g}, more than "

@@ -31,6 +31,7 @@ from convoy.config import ConvoyError
 
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
 RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
+HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
 PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
@@ -187,6 +188,7 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")  # nor for as long as a server may ask
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print a password that is in it
     embedded = f"sqlite:///{root / 'mlflow.db'}"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -200,19 +202,34 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     try:
         # to search and then to create is not atomic, and two processes can't make the same database
         with FileLock(locks / "mlflow.lock"):
-            found = client.get_experiment_by_name(experiment)
             artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
-            ours = found or client.get_experiment(client.create_experiment(experiment, artifacts))
-            address = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+            ours = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, artifacts)
+            address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
             yield Store(client, ours, address, locks)
     except (MlflowException, requests.RequestException) as error:
         raise ConvoyError(f"{fails(error)}. Start it, or mend MLFLOW_TRACKING_URI, and run this again") from error
 
 
+def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> Experiment:
+    try:
+        return client.get_experiment(client.create_experiment(name, artifacts))
+    except MlflowException as error:
+        made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+        if made is None:
+            raise
+        return made  # by another machine, at this moment
+
+
 def fails(error: BaseException) -> str:
     """What to say where MLflow failed with `error`: one line, and no user name and password in it."""
-    said = f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(str(error) or repr(error), 300)}"
-    return re.sub(r"//[^/\s]*@", "//", said)
+    return without_login(
+        f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(str(error) or repr(error), 300)}"
+    )
+
+
+def without_login(text: str) -> str:
+    """The addresses in a text without user name and password."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 # Runs
@@ -265,8 +282,8 @@ def begin(store: Store, run: Run, process: str, moment: int) -> str | None:
 
 
 def is_level(found: Found, status: str, results: str) -> bool:
-    """Whether a run shows these very results."""
-    return found.info.status == status and found.data.tags.get(RESULTS) == results
+    """Whether a run shows these very results, and says what its files must be."""
+    return found.info.status == status and found.data.tags.get(RESULTS) == results and HASHES in found.data.tags
 
 
 def level(store: Store, run: Run, results: str, moment: int) -> str:
@@ -278,27 +295,45 @@ def level(store: Store, run: Run, results: str, moment: int) -> str:
     found = found or client.create_run(store.experiment.experiment_id, now, {**run.origin, **run.tags}, run.name)
     run_id = found.info.run_id
     _define(store, run, found)
+    keys = {point.key for row in run.history for point in curve_points(row, 0)} & found.data.metrics.keys()
+    known = [point for key in sorted(keys) for point in client.get_metric_history(run_id, key)]
+    last = max(known, key=lambda point: point.step, default=None)
+    # of two machines that do this at once each writes the same moments, so that every point is one
+    since = last.timestamp - last.step if last else found.info.start_time
     figures = {name: rounded(value) for name, value in run.metrics.items() if math.isfinite(value)}
     changed = {name: value for name, value in figures.items() if found.data.metrics.get(name) != value}
-    points = [Metric(name, value, now, 0) for name, value in changed.items()]
-    there: dict[str, dict[int, float]] = {}
-    for point in (point for row in run.history for point in curve_points(row, now)):
-        if point.key not in there:
-            known = client.get_metric_history(run_id, point.key) if point.key in found.data.metrics else []
-            there[point.key] = {other.step: other.value for other in known}
-        if there[point.key].get(point.step) != point.value:
-            points.append(point)
+    points = [Metric(key, changed[key], now if key in found.data.metrics else since, 0) for key in changed]
+    there = {(point.key, point.step): point.value for point in known}
+    curves = [point for row in run.history for point in curve_points(row, since + int(row["epoch"]))]
+    points += [point for point in curves if there.get((point.key, point.step)) != point.value]
     log_points(client, run_id, points)
     held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
+    hashes, recorded = {file.name: _sha256(file) for file in run.files}, hashes_of(found)
     for file in run.files:
-        # the identity decides the weights, so that those which are there are these
-        if file.suffix != ".safetensors" or held.get(file.name) != file.stat().st_size:
+        # weights are large: those which are there, and were these when they came, stay
+        same = held.get(file.name) == file.stat().st_size and recorded.get(file.name) == hashes[file.name]
+        if file.suffix != ".safetensors" or not same:
             client.log_artifact(run_id, str(file))
-    set_tags(store, found, {**{name: run.origin[name] for name in run.origin.keys() - found.data.tags}, **run.tags})
+    missing = {name: run.origin[name] for name in run.origin.keys() - found.data.tags}
+    set_tags(store, found, {**missing, **run.tags, HASHES: json.dumps(hashes)})
     if found.info.status != run.status:
         client.set_terminated(run_id, run.status, max(moment, found.info.start_time))
     client.set_tag(run_id, RESULTS, results)
     return run_id
+
+
+def hashes_of(found: Found) -> dict[str, str]:
+    """The sha256 of each file of a run, by its name; of none where its tag HASHES does not say."""
+    try:
+        hashes = json.loads(found.data.tags[HASHES])
+    except (KeyError, ValueError):
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _define(store: Store, run: Run, found: Found) -> None:

@@ -1,0 +1,34 @@
+"""move: every run and version in mlflow.db here brought to the server that MLFLOW_TRACKING_URI names; no stage."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from convoy import config, moving, tracking
+from convoy.config import ConvoyError
+
+
+def main() -> None:
+    """Bring all runs, and the registered model with its versions and its champion, from mlflow.db to the server."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.move", description=main.__doc__)
+    parser.parse_args()
+    root = Path.cwd()
+    try:
+        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+            raise ConvoyError("say where to: export MLFLOW_TRACKING_URI=http://server:5000")
+        name = config.load(root / "params.yaml")["register"]["name"]
+        with tracking.store(root, name) as server:
+            lines = 0
+            for line in moving.move(moving.embedded(root, name, server), server, name):
+                print(line, flush=True)
+                lines += 1
+            table, curves = tracking.save_views(server)
+        print("everything is there:" if lines else "everything was there already:")
+        print(f"  leaderboard  {table}\n  curves       {curves}")
+    except ConvoyError as error:
+        sys.exit(f"convoy: move: {error}")
+
+
+if __name__ == "__main__":
+    main()

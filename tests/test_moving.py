@@ -13,6 +13,7 @@ from registered import PACKAGE, leave
 from test_champion import Killed, promotion
 from test_tracking import DIGITS
 
+import pipeline.move
 from convoy import champion, moving, registry, served, tracking
 from convoy.config import ConvoyError
 from convoy.moving import FROM, MOVED, embedded, move
@@ -279,3 +280,14 @@ def test_without_an_embedded_store_or_its_files_it_is_said(server: Store, tmp_pa
         embedded(elsewhere, NAME, server)
     with pytest.raises(ConvoyError, match="has no experiment another"):
         embedded(home, "another", server)
+
+
+@pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
+def test_without_a_servers_address_it_is_said(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["move"])
+    if address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(
+        SystemExit, match=r"^convoy: move: say where to: export MLFLOW_TRACKING_URI=http://server:5000$"
+    ):
+        pipeline.move.main()

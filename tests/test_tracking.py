@@ -99,6 +99,11 @@ def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
         assert [(point.step, point.value) for point in history] == points
 
 
+def test_an_experiment_that_another_machine_makes_at_this_moment_is_the_same_one(store: Store) -> None:
+    ours = store.experiment
+    assert tracking._create_experiment(store.client, ours.name, None).experiment_id == ours.experiment_id
+
+
 def test_figures_that_are_no_number_are_left_out(store: Store) -> None:
     assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 

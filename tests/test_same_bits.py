@@ -33,6 +33,7 @@ def test_two_fresh_copies_train_to_the_same_bytes_one_of_them_on_a_busy_machine(
         finally:
             for process in busy:
                 process.kill()
+                process.wait()
         folder = root / "artifacts/train" / architecture
         results.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert "weights.safetensors" in results[0]

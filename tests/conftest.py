@@ -1,11 +1,33 @@
-"""What all tests share: one thread, and property tests that try the same examples each time."""
+"""What all tests share: one thread, property tests that try the same examples each time, and some fixtures."""
 
+import multiprocessing
 import os
+from collections.abc import Iterator
+from multiprocessing import forkserver
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 os.environ["CONVOY_LIVE"] = "0"  # no training is shown in MLflow while it lasts, but where a test asks for it
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("convoy", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("convoy")
+
+
+@pytest.fixture
+def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nobody has named a server, and no experiment runs."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def ready() -> Iterator[multiprocessing.context.ForkServerContext]:
+    """Processes that start with everything imported, so that a kill meets the work and not the imports."""
+    context = multiprocessing.get_context("forkserver")
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # which has other modules ready: those that decode
+    context.set_forkserver_preload(["pipeline.train", "convoy.models.lenet", "convoy.models.resnet"])
+    forkserver.ensure_running()
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -3,9 +3,10 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 from project import draw_pictures, make_project, run_stages
 
-from convoy import config
+from convoy import config, predictor
 
 BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.floor=0.0"]
 BASE += ["register.gate.min_test_images=50", "register.gate.min_class_images=20"]
@@ -38,3 +39,8 @@ def end_in(root: Path, training: str, *overrides: str) -> Path:
         shutil.copytree(root / "kept" / training / stage, root / "artifacts" / stage)
     config.compose(root, [*BASE, *SETTINGS[training], *overrides])
     return root
+
+
+def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> np.ndarray:
+    """In place of `served._answers`: a model answers here and not in a fresh process, which takes ten seconds."""
+    return predictor.restore(model / "artifacts").probabilities(pixels)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import servers
 from project import REAL, make_project, run_stages
 
 from convoy import models
@@ -80,11 +80,8 @@ def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, 
 
 def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
     """The train stage on as many machines, which here are folders."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(roots)}", "--nproc-per-node=1"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={servers.free_port()}"]
     return [
         subprocess.Popen(
             [*command, f"--node-rank={rank}", "-m", "pipeline.train", "lenet"],

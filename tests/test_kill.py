@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -96,17 +94,6 @@ def session_of(process: int) -> int:
 
 
 # Training
-
-
-@pytest.fixture(scope="module")
-def ready() -> Iterator[multiprocessing.context.ForkServerContext]:
-    """Processes that start with everything imported, so that a kill meets the work and not the imports."""
-    context = multiprocessing.get_context("forkserver")
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # which has other modules ready: those that decode
-    context.set_forkserver_preload(["pipeline.train", "convoy.models.lenet", "convoy.models.resnet"])
-    forkserver.ensure_running()
-    yield context
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("architecture", ["lenet", "resnet"])

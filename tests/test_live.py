@@ -29,11 +29,7 @@ from pipeline.stage import Stage
 
 Message = dict[str, Any]
 
-
-@pytest.fixture(autouse=True)
-def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("embedded_store")
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +222,6 @@ def test_a_server_that_does_not_serve_is_one_line_without_the_password(
 
 
 # Whole trainings
-
-
-@pytest.fixture(scope="module")
-def ready() -> multiprocessing.context.ForkServerContext:
-    """Processes that start with everything imported, so that a kill meets the work and not the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_apart"])
-    return context
 
 
 Start = Callable[..., multiprocessing.context.ForkServerProcess]

@@ -15,16 +15,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import servers
 from mlflow import MlflowClient
-from nights import BASE, end_in, make_nights
+from nights import BASE, answer, end_in, make_nights
 from project import REAL, make_project
 from test_live import Answer, Server, trained_bytes
 
-from convoy import champion, config, predictor, served, tracking
+from convoy import champion, config, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
 from pipeline import move, predict, rollback, sync, verify
@@ -33,13 +32,9 @@ from pipeline.register import register
 from pipeline.stage import Stage
 from pipeline.train import train
 
+pytestmark = pytest.mark.usefixtures("embedded_store")
+
 CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +76,6 @@ def quick() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "_answers", answer)
         yield patch
-
-
-def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> np.ndarray:
-    return predictor.restore(model / "artifacts").probabilities(pixels)
 
 
 Start = Callable[..., subprocess.Popen]

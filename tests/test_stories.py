@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from nights import end_in, make_nights
+from nights import answer, end_in, make_nights
 from test_champion import WRITES, Killed
 
-from convoy import champion, export, predictor, served, tracking
+from convoy import champion, export, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
 from pipeline import promote, rollback, sync
@@ -34,9 +34,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
+def root(nights: Path, tmp_path: Path, embedded_store: None) -> Path:
     # MLflow writes absolute paths, so the database is made where it will be
     return Path(
         shutil.copytree(nights, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
@@ -46,9 +44,6 @@ def root(nights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
-
-    def answer(_: str, model: Path, pixels: np.ndarray, __: Path) -> np.ndarray:
-        return predictor.restore(model / "artifacts").probabilities(pixels)
 
     if request.function is not test_first_night_better_worse_and_tie:
         monkeypatch.setattr(served, "_answers", answer)

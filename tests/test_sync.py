@@ -28,8 +28,8 @@ CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
 
 
 @pytest.fixture(autouse=True)
-def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT", "GITHUB_ACTOR", "GITHUB_EVENT_NAME"):
+def started_by_hand(embedded_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GITHUB_ACTOR", "GITHUB_EVENT_NAME"):
         monkeypatch.delenv(name, raising=False)
 
 

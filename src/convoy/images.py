@@ -57,16 +57,16 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its strictness: these colours are for Pillow to translate
         return _decode_other(data, longest_side)
-    scale = min(1.0, longest_side / max(height, width))
-    pixels = simplejpeg.decode_jpeg(
-        data,
-        "GRAY" if colours == "Gray" else "RGB",
-        min_height=math.ceil(height * scale),
-        min_width=math.ceil(width * scale),
-        min_factor=2,  # it can decode at a half, a quarter, an eighth for less
-    )
-    if scale == 1.0 and not any(mark in data for mark in ORIENTED):
-        return Decoded(pixels, height, width)
+    space = "GRAY" if colours == "Gray" else "RGB"
+    if height <= longest_side and width <= longest_side:
+        pixels = simplejpeg.decode_jpeg(data, space)
+        if not any(mark in data for mark in ORIENTED):
+            return Decoded(pixels, height, width)
+    else:
+        scale = longest_side / max(height, width)
+        least = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
+        # it can decode at a half, a quarter, an eighth for less
+        pixels = simplejpeg.decode_jpeg(data, space, **least, min_factor=2)
     image = as_image(pixels)
     image.info = _open(data).info  # EXIF and XMP, where the orientation stands
     return Decoded(plain(image, longest_side), height, width)

@@ -15,9 +15,6 @@ DISTANCE = 4  # bits of 64
 # how many a hash is compared with, of those that agree with it in the same two bands: many, but few if there are enough
 FEW, MANY, ENOUGH = 32, 2048, 2**22
 BLOCK = 2**15  # thumbnails, of 1 KB
-FAST = 16  # thumbnails turned grey at a time: 1.3 us for each, where 256 at once took 2.3
-# of red, green and blue in a grey, as Pillow mixes them; the sums stay below 2**24, so float32 has them exactly
-MIX = np.array([19595, 38470, 7471], np.float32)
 BANDS = [range(0, 11), range(11, 22), range(22, 33), range(33, 44), range(44, 54), range(54, 64)]
 
 # of a discrete cosine transform. Whole numbers: all sums below are exact in float64, so the hash is the same anywhere
@@ -37,11 +34,8 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _grey(thumbnails: np.ndarray) -> np.ndarray:
     """(N, 32, 32, 3) uint8 -> (N, 32, 32) uint8"""
-    grey = np.empty(thumbnails.shape[:3], np.uint8)
-    for start in range(0, len(grey), FAST):
-        mixed = thumbnails[start : start + FAST].astype(np.float32) @ MIX + np.float32(2**15)
-        grey[start : start + FAST] = mixed * np.float32(2**-16)
-    return grey
+    mixed = as_image(thumbnails.reshape(-1, SIDE, 3)).convert("L")  # all in one tall image, which is quicker
+    return np.asarray(mixed).reshape(-1, SIDE, SIDE)
 
 
 def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:

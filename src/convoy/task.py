@@ -33,17 +33,20 @@ class Sums:
     """
 
     def __init__(self, channels: int) -> None:
-        self.levels = np.zeros((channels, 256), np.int64)  # how often each grey level occurs
+        self.count = 0  # pixels
+        self.sums = np.zeros(channels, np.uint64)
+        self.squares = np.zeros(channels, np.uint64)
 
     def add(self, pixels: np.ndarray) -> None:
         """(N, H, W, C) uint8"""
-        for channel, levels in enumerate(self.levels):
-            levels += np.bincount(pixels[..., channel].ravel(), minlength=256)
+        channels = len(self.sums)
+        flat = pixels.reshape(len(pixels), -1)  # the images are added up first, as numpy does that fastest
+        self.count += pixels.size // channels
+        self.sums += flat.sum(0, np.uint64).reshape(-1, channels).sum(0)
+        self.squares += np.square(flat, dtype=np.uint16).sum(0, np.uint64).reshape(-1, channels).sum(0)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Of each channel, in units of [0, 1]. One that never varies is given the deviation of one grey level."""
-        grey = np.arange(256)
-        count = self.levels.sum(axis=1)
-        mean = self.levels @ grey / count
-        std = np.sqrt(np.maximum(self.levels @ grey**2 / count - mean**2, 1.0))
+        mean = self.sums / self.count
+        std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 1.0))
         return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

@@ -77,9 +77,9 @@ def _places(data: Path) -> list[Files]:
         one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda _: str(data)))
         return [one_file if is_table else open_archive(data, data.name)]
     archives: list[str] = []
-    loose = Paths(_loose(data, archives))
+    loose, around = Paths(_loose(data, archives)), str(data)
     return [
-        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda index: f"{data}/{loose[index]}")),
+        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda index: f"{around}/{loose[index]}")),
         *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
     ]
 
@@ -190,13 +190,19 @@ def _by_folder(places: list[Files], shards: list[Parquet]) -> list[Says]:
 def _by_folder_in(files: Files, apart: set[str]) -> Says:
     depth, has_splits = _class_folders(files, apart)
 
-    def says(path: str) -> Sequence[Said]:
-        folders = path.split("/")[:-1]
-        if f"{files.name}{path}" in apart:
+    unlabelled = (Said(fault="lies in no class folder, so its label is unknown"),)
+
+    @functools.lru_cache(maxsize=1024)
+    def says_folder(folder: str) -> Sequence[Said]:
+        folders = folder.split("/") if folder else []
+        if len(folders) <= depth:
             return ()
-        if len(folders) > depth:
-            return (Said(folders[depth], SPLITS[folders[depth - 1].lower()] if has_splits else ""),)
-        return (Said(fault="lies in no class folder, so its label is unknown"),) if is_image(path) else ()
+        return (Said(folders[depth], SPLITS[folders[depth - 1].lower()] if has_splits else ""),)
+
+    def says(path: str) -> Sequence[Said]:
+        if apart and f"{files.name}{path}" in apart:
+            return ()
+        return says_folder(path.rpartition("/")[0]) or (unlabelled if is_image(path) else ())
 
     return says
 

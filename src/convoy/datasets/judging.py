@@ -9,7 +9,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -71,7 +71,7 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
     known = Earlier.load(earlier)
     faults: list[str] = []
     rows: list[tuple] = []
-    pixels: list[bytes] = []
+    pixels: list[memoryview] = []
     new: list[tuple[int, np.ndarray]] = []
     count = 0  # bytes of pixels
     for content in contents:
@@ -79,15 +79,15 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
             break
         try:
             data = _read(content)
-            sha256 = _digest(hashlib.sha256(), data)
+            sha256 = _digest(data)
             row, image = known.find(sha256)
             if image is None:
                 found = _decode(data, longest_side)
-                image = found.pixels
+                image = np.ascontiguousarray(found.pixels)
                 row = (sha256, _picture(image), 0, found.height, found.width, *image.shape, 0)
                 new.append((len(rows), image))
             rows.append(row)
-            pixels.append(image.tobytes())
+            pixels.append(image.data)
             count += image.size
             faults.append("")
         except BadImage as fault:
@@ -125,11 +125,13 @@ def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:
     return Decoded(data if small else plain(as_image(data), longest_side), height, width)
 
 
-def _digest(algorithm: Any, data: bytes | np.ndarray) -> bytes:
-    if isinstance(data, np.ndarray):
-        algorithm.update("x".join(map(str, data.shape)).encode())
-        data = np.ascontiguousarray(data)
-    algorithm.update(data)
+def _digest(data: bytes | np.ndarray) -> bytes:
+    """sha256, of an image (H, W, C) with its shape."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).digest()
+    height, width, channels = data.shape
+    algorithm = hashlib.sha256(f"{height}x{width}x{channels}".encode())
+    algorithm.update(np.ascontiguousarray(data))
     return algorithm.digest()
 
 
@@ -153,7 +155,7 @@ class Earlier:
 
     def find(self, sha256: bytes) -> tuple[tuple, np.ndarray | None]:
         """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this hash; (), None where it is unknown."""
-        at = np.searchsorted(self.starts, np.frombuffer(sha256, np.uint64, 1)[0])
+        at = self.starts.searchsorted(np.frombuffer(sha256, np.uint64, 1)[0]) if len(self.starts) else 0
         if at == len(self.starts):
             return (), None
         told = os.pread(self.records, RECORD.itemsize, int(self.rows[at]) * RECORD.itemsize)
@@ -169,7 +171,7 @@ class Earlier:
 
 
 def _picture(pixels: np.ndarray) -> int:
-    return int.from_bytes(_digest(hashlib.sha256(), pixels)[:8], "little")
+    return int.from_bytes(_digest(pixels)[:8], "little")
 
 
 def remember(records: Path, pixels: Path, folder: Path) -> None:

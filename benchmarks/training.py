@@ -50,7 +50,8 @@ from convoy.checkpoint import Checkpoint
 from convoy.classifier import Classifier
 from convoy.config import typed
 from convoy.datamodule import ImageData
-from convoy.hardware import Choice, Trainer, choose, keep_memory
+from convoy.hardware import Choice, Trainer, choose
+from convoy.memory import keep_memory
 from convoy.recipe import Recipe, Train
 from convoy.task import Task
 from convoy.training import fit, make_optimizer

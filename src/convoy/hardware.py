@@ -1,7 +1,6 @@
 """The hardware: what trains, in which precision and with how many threads, as it was measured to be best."""
 
 import copy
-import ctypes
 import dataclasses
 import platform
 from importlib.metadata import version
@@ -15,9 +14,6 @@ from convoy.classifier import Classifier
 from convoy.config import ConvoyError, Count, schema
 
 PER_THREAD = 4e9  # multiply-adds of a training step from which one more thread pays: some 0.1 s of work
-
-
-TRIM, MAP = -1, -3  # of mallopt: bytes that are free from which it gives memory back, or asks for a piece of its own
 
 
 @schema
@@ -76,17 +72,6 @@ def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 numbers itself."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def keep_memory() -> None:
-    """Have the C library keep what a step frees, for the next: to ask the system for it anew took 6 to 11 % of a step.
-
-    So with glibc, for pieces of up to 32 MB; elsewhere nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(MAP, 2**25)  # the most that it takes
-        mallopt(TRIM, 2**31 - 1)
 
 
 def multiply_adds(classifier: Classifier) -> int:

@@ -115,7 +115,9 @@ def fit(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
     """(H, W, 1 or 3) uint8 -> (size, size, channels) uint8: the middle square, resized with anti-aliasing."""
     if pixels.shape == (size, size, channels):
         return pixels
-    image = as_image(pixels).convert("L" if channels == 1 else "RGB")
+    image = as_image(pixels)
+    if pixels.shape[2] != channels:
+        image = image.convert("L" if channels == 1 else "RGB")
     return _pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
 

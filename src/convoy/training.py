@@ -27,7 +27,8 @@ from convoy.checkpoint import Checkpoint
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
-from convoy.hardware import Choice, keep_memory
+from convoy.hardware import Choice
+from convoy.memory import keep_memory
 from convoy.progress import Progress
 from convoy.recipe import Train
 

@@ -84,7 +84,7 @@ def _without_main() -> Iterator[None]:
 def _next_size(members: list[Member], batch: Batch) -> int:
     """So many images that they come to `BATCH_BYTES`: a task costs time, and what is under way costs memory."""
     read = sum(len(member.content) for member in members if isinstance(member.content, bytes))
-    return int(np.clip(BATCH_BYTES * len(members) // (len(batch.pixels) + read + 1), 4, 256))
+    return int(np.clip(BATCH_BYTES * len(members) // (batch.sizes.sum() + read + 1), 4, 256))
 
 
 def _outcomes(

@@ -1,5 +1,6 @@
 """The intake: every image of a source judged, and packed or put in quarantine."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from convoy.config import ConvoyError, Share, schema
 from convoy.datasets.decoding import decoded
 from convoy.datasets.history import extended
-from convoy.datasets.judging import RECORD, RECORDS, remember
+from convoy.datasets.judging import RECORD, RECORDS, Earlier, remember
 from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
 from convoy.datasets.source import Dataset, Source
 
@@ -101,12 +102,15 @@ def _tables(
     with (
         (folder / PIXELS).open("wb") as pixels,
         (folder / RECORDS).open("wb") as records,
+        contextlib.closing(Earlier.load(earlier)) as known,
         tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
     ):
         for members, batch in decoded(source, dataset.longest_side, earlier):
-            sizes = batch.records["height"].astype(np.int64) * batch.records["width"] * batch.records["channels"]
-            batch.records["offset"] = offset + np.cumsum(sizes) - sizes
-            offset += pixels.write(batch.pixels)
+            for piece in batch.pieces(known):
+                pixels.write(piece)
+            ends = offset + np.cumsum(batch.sizes)
+            batch.records["offset"] = ends - batch.sizes
+            offset = pixels.tell()
             records.write(batch.records.tobytes())
 
             sound = []

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from convoy import images, likeness
 from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
+from convoy.memory import keep_memory
 
 if TYPE_CHECKING:
     from convoy.datasets.source import Content
@@ -36,9 +39,11 @@ RECORD = np.dtype(
         ("height", np.int32),  # as kept
         ("width", np.int32),
         ("channels", np.int32),
-        ("offset", np.int64),  # of its first pixel
+        ("offset", np.int64),  # of the first of its pixels
     ]
 )
+NEW = -1  # in place of an offset
+NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
 RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `remember` leaves
 
@@ -56,22 +61,39 @@ class Batch:
     """What became of images, in their order."""
 
     faults: list[str]  # why an image can't be used; "" where it can
-    records: np.ndarray  # of those that can; their offsets are not set
-    pixels: bytes  # of those that can, end to end
+    records: np.ndarray  # of those that can; their offsets are in what an earlier run left, or `NEW`
+    pixels: bytes  # of those that are new, end to end
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(N,): the bytes of each image's pixels."""
+        return self.records["height"].astype(np.int64) * self.records["width"] * self.records["channels"]
+
+    def pieces(self, earlier: "Earlier") -> Iterator[bytes | memoryview]:
+        """The pixels of all images, end to end: those that are known lie where they were, and come in long pieces."""
+        sizes, offsets = self.sizes, self.records["offset"]
+        new = offsets == NEW
+        starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
+        goes_on = (new[1:] == new[:-1]) & (starts[1:] == starts[:-1] + sizes[:-1])
+        for run in np.split(np.arange(len(new)), np.flatnonzero(~goes_on) + 1):
+            if len(run):
+                start, count = int(starts[run[0]]), int(sizes[run].sum())
+                yield memoryview(self.pixels)[start : start + count] if new[run[0]] else earlier.read(start, count)
 
 
 def settle() -> None:
     """For a process that does nothing but judge."""
+    keep_memory()
+    gc.freeze()  # what was imported stays
     threadpool_limits(1)  # threads of these processes would only wait for each other
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
 
 
 def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
     """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`."""
-    known = Earlier.load(earlier)
+    known = _known(earlier)
     faults: list[str] = []
     rows: list[tuple] = []
-    pixels: list[memoryview] = []
     new: list[tuple[int, np.ndarray]] = []
     count = 0  # bytes of pixels
     for content in contents:
@@ -84,10 +106,9 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
             if image is None:
                 found = _decode(data, longest_side)
                 image = np.ascontiguousarray(found.pixels)
-                row = (sha256, _picture(image), 0, found.height, found.width, *image.shape, 0)
+                row = (sha256, _picture(image), 0, found.height, found.width, *image.shape, NEW)
                 new.append((len(rows), image))
             rows.append(row)
-            pixels.append(image.data)
             count += image.size
             faults.append("")
         except BadImage as fault:
@@ -96,7 +117,7 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
     if new:
         places, fresh = zip(*new, strict=True)
         records["phash"][list(places)] = perceptual_hash(thumbnails(fresh))
-    return Batch(faults, records, b"".join(pixels))
+    return Batch(faults, records, b"".join(image.data for _, image in new))
 
 
 def _read(content: "Content") -> bytes | np.ndarray:
@@ -131,7 +152,7 @@ def _digest(data: bytes | np.ndarray) -> bytes:
         return hashlib.sha256(data).digest()
     height, width, channels = data.shape
     algorithm = hashlib.sha256(f"{height}x{width}x{channels}".encode())
-    algorithm.update(np.ascontiguousarray(data))
+    algorithm.update(np.ascontiguousarray(data).data)
     return algorithm.digest()
 
 
@@ -144,14 +165,13 @@ class Earlier:
         self.records, self.pixels = records, pixels
 
     @classmethod
-    @functools.cache
     def load(cls, folder: Path) -> "Earlier":
         """From a folder that `remember` wrote; nothing is known where it is missing."""
         try:
             index = np.load(folder / INDEX, mmap_mode="r")  # which the processes share
             return cls(index, *(os.open(folder / name, os.O_RDONLY) for name in (RECORDS, PIXELS)))
         except (OSError, ValueError):
-            return cls(np.empty((2, 0), np.uint64), -1, -1)
+            return cls(np.empty((2, 0), np.uint64), NOTHING, NOTHING)
 
     def find(self, sha256: bytes) -> tuple[tuple, np.ndarray | None]:
         """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this hash; (), None where it is unknown."""
@@ -164,10 +184,25 @@ class Earlier:
         record: tuple = np.frombuffer(told, RECORD)[0].item()
         _, picture, *_, height, width, channels, offset = record
         size = height * width * channels
-        image = np.frombuffer(os.pread(self.pixels, size, offset), np.uint8)
+        image = np.frombuffer(self.read(offset, size), np.uint8)
         if len(image) != size or _picture(image := image.reshape(height, width, channels)) != picture:
             return (), None  # a disk may forget
         return record, image
+
+    def read(self, offset: int, count: int) -> bytes:
+        """So many bytes of the pixels."""
+        return os.pread(self.pixels, count, offset)
+
+    def close(self) -> None:
+        for file in (self.records, self.pixels):
+            if file != NOTHING:
+                os.close(file)
+
+
+@functools.cache
+def _known(folder: Path) -> Earlier:
+    """For as long as the process lives."""
+    return Earlier.load(folder)
 
 
 def _picture(pixels: np.ndarray) -> int:

@@ -66,7 +66,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         fetched.mkdir()
         prepared.mkdir()
         intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), [], fetched, earlier)
-        prepare(intake.packed, params, 1, prepared)
+        prepare(intake.packed, params, 1, prepared, earlier.parent.with_suffix(".fitted"))
         return source.count
 
 

@@ -5,7 +5,7 @@ from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
 from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.judging import fingerprint
+from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
 from pipeline.stage import Stage, main
@@ -21,7 +21,7 @@ def fetch(stage: Stage) -> None:
     limits = stage.typed(Fetch, "fetch")
     lock = stage.root / "data.lock"
     history = History.load(lock, params.name)
-    earlier = stage.home / "artifacts" / ".decoded" / params.name / fingerprint(params.longest_side)
+    earlier = stage.home / "artifacts" / ".decoded" / params.name / way(params.longest_side)
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")

@@ -18,7 +18,8 @@ def preprocess(stage: Stage) -> None:
     params = stage.typed(Preprocess, "preprocess")
     seed = stage.typed(Whole, "seed")
     packed = Packed.load(stage.input("fetch"))
-    prepared = prepare(packed, params, seed, stage.scratch)
+    earlier = stage.home / "artifacts" / ".fitted" / packed.name
+    prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
 

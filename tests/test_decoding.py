@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 
 from convoy.datasets import decoding, judging
 from convoy.datasets.decoding import decoded
-from convoy.datasets.judging import PIXELS, RECORDS, Batch, Earlier, judge, remember
+from convoy.datasets.judging import PIXELS, RECORDS, Batch, Earlier, judge, keep
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
 
@@ -186,7 +186,7 @@ def remembered(folder: Path, contents: list[Content]) -> Batch:
     folder.mkdir(parents=True)
     (folder / PIXELS).write_bytes(batch.pixels)
     (folder / RECORDS).write_bytes(records.tobytes())
-    remember(folder / RECORDS, folder / PIXELS, folder / "remembered" / "here")
+    keep(folder / RECORDS, folder / PIXELS, folder / "remembered" / "here")
     return batch
 
 
@@ -232,5 +232,5 @@ def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
     (tmp_path / PIXELS).write_bytes(b"\0")
     for name in ("one", "two"):
         (tmp_path / RECORDS).touch()
-        remember(tmp_path / RECORDS, tmp_path / PIXELS, tmp_path / "pets" / name)
+        keep(tmp_path / RECORDS, tmp_path / PIXELS, tmp_path / "pets" / name)
     assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import convoy.fitted
 from convoy.config import ConvoyError
 from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import Packed
 from convoy.datasets.source import Dataset, Member, Source
-from convoy.preprocessing import SPLITS, Preprocess, near_duplicates, prepare, split, withhold
+from convoy.images import fit
+from convoy.preprocessing import SPLITS, Prepared, Preprocess, near_duplicates, prepare, split, withhold
 from convoy.task import Sums, Task
 
 PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
@@ -196,9 +199,7 @@ def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Pa
 def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tmp_path: Path) -> None:
     pictures = noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
-    found = prepare(
-        packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), PARAMS, 1, tmp_path
-    )
+    found = made(packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), tmp_path)
     assert len(found.near) == 60
     assert 10 < len(found.withheld) < 40
     assert found.withheld["reason"].str.contains("nearly equals the (?:test|val) image data/cat/").all()
@@ -224,6 +225,10 @@ def packed(folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], giv
     return take_in(source, pets, limits, [], folder, folder / "remembered" / "here").packed
 
 
+def made(packed: Packed, folder: Path, params: Preprocess = PARAMS) -> Prepared:
+    return prepare(packed, params, 1, folder, folder / "remembered")
+
+
 def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8))
 
@@ -237,7 +242,7 @@ def even(count: int, values: range) -> list[np.ndarray]:
 def prepared(tmp_path: Path) -> Path:
     """The class "cat" is dark and the class "007" light."""
     images = {"cat": even(60, range(0, 100)), "007": even(60, range(150, 250))}
-    prepare(packed(tmp_path / "packed", images), PARAMS, 1, tmp_path)
+    made(packed(tmp_path / "packed", images), tmp_path)
     return tmp_path
 
 
@@ -281,7 +286,7 @@ def test_the_task_says_what_the_data_are(prepared: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mean_and_deviation_are_those_of_the_training_images_alone(tmp_path: Path, channels: int) -> None:
     images = {"cat": noise(80, channels, 1), "dog": noise(80, channels, 2)}
-    task = prepare(packed(tmp_path / "packed", images), PARAMS, 1, tmp_path).task
+    task = made(packed(tmp_path / "packed", images), tmp_path).task
     pixels = np.load(tmp_path / "train_pixels.npy") / 255
     assert task.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
     assert task.std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
@@ -297,26 +302,94 @@ def test_channels_are_as_asked_and_by_themselves_grey_only_where_every_image_is(
 ) -> None:
     images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
     params = Preprocess(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
-    task = prepare(packed(tmp_path / "packed", images), params, 1, tmp_path).task
+    task = made(packed(tmp_path / "packed", images), tmp_path, params).task
     assert task.channels == len(task.mean) == len(task.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)
 
 
 def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
     images = {"cat": noise(30, 1, 1, size=7), "dog": noise(30, 1, 2, size=90)}
-    prepare(packed(tmp_path / "packed", images), PARAMS, 1, tmp_path)
+    made(packed(tmp_path / "packed", images), tmp_path)
     assert {np.load(tmp_path / f"{name}_pixels.npy").shape[1:] for name in SPLITS} == {(32, 32, 1)}
 
 
-def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
-    def bytes_in(folder: Path) -> dict[str, bytes]:
-        prepare(packed(folder / "packed", {"cat": noise(40, 1, 1), "dog": noise(40, 1, 2)}), PARAMS, 1, folder)
-        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
+
+def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
+    images = {"cat": noise(40, 1, 1), "dog": noise(40, 1, 2)}
+    for name in ("first", "second"):
+        made(packed(tmp_path / name / "packed", images), tmp_path / name)
     first = bytes_in(tmp_path / "first")
     assert bytes_in(tmp_path / "second") == first
     arrays = {f"{name}_{kind}.npy" for name in SPLITS for kind in ("pixels", "labels")}
     assert set(first) == arrays | {"images.parquet", "task.json"}
+
+
+# What is remembered
+
+LARGE = {"cat": noise(40, 3, 1, size=50), "dog": noise(40, 1, 2, size=40) + noise(5, 3, 4)}
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the images that were fitted."""
+    shapes = []
+
+    def counted(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
+        shapes.append(pixels.shape)
+        return fit(pixels, size, channels)
+
+    monkeypatch.setattr(convoy.fitted, "fit", counted)
+    return shapes
+
+
+def made_again(packed: Packed, first: Path) -> dict[str, bytes]:
+    """The files in another folder, with what is remembered from a first time."""
+    folder = first / "again"
+    folder.mkdir()
+    prepare(packed, PARAMS, 1, folder, first / "remembered")
+    return bytes_in(folder)
+
+
+def test_only_new_images_are_fitted_and_the_bytes_are_as_if_all_were(tmp_path: Path, fitted: list) -> None:
+    grown = LARGE | {"owl": noise(3, 3, 3, size=60)}
+    made(packed(tmp_path / "first" / "packed", LARGE), tmp_path / "first")
+    fitted.clear()
+    images = packed(tmp_path / "packed", grown)
+    again = made_again(images, tmp_path / "first")
+    assert fitted == [(60, 60, 3)] * 3
+    made(images, tmp_path)
+    assert again == bytes_in(tmp_path)
+
+
+def test_another_size_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
+    images = packed(tmp_path / "packed", LARGE)
+    made(images, tmp_path)
+    fitted.clear()
+    task = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).task
+    assert (task.size, len(fitted)) == (36, 85)
+
+
+def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
+    images = packed(tmp_path / "packed", LARGE)
+    made(images, tmp_path)
+    sound = bytes_in(tmp_path)
+    fitted.clear()
+    (spoiled,) = (tmp_path / "remembered").glob("*/train_pixels.npy")
+    with spoiled.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert made_again(images, tmp_path) == sound
+    assert len(fitted) == 1
+
+
+def test_what_needs_no_fitting_is_not_kept_twice(tmp_path: Path) -> None:
+    made(packed(tmp_path / "packed", {"cat": noise(40), "dog": noise(40, 1, 1)}), tmp_path)
+    assert not list((tmp_path / "remembered").glob("*/*.npy"))
 
 
 # What is said and what is refused
@@ -325,23 +398,23 @@ def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2), "rare": noise(count, 1, 1)})
-    (note,) = prepare(images, PARAMS, 1, tmp_path).notes
+    (note,) = made(images, tmp_path).notes
     assert note.startswith(f"class 'rare' has {count} images, too few for each split: none in ")
 
 
 def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
-    prepared = prepare(images, PARAMS, 1, tmp_path)
-    assert prepared.notes == ["class 'owl' has no image: the networks keep its place, and can't learn it"]
-    assert prepared.task.classes == ["owl", "cat", "dog"]
+    found = made(images, tmp_path)
+    assert found.notes == ["class 'owl' has no image: the networks keep its place, and can't learn it"]
+    assert found.task.classes == ["owl", "cat", "dog"]
     assert set(np.load(tmp_path / "train_labels.npy")) == {1, 2}
 
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
     with pytest.raises(ConvoyError, match="there is no train image left: pets needs more images"):
-        prepare(images, PARAMS, 1, tmp_path)
+        made(images, tmp_path)
 
 
 # The task

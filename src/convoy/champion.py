@@ -23,6 +23,7 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"  # aliases
 EVENT = "convoy.event."  # before the time, in the tag of a version: it became the champion then
 MOVING = "convoy.moving"  # tag of the registered model: the event that is under way
 CROWNED = "convoy.crowned"  # tag of the registered model: there has been a champion
+TRAIL = "promotions.csv"  # in the run of the version that became the champion: every move until then
 STALE = 15 * 60  # seconds after which a lock is taken for one of a process that was killed
 PATIENCE = 60  # seconds to wait for another that moves the champion
 
@@ -83,7 +84,6 @@ def move(store: Store, name: str, event: Event) -> None:
         _finish(store, name)
         _check_unmoved(store, name, event.before)
         store.client.set_registered_model_tag(name, MOVING, json.dumps(dataclasses.asdict(event)))
-        store.client.set_registered_model_tag(name, CROWNED, "true")
         store.client.set_registered_model_alias(name, CHAMPION, str(event.after))
         if current(store, name) != event.after:
             raise ConvoyError(f"the champion of {name} was moved by another at the same moment: run `dvc repro` again")
@@ -105,13 +105,23 @@ def _finish(store: Store, name: str) -> None:
     event = Event(**json.loads(tags[MOVING]))
     champion = version_of(store, name, CHAMPION)
     if champion is not None and int(champion.version) == event.after:  # it came to be
+        store.client.set_registered_model_tag(name, CROWNED, "true")
         store.client.set_model_version_tag(name, str(event.after), f"{EVENT}{event.time}", tags[MOVING])
         with contextlib.suppress(MlflowException):  # that version may have been deleted
             if event.before is not None:
                 store.client.set_registered_model_alias(name, PREVIOUS, str(event.before))
             else:
                 store.client.delete_registered_model_alias(name, PREVIOUS)
+        _show_trail(store, name, champion)
     store.client.delete_registered_model_tag(name, MOVING)
+
+
+def _show_trail(store: Store, name: str, version: ModelVersion) -> None:
+    """Write the audit trail into the run of a version, as the file TRAIL, where there is that run."""
+    if not version.run_id:
+        return
+    with contextlib.suppress(MlflowException):  # that run may have been deleted, and the tags hold all of it
+        store.client.log_text(version.run_id, trail(store, name).to_csv(index=False), TRAIL)
 
 
 def _check_unmoved(store: Store, name: str, compared: int | None) -> None:

@@ -1,12 +1,8 @@
 """Preprocessing: from a packed data set to images of one size, split for training, validation and test."""
 
-import collections
-import contextlib
 import dataclasses
 import hashlib
-import math
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,20 +10,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from joblib import cpu_count
 from pydantic import Field
-from tqdm import tqdm
 
 from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import COLUMN, Packed, Rows
-from convoy.images import fit
+from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
-from convoy.task import Sums, Task
+from convoy.task import Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
-NOWHERE = -1  # what is withheld is on no side
 LISTED = 10_000  # pairs of near duplicates
-CHUNK = 2**24  # bytes of pixels at a time
 
 
 @schema
@@ -52,10 +44,11 @@ class Prepared:
     notes: list[str]  # what is worth knowing about the split, in words
 
 
-def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prepared:
+def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier: Path) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
-    `folder` is not the one of `packed`, whose table has the same name and is read as it is needed.
+    `folder` is not the one of `packed`, whose table has the same name and is read as it is needed. What an earlier run
+    left in `earlier` is not resized again, and what this one resizes is left there.
 
     `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, group, split, and the
     other columns of a table of labels.
@@ -79,7 +72,8 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path) -> Prep
 
     grey = bool((packed.places[:, 2] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
-    sums = _write_pixels(packed, sides, (params.size, params.size, channels), folder)
+    files = [folder / f"{name}_pixels.npy" for name in SPLITS]
+    sums = write_fitted(packed, sides, (params.size, params.size, channels), files, earlier)
     mean, std = sums.mean_and_std()
     task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
     task.save(folder / "task.json")
@@ -200,55 +194,3 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
                 f"class {label!r} has {here.sum()} images, too few for each split: none in {' and '.join(missing)}"
             )
     return notes
-
-
-def _write_pixels(packed: Packed, sides: np.ndarray, shape: tuple[int, int, int], folder: Path) -> Sums:
-    """Write `<split>_pixels.npy`, (N, H, W, C) uint8 each, and return the sums over the training images.
-
-    As plain files, front to back: of a memory map all that was written would count as memory in use.
-    """
-    sums = Sums(shape[-1])
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context((folder / f"{name}_pixels.npy").open("wb")) for name in SPLITS]
-        for side, file in enumerate(files):
-            described = {"descr": "|u1", "fortran_order": False, "shape": (int((sides == side).sum()), *shape)}
-            np.lib.format.write_array_header_1_0(file, described)
-        start, bar = 0, stack.enter_context(tqdm(total=len(sides), desc="preprocess", unit=" images"))
-        for images in _fitted(packed, shape):
-            here = sides[start : start + len(images)]
-            for side, file in enumerate(files):
-                file.write(images[here == side].data)
-            sums.add(images[here == SPLITS.index("train")])
-            start += len(images)
-            bar.update(len(images))
-    return sums
-
-
-def _fitted(packed: Packed, shape: tuple[int, int, int]) -> Iterator[np.ndarray]:
-    """All images in their order as (N, H, W, C) uint8, some at a time."""
-    at = packed.places
-    sizes = at[:, 0] * at[:, 1] * at[:, 2]
-    step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
-    ahead: collections.deque[Future[np.ndarray]] = collections.deque()  # so that no more than these are in memory
-    workers = cpu_count()
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(at), step):
-            ahead.append(pool.submit(_fit, packed, at[start : start + step], shape))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def _fit(packed: Packed, at: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """(N, H, W, C) uint8, of the images at `at` (N, 4): height, width, channels, offset.
-
-    Read from the file: of a memory map all that was read would count as memory in use.
-    """
-    (*_, first), (height, width, channels, last) = at[0], at[-1]
-    count = last + height * width * channels - first
-    pixels = np.fromfile(packed.pixels.filename, np.uint8, count, offset=first)  # type: ignore[attr-defined]
-    if (at[:, :3] == shape).all() and count == len(at) * math.prod(shape):  # nothing to fit, and no gaps
-        return pixels.reshape(-1, *shape)
-    near = dataclasses.replace(packed, pixels=pixels)
-    return np.stack([fit(near.at(h, w, c, offset - first), shape[0], shape[2]) for h, w, c, offset in at])

@@ -27,7 +27,7 @@ PATIENCE = 60  # seconds for an image, and twice that for a batch
 def decoded(source: Source, longest_side: int, earlier: Path) -> Iterator[tuple[list[Member], Batch]]:
     """The members of a source and what became of them, a batch at a time, in their order.
 
-    Images whose bytes are known from `earlier`, which `remember` wrote, are not decoded again.
+    Images whose bytes are known from `earlier`, which `keep` wrote, are not decoded again.
     """
     workers = cpu_count()
     judging = functools.partial(judge, longest_side=longest_side, earlier=earlier)

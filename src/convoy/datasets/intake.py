@@ -15,7 +15,7 @@ from tqdm import tqdm
 from convoy.config import ConvoyError, Share, schema
 from convoy.datasets.decoding import decoded
 from convoy.datasets.history import extended
-from convoy.datasets.judging import RECORD, RECORDS, Earlier, remember
+from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
 from convoy.datasets.source import Dataset, Source
 
@@ -65,7 +65,7 @@ def take_in(
     classes = extended(known_classes, [label for label in source.classes if label in labels])
     described = {"name": dataset.name, "origin": dataset.origin, "classes": classes}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
-    remember(folder / RECORDS, folder / PIXELS, earlier)
+    keep(folder / RECORDS, folder / PIXELS, earlier)
     return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True))
 
 

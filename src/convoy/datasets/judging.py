@@ -1,15 +1,12 @@
 """Judging: images read, hashed and decoded, in a process of its own that needs nothing else, as imports take time."""
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +17,7 @@ from convoy import images, likeness
 from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 from convoy.memory import keep_memory
+from convoy.remembered import fingerprint, remember
 
 if TYPE_CHECKING:
     from convoy.datasets.source import Content
@@ -45,15 +43,12 @@ RECORD = np.dtype(
 NEW = -1  # in place of an offset
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
-RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `remember` leaves
+RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `keep` leaves
 
 
-def fingerprint(longest_side: int) -> str:
-    """Of all that decides what a file is decoded to."""
-    code = [Path(module.__file__ or "").read_bytes() for module in (images, likeness, sys.modules[__name__])]
-    libraries = [f"{package} {version(package)}" for package in ("numpy", "pillow", "simplejpeg")]
-    told = b"\n".join([*code, *(library.encode() for library in libraries), str(longest_side).encode()])
-    return hashlib.sha256(told).hexdigest()[:16]
+def way(longest_side: int) -> str:
+    """What stands for all that decides what a file is decoded to."""
+    return fingerprint([images, likeness, sys.modules[__name__]], ["numpy", "pillow", "simplejpeg"], longest_side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +161,7 @@ class Earlier:
 
     @classmethod
     def load(cls, folder: Path) -> "Earlier":
-        """From a folder that `remember` wrote; nothing is known where it is missing."""
+        """From a folder that `keep` wrote; nothing is known where it is missing."""
         try:
             index = np.load(folder / INDEX, mmap_mode="r")  # which the processes share
             return cls(index, *(os.open(folder / name, os.O_RDONLY) for name in (RECORDS, PIXELS)))
@@ -209,18 +204,10 @@ def _picture(pixels: np.ndarray) -> int:
     return int.from_bytes(_digest(pixels)[:8], "little")
 
 
-def remember(records: Path, pixels: Path, folder: Path) -> None:
-    """Leave in `folder` what was decoded, for a later run, and nothing beside it.
-
-    `records` is moved there and `pixels` linked, which costs no disk; where that can't be done, nothing is left.
-    """
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with contextlib.suppress(OSError):
-        os.link(pixels, folder / PIXELS)
-        np.save(folder / INDEX, _index(records))
-        records.replace(folder / RECORDS)
-    records.unlink(missing_ok=True)
+def keep(records: Path, pixels: Path, folder: Path) -> None:
+    """Leave in `folder` what was decoded, for a later run: `records` is taken from where it is."""
+    remember(folder, [records, pixels], lambda folder: np.save(folder / INDEX, _index(records)))
+    records.unlink()
 
 
 def _index(records: Path) -> np.ndarray:

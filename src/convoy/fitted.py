@@ -1,0 +1,160 @@
+"""Fitted images: those of a packed data set, brought to one size; none again that an earlier run brought to it."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from joblib import cpu_count
+from tqdm import tqdm
+
+from convoy import images
+from convoy.datasets.packed import Packed
+from convoy.images import fit
+from convoy.remembered import fingerprint, remember
+from convoy.task import Sums
+
+TRAIN, NOWHERE = 0, -1  # sides; what is withheld is on none
+CHUNK = 2**24  # bytes of pixels at a time
+INDEX = "index.npy"
+ENTRY = np.dtype(
+    [
+        ("picture", np.uint64),  # what was fitted, by its hash
+        ("check", np.uint32),  # CRC-32 of what came of it
+        ("side", np.int8),
+        ("row", np.int64),  # among the images of this side
+    ]
+)
+Shape = tuple[int, int, int]  # height, width, channels
+
+
+def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: Path) -> Sums:
+    """Write (N, H, W, C) uint8 for each side, and return the sums over the training images.
+
+    As plain files, front to back: of a memory map all that was written would count as memory in use.
+    """
+    sums = Sums(shape[-1])
+    folder = earlier / fingerprint([images], ["numpy", "pillow"], *shape)
+    index = np.empty(len(sides), ENTRY)
+    index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
+    with contextlib.ExitStack() as stack:
+        known = stack.enter_context(contextlib.closing(Earlier.load(folder, [file.name for file in files], shape)))
+        opened = [stack.enter_context(file.open("wb")) for file in files]
+        for side, file in enumerate(opened):
+            rows = np.flatnonzero(sides == side)
+            index["row"][rows] = np.arange(len(rows))
+            described = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
+            np.lib.format.write_array_header_1_0(file, described)
+        start, bar = 0, stack.enter_context(tqdm(total=len(sides), desc="preprocess", unit=" images"))
+        for fitted, checks in _fitted(packed, index["picture"], shape, known):
+            here = slice(start, start := start + len(fitted))
+            for side, file in enumerate(opened):
+                file.write(fitted[sides[here] == side].data)
+            sums.add(fitted[sides[here] == TRAIN])
+            index["check"][here] = checks
+            bar.update(len(fitted))
+    if (packed.places[:, :3] != shape).any():  # else nothing was done that is worth keeping
+        index = index[index["side"] != NOWHERE]
+        remember(folder, files, lambda folder: np.save(folder / INDEX, index[index["picture"].argsort(kind="stable")]))
+    return sums
+
+
+class Earlier:
+    """What an earlier run fitted, found by the hash of the picture that it was fitted from."""
+
+    def __init__(self, index: np.ndarray, files: Sequence[IO[bytes]], shape: Shape) -> None:
+        self.index, self.files, self.shape = index, files, shape
+        self.pictures = np.ascontiguousarray(index["picture"])
+        self.starts = [file.tell() for file in files]  # of the first pixels
+
+    @classmethod
+    def load(cls, folder: Path, names: Sequence[str], shape: Shape) -> "Earlier":
+        """From a folder that `write_fitted` left; nothing is known where it is missing."""
+        with contextlib.ExitStack() as stack:
+            try:
+                files = [stack.enter_context((folder / name).open("rb", buffering=0)) for name in names]
+                for file in files:
+                    np.lib.format.read_magic(file)
+                    np.lib.format.read_array_header_1_0(file)
+                known = cls(np.load(folder / INDEX), files, shape)
+            except (OSError, ValueError):
+                return cls(np.empty(0, ENTRY), [], shape)
+            stack.pop_all()
+            return known
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def find(self, pictures: np.ndarray) -> list[np.ndarray | None]:
+        """(N,) uint64 -> N times (H, W, C) uint8, or None where it is unknown or the disk has spoiled it."""
+        if not len(self.index):
+            return [None] * len(pictures)
+        entries = self.index[np.minimum(self.pictures.searchsorted(pictures), len(self.index) - 1)]
+        return [
+            self._read(entry) if entry["picture"] == picture else None
+            for entry, picture in zip(entries, pictures, strict=True)
+        ]
+
+    def _read(self, entry: np.void) -> np.ndarray | None:
+        size = math.prod(self.shape)
+        side, row = int(entry["side"]), int(entry["row"])
+        read = os.pread(self.files[side].fileno(), size, self.starts[side] + row * size)
+        sound = len(read) == size and zlib.crc32(read) == entry["check"]
+        return np.frombuffer(read, np.uint8).reshape(self.shape) if sound else None
+
+
+def _fitted(
+    packed: Packed, pictures: np.ndarray, shape: Shape, known: Earlier
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All images in their order as (N, H, W, C) uint8, some at a time, and the check of each."""
+    at = packed.places
+    sizes = at[:, 0] * at[:, 1] * at[:, 2]
+    step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
+    ahead: collections.deque[Future] = collections.deque()  # so that no more than these are in memory
+    workers = cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(at), step):
+            here = slice(start, start + step)
+            ahead.append(pool.submit(_fit, packed, at[here], pictures[here], shape, known))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _fit(
+    packed: Packed, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: Earlier
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, C) uint8 and (N,) checks, of the images at `at` (N, 4): height, width, channels, offset."""
+    if (at[:, :3] == shape).all():
+        pixels, start = _read(packed, at)
+        if pixels.size == len(at) * math.prod(shape):  # nothing to fit, and no gaps
+            return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint32)
+    found = known.find(pictures)
+    unknown = [row for row, image in enumerate(found) if image is None]
+    if unknown:
+        pixels, start = _read(packed, at[unknown[0] : unknown[-1] + 1])
+        near = dataclasses.replace(packed, pixels=pixels)
+        for row in unknown:
+            height, width, channels, offset = at[row]
+            found[row] = fit(near.at(height, width, channels, offset - start), shape[0], shape[2])
+    fitted = np.stack(found)  # type: ignore[arg-type]
+    return fitted, np.array([zlib.crc32(image.data) for image in fitted], np.uint32)
+
+
+def _read(packed: Packed, at: np.ndarray) -> tuple[np.ndarray, int]:
+    """The pixels of these images and of all between them, and the offset of the first.
+
+    Read from the file: of a memory map all that was read would count as memory in use.
+    """
+    (*_, first), (height, width, channels, last) = at[0].tolist(), at[-1].tolist()
+    count = last + height * width * channels - first
+    return np.fromfile(packed.pixels.filename, np.uint8, count, offset=first), first  # type: ignore[attr-defined]

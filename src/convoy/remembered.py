@@ -1,0 +1,30 @@
+"""What an earlier run made and a later one need not make again: a folder for each way to make it, the last one kept."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+
+def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *settings: int) -> str:
+    """Of all that decides what comes out: code, libraries and settings."""
+    code = [Path(module.__file__ or "").read_bytes() for module in modules]
+    told = [*(f"{package} {version(package)}" for package in packages), *map(str, settings)]
+    return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
+
+
+def remember(folder: Path, made: Sequence[Path], describe: Callable[[Path], None]) -> None:
+    """Leave the files `made` in `folder`, and nothing beside it; `describe` adds what they are found by.
+
+    They are linked, which costs no disk. Where that can't be done, nothing is found there.
+    """
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with contextlib.suppress(OSError):
+        for file in made:
+            os.link(file, folder / file.name)
+        describe(folder)

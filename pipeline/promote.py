@@ -21,6 +21,8 @@ from convoy.task import Task
 from pipeline import sync, verify
 from pipeline.stage import MARK, Stage, sha256
 
+FILE = "verdict.md"  # in artifacts/ the last verdict, in a run that of its model
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -36,19 +38,20 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
     """Judge the candidate beside version `compared` of the model (None: there never was a champion), and act on it."""
     name, version, key = params.name, candidate.version, _key(stage, params, candidate, compared)
     with tracking.store(stage.home, name) as store:
-        said = registry.judged(store, name, version, key)
+        said, written = registry.judged(store, name, version, key), registry.read_file(store, candidate.run, FILE)
         if taken_back := champion.was_rolled_back(store, name, version):
             said = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
-    if said is None:
+            written = f"# HOLD: {candidate.architecture}, version {version}\n\n{said}\n"
+    if said is None or written is None:
         predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
         verdict = judge(stage, params, candidate, predictions, compared)
         said = verdict.summary()
         written = report.describe_verdict(verdict, candidate.architecture, version, compared)
-        (stage.home / "artifacts/verdict.md").write_text(written)
         with tracking.store(stage.home, name) as store:
             accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
-            registry.log_file(store, candidate.run, "verdict.md", written)
+            registry.log_file(store, candidate.run, FILE, written)
             registry.keep_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
+    (stage.home / "artifacts" / FILE).write_text(written)
     print(f"{candidate.architecture}, version {version}: {said}")
     if not said.startswith("PROMOTE"):
         stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
@@ -59,7 +62,6 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
         print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
         who, commit = tracking.who(stage.root), tracking.commit(stage.root)
         champion.move(store, name, champion.Event(champion.now(), "promotion", compared, version, who, commit, said))
-        registry.log_file(store, candidate.run, "promotions.csv", champion.trail(store, name).to_csv(index=False))
     print(f"{candidate.architecture} is now the champion: models:/{name}@champion, version {version}")
 
 
@@ -84,7 +86,8 @@ def judge(
 
     with tracking.store(stage.home, params.name) as store:
         looks = registry.count_looks(store, params.name, candidate.version, gate.fingerprint(predictions))
-        ever = registry.best_ever(store, params.name) if params.gate.mode == "non_inferior" else None
+        champions = {event.after for event in champion.events(store, params.name)}
+        ever = registry.best_ever(store, params.name, champions) if params.gate.mode == "non_inferior" else None
     if compared is None:
         return gate.judge(challenger, None, params.gate, looks=looks, first=True)
     old, predictor = contender(compared)
@@ -98,6 +101,7 @@ def judge(
 
 def _key(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> str:
     """The hash of what a verdict depends on: where it is as before, the verdict need not be made again."""
-    code = sha256(Path(gate.__file__))
+    files = [Path(__file__), *sorted(Path(gate.__file__).parent.rglob("*.py"))]  # all of this library
+    code = [sha256(file) for file in files]
     parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MARK), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """The champion: moved only from where it was compared, whole or not at all, and back again."""
 
+import contextlib
 import dataclasses
 import shutil
 import threading
@@ -11,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.store.model_registry.abstract_store import AbstractStore
 
-from convoy import champion, tracking
+from convoy import champion, registry, tracking
 from convoy.champion import CHAMPION, PREVIOUS, Event, current, finish, move, roll_back, trail, was_rolled_back
 from convoy.config import ConvoyError
 from convoy.tracking import Store
@@ -180,6 +181,37 @@ def test_whatever_dies_between_two_steps_leaves_the_old_or_the_new_and_the_next_
         if not died:
             break
     assert ends == {(True, False), (True, True), (False, True)}
+
+
+def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_first(
+    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
+    for writes in range(30):
+        dying[0] = writes
+        with contextlib.suppress(Killed):
+            move(store, NAME, promotion(None, 1))
+        dying[0] = 10**9
+        finish(store, NAME)
+        if current(store, NAME) is not None:
+            break
+    assert writes > 1
+    assert aliases(store) == {CHAMPION: 1}
+    store.client.delete_registered_model_alias(NAME, CHAMPION)
+    with pytest.raises(ConvoyError, match="had a champion and has none now"):
+        current(store, NAME)
+
+
+def test_a_verdict_is_whole_or_counts_for_nothing(store: Store, dying: list[int]) -> None:
+    for writes in range(5):
+        registry.keep_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
+        dying[0] = writes
+        with pytest.raises(Killed):
+            registry.keep_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
+        dying[0] = 10**9
+        assert registry.judged(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
+        assert registry.judged(store, NAME, 1, "as it is") is None
+        assert registry.best_ever(store, NAME, {1, 2}) == 1
 
 
 def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Store) -> None:

@@ -12,7 +12,7 @@ import pytest
 from nights import answer, end_in, make_nights
 from test_champion import WRITES, Killed
 
-from convoy import champion, export, served, tracking
+from convoy import champion, export, registry, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
 from pipeline import promote, rollback, sync
@@ -98,8 +98,14 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
         table = champion.trail(store, "convoy")
         assert table["after"].tolist() == [1, 2]
         assert len(store.client.search_model_versions("name = 'convoy'")) == 3
-        run = store.client.get_model_version("convoy", "2").run_id
-        assert "promotions.csv" in {file.path for file in store.client.list_artifacts(run)}
+    assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
+
+
+def shown_trail(root: Path, version: int) -> pd.DataFrame:
+    """The audit trail among the files of the run of a version."""
+    with tracking.store(root, "convoy") as store:
+        run = store.client.get_model_version("convoy", str(version)).run_id
+        return pd.read_csv(store.client.download_artifacts(run, champion.TRAIL))
 
 
 def test_the_onnx_file_of_a_version_is_made_once_and_answers_as_evaluated(
@@ -169,6 +175,42 @@ def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch:
     monkeypatch.setattr(promote, "judge", lambda *_: pytest.fail("judged again"))
     assert "HOLD" in night("alike")
     assert first.splitlines()[-2:] == night("alike").splitlines()[-2:]
+
+
+def test_the_verdict_on_the_table_is_that_of_the_last_night(root: Path, night: Night) -> None:
+    night("good")
+    night("alike")
+    night("poor")
+    night("alike")  # which was judged already
+    assert (root / "artifacts/verdict.md").read_text().startswith("# HOLD: lenet, version 2, beside the champion")
+
+
+def test_where_the_code_has_changed_the_champion_is_asked_again(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("good")
+    night("alike")
+    asked = []
+    real = promote.judge
+    monkeypatch.setattr(promote, "judge", lambda *given: (asked.append(given), real(*given))[1])
+    night("alike")
+    assert not asked
+    monkeypatch.setattr(promote, "sha256", lambda file: file.name == "comparison.py" or sha256(file))
+    night("alike")
+    assert len(asked) == 1
+
+
+def test_the_best_champion_ever_is_a_champion_however_it_was_judged_since(root: Path, night: Night) -> None:
+    night("poor")
+    night("good")
+    night("poor")  # rejected now, as it has come again
+    night("alike", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
+    verdict = (root / "artifacts/verdict.md").read_text()
+    assert "than the best champion ever, lenet (version 2)" in verdict
+    with tracking.store(root, "convoy") as store:
+        champions = {event.after for event in champion.events(store, "convoy")}
+        assert {1, 2} <= champions
+        assert registry.best_ever(store, "convoy", {1}) == 1
 
 
 def test_too_few_test_images_hold_even_on_the_first_night(root: Path, night: Night) -> None:
@@ -275,7 +317,9 @@ def test_a_rolled_back_model_does_not_come_again_by_itself(
         "version 1 is the champion of convoy again, instead of version 2: it fails at night" in capsys.readouterr().out
     )
     assert aliases(root)[CHAMPION] == 1
+    assert shown_trail(root, version=1)["reason"].tolist()[-1] == "it fails at night"
     assert "HOLD: it was rolled back on " in night("good")
+    assert "it fails at night" in (root / "artifacts/verdict.md").read_text()
     assert aliases(root)[CHAMPION] == 1
 
 
@@ -349,6 +393,7 @@ def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
             assert champion.trail(store, "convoy")["after"].tolist() == [1, 2]
             assert [model.name for model in store.client.search_registered_models()] == ["convoy"]
             assert len(store.client.search_model_versions("name = 'convoy'")) == 2
+        assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
         if not died:
             break
     assert writes > 8

@@ -120,8 +120,11 @@ def _show_trail(store: Store, name: str, version: ModelVersion) -> None:
     """Write the audit trail into the run of a version, as the file TRAIL, where there is that run."""
     if not version.run_id:
         return
-    with contextlib.suppress(MlflowException):  # that run may have been deleted, and the tags hold all of it
+    try:
         store.client.log_text(version.run_id, trail(store, name).to_csv(index=False), TRAIL)
+    except MlflowException as error:  # that run may have been deleted for good; the tags hold all of it
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def _check_unmoved(store: Store, name: str, compared: int | None) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,8 +122,8 @@ def judged(store: Store, name: str, version: int, key: str) -> str | None:
 
 def keep_verdict(store: Store, name: str, version: int, key: str, said: str, test_images: str, accuracy: float) -> None:
     """Write a verdict into the tags of the version, with the test images (their fingerprint) and its accuracy there."""
-    tags = {VERDICT: said[:5000], TEST_IMAGES: test_images, TEST_ACCURACY: f"{accuracy:.6f}", JUDGED: key}
-    for tag, value in tags.items():  # the key last: without it the rest does not count
+    told = [(VERDICT, said[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
+    for tag, value in [(JUDGED, ""), *told, (JUDGED, key)]:  # without the key the rest does not count
         store.client.set_model_version_tag(name, str(version), tag, value)
 
 
@@ -133,20 +133,25 @@ def count_looks(store: Store, name: str, version: int, test_images: str) -> int:
     return len({int(found.version) for found in versions} | {version})
 
 
-def best_ever(store: Store, name: str) -> int | None:
-    """Of all versions that were judged and promoted, the one with the highest test accuracy then."""
-    promoted = [
-        found
-        for found in store.client.search_model_versions(f"name = '{name}'")
-        if found.tags.get(VERDICT, "").startswith("PROMOTE")
-    ]
-    best = max(promoted, key=lambda found: float(found.tags[TEST_ACCURACY]), default=None)
+def best_ever(store: Store, name: str, champions: Collection[int]) -> int | None:
+    """Of these versions, as far as they are there and were judged, the one with the highest test accuracy then."""
+    there = store.client.search_model_versions(f"name = '{name}'")
+    judged = [found for found in there if int(found.version) in champions and TEST_ACCURACY in found.tags]
+    best = max(judged, key=lambda found: float(found.tags[TEST_ACCURACY]), default=None)
     return int(best.version) if best else None
 
 
 def log_file(store: Store, run_id: str, name: str, content: str) -> None:
     """A text among the artifacts of a run."""
     store.client.log_text(run_id, content, name)
+
+
+def read_file(store: Store, run_id: str, name: str) -> str | None:
+    """A text among the artifacts of a run; None where it is not there."""
+    if name not in {file.path for file in store.client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(store.client.download_artifacts(run_id, name, folder)).read_text()
 
 
 def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:

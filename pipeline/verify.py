@@ -41,9 +41,15 @@ def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> 
 
 def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
     """Some test images (N, H, W, C) uint8 of every class, and the recorded probabilities (N, K) of each."""
+    for file in (evaluated / "predictions.parquet", prepared / "task.json", prepared / "test_pixels.npy"):
+        if not file.is_file():
+            raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
     recorded = pd.read_parquet(evaluated / "predictions.parquet")
     classes = json.loads((prepared / "task.json").read_text())["classes"]
-    expected = recorded[[f"probability_{name}" for name in classes]].to_numpy()
+    columns = [f"probability_{name}" for name in classes]
+    if not set(columns) <= set(recorded):
+        raise ConvoyError(f"{evaluated} is of other classes than {prepared}: run `dvc repro`")
+    expected = recorded[columns].to_numpy()
     test = Images.load(prepared, "test")
     if len(test) != len(expected):
         raise ConvoyError(f"{evaluated} is of {len(expected)} images and {prepared} of {len(test)}: run `dvc repro`")

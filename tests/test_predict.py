@@ -249,3 +249,16 @@ def test_a_model_whose_recorded_predictions_are_others_does_not_pass(
     table[1:].to_parquet(evaluated / "predictions.parquet")
     said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
     assert "is of 449 images" in str(said)
+
+
+def test_a_folder_without_an_evaluation_is_one_clear_line(
+    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)
+    assert said == (
+        "convoy: verify: there is no nowhere/predictions.parquet: name the folder of an evaluation, as "
+        "artifacts/evaluate/lenet"
+    )
+    assert "there is no nowhere/task.json" in str(check(monkeypatch, "models:/convoy@champion", evaluated, "nowhere"))
+    pd.DataFrame({"probability_yak": [1.0]}).to_parquet(evaluated / "predictions.parquet")
+    assert "of other classes" in str(check(monkeypatch, "models:/convoy@champion", evaluated, evaluated))

@@ -1,7 +1,9 @@
 """Tracking: what a run in MLflow tells about the data that its model saw, and how its parameters read."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from mlflow.entities import Metric
 from mlflow.entities import Run as Found
 
 from convoy import tracking
+from convoy.config import ConvoyError
 from convoy.tracking import DataVersion, Run, Store
 
 DIGITS = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797, "train": 1132, "val": 302, "test": 363})
@@ -133,3 +136,45 @@ def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
     said = tracking.fails(RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ..."))
     assert "secret" not in said
     assert "\n" not in said
+
+
+def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with tracking.store(tmp_path, "convoy") as store:
+            assert store.experiment.artifact_location == (tmp_path / "mlartifacts/convoy").as_uri()
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
+    with tracking.store(tmp_path, "convoy") as store:
+        run = store.client.create_run(store.experiment.experiment_id)
+        store.client.delete_experiment(store.experiment.experiment_id)
+    with tracking.store(tmp_path, "convoy") as store:
+        assert store.client.get_experiment(store.experiment.experiment_id).lifecycle_stage == "active"
+        assert [each.info.run_id for each in store.client.search_runs([store.experiment.experiment_id])] == [
+            run.info.run_id
+        ]
+
+
+def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_store: None) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 500)
+    with pytest.raises(ConvoyError) as raised, tracking.store(tmp_path, "convoy"):
+        pass
+    said = str(raised.value)
+    assert "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move it" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("uri", ["foo://x", "file:///x", "postgresql+asyncpg://someone:secret@127.0.0.1:9/x"])
+def test_an_address_that_leads_to_no_store_is_one_line_with_the_mend(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConvoyError) as raised, tracking.store(tmp_path, "convoy"):
+        pass
+    assert re.search("MLflow at .* fails: .*mend MLFLOW_TRACKING_URI", str(raised.value))
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)

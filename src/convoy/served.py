@@ -25,7 +25,7 @@ from convoy.config import ConvoyError
 from convoy.predictor import Predictor
 from convoy.tracking import HASHES, Store, hashes_of
 
-URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))")
+URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 START = (predictor.RECORD, predictor.WEIGHTS)  # of a training, for another to start from
 AGREEMENT = 1e-4  # of probabilities: what machines and batch sizes may differ by
 SECONDS = 600  # for a process that answers some hundred images

@@ -191,23 +191,48 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print a password that is in it
     embedded = f"sqlite:///{root / 'mlflow.db'}"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
+    if uri.startswith("sqlite:///") and root / uri.removeprefix("sqlite:///") == root / "mlflow.db":
+        uri = embedded  # as MLflow's own commands are told where it is
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
     if uri == embedded:  # MLflow tells processes started from here; another project's store would be taken for a server
         os.environ.pop("MLFLOW_TRACKING_URI", None)
-    client = MlflowClient()
     locks = root / "artifacts" / ".scratch"
     locks.mkdir(parents=True, exist_ok=True)
     try:
+        client = _client()
         # to search and then to create is not atomic, and two processes can't make the same database
         with FileLock(locks / "mlflow.lock"):
             artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
             ours = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, artifacts)
+            if ours.lifecycle_stage != "active":  # it was deleted, and would hide every run
+                client.restore_experiment(ours.experiment_id)
             address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
             yield Store(client, ours, address, locks)
-    except (MlflowException, requests.RequestException) as error:
-        raise ConvoyError(f"{fails(error)}. Start it, or mend MLFLOW_TRACKING_URI, and run this again") from error
+    except Exception as error:
+        if not _is_of_mlflow(error):
+            raise
+        mend = "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
+        if uri == embedded:
+            mend = (
+                "If mlflow.db is damaged, move it and mlartifacts/ away: `make sync` brings back every run of the "
+                "results, and `make repro` makes a champion"
+            )
+        raise ConvoyError(f"{fails(error)}. {mend}") from error
+
+
+def _client() -> MlflowClient:
+    try:
+        return MlflowClient()
+    except ImportError as error:  # of what speaks with a database
+        raise MlflowException(str(error)) from error
+
+
+def _is_of_mlflow(error: Exception) -> bool:
+    """Whether it, its server or its database failed. (To import sqlalchemy takes time that a server needs not.)"""
+    known = isinstance(error, MlflowException | requests.RequestException)
+    return known or type(error).__module__.startswith("sqlalchemy.")
 
 
 def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> Experiment:
@@ -222,9 +247,8 @@ def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -
 
 def fails(error: BaseException) -> str:
     """What to say where MLflow failed with `error`: one line, and no user name and password in it."""
-    return without_login(
-        f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(str(error) or repr(error), 300)}"
-    )
+    said = str(error).partition("[SQL:")[0] or repr(error)
+    return without_login(f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(said, 300)}")
 
 
 def without_login(text: str) -> str:

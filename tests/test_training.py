@@ -1,6 +1,8 @@
 """Training: the same bits, also after any interruption, and the best epoch kept."""
 
+import dataclasses
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -230,12 +232,21 @@ EVERYTHING = {
 def test_a_training_interrupted_after_any_step_goes_on_to_the_same_bits(
     name: str, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    undisturbed = train(build(name=name, **recipe))
-    file = tmp_path / "last.pt"
+    interrupt_and_compare(tmp_path / "last.pt", CPU, name, **recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_goes_on_to_the_same_bits_too(tmp_path: Path) -> None:
+    interrupt_and_compare(tmp_path / "last.pt", dataclasses.replace(CPU, compile=True), "alexnet")
+
+
+def interrupt_and_compare(file: Path, choice: Choice, name: str, **recipe: Any) -> None:
+    undisturbed = train(build(name=name, **recipe), choice=choice)
     for after in (1, 1, 2, 3, 1):  # of 3 epochs of 3 steps; at an epoch's end two saves follow each other
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(build(name=name, **recipe), checkpoint=Interrupted(file, after), checkpoint_minutes=1e-9)
-    resumed = train(build(name=name, **recipe), checkpoint=Checkpoint(file))
+            train(build(name=name, **recipe), 0, Interrupted(file, after), choice, checkpoint_minutes=1e-9)
+    resumed = train(build(name=name, **recipe), 0, Checkpoint(file), choice)
     assert same(resumed.weights, undisturbed.weights)
     assert resumed.history == undisturbed.history
     assert resumed.best == undisturbed.best

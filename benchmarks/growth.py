@@ -1,8 +1,8 @@
 """What preparing costs as the data grow: `python benchmarks/growth.py`.
 
-Small JPEG files that are drawn here, 10,000 to 200,000 of them, go through all of fetch and preprocess but the cards;
-then once more with a hundredth of new ones. Each run is a process of its own, and its memory is that of all its
-processes together.
+JPEG files that are drawn here, 10,000 to 200,000 small ones and 1,000 to 4,000 as large as photographs on the web, go
+through all of fetch and preprocess but the cards; then once more with a hundredth of new ones. Each run is a process of
+its own, and its memory is that of all its processes together.
 """
 
 import json
@@ -17,41 +17,45 @@ import numpy as np
 import pandas as pd
 import psutil
 import simplejpeg
+from PIL import Image
 from preparing import OURS
 from rich.console import Console
 from rich.table import Table
 
-COUNTS = (10_000, 50_000, 200_000)
-SIDE = 32  # pixels
+# width and height in pixels, the size that they are brought to, how many there are
+KINDS = [((32, 32), 32, (10_000, 50_000, 200_000)), ((500, 375), 224, (1_000, 4_000))]
+ROUGH = 8  # grey levels, of the noise in each pixel
 
 
 def main() -> None:
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder, drawn = Path(name), 0
-        for count in COUNTS:
-            draw(folder / "data", drawn, count)
-            draw(folder / "data", count, drawn := count + count // 100)
-            for number in range(count, drawn):  # the newest come only in the second run
-                (folder / "data" / str(number % 10) / f"{number}.jpg").rename(folder / f"{number}.jpg")
-            rows.append({"run": "first", **run(folder, count)})
-            for number in range(count, drawn):
-                (folder / f"{number}.jpg").rename(folder / "data" / str(number % 10) / f"{number}.jpg")
-            rows.append({"run": "1% new", **run(folder, count)})
+    for (width, height), size, counts in KINDS:
+        with tempfile.TemporaryDirectory() as name:
+            folder, drawn = Path(name), 0
+            for count in counts:
+                draw(folder / "data", range(drawn, drawn := count + count // 100), width, height)
+                for number in range(count, drawn):  # the newest come only in the second run
+                    (folder / "data" / str(number % 10) / f"{number}.jpg").rename(folder / f"{number}.jpg")
+                rows.append({"pixels": f"{width}x{height}", "run": "first", **run(folder, count, size)})
+                for number in range(count, drawn):
+                    (folder / f"{number}.jpg").rename(folder / "data" / str(number % 10) / f"{number}.jpg")
+                rows.append({"pixels": f"{width}x{height}", "run": "1% new", **run(folder, count, size)})
     show(pd.DataFrame(rows))
 
 
-def draw(folder: Path, first: int, last: int) -> None:
-    """Ten classes of pictures, of 64 areas of any colour each."""
-    for number in range(first, last):
+def draw(folder: Path, numbers: range, width: int, height: int) -> None:
+    """Ten classes of pictures: 64 areas of any colour that run into each other, and noise as a camera's."""
+    for number in numbers:
         random = np.random.default_rng(number)
-        areas = random.integers(0, 256, (8, 8, 3), np.uint8).repeat(SIDE // 8, 0).repeat(SIDE // 8, 1)
+        areas = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height))
+        noise = random.integers(-ROUGH, ROUGH + 1, (height, width, 3), np.int16)
+        pixels = np.clip(np.asarray(areas) + noise, 0, 255).astype(np.uint8)
         file = folder / str(number % 10) / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(areas), quality=85))
+        file.write_bytes(simplejpeg.encode_jpeg(pixels, quality=85))
 
 
-def run(folder: Path, count: int) -> dict[str, float]:
+def run(folder: Path, count: int, size: int) -> dict[str, float]:
     """Images, seconds and peaks of memory (MB) of one run; of a count the second remembers what the first decoded."""
     script = str(Path(__file__).with_name("preparing.py"))
     command = [
@@ -59,7 +63,7 @@ def run(folder: Path, count: int) -> dict[str, float]:
         script,
         OURS,
         str(folder / "data"),
-        str(SIDE),
+        str(size),
         str(folder / f"remembered-{count}" / "here"),
     ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -84,11 +88,11 @@ def watch(running: subprocess.Popen, peaks: dict[str, float]) -> None:
 
 
 def show(measured: pd.DataFrame) -> None:
-    table = Table("images", "run", "seconds", "images / s", "us of processor / image", "MB, main process", "MB, all")
+    table = Table("pixels", "images", "run", "seconds", "images / s", "us of processor", "MB, main process", "MB, all")
     for row in measured.itertuples():
         rate, cost = row.images / row.wall, row.cpu / row.images * 1e6
         table.add_row(
-            f"{row.images:,}", row.run, f"{row.wall:.1f}", f"{rate:,.0f}", f"{cost:.0f}", f"{row.main:.0f}",
+            row.pixels, f"{row.images:,}", row.run, f"{row.wall:.1f}", f"{rate:,.0f}", f"{cost:.0f}", f"{row.main:.0f}",
             f"{row.all:.0f}",
         )  # fmt: skip
     Console(width=120).print(table)

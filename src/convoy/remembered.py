@@ -20,11 +20,11 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
 def remember(folder: Path, made: Sequence[Path], describe: Callable[[Path], None]) -> None:
     """Leave the files `made` in `folder`, and nothing beside it; `describe` adds what they are found by.
 
-    They are linked, which costs no disk. Where that can't be done, nothing is found there.
+    They are linked, which costs no disk. Where that can't be done, or another process does it too, nothing is found.
     """
     shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
     with contextlib.suppress(OSError):
+        folder.mkdir(parents=True)
         for file in made:
             os.link(file, folder / file.name)
         describe(folder)

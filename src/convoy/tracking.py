@@ -133,6 +133,7 @@ def ended(
 ) -> Run:
     """The run that the whole record and the history of a training and its evaluation's figures make."""
     best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
+    weights = [file for file in files if file.suffix == ".safetensors"]
     if failure:
         note = f"failed in epoch {failure['epoch']} of {max_epochs}, {failure['reason']}"
     else:
@@ -148,6 +149,8 @@ def ended(
             **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch") if name in best},
             **{f"test/{name}": value for name, value in figures.items()},
             "parameters": record["parameters"],
+            "multiply_adds": record["multiply_adds"],
+            **({"megabytes": sum(file.stat().st_size for file in weights) / 1e6} if weights else {}),
         },
         history=history,
         files=files,

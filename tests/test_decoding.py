@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -183,7 +184,7 @@ def remembered(folder: Path, contents: list[Content]) -> Batch:
     batch = judge(contents, 512, NOTHING)
     records = batch.records.copy()
     records["offset"] = np.cumsum(batch.sizes) - batch.sizes
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / PIXELS).write_bytes(batch.pixels)
     (folder / RECORDS).write_bytes(records.tobytes())
     keep(folder / RECORDS, folder / PIXELS, folder / "remembered" / "here")
@@ -234,3 +235,15 @@ def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
         (tmp_path / RECORDS).touch()
         keep(tmp_path / RECORDS, tmp_path / PIXELS, tmp_path / "pets" / name)
     assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]
+
+
+def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied_and_filled_again(folder: Path, ignore_errors: bool) -> None:
+        (folder / "here").mkdir(parents=True)
+        (folder / "here" / PIXELS).write_bytes(b"others")
+
+    monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
+    remembered(tmp_path, [saved(noise(1))])
+    assert len(judge([saved(noise(1))], 512, tmp_path / "remembered" / "here").pixels) == noise(1).size

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy import report, tracking
+from convoy import config, report, tracking
 from convoy.config import ConvoyError
 from pipeline.stage import MARK, Stage
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.parse_args()
     root = Path.cwd()
     try:
+        config.load(root / "params.yaml")  # which says so where there is no project
         stage = Stage(root, "register")
         results = {}
         for name in stage.section("model"):
@@ -64,13 +65,21 @@ def main() -> None:
 def find_result(stage: Stage, name: str) -> Result:
     """The result of an architecture. Raises ConvoyError where it is missing, damaged or of two trainings."""
     result = Result(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
-    locked = stage.root / "dvc.lock"
-    stages = (yaml.safe_load(locked.read_text()) or {}).get("stages", {}) if locked.exists() else {}
+    stages = _locked(stage.root / "dvc.lock")
     made = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
     judged = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
     if made != judged:
         raise ConvoyError(f"its evaluation is of an earlier training: run `dvc repro evaluate@{name}`")
     return result
+
+
+def _locked(file: Path) -> dict[str, Any]:
+    """The stages of dvc.lock; none where there is no such file."""
+    try:
+        return (yaml.safe_load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
+    except (yaml.YAMLError, AttributeError) as error:  # such as the marks of a merge conflict
+        said = " ".join(str(error).split())
+        raise ConvoyError(f"dvc.lock can't be read: take one side of it, and run `dvc repro` ({said})") from None
 
 
 def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:

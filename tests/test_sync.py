@@ -21,7 +21,7 @@ from convoy import config, report, tracking
 from convoy.config import ConvoyError
 from pipeline.evaluate import evaluate
 from pipeline.stage import MARK, Stage, sha256
-from pipeline.sync import find_result
+from pipeline.sync import find_result, main
 from pipeline.train import train
 
 CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
@@ -92,6 +92,9 @@ def test_runs_compare_by_few_parameters_with_the_same_names_and_by_tags(road: Pa
     assert lenet.data.params["recipe.lr"] == str(record_of(root, "lenet")["settings"]["recipe"]["lr"])
     assert lenet.data.params["init"] == "scratch"
     assert set(lenet.data.metrics) == set(resnet.data.metrics)
+    assert lenet.data.metrics["parameters"] == record_of(root, "lenet")["parameters"]
+    assert lenet.data.metrics["multiply_adds"] == record_of(root, "lenet")["multiply_adds"]
+    assert lenet.data.metrics["megabytes"] == pytest.approx(4e-6 * lenet.data.metrics["parameters"], rel=0.05)
     assert lenet.data.tags["reproduction"] == resnet.data.tags["reproduction"]
     assert lenet.data.tags["data"] == "digits@" + record_of(root, "lenet")["data"]["digest"]
     assert lenet.data.tags["hardware"].startswith("cpu, ")
@@ -254,6 +257,22 @@ def test_an_evaluation_of_an_earlier_training_is_not_shown_as_the_new_ones(short
         find_result(Stage(root, "register"), "lenet")
     (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "new.dir"))
     assert find_result(Stage(root, "register"), "lenet").trained == root / path
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "stages"])
+def test_a_lock_that_can_not_be_read_is_said(text: str, short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (root / "dvc.lock").write_text(text)
+    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it, and run `dvc repro`"):
+        find_result(Stage(root, "register"), "lenet")
+
+
+def test_where_there_is_no_project_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sync"])
+    with pytest.raises(SystemExit, match=r"convoy: sync: params\.yaml is missing"):
+        main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_failed_is_shown_so_with_the_same_parameters(road: Path, tmp_path: Path) -> None:

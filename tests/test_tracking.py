@@ -178,3 +178,16 @@ def test_an_address_that_leads_to_no_store_is_one_line_with_the_mend(
     assert re.search("MLflow at .* fails: .*mend MLFLOW_TRACKING_URI", str(raised.value))
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = pytest.raises(ConvoyError, match="fails: Unable to locate credentials")
+    with refused, tracking.store(tmp_path, "convoy") as store:
+        elsewhere = store.client.create_experiment("elsewhere", "s3://convoy/elsewhere")
+        run = store.client.create_run(elsewhere)
+        store.client.log_text(run.info.run_id, "text", "file.txt")

@@ -233,9 +233,9 @@ def _client() -> MlflowClient:
 
 
 def _is_of_mlflow(error: Exception) -> bool:
-    """Whether it, its server or its database failed. (To import sqlalchemy takes time that a server needs not.)"""
+    """Whether it, its server, its database or its bucket failed; what speaks with these two is slow to import."""
     known = isinstance(error, MlflowException | requests.RequestException)
-    return known or type(error).__module__.startswith("sqlalchemy.")
+    return known or type(error).__module__.startswith(("sqlalchemy.", "botocore.", "boto3."))
 
 
 def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> Experiment:

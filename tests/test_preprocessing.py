@@ -439,6 +439,7 @@ def summed(pixels: np.ndarray, chunk: int) -> Sums:
     sums = Sums(pixels.shape[-1])
     for start in range(0, len(pixels), chunk):
         sums.add(pixels[start : start + chunk])
+        sums.add(pixels[:0])  # as of a part that has no training image
     return sums
 
 

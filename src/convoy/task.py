@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Sums:
     def add(self, pixels: np.ndarray) -> None:
         """(N, H, W, C) uint8"""
         channels = len(self.sums)
-        flat = pixels.reshape(len(pixels), -1)  # the images are added up first, as numpy does that fastest
+        flat = pixels.reshape(len(pixels), math.prod(pixels.shape[1:]))  # the images are added up first, as numpy does that fastest
         self.count += pixels.size // channels
         self.sums += flat.sum(0, np.uint64).reshape(-1, channels).sum(0)
         self.squares += np.square(flat, dtype=np.uint16).sum(0, np.uint64).reshape(-1, channels).sum(0)

@@ -39,9 +39,9 @@ class Sums:
         self.squares = np.zeros(channels, np.uint64)
 
     def add(self, pixels: np.ndarray) -> None:
-        """(N, H, W, C) uint8"""
+        """(N, H, W, C) uint8. The images are added up before the pixels, as numpy does that fastest."""
         channels = len(self.sums)
-        flat = pixels.reshape(len(pixels), math.prod(pixels.shape[1:]))  # the images are added up first, as numpy does that fastest
+        flat = pixels.reshape(len(pixels), math.prod(pixels.shape[1:]))
         self.count += pixels.size // channels
         self.sums += flat.sum(0, np.uint64).reshape(-1, channels).sum(0)
         self.squares += np.square(flat, dtype=np.uint16).sum(0, np.uint64).reshape(-1, channels).sum(0)

@@ -11,7 +11,10 @@ os.environ["CONVOY_LIVE"] = "0"  # no training is shown in MLflow while it lasts
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("convoy", deadline=None, derandomize=True, database=None)
+SLOW = [hypothesis.HealthCheck.too_slow]  # a busy machine is no fault
+hypothesis.settings.register_profile(
+    "convoy", deadline=None, derandomize=True, database=None, suppress_health_check=SLOW
+)
 hypothesis.settings.load_profile("convoy")
 
 

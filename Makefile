@@ -34,7 +34,7 @@ ui: $(READY) ## MLflow's pages on this machine, for comparing runs
 	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 rollback: $(READY) ## the champion before this one again: make rollback REASON="why"
-	@python -m pipeline.rollback --reason "$(REASON)"
+	@python -m pipeline.rollback --reason "$$REASON"
 
 lock: $(READY) ## requirements.lock anew from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \

@@ -107,7 +107,10 @@ def conclude(root: Path, params: dict[str, Any]) -> None:
 
     from convoy import report, tracking
 
-    table = pd.read_csv(root / "artifacts/register/leaderboard.csv").reindex(columns=report.SHOWN)
+    try:
+        table = pd.read_csv(root / "artifacts/register/leaderboard.csv").reindex(columns=report.SHOWN)
+    except FileNotFoundError:
+        raise ConvoyError("there are no results yet: `make repro` makes them") from None
     report.print_table(table, "Leaderboard, best in validation first")
     with tracking.store(root, params["register"]["name"]) as store:
         leaderboard, curves = tracking.save_views(store)

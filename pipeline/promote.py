@@ -74,7 +74,11 @@ def judge(
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
     packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
-    challenger = Contender(candidate.architecture, predictions, seen, record["parameters"])
+    before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
+    with tracking.store(stage.home, params.name) as store:
+        seen_before = served.seen_with(store, params.name, before)
+    trained_on = None if seen_before is None else [*seen, *seen_before]
+    challenger = Contender(candidate.architecture, predictions, trained_on, record["parameters"])
 
     def contender(version: int) -> tuple[Contender, Predictor]:
         """A registered version, its answers made now."""

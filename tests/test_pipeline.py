@@ -150,6 +150,11 @@ def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
     assert "/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=TABLE&viewStateShareKey=" in said
 
 
+def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^there are no results yet: `make repro` makes them$"):
+        conclude(make_project(tmp_path), {"register": {"name": "convoy"}})
+
+
 def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
     again = make_project(tmp_path / "another" / "place")
     run_stages(again, until="evaluate")

@@ -101,6 +101,36 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
     assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
 
 
+def started_from(root: Path, training: str, *lineage: str) -> None:
+    """As if a training had begun with weights that were trained on these data."""
+    folder = root / "kept" / training / "train" / "lenet"
+    record = json.loads((folder / "record.json").read_text())
+    record["init"] = {"init": "0" * 32, "source": "a run", "sha256": "0" * 64, "head": "kept", "lineage": lineage}
+    (folder / "record.json").write_text(json.dumps(record))
+    hashes = json.loads((folder / MARK).read_text())
+    (folder / MARK).write_text(json.dumps(hashes | {"record.json": sha256(folder / "record.json")}))
+
+
+def test_weights_that_came_from_unknown_data_are_held_back(root: Path, night: Night) -> None:
+    night("poor")
+    started_from(root, "good", "another data")
+    said = night("good")
+    assert "HOLD" in said
+    assert "not known which images lenet saw in training" in said
+    assert aliases(root)[CHAMPION] == 1
+
+
+def test_weights_that_came_from_a_registered_training_on_other_data_are_judged_by_its_images_too(
+    root: Path, night: Night
+) -> None:
+    night("poor")
+    with tracking.store(root, "convoy") as store:
+        version = store.client.get_model_version("convoy", "1")
+        store.client.set_tag(version.run_id, "data", "pictures@before")
+    started_from(root, "good", "before")
+    assert "PROMOTE" in night("good")
+
+
 def shown_trail(root: Path, version: int) -> pd.DataFrame:
     """The audit trail among the files of the run of a version."""
     with tracking.store(root, "convoy") as store:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,19 @@ def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_ta
     assert (tmp_path / "mlflow.db").exists()
 
 
+def test_a_copied_project_does_not_write_into_the_files_of_the_first(tmp_path: Path, embedded_store: None) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    with tracking.store(first, "convoy"):
+        pass
+    shutil.copytree(first, second)
+    with (
+        pytest.raises(ConvoyError, match=r"first/mlartifacts/convoy, not in .*second/mlartifacts/convoy: MLflow can't"),
+        tracking.store(second, "convoy"),
+    ):
+        pass
+
+
 def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
     with tracking.store(tmp_path, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
@@ -164,7 +178,10 @@ def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_s
     with pytest.raises(ConvoyError) as raised, tracking.store(tmp_path, "convoy"):
         pass
     said = str(raised.value)
-    assert "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move it" in said
+    assert (
+        "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move mlflow.db and"
+        in said
+    )
     assert "\n" not in said
 
 

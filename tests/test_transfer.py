@@ -344,7 +344,7 @@ def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> N
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, task())
     record = start(classifier, name, values)
-    assert set(record) == {"init", "source", "sha256", "head"}
+    assert set(record) == {"init", "source", "sha256", "head", "lineage"}
     assert record["head"] == "kept"
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())

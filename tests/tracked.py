@@ -1,6 +1,8 @@
 """What MLflow shows, for tests: the runs of a small project, and a database that is copied instead of made anew."""
 
+import contextlib
 import shutil
+import sqlite3
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -21,7 +23,11 @@ def make_road(root: Path, overrides: list[str], *, until: str = "evaluate") -> P
 
 
 def copied(road: Path, root: Path) -> Path:
+    """The project with its database, as if it had been made there."""
     shutil.copytree(road, root, ignore=shutil.ignore_patterns("mlartifacts"))
+    place = (root / "mlartifacts/convoy").as_uri()
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        database.execute("update experiments set artifact_location = ? where name = 'convoy'", [place])
     return root
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import mlflow
@@ -152,6 +152,20 @@ def seen(version: ModelVersion) -> list[str] | None:
     with tempfile.TemporaryDirectory() as scratch:
         fetch(version, Path(scratch), [file])
         return Path(scratch, file).read_text().split()
+
+
+def seen_with(store: Store, name: str, data: Sequence[str]) -> list[str] | None:
+    """The same of all trainings on some data, given by their digests; None where it is not known of one of them.
+
+    It is known of data that a version of the model `name` was trained on.
+    """
+    found: dict[str, list[str] | None] = {}
+    for version in store.client.search_model_versions(f"name = '{name}'"):
+        digest = store.client.get_run(str(version.run_id)).data.tags.get("data", "").rpartition("@")[2]
+        if digest in data and not found.get(digest):
+            found[digest] = seen(version)
+    lists = [found.get(digest) for digest in data]
+    return None if None in lists else [image for images in lists for image in images or []]
 
 
 def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> float:

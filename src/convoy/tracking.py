@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 import mlflow
 import requests
@@ -32,6 +33,10 @@ from convoy.config import ConvoyError
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
 RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
+ANEW = (  # a store in place of one that is no use
+    "move mlflow.db and mlartifacts/ away; then `make sync` brings back every run of the results, and `make repro` "
+    "makes a champion"
+)
 PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
@@ -211,6 +216,8 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
             ours = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, artifacts)
             if ours.lifecycle_stage != "active":  # it was deleted, and would hide every run
                 client.restore_experiment(ours.experiment_id)
+            if artifacts:
+                _check_place(root, ours)
             address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
             yield Store(client, ours, address, locks)
     except Exception as error:
@@ -218,11 +225,19 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
             raise
         mend = "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
         if uri == embedded:
-            mend = (
-                "If mlflow.db is damaged, move it and mlartifacts/ away: `make sync` brings back every run of the "
-                "results, and `make repro` makes a champion"
-            )
+            mend = f"If mlflow.db is damaged, {ANEW}"
         raise ConvoyError(f"{fails(error)}. {mend}") from error
+
+
+def _check_place(root: Path, experiment: Experiment) -> None:
+    """Raises ConvoyError where the embedded store was copied or moved: it would write into the files of the first."""
+    there = Path(url2pathname(experiment.artifact_location.removeprefix("file://"))).resolve()
+    here = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name  # the database may be a link
+    if there != here.resolve():
+        raise ConvoyError(
+            f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
+            f"or else {ANEW}"
+        )
 
 
 def _client() -> MlflowClient:

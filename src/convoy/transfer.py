@@ -42,6 +42,7 @@ class Donor:
     classes: Sequence[str]  # of the head, in its order; none where nobody knows them
     settings: Mapping[str, Any]  # that they were trained with, as far as they are known
     sha256: str  # of the file
+    lineage: Sequence[str] = ()  # digests of all data of ours that led to them, "" for data that nobody wrote down
 
 
 def check(architecture: str, settings: Mapping[str, Any]) -> None:
@@ -60,13 +61,13 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
         raise ConvoyError(f"model.{architecture}.init: there is no file {init}; its path starts where dvc.yaml is")
 
 
-def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, str]:
+def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, Any]:
     """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
 
     Its head stays fresh, but where the weights are of the same classes in the same order. Normalisation comes with
-    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256 and head ("kept"
-    or "new"). Only for the champion or a run `bring` is called. Raises ConvoyError for weights that aren't there, that
-    don't fit, or that are no plain numbers.
+    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, head ("kept" or
+    "new") and lineage. Only for the champion or a run `bring` is called. Raises ConvoyError for weights that aren't
+    there, that don't fit, or that are no plain numbers.
     """
     check(architecture, settings)
     init = settings["init"]
@@ -97,7 +98,8 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
         mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
         said = f"model.{architecture}.init: {donor.source}: {error}" + (f"; set {mend}" if mend else "")
         raise ConvoyError(said) from None
-    return {"init": init, "source": donor.source, "sha256": donor.sha256, "head": "kept" if kept else "new"}
+    head = "kept" if kept else "new"
+    return {"init": init, "source": donor.source, "sha256": donor.sha256, "head": head, "lineage": list(donor.lineage)}
 
 
 def adopt(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
@@ -158,13 +160,15 @@ def from_file(file: Path, classifier: Classifier, architecture: str, settings: M
     except OSError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
     if file.suffix in PICKLED:
-        weights, classes, trained_with = _of_torchvision(file, classifier, architecture, settings)
+        content = _of_torchvision(file, classifier, architecture, settings)
     else:
-        weights, classes, trained_with = _of_ours(file, architecture)
-    return Donor(str(file), weights, classes, trained_with, digest)
+        content = _of_ours(file, architecture)
+    weights, classes, trained_with, lineage = content
+    return Donor(str(file), weights, classes, trained_with, digest, lineage)
 
 
-Content = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any]]  # weights, classes, settings of a Donor
+# weights, classes, settings and lineage of a Donor
+Content = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any], Sequence[str]]
 
 
 def _of_ours(file: Path, architecture: str) -> Content:
@@ -180,9 +184,16 @@ def _of_ours(file: Path, architecture: str) -> Content:
     if found != architecture:
         raise ConvoyError(f"model.{architecture}.init: {file} holds the weights of {found}, not of {architecture}")
     try:
-        return load_file(file), classes, trained_with
+        return load_file(file), classes, trained_with, _lineage(record)
     except SafetensorError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} is no safetensors file ({error})") from error
+
+
+def _lineage(record: Mapping[str, Any]) -> list[str]:
+    """Of the weights that a training with this record left."""
+    start = record.get("init", {"init": "unknown"})
+    before = start.get("lineage", [] if start["init"] == "scratch" else [""])
+    return sorted({*before, record.get("data", {}).get("digest", "")})
 
 
 def _of_torchvision(file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> Content:
@@ -206,7 +217,7 @@ def _of_torchvision(file: Path, classifier: Classifier, architecture: str, setti
     layers = zip(names, twins.translate(theirs.state_dict()).values(), strict=True)
     # such a file names no classes: a thousand are taken for those of ImageNet
     classes = get_model_weights(twin).IMAGENET1K_V1.meta["categories"] if outputs == IMAGENET else []
-    return {**norm, **dict(layers)}, classes, settings
+    return {**norm, **dict(layers)}, classes, settings, []
 
 
 def _blank(twin: str, classes: int) -> nn.Module:

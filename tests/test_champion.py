@@ -20,17 +20,6 @@ from convoy.tracking import Store
 NAME = "convoy"
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with nothing in it, which takes seconds to make and none to copy."""
-    root = tmp_path_factory.mktemp("empty")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with tracking.store(root, NAME):
-            pass
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A registry with four versions, and no champion yet."""

@@ -15,11 +15,12 @@ from convoy.batches import Images
 from convoy.comparison import answers
 from convoy.datasets.packed import Packed
 from convoy.gate import Contender, Verdict
+from convoy.hashes import sha256
 from convoy.predictor import Predictor
 from convoy.promotion import Register
 from convoy.task import Task
 from pipeline import sync, verify
-from pipeline.stage import MARK, Stage, sha256
+from pipeline.stage import MARK, Stage
 
 FILE = "verdict.md"  # in artifacts/ the last verdict, in a run that of its model
 
@@ -75,10 +76,6 @@ def judge(
     packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
     before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
-    with tracking.store(stage.home, params.name) as store:
-        seen_before = served.seen_with(store, params.name, before)
-    trained_on = None if seen_before is None else [*seen, *seen_before]
-    challenger = Contender(candidate.architecture, predictions, trained_on, record["parameters"])
 
     def contender(version: int) -> tuple[Contender, Predictor]:
         """A registered version, its answers made now."""
@@ -92,6 +89,9 @@ def judge(
         looks = registry.count_looks(store, params.name, candidate.version, gate.fingerprint(predictions))
         champions = {event.after for event in champion.events(store, params.name)}
         ever = registry.best_ever(store, params.name, champions) if params.gate.mode == "non_inferior" else None
+        seen_before = served.seen_with(store, params.name, before)
+    trained_on = None if seen_before is None else [*seen, *seen_before]
+    challenger = Contender(candidate.architecture, predictions, trained_on, record["parameters"])
     if compared is None:
         return gate.judge(challenger, None, params.gate, looks=looks, first=True)
     old, predictor = contender(compared)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from convoy import config
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 
 Schema = TypeVar("Schema")
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, Slurm and Lightning say a process' number
@@ -30,13 +31,13 @@ class Stage:
         self.root = root
         # DVC may run an experiment in a temporary copy of the project: what outlives the copy belongs here
         self.home = Path(os.environ.get("DVC_ROOT", root))
+        self.params = config.load(root / "params.yaml")  # first, as it says so where there is no project
         self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
         self.name = f"{name}@{item}" if item else name
         described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
         watched = described.get("do", described).get("params", [])
         self.watched = [section.replace("${key}", item) for section in watched]
         self.deps = [dep.replace("${key}", item) for dep in described.get("do", described).get("deps", [])]
-        self.params = config.load(root / "params.yaml")
         self.folder = root / "artifacts" / name / item
         # processes that train together each run the stage; the first alone, of rank 0, has its outputs published
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
@@ -108,12 +109,6 @@ class Stage:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.scratch.rename(self.folder)
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:

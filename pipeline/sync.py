@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy import config, report, tracking
+from convoy import report, tracking
 from convoy.config import ConvoyError
 from pipeline.stage import MARK, Stage
 
@@ -46,7 +46,6 @@ def main() -> None:
     parser.parse_args()
     root = Path.cwd()
     try:
-        config.load(root / "params.yaml")  # which says so where there is no project
         stage = Stage(root, "register")
         results = {}
         for name in stage.section("model"):

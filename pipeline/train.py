@@ -21,10 +21,11 @@ from convoy.checkpoint import Checkpoint
 from convoy.config import ConvoyError, Whole
 from convoy.datamodule import ImageData
 from convoy.hardware import Trainer, choose, environment, multiply_adds
+from convoy.hashes import sha256
 from convoy.recipe import Train
 from convoy.task import Task
 from convoy.training import COLUMNS, fit
-from pipeline.stage import MARK, Stage, main, sha256
+from pipeline.stage import MARK, Stage, main
 
 
 def train(stage: Stage) -> None:

@@ -94,7 +94,7 @@ def without(tags: dict[str, str]) -> dict[str, str]:
 def shown(store: Store, run: Run) -> dict[str, Any]:
     """All that MLflow tells of a run, but for its id and that of its model."""
     histories = [store.client.get_metric_history(run.info.run_id, name) for name in sorted(run.data.metrics)]
-    folder = moving._local(run.info.artifact_uri)
+    folder = tracking.local(run.info.artifact_uri)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     outputs = run.outputs.model_outputs if run.outputs else []
     registered = {version.source for version in versions(store).values()}
@@ -250,7 +250,7 @@ def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(source
 
 
 def test_a_model_that_was_changed_is_not_moved(source: Store, server: Store, home: Path) -> None:
-    weights = Path(moving._local(model(source, versions(source)[3]).artifact_location), "artifacts/weights.safetensors")
+    weights = Path(tracking.local(model(source, versions(source)[3]).artifact_location), "artifacts/weights.safetensors")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:

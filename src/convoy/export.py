@@ -80,9 +80,9 @@ def export(predictor: Predictor, file: Path) -> None:
 
 
 def agreement(file: Path, pixels: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference between what `file` answers to images (N, H, W, C) uint8 and `expected` (N, K).
+    """The `difference` between what `file` answers to images (N, H, W, C) uint8 and `expected` (N, K).
 
-    inf where the shapes differ. Raises ConvoyError where onnxruntime can't run the file.
+    Raises ConvoyError where onnxruntime can't run the file.
     """
     try:
         with _quiet():
@@ -98,7 +98,12 @@ def agreement(file: Path, pixels: np.ndarray, expected: np.ndarray) -> float:
         raise
     except Exception as error:  # its errors have no type of their own
         raise ConvoyError(f"onnxruntime can't run {file.name} ({_reason(error)})") from error
-    return float(np.abs(answered - expected).max()) if answered.shape == expected.shape else float("inf")
+    return difference(answered, expected)
+
+
+def difference(answered: np.ndarray, expected: np.ndarray) -> float:
+    """The largest of two tables of probabilities (N, K); inf where the shapes differ."""
+    return float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf
 
 
 @contextlib.contextmanager

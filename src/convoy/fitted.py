@@ -62,7 +62,8 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
             bar.update(len(fitted))
     if (packed.places[:, :3] != shape).any():  # else nothing was done that is worth keeping
         index = index[index["side"] != NOWHERE]
-        remember(folder, files, lambda folder: np.save(folder / INDEX, index[index["picture"].argsort(kind="stable")]))
+        index = index[index["picture"].argsort(kind="stable")]
+        remember(folder, {file.name: file for file in files}, lambda folder: np.save(folder / INDEX, index))
     return sums
 
 
@@ -93,8 +94,8 @@ class Earlier:
         for file in self.files:
             file.close()
 
-    def find(self, pictures: np.ndarray) -> list[np.ndarray | None]:
-        """(N,) uint64 -> N times (H, W, C) uint8, or None where it is unknown or the disk has spoiled it."""
+    def find(self, pictures: np.ndarray) -> list[tuple[np.ndarray, int] | None]:
+        """(N,) uint64 -> N times (H, W, C) uint8 and its check, or None where the disk has lost or spoiled it."""
         if not len(self.index):
             return [None] * len(pictures)
         entries = self.index[np.minimum(self.pictures.searchsorted(pictures), len(self.index) - 1)]
@@ -103,12 +104,13 @@ class Earlier:
             for entry, picture in zip(entries, pictures, strict=True)
         ]
 
-    def _read(self, entry: np.void) -> np.ndarray | None:
+    def _read(self, entry: np.void) -> tuple[np.ndarray, int] | None:
         size = math.prod(self.shape)
         side, row = int(entry["side"]), int(entry["row"])
         read = os.pread(self.files[side].fileno(), size, self.starts[side] + row * size)
-        sound = len(read) == size and zlib.crc32(read) == entry["check"]
-        return np.frombuffer(read, np.uint8).reshape(self.shape) if sound else None
+        check = zlib.crc32(read)
+        sound = len(read) == size and check == entry["check"]
+        return (np.frombuffer(read, np.uint8).reshape(self.shape), check) if sound else None
 
 
 def _fitted(
@@ -139,15 +141,16 @@ def _fit(
         if pixels.size == len(at) * math.prod(shape):  # nothing to fit, and no gaps
             return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint32)
     found = known.find(pictures)
-    unknown = [row for row, image in enumerate(found) if image is None]
+    unknown = [row for row, there in enumerate(found) if there is None]
     if unknown:
         pixels, start = _read(packed, at[unknown[0] : unknown[-1] + 1])
         near = dataclasses.replace(packed, pixels=pixels)
         for row in unknown:
             height, width, channels, offset = at[row]
-            found[row] = fit(near.at(height, width, channels, offset - start), shape[0], shape[2])
-    fitted = np.stack(found)  # type: ignore[arg-type]
-    return fitted, np.array([zlib.crc32(image.data) for image in fitted], np.uint32)
+            image = fit(near.at(height, width, channels, offset - start), shape[0], shape[2])
+            found[row] = image, zlib.crc32(image.data)
+    fitted, checks = zip(*found, strict=True)  # type: ignore[arg-type]
+    return np.stack(fitted), np.array(checks, np.uint32)
 
 
 def _read(packed: Packed, at: np.ndarray) -> tuple[np.ndarray, int]:

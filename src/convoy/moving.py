@@ -5,7 +5,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import mlflow
 from mlflow import MlflowClient
@@ -82,15 +81,11 @@ def _bring_run(source: Store, server: Store, run: Run, found: Run | None) -> str
     tracking.log_points(client, new, [Metric(each.key, each.value, each.timestamp, each.step) for each in points])
     if run.inputs and run.inputs.dataset_inputs:
         client.log_inputs(new, datasets=run.inputs.dataset_inputs)
-    if (folder := _local(run.info.artifact_uri)).is_dir():
+    if (folder := tracking.local(run.info.artifact_uri)).is_dir():
         client.log_artifacts(new, str(folder))
     client.set_terminated(new, run.info.status, run.info.end_time)
     client.set_tag(new, MOVED, "true")
     return new
-
-
-def _local(uri: str) -> Path:
-    return Path(unquote(urlparse(uri).path))
 
 
 # Versions
@@ -168,7 +163,7 @@ def _bring_model(source: Store, server: Store, version: ModelVersion, run: str |
     if (kind, old[:2]) != ("models", "m-"):
         raise ConvoyError(f"version {version.version} is not of this pipeline: delete it here, and run this again")
     model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(HASHES, "{}"))
-    folder = _local(model.artifact_location)
+    folder = tracking.local(model.artifact_location)
     try:
         predictor.check(folder, hashes)
     except ConvoyError as error:

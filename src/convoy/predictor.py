@@ -1,7 +1,6 @@
 """The predictor: a trained classifier as it answers images, with its task and its temperature."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from convoy import images, models
 from convoy.classifier import Classifier, predict
 from convoy.config import ConvoyError, Positive
+from convoy.hashes import sha256
 from convoy.task import Task
 from convoy.temperature import tempered
 
@@ -86,9 +86,3 @@ def check(folder: Path, hashes: Mapping[str, str]) -> None:
             raise ConvoyError(f"{file} of the model is missing; nothing of the model was used")
         if sha256(folder / file) != digest:
             raise ConvoyError(f"{file} of the model is not what was registered; nothing of the model was used")
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from mlflow.types.schema import Array
 from PIL import Image
 
 from convoy import predictor
+from convoy.hashes import sha256
 from convoy.tracking import HASHES, IDENTITY, Store
 
 VERDICT, JUDGED = "convoy.verdict", "convoy.judged"  # tags of a version: what the gate said, and of what
@@ -30,6 +31,7 @@ SERVED_BY = (  # the part of this library that a model brings with it
     "batches.py",
     "classifier.py",
     "config.py",
+    "hashes.py",
     "images.py",
     "models",
     "predictor.py",
@@ -61,7 +63,7 @@ def register(
     It is the Python file `model`, of the package `code` what SERVED_BY names, and `files`: record, weights and
     calibration of a training. No pickle. Raises ConvoyError where the store does not hold what was brought.
     """
-    artifacts = {file.name: predictor.sha256(file) for file in files.values()}
+    artifacts = {file.name: sha256(file) for file in files.values()}
     # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -87,7 +89,7 @@ def register(
         )
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
         predictor.check(stored / "artifacts", artifacts)
-        hashes = {str(file.relative_to(stored)): predictor.sha256(file) for file in _files(stored)}
+        hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +17,14 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
     return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
 
 
-def remember(folder: Path, made: Sequence[Path], describe: Callable[[Path], None]) -> None:
-    """Leave the files `made` in `folder`, and nothing beside it; `describe` adds what they are found by.
+def remember(folder: Path, made: Mapping[str, Path], describe: Callable[[Path], None]) -> None:
+    """Leave the files `made`, by their names, in `folder`, and nothing beside it; `describe` adds how to find them.
 
     They are linked, which costs no disk. Where that can't be done, or another process does it too, nothing is found.
     """
     shutil.rmtree(folder.parent, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True)
-        for file in made:
-            os.link(file, folder / file.name)
+        for name, file in made.items():
+            os.link(file, folder / name)
         describe(folder)

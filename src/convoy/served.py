@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from convoy import export, images, predictor
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from convoy.predictor import Predictor
 from convoy.tracking import HASHES, Store, hashes_of
 
@@ -136,7 +137,7 @@ def _from_run(store: Store, run_id: str, folder: Path) -> tuple[str, Path]:
                 "that are there; else take another run, or the path of a file that you trust"
             )
         store.client.download_artifacts(run_id, file, str(folder))
-        if predictor.sha256(folder / file) != hashes[file]:
+        if sha256(folder / file) != hashes[file]:
             raise ConvoyError(
                 f"{file} of run {run_id} is not what its training left; nothing of it was used. "
                 "Find out who changed it, and take another run"
@@ -188,7 +189,7 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> f
 
 
 def _compare(uri: str, answered: np.ndarray, expected: np.ndarray) -> float:
-    return _check(uri, float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf)
+    return _check(uri, export.difference(answered, expected))
 
 
 def _check(uri: str, difference: float) -> float:

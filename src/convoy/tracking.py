@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import getpass
-import hashlib
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.request import url2pathname
+from urllib.parse import unquote, urlparse
 
 import mlflow
 import requests
@@ -29,15 +28,16 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from convoy import views
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
 RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
+PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 ANEW = (  # a store in place of one that is no use
     "move mlflow.db and mlartifacts/ away; then `make sync` brings back every run of the results, and `make repro` "
     "makes a champion"
 )
-PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
     "metrics.best/val_accuracy",
@@ -231,13 +231,18 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
 
 def _check_place(root: Path, experiment: Experiment) -> None:
     """Raises ConvoyError where the embedded store was copied or moved: it would write into the files of the first."""
-    there = Path(url2pathname(experiment.artifact_location.removeprefix("file://"))).resolve()
+    there = local(experiment.artifact_location).resolve()
     here = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name  # the database may be a link
     if there != here.resolve():
         raise ConvoyError(
             f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
             f"or else {ANEW}"
         )
+
+
+def local(uri: str) -> Path:
+    """What a file:// address names."""
+    return Path(unquote(urlparse(uri).path))
 
 
 def _client() -> MlflowClient:
@@ -350,7 +355,7 @@ def level(store: Store, run: Run, results: str, moment: int) -> str:
     points += [point for point in curves if there.get((point.key, point.step)) != point.value]
     log_points(client, run_id, points)
     held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
-    hashes, recorded = {file.name: _sha256(file) for file in run.files}, hashes_of(found)
+    hashes, recorded = {file.name: sha256(file) for file in run.files}, hashes_of(found)
     for file in run.files:
         # weights are large: those which are there, and were these when they came, stay
         same = held.get(file.name) == file.stat().st_size and recorded.get(file.name) == hashes[file.name]
@@ -371,11 +376,6 @@ def hashes_of(found: Found) -> dict[str, str]:
     except (KeyError, ValueError):
         return {}
     return hashes if isinstance(hashes, dict) else {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _define(store: Store, run: Run, found: Found) -> None:
@@ -469,7 +469,7 @@ def origin(root: Path) -> dict[str, str]:
     scheduled = os.environ.get("GITHUB_EVENT_NAME") == "schedule"
     tags = {
         "commit": head,
-        "lock": hashlib.sha256(lock.read_bytes()).hexdigest()[:12] if lock.exists() else "",
+        "lock": sha256(lock)[:12] if lock.exists() else "",
         "who": who(root),
         "why": "scheduled" if scheduled else "tuning" if experiment else "manual",
         "experiment": experiment,

@@ -1,7 +1,6 @@
 """Transfer: a classifier that starts from weights which another training left."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from convoy import models
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 
 RUN = re.compile("[0-9a-f]{32}")  # the id of an MLflow run
 WEIGHTS = "weights.safetensors"
@@ -155,8 +155,7 @@ def from_file(file: Path, classifier: Classifier, architecture: str, settings: M
     Nothing in it is run. Raises ConvoyError for another architecture, and for what is no file of weights.
     """
     try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256(file)
     except OSError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
     if file.suffix in PICKLED:

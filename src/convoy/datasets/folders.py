@@ -189,7 +189,6 @@ def _by_folder(places: list[Files], shards: list[Parquet]) -> list[Says]:
 
 def _by_folder_in(files: Files, apart: set[str]) -> Says:
     depth, has_splits = _class_folders(files, apart)
-
     unlabelled = (Said(fault="lies in no class folder, so its label is unknown"),)
 
     @functools.lru_cache(maxsize=1024)

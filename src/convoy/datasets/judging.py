@@ -206,7 +206,8 @@ def _picture(pixels: np.ndarray) -> int:
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:
     """Leave in `folder` what was decoded, for a later run: `records` is taken from where it is."""
-    remember(folder, [records, pixels], lambda folder: np.save(folder / INDEX, _index(records)))
+    made = {RECORDS: records, PIXELS: pixels}
+    remember(folder, made, lambda folder: np.save(folder / INDEX, _index(records)))
     records.unlink()
 
 

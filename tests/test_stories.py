@@ -429,7 +429,7 @@ def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
     assert writes > 8
 
 
-def test_a_deleted_database_is_filled_again_by_sync(
+def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
     root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
@@ -443,5 +443,14 @@ def test_a_deleted_database_is_filled_again_by_sync(
         (run,) = store.client.search_runs([store.experiment.experiment_id])
         assert run.info.status == "FINISHED"
         assert len(store.client.get_metric_history(run.info.run_id, "val/loss")) == 4
+    for _ in range(2):
+        with pytest.raises(
+            ConvoyError, match=r"had a champion \(version 1, as of [-0-9]+\), of which this MLflow knows nothing"
+        ) as raised:
+            Stage(lost, "register").run(register)
+        assert CHAMPION not in aliases(lost)
+    note = lost / "artifacts" / ".champions" / "convoy.txt"
+    assert f"If it is lost for good, remove {note}: the next night is then a first night" in str(raised.value)
+    note.unlink()
     Stage(lost, "register").run(register)
     assert aliases(lost)[CHAMPION] == 1

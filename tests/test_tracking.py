@@ -179,7 +179,7 @@ def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_s
         pass
     said = str(raised.value)
     assert (
-        "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move mlflow.db and"
+        "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move mlflow.db, "
         in said
     )
     assert "\n" not in said

@@ -52,14 +52,25 @@ def version_of(store: Store, name: str, alias: str) -> ModelVersion | None:
 
 
 def current(store: Store, name: str) -> int | None:
-    """The champion's version; None before the first. Raises ConvoyError where there was one and it is gone."""
-    champion = version_of(store, name, CHAMPION)
+    """The champion's version; None before the first. Raises ConvoyError where there was one and it is gone.
+
+    That there is one is noted in the project too, for a store that is lost takes along that there was one.
+    """
+    champion, note = version_of(store, name, CHAMPION), store.champions / f"{name}.txt"
     if champion is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"version {champion.version}, as of {now()[:10]}\n")
         return int(champion.version)
     if CROWNED in _tags(store, name):
         raise ConvoyError(
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
             f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
+        )
+    if note.exists():
+        raise ConvoyError(
+            f"model {name} had a champion ({note.read_text().strip()}), of which this MLflow knows nothing: nothing is "
+            "promoted. Put the lost store back, or bring the champion from mlflow.db to the server by `python -m "
+            f"pipeline.move`. If it is lost for good, remove {note}: the next night is then a first night"
         )
     return None
 

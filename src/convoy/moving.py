@@ -31,7 +31,7 @@ def embedded(root: Path, experiment: str, server: Store) -> Store:
         raise ConvoyError(f"mlflow.db has no experiment {experiment}, which is what params.yaml calls register.name")
     if found.artifact_location != artifacts:
         raise ConvoyError(f"the files of mlflow.db are in {found.artifact_location}, not in {artifacts}: put them back")
-    return Store(client, found, server.address, server.locks)
+    return Store(client, found, server.address, server.locks, server.champions)
 
 
 def move(source: Store, server: Store, name: str) -> Iterator[str]:

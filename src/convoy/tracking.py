@@ -35,8 +35,8 @@ RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the result
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
 PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 ANEW = (  # a store in place of one that is no use
-    "move mlflow.db and mlartifacts/ away; then `make sync` brings back every run of the results, and `make repro` "
-    "makes a champion"
+    "move mlflow.db, mlartifacts/ and artifacts/.champions/ away; then `make sync` brings back every run of the "
+    "results, and `make repro` makes a champion"
 )
 CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
@@ -183,6 +183,7 @@ class Store:
     experiment: Experiment
     address: str  # where its UI answers
     locks: Path  # the folder of the locks
+    champions: Path  # the folder of what this project itself remembers of its champions
 
 
 @contextlib.contextmanager
@@ -219,7 +220,7 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
             if artifacts:
                 _check_place(root, ours)
             address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-            yield Store(client, ours, address, locks)
+            yield Store(client, ours, address, locks, root / "artifacts" / ".champions")
     except Exception as error:
         if not _is_of_mlflow(error):
             raise

@@ -19,7 +19,10 @@ PATIENCE = 1.5  # seconds, after which no more calls than `LEAST` are made
 
 
 def latency(classifier: Classifier) -> dict[str, float]:
-    """Milliseconds from uint8 pixels to probabilities: `image_ms` and `batch_ms`, each `_median` and `_p95`."""
+    """Milliseconds from uint8 pixels to probabilities: `image_ms` and `batch_ms`, each `_median` and `_p95`.
+
+    On the GPU where there is one.
+    """
     figures = {}
     for name, count in (("image", 1), ("batch", BATCH)):
         (times,) = alternately([_call(classifier, count)])
@@ -29,7 +32,9 @@ def latency(classifier: Classifier) -> dict[str, float]:
 
 
 def hardware() -> str:
-    """What the figures are of: processor, its instructions and threads."""
+    """What the figures are of: the GPU, or the processor, its instructions and threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " + (
         f"{torch.get_num_threads()} threads"
     )
@@ -65,4 +70,6 @@ def _call(classifier: Classifier, count: int) -> Callable[[], object]:
     task = classifier.task
     shape = (count, task.size, task.size, task.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    if torch.cuda.is_available():  # where `pipeline.predict` uses it too
+        classifier.cuda()
     return lambda: predict(classifier, pixels, count)  # waits for a GPU, as it gives an array

@@ -229,6 +229,50 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
     assert all(np.array_equal(*pair) for pair in zip(images_of(again, pixels.parent), images_of(first), strict=True))
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Content]:
+    """What is read from now on."""
+    contents: list[Content] = []
+    truly = judging._read
+
+    def noted(content: Content) -> tuple[bytes | np.ndarray, bytes]:
+        contents.append(content)
+        return truly(content)
+
+    monkeypatch.setattr(judging, "_read", noted)
+    return contents
+
+
+def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
+    read: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "1.bmp", tmp_path / "2.bmp"]
+    for number, file in enumerate(files, 1):
+        file.write_bytes(saved(noise(number, 9), "BMP"))
+    before, paths = files[1].stat(), [str(file) for file in files]
+    monkeypatch.setattr(judging, "SETTLED", 0)
+    remembered(tmp_path, [*paths])
+    read.clear()
+    assert judge([*paths], 512, tmp_path / "remembered/here").faults == ["", ""]
+    assert read == []
+
+    files[1].write_bytes(flipped(files[1].read_bytes(), np.random.default_rng(0)))
+    os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
+    assert files[1].stat().st_size == before.st_size
+    judge([*paths], 512, tmp_path / "remembered/here")
+    assert read == [paths[1]]
+
+
+def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
+    read: list[Content], tmp_path: Path
+) -> None:
+    file = tmp_path / "1.png"
+    file.write_bytes(saved(noise(1)))
+    remembered(tmp_path, [str(file)])
+    judge([str(file)], 512, tmp_path / "remembered/here")
+    assert read == 2 * [str(file)]
+
+
 def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
     (tmp_path / PIXELS).write_bytes(b"\0")
     for name in ("one", "two"):

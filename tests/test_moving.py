@@ -14,7 +14,7 @@ from test_champion import Killed, promotion
 from test_tracking import DIGITS
 
 import pipeline.move
-from convoy import champion, moving, registry, served, tracking
+from convoy import champion, registry, served, tracking
 from convoy.config import ConvoyError
 from convoy.moving import FROM, MOVED, embedded, move
 from convoy.tracking import Store
@@ -250,7 +250,7 @@ def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(source
 
 
 def test_a_model_that_was_changed_is_not_moved(source: Store, server: Store, home: Path) -> None:
-    weights = Path(tracking.local(model(source, versions(source)[3]).artifact_location), "artifacts/weights.safetensors")
+    weights = tracking.local(model(source, versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:

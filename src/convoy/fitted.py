@@ -5,13 +5,13 @@ import contextlib
 import dataclasses
 import math
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import xxhash
 from joblib import cpu_count
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ INDEX = "index.npy"
 ENTRY = np.dtype(
     [
         ("picture", np.uint64),  # what was fitted, by its hash
-        ("check", np.uint32),  # CRC-32 of what came of it
+        ("check", np.uint64),  # a hash of what came of it
         ("side", np.int8),
         ("row", np.int64),  # among the images of this side
     ]
@@ -41,7 +41,7 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
     As plain files, front to back: of a memory map all that was written would count as memory in use.
     """
     sums = Sums(shape[-1])
-    folder = earlier / fingerprint([images], ["numpy", "pillow"], *shape)
+    folder = earlier / fingerprint([images], ["numpy", "pillow", "xxhash"], *shape)
     index = np.empty(len(sides), ENTRY)
     index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
     with contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ class Earlier:
         size = math.prod(self.shape)
         side, row = int(entry["side"]), int(entry["row"])
         read = os.pread(self.files[side].fileno(), size, self.starts[side] + row * size)
-        check = zlib.crc32(read)
+        check = xxhash.xxh3_64_intdigest(read)
         sound = len(read) == size and check == entry["check"]
         return (np.frombuffer(read, np.uint8).reshape(self.shape), check) if sound else None
 
@@ -139,7 +139,7 @@ def _fit(
     if (at[:, :3] == shape).all():
         pixels, start = _read(packed, at)
         if pixels.size == len(at) * math.prod(shape):  # nothing to fit, and no gaps
-            return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint32)
+            return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint64)
     found = known.find(pictures)
     unknown = [row for row, there in enumerate(found) if there is None]
     if unknown:
@@ -148,9 +148,9 @@ def _fit(
         for row in unknown:
             height, width, channels, offset = at[row]
             image = fit(near.at(height, width, channels, offset - start), shape[0], shape[2])
-            found[row] = image, zlib.crc32(image.data)
+            found[row] = image, xxhash.xxh3_64_intdigest(image.data)
     fitted, checks = zip(*found, strict=True)  # type: ignore[arg-type]
-    return np.stack(fitted), np.array(checks, np.uint32)
+    return np.stack(fitted), np.array(checks, np.uint64)
 
 
 def _read(packed: Packed, at: np.ndarray) -> tuple[np.ndarray, int]:

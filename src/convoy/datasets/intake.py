@@ -124,7 +124,7 @@ def _tables(
             bar.update(len(members))
 
 
-RECORDED = [name for name in RECORD.names or () if name != "sha256"]
+RECORDED = [name for name in RECORD.names or () if name not in ("sha256", "stamp")]
 
 
 def _schema(more: Sequence[str]) -> pa.Schema:

@@ -6,11 +6,13 @@ import gc
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
@@ -30,6 +32,7 @@ TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
 RECORD = np.dtype(
     [
         ("sha256", "V32"),  # of the file, or of the shape and pixels where there is none
+        ("stamp", "V16"),  # a hash of the file's path, size and times; zeros where it may change unseen
         ("picture", np.uint64),  # a hash of the shape and the pixels
         ("phash", np.uint64),  # perceptual
         ("source_height", np.int32),  # pixels, in the file
@@ -40,6 +43,9 @@ RECORD = np.dtype(
         ("offset", np.int64),  # of the first of its pixels
     ]
 )
+STAMPED = slice(32, 48)  # where the stamp stands among the bytes of a record
+UNSTAMPED = bytes(16)
+SETTLED = 3e9  # ns after which another change to a file gives it another time, on any file system
 NEW = -1  # in place of an offset
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
@@ -48,7 +54,8 @@ RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `keep`
 
 def way(longest_side: int) -> str:
     """What stands for all that decides what a file is decoded to."""
-    return fingerprint([images, likeness, sys.modules[__name__]], ["numpy", "pillow", "simplejpeg"], longest_side)
+    libraries = ["numpy", "pillow", "simplejpeg", "xxhash"]
+    return fingerprint([images, likeness, sys.modules[__name__]], libraries, longest_side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +92,10 @@ def settle() -> None:
 
 
 def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
-    """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`."""
+    """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`.
+
+    A file is not read again that has the size and the times with which an earlier run read it.
+    """
     known = _known(earlier)
     faults: list[str] = []
     rows: list[tuple] = []
@@ -95,14 +105,17 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
         if count > 4 * BATCH_BYTES:
             break
         try:
-            data = _read(content)
-            sha256 = _digest(data)
-            row, image = known.find(sha256)
+            row, image = known.find(_stamp_of(content)) if known else ((), None)
             if image is None:
-                found = _decode(data, longest_side)
-                image = np.ascontiguousarray(found.pixels)
-                row = (sha256, _picture(image), 0, found.height, found.width, *image.shape, NEW)
-                new.append((len(rows), image))
+                data, stamp = _read(content)
+                sha256 = _digest(data)
+                row, image = known.find(sha256)
+                row = (sha256, stamp, *row[2:])  # it may be in another place by now
+                if image is None:
+                    found = _decode(data, longest_side)
+                    image = np.ascontiguousarray(found.pixels)
+                    row = (sha256, stamp, _picture(image), 0, found.height, found.width, *image.shape, NEW)
+                    new.append((len(rows), image))
             rows.append(row)
             count += image.size
             faults.append("")
@@ -115,18 +128,35 @@ def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
     return Batch(faults, records, b"".join(image.data for _, image in new))
 
 
-def _read(content: "Content") -> bytes | np.ndarray:
+def _stamp_of(content: "Content") -> bytes:
+    """Of a file; `UNSTAMPED` for all else."""
+    try:
+        return _stamp(content, os.stat(content)) if isinstance(content, str) else UNSTAMPED  # noqa: PTH116 a third
+    except OSError:  # which to read it will tell
+        return UNSTAMPED
+
+
+def _stamp(path: str, told: os.stat_result) -> bytes:
+    """What changes as soon as the file does; `UNSTAMPED` where it may just be changing."""
+    if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) < SETTLED:
+        return UNSTAMPED
+    parts = (path, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino)
+    return xxhash.xxh3_128_digest(repr(parts).encode())
+
+
+def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
+    """An image as it came, and the stamp of its file."""
     if isinstance(content, BadImage):
         raise content
     if not isinstance(content, str):
-        return content
+        return content, UNSTAMPED
     try:
         file = os.open(content, os.O_RDONLY)  # which costs half of what `open` does, and that counts for small files
         try:
-            size = os.fstat(file).st_size
-            if size > MAX_BYTES:
+            told = os.fstat(file)
+            if told.st_size > MAX_BYTES:
                 raise BadImage(TOO_LARGE)
-            return os.read(file, size)
+            return os.read(file, told.st_size), _stamp(content, told)
         finally:
             os.close(file)
     except OSError as error:
@@ -152,10 +182,10 @@ def _digest(data: bytes | np.ndarray) -> bytes:
 
 
 class Earlier:
-    """What an earlier run decoded, found by the sha256 of a file."""
+    """What an earlier run decoded, found by the sha256 or the stamp of a file."""
 
     def __init__(self, index: np.ndarray, records: int, pixels: int) -> None:
-        self.starts, self.rows = np.asarray(index)  # (2, N)
+        self.starts, self.rows = np.asarray(index)  # (2, names)
         # descriptors of open files: of a memory map all that was read would count as memory
         self.records, self.pixels = records, pixels
 
@@ -168,16 +198,21 @@ class Earlier:
         except (OSError, ValueError):
             return cls(np.empty((2, 0), np.uint64), NOTHING, NOTHING)
 
-    def find(self, sha256: bytes) -> tuple[tuple, np.ndarray | None]:
-        """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this hash; (), None where it is unknown."""
-        at = self.starts.searchsorted(np.frombuffer(sha256, np.uint64, 1)[0]) if len(self.starts) else 0
+    def __bool__(self) -> bool:
+        return len(self.starts) > 0
+
+    def find(self, name: bytes) -> tuple[tuple, np.ndarray | None]:
+        """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this sha256 or stamp; else (), None."""
+        if not self or name == UNSTAMPED:
+            return (), None
+        at = self.starts.searchsorted(np.frombuffer(name, np.uint64, 1)[0])
         if at == len(self.starts):
             return (), None
         told = os.pread(self.records, RECORD.itemsize, int(self.rows[at]) * RECORD.itemsize)
-        if len(told) < RECORD.itemsize or not told.startswith(sha256):
+        if len(told) < RECORD.itemsize or not (told.startswith(name) or told[STAMPED] == name):
             return (), None
         record: tuple = np.frombuffer(told, RECORD)[0].item()
-        _, picture, *_, height, width, channels, offset = record
+        _, _, picture, *_, height, width, channels, offset = record
         size = height * width * channels
         image = np.frombuffer(self.read(offset, size), np.uint8)
         if len(image) != size or _picture(image := image.reshape(height, width, channels)) != picture:
@@ -201,7 +236,9 @@ def _known(folder: Path) -> Earlier:
 
 
 def _picture(pixels: np.ndarray) -> int:
-    return int.from_bytes(_digest(pixels)[:8], "little")
+    """A hash of the shape and the pixels, in a thirtieth of the time of sha256."""
+    height, width, channels = pixels.shape
+    return xxhash.xxh3_64_intdigest(pixels.data, seed=height << 34 | width << 2 | channels)
 
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:
@@ -212,10 +249,11 @@ def keep(records: Path, pixels: Path, folder: Path) -> None:
 
 
 def _index(records: Path) -> np.ndarray:
-    """(2, N) uint64: the first eight bytes of each sha256, in the order of numbers, and the rows that have them."""
-    starts = np.empty(records.stat().st_size // RECORD.itemsize, np.uint64)
-    for start in range(0, len(starts), PIECE):
-        some = np.fromfile(records, RECORD, PIECE, offset=start * RECORD.itemsize)["sha256"]
-        starts[start : start + PIECE] = np.ascontiguousarray(some).view(np.uint64)[::4]
-    rows = np.argsort(starts, kind="stable")
-    return np.stack([starts[rows], rows.astype(np.uint64)])
+    """(2, names) uint64: the first eight bytes of each sha256 and stamp, in order, and the rows that have them."""
+    starts = np.empty((2, records.stat().st_size // RECORD.itemsize), np.uint64)
+    for start in range(0, starts.shape[1], PIECE):
+        some = np.fromfile(records, RECORD, PIECE, offset=start * RECORD.itemsize)
+        for each, name in zip(starts, ("sha256", "stamp"), strict=True):
+            each[start : start + PIECE] = np.ascontiguousarray(some[name]).view(np.uint64).reshape(len(some), -1)[:, 0]
+    order = np.argsort(starts, axis=None, kind="stable")
+    return np.stack([starts.ravel()[order], order.astype(np.uint64) % max(starts.shape[1], 1)])

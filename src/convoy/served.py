@@ -196,7 +196,7 @@ def _check(uri: str, difference: float) -> float:
     if not difference <= AGREEMENT:
         raise ConvoyError(
             f"{uri} does not answer as it was evaluated: probabilities differ by up to {difference:.2g}, more than "
-            f"{AGREEMENT:g}; remove artifacts/evaluate and run `dvc repro` again"
+            f"{AGREEMENT:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `dvc repro` again"
         )
     return difference
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from convoy import models, transfer
 from convoy.batches import Images
@@ -74,7 +74,8 @@ def train(stage: Stage) -> None:
     }
     (stage.scratch / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     if trained.failure is None:
-        save_file(trained.weights, stage.scratch / "weights.safetensors")
+        # its save_file hides an OSError, and lets nobody else read the file
+        (stage.scratch / "weights.safetensors").write_bytes(safetensors.torch.save(trained.weights))
     else:
         print(trained.failure.words(architecture), file=sys.stderr, flush=True)
     stage.afterwards += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]

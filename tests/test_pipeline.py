@@ -293,6 +293,22 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
 
 
+def test_who_may_read_a_record_may_read_the_weights(road: Path) -> None:
+    trained = road / "artifacts/train/lenet"
+    assert (trained / "weights.safetensors").stat().st_mode == (trained / "record.json").stat().st_mode
+
+
+def test_a_disk_too_full_for_the_weights_says_so_in_the_systems_words(road: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(road, tmp_path / "project")
+
+    def train_on_a_full_disk(stage: Stage) -> None:
+        (stage.scratch / "weights.safetensors").symlink_to("/dev/full")
+        train(stage)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        Stage(root, "train", "lenet").run(train_on_a_full_disk)
+
+
 def test_a_training_starts_from_the_champion_and_a_run_and_says_so(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

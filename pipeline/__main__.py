@@ -108,10 +108,10 @@ def conclude(root: Path, params: dict[str, Any]) -> None:
     from convoy import report, tracking
 
     try:
-        table = pd.read_csv(root / "artifacts/register/leaderboard.csv").reindex(columns=report.SHOWN)
+        table = pd.read_csv(root / "artifacts/register/leaderboard.csv", dtype={"epoch": "Int64"})
     except FileNotFoundError:
         raise ConvoyError("there are no results yet: `make repro` makes them") from None
-    report.print_table(table, "Leaderboard, best in validation first")
+    report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")
     with tracking.store(root, params["register"]["name"]) as store:
         leaderboard, curves = tracking.save_views(store)
     print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {leaderboard}\n  curves       {curves}")

@@ -1,6 +1,7 @@
 """The pipeline: from pictures in folders to a champion, and what it says where it can't."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -287,7 +288,10 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
     assert table["test_accuracy"].isna().tolist() == [False, True]
 
     conclude(root, config.load(root / "params.yaml"))
-    assert "failed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    best, epoch = table.loc[0, ["val_accuracy", "epoch"]]
+    assert re.search(rf"^lenet +{best:.4f} +\d\.\d{{4}} +{epoch:.0f} ", shown, re.MULTILINE)
     Stage(root, "register").run(register)  # the failed run is not brought twice
     with tracking.store(root, "convoy") as store:
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2

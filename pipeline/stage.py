@@ -87,7 +87,7 @@ class Stage:
         try:
             # an orphan of a killed `dvc repro` may still be writing here
             with FileLock(f"{self.scratch}.lock", timeout=0):
-                shutil.rmtree(self.scratch, ignore_errors=True)
+                _remove(self.scratch)
                 self.scratch.mkdir()
                 work(self)
                 if self.rank:
@@ -106,9 +106,19 @@ class Stage:
         for file in (*files, self.scratch / MARK):
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.scratch.rename(self.folder)
+
+
+def _remove(folder: Path) -> None:
+    if not folder.exists():
+        return
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        error.filename = str(folder)  # it names no more than the file in it
+        raise
 
 
 def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
@@ -127,6 +137,16 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     except ConvoyError as error:
         sys.exit(f"convoy: {name}: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(f"convoy: {name}: the disk is full: make room and run `dvc repro` again; what was there is untouched")
+        sys.exit(f"convoy: {name}: {_mend(error)}")
+
+
+def _mend(error: OSError) -> str:
+    """What to tell the user of a disk that is full or can't be written; any other error is raised again."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "the disk is full: make room and run `dvc repro` again; what was there is untouched"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            where = error.filename2 or error.filename or "artifacts/"
+            said = (error.strerror or "not permitted").lower()
+            return f"{where}: {said}: let this user read and write there, and run `dvc repro` again"
+    raise error

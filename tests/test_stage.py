@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -106,16 +107,54 @@ def test_a_terminated_stage_exits_with_143_and_leaves_no_output(root: Path) -> N
     assert not (root / "artifacts/fetch").exists()
 
 
-def test_a_full_disk_is_one_line_and_no_traceback(root: Path) -> None:
-    code = (
-        "import errno; from pipeline.stage import main\n"
-        "def work(stage):\n    raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "main('fetch', work)"
-    )
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ENOSPC, 'No space left on device'", "the disk is full: make room and run `dvc repro` again"),
+        ("EDQUOT, 'Disk quota exceeded'", "the disk is full: make room and run `dvc repro` again"),
+        ("EROFS, 'Read-only file system', 'artifacts/x'", "artifacts/x: read-only file system: let this user read and"),
+        ("EACCES, 'Permission denied', 'artifacts/x'", "artifacts/x: permission denied: let this user read and write"),
+        ("EPERM, 'Operation not permitted'", "artifacts/: operation not permitted: let this user read and write there"),
+    ],
+)
+def test_a_disk_that_is_full_or_not_ours_is_one_line_and_no_traceback(root: Path, error: str, said: str) -> None:
+    process = fail_with(root, f"OSError(errno.{error})")
     assert process.returncode == 1
-    assert process.stderr.startswith("convoy: fetch: the disk is full: make room")
+    assert process.stderr.startswith(f"convoy: fetch: {said}")
     assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.getuid() != 0, reason="root takes its own rights away")
+@pytest.mark.parametrize("unwritable", ["artifacts", "artifacts/.scratch/fetch", "artifacts/fetch"])
+def test_a_folder_of_another_user_is_named_with_the_mend(root: Path, unwritable: str) -> None:
+    folder = root / unwritable
+    folder.mkdir(parents=True)
+    if unwritable != "artifacts":
+        (folder / "left.txt").write_text("by another user")
+    os.chown(folder, 65534, 65534)
+    work = (
+        "import pipeline.stage as s\ns.main('fetch', lambda stage: (stage.scratch / 'hello.txt').write_text('hello'))"
+    )
+    command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", work]
+    process = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+    assert process.stderr.startswith(f"convoy: fetch: {folder}")
+    assert process.stderr.endswith(
+        ": permission denied: let this user read and write there, and run `dvc repro` again\n"
+    )
+    assert process.stderr.count("\n") == 1
+    assert unwritable == "artifacts" or (folder / "left.txt").exists()
+
+
+def test_an_error_that_the_user_did_not_cause_keeps_its_traceback(root: Path) -> None:
+    process = fail_with(root, "OSError(errno.EIO, 'Input/output error')")
+    assert process.returncode == 1
+    assert process.stderr.startswith("Traceback")
+    assert process.stderr.endswith("Input/output error\n")
+
+
+def fail_with(root: Path, error: str) -> subprocess.CompletedProcess:
+    code = f"import errno; from pipeline.stage import main\ndef work(stage):\n    raise {error}\nmain('fetch', work)"
+    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True)
 
 
 def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:

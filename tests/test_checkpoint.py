@@ -34,6 +34,16 @@ def test_a_broken_one_is_said_and_not_used(tmp_path: Path, capsys: pytest.Captur
     assert "last.pt can't be read, so the training starts anew" in capsys.readouterr().out
 
 
+def test_one_wrong_bit_in_a_tensor_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    checkpoint.save({"weights": torch.full((1000,), 0.5)})
+    spoiled = bytearray(checkpoint.file.read_bytes())
+    spoiled[spoiled.index(torch.full((9,), 0.5).numpy().tobytes()) + 17] ^= 1
+    checkpoint.file.write_bytes(spoiled)
+    assert checkpoint.load() is None
+    assert "can't be read, so the training starts anew" in capsys.readouterr().out
+
+
 def test_code_in_a_poisoned_one_is_never_run(tmp_path: Path) -> None:
     class Poison:
         def __reduce__(self) -> Any:

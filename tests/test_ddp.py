@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +33,12 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.p
 
 
 def train_lenet(root: Path) -> subprocess.CompletedProcess:
+    return train(root, "lenet")
+
+
+def train(root: Path, name: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.train", "lenet"],
+        [sys.executable, "-m", "pipeline.train", name],
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -76,6 +81,59 @@ def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, 
     first = {file.name: file.read_bytes() for file in found.iterdir()}
     assert train_lenet(together).returncode == 0
     assert {file.name: file.read_bytes() for file in found.iterdir()} == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["the first is told", "all are told"])
+def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", [*STILL, *DDP, "trainer.threads=1", "train.max_epochs=2000"])
+    run_stages(root, until="preprocess")
+    for seconds in (0.3, 1.1):
+        with (root / "said.txt").open("w") as said:
+            running = subprocess.Popen(
+                [sys.executable, "-u", "-m", "pipeline.train", "lenet"],
+                cwd=root,
+                env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        while "val_loss" not in (root / "said.txt").read_text():
+            assert running.poll() is None, (root / "said.txt").read_text()
+            time.sleep(0.05)
+        time.sleep(seconds)
+        others = psutil.Process(running.pid).children(recursive=True)
+        told, since = time.time(), time.monotonic()
+        if all_of_them:
+            os.killpg(running.pid, signal.SIGTERM)
+        else:
+            running.terminate()
+        assert running.wait(30) == 143, (root / "said.txt").read_text()
+        assert time.monotonic() - since < 10
+        psutil.wait_procs(others, timeout=10)
+        assert not [process for process in others if process.is_running()]
+        (saved,) = (root / "artifacts/.checkpoints").rglob("last.pt")
+        assert saved.stat().st_mtime > told - 0.1  # the clock of files is a little late
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_validation_figures_of_two_processes_are_those_of_the_kept_running_means(
+    ema: float, tmp_path: Path
+) -> None:
+    small = ["model=[resnet]", "train.max_epochs=2", f"model.resnet.recipe.ema={ema}", *DDP, "trainer.threads=1"]
+    root = make_project(tmp_path / "project", small)
+    run_stages(root, until="preprocess")
+    done = train(root, "resnet")
+    assert done.returncode == 0, done.stderr
+    found = root / "artifacts/train/resnet"
+    record = json.loads((found / "record.json").read_text())
+    task = Task.load(root / "artifacts/preprocess/task.json")
+    classifier = models.restore("resnet", record["settings"], task, found / "weights.safetensors")
+    val = Images.load(root / "artifacts/preprocess", "val")
+    probabilities = predict(classifier, val.pixels, 64)
+    loss = -np.log(probabilities[np.arange(len(val)), val.labels]).mean()
+    assert loss == pytest.approx(record["best"]["val_loss"], rel=1e-5)
 
 
 def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,33 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypa
         train(classifier)
 
 
+def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build()
+    heads, held = classifier.heads, []
+
+    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
+        assert all(kept() is None for kept in held)
+        if len(x) > 10:
+            filling = torch.zeros(9)
+            held.append(weakref.ref(filling))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return heads(x)
+
+    monkeypatch.setattr(classifier, "heads", limited)
+    with pytest.raises(ConvoyError, match="but 8 do"):
+        train(classifier)
+    assert len(held) == 2  # of the training, and of 16 images that were tried
+
+
+def test_of_two_processes_and_pieces_each_it_is_told_what_fits_into_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build(batch_size=50, accumulate=2)
+    monkeypatch.setattr(training, "fits_in_memory", lambda *_: _[-1] <= 6)
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    said = training.too_large(classifier, data, dataclasses.replace(CPU, devices=2))
+    assert "a batch of 13 images does not fit" in said
+    assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
+
+
 # Never lost
 
 
@@ -260,7 +288,7 @@ def test_a_training_that_had_ended_ends_again_without_a_step(tmp_path: Path) -> 
     assert first.history == again.history
 
 
-@pytest.mark.parametrize("where", ["_step", "on_validation_epoch_start", "on_train_epoch_end"])
+@pytest.mark.parametrize("where", ["_step", "on_train_batch_end", "on_validation_epoch_start", "on_train_epoch_end"])
 def test_sigterm_saves_what_is_done_and_exits_with_143(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +312,7 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
     state = checkpoint.load()
     assert state is not None
     assert (state["epoch"], state["step"]) == {
-        "_step": (0, 2), "on_validation_epoch_start": (1, 3), "on_train_epoch_end": (2, 0)
+        "_step": (0, 2), "on_train_batch_end": (1, 3), "on_validation_epoch_start": (1, 3), "on_train_epoch_end": (2, 0)
     }[where]  # fmt: skip
     monkeypatch.undo()
     assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)

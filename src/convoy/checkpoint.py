@@ -1,6 +1,7 @@
 """The checkpoint: the state of a training on disk, always whole, from which it goes on to the same bits."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         """The last state, its tensors on the CPU; None where there is none, or none that can be read."""
         try:
+            with zipfile.ZipFile(self.file) as archive:  # which has a checksum for each tensor, that torch ignores
+                if spoiled := archive.testzip():
+                    raise ValueError(f"{spoiled} is damaged")
             return torch.load(self.file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None

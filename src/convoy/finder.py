@@ -25,6 +25,7 @@ def try_rates(classifier: Classifier, data: ImageData, choice: Choice) -> pd.Dat
     torch.set_num_threads(choice.threads)
     once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
     training = Training(classifier, data, once, choice, None).to(device)
+    training.sums = training.sums.to(device)
     training.progress.close()
     optimizer = training.configure_optimizers()
     data.share(device, 0, 1)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError, Count, schema
 
+MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")  # what multiplies matrices in half precision
 PER_THREAD = 4e9  # multiply-adds of a training step from which one more thread pays: some 0.1 s of work
 
 
@@ -89,8 +90,14 @@ def environment(choice: Choice) -> dict[str, str | int]:
         "python": platform.python_version(),
         **{package: version(package) for package in ("numpy", "pytorch-lightning", "torch")},
         "device": torch.cuda.get_device_name() if choice.accelerator == "gpu" else "cpu",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
         "threads": choice.threads,
         "precision": choice.precision,
         "processes": choice.devices * choice.nodes,
     }
+
+
+def instructions() -> str:
+    """Those of the processor by which it rounds otherwise than others: "AVX512 avx512_bf16"."""
+    can = torch.cpu.get_capabilities()
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in MATRICES if can.get(name))])

@@ -3,21 +3,24 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import logging
 import math
+import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as lightning
 import torch
 import torch.utils.deterministic
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,6 +37,7 @@ from convoy.recipe import Train
 
 TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
 GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
+MEET = 0.5  # seconds, after which processes that train together agree on whether to save and to end
 EXPLODED = 1000  # times the loss of a guess among all classes
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
 
@@ -86,6 +90,7 @@ def fit(
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
     torch.set_num_threads(choice.threads)
     keep_memory()
+    torch.backends.cudnn.allow_tf32 = False  # what is said to be float32 is, as where it will answer
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the pixels come
     training = Training(classifier, data, params, choice, checkpoint, tell)
     trainer = lightning.Trainer(
@@ -103,41 +108,50 @@ def fit(
         use_distributed_sampler=False,
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read none, and it costs time
-    if training.reason_to_stop() == "":
-        with terminated_softly(training):
+    fits = True
+    if training.reason_to_stop(training.minutes) == "":
+        with terminated_softly(training, trainer):
             try:
                 trainer.fit(training, data)
-            except torch.OutOfMemoryError as error:
-                raise ConvoyError(too_large(classifier, data, choice)) from error
+            except torch.OutOfMemoryError:
+                fits = False
             except Failed:
                 pass
             finally:
                 training.progress.close()
+    if not fits:  # only here, where the error no longer holds what has filled the memory
+        raise ConvoyError(too_large(classifier, data, choice))
     return training.trained()
 
 
 @contextlib.contextmanager
-def terminated_softly(training: "Training") -> Iterator[None]:
-    """SIGTERM lets the step under way end and its outcome be saved, and then ends the process."""
-
-    def end(*_: object) -> None:
-        sys.exit(TERMINATED)
+def terminated_softly(training: "Training", trainer: lightning.Trainer) -> Iterator[None]:
+    """SIGTERM lets the step under way end and its outcome be saved, and then ends all processes of the training."""
 
     def soften(number: int, frame: FrameType | None) -> None:
+        if training.terminated:
+            return
         training.terminated = True
-        signal.signal(signal.SIGALRM, end)
+        signal.signal(signal.SIGALRM, lambda *_: training.exit())
         signal.alarm(GRACE)
+        if trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(number)  # the processes that were started from here are told, too
 
     try:
         before = signal.signal(signal.SIGTERM, soften)
     except ValueError:  # not in the main thread, which alone is told of signals
         yield
         return
+    training.soften = soften
     try:
         yield
+    except SIGTERMException:  # of Lightning, in the moment before `on_train_start`
+        training.exit()
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGTERM, before)
+    if training.terminated:
+        training.exit()
 
 
 class Failed(Exception):
@@ -187,7 +201,9 @@ class Training(lightning.LightningModule):
         self.total = params.max_epochs * data.steps
 
         self.rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
+        self.soften: Callable[[int, FrameType | None], None] | None = None  # what SIGTERM does
         self.terminated = False
+        self.stopped = ""  # the setting that ended the training
         self.failure: Failure | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
@@ -244,13 +260,12 @@ class Training(lightning.LightningModule):
 
     def trained(self) -> Trained:
         """What has come of it."""
-        stopped = "failure" if self.failure else self.reason_to_stop()
+        stopped = "failure" if self.failure else self.stopped or self.reason_to_stop(self.minutes)
         return Trained(self.weights, self.history, self.best, stopped, self.failure)
 
-    def reason_to_stop(self) -> str:
-        """The setting that says so, or ""."""
+    def reason_to_stop(self, spent: float) -> str:
+        """The setting that says so after so many minutes, or ""."""
         since = self.data.epoch - int(self.best.get("epoch", 0))
-        spent = self._minutes()
         if self.data.epoch >= self.params.max_epochs:
             return "max_epochs"
         if self.params.patience and since >= self.params.patience:
@@ -286,7 +301,12 @@ class Training(lightning.LightningModule):
                 "artifacts/.checkpoints be on a disk that they share, or remove it on all of them"
             )
 
+    def on_train_start(self) -> None:
+        if self.soften:  # Lightning has put a handler of its own before it, which ends all at once and saves nothing
+            signal.signal(signal.SIGTERM, self.soften)
+
     def on_train_epoch_start(self) -> None:
+        self.met, self.meeting = (time.monotonic(), self.data.step), self.data.step + 1
         self.classifier.train()
         if self.recipe.body_lr == 0:  # a frozen body stays as it is, its running means too
             for name, layer in self.classifier.named_modules():
@@ -302,11 +322,16 @@ class Training(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = torch.zeros(3, device=self.device)
+        if self.trainer.world_size > 1:  # what is kept are the running means of the first process
+            for buffer in (self.average or self.classifier).buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, rows: np.ndarray) -> None:
         pixels, labels = self.data.held_val.take(rows)
         self.val_sums += figures((self.average or self.classifier)(pixels), labels)  # in float32, as it will be used
-        self._end_if_terminated()
+        if self.terminated and self.trainer.world_size == 1:  # all steps of the epoch are done, and it will begin again
+            self._save()
+            self.exit()
 
     def on_train_epoch_end(self) -> None:
         everywhere = self.trainer.strategy.reduce(torch.stack([self.sums, self.val_sums]), reduce_op="sum")
@@ -336,8 +361,10 @@ class Training(lightning.LightningModule):
         self.progress.end(row)
         self.tell(row)
         self._save()
-        self._end_if_terminated(saved=True)
-        self.trainer.should_stop = self.reason_to_stop() != ""
+        if self.trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            self.exit()
+        self.stopped = self.trainer.strategy.broadcast(self.reason_to_stop(self._minutes()))  # as the first clock says
+        self.trainer.should_stop = self.stopped != ""
 
     # A step
 
@@ -409,28 +436,32 @@ class Training(lightning.LightningModule):
             due, terminated = self._save_is_due(), self.terminated
             if time.monotonic() > self.looked + 1:
                 self._fail_if_bad()
-        elif self.data.step % 20 == 0:  # together, since all processes must agree
-            due, terminated = (
-                self.trainer.strategy.reduce_boolean_decision(asked, all=False)
-                for asked in (self._save_is_due(), self.terminated)
-            )
+        elif self.data.step == self.meeting:
+            due, terminated = self._agree()
         else:
             return
         if due or terminated:
             self._fail_if_bad()
             self._save()
         if terminated:
-            sys.exit(TERMINATED)
+            self.exit()
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether one of the processes wants to save, or was told to end. They meet after the same step, twice a second
+        by the slowest."""
+        now, (before, step) = time.monotonic(), self.met
+        asked = [self._save_is_due(), self.terminated, (now - before) / (self.data.step - step)]
+        said = self.trainer.strategy.reduce(torch.tensor(asked, device=self.device), reduce_op="max")
+        due, terminated, seconds = said.tolist()
+        self.met, self.meeting = (now, self.data.step), self.data.step + max(1, min(1000, int(MEET / seconds)))
+        return bool(due), bool(terminated)
+
+    def exit(self) -> NoReturn:
+        """End this process as SIGTERM does; one that another has started quietly, or Lightning would kill that one."""
+        sys.exit(TERMINATED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
 
     def _save_is_due(self) -> bool:
         return time.monotonic() - self.saved > 60 * self.params.checkpoint_minutes
-
-    def _end_if_terminated(self, saved: bool = False) -> None:
-        """Between two batches of validation: all steps of the epoch are done, and it will begin again."""
-        if self.terminated and self.trainer.world_size == 1:
-            if not saved:
-                self._save()
-            sys.exit(TERMINATED)
 
     def _save(self) -> None:
         self.saved = time.monotonic()
@@ -504,17 +535,20 @@ def draw_near(average: Classifier, classifier: Classifier, decay: float) -> None
 
 def too_large(classifier: Classifier, data: ImageData, choice: Choice) -> str:
     """What to say of a batch that does not fit into the memory of the GPU: which one does."""
-    name = type(classifier).__name__.lower()
-    size = classifier.recipe.batch_size // classifier.recipe.accumulate
+    gc.collect()
+    name, processes = type(classifier).__name__.lower(), choice.devices * choice.nodes
+    part = math.ceil(classifier.recipe.batch_size / processes)
+    size = math.ceil(part / classifier.recipe.accumulate)
+    classifier.to(data.held_train.device)  # from where Lightning has put it
     fits = size // 2
     while fits and not fits_in_memory(classifier, data, choice, fits):
         fits //= 2
     said = f"{name}: a batch of {size} images does not fit into the memory of the GPU"
     if not fits:
         return f"{said}, and neither does one image: take smaller images, or a smaller network"
-    pieces = math.ceil(classifier.recipe.batch_size / fits)
+    pieces = math.ceil(part / fits)
     return (
-        f"{said}, but {fits} do: set model.{name}.recipe.batch_size={fits}, "
+        f"{said}, but {fits} do: set model.{name}.recipe.batch_size={fits * processes}, "
         f"or model.{name}.recipe.accumulate={pieces} to keep the batch"
     )
 

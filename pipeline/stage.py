@@ -20,7 +20,8 @@ from convoy.config import ConvoyError
 from convoy.hashes import sha256
 
 Schema = TypeVar("Schema")
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, Slurm and Lightning say a process' number
+# where torchrun, Lightning and Slurm say a process' number; a shell in Slurm says 0 to all that Lightning starts in it
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
 
 

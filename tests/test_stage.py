@@ -14,7 +14,7 @@ from project import REAL, make_project
 
 from convoy.config import ConvoyError
 from convoy.preprocessing import Preprocess
-from pipeline.stage import MARK, Stage, sha256
+from pipeline.stage import MARK, RANKS, Stage, sha256
 
 
 @pytest.fixture
@@ -90,6 +90,27 @@ def test_two_processes_never_work_on_the_same_stage(root: Path) -> None:
     stage.scratch.parent.mkdir(parents=True)
     with FileLock(f"{stage.scratch}.lock"), pytest.raises(ConvoyError, match="another process is at work on fetch"):
         stage.run(write_hello)
+
+
+@pytest.mark.parametrize(
+    ("said", "rank"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),  # torchrun, on the second machine of two GPUs
+        ({"RANK": "3", "LOCAL_RANK": "1", "SLURM_PROCID": "1"}, 3),  # torchrun, started by srun on each machine
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 3),  # srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, 0),  # a shell in Slurm, and ...
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, 1),  # ... Lightning
+    ],
+)
+def test_processes_that_train_together_know_their_rank(
+    root: Path, said: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert Stage(root, "train", "lenet").rank == rank
 
 
 def test_a_terminated_stage_exits_with_143_and_leaves_no_output(root: Path) -> None:

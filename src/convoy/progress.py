@@ -1,4 +1,4 @@
-"""Progress: a calm bar on a terminal, one line for each epoch in a log."""
+"""Progress: one calm line on a terminal, one line for each epoch in a log."""
 
 import datetime
 import sys
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
+
+WIDE = 100  # columns, from which a terminal has room for a drawn bar
 
 
 class Progress:
@@ -21,10 +23,13 @@ class Progress:
         self.seen = self.first = seen
         self.silent = silent
         self.began = self.told = time.monotonic()
-        self.known: dict[str, str] = {}  # what the bar shows at its end
+        self.known: dict[str, str] = {}  # the figures that the bar shows
         self.bar: tqdm | None = None
         if sys.stderr.isatty() and not silent:
-            self.bar = tqdm(total=images, initial=seen, desc=name, unit=" images", unit_scale=True, mininterval=1)
+            self.bar = tqdm(
+                total=images, initial=seen, desc=f"{name}: ", unit=" images", unit_scale=True, mininterval=1,
+                dynamic_ncols=True, bar_format=self._format(None),
+            )  # fmt: skip
 
     def advance(self, epoch: int, images: int, loss: Callable[[], float]) -> None:
         """So many images more, in `epoch` from 1. `loss` is asked once a second: it makes the host wait."""
@@ -56,5 +61,11 @@ class Progress:
         self.told = time.monotonic()
         self.known |= {name: f"{figure:.4f}" for name, figure in figures.items()}
         self.bar.set_description(f"{self.name} {epoch}/{self.epochs}", refresh=False)
-        self.bar.set_postfix(self.known, refresh=False)
+        self.bar.bar_format = self._format(self.bar.format_dict["ncols"])
         self.bar.update(self.seen - self.bar.n)
+
+    def _format(self, columns: int | None) -> str:
+        # 80 columns hold the numbers alone; what a terminal is too narrow for is cut off at the end
+        drawn = "|{bar}|" if columns is None or columns >= WIDE else ""
+        figures = "".join(f" {name}={figure}" for name, figure in self.known.items())
+        return f"{{desc}}{{percentage:3.0f}}%{drawn}{figures} {{remaining}} left {{rate_noinv_fmt}}"

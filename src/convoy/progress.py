@@ -11,7 +11,7 @@ WIDE = 100  # columns, from which a terminal has room for a drawn bar
 
 
 class Progress:
-    """Tells how far a training has come, to standard error on a terminal and to standard output elsewhere.
+    """Tells how far a training has come: standard error where it is a terminal, and standard output where it is none.
 
     `images` and `epochs` are those of the whole training, `seen` the images before this process went on with it.
     """
@@ -41,7 +41,7 @@ class Progress:
         """An epoch has ended with this row of the history."""
         if self.bar is not None:
             self._show(int(row["epoch"]), loss=row["train_loss"], val_accuracy=row["val_accuracy"])
-        elif not self.silent:
+        if not self.silent and (self.bar is None or not sys.stdout.isatty()):
             rate = (self.seen - self.first) / (time.monotonic() - self.began)
             left = datetime.timedelta(seconds=round((self.images - self.seen) / rate)) if rate else "an unknown time"
             print(

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convoy import config, models
-from convoy.config import ConvoyError, Share, Whole, check_sections, typed
+from convoy.config import ConvoyError, Count, Share, Whole, check_sections, typed
 from convoy.datasets.source import Dataset
 from convoy.preprocessing import Preprocess
 
@@ -88,6 +88,32 @@ def test_a_number_passes_exactly_if_it_is_in_its_range(value: int) -> None:
     else:
         with pytest.raises(ConvoyError, match=r"seed=-\d+: input should be greater than or equal to 0"):
             typed(Whole, value, "seed")
+
+
+@config.schema
+class Crew:
+    hands: Count | Literal["all"]
+    watches: list[Count | Literal["dog"]]
+
+
+@pytest.mark.parametrize("hands", [1, "all"])
+def test_each_kind_of_value_that_a_key_may_have_passes(hands: int | str) -> None:
+    assert typed(Crew, {"hands": hands, "watches": [2, "dog"]}, "crew").hands == hands
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"hands": 0}, "crew.hands=0: input should be greater than or equal to 1, or 'all'"),
+        ({"hands": "al"}, "crew.hands='al': input should be a valid integer, or 'all'"),
+        ({"hands": None}, "crew.hands=None: input should be a valid integer, or 'all'"),
+        ({"watches": [2, "cat"]}, "crew.watches.1='cat': input should be a valid integer, or 'dog'"),
+    ],
+)
+def test_of_a_key_with_two_kinds_of_value_both_are_told_in_one_line(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConvoyError) as refusal:
+        typed(Crew, {"hands": 1, "watches": []} | wrong, "crew")
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("values", [None, 3, "abc", [1, 2]])

@@ -105,7 +105,7 @@ def typed(schema: type[Schema], values: Any, section: str) -> Schema:
         # by way of JSON, where strict types still let a table become a dataclass
         return pydantic.TypeAdapter(schema).validate_json(json.dumps(values, default=str), strict=True)
     except pydantic.ValidationError as error:
-        raise ConvoyError("\n".join(_complaints(error, schema, section))) from None
+        raise ConvoyError("\n".join(_complaints(error, schema, values, section))) from None
 
 
 def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -118,7 +118,8 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
 
 
-def _complaints(error: pydantic.ValidationError, schema: Any, section: str) -> Iterator[str]:
+def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, section: str) -> Iterator[str]:
+    wrong: dict[str, list[str]] = {}  # of each value, what it should be: several where it may be of several kinds
     for complaint in error.errors():
         *parents, key = complaint["loc"] or ("",)
         name = ".".join(str(part) for part in (section, *complaint["loc"]))
@@ -129,8 +130,19 @@ def _complaints(error: pydantic.ValidationError, schema: Any, section: str) -> I
             case "missing" | "missing_argument":
                 yield f"{name}: missing; set it in conf/"
             case _:
+                name = ".".join((section, *_keys(complaint["loc"], values)))
                 said = complaint["msg"][0].lower() + complaint["msg"][1:]
-                yield f"{name}={complaint['input']!r}: {said}"
+                wrong.setdefault(f"{name}={complaint['input']!r}: ", []).append(said)
+    for name, (first, *others) in wrong.items():
+        yield name + ", or ".join([first, *(said.removeprefix("input should be ") for said in others)])
+
+
+def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:
+    """The keys and list places of a location: pydantic also puts there which kind of several did not fit."""
+    for part in location:
+        if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
+            values = values[part]
+            yield str(part)
 
 
 def _fields(schema: Any, parents: Sequence[Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from convoy import config
-from convoy.config import ConvoyError, Whole, typed
+from convoy.config import ConvoyError, Seed, typed
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def check(params: dict[str, Any]) -> None:
     light = {
         "dataset": Dataset,
         "fetch": Fetch,
-        "seed": Whole,
+        "seed": Seed,
         "preprocess": Preprocess,
         "evaluate": Evaluate,
         "register": Register,

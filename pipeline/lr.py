@@ -8,7 +8,7 @@ import torch
 
 from convoy import models, report
 from convoy.batches import Images
-from convoy.config import ConvoyError, Whole
+from convoy.config import ConvoyError, Seed
 from convoy.datamodule import ImageData
 from convoy.finder import suggest, try_rates
 from convoy.hardware import Trainer, choose
@@ -18,7 +18,7 @@ from pipeline.stage import Stage
 
 def lr(stage: Stage) -> None:
     """Print the guess, and draw how the loss went with the learning rate."""
-    seed = stage.typed(Whole, "seed")
+    seed = stage.typed(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
     classifier = models.build(stage.item, stage.section(f"model.{stage.item}"), Task.load(prepared / "task.json"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.config import Whole
+from convoy.config import Seed
 from convoy.datacard import AsPrepared, write_preprocess_card
 from convoy.datasets.packed import Packed, Rows
 from convoy.images import fit
@@ -18,7 +18,7 @@ def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
     keep_memory()
     params = stage.typed(Preprocess, "preprocess")
-    seed = stage.typed(Whole, "seed")
+    seed = stage.typed(Seed, "seed")
     packed = Packed.load(stage.input("fetch"))
     earlier = stage.home / "artifacts" / ".fitted" / packed.name
     prepared = prepare(packed, params, seed, stage.scratch, earlier)

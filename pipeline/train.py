@@ -18,7 +18,7 @@ import torch
 from convoy import models, transfer
 from convoy.batches import Images
 from convoy.checkpoint import Checkpoint
-from convoy.config import ConvoyError, Whole
+from convoy.config import ConvoyError, Seed
 from convoy.datamodule import ImageData
 from convoy.hardware import Trainer, choose, environment, multiply_adds
 from convoy.hashes import sha256
@@ -31,7 +31,7 @@ from pipeline.stage import MARK, Stage, main
 def train(stage: Stage) -> None:
     """Train one architecture."""
     params = stage.typed(Train, "train")
-    seed = stage.typed(Whole, "seed")
+    seed = stage.typed(Seed, "seed")
     architecture = stage.item
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from convoy.augmentation import Augment
 from convoy.batches import Balance
-from convoy.config import Count, NotNegative, Positive, Share, Whole, schema
+from convoy.config import Count, Decay, NotNegative, Positive, Share, Whole, schema
 
 
 @schema
@@ -27,11 +27,11 @@ class Recipe:
     schedule: Literal["cosine", "one_cycle"]  # after the warm-up; one_cycle moves momentum against the learning rate
     lr: Positive  # the highest learning rate, reached after the warm-up
     body_lr: Share  # of lr, for all layers but the heads; 0 freezes them
-    momentum: Share  # of sgd; beta1 of adamw
+    momentum: Decay  # of sgd; beta1 of adamw
     weight_decay: NotNegative  # on weights; never on biases and norms
     warmup: Share  # of all steps: linear from 0 to lr, then a cosine to 0
     label_smoothing: Share  # probability mass moved from the true class to all classes
     clip_norm: NotNegative  # the gradient's norm is cut to this; 0: never
-    ema: Share  # decay, in a step, of the running mean of the weights that is judged and kept; 0: none
+    ema: Decay  # decay, in a step, of the running mean of the weights that is judged and kept; 0: none
     balance: Balance  # of classes: none, weights in the loss, or a sampler that draws each class as often
     augment: Augment

@@ -342,7 +342,8 @@ def test_a_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for stream in ("stderr", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
     train(build(), max_epochs=3)
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import platform
 from importlib.metadata import version
-from typing import Literal
+from typing import Annotated, Literal
 
 import joblib
 import torch
+from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from convoy.classifier import Classifier
@@ -15,6 +16,7 @@ from convoy.config import ConvoyError, Count, schema
 
 MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")  # what multiplies matrices in half precision
 PER_THREAD = 4e9  # multiply-adds of a training step from which one more thread pays: some 0.1 s of work
+Threads = Annotated[int, Field(ge=1, le=1024)]  # of some ten thousand torch crashes
 
 
 @schema
@@ -26,7 +28,7 @@ class Trainer:
     nodes: Count  # machines
     precision: Literal["auto", "float32", "bfloat16"]  # of the arithmetic in training; weights are float32
     compile: bool  # by torch.compile: minutes at the start, for runs of hours
-    threads: Count | Literal["auto"]  # of each process; part of what makes the same bits
+    threads: Threads | Literal["auto"]  # of each process; part of what makes the same bits
 
 
 @dataclasses.dataclass(frozen=True)

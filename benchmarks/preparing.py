@@ -54,11 +54,9 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     from convoy.datasets.folders import read_folder
     from convoy.datasets.intake import Fetch, take_in
     from convoy.datasets.source import Dataset
-    from convoy.memory import keep_memory
     from convoy.preprocessing import Preprocess, prepare
 
     get_ready()
-    keep_memory()
     dataset = Dataset(name="benchmark", longest_side=512, group=None)
     params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
     with tempfile.TemporaryDirectory() as name:

@@ -8,7 +8,6 @@ from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
-from convoy.memory import keep_memory
 from pipeline.stage import Stage, main
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
@@ -18,7 +17,6 @@ TOLD = 50  # images that are left out, by name on the terminal; the others in a 
 def fetch(stage: Stage) -> None:
     """Decode, judge and pack the labelled images."""
     get_ready()
-    keep_memory()
     params = stage.typed(Dataset, "dataset")
     limits = stage.typed(Fetch, "fetch")
     lock = stage.root / "data.lock"

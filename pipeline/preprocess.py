@@ -9,14 +9,12 @@ from convoy.config import Seed
 from convoy.datacard import AsPrepared, write_preprocess_card
 from convoy.datasets.packed import Packed, Rows
 from convoy.images import fit
-from convoy.memory import keep_memory
 from convoy.preprocessing import Preprocess, prepare
 from pipeline.stage import Stage, main
 
 
 def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
-    keep_memory()
     params = stage.typed(Preprocess, "preprocess")
     seed = stage.typed(Seed, "seed")
     packed = Packed.load(stage.input("fetch"))

@@ -250,10 +250,14 @@ def keep(records: Path, pixels: Path, folder: Path) -> None:
 
 def _index(records: Path) -> np.ndarray:
     """(2, names) uint64: the first eight bytes of each sha256 and stamp, in order, and the rows that have them."""
-    starts = np.empty((2, records.stat().st_size // RECORD.itemsize), np.uint64)
-    for start in range(0, starts.shape[1], PIECE):
+    count = records.stat().st_size // RECORD.itemsize
+    index = np.empty((2, 2 * count), np.uint64)
+    for start in range(0, count, PIECE):
         some = np.fromfile(records, RECORD, PIECE, offset=start * RECORD.itemsize)
-        for each, name in zip(starts, ("sha256", "stamp"), strict=True):
-            each[start : start + PIECE] = np.ascontiguousarray(some[name]).view(np.uint64).reshape(len(some), -1)[:, 0]
-    order = np.argsort(starts, axis=None, kind="stable")
-    return np.stack([starts.ravel()[order], order.astype(np.uint64) % max(starts.shape[1], 1)])
+        for first, name in ((start, "sha256"), (count + start, "stamp")):
+            names = np.ascontiguousarray(some[name]).view(np.uint64).reshape(len(some), -1)
+            index[0, first : first + len(some)] = names[:, 0]
+    order = np.argsort(index[0], kind="stable")
+    index[:] = index[0, order], order
+    index[1] %= max(count, 1)
+    return index

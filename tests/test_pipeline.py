@@ -14,9 +14,10 @@ from project import REAL, SMALL, make_project, run_stages
 
 from convoy import config, tracking
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from pipeline.__main__ import check, check_source, conclude, remove_unlisted
 from pipeline.register import register
-from pipeline.stage import Stage, sha256
+from pipeline.stage import Stage
 from pipeline.train import train
 
 

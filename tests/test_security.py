@@ -18,6 +18,7 @@ from registered import folder_of, leave, register
 
 from convoy import predictor, registry, served, tracking, transfer
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from pipeline import predict
 
 SECRET = "correct-horse-battery-staple"
@@ -152,7 +153,7 @@ def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> 
         assert served.load(found).architecture == "lenet"
         hashes = json.loads(found.tags[registry.HASHES])
     for name, file in (("record", "record.json"), ("weights", "weights.safetensors")):
-        assert hashes[f"artifacts/{file}"] == predictor.sha256(root / "left" / file), name  # as training left it
+        assert hashes[f"artifacts/{file}"] == sha256(root / "left" / file), name  # as training left it
     assert sorted(hashes) == sorted(str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
 
 

@@ -27,6 +27,7 @@ from registered import CLASSES, folder_of, leave, register
 
 from convoy import predictor, registry, served, tracking
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from convoy.predictor import Predictor
 from convoy.serving import ImageClassifier
 
@@ -36,7 +37,7 @@ Files = dict[str, Path]
 def loaded(files: Files) -> ImageClassifier:
     """As MLflow loads it."""
     hashes = next(iter(files.values())).parent / "hashes.json"
-    hashes.write_text(json.dumps({file.name: predictor.sha256(file) for file in files.values()}))
+    hashes.write_text(json.dumps({file.name: sha256(file) for file in files.values()}))
     model = ImageClassifier()
     artifacts = {name: str(file) for name, file in {**files, "hashes": hashes}.items()}
     model.load_context(SimpleNamespace(artifacts=artifacts))

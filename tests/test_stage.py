@@ -13,8 +13,9 @@ from filelock import FileLock
 from project import REAL, make_project
 
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from convoy.preprocessing import Preprocess
-from pipeline.stage import MARK, RANKS, Stage, sha256
+from pipeline.stage import MARK, RANKS, Stage
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from test_champion import WRITES, Killed
 from convoy import champion, export, registry, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from pipeline import promote, rollback, sync
 from pipeline.register import exported, register
-from pipeline.stage import MARK, Stage, sha256
+from pipeline.stage import MARK, Stage
 
 Night = Callable[..., str]
 

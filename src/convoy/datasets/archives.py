@@ -64,10 +64,10 @@ def _zip_files(archive: Path, name: str) -> Files:
 
 
 @contextlib.contextmanager
-def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int], Content]]:
+def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], Content]]:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
-        yield lambda index: _read(lambda: _zip_content(file, entries[rows[index]]))
+        yield lambda index, _: _read(lambda: _zip_content(file, entries[rows[index]]))
 
 
 def _zip_content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -127,9 +127,9 @@ def _tar_files(archive: Path, name: str) -> Files:
 
 
 @contextlib.contextmanager
-def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int], Content]]:
+def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], Content]]:
     with tarfile.open(archive, tarinfo=_Entry) as file:
-        yield lambda index: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
+        yield lambda index, _: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
 
 
 def _tar_content(file: tarfile.TarFile, offset: int, size: int) -> bytes:

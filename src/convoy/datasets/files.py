@@ -1,11 +1,11 @@
 """Files: those of one folder or one archive, and what the source says of each."""
 
 import dataclasses
+import itertools
 import re
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from convoy.datasets.source import SPLITS
 from convoy.images import BadImage
@@ -14,32 +14,24 @@ IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # what systems leave in folders; so do names that begin with a dot
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 
+PIECE = 2**10  # paths in one text
 SPLIT_WORDS = ", ".join(SPLITS)
 
 Content = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
 
 
-class Paths(Sequence[str]):
-    """Very many paths, end to end: as objects of Python they would take three times the memory."""
+class Paths(Iterable[str]):
+    """Very many paths, in long texts: as objects of Python they would take three times the memory.
+
+    No path begins or ends with a slash or has two in a row, so two can stand between them.
+    """
 
     def __init__(self, paths: Iterable[str]) -> None:
-        self.text, self.ends = bytearray(), array("Q")
-        for path in paths:
-            self.text += path.encode(errors="surrogatepass")  # as names that are not UTF-8 are told only later
-            self.ends.append(len(self.text))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: Any) -> Any:
-        start = self.ends[index - 1] if index else 0
-        return self.text[start : self.ends[index]].decode(errors="surrogatepass")
+        waiting = iter(paths)
+        self.texts = ["//".join(some) for some in iter(lambda: list(itertools.islice(waiting, PIECE)), [])]
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
-        for end in self.ends:
-            yield self.text[start:end].decode(errors="surrogatepass")
-            start = end
+        return itertools.chain.from_iterable(text.split("//") for text in self.texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +39,9 @@ class Files:
     """The files of a folder or an archive, but for junk."""
 
     name: str  # what stands before their paths in messages: data/, data/pets.zip:
-    paths: Sequence[str]  # below the folder or in the archive, with slashes; in an order that does not change
-    # gives a function that gives the content of the i-th file, at little cost if i only grows
-    opened: Callable[[], AbstractContextManager[Callable[[int], Content]]]
+    paths: Iterable[str]  # below the folder or in the archive, with slashes; in an order that does not change
+    # gives a function that gives the content of the i-th file, which has this path; at little cost if i only grows
+    opened: Callable[[], AbstractContextManager[Callable[[int, str], Content]]]
 
 
 class Said(NamedTuple):

@@ -74,12 +74,12 @@ def _places(data: Path) -> list[Files]:
     if data.is_file():
         with data.open("rb") as file:
             is_table = file.read(4) == b"PAR1" or data.suffix.lower() in TABLES
-        one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda _: str(data)))
+        one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda *_: str(data)))
         return [one_file if is_table else open_archive(data, data.name)]
     archives: list[str] = []
     loose, around = Paths(_loose(data, archives)), str(data)
     return [
-        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda index: f"{around}/{loose[index]}")),
+        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda _, path: f"{around}/{path}")),
         *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
     ]
 
@@ -143,12 +143,13 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
     """The tables of labels; the Parquet files with images; and what other tables there are."""
     tables, shards, others = [], [], []
     for files in places:
-        indices = list(may_be_tables(files.paths)) if files.name else [0]  # without a name it is one file, a table
-        if not indices:
+        # without a name it is one file, a table
+        found = list(may_be_tables(files.paths) if files.name else enumerate(files.paths))
+        if not found:
             continue
         with files.opened() as read:
-            for index in indices:
-                path, content = files.paths[index], read(index)
+            for index, path in found:
+                content = read(index, path)
                 name = f"{files.name}{path}"
                 if isinstance(content, BadImage):
                     raise ConvoyError(f"{name} {content}: put a sound copy there")
@@ -208,18 +209,21 @@ def _by_folder_in(files: Files, apart: set[str]) -> Says:
 
 def _class_folders(files: Files, apart: set[str]) -> tuple[int, bool]:
     """How many folders stand around the class folders, and whether the innermost of them are named after splits."""
+    has_images: dict[str, bool] = {}  # of each folder that has files
+    for path in files.paths:
+        folder = path.rpartition("/")[0]
+        if folder and not has_images.get(folder) and not (apart and f"{files.name}{path}" in apart):
+            has_images[folder] = is_image(path)
+    folders = {tuple(folder.split("/")): has for folder, has in has_images.items()}
     depth = 0
     while True:
-        folders, has_images, has_folders = set(), False, False
-        for path in files.paths:
-            if (below := path.count("/") - depth) < 1 or f"{files.name}{path}" in apart:
-                continue
-            folders.add(path.split("/", depth + 1)[depth])
-            has_folders = has_folders or below > 1
-            has_images = has_images or (below == 1 and is_image(path))
-        if folders and {folder.lower() for folder in folders} <= SPLITS.keys():
+        folders = {names: has for names, has in folders.items() if len(names) > depth}
+        here = {names[depth] for names in folders}
+        if here and {folder.lower() for folder in here} <= SPLITS.keys():
             return depth + 1, True
-        if len(folders) != 1 or has_images or not has_folders:
+        only_folders = all(len(names) > depth + 1 or not has for names, has in folders.items())
+        goes_on = any(len(names) > depth + 1 for names in folders)
+        if not (len(here) == 1 and only_folders and goes_on):
             return depth, False
         depth += 1
 
@@ -234,10 +238,10 @@ def _members(places: list[Files], says: list[Says], astray: list[Member], shards
         with files.opened() as read:
             for index, path in enumerate(files.paths):
                 rows = said(path)
-                content = read(index) if any(not row.fault for row in rows) else b""
-                for row in rows:
-                    shown = BadImage(row.fault) if row.fault else content
-                    yield Member(f"{files.name}{path}", row.label, row.split, row.group, shown, row.more)
+                content = read(index, path) if [row for row in rows if not row.fault] else b""
+                for label, split, group, fault, more in rows:
+                    shown = BadImage(fault) if fault else content
+                    yield Member(f"{files.name}{path}", label, split, group, shown, more)
     yield from astray
     for shard in shards:
         yield from members(shard)

@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
+import math
 import os
+import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,8 @@ from convoy.memory import keep_memory
 from convoy.remembered import fingerprint, remember
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
     from convoy.datasets.source import Content
 
 BATCH_BYTES = 2**23  # of pixels and of files
@@ -43,9 +48,9 @@ RECORD = np.dtype(
         ("offset", np.int64),  # of the first of its pixels
     ]
 )
-STAMPED = slice(32, 48)  # where the stamp stands among the bytes of a record
 UNSTAMPED = bytes(16)
-SETTLED = 3e9  # ns after which another change to a file gives it another time, on any file system
+TIMES = struct.Struct("<4q")  # and size and number of a file
+SETTLED = 3_000_000_000  # ns after which another change to a file gives it another time, on any file system
 NEW = -1  # in place of an offset
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
@@ -69,18 +74,30 @@ class Batch:
     @property
     def sizes(self) -> np.ndarray:
         """(N,): the bytes of each image's pixels."""
-        return self.records["height"].astype(np.int64) * self.records["width"] * self.records["channels"]
+        return _sizes(self.records)
 
     def pieces(self, earlier: "Earlier") -> Iterator[bytes | memoryview]:
         """The pixels of all images, end to end: those that are known lie where they were, and come in long pieces."""
         sizes, offsets = self.sizes, self.records["offset"]
         new = offsets == NEW
         starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
-        goes_on = (new[1:] == new[:-1]) & (starts[1:] == starts[:-1] + sizes[:-1])
-        for run in np.split(np.arange(len(new)), np.flatnonzero(~goes_on) + 1):
-            if len(run):
-                start, count = int(starts[run[0]]), int(sizes[run].sum())
-                yield memoryview(self.pixels)[start : start + count] if new[run[0]] else earlier.read(start, count)
+        for some in _runs(starts, sizes, new):
+            start, count = int(starts[some.start]), int(sizes[some].sum())
+            yield memoryview(self.pixels)[start : start + count] if new[some.start] else earlier.read(start, count)
+
+
+def _sizes(records: np.ndarray) -> np.ndarray:
+    return records["height"].astype(np.int64) * records["width"] * records["channels"]
+
+
+def _runs(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> list[slice]:
+    """Of pieces of one kind of file or another, those that lie end to end, about `BATCH_BYTES` together."""
+    blocks = np.cumsum(sizes) // BATCH_BYTES
+    apart = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
+    if kinds is not None:
+        apart |= kinds[1:] != kinds[:-1]
+    ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(starts)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends) if start < end]
 
 
 def settle() -> None:
@@ -92,56 +109,56 @@ def settle() -> None:
 
 
 def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
-    """Read, hash and decode images: all of them, or the first that come to four times `BATCH_BYTES`.
+    """Read, hash and decode images: all of them, or the first whose new pixels come to four times `BATCH_BYTES`.
 
     A file is not read again that has the size and the times with which an earlier run read it.
     """
     known = _known(earlier)
-    faults: list[str] = []
-    rows: list[tuple] = []
-    new: list[tuple[int, np.ndarray]] = []
+    faults, records, new = [""] * len(contents), np.zeros(len(contents), RECORD), {}
+    places, told = known.find([_name(content) for content in contents] if known else [])
+    records[places] = told
     count = 0  # bytes of pixels
-    for content in contents:
+    for place in sorted({*range(len(contents))}.difference(places.tolist())):
         if count > 4 * BATCH_BYTES:
+            del faults[place:]
             break
         try:
-            row, image = known.find(_stamp_of(content)) if known else ((), None)
-            if image is None:
-                data, stamp = _read(content)
-                sha256 = _digest(data)
-                row, image = known.find(sha256)
-                row = (sha256, stamp, *row[2:])  # it may be in another place by now
-                if image is None:
-                    found = _decode(data, longest_side)
-                    image = np.ascontiguousarray(found.pixels)
-                    row = (sha256, stamp, _picture(image), 0, found.height, found.width, *image.shape, NEW)
-                    new.append((len(rows), image))
-            rows.append(row)
-            count += image.size
-            faults.append("")
+            data, stamp = _read(contents[place])
+            sha256 = _digest(data)
+            _, told = known.find([sha256])
+            if len(told):  # it is in another place by now
+                records[place] = told[0]
+                records[place]["stamp"] = stamp
+            else:
+                decoded = _decode(data, longest_side)
+                image = new[place] = np.ascontiguousarray(decoded.pixels)
+                picture = _picture(image.data, *image.shape)
+                records[place] = (sha256, stamp, picture, 0, decoded.height, decoded.width, *image.shape, NEW)
+                count += image.size
         except BadImage as fault:
-            faults.append(str(fault))
-    records = np.array(rows, RECORD)
+            faults[place] = str(fault)
     if new:
-        places, fresh = zip(*new, strict=True)
-        records["phash"][list(places)] = perceptual_hash(thumbnails(fresh))
-    return Batch(faults, records, b"".join(image.data for _, image in new))
+        records["phash"][list(new)] = perceptual_hash(thumbnails(list(new.values())))
+    sound = [place for place, fault in enumerate(faults) if not fault]
+    return Batch(faults, records[sound], b"".join(image.data for image in new.values()))
 
 
-def _stamp_of(content: "Content") -> bytes:
-    """Of a file; `UNSTAMPED` for all else."""
+def _name(content: "Content") -> bytes:
+    """By which an earlier run may know an image without its being read: the stamp of a file, the sha256 of all else."""
     try:
-        return _stamp(content, os.stat(content)) if isinstance(content, str) else UNSTAMPED  # noqa: PTH116 a third
+        if isinstance(content, str):
+            return _stamp(content, os.stat(content))  # noqa: PTH116 a third
     except OSError:  # which to read it will tell
         return UNSTAMPED
+    return UNSTAMPED if isinstance(content, BadImage) else _digest(content)
 
 
 def _stamp(path: str, told: os.stat_result) -> bytes:
     """What changes as soon as the file does; `UNSTAMPED` where it may just be changing."""
-    if time.time_ns() - max(told.st_mtime_ns, told.st_ctime_ns) < SETTLED:
+    modified, changed = told.st_mtime_ns, told.st_ctime_ns
+    if time.time_ns() - max(modified, changed) < SETTLED:
         return UNSTAMPED
-    parts = (path, told.st_size, told.st_mtime_ns, told.st_ctime_ns, told.st_ino)
-    return xxhash.xxh3_128_digest(repr(parts).encode())
+    return xxhash.xxh3_128_digest(TIMES.pack(told.st_size, modified, changed, told.st_ino) + os.fsencode(path))
 
 
 def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
@@ -201,23 +218,34 @@ class Earlier:
     def __bool__(self) -> bool:
         return len(self.starts) > 0
 
-    def find(self, name: bytes) -> tuple[tuple, np.ndarray | None]:
-        """The record and the pixels, (H, W, 1 or 3) uint8, of the file with this sha256 or stamp; else (), None."""
-        if not self or name == UNSTAMPED:
-            return (), None
-        at = self.starts.searchsorted(np.frombuffer(name, np.uint64, 1)[0])
-        if at == len(self.starts):
-            return (), None
-        told = os.pread(self.records, RECORD.itemsize, int(self.rows[at]) * RECORD.itemsize)
-        if len(told) < RECORD.itemsize or not (told.startswith(name) or told[STAMPED] == name):
-            return (), None
-        record: tuple = np.frombuffer(told, RECORD)[0].item()
-        _, _, picture, *_, height, width, channels, offset = record
-        size = height * width * channels
-        image = np.frombuffer(self.read(offset, size), np.uint8)
-        if len(image) != size or _picture(image := image.reshape(height, width, channels)) != picture:
-            return (), None  # a disk may forget
-        return record, image
+    def find(self, names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the files with these sha256s or stamps are there, pixels and all, and their records."""
+        if not self:
+            return np.empty(0, np.int64), np.empty(0, RECORD)
+        starts = np.frombuffer(b"".join([name[:8] for name in names]), np.uint64)
+        at = np.minimum(self.starts.searchsorted(starts), len(self.starts) - 1)
+        places = np.flatnonzero((self.starts[at] == starts) & (starts != 0))  # which those of `UNSTAMPED` are
+        rows = self.rows[at[places]].astype(np.int64)
+        records = np.zeros(len(rows), RECORD)
+        for some in _runs(rows, np.ones_like(rows)):
+            os.preadv(self.records, [records[some].view(np.uint8).data], rows[some.start] * RECORD.itemsize)
+        stated = zip(places.tolist(), records["sha256"].tolist(), records["stamp"].tolist(), strict=True)
+        same = np.array([names[place] in (sha256, stamp) for place, sha256, stamp in stated], bool)
+        same[same] = self._whole(records[same])
+        return places[same], records[same]
+
+    def _whole(self, records: np.ndarray) -> np.ndarray:
+        """(N,): whether the pixels are still those that they were: a disk may forget."""
+        whole = np.zeros(len(records), bool)
+        sizes = _sizes(records)
+        shapes = zip(*(records[name].tolist() for name in ("picture", "height", "width", "channels")), strict=True)
+        for some in _runs(records["offset"], sizes):
+            read, start = memoryview(self.read(int(records["offset"][some.start]), int(sizes[some].sum()))), 0
+            for row in range(some.start, some.stop):
+                picture, *shape = next(shapes)
+                size = math.prod(shape)
+                whole[row] = _picture(read[start : (start := start + size)], *shape) == picture
+        return whole
 
     def read(self, offset: int, count: int) -> bytes:
         """So many bytes of the pixels."""
@@ -235,10 +263,9 @@ def _known(folder: Path) -> Earlier:
     return Earlier.load(folder)
 
 
-def _picture(pixels: np.ndarray) -> int:
+def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -> int:
     """A hash of the shape and the pixels, in a thirtieth of the time of sha256."""
-    height, width, channels = pixels.shape
-    return xxhash.xxh3_64_intdigest(pixels.data, seed=height << 34 | width << 2 | channels)
+    return xxhash.xxh3_64_intdigest(pixels, seed=height << 34 | width << 2 | channels)
 
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -52,8 +52,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 Content = str | bytes | np.ndarray | BadImage
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One labelled image, not decoded yet."""
 
     path: str  # as reports name it: data/cats/1.jpg, data/pets.zip:cats/1.jpg, MNIST/train/17

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -33,8 +33,8 @@ class Table:
     rows: pd.DataFrame  # text; path or file_name, label, and perhaps split, group and others
 
 
-def may_be_tables(paths: Sequence[str]) -> Iterator[int]:
-    """Which of some files may be tables: those at the top, or in folders of splits there.
+def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Which of some files, by number and path, may be tables: those at the top, or in folders of splits there.
 
     A folder around all of them is looked through.
     """
@@ -46,7 +46,7 @@ def may_be_tables(paths: Sequence[str]) -> Iterator[int]:
         if path.lower().endswith(TABLES) and path.startswith(around):
             *folders, _ = path.removeprefix(around).split("/")
             if not folders or (len(folders) == 1 and folders[0].lower() in SPLITS):
-                yield index
+                yield index, path
 
 
 def holds_labels(rows: pd.DataFrame) -> bool:

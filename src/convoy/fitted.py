@@ -55,9 +55,10 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
         start, bar = 0, stack.enter_context(tqdm(total=len(sides), desc="preprocess", unit=" images"))
         for fitted, checks in _fitted(packed, index["picture"], shape, known):
             here = slice(start, start := start + len(fitted))
-            for side, file in enumerate(opened):
-                file.write(fitted[sides[here] == side].data)
-            sums.add(fitted[sides[here] == TRAIN])
+            parts = [fitted[sides[here] == side] for side in range(len(opened))]
+            for part, file in zip(parts, opened, strict=True):
+                file.write(part.data)
+            sums.add(parts[TRAIN])
             index["check"][here] = checks
             bar.update(len(fitted))
     if (packed.places[:, :3] != shape).any():  # else nothing was done that is worth keeping

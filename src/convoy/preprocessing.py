@@ -98,10 +98,12 @@ def _labels(packed: Packed) -> np.ndarray:
 def _tables(packed: Packed, sides: np.ndarray) -> Iterator[pa.Table]:
     """The rows of `images.parquet`, some at a time."""
     more = [name for name in pq.read_schema(packed.rows.file).names if name.startswith(COLUMN)]
+    said = ["path", "label", "sha256", "group", "split"]
     for side, name in enumerate(SPLITS):
-        for piece in packed.rows.pieces("path", "label", "sha256", "group", "split", *more):
-            here = piece[sides[piece.index] == side].assign(split=name)
-            yield pa.Table.from_pandas(here, preserve_index=False)
+        start = 0
+        for table in packed.rows.tables(*said, *more):
+            here = table.filter(sides[start : (start := start + len(table))] == side)
+            yield here.set_column(said.index("split"), "split", pa.array([name] * len(here), pa.large_string()))
 
 
 def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
@@ -125,17 +127,17 @@ def split(table: pd.DataFrame, params: Preprocess, seed: int, given: Collection[
     free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
 
     keys = zip(table["sha256"].tolist(), table["group"].tolist(), strict=True)
-    drawn_by = (_uniform(f"{seed}:group:{group}" if group else f"{seed}:{digest}") for digest, group in keys)
-    key = np.fromiter(drawn_by, float, len(table))
+    key = _uniform([f"{seed}:group:{group}" if group else f"{seed}:{digest}" for digest, group in keys])
     drawn = pd.Series("train", index=table.index)
     drawn[key < test + (1 - test) * val] = "val"
     drawn[key < test] = "test"
     return drawn.where(free, table["split"])
 
 
-def _uniform(text: str) -> float:
-    """A number in [0, 1) that follows from the text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def _uniform(texts: list[str]) -> np.ndarray:
+    """(N,) numbers in [0, 1) that follow from the texts."""
+    starts = b"".join([hashlib.sha256(text.encode()).digest()[:8] for text in texts])
+    return np.frombuffer(starts, ">u8") / 2.0**64
 
 
 def near_duplicates(packed: Packed, least: float) -> np.ndarray:

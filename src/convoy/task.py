@@ -27,6 +27,10 @@ class Task:
         return cls(**json.loads(file.read_text()))
 
 
+SMALL = 2**14  # bytes, of an image
+EXACT = 256  # rows whose squares float32 adds up exactly: 256 * 255**2 < 2**24
+
+
 class Sums:
     """The mean and the spread of each of C channels, over images that come a few at a time.
 
@@ -39,12 +43,14 @@ class Sums:
         self.squares = np.zeros(channels, np.uint64)
 
     def add(self, pixels: np.ndarray) -> None:
-        """(N, H, W, C) uint8. The images are added up before the pixels, as numpy does that fastest."""
-        channels = len(self.sums)
-        flat = pixels.reshape(len(pixels), math.prod(pixels.shape[1:]))
+        """(N, H, W, C) uint8. Whole images are added up first, or the rows of large ones, as that is done fastest."""
+        channels, size = len(self.sums), math.prod(pixels.shape[1:])
+        rows = pixels.reshape(-1, size if size <= SMALL else size // pixels.shape[1])
         self.count += pixels.size // channels
-        self.sums += flat.sum(0, np.uint64).reshape(-1, channels).sum(0)
-        self.squares += np.square(flat, dtype=np.uint16).sum(0, np.uint64).reshape(-1, channels).sum(0)
+        for start in range(0, len(rows), EXACT):
+            some = rows[start : start + EXACT].astype(np.float32)
+            for total, sums in ((self.sums, some.sum(0)), (self.squares, np.einsum("rp,rp->p", some, some))):
+                total += sums.astype(np.uint64).reshape(-1, channels).sum(0)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Of each channel, in units of [0, 1]. One that never varies is given the deviation of one grey level."""

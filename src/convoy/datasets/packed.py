@@ -38,13 +38,19 @@ class Rows:
         with self._opened(read_dictionary=few) as file:
             return file.read(list(names), use_threads=False).to_pandas(use_threads=False)
 
-    def pieces(self, *names: str) -> Iterator[pd.DataFrame]:
-        """These columns, or all, of some rows at a time."""
-        start = 0
+    def tables(self, *names: str) -> Iterator[pa.Table]:
+        """These columns, or all, in this order, of some rows at a time."""
         with self._opened() as file:
             for batch in file.iter_batches(PIECE, columns=list(names) or None, use_threads=False):
-                piece = batch.to_pandas(use_threads=False)
-                yield piece.set_axis(range(start, start := start + len(piece)))
+                table = pa.Table.from_batches([batch])
+                yield table.select(names) if names else table
+
+    def pieces(self, *names: str) -> Iterator[pd.DataFrame]:
+        """As `tables`, each row under its number."""
+        start = 0
+        for table in self.tables(*names):
+            piece = table.to_pandas(use_threads=False)
+            yield piece.set_axis(range(start, start := start + len(piece)))
 
     def at(self, rows: np.ndarray) -> pd.DataFrame:
         """The whole of some rows, whose numbers are in order, under these numbers."""

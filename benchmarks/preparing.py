@@ -52,6 +52,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     """All of fetch and preprocess but the cards: judged, hashed, packed, near duplicates found, split, resized."""
     from convoy.datasets.decoding import get_ready
     from convoy.datasets.folders import read_folder
+    from convoy.datasets.history import NEW
     from convoy.datasets.intake import Fetch, take_in
     from convoy.datasets.source import Dataset
     from convoy.preprocessing import Preprocess, prepare
@@ -65,7 +66,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         fetched, prepared = Path(name, "fetch"), Path(name, "preprocess")
         fetched.mkdir()
         prepared.mkdir()
-        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), [], fetched, earlier)
+        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), NEW, fetched, earlier)
         prepare(intake.packed, params, 1, prepared, earlier.parent.with_suffix(".fitted"))
         return source.count
 

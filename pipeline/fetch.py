@@ -12,6 +12,7 @@ from pipeline.stage import Stage, main
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
 TOLD = 50  # images that are left out, by name on the terminal; the others in a file
+NAMED = 10  # classes
 
 
 def fetch(stage: Stage) -> None:
@@ -28,15 +29,16 @@ def fetch(stage: Stage) -> None:
     else:
         source = read_torchvision(params.torchvision, stage.home / "downloads" / params.name)
     history.check(params.name, source.classes)
-    intake = take_in(source, params, limits, history.classes, stage.scratch, earlier)
+    intake = take_in(source, params, limits, history, stage.scratch, earlier)
     packed, quarantine, merged = intake.packed, intake.quarantine, intake.merged
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
     merged.to_csv(stage.scratch / "merged.csv", index=False)
 
-    history = history.grown(packed.classes, version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine)))
+    version = version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine))
+    history = history.grown(packed.classes, version, packed.drawn)
     changes = history.changes()
     table = packed.rows.columns("label", "split", "group", *SIZES)
-    found = AsFound(params.name, packed.classes, table, packed.image, quarantine, merged, changes)
+    found = AsFound(params.name, packed.classes, table, packed.image, quarantine, merged, changes, intake.notes)
     write_fetch_card(found, stage.scratch)
     tell(found)
     history.save(lock, params.name)
@@ -50,9 +52,12 @@ def tell(found: AsFound) -> None:
         print(f"left out: {len(found.quarantine) - TOLD} more, all of them in artifacts/fetch/quarantine.csv")
     for change in found.changes:
         print(f"changed: {change}")
+    for note in found.notes:
+        print(f"note: {note}")
+    names = ", ".join(found.classes[:NAMED]) + (", ..." if len(found.classes) > NAMED else "")
     print(
-        f"{found.name}: {len(found.table)} images, {len(found.quarantine)} left out, {len(found.merged)} exact copies"
-        " merged; artifacts/fetch/card.md shows them"
+        f"{found.name}: {len(found.table)} images of {len(found.classes)} classes ({names}),"
+        f" {len(found.quarantine)} left out, {len(found.merged)} exact copies merged; artifacts/fetch/card.md shows all"
     )
 
 

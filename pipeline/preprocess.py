@@ -12,6 +12,8 @@ from convoy.images import fit
 from convoy.preprocessing import Preprocess, prepare
 from pipeline.stage import Stage, main
 
+TOLD = 20  # notes on the terminal
+
 
 def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
@@ -34,6 +36,8 @@ def preprocess(stage: Stage) -> None:
         images=lambda row: fit(packed.image(prepared.rows[row]), task.size, task.channels),
         found=packed.named,
         near=prepared.near,
+        pairs=prepared.pairs,
+        doubtful=prepared.doubtful,
         withheld=prepared.withheld,
         notes=prepared.notes,
     )
@@ -41,13 +45,17 @@ def preprocess(stage: Stage) -> None:
     splits = table["split"].astype(str).value_counts()
     counts = {"images": len(rows), "classes": len(task.classes), **splits}
     profile = {name: int(count) for name, count in counts.items()} | {
-        "near_duplicates": len(prepared.near),
+        "near_duplicates": prepared.pairs,
         "withheld": len(prepared.withheld),
     }
     described = {"name": packed.name, "source": packed.origin, "profile": profile}
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
-    for note in prepared.notes:
+    for note in prepared.notes[:TOLD]:
         print(f"note: {note}")
+    if len(prepared.notes) > TOLD:
+        print(
+            f"note: and {len(prepared.notes) - TOLD} more of this kind; artifacts/preprocess/card.md counts all classes"
+        )
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
 
 

@@ -41,7 +41,12 @@ def some(count: int) -> pd.DataFrame:
 
 
 def intake(table: pd.DataFrame, **more: Any) -> AsFound:
-    empty = {"quarantine": some(0), "merged": pd.DataFrame({"path": [], "kept": []}, dtype=str), "changes": []}
+    empty = {
+        "quarantine": some(0),
+        "merged": pd.DataFrame({"path": [], "kept": []}, dtype=str),
+        "changes": [],
+        "notes": [],
+    }
     classes = list(dict.fromkeys(table["label"]))
     return AsFound(**{"name": "toy", "classes": classes, "table": table, "images": plain()} | empty | more)
 
@@ -62,7 +67,9 @@ def prepared(table: pd.DataFrame, **more: Any) -> AsPrepared:
         "images": plain(),
         "found": lambda path: plain()(0),
     }
-    empty = {"near": pairs(table), "withheld": some(0), "notes": []}
+    near = more.get("near", pairs(table))
+    counts = {"pairs": len(near), "doubtful": int((near["label"] != near["other_label"]).sum())}
+    empty = {"near": near, "withheld": some(0), "notes": []} | counts
     return AsPrepared(**{"name": "toy"} | measured | images | empty | more)
 
 

@@ -64,6 +64,77 @@ def test_a_class_may_be_called_like_a_split(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ("Training/cat Testing/dog", "cat:train dog:test"),
+        ("training_set/cat test_set/dog", "cat:train dog:test"),
+        ("train_images/cat val_images/dog", "cat:train dog:val"),
+        ("trainset/cat dev/dog", "cat:train dog:val"),
+        ("train/cat eval/dog", "cat:train dog:test"),
+        ("seg_train/seg_train/cat seg_test/seg_test/dog", "cat:train dog:test"),
+        ("pets/train/images/cat pets/test/images/dog", "cat:train dog:test"),
+        ("cat/train cat/test dog/train dog/test", "cat:test cat:train dog:test dog:train"),
+        ("a/train/cat a/test/dog b/train/dog", "cat:train dog:test dog:train"),
+        ("train/cat test/cat set/train/dog set/test/dog", "cat:test cat:train dog:test dog:train"),
+        ("bus train car", "bus: car: train:"),
+        ("test_tube train bus", "bus: test_tube: train:"),
+        ("train_station test_tube/old bus", "bus: test_tube: train_station:"),
+        ("contest/cat trainer/dog", "contest: trainer:"),
+        ("cat/train dog/old", "cat: dog:"),
+        ("train/cat train/dog", "cat:train dog:train"),
+    ],
+)
+def test_folders_named_after_splits_are_known_wherever_they_stand(data: Path, folders: str, found: str) -> None:
+    write(data, {f"{folder}/{number}.png": png() for number, folder in enumerate(folders.split())})
+    assert {f"{label}:{split}" for _, label, split in rows(data)} == set(found.split())
+
+
+@pytest.mark.parametrize("beside", ["unlabelled/", "meta/", "ground_truth/dog/", "seg_pred/", "nested/cat/"])
+@pytest.mark.parametrize("splits", ["{}/", "seg_{}/", "{}_images/"])
+def test_what_lies_beside_the_folders_of_splits_is_no_class(data: Path, splits: str, beside: str) -> None:
+    write(data, {f"{splits.format('train')}cat/1.png": png(), f"{splits.format('test')}dog/2.png": png()})
+    members = read(write(data, {f"{beside}3.png": png(), f"{beside}notes.txt": b"of these"}))
+    assert {member.label for member in members} == {"cat", "dog", ""}
+    assert faults(members) == [f"data/{beside}3.png lies in no class folder of a split, so its label is unknown"]
+
+
+@pytest.mark.parametrize("files", ["train_images/1.png test_images/2.png", "Train/1.png Test/2.png Meta/3.png"])
+def test_folders_of_splits_without_classes_are_refused(data: Path, files: str) -> None:
+    with pytest.raises(ConvoyError, match=r"no images with a label(.|\n)*1\.png lies in no class folder"):
+        read_folder(write(data, dict.fromkeys(files.split(), png())))
+
+
+def test_a_folder_without_images_is_no_class(data: Path) -> None:
+    write(data, SPLIT_PETS | {"meta/classes.txt": b"cat\ndog\n"})
+    assert {split for _, _, split in rows(data)} == {"train", "val", "test"}
+
+
+def test_archives_may_be_named_after_splits(data: Path) -> None:
+    pets = {"cat/1.png": png(1), "dog/1.png": png(2)}
+    write(data, {"pets-train.zip": zipped(pets), "test/pets.tar.gz": tarred(pets), "more.zip": zipped(pets)})
+    assert {(path.partition(":")[0], split) for path, _, split in rows(data)} == {
+        ("data/pets-train.zip", "train"), ("data/test/pets.tar.gz", "test"), ("data/more.zip", ""),
+    }  # fmt: skip
+
+
+def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
+    assert {split for _, _, split in rows(write(data, {"test.zip": zipped(PETS), "old-test.zip": zipped(PETS)}))} == {
+        ""
+    }
+
+
+def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
+    write(data, {f"{site}/{label}/1.png": png() for site in "abcd" for label in ("normal", "ill")})
+    source = read_folder(data)
+    assert source.classes == ["a", "b", "c", "d"]
+    assert source.notes == [
+        "a, b, c and 1 more are taken for the classes, and in each of them are the folders ill, normal: if those are"
+        " the classes, put them at the top, one folder for each"
+    ]
+    assert read_folder(write(data, {"a/strange/1.png": png()})).notes == []
+
+
+@pytest.mark.parametrize(
     "names", [("NA", "None", "nan"), ("007", "7", "7.0"), ("true", "no", "null"), ("é", "猫", " ")]
 )
 def test_the_names_of_classes_survive(data: Path, names: tuple[str, ...]) -> None:
@@ -81,7 +152,8 @@ def test_the_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
 
 
 def test_what_systems_leave_in_folders_is_passed_over(data: Path) -> None:
-    write(data, dict.fromkeys((".DS_Store", "cat/.DS_Store", "cat/Thumbs.db", "dog/desktop.ini"), b"junk"))
+    write(data, dict.fromkeys((".DS_Store", "cat/.DS_Store", "cat/thumbs.db", "dog/Desktop.ini"), b"junk"))
+    write(data, dict.fromkeys(("@eaDir/cat/1.png", "$RECYCLE.BIN/1.png", "cat/Icon\r"), b"junk"))
     write(data, {"__MACOSX/cat/._1.png": b"junk", "cat/._1.png": b"junk", ".git/config": b"junk"})
     assert rows(write(data, PETS)) == AS_ROWS
 
@@ -110,7 +182,8 @@ def test_every_file_in_a_class_folder_is_taken_for_an_image(data: Path) -> None:
 )
 def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
     members = read(write(data, files))
-    assert faults(members) == [f"{named} lies in no class folder, so its label is unknown"]
+    in_splits = " of a split" if "train/" in named else ""
+    assert faults(members) == [f"{named} lies in no class folder{in_splits}, so its label is unknown"]
     assert [member.path for member in members if member.label == ""] == [named]
     assert len(members) == 1 + len(SPLIT_PETS if "train/cat/1.png" in files else PETS)
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convoy.config import ConvoyError
-from convoy.datasets.history import History, Version, extended, version_of
+from convoy.datasets.history import NEW, History, Version, extended, version_of
 
-NEW = History(classes=[], versions=[])
 names = st.lists(st.text(max_size=5), unique=True, max_size=6)
 
 
@@ -33,9 +32,29 @@ def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
     NEW.check("pets", ["rose"])
     history.check("pets", ["dog", "rose"])
     with pytest.raises(
-        ConvoyError, match=r"^none of the classes that data.lock knows of pets \(cat, dog, ...\) is there"
+        ConvoyError,
+        match=r"^none of the classes that data.lock knows of pets \(cat, dog\) is there, but rose, tulip: if these are",
     ):
         history.check("pets", ["rose", "tulip"])
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "drawn"),
+    [
+        ([], "", []),
+        ([], "train", ["val", "test"]),
+        ([], "train test", ["val"]),
+        ([], "train val test", []),
+        (["val", "test"], "train val test", ["val", "test"]),
+        (["test"], "", ["test"]),
+    ],
+)
+def test_splits_are_drawn_from_training_images_where_none_are_given_and_then_for_good(
+    before: list, given: str, drawn: list
+) -> None:
+    history = NEW.grown(["cat"], version(cat=3), before)
+    assert history.draws({"", *given.split()}) == drawn
+    assert history.grown(["cat"], version(cat=3), drawn).drawn == drawn
 
 
 def test_the_first_version_has_no_changes() -> None:

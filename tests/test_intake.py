@@ -14,6 +14,7 @@ from PIL import Image
 
 from convoy.config import ConvoyError, typed
 from convoy.datasets.folders import read_folder
+from convoy.datasets.history import NEW, History, Version
 from convoy.datasets.intake import Fetch, Intake, group_in, take_in
 from convoy.datasets.source import Dataset
 
@@ -59,7 +60,7 @@ def taken_in(
     data: Path,
     max_bad_fraction: float = 1.0,
     group: str | None = None,
-    known: tuple[str, ...] = (),
+    history: History = NEW,
     into: str = "packed",
 ) -> Intake:
     folder = data.parent / into
@@ -67,7 +68,7 @@ def taken_in(
     folder.mkdir()
     limits = Fetch(max_bad_fraction=max_bad_fraction)
     earlier = data.parent / "remembered" / "here"
-    return take_in(read_folder(data), pets(group), limits, known, folder, earlier)
+    return take_in(read_folder(data), pets(group), limits, history, folder, earlier)
 
 
 def pets(group: str | None = None) -> Dataset:
@@ -160,7 +161,9 @@ def test_of_two_copies_the_one_in_the_test_split_stays(data: Path) -> None:
 def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_their_places(data: Path) -> None:
     write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
     assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
-    assert taken_in(data, known=("owl", "dog")).packed.classes == ["owl", "dog", "ape", "cat"]
+    assert taken_in(
+        data, history=NEW.grown(["owl", "dog"], Version(digest="", images={}, quarantine=0))
+    ).packed.classes == ["owl", "dog", "ape", "cat"]
 
 
 # Groups
@@ -170,7 +173,7 @@ def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_thei
     ("pattern", "group"),
     [
         (None, ""),
-        ("folder", "data/patient-7/left"),
+        ("folder", "patient-7/left"),
         (r"patient-(\d+)", "7"),
         (r"patient-\d+", "patient-7"),
         (r"hospital-(\d+)", ""),
@@ -179,6 +182,23 @@ def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_thei
 )
 def test_a_group_is_the_folder_or_what_an_expression_finds_in_the_path(pattern: str | None, group: str) -> None:
     assert group_in("data/patient-7/left/1.png", pattern) == group
+    assert group_in("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", pattern) == group
+
+
+def test_images_that_a_pattern_puts_in_no_group_are_counted(data: Path) -> None:
+    write(data, PETS)
+    (note,) = taken_in(data, group=r"cat/(\d+)").notes
+    assert note == (
+        r"dataset.group='cat/(\\d+)' finds no group in the paths of 4 of 8 images, such as data/dog/0.png: each of them"
+        " is split on its own"
+    )
+
+
+def test_a_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
+    with pytest.raises(
+        ConvoyError, match=r"dataset\.group='pateint-.*' finds a group in no path, such as data/cat/0.png"
+    ):
+        taken_in(write(data, PETS), group=r"pateint-(\d+)")
 
 
 def test_an_expression_that_is_none_is_refused_by_name() -> None:
@@ -189,7 +209,26 @@ def test_an_expression_that_is_none_is_refused_by_name() -> None:
 def test_a_group_that_the_source_names_goes_before_the_pattern(data: Path) -> None:
     write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
     table = taken_in(data, group="folder").packed.table
-    assert table["group"].tolist() == ["tom", "data/cat", "rex"]
+    assert table["group"].tolist() == ["tom", "cat", "rex"]
+
+
+@pytest.mark.parametrize("twin", ["Cat", "cat ", "\N{FULLWIDTH LATIN SMALL LETTER C}at"])
+def test_classes_whose_names_look_the_same_are_pointed_out(data: Path, twin: str) -> None:
+    write(data, PETS | {f"{twin}/9.png": saved(picture(9))})
+    (note,) = taken_in(data).notes
+    assert note == f"the classes {twin!r} and 'cat' are learned apart: give them one name if they are one class" or (
+        note == f"the classes 'cat' and {twin!r} are learned apart: give them one name if they are one class"
+    )
+
+
+def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> None:
+    write(data, {f"train/{name}": content for name, content in PETS.items()})
+    first = taken_in(data)
+    assert (first.packed.drawn, first.notes) == (["val", "test"], [])
+    history = NEW.grown(first.packed.classes, Version(digest="", images={}, quarantine=0), first.packed.drawn)
+    later = taken_in(write(data, {"test/cat/9.png": saved(picture(9))}), history=history)
+    assert later.packed.drawn == ["val", "test"]
+    assert later.notes[0].startswith("test images are given now, and some of those given for training stay test images")
 
 
 # Growth

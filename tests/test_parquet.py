@@ -151,7 +151,7 @@ def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path, mon
         "data/a.parquet:3 has no label",
         "data/a.parquet:4 has the label 3, and its file has names for 0 to 2",
         "data/a.parquet:5 is larger than 256 MiB",
-        "data/a.parquet:6 has the split 'trian', which is none of train, val, valid, validation, test",
+        "data/a.parquet:6 has the split 'trian', which is none of train, val, test",
     ]
     assert members[0].content == png()
 

@@ -217,7 +217,7 @@ def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.Capture
     run_stages(root, until="fetch")
     said = capsys.readouterr().out
     assert "left out: data/lying/torn.png can't be decoded: " in said
-    assert "digits: 90 images, 1 left out, 1 exact copies merged; artifacts/fetch/card.md shows them" in said
+    assert "digits: 90 images of 3 classes (leaning, lying, standing), 1 left out, 1 exact copies merged; art" in said
     assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from sklearn.datasets import load_sample_images
 
 import convoy.fitted
 from convoy.config import ConvoyError
+from convoy.datasets.history import NEW, Version
 from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import Packed
 from convoy.datasets.source import Dataset, Member, Source
 from convoy.images import fit
-from convoy.preprocessing import SPLITS, Prepared, Preprocess, near_duplicates, prepare, split, withhold
+from convoy.preprocessing import SPLITS, Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
 from convoy.task import Sums, Task
 
 PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
@@ -36,8 +38,13 @@ def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
     return pd.DataFrame(images).assign(**columns)
 
 
+def sides_of(images: pd.DataFrame, seed: int = 1) -> pd.Series:
+    """As the first version of the data is split."""
+    return split(images, PARAMS, seed, NEW.draws(set(images["split"])))
+
+
 def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
-    return dict(zip(images["sha256"], split(images, PARAMS, seed), strict=True))
+    return dict(zip(images["sha256"], sides_of(images, seed), strict=True))
 
 
 # The split
@@ -47,13 +54,13 @@ def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
 @settings(max_examples=30)
 def test_every_image_is_on_exactly_one_side(count: int, seed: int) -> None:
     images = table(count)
-    sides = split(images, PARAMS, seed)
+    sides = sides_of(images, seed)
     assert sides.index.equals(images.index)
     assert sides.isin(SPLITS).all()
 
 
 def test_the_shares_are_as_asked() -> None:
-    shares = split(table(20_000), PARAMS, 1).value_counts(normalize=True)
+    shares = sides_of(table(20_000), 1).value_counts(normalize=True)
     assert shares["test"] == pytest.approx(0.2, abs=0.01)
     assert shares["val"] == pytest.approx(0.25 * 0.8, abs=0.01)  # of the images that are left to train with
 
@@ -74,15 +81,15 @@ def test_neither_order_nor_names_nor_labels_nor_settings_of_the_decoder_move_an_
 @given(groups=st.lists(st.sampled_from(["tom", "rex", "", "é|`"]), min_size=1, max_size=60), seed=st.integers(0, 50))
 def test_a_group_is_never_divided_and_growing_it_moves_nothing(groups: list[str], seed: int) -> None:
     images = table(len(groups)).assign(group=groups)
-    sides = split(images, PARAMS, seed)
+    sides = sides_of(images, seed)
     assert (sides.groupby(images["group"]).nunique().drop("", errors="ignore") == 1).all()
     half = images.sample(frac=0.5, random_state=0)
-    assert split(half, PARAMS, seed).equals(sides[half.index])
+    assert sides_of(half, seed).equals(sides[half.index])
 
 
 def test_a_group_of_one_name_has_nothing_to_do_with_an_image_of_that_hash() -> None:
     images = table(200)
-    assert not split(images, PARAMS, 1).equals(split(images.assign(group=images["sha256"]), PARAMS, 1))
+    assert not sides_of(images, 1).equals(sides_of(images.assign(group=images["sha256"]), 1))
 
 
 def test_another_seed_gives_another_split_and_the_same_seed_the_same() -> None:
@@ -93,7 +100,7 @@ def test_another_seed_gives_another_split_and_the_same_seed_the_same() -> None:
 @pytest.mark.parametrize("given_split", ["test", "val"])
 def test_a_split_that_the_source_gives_stands_and_the_other_is_drawn_from_the_training_images(given_split: str) -> None:
     images = pd.concat([table(1000, split="train"), table(300, start=1000, split=given_split)], ignore_index=True)
-    sides = split(images, PARAMS, 1)
+    sides = sides_of(images, 1)
     (drawn,) = {"test", "val"} - {given_split}
     assert (sides == given_split).equals(images["split"] == given_split)
     assert set(sides[:1000]) == {"train", drawn}
@@ -101,11 +108,43 @@ def test_a_split_that_the_source_gives_stands_and_the_other_is_drawn_from_the_tr
 
 def test_where_the_source_gives_all_three_nothing_is_drawn() -> None:
     images = pd.concat([table(100, start=100 * k, split=name) for k, name in enumerate(SPLITS)], ignore_index=True)
-    assert split(images, PARAMS, 1).tolist() == images["split"].tolist()
+    assert sides_of(images, 1).tolist() == images["split"].tolist()
 
 
 def test_where_the_source_gives_only_training_images_both_others_are_drawn() -> None:
     assert by_hash(table(split="train")) == by_hash(table())
+
+
+@given(
+    old=st.lists(st.sampled_from(["", "train", "val", "test"]), min_size=1, max_size=60),
+    new=st.lists(st.sampled_from(["", "train", "val", "test"]), max_size=60),
+)
+def test_splits_that_come_with_new_images_move_no_old_one(old: list[str], new: list[str]) -> None:
+    before, after = table(len(old)).assign(split=old), table(len(old + new)).assign(split=old + new)
+    drawn = NEW.draws(set(old))
+    later = NEW.grown(["cat"], Version(digest="", images={}, quarantine=0), drawn).draws(set(old + new))
+    assert split(before, PARAMS, 1, drawn).equals(split(after, PARAMS, 1, later)[: len(old)])
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from(["tom", "rex", "fox", ""]), st.sampled_from(["", "train", "val", "test"])),
+        min_size=1, max_size=40,
+    )
+)  # fmt: skip
+def test_a_group_is_used_on_one_side_alone_whatever_splits_the_source_gives(rows: list[tuple[str, str]]) -> None:
+    images = table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
+    drawn = NEW.draws(set(images["split"]))
+    own = split(images, PARAMS, 1, drawn)
+    places = hold_together(images, own.map(SPLITS.index).to_numpy(), drawn)
+    sides, together = (pd.Series(np.array(SPLITS)[each]) for each in places)
+    withheld = withhold(images, sides, together, np.empty((0, 2), int))
+    left = sides.drop(withheld.index)
+    assert (left.groupby(images["group"]).nunique().drop("", errors="ignore") <= 1).all()
+    assert sides[images["split"].isin(["val", "test"])].equals(images["split"][images["split"].isin(["val", "test"])])
+    assert sides[images["group"] == ""].equals(own[images["group"] == ""])
+    assert set(images["split"][withheld.index]) <= {"train", "val"}  # what has no split goes where its group is
+    assert withheld["reason"].str.fullmatch(r"is of the group '\w+', of which there are (val|test) images").all()
 
 
 # Near duplicates
@@ -123,8 +162,8 @@ def likenesses(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
 
 def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
     """sha256 -> side, of the images that are not withheld."""
-    sides = split(images, PARAMS, seed)
-    left = sides.drop(withhold(images, sides, near).index)
+    sides = sides_of(images, seed)
+    left = sides.drop(withhold(images, sides, sides, near).index)
     return dict(zip(images["sha256"][left.index], left, strict=True))
 
 
@@ -172,12 +211,12 @@ def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_sam
 def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
     images = table(3)
     sides = pd.Series(["train", "test", "val"])
-    withheld = withhold(images, sides, np.array([[0, 1], [2, 1]]))
+    withheld = withhold(images, sides, sides, np.array([[0, 1], [2, 1]]))
     assert withheld.to_dict("records") == [
         {"path": "data/cat/0.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
         {"path": "data/cat/2.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
     ]
-    same = withhold(images.assign(picture=[5, 5, 6]), sides, np.empty((0, 2), int))
+    same = withhold(images.assign(picture=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
     assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
 
 
@@ -211,10 +250,12 @@ def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tm
 # The arrays
 
 
-def packed(folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], given_split: str = "") -> Packed:
+def packed(
+    folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], given_split: str = "", group: str = ""
+) -> Packed:
     """`images` by class, as a packed data set in `folder`."""
     members = [
-        Member(f"data/{label}/{number}.png", label, given_split, "", content)
+        Member(f"data/{label}/{number}.png", label, given_split, group, content)
         for label, contents in images.items()
         for number, content in enumerate(contents)
     ]
@@ -222,7 +263,7 @@ def packed(folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], giv
     source = Source(sorted(images), len(members), iter(members))
     limits = Fetch(max_bad_fraction=0.0)
     pets = Dataset(name="pets", longest_side=512, group=None)
-    return take_in(source, pets, limits, [], folder, folder / "remembered" / "here").packed
+    return take_in(source, pets, limits, NEW, folder, folder / "remembered" / "here").packed
 
 
 def made(packed: Packed, folder: Path, params: Preprocess = PARAMS) -> Prepared:
@@ -399,7 +440,9 @@ def test_what_needs_no_fitting_is_not_kept_twice(tmp_path: Path) -> None:
 def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2), "rare": noise(count, 1, 1)})
     (note,) = made(images, tmp_path).notes
-    assert note.startswith(f"class 'rare' has {count} images, too few for each split: none in ")
+    assert re.fullmatch(
+        rf"class 'rare' has no image in \w+ and \w+, of {count}|class 'rare' has no image in \w+, of 2", note
+    )
 
 
 def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tmp_path: Path) -> None:
@@ -413,7 +456,15 @@ def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tm
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
-    with pytest.raises(ConvoyError, match="there is no train image left: pets needs more images"):
+    with pytest.raises(ConvoyError, match="there is no train image left of 40: pets needs more images"):
+        made(images, tmp_path)
+
+
+def test_groups_of_which_none_is_on_a_side_are_counted(tmp_path: Path) -> None:
+    images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, group="one")
+    with pytest.raises(
+        ConvoyError, match=r"no .* image left of 40 in 1 groups, each of which stays together: pets needs"
+    ):
         made(images, tmp_path)
 
 

@@ -118,6 +118,54 @@ def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: 
     assert faults(members) == ["data/dog/1.png has no label in labels.parquet"]
 
 
+# What columns may be called, and paths may be
+
+
+@pytest.mark.parametrize("header", ["Path,Label,Split,Group", "file name, LABEL ,split,group",
+                                    "image-path,class,Split,GROUP", "filename,Category,SPLIT,Group"])  # fmt: skip
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_columns_are_known_in_any_case_and_between_any_separators(data: Path, header: str, separator: str) -> None:
+    lines = [header, "cat/1.png,siamese,train,A", "cat/2.png,persian,test,B", "dog/1.png,pug,,"]
+    write(data, PETS | {"labels.tsv": "\n".join(lines).replace(",", separator)})
+    source = read_folder(data)
+    assert source.more == []
+    assert [(m.label, m.split, m.group) for m in source.members] == [
+        ("siamese", "train", "A"), ("persian", "test", "B"), ("pug", "", ""),
+    ]  # fmt: skip
+
+
+def test_of_several_columns_with_paths_or_labels_the_plainest_counts(data: Path) -> None:
+    table = "file_name,class,Label,label,path\n1.png,pet,x,siamese,cat/1.png\n2.png,pet,y,persian,cat/2.png\n"
+    source = read_folder(write(data, PETS | {"labels.csv": table}))
+    assert source.more == ["file_name", "class", "Label"]
+    assert [member.label for member in source.members][:2] == ["siamese", "persian"]
+
+
+@pytest.mark.parametrize("ending", [".png", ""])
+@pytest.mark.parametrize("archive", [False, True])
+def test_files_may_be_named_without_their_folders_and_endings(data: Path, ending: str, archive: bool) -> None:
+    images = {"images/part-1/a.png": png(1), "images/part-2/b.v2.png": png(2), "images/notes/a.txt": b"of a"}
+    write(data, {"images.zip": zipped(images)} if archive else images)
+    write(data, {"labels.csv": f"image_id,label\na{ending},cat\nb.v2{ending},dog\n"})
+    assert [label for _, label, _ in rows(data)] == ["cat", "dog"]
+
+
+def test_a_name_that_several_files_have_is_told(data: Path) -> None:
+    write(
+        data, {"x/1.png": png(1), "y/1.png": png(2), "y/2.png": png(3), "labels.csv": "file,label\n1.png,a\n2.png,b\n"}
+    )
+    assert faults(read(data)) == [
+        "data/x/1.png is not in labels.csv, so its label is unknown",
+        "data/y/1.png is not in labels.csv, so its label is unknown",
+        "data/1.png is named in labels.csv, and 2 files are called so: write their folders, too",
+    ]
+
+
+def test_where_some_rows_are_paths_none_is_a_mere_name(data: Path) -> None:
+    write(data, {"1.png": png(1), "masks/2.png": png(2), "labels.csv": "path,label\n1.png,a\n2.png,b\n"})
+    assert "data/2.png is named in labels.csv, but there is no such file" in faults(read(data))
+
+
 # Other columns
 
 
@@ -219,7 +267,7 @@ dog/1.png,dog,test
     members = read(write(data, PETS | {"labels.csv": table, "dog/2.png": png(), "dog/note.txt": b"a note"}))
     assert faults(members) == [
         "data/cat/1.png has no label in labels.csv",
-        "data/cat/2.png has the split 'trian' in labels.csv, which is none of train, val, valid, validation, test",
+        "data/cat/2.png has the split 'trian' in labels.csv, which is none of train, val, test",
         "data/dog/2.png is not in labels.csv, so its label is unknown",
         "data/cat/3.png is named in labels.csv, but there is no such file",
         "../outside.png is named in labels.csv and points out of the data",
@@ -296,12 +344,21 @@ def test_a_table_in_an_archive_that_can_not_be_read_is_refused(data: Path) -> No
         read_folder(write(data, {"pets.zip": archive}))
 
 
-@pytest.mark.parametrize("table", ["", "\n\n", "name,size\ncat,3\n", "path;label\ncat/1.png;cat\n", "label\ncat\n"])
-def test_another_table_beside_class_folders_is_passed_over(data: Path, table: str) -> None:
+@pytest.mark.parametrize("table", ["name,size\ncat,3\n", "image_id,dx\ncat/1.png,nv\n", "label\ncat\n", "a;b\n1,5;2\n"])
+def test_another_table_beside_class_folders_is_passed_over_and_named(data: Path, table: str) -> None:
     assert rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
+    columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
+    assert read_folder(data).notes == [
+        f"data/notes.csv has the columns {columns}, and not path and label: it is not used"
+    ]
+
+
+@pytest.mark.parametrize("table", ["", "\n\n"])
+def test_an_empty_table_is_named_too(data: Path, table: str) -> None:
+    assert read_folder(write(data, PETS | {"notes.csv": table})).notes == ["data/notes.csv is empty: it is not used"]
 
 
 def test_a_table_without_the_columns_is_named_where_there_are_no_classes(data: Path) -> None:
-    write(data, {"1.png": png(), "labels.csv": "path;label\n1.png;cat\n"})
-    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns path;label, and not path and label"):
+    write(data, {"1.png": png(), "labels.csv": "id;breed\n1;pug\n"})
+    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
         read_folder(data)

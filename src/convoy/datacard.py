@@ -47,6 +47,7 @@ class AsFound:
     quarantine: pd.DataFrame  # path, label, reason
     merged: pd.DataFrame  # path, kept: an exact copy, and the path of the image that stands for it
     changes: list[str]  # sentences: what is new since the last version of the data; [] where this is the first
+    notes: list[str]  # sentences
 
 
 def write_fetch_card(found: AsFound, folder: Path) -> None:
@@ -63,6 +64,7 @@ def write_fetch_card(found: AsFound, folder: Path) -> None:
         headline["groups"] = groups
     sections = [
         ("", _table(pd.DataFrame([headline]))),
+        ("Worth knowing", _bullets(found.notes)),
         ("What changed", _bullets(found.changes) or "This is the first version of the data."),
         ("Classes", _paragraphs(_balance(counts["images"]), _class_bars(counts, folder))),
         ("Size and colour", _sizes(table, folder)),
@@ -87,7 +89,9 @@ class AsPrepared:
     table: pd.DataFrame  # of images, in the order of the arrays: path, label, split
     images: Images  # as the networks see them: (size, size, channels)
     found: Callable[[str], np.ndarray]  # path -> (H, W, 1 or 3) uint8, of any image that is near another
-    near: pd.DataFrame  # pairs that are nearly equal: path, other, label, other_label
+    near: pd.DataFrame  # pairs that are nearly equal: path, other, label, other_label; those under two labels first
+    pairs: int  # in all, of which `near` may list only the first
+    doubtful: int  # those under two labels
     withheld: pd.DataFrame  # path, label, reason: left out because it nearly equals an image that judges
     notes: list[str]  # sentences
 
@@ -101,7 +105,7 @@ def write_preprocess_card(prepared: AsPrepared, folder: Path) -> None:
         **{split: int((table["split"] == split).sum()) for split in ("train", "val", "test")},
         "classes": len(prepared.classes),
         "withheld": len(prepared.withheld),
-        "near duplicates": len(prepared.near),
+        "near duplicates": prepared.pairs,
     }
     near = prepared.near.astype(str)
     agree = near["label"] == near["other_label"]
@@ -111,8 +115,14 @@ def write_preprocess_card(prepared: AsPrepared, folder: Path) -> None:
         ("Worth knowing", _bullets(prepared.notes)),
         ("Splits", _paragraphs(_split_shares(table), _class_bars(counts, folder))),
         ("What the networks see", _paragraphs(_measures(prepared), seen)),
-        ("Nearly equal, with different labels", _near(near[~agree], LISTED, prepared, folder / "doubtful.png")),
-        ("Nearly equal, with the same label", _near(near[agree], PAIRS, prepared, folder / "near.png")),
+        (
+            "Nearly equal, with different labels",
+            _near(near[~agree], prepared.doubtful, LISTED, prepared, folder / "doubtful.png"),
+        ),
+        (
+            "Nearly equal, with the same label",
+            _near(near[agree], prepared.pairs - prepared.doubtful, PAIRS, prepared, folder / "near.png"),
+        ),
         ("Withheld", _withheld(prepared.withheld)),
         ("Images of each class", _class_numbers(counts) if len(counts) > SHORT else ""),
     ]
@@ -260,12 +270,15 @@ def _merged(merged: pd.DataFrame) -> str:
 def _withheld(withheld: pd.DataFrame) -> str:
     if withheld.empty:
         return ""
-    said = f"{_count(len(withheld), 'image')} would have made the figures too good, and take no part."
+    said = (
+        f"{_count(len(withheld), 'image')} would have made the figures too good, and take no part."
+        " preprocess.near_duplicate in conf/config.yaml says from where on images nearly equal each other."
+    )
     return _paragraphs(said, _listed(withheld[["path", "label", "reason"]], "withheld.csv"))
 
 
-def _near(near: pd.DataFrame, listed: int, prepared: AsPrepared, picture: Path) -> str:
-    """Some of the pairs side by side, and a list that begins with these."""
+def _near(near: pd.DataFrame, count: int, listed: int, prepared: AsPrepared, picture: Path) -> str:
+    """Some of the pairs, `count` in all, side by side, and a list that begins with these."""
     if near.empty:
         return ""
     near = near.reset_index(drop=True)
@@ -274,9 +287,7 @@ def _near(near: pd.DataFrame, listed: int, prepared: AsPrepared, picture: Path) 
     listing.insert(0, "pair", range(1, len(listing) + 1))
 
     doubtful = bool((near["label"] != near["other_label"]).any())
-    said = [
-        f"{_count(len(near), 'pair')}." + (" Worth a look: one of the two labels may be wrong." if doubtful else "")
-    ]
+    said = [f"{_count(count, 'pair')}." + (" Worth a look: one of the two labels may be wrong." if doubtful else "")]
     pairs = [tuple(map(prepared.found, pair)) for pair in zip(pictured["path"], pictured["other"], strict=True)]
     labels = zip(pictured["label"], pictured["other_label"], strict=True)
     _draw_pairs(pairs, [f"{label} / {other}" if doubtful else label for label, other in labels], picture)
@@ -327,7 +338,8 @@ def _paragraphs(*parts: str) -> str:
 
 
 def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {_text(sentence, longest=500)}" for sentence in sentences)
+    more = [f"- {len(sentences) - LISTED:,} more"] if len(sentences) > LISTED else []
+    return "\n".join([*(f"- {_text(sentence, longest=500)}" for sentence in sentences[:LISTED]), *more])
 
 
 def _table(table: pd.DataFrame) -> str:

@@ -28,8 +28,10 @@ class Preprocess:
 
     size: Annotated[int, Field(ge=32, le=1024)]  # pixels; height and width
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
-    test_fraction: Fraction  # of all images, where the source has no test split of its own
-    val_fraction: Fraction  # of the images that are left to train with, where the source has no val split of its own
+    test_fraction: (
+        Fraction  # of the images without a split of their own, and of those for training where none is for test
+    )
+    val_fraction: Fraction  # of the others of these, and of those for training where none is for val
     near_duplicate: Annotated[float, Field(gt=0, le=1)]  # correlation of thumbnails from which two images count as one
 
 
@@ -39,7 +41,11 @@ class Prepared:
 
     task: Task
     rows: np.ndarray  # of the packed data set, in the order of the arrays
-    near: pd.DataFrame  # path, label, other, other_label: pairs of images that nearly equal each other
+    near: (
+        pd.DataFrame
+    )  # path, label, other, other_label: pairs of images that nearly equal each other, `LISTED` of them
+    pairs: int  # of such images, in all
+    doubtful: int  # those under two labels, which are listed first
     withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
     notes: list[str]  # what is worth knowing about the split, in words
 
@@ -54,17 +60,18 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     other columns of a table of labels.
     Raises ConvoyError where no image is left to train, validate or test with.
     """
-    sides = _sides(packed, params, seed)
+    sides, groups = _sides(packed, params, seed)
     near = near_duplicates(packed, params.near_duplicate)
     alike = packed.rows.columns("picture")["picture"].duplicated(keep=False)
-    involved = np.union1d(np.flatnonzero(alike), near)  # few of all rows
+    involved = np.union1d(np.flatnonzero(alike | (groups > sides)), near)  # few of all rows
     some, near = packed.rows.at(involved), np.searchsorted(involved, near)
-    withheld = withhold(some, pd.Series(SPLITS).take(sides[involved]).set_axis(involved), near)
+    names = pd.Series(SPLITS)
+    there, together = (names.take(each[involved]).set_axis(involved) for each in (sides, groups))
+    withheld = withhold(some, there, together, near)
     sides[withheld.index] = NOWHERE
     labels = _labels(packed)
     notes = _notes(packed, labels, sides)
-    if len(near) > LISTED:
-        notes.append(f"{len(near)} pairs of images nearly equal each other; {LISTED} of them are listed")
+    one, other = labels[involved[near]].T
 
     for side, name in enumerate(SPLITS):
         np.save(folder / f"{name}_labels.npy", labels[sides == side].astype(np.int64))
@@ -78,15 +85,30 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
     task.save(folder / "task.json")
     rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
-    return Prepared(task, rows, _named(some, near), withheld.reset_index(drop=True), notes)
+    listed = _named(some, near)
+    return Prepared(task, rows, listed, len(near), int((one != other).sum()), withheld.reset_index(drop=True), notes)
 
 
-def _sides(packed: Packed, params: Preprocess, seed: int) -> np.ndarray:
-    """(N,): each row's place in `SPLITS`."""
-    given = set(packed.rows.columns("split")["split"].unique())
+def _sides(packed: Packed, params: Preprocess, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `hold_together`, of the split that is given or drawn."""
     places = {name: place for place, name in enumerate(SPLITS)}
     pieces = packed.rows.pieces("sha256", "group", "split")
-    return np.concatenate([split(piece, params, seed, given).map(places).to_numpy(np.int8) for piece in pieces])
+    sides = [split(piece, params, seed, packed.drawn).map(places).to_numpy(np.int8) for piece in pieces]
+    return hold_together(packed.rows.columns("group", "split"), np.concatenate(sides), packed.drawn)
+
+
+def hold_together(said: pd.DataFrame, sides: np.ndarray, drawn: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) and (N,), places in `SPLITS`: each row's own, and the one of its group that is the furthest from training.
+
+    `said` are the groups and splits of the source. To the furthest side go all of a group that the source gives no
+    split; a row to which it gives another stays where it is, below the furthest. In no group, both are the same.
+    """
+    groups = said["group"].astype("category").array
+    furthest = np.zeros(len(groups.categories), np.int8)
+    np.maximum.at(furthest, groups.codes, sides)
+    together = np.where(said["group"] == "", sides, furthest[groups.codes])
+    free = said["split"].isin(["", "train"] if "test" in drawn else [""])
+    return np.where(free, together, sides), together
 
 
 def _labels(packed: Packed) -> np.ndarray:
@@ -115,23 +137,21 @@ def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
     return pd.concat([table[names].iloc[one].reset_index(drop=True), others.reset_index(drop=True)], axis=1)
 
 
-def split(table: pd.DataFrame, params: Preprocess, seed: int, given: Collection[str] | None = None) -> pd.Series:
+def split(table: pd.DataFrame, params: Preprocess, seed: int, drawn: Collection[str]) -> pd.Series:
     """train, val or test for each row. A split that the source gives stands; else it follows from the image's file.
 
-    From the name of its group, where it has one. So new images never move an old one. `given` are the splits that the
-    source gives, where the table is only a part of it.
+    From the name of its group, where it has one. So new images never move an old one. `drawn` are the splits that are
+    drawn from images given for training, too.
     """
-    given = set(table["split"] if given is None else given) - {""}
-    test = 0.0 if "test" in given else params.test_fraction
-    val = 0.0 if "val" in given else params.val_fraction
-    free = table["split"].isin(["", "train"]) if given else pd.Series(True, index=table.index)
-
     keys = zip(table["sha256"].tolist(), table["group"].tolist(), strict=True)
     key = _uniform([f"{seed}:group:{group}" if group else f"{seed}:{digest}" for digest, group in keys])
-    drawn = pd.Series("train", index=table.index)
-    drawn[key < test + (1 - test) * val] = "val"
-    drawn[key < test] = "test"
-    return drawn.where(free, table["split"])
+    training = (table["split"] == "train").to_numpy()
+    test = np.where(training & ("test" not in drawn), 0.0, params.test_fraction)
+    val = np.where(training & ("val" not in drawn), 0.0, params.val_fraction)
+    sides = pd.Series("train", index=table.index)
+    sides[key < test + (1 - test) * val] = "val"
+    sides[key < test] = "test"
+    return sides.where(training | (table["split"] == ""), table["split"])
 
 
 def _uniform(texts: list[str]) -> np.ndarray:
@@ -151,20 +171,28 @@ def near_duplicates(packed: Packed, least: float) -> np.ndarray:
     return pairs[near_pairs(packed.image, pairs, least)]
 
 
-def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.DataFrame:
+def withhold(table: pd.DataFrame, sides: pd.Series, together: pd.Series, near: np.ndarray) -> pd.DataFrame:
     """path, label and reason of the images that must not be used on their side, by their index.
 
-    Of two near duplicates on different sides the one that is nearer to training is left out. To move it instead would
-    mean that new images move old ones: no rule that looks at the images alone can keep both where they are. Of two
-    files with the same picture one is enough.
+    `together` are the sides of their groups that are the furthest from training: where the source gives one group
+    several, only those images of it are used. Of two near duplicates on different sides the one that is nearer to
+    training is left out. To move it instead would mean that new images move old ones: no rule that looks at the images
+    alone can keep both where they are. Of two files with the same picture one is enough.
     """
-    rank = sides.map({name: place for place, name in enumerate(SPLITS)}).to_numpy()
-    several = table.assign(rank=-rank)[table["picture"].duplicated(keep=False)].sort_values(["rank", "sha256"])
+    places = {name: place for place, name in enumerate(SPLITS)}
+    rank = sides.map(places).to_numpy()
+    apart = rank < together.map(places).to_numpy()
+    reasons: dict[Any, str] = {
+        row: f"is of the group {group!r}, of which there are {side} images"
+        for row, group, side in zip(table.index[apart], table["group"][apart], together[apart], strict=True)
+    }
+    several = table.assign(rank=-rank)[~apart]
+    several = several[several["picture"].duplicated(keep=False)].sort_values(["rank", "sha256"])
     first = several.drop_duplicates("picture").set_index("picture")["path"]
     same = several.loc[several["picture"].duplicated(), "picture"].map(first)
-    reasons: dict[Any, str] = {row: f"shows the same picture as {path}" for row, path in same.items()}
+    reasons |= {row: f"shows the same picture as {path}" for row, path in same.items()}
 
-    one, other = near.T
+    one, other = near[~apart[near].any(axis=1)].T
     swapped = rank[one] > rank[other]
     lower, upper = np.where(swapped, other, one), np.where(swapped, one, other)
     across = np.flatnonzero(rank[lower] < rank[upper])
@@ -178,21 +206,23 @@ def withhold(table: pd.DataFrame, sides: pd.Series, near: np.ndarray) -> pd.Data
 
 
 def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
-    counts = np.zeros((len(packed.classes), len(SPLITS)), np.int64)
-    np.add.at(counts, (labels[sides != NOWHERE], sides[sides != NOWHERE]), 1)
-    for name, images in zip(SPLITS, counts.sum(axis=0), strict=True):
+    counts = np.zeros((len(packed.classes), len(SPLITS) + 1), np.int64)
+    np.add.at(counts, (labels, sides), 1)  # NOWHERE is the last
+    for name, images in zip(SPLITS, counts.sum(axis=0), strict=False):
         if not images:
+            groups = set(packed.rows.columns("group")["group"].unique()) - {""}
             raise ConvoyError(
-                f"there is no {name} image left: {packed.name} needs more images"
+                f"there is no {name} image left of {len(sides)}"
+                + (f" in {len(groups)} groups, each of which stays together" if groups else "")
+                + f": {packed.name} needs more {'groups' if groups else 'images'}"
                 " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
             )
     notes = []
-    for label, here in zip(packed.classes, counts, strict=True):
+    for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):
         missing = [name for name, images in zip(SPLITS, here, strict=True) if not images]
-        if len(missing) == len(SPLITS):
+        left = f", and {withheld} withheld: withheld.csv says why" if withheld else ""
+        if not sum(here) + withheld:
             notes.append(f"class {label!r} has no image: the networks keep its place, and can't learn it")
         elif missing:
-            notes.append(
-                f"class {label!r} has {here.sum()} images, too few for each split: none in {' and '.join(missing)}"
-            )
+            notes.append(f"class {label!r} has no image in {' and '.join(missing)}, of {sum(here)}{left}")
     return notes

@@ -11,11 +11,12 @@ from convoy.datasets.source import SPLITS
 from convoy.images import BadImage
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# what systems leave in folders; so do names that begin with a dot
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+# what systems leave in folders, in any case; so do names that begin with a dot
+JUNK = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+        "system volume information", "thumbs.db"}  # fmt: skip
 
 PIECE = 2**10  # paths in one text
-SPLIT_WORDS = ", ".join(SPLITS)
+SPLIT_WORDS = ", ".join(dict.fromkeys(SPLITS.values()))
 
 Content = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
 
@@ -63,7 +64,7 @@ def below(name: str) -> str | None:
 
 
 def is_junk(path: str) -> bool:
-    return path.startswith(".") or "/." in path or not JUNK.isdisjoint(path.split("/"))
+    return path.startswith(".") or "/." in path or not JUNK.isdisjoint(path.lower().split("/"))
 
 
 def is_image(path: str) -> bool:
@@ -72,6 +73,14 @@ def is_image(path: str) -> bool:
 
 def split_in(path: str) -> str:
     """The split that a file is named after (train.csv, test-00000-of-00002.parquet), or else its folder, or else ""."""
-    *folders, name = path.lower().split("/")
-    start = re.match(rf"({'|'.join(SPLITS)})(?![a-z])", name)
-    return SPLITS[start[1]] if start else SPLITS.get(folders[-1], "") if folders else ""
+    *folders, name = path.split("/")
+    return split_word(name) or (SPLITS.get(folders[-1].lower(), "") if folders else "")
+
+
+def split_word(name: str) -> str:
+    """The split whose name stands in another as a word of its own, the first of several; "" for none."""
+    word = _WORDS.search(name.lower())
+    return SPLITS[word[1]] if word else ""
+
+
+_WORDS = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, reverse=True))})(?:set|data|images)?(?![a-z])")

@@ -10,8 +10,9 @@ from pathlib import Path
 from convoy.config import ConvoyError
 from convoy.datasets.archives import ARCHIVES, open_archive
 from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in
+from convoy.datasets.layout import Layout, layout_of
 from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
-from convoy.datasets.source import SPLITS, Member, Source
+from convoy.datasets.source import Member, Source
 from convoy.datasets.tables import (
     TABLES,
     Table,
@@ -38,7 +39,8 @@ def read_folder(data: Path) -> Source:
     places = _places(data)
     tables, shards, others = _tables(places)
     more = more_columns(tables)
-    says, astray = _by_table(tables, places, more) if tables else (_by_folder(places, shards), [])
+    says, astray, notes = _by_table(tables, places, more) if tables else _by_folder(places, shards)
+    notes = [*(f"{other}: it is not used" for other in others), *notes]
 
     labels = {member.label for member in astray}
     count = len(astray) + sum(shard.count for shard in shards)
@@ -58,7 +60,7 @@ def read_folder(data: Path) -> Source:
             " labels.csv with the columns path and label; either may lie in zip or tar archives"
             + "".join(f"\n  {line}" for line in found)
         )
-    return Source(classes, count, _members(places, says, astray, shards), more)
+    return Source(classes, count, _members(places, says, astray, shards), more, notes)
 
 
 def refuse_links(folder: Path) -> None:
@@ -153,7 +155,7 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                 name = f"{files.name}{path}"
                 if isinstance(content, BadImage):
                     raise ConvoyError(f"{name} {content}: put a sound copy there")
-                if path.lower().endswith(".csv"):
+                if not path.lower().endswith(".parquet"):
                     rows = read_csv(name, content)
                 else:
                     shard = open_parquet(name, content, split_in(path))
@@ -167,37 +169,58 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                 if holds_labels(rows):
                     tables.append(Table(path, files, path[: path.rfind("/") + 1], split_in(path), rows))
                 else:
-                    others.append(f"{name} has the columns {', '.join(rows.columns)}, and not path and label")
+                    columns = ", ".join(map(str, rows.columns))
+                    others.append(
+                        f"{name} " + (f"has the columns {columns}, and not path and label" if columns else "is empty")
+                    )
     return tables, shards, others
 
 
-def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tuple[list[Says], list[Member]]:
-    """What tables say of the images in each place; and members for what they say of no file."""
+def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tuple[list[Says], list[Member], list[str]]:
+    """What tables say of the images in each place; members for what they say of no file; and no notes."""
     unnamed = (Said(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
 
     def says(said: dict[str, tuple[Said, ...]], path: str) -> Sequence[Said]:
         return said.get(path, unnamed if is_image(path) else ())
 
     named, astray = labels_in(tables, places, more)
-    return [functools.partial(says, said) for said in named], astray
+    return [functools.partial(says, said) for said in named], astray, []
 
 
-def _by_folder(places: list[Files], shards: list[Parquet]) -> list[Says]:
-    """What class folders say of the images in each place. `shards` lie there too, and are no images themselves."""
+def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], list[Member], list[str]]:
+    """What class folders say of the images in each place; no more members; and what may not be meant so.
+
+    `shards` lie there too, and are no images themselves. Archives may be named after splits.
+    """
     apart = {shard.name for shard in shards}
-    return [_by_folder_in(files, apart) for files in places]
+    splits = [split_in(files.name.removesuffix(":").partition("/")[2]) for files in places]
+    given = "train" in splits and len({*splits} - {""}) > 1
+    layouts = [_layout(files, apart) for files in places]
+    says = [
+        _by_folder_in(files, apart, layout, split if given else "")
+        for files, layout, split in zip(places, layouts, splits, strict=True)
+    ]
+    return says, [], list(dict.fromkeys(note for layout in layouts for note in layout.notes))
 
 
-def _by_folder_in(files: Files, apart: set[str]) -> Says:
-    depth, has_splits = _class_folders(files, apart)
-    unlabelled = (Said(fault="lies in no class folder, so its label is unknown"),)
+def _layout(files: Files, apart: set[str]) -> Layout:
+    """Of the folders with images, or where there are none, of all that have files: those may be images, too."""
+    has_images: dict[str, bool] = {}
+    for path in files.paths:
+        folder = path.rpartition("/")[0]
+        if folder and not has_images.get(folder) and not (apart and f"{files.name}{path}" in apart):
+            has_images[folder] = is_image(path)
+    return layout_of([folder for folder, has in has_images.items() if has] or has_images)
+
+
+def _by_folder_in(files: Files, apart: set[str], layout: Layout, split: str) -> Says:
+    in_splits = "" if split or not any(root.split for root in layout.roots.values()) else " of a split"
+    unlabelled = (Said(fault=f"lies in no class folder{in_splits}, so its label is unknown"),)
 
     @functools.lru_cache(maxsize=1024)
     def says_folder(folder: str) -> Sequence[Said]:
-        folders = folder.split("/") if folder else []
-        if len(folders) <= depth:
-            return ()
-        return (Said(folders[depth], SPLITS[folders[depth - 1].lower()] if has_splits else ""),)
+        said = layout.said(folder)
+        return (Said(said[0], said[1] or split),) if said else ()
 
     def says(path: str) -> Sequence[Said]:
         if apart and f"{files.name}{path}" in apart:
@@ -205,27 +228,6 @@ def _by_folder_in(files: Files, apart: set[str]) -> Says:
         return says_folder(path.rpartition("/")[0]) or (unlabelled if is_image(path) else ())
 
     return says
-
-
-def _class_folders(files: Files, apart: set[str]) -> tuple[int, bool]:
-    """How many folders stand around the class folders, and whether the innermost of them are named after splits."""
-    has_images: dict[str, bool] = {}  # of each folder that has files
-    for path in files.paths:
-        folder = path.rpartition("/")[0]
-        if folder and not has_images.get(folder) and not (apart and f"{files.name}{path}" in apart):
-            has_images[folder] = is_image(path)
-    folders = {tuple(folder.split("/")): has for folder, has in has_images.items()}
-    depth = 0
-    while True:
-        folders = {names: has for names, has in folders.items() if len(names) > depth}
-        here = {names[depth] for names in folders}
-        if here and {folder.lower() for folder in here} <= SPLITS.keys():
-            return depth + 1, True
-        only_folders = all(len(names) > depth + 1 or not has for names, has in folders.items())
-        goes_on = any(len(names) > depth + 1 for names in folders)
-        if not (len(here) == 1 and only_folders and goes_on):
-            return depth, False
-        depth += 1
 
 
 def _check_name(name: str) -> None:

@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import yaml
@@ -16,7 +16,11 @@ from convoy.config import ConvoyError, Whole, schema, typed
 HEADER = """\
 # What the fetch stage has seen of each data set: its classes in the order of their labels, and the last two versions.
 # Commit it. A class that has no images any more keeps its place; to drop one for good, take it off the list here.
+# Splits that are drawn from images given for training go on to be, so that no test image becomes a training image.
 """
+
+Drawn = Literal["val", "test"]
+DRAWN: tuple[Drawn, Drawn] = ("val", "test")
 
 
 @schema
@@ -34,6 +38,7 @@ class History:
 
     classes: list[str]
     versions: Annotated[list[Version], Field(max_length=2)]  # the newest last
+    drawn: list[Drawn] = dataclasses.field(default_factory=list)  # from images given for training
 
     @classmethod
     def load(cls, file: Path, name: str) -> "History":
@@ -53,14 +58,22 @@ class History:
         """Raises ConvoyError where no class is left of those that are known: that is not the same data set any more."""
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
-                f"none of the classes that data.lock knows of {name} ({', '.join(self.classes[:5])}, ...) is there:"
-                " give another data set another name in conf/dataset/, or take this one out of data.lock"
+                f"none of the classes that data.lock knows of {name} ({_some(self.classes)}) is there, but"
+                f" {_some(classes)}: if these are the folders around the classes, put the classes themselves at the"
+                " top; give another data set another name in conf/dataset/, or take this one out of data.lock"
             )
 
-    def grown(self, classes: Sequence[str], version: Version) -> "History":
+    def draws(self, given: Collection[str]) -> list[Drawn]:
+        """The splits to draw from images given for training: those that are not given, or were not at one time."""
+        if "train" not in given:
+            return self.drawn
+        return [split for split in DRAWN if split in self.drawn or split not in given]
+
+    def grown(self, classes: Sequence[str], version: Version, drawn: Collection[str] = ()) -> "History":
         """With the classes that are new at the end, and this version as the newest. The same twice is the same."""
         versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]
-        return History(classes=extended(self.classes, classes), versions=versions)
+        ever = [split for split in DRAWN if split in self.drawn or split in drawn]
+        return History(classes=extended(self.classes, classes), versions=versions, drawn=ever)
 
     def changes(self) -> list[str]:
         """From the version before to the newest, in words."""
@@ -83,6 +96,13 @@ class History:
         if now.quarantine != before.quarantine:
             words.append(f"{now.quarantine} images in quarantine ({before.quarantine} before)")
         return words
+
+
+NEW = History(classes=[], versions=[])  # that of a data set which was never seen
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:

@@ -1,9 +1,11 @@
 """The intake: every image of a source judged, and packed or put in quarantine."""
 
+import collections
 import contextlib
 import dataclasses
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from convoy.config import ConvoyError, Share, schema
+from convoy.datasets.archives import ARCHIVES
 from convoy.datasets.decoding import decoded
-from convoy.datasets.history import extended
+from convoy.datasets.history import History, extended
 from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
 from convoy.datasets.source import Dataset, Source
@@ -36,17 +39,16 @@ class Intake:
     packed: Packed
     quarantine: pd.DataFrame  # path, label, reason: left out
     merged: pd.DataFrame  # path, kept: exact copies of files, and the one that stands for them
+    notes: list[str]  # what may not be as it was meant, in sentences
 
 
-def take_in(
-    source: Source, dataset: Dataset, params: Fetch, known_classes: Sequence[str], folder: Path, earlier: Path
-) -> Intake:
+def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: Path) -> Intake:
     """Decode and judge every image of a source, and pack the sound ones into `folder`.
 
-    Classes that are not among `known_classes` come after them. What an earlier run left in `earlier` is not decoded
+    Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
     again, and what this one decodes is left there.
-    Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; and where fewer than
-    two classes have images.
+    Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; where fewer than two
+    classes have images; and where a pattern of groups finds none.
     """
     faulty = _decode(source, dataset, folder, earlier)
     rows = Rows(folder / TABLE)
@@ -62,24 +64,69 @@ def take_in(
     labels = set(rows.columns("label")["label"].unique())
     _check_classes(dataset.name, labels)
 
-    classes = extended(known_classes, [label for label in source.classes if label in labels])
-    described = {"name": dataset.name, "origin": dataset.origin, "classes": classes}
+    classes = extended(history.classes, [label for label in source.classes if label in labels])
+    given = set(rows.columns("split")["split"].unique())
+    drawn = history.draws(given)
+    described = {"name": dataset.name, "origin": dataset.origin, "classes": classes, "drawn": drawn}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
     keep(folder / RECORDS, folder / PIXELS, earlier)
-    return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True))
+    notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]
+    notes += [
+        f"{split} images are given now, and some of those given for training stay {split} images as well, as they were"
+        " before: data.lock says so, under drawn"
+        for split in drawn
+        if split in given
+    ]
+    return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True), notes)
 
 
 def group_in(path: str, pattern: str | None) -> str:
     """The name of a path's group: "" for None, the folder for "folder", else what the regular expression finds.
 
-    Of the expression its first bracket counts. A path in which it finds nothing is in no group.
+    Of the expression its first bracket counts. A path in which it finds nothing is in no group. What the data folder
+    and an archive are called does not belong to the path: next week's archive has another name.
     """
     if pattern is None:
         return ""
+    path = _AROUND.sub("", path)
     if pattern == "folder":
         return path.rpartition("/")[0]
     match = re.search(pattern, path)
     return (match[min(1, match.re.groups)] or "") if match else ""
+
+
+_AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/]*/)", re.IGNORECASE | re.DOTALL)
+
+
+def _ungrouped(rows: Rows, pattern: str | None) -> list[str]:
+    """What is said of images in which a pattern of groups finds nothing."""
+    if pattern is None:
+        return []
+    there = rows.columns("group")["group"] == ""
+    if not there.any():
+        return []
+    first = rows.at(np.flatnonzero(there)[:1])["path"].iloc[0]
+    if there.all():
+        raise ConvoyError(
+            f"dataset.group={pattern!r} finds a group in no path, such as {first}: mend it in conf/dataset/, or set it"
+            " to null"
+        )
+    return [
+        f"dataset.group={pattern!r} finds no group in the paths of {there.sum()} of {len(there)} images, such as"
+        f" {first}: each of them is split on its own"
+    ]
+
+
+def _twins(classes: Sequence[str]) -> list[str]:
+    """What is said of classes whose names look the same."""
+    named = collections.defaultdict(list)
+    for name in classes:
+        named[" ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())].append(name)
+    return [
+        f"the classes {' and '.join(map(repr, names))} are learned apart: give them one name if they are one class"
+        for names in named.values()
+        if len(names) > 1
+    ]
 
 
 def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Path) -> pd.DataFrame:

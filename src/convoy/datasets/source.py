@@ -45,8 +45,12 @@ class Dataset:
         return f"torchvision {self.torchvision.name}" if self.torchvision else "data.dvc"
 
 
-# as written -> as meant
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# as written -> as meant; the words that Hugging Face's `datasets` knows, too
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 # the name of a file; what was in one; (H, W, 1 or 3) uint8; or why it is no use
 Content = str | bytes | np.ndarray | BadImage
@@ -71,3 +75,4 @@ class Source:
     count: int  # of the members
     members: Iterator[Member]  # in an order that does not change from run to run
     more: Sequence[str] = ()  # names of the other columns of the tables of labels
+    notes: Sequence[str] = ()  # what may not be as it was meant, in sentences

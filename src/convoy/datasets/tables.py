@@ -11,15 +11,21 @@ import pandas as pd
 import pyarrow as pa
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import SPLIT_WORDS, Files, Said, below
+from convoy.datasets.files import SPLIT_WORDS, Files, Said, below, is_image
 from convoy.datasets.packed import FEW
 from convoy.datasets.parquet import Parquet, texts
 from convoy.datasets.source import SPLITS, Member
 from convoy.images import BadImage
 
-TABLES = (".csv", ".parquet")
-PATHS = ("path", "file_name")  # the column that names the files is called one of these
-USED = (*PATHS, "label", "split", "group")
+TABLES = (".csv", ".tsv", ".parquet")
+# what is used of a table, and the names its column may have, in any case: the first one that is there
+USED = {
+    "path": ("path", "file_name", "filename", "file", "file_path", "filepath", "image_path", "image", "image_id"),
+    "label": ("label", "class", "class_name", "category"),
+    "split": ("split",),
+    "group": ("group",),
+}
+SEPARATORS = ",;\t|"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Table:
     files: Files  # among which it lies
     folder: str  # below which its paths are: "" or pets/
     split: str  # of all rows, where no column says it
-    rows: pd.DataFrame  # text; path or file_name, label, and perhaps split, group and others
+    rows: pd.DataFrame  # text; path, label, and perhaps split, group and others
 
 
 def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -50,14 +56,17 @@ def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def holds_labels(rows: pd.DataFrame) -> bool:
-    return "label" in rows and any(column in rows for column in PATHS)
+    return "label" in rows and "path" in rows
 
 
 def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
     """The rows of a table of labels as they are written; of another table the columns alone."""
     try:
-        header = _csv(file, nrows=0)
-        return _csv(file) if holds_labels(header) else header
+        headers = {separator: _csv(file, separator, nrows=0) for separator in SEPARATORS}
+        for separator, header in headers.items():
+            if holds_labels(header.rename(columns=_meant(header.columns))):
+                return _csv(file, separator).rename(columns=_meant(header.columns))
+        return max(headers.values(), key=lambda header: len(header.columns))
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except UnicodeDecodeError as error:
@@ -70,23 +79,34 @@ def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
         ) from error
 
 
-def _csv(file: str | bytes, nrows: int | None = None) -> pd.DataFrame:
+def _csv(file: str | bytes, separator: str, nrows: int | None = None) -> pd.DataFrame:
     source = io.BytesIO(file) if isinstance(file, bytes) else Path(file)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # of fields that would be left out
         # NA, 007 and true are labels like others; and the first column is never an index
         return pd.read_csv(
-            source, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, nrows=nrows
+            source, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, nrows=nrows
         ).fillna("")
 
 
 def read_parquet(table: Parquet) -> pd.DataFrame:
     """As `read_csv`."""
-    rows = pd.DataFrame(columns=table.schema.names)
-    if not holds_labels(rows):
-        return rows
-    columns = [field.name for field in table.schema if field.name in USED or not pa.types.is_nested(field.type)]
-    return pd.DataFrame(texts(table, columns), columns=columns)
+    meant = _meant(table.schema.names)
+    if not {"path", "label"} <= set(meant.values()):
+        return pd.DataFrame(columns=table.schema.names)
+    columns = [field.name for field in table.schema if field.name in meant or not pa.types.is_nested(field.type)]
+    return pd.DataFrame(texts(table, columns), columns=columns).rename(columns=meant)
+
+
+def _meant(columns: Iterable[str]) -> dict[str, str]:
+    """What is used, by the names of its columns."""
+    plain: dict[str, str] = {}
+    for column in columns:
+        plain.setdefault(column, column)  # as it is written goes before what is like it
+    for column in columns:
+        plain.setdefault("_".join(column.lower().replace("-", " ").split()), column)
+    found = {meant: next((plain[name] for name in names if name in plain), None) for meant, names in USED.items()}
+    return {column: meant for meant, column in found.items() if column is not None}
 
 
 def more_columns(tables: Sequence[Table]) -> list[str]:
@@ -105,7 +125,8 @@ def labels_in(
 
     `more` are the columns that are told too; of several rows for one file those of the first.
 
-    A row may also name a file in an archive that lies beside its table, by the path in the archive.
+    A row may also name a file in an archive that lies beside its table, by the path in the archive. Where no row of a
+    table leads to a file so, its rows are names of files in whatever folders, with or without their endings.
     """
     there = [set(files.paths) for files in places]
     said: list[dict[str, tuple[Said, ...]]] = [{} for _ in places]
@@ -114,16 +135,25 @@ def labels_in(
     for table in tables:
         beside = f"{table.files.name}{table.folder}"
         near = [(place, table.folder) for place, files in enumerate(places) if files is table.files]
-        near += [(place, "") for place, files in enumerate(places) if files.name.rpartition("/")[0] + "/" == beside]
-        for path, row, others in _rows(table, more):
+        around = [files.name.rpartition("/")[0] + "/" for files in places]
+        near += [(k, "") for k, files in enumerate(places) if around[k] == beside and files is not table.files]
+
+        def found(path: str, near: list[tuple[int, str]] = near) -> list[tuple[int, str]]:
             names = [below(path), below(path.replace("\\", "/"))]
-            files = [(k, folder + name) for name in names if name for k, folder in near if folder + name in there[k]]
-            if None in names:
+            return [(k, folder + name) for name in names if name for k, folder in near if folder + name in there[k]]
+
+        named = {} if any(map(found, table.rows["path"])) else _names(places, near)
+        for path, row, others in _rows(table, more):
+            files = found(path) or named.get(path, [])
+            if None in (below(path), below(path.replace("\\", "/"))):
                 astray[path, row._replace(fault=f"is named in {table.title} and points out of the data")] = None
             elif not path:
                 astray[f"{table.files.name}{table.title}", row._replace(fault="has a row without a path")] = None
             elif not files:
                 fault = f"is named in {table.title}, but there is no such file"
+                astray[f"{beside}{path}", row._replace(fault=fault)] = None
+            elif path in named and len(files) > 1:
+                fault = f"is named in {table.title}, and {len(files)} files are called so: write their folders, too"
                 astray[f"{beside}{path}", row._replace(fault=fault)] = None
             else:
                 place, name = files[0]
@@ -134,11 +164,24 @@ def labels_in(
     return said, [Member(path, row.label, row.split, row.group, BadImage(row.fault)) for path, row in astray]
 
 
+def _names(places: Sequence[Files], near: Sequence[tuple[int, str]]) -> dict[str, list[tuple[int, str]]]:
+    """The images in and beside a table's folder by their names, with their endings and without."""
+    named: dict[str, list[tuple[int, str]]] = {}
+    for place, folder in near:
+        for path in places[place].paths:
+            if path.startswith(folder) and is_image(path):
+                name = path.rpartition("/")[2]
+                for key in (name, name.rpartition(".")[0]):
+                    named.setdefault(key, []).append((place, path))
+    return named
+
+
 def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Said, list[str]]]:
     """The path in each row that is not empty, what it says, and what the columns `more` say."""
-    columns = [next(column for column in PATHS if column in table.rows), *USED[len(PATHS) :], *more]
+    columns = [*USED, *more]
     empty = pd.Series("", index=table.rows.index)
     for path, label, word, group, *others in zip(*(table.rows.get(column, empty) for column in columns), strict=True):
+        word = word.strip()
         fault = f"has the split {word!r} in {table.title}, which is none of {SPLIT_WORDS}"
         if not label:
             fault = f"has no label in {table.title}"

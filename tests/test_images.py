@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from convoy import images
 from convoy.images import FORMATS, MAX_PIXELS, BadImage, fit
@@ -25,6 +25,33 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **(LOSSLESS.get(form, {}) | options))
     return file.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(header: bytes, lines: bytes, more: bytes = b"") -> bytes:
+    data = chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def png_of_16_bits(values: np.ndarray, more: bytes = b"") -> bytes:
+    """Of (H, W, 2 to 4); Pillow writes no such files."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return png(header, b"".join(b"\0" + line.astype(">u2").tobytes() for line in values), more)
+
+
+def tiff_of_16_bits(values: np.ndarray) -> bytes:
+    """Of (H, W, 3 or 4); Pillow writes no such files."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    height, width, channels = values.shape
+    tags[256], tags[257], tags[258], tags[262], tags[277] = width, height, (16,) * channels, 2, channels
+    tags[273], tags[278], tags[279] = 0, height, values.nbytes  # they begin where the tags end
+    if channels == 4:
+        tags[338] = 2  # the fourth is alpha
+    return b"II*\0\x08\0\0\0" + tags.tobytes(8) + values.astype("<u2").tobytes()
 
 
 def decode(data: bytes, longest_side: int) -> np.ndarray:
@@ -90,6 +117,80 @@ def test_grey_of_16_bits_keeps_its_gradation(form: str) -> None:
     assert_looks_like(pixels, (ramp >> 8).astype(np.uint8)[:, :, None])
 
 
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # every value of 12 bits
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+@pytest.mark.parametrize(
+    ("largest", "bits"), [(1, 8), (255, 8), (256, 12), (4095, 12), (4096, 16), (16383, 16), (65535, 16)]
+)
+def test_grey_of_16_bits_is_taken_for_the_8_12_or_16_bits_that_hold_its_largest_value(
+    form: str, largest: int, bits: int
+) -> None:
+    values = (RAMP.astype(int) * largest // 4095).astype(np.uint16)
+    assert_looks_like(
+        decode(encoded(Image.fromarray(values), form), 512), (values >> bits - 8).astype(np.uint8)[:, :, None]
+    )
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_grey_of_16_bits_that_counts_from_white_down_comes_out_as_it_looks(
+    bits: int, orientation: int, compression: str | None
+) -> None:
+    values = RAMP >> 12 - bits if bits < 12 else RAMP << bits - 12
+    values[0, 0] = 2**bits - 1
+    tags = {262: 0, 274: orientation}  # WhiteIsZero, and on its side
+    pixels = decode(encoded(Image.fromarray(values), "TIFF", tiffinfo=tags, compression=compression), 512)
+    black = (255 - (values >> bits - 8)).astype(np.uint8)
+    assert_looks_like(pixels, (np.rot90(black, -1) if orientation == 6 else black)[:, :, None])
+
+
+def test_transparent_pixels_of_16_bits_are_white_and_do_not_count_for_the_largest_value() -> None:
+    values = RAMP.copy()
+    values[10:20] = 50_000
+    pixels = decode(encoded(Image.fromarray(values), "PNG", transparency=50_000), 512)
+    expected = (RAMP >> 4).astype(np.uint8)
+    expected[10:20] = 255
+    assert_looks_like(pixels, expected[:, :, None])
+    hidden = encoded(Image.new("I;16", (8, 8), 0), "PNG", transparency=0)
+    assert_looks_like(decode(hidden, 512), np.full((8, 8, 1), 255, np.uint8))
+
+
+def test_grey_of_16_bits_with_transparent_parts_stays_grey() -> None:
+    values = np.stack([RAMP << 4, np.full_like(RAMP, 65535)], axis=2)
+    values[:32, :, 1] = 0
+    expected = (RAMP >> 4).astype(np.uint8)
+    expected[:32] = 255
+    assert_looks_like(decode(png_of_16_bits(values), 512), expected[:, :, None])
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_colours_of_16_bits_keep_the_higher_8(form: str, channels: int) -> None:
+    values = np.stack([RAMP << 4, RAMP.T << 4, RAMP << 2, np.full_like(RAMP, 65535)], axis=2)[:, :, :channels]
+    pixels = decode(png_of_16_bits(values) if form == "PNG" else tiff_of_16_bits(values), 512)
+    assert_looks_like(pixels, (values[:, :, :3] >> 8).astype(np.uint8))
+
+
+def test_the_transparent_colour_of_16_bits_is_white() -> None:
+    values = np.full((8, 8, 3), 0x3456, np.uint16)
+    values[:4] = 0x1234
+    data = png_of_16_bits(values, chunk(b"tRNS", b"\x12\x34" * 3))
+    expected = np.full((8, 8, 3), 0x34, np.uint8)
+    expected[:4] = 255
+    assert_looks_like(decode(data, 512), expected)
+
+
+def test_black_of_16_bits_shows_by_the_white_around_it() -> None:
+    values = np.zeros((8, 8, 4), np.uint16)
+    values[2:6, 2:6, 3] = 65535
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    expected[2:6, 2:6] = 0
+    assert_looks_like(decode(png_of_16_bits(values), 512), expected)
+
+
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_pixels_of_unknown_range_are_refused(kind: type) -> None:
     with pytest.raises(BadImage, match=r"32 bits.*8 or 16 bits"):
@@ -117,10 +218,60 @@ TURNS = {
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_picture_is_turned_upright(orientation: int, form: str) -> None:
-    turn, exif = TURNS[orientation], Image.Exif()
-    exif[0x0112] = orientation
+    turn, block = TURNS[orientation], Image.Exif()
+    block[0x0112] = orientation
     stored = picture() if turn is None else picture().transpose(turn)
-    assert_looks_like(decode(encoded(stored, form, exif=exif), 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
+    assert_looks_like(decode(encoded(stored, form, exif=block), 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
+
+
+def exif(*entries: bytes) -> bytes:
+    """Each of 12 bytes: tag, type, count, value."""
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"Exif\0\0garbage and more of it",
+        b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01",  # cut short
+        b"Exif\0\0II*\0\xff\xff\xff\x7f",  # leads to nowhere
+        exif(struct.pack("<HHII", 0x0112, 3, 1, 9)),  # none of the eight
+        exif(struct.pack("<HHI4s", 0x0112, 2, 2, b"6\0")),  # a text
+    ],
+)
+def test_a_picture_whose_orientation_can_not_be_read_is_upright(block: bytes, form: str) -> None:
+    data = encoded(picture(), form, exif=block)
+    assert_looks_like(decode(data, 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
+    assert_looks_like(decode(data, 12), decode(encoded(picture(), form), 12))
+
+
+def test_a_tiff_is_sound_whose_further_tags_lead_to_nowhere() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[0x8769], tags[0x8769] = 9, -5  # where its EXIF block begins
+    assert_looks_like(decode(encoded(picture(), "TIFF", tiffinfo=tags), 512), PICTURE)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_is_turned_upright_whatever_else_its_exif_block_has(form: str) -> None:
+    block = exif(
+        struct.pack("<HHIf", 0x010F, 11, 1, 0.5),  # the maker: a number
+        struct.pack("<HHII", 0x0112, 3, 1, 6),
+        struct.pack("<HHII", 0x8825, 4, 1, 0x7FFFFFFF),  # the place: out of the file
+    )
+    stored = picture().transpose(TURNS[6])
+    assert_looks_like(decode(encoded(stored, form, exif=block), 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("revision", [b"\0\0", b"\2\1"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_jpeg_of_an_unknown_revision_has_the_pixels_of_any_other(mode: str, revision: bytes, turned: bool) -> None:
+    data = encoded(picture(mode), "JPEG", **({"exif": exif(struct.pack("<HHII", 0x0112, 3, 1, 6))} if turned else {}))
+    assert data.count(b"JFIF\0\1\1") == 1
+    other = data.replace(b"JFIF\0\1\1", b"JFIF\0" + revision)
+    for longest_side in (512, 12):
+        assert_looks_like(decode(other, longest_side), decode(data, longest_side))
 
 
 @pytest.mark.parametrize(
@@ -168,14 +319,9 @@ def test_no_side_is_longer_than_asked_and_small_images_stay_as_they_are(
 # What is refused
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that claims to be large."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"\0")
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -208,6 +354,33 @@ def test_half_a_file_is_refused(form: str) -> None:
     data = encoded(Image.fromarray(noise), form)
     with pytest.raises(BadImage):
         decode(data[: len(data) // 2], 512)
+
+
+@pytest.mark.parametrize("revision", [b"\0\0", b"\1\1", b"\2\1"])
+def test_what_else_the_decoder_of_a_jpeg_warns_of_is_an_error_whatever_its_revision(revision: bytes) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG").replace(b"JFIF\0\1\1", b"JFIF\0" + revision)
+    for broken in (data[:-2], data[:-2] + bytes(99) + data[-2:], data[: len(data) // 2] + data[-2:]):
+        with pytest.raises(BadImage, match=r"can't be decoded: (Premature end|Corrupt JPEG data)"):
+            decode(broken, 512)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_half_a_file_is_refused_whose_orientation_can_not_be_read(form: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), form, exif=b"Exif\0\0garbage")
+    with pytest.raises(BadImage):
+        decode(data[: len(data) // 2], 512)
+
+
+@pytest.mark.parametrize("largest", [0, 255, 4095])
+@pytest.mark.parametrize(("form", "channels"), [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3), ("TIFF", 4)])
+def test_colours_of_16_bits_that_use_the_lowest_only_are_refused(form: str, channels: int, largest: int) -> None:
+    values = np.random.default_rng(0).integers(0, largest + 1, (8, 8, channels)).astype(np.uint16)
+    if channels in (2, 4):
+        values[:, :, -1] = 65535
+    with pytest.raises(BadImage, match="has 16 bits a channel and uses few of them: save it with 8"):
+        decode(png_of_16_bits(values) if form == "PNG" else tiff_of_16_bits(values), 512)
 
 
 @pytest.mark.parametrize("error", [OverflowError, struct.error, TypeError, MemoryError, KeyError])

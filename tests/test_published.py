@@ -25,9 +25,10 @@ import yaml
 from PIL import Image
 
 from convoy.config import ConvoyError, typed
+from convoy.datasets.decoding import decoded
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Member, Source, TorchvisionSet
-from convoy.images import BadImage
+from convoy.images import FORMATS
 
 ROOT = Path(__file__).parents[1]
 SETS = {
@@ -284,7 +285,6 @@ def pets(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     return Tiny(
         {f"oxford-iiit-pet/{name}": content for name, content in files.items()},
         ["Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Bengal"],
-        (16, 24, 3),
     )
 
 
@@ -559,16 +559,53 @@ def test_a_class_that_no_image_has_is_left_out(tmp_path: Path, nowhere: str, mon
     assert [member.label for member in source.members] == list("defghijklmnopqrstuvwxyzabc")
 
 
-def test_a_broken_image_does_not_keep_the_others_from_being_read(
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
+    tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
+    read("oxford_pets", tmp_path)
+    images = there / "oxford-iiit-pet/images"
+    cut, changed = images / "Bengal_101.jpg", images / "Bengal_201.jpg"
+    cut.write_bytes(cut.read_bytes()[:-2])  # of which Pillow would say nothing
+    changed.write_bytes(POSTSCRIPT)
+    faults = {
+        member.path: fault
+        for members, batch in decoded(read("oxford_pets", tmp_path), 512, tmp_path / "remembered")
+        for member, fault in zip(members, batch.faults, strict=True)
+    }
+    assert len(faults) == 10
+    assert {path: fault for path, fault in faults.items() if fault} == {
+        str(cut.relative_to(tmp_path)): "can't be decoded: Premature end of JPEG file",
+        str(changed.relative_to(tmp_path)): f"is not an image in {', '.join(FORMATS)}",
+    }
+
+
+@pytest.mark.parametrize("name", ["imagenette", "flowers102", "food101", "eurosat", "oxford_pets"])
+def test_no_file_of_a_set_is_opened_while_its_members_are_named(
+    name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / name, tiny(name, nowhere, monkeypatch).files)
+    read(name, tmp_path)
+    files = [file for file in (tmp_path / name).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg")]
+    for file in files:
+        file.write_bytes(POSTSCRIPT)  # which Pillow would hand to Ghostscript
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("Pillow was asked to open a file")
+
+    monkeypatch.setattr(Image, "open", opened)
+    assert {member.content for member in read(name, tmp_path).members} == {str(file) for file in files}
+
+
+def test_a_set_is_refused_whose_labels_are_not_its_classes(
     tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
-    read("oxford_pets", tmp_path)
-    broken = tmp_path / "oxford_pets/oxford-iiit-pet/images/Bengal_101.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
-    contents = [member.content for member in read("oxford_pets", tmp_path).members]
-    assert [type(content) for content in contents] == [np.ndarray, BadImage, *[np.ndarray] * 8]
-    assert str(contents[1]).startswith("can't be decoded: ")
+    with pytest.raises(ConvoyError, match=r"splits selects target_types=\['segmentation'\] of OxfordIIITPet"):
+        read("oxford_pets", tmp_path, train={"split": "trainval", "target_types": "segmentation"})
 
 
 class Nameless(torchvision.datasets.VisionDataset):

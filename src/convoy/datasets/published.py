@@ -34,8 +34,8 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
         )
     make = getattr(torchvision.datasets, params.name)
     if "loader" in inspect.signature(make).parameters:
-        # its images are files, which are left as they are; a set that opens its files itself, as OxfordIIITPet does,
-        # keeps their names in no public place, so its images are decoded by torchvision, here and one by one
+        # its images are files, which are left as they are; so are those of OxfordIIITPet, which opens them itself but
+        # lists them (see `Unopened`). A set that does neither is decoded by torchvision, here and one by one
         make = functools.partial(make, loader=str)
     try:
         parts = _parts(make, params, folder)
@@ -58,6 +58,25 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
             for row in range(len(part))
         ),
     )
+
+
+class Unopened:
+    """A set that opens its files itself, as their names: only the intake is proof against what a file may hold."""
+
+    def __init__(self, part: Any) -> None:
+        targets = getattr(part, "_target_types", ["category"])
+        if targets != ["category"]:
+            raise ConvoyError(
+                f"dataset.torchvision.splits selects target_types={targets} of {type(part).__name__}, whose classes"
+                " are its categories: leave target_types out"
+            )
+        self.classes, self.targets, self.files = part.classes, part._labels, part._images
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> tuple[str, int]:
+        return str(self.files[row]), self.targets[row]
 
 
 def _member(part: Any, row: int, path: str, split: str, classes: dict[int, str], folder: Path) -> Member:
@@ -115,7 +134,11 @@ def _sought_labels(part: Any) -> Iterator[int]:
 
 def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
     """Split -> its torchvision data set."""
-    return {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+    parts = {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
+    return {
+        split: Unopened(part) if hasattr(part, "_images") and hasattr(part, "_labels") else part
+        for split, part in parts.items()
+    }
 
 
 def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:

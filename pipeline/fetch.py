@@ -1,5 +1,7 @@
 """fetch: the labelled images of data/, or a set that torchvision knows, decoded, judged and packed."""
 
+import textwrap
+
 from convoy.datacard import AsFound, write_fetch_card
 from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
@@ -12,7 +14,7 @@ from pipeline.stage import Stage, main
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
 TOLD = 50  # images that are left out, by name on the terminal; the others in a file
-NAMED = 10  # classes
+NAMED = 100  # columns of the terminal for names of classes
 
 
 def fetch(stage: Stage) -> None:
@@ -54,7 +56,7 @@ def tell(found: AsFound) -> None:
         print(f"changed: {change}")
     for note in found.notes:
         print(f"note: {note}")
-    names = ", ".join(found.classes[:NAMED]) + (", ..." if len(found.classes) > NAMED else "")
+    names = textwrap.shorten(", ".join(found.classes), NAMED, placeholder=" ...")
     print(
         f"{found.name}: {len(found.table)} images of {len(found.classes)} classes ({names}),"
         f" {len(found.quarantine)} left out, {len(found.merged)} exact copies merged; artifacts/fetch/card.md shows all"

@@ -135,6 +135,9 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
+    except KeyboardInterrupt:
+        print(f"convoy: {name}: stopped; what was there is untouched, and `dvc repro` goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except ConvoyError as error:
         sys.exit(f"convoy: {name}: {error}")
     except OSError as error:

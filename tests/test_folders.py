@@ -192,7 +192,7 @@ def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes
     ("files", "found"),
     [
         ({}, ""),
-        ({"README.md": b"soon"}, ""),
+        ({"README.md": b"soon"}, "data/README.md is none of these"),
         ({"empty.zip": zipped({})}, ""),
         ({"empty.tar": tarred({}, "w")}, ""),
         ({"1.png": png(), "2.png": png()}, "data/1.png lies in no class folder"),

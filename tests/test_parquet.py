@@ -162,6 +162,18 @@ def test_a_row_with_nothing_in_it_is_named(data: Path, images: pa.Array) -> None
     assert faults(read(data)) == ["data/a.parquet:1 has no bytes in its row"]
 
 
+def test_whole_numbers_that_were_written_as_others_are_whole(data: Path) -> None:
+    images = structs(*[png()] * 3)
+    export(data / "pets.parquet", {"image": images, "label": [10.0, 9.0, 0.5]}, classes=None)
+    assert read_folder(data).classes == ["0.5", "9", "10"]
+
+
+def test_files_may_lie_below_folders_around_them_all(data: Path) -> None:
+    for split in ("train", "test"):
+        export(data / "convert" / "default" / split / "0000.parquet", {"image": structs(png()), "label": [1]})
+    assert {split for _, _, split in rows(write(data, {"README.md": b"pets"}))} == {"train", "test"}
+
+
 @pytest.mark.parametrize("labels", [["a", ""], ["a", None], [1.0, float("nan")], [7, -1]])
 def test_a_row_with_no_label_is_named(data: Path, labels: list) -> None:
     export(data / "a.parquet", {"image": structs(png(), png()), "label": labels}, classes=None)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -114,18 +115,25 @@ def test_processes_that_train_together_know_their_rank(
     assert Stage(root, "train", "lenet").rank == rank
 
 
-def test_a_terminated_stage_exits_with_143_and_leaves_no_output(root: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stage_that_is_stopped_says_so_by_its_status_and_leaves_no_output(
+    root: Path, number: int, status: int
+) -> None:
     code = (
         "import time; from pipeline.stage import main\n"
         "def work(stage):\n    print('at work', flush=True)\n    time.sleep(60)\n"
         "main('fetch', work)"
     )
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=root, env=environment(), stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"at work\n"
-        process.terminate()
-        assert process.wait(timeout=20) == 143
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert b"Traceback" not in said
     assert not (root / "artifacts/fetch").exists()
 
 

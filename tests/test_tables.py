@@ -44,7 +44,7 @@ def test_a_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
     assert rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
 
 
-@pytest.mark.parametrize("outer", ["", "pets/"])
+@pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
 @pytest.mark.parametrize("make", [zipped, tarred])
 def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
     inside = {f"{outer}{name}": content for name, content in (PETS | {"labels.csv": LABELS.encode()}).items()}
@@ -53,7 +53,7 @@ def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, m
     assert [content(member) for member in read(data)] == list(PETS.values())
 
 
-@pytest.mark.parametrize("outer", ["", "pets/"])
+@pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
 def test_a_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
     write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": zipped(PETS)})
     assert rows(data) == as_rows(f"data/{outer}images.zip:")

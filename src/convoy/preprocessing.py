@@ -211,9 +211,11 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
     for name, images in zip(SPLITS, counts.sum(axis=0), strict=False):
         if not images:
             groups = set(packed.rows.columns("group")["group"].unique()) - {""}
+            withheld = counts[:, NOWHERE].sum()
             raise ConvoyError(
                 f"there is no {name} image left of {len(sides)}"
                 + (f" in {len(groups)} groups, each of which stays together" if groups else "")
+                + (f", {withheld} of them withheld for what is on another side" if withheld else "")
                 + f": {packed.name} needs more {'groups' if groups else 'images'}"
                 " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
             )

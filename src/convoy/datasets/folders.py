@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from convoy.datasets.parquet import Parquet, classes_in, image_column, label_col
 from convoy.datasets.source import Member, Source
 from convoy.datasets.tables import (
     TABLES,
+    TEXTS,
     Table,
     holds_labels,
     labels_in,
@@ -24,6 +26,8 @@ from convoy.datasets.tables import (
     read_parquet,
 )
 from convoy.images import BadImage
+
+FOUND = 5  # files that are named where none has a label
 
 Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
 
@@ -55,10 +59,13 @@ def read_folder(data: Path) -> Source:
                     found.append(f"{files.name}{path} {row.fault}")
     classes = list(dict.fromkeys([*classes_in(shards), *sorted(labels - {""})]))
     if not classes:
+        found = found or [
+            f"{files.name}{path} is none of these" for files in places for path in itertools.islice(files.paths, 3)
+        ]
         raise ConvoyError(
             f"{data.name}/ holds no images with a label: put them there in one folder for each class, or beside a"
             " labels.csv with the columns path and label; either may lie in zip or tar archives"
-            + "".join(f"\n  {line}" for line in found)
+            + "".join(f"\n  {line}" for line in found[:FOUND])
         )
     return Source(classes, count, _members(places, says, astray, shards), more, notes)
 
@@ -155,7 +162,7 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                 name = f"{files.name}{path}"
                 if isinstance(content, BadImage):
                     raise ConvoyError(f"{name} {content}: put a sound copy there")
-                if not path.lower().endswith(".parquet"):
+                if path.lower().endswith(TEXTS):
                     rows = read_csv(name, content)
                 else:
                     shard = open_parquet(name, content, split_in(path))

@@ -62,7 +62,7 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     if len(contradictions) + len(copies):
         rows.drop(np.union1d(contradictions.index, copies.index))
     labels = set(rows.columns("label")["label"].unique())
-    _check_classes(dataset.name, labels)
+    _check_classes(dataset.name, labels, source.notes)
 
     classes = extended(history.classes, [label for label in source.classes if label in labels])
     given = set(rows.columns("split")["split"].unique())
@@ -227,9 +227,10 @@ def _too_many(quarantine: pd.DataFrame, count: int, params: Fetch) -> str:
     )
 
 
-def _check_classes(name: str, classes: Collection[str]) -> None:
+def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:
     if len(classes) < 2:
         have = f"images of one class, {next(iter(classes))!r}" if classes else "no images that can be used"
         raise ConvoyError(
             f"{name} has {have}, and a classifier needs two classes or more: give each class a folder of its own"
+            + "".join(f"\n  {note}" for note in notes)
         )

@@ -145,6 +145,8 @@ def _text(value: Any) -> str:
     """In words, and "" for no label: null, not a number, or -1."""
     if value is None or value != value or value == -1:
         return ""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers where one is missing
+        value = int(value)
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

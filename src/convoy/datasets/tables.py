@@ -17,7 +17,8 @@ from convoy.datasets.parquet import Parquet, texts
 from convoy.datasets.source import SPLITS, Member
 from convoy.images import BadImage
 
-TABLES = (".csv", ".tsv", ".parquet")
+TEXTS = (".csv", ".tsv")
+TABLES = (*TEXTS, ".parquet")
 # what is used of a table, and the names its column may have, in any case: the first one that is there
 USED = {
     "path": ("path", "file_name", "filename", "file", "file_path", "filepath", "image_path", "image", "image_id"),
@@ -42,17 +43,29 @@ class Table:
 def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Which of some files, by number and path, may be tables: those at the top, or in folders of splits there.
 
-    A folder around all of them is looked through.
+    Folders around all of them are looked through.
     """
-    around = ""
-    tops = {path.partition("/")[0] for path in paths if "/" in path}
-    if len(tops) == 1 and not any(path.lower().endswith(TABLES) for path in paths if "/" not in path):
-        around = f"{tops.pop()}/"
+    around = _around(paths)
     for index, path in enumerate(paths):
         if path.lower().endswith(TABLES) and path.startswith(around):
             *folders, _ = path.removeprefix(around).split("/")
             if not folders or (len(folders) == 1 and folders[0].lower() in SPLITS):
                 yield index, path
+
+
+def _around(paths: Iterable[str]) -> str:
+    """The folder, with a slash at its end, around which there are only other folders; "" for none."""
+    around, inside = "", {""}
+    while len(inside) == 1:
+        around += inside.pop()
+        for path in paths:
+            if path.startswith(around):
+                name, slash, _ = path[len(around) :].partition("/")
+                if slash:
+                    inside.add(f"{name}/")
+                if len(inside) > 1 or (not slash and name.lower().endswith(TABLES)):
+                    return around
+    return around
 
 
 def holds_labels(rows: pd.DataFrame) -> bool:

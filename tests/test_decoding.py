@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ from sklearn.datasets import load_sample_images
 
 from convoy.datasets import decoding, judging
 from convoy.datasets.decoding import decoded
-from convoy.datasets.judging import PIXELS, RECORDS, Batch, Earlier, judge, keep
+from convoy.datasets.judging import RECORDS, Batch, Earlier, judge, keep
+from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
 
@@ -50,15 +52,15 @@ def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], 
 
 
 def images_of(batch: Batch, earlier: Path = NOTHING) -> list[np.ndarray]:
-    with contextlib.closing(Earlier.load(earlier)) as known:
-        pixels = b"".join(batch.pieces(known))
     images, start = [], 0
-    for record in batch.records:
-        shape = tuple(int(record[name]) for name in ("height", "width", "channels"))
-        end = start + int(np.prod(shape))
-        images.append(np.frombuffer(pixels[start:end], np.uint8).reshape(shape))
-        start = end
-    assert start == len(pixels)
+    with contextlib.closing(Earlier.load(earlier)) as known:
+        for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
+            if record["offset"] == NEW:
+                pixels = np.frombuffer(batch.pixels[start : (start := start + size)], np.uint8)
+            else:
+                pixels = known.pixels.read(int(record["offset"]), size)
+            images.append(pixels.reshape([int(record[name]) for name in ("height", "width", "channels")]))
+    assert start == len(batch.pixels)
     return images
 
 
@@ -180,14 +182,15 @@ def test_damage_that_a_jpeg_decoder_only_warns_of_is_a_fault() -> None:
 # What is remembered
 
 
-def remembered(folder: Path, contents: list[Content]) -> Batch:
+def remembered(folder: Path, contents: list[Content], here: Path | None = None) -> Batch:
     batch = judge(contents, 512, NOTHING)
     records = batch.records.copy()
     records["offset"] = np.cumsum(batch.sizes) - batch.sizes
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PIXELS).write_bytes(batch.pixels)
+    with contextlib.closing(Writer(folder / "pixels", None)) as pixels:
+        pixels.write(batch.records["picture"], batch.sizes, batch.records["offset"], batch.pixels)
     (folder / RECORDS).write_bytes(records.tobytes())
-    keep(folder / RECORDS, folder / PIXELS, folder / "remembered" / "here")
+    keep(folder / RECORDS, folder / "pixels", here or folder / "remembered" / "here")
     return batch
 
 
@@ -220,13 +223,21 @@ def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
     assert all(np.array_equal(image, noise(number)) for image, number in zip(images, order, strict=True))
 
 
-def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["a bit", "the end", "the file"])
+def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Path, harm: str) -> None:
     first = remembered(tmp_path / "spoiled", [saved(noise(1)), saved(noise(2))])
-    pixels = tmp_path / "spoiled/remembered/here" / PIXELS
-    pixels.write_bytes(flipped(pixels.read_bytes(), np.random.default_rng(0)))
-    again = judge([saved(noise(1)), saved(noise(2))], 512, tmp_path / "spoiled/remembered/here")
+    folder = tmp_path / "spoiled/remembered/here"
+    (shard,) = (folder / name for name, _ in json.loads((folder / LIST).read_text()))
+    if harm == "a bit":
+        shard.write_bytes(flipped(shard.read_bytes(), np.random.default_rng(0)))
+    elif harm == "the end":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.unlink()
+    again = judge([saved(noise(1)), saved(noise(2))], 512, folder)
+    assert again.faults == ["", ""]
     assert again.pixels  # that one
-    assert all(np.array_equal(*pair) for pair in zip(images_of(again, pixels.parent), images_of(first), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(images_of(again, folder), images_of(first), strict=True))
 
 
 @pytest.fixture
@@ -274,10 +285,8 @@ def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
 
 
 def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
-    (tmp_path / PIXELS).write_bytes(b"\0")
     for name in ("one", "two"):
-        (tmp_path / RECORDS).touch()
-        keep(tmp_path / RECORDS, tmp_path / PIXELS, tmp_path / "pets" / name)
+        remembered(tmp_path / name, [saved(noise(1))], tmp_path / "pets" / name)
     assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]
 
 
@@ -286,7 +295,7 @@ def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
 ) -> None:
     def emptied_and_filled_again(folder: Path, ignore_errors: bool) -> None:
         (folder / "here").mkdir(parents=True)
-        (folder / "here" / PIXELS).write_bytes(b"others")
+        (folder / "here" / LIST).write_bytes(b"others")
 
     monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
     remembered(tmp_path, [saved(noise(1))])

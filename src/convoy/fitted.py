@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -145,20 +144,16 @@ def _fit(
     unknown = [row for row, there in enumerate(found) if there is None]
     if unknown:
         pixels, start = _read(packed, at[unknown[0] : unknown[-1] + 1])
-        near = dataclasses.replace(packed, pixels=pixels)
         for row in unknown:
-            height, width, channels, offset = at[row]
-            image = fit(near.at(height, width, channels, offset - start), shape[0], shape[2])
+            height, width, channels, offset = at[row] - (0, 0, 0, start)
+            size = height * width * channels
+            image = fit(pixels[offset : offset + size].reshape(height, width, channels), shape[0], shape[2])
             found[row] = image, xxhash.xxh3_64_intdigest(image.data)
     fitted, checks = zip(*found, strict=True)  # type: ignore[arg-type]
     return np.stack(fitted), np.array(checks, np.uint64)
 
 
 def _read(packed: Packed, at: np.ndarray) -> tuple[np.ndarray, int]:
-    """The pixels of these images and of all between them, and the offset of the first.
-
-    Read from the file: of a memory map all that was read would count as memory in use.
-    """
+    """The pixels of these images and of all between them, and the offset of the first."""
     (*_, first), (height, width, channels, last) = at[0].tolist(), at[-1].tolist()
-    count = last + height * width * channels - first
-    return np.fromfile(packed.pixels.filename, np.uint8, count, offset=first), first  # type: ignore[attr-defined]
+    return packed.pixels.read(first, last + height * width * channels - first), first

@@ -20,6 +20,7 @@ from convoy.datasets.decoding import decoded
 from convoy.datasets.history import History, extended
 from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
+from convoy.datasets.shards import Writer
 from convoy.datasets.source import Dataset, Source
 
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
@@ -147,17 +148,16 @@ def _tables(
     yield schema.empty_table()
     offset = 0
     with (
-        (folder / PIXELS).open("wb") as pixels,
-        (folder / RECORDS).open("wb") as records,
         contextlib.closing(Earlier.load(earlier)) as known,
+        contextlib.closing(Writer(folder / PIXELS, known.pixels)) as pixels,
+        (folder / RECORDS).open("wb") as records,
         tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
     ):
         for members, batch in decoded(source, dataset.longest_side, earlier):
-            for piece in batch.pieces(known):
-                pixels.write(piece)
-            ends = offset + np.cumsum(batch.sizes)
-            batch.records["offset"] = ends - batch.sizes
-            offset = pixels.tell()
+            sizes = batch.sizes
+            pixels.write(batch.records["picture"], sizes, batch.records["offset"], batch.pixels)
+            batch.records["offset"] = offset + np.cumsum(sizes) - sizes
+            offset += int(sizes.sum())
             records.write(batch.records.tobytes())
 
             sound = []

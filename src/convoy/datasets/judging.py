@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import gc
 import hashlib
-import itertools
 import math
 import os
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ import xxhash
 from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
+from convoy.datasets import shards
+from convoy.datasets.shards import NEW, Shards, runs
 from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 from convoy.memory import keep_memory
@@ -51,16 +52,15 @@ RECORD = np.dtype(
 UNSTAMPED = bytes(16)
 TIMES = struct.Struct("<4q")  # and size and number of a file
 SETTLED = 3_000_000_000  # ns after which another change to a file gives it another time, on any file system
-NEW = -1  # in place of an offset
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
-RECORDS, INDEX, PIXELS = "records.bin", "index.npy", "pixels.bin"  # what `keep` leaves
+RECORDS, INDEX = "records.bin", "index.npy"  # what `keep` leaves beside the shards
 
 
 def way(longest_side: int) -> str:
     """What stands for all that decides what a file is decoded to."""
     libraries = ["numpy", "pillow", "simplejpeg", "xxhash"]
-    return fingerprint([images, likeness, sys.modules[__name__]], libraries, longest_side)
+    return fingerprint([images, likeness, shards, sys.modules[__name__]], libraries, longest_side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +76,9 @@ class Batch:
         """(N,): the bytes of each image's pixels."""
         return _sizes(self.records)
 
-    def pieces(self, earlier: "Earlier") -> Iterator[bytes | memoryview]:
-        """The pixels of all images, end to end: those that are known lie where they were, and come in long pieces."""
-        sizes, offsets = self.sizes, self.records["offset"]
-        new = offsets == NEW
-        starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
-        for some in _runs(starts, sizes, new):
-            start, count = int(starts[some.start]), int(sizes[some].sum())
-            yield memoryview(self.pixels)[start : start + count] if new[some.start] else earlier.read(start, count)
-
 
 def _sizes(records: np.ndarray) -> np.ndarray:
     return records["height"].astype(np.int64) * records["width"] * records["channels"]
-
-
-def _runs(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> list[slice]:
-    """Of pieces of one kind of file or another, those that lie end to end, about `BATCH_BYTES` together."""
-    blocks = np.cumsum(sizes) // BATCH_BYTES
-    apart = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
-    if kinds is not None:
-        apart |= kinds[1:] != kinds[:-1]
-    ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(starts)]
-    return [slice(start, end) for start, end in itertools.pairwise(ends) if start < end]
 
 
 def settle() -> None:
@@ -201,19 +182,19 @@ def _digest(data: bytes | np.ndarray) -> bytes:
 class Earlier:
     """What an earlier run decoded, found by the sha256 or the stamp of a file."""
 
-    def __init__(self, index: np.ndarray, records: int, pixels: int) -> None:
+    def __init__(self, index: np.ndarray, records: int, pixels: Shards | None) -> None:
         self.starts, self.rows = np.asarray(index)  # (2, names)
-        # descriptors of open files: of a memory map all that was read would count as memory
-        self.records, self.pixels = records, pixels
+        self.records, self.pixels = records, pixels  # the first of an open file
 
     @classmethod
     def load(cls, folder: Path) -> "Earlier":
         """From a folder that `keep` wrote; nothing is known where it is missing."""
         try:
             index = np.load(folder / INDEX, mmap_mode="r")  # which the processes share
-            return cls(index, *(os.open(folder / name, os.O_RDONLY) for name in (RECORDS, PIXELS)))
+            pixels = Shards.load(folder)
+            return cls(index, os.open(folder / RECORDS, os.O_RDONLY), pixels)
         except (OSError, ValueError):
-            return cls(np.empty((2, 0), np.uint64), NOTHING, NOTHING)
+            return cls(np.empty((2, 0), np.uint64), NOTHING, None)
 
     def __bool__(self) -> bool:
         return len(self.starts) > 0
@@ -227,7 +208,7 @@ class Earlier:
         places = np.flatnonzero((self.starts[at] == starts) & (starts != 0))  # which those of `UNSTAMPED` are
         rows = self.rows[at[places]].astype(np.int64)
         records = np.zeros(len(rows), RECORD)
-        for some in _runs(rows, np.ones_like(rows)):
+        for some in runs(rows, np.ones_like(rows)):
             os.preadv(self.records, [records[some].view(np.uint8).data], rows[some.start] * RECORD.itemsize)
         stated = zip(places.tolist(), records["sha256"].tolist(), records["stamp"].tolist(), strict=True)
         same = np.array([names[place] in (sha256, stamp) for place, sha256, stamp in stated], bool)
@@ -239,22 +220,24 @@ class Earlier:
         whole = np.zeros(len(records), bool)
         sizes = _sizes(records)
         shapes = zip(*(records[name].tolist() for name in ("picture", "height", "width", "channels")), strict=True)
-        for some in _runs(records["offset"], sizes):
-            read, start = memoryview(self.read(int(records["offset"][some.start]), int(sizes[some].sum()))), 0
+        for some in runs(records["offset"], sizes):
+            read, start = self._read(int(records["offset"][some.start]), int(sizes[some].sum())).data, 0
             for row in range(some.start, some.stop):
                 picture, *shape = next(shapes)
                 size = math.prod(shape)
                 whole[row] = _picture(read[start : (start := start + size)], *shape) == picture
         return whole
 
-    def read(self, offset: int, count: int) -> bytes:
-        """So many bytes of the pixels."""
-        return os.pread(self.pixels, count, offset)
+    def _read(self, offset: int, count: int) -> np.ndarray:
+        assert self.pixels is not None
+        try:
+            return self.pixels.read(offset, count)
+        except OSError:  # it is gone
+            return np.empty(0, np.uint8)
 
     def close(self) -> None:
-        for file in (self.records, self.pixels):
-            if file != NOTHING:
-                os.close(file)
+        if self.records != NOTHING:
+            os.close(self.records)
 
 
 @functools.cache
@@ -269,9 +252,12 @@ def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -
 
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:
-    """Leave in `folder` what was decoded, for a later run: `records` is taken from where it is."""
-    made = {RECORDS: records, PIXELS: pixels}
-    remember(folder, made, lambda folder: np.save(folder / INDEX, _index(records)))
+    """Leave in `folder` what was decoded, for a later run: `records` is taken from where it is.
+
+    `pixels` is the folder of their shards.
+    """
+    made = {file.name: file for file in Shards.load(pixels).files}
+    remember(folder, made | {RECORDS: records}, lambda folder: np.save(folder / INDEX, _index(records)))
     records.unlink()
 
 

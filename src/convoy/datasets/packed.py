@@ -1,4 +1,4 @@
-"""The packed data set: all its images in one file, and a table that says which is which."""
+"""The packed data set: the pixels of all its images, and a table that says which is which."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PIXELS, TABLE, DESCRIPTION = "pixels.bin", "images.parquet", "dataset.json"
+from convoy.datasets.shards import Shards
+
+PIXELS, TABLE, DESCRIPTION = "pixels", "images.parquet", "dataset.json"
 COLUMN = "column_"  # before the name of a column of a table of labels that convoy itself makes no use of
 FEW = 50  # different values of such a column; what has more, as a number or a comment has, is left out
 PIECE = 2**13  # rows that are in memory at a time
@@ -98,7 +100,7 @@ class Packed:
     classes: list[str]  # K names; there may be no image of some
     drawn: list[str]  # the splits to draw from images given for training: val, test
     rows: Rows  # N of them
-    pixels: np.ndarray  # one long memory-mapped row of uint8
+    pixels: Shards
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
@@ -120,7 +122,7 @@ class Packed:
 
     def at(self, height: int, width: int, channels: int, offset: int) -> np.ndarray:
         """The image of this shape that begins at `offset`."""
-        return self.pixels[offset : offset + height * width * channels].reshape(height, width, channels)
+        return self.pixels.read(offset, height * width * channels).reshape(height, width, channels)
 
     def named(self, path: str) -> np.ndarray:
         """The image that was found at a path."""
@@ -129,4 +131,4 @@ class Packed:
     @classmethod
     def load(cls, folder: Path) -> "Packed":
         described = json.loads((folder / DESCRIPTION).read_text())
-        return cls(rows=Rows(folder / TABLE), pixels=np.memmap(folder / PIXELS, np.uint8, mode="r"), **described)
+        return cls(rows=Rows(folder / TABLE), pixels=Shards.load(folder / PIXELS), **described)

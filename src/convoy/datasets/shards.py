@@ -1,0 +1,142 @@
+"""Shards: the pixels of all images, end to end, in files that stay as they are where their images do."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import xxhash
+
+LIST = "shards.json"  # beside the shards: the name and the bytes of each, in their order
+ARRIVING = "arriving"
+# bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
+MEAN = 2**25
+RUN = 2**23  # bytes that are in memory at a time
+NEW = -1  # in place of an offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """One long row of bytes, which lies in several files. Nothing stays open, and nothing is in memory."""
+
+    folder: Path
+    names: list[str]
+    ends: np.ndarray  # (S,) int64: where each of them ends in the row
+
+    @classmethod
+    def load(cls, folder: Path) -> "Shards":
+        """Raises OSError and ValueError where there are none."""
+        names, sizes = zip(*json.loads((folder / LIST).read_text()), strict=True)
+        return cls(folder, list(names), np.cumsum(sizes, dtype=np.int64))
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / LIST, *(self.folder / name for name in dict.fromkeys(self.names))]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """(count,) uint8, from `start` on; fewer where the disk has lost some. Raises OSError where a file is gone.
+
+        Not as a memory map, of which all that was read would count as memory in use.
+        """
+        stop, parts = start + count, []
+        for shard in range(self._at(start), len(self.names)):
+            begin, end = self._extent(shard)
+            here = max(min(stop, end) - start, 0)  # to NumPy -1 would mean all that there is
+            parts.append(np.fromfile(self.folder / self.names[shard], np.uint8, here, offset=start - begin))
+            start += here
+            if start >= stop:
+                break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def file_of(self, part: range) -> Path | None:
+        """The shard that is this part of the row, neither more nor less."""
+        shard = self._at(part.start)
+        return self.folder / self.names[shard] if self._extent(shard) == (part.start, part.stop) else None
+
+    def _at(self, place: int) -> int:
+        return int(self.ends.searchsorted(place, "right").clip(max=len(self.names) - 1))
+
+    def _extent(self, shard: int) -> tuple[int, int]:
+        return int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
+
+
+class Writer:
+    """Writes shards into a new folder.
+
+    Which images come into one follows from the images themselves, and its name from those that are in it. So images
+    that are added, changed or taken away leave most shards as they were: they are linked from `earlier`.
+    """
+
+    def __init__(self, folder: Path, earlier: Shards | None) -> None:
+        folder.mkdir()
+        self.folder, self.earlier = folder, earlier
+        self.listed: list[tuple[str, int]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.name, self.size = xxhash.xxh3_128(), 0
+        self.known = range(0)  # of `earlier`: with what this shard begins, as long as that is not written
+        self.file: IO[bytes] | None = None
+
+    def write(self, pictures: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, pixels: bytes) -> None:
+        """Add N images: their hashes, their bytes, where they lie in `earlier`, and the `pixels` that are `NEW`."""
+        new = offsets == NEW
+        starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
+        last = pictures / 2.0**64 < sizes / MEAN  # of its shard: a hash is a number drawn for each image
+        shards: np.ndarray = np.cumsum(last) - last
+        for some in runs(starts, sizes, 2 * shards + new):
+            part = range(int(starts[some.start]), int(starts[some.stop - 1] + sizes[some.stop - 1]))
+            if new[some.start]:
+                self._opened().write(memoryview(pixels)[part.start : part.stop])
+            elif self.file is None and (not self.known or self.known.stop == part.start):
+                self.known = range((self.known or part).start, part.stop)
+            else:
+                self._copy(self._opened(), part)
+            self.name.update(np.ascontiguousarray(pictures[some]).data)
+            self.size += len(part)
+            if last[some.stop - 1]:
+                self._end()
+
+    def close(self) -> None:
+        if self.size:
+            self._end()
+        (self.folder / LIST).write_text(json.dumps(self.listed) + "\n")
+
+    def _opened(self) -> IO[bytes]:
+        if self.file is None:
+            self.file = (self.folder / ARRIVING).open("wb")
+            self._copy(self.file, self.known)
+        return self.file
+
+    def _copy(self, file: IO[bytes], part: range) -> None:
+        for start in part[::RUN]:
+            assert self.earlier is not None
+            file.write(self.earlier.read(start, min(RUN, part.stop - start)).data)
+
+    def _end(self) -> None:
+        shard = self.folder / self.name.hexdigest()
+        there = self.earlier.file_of(self.known) if self.earlier and self.file is None else None
+        if there is not None and there.name == shard.name:
+            with contextlib.suppress(FileExistsError):  # the same images once more
+                os.link(there, shard)
+        else:
+            with self._opened():
+                pass
+            (self.folder / ARRIVING).replace(shard)
+        self.listed.append((shard.name, self.size))
+        self._begin()
+
+
+def runs(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> Iterator[slice]:
+    """Of pieces, those of one kind that lie end to end, about `RUN` bytes together."""
+    blocks = np.cumsum(sizes) // RUN
+    apart = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
+    if kinds is not None:
+        apart |= kinds[1:] != kinds[:-1]
+    ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(starts)]
+    return (slice(start, end) for start, end in itertools.pairwise(ends) if start < end)

@@ -1,0 +1,113 @@
+"""Shards: what is written is what is read, whatever is known already, and what stays is not written again."""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convoy.datasets import shards
+from convoy.datasets.shards import LIST, NEW, Shards, Writer
+
+SIZE = 100
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> None:
+    """Eight images in a shard, and a run of less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "MEAN", 8 * SIZE)
+        patch.setattr(shards, "RUN", 5 * SIZE)
+        yield
+
+
+def image(number: int) -> bytes:
+    return np.random.default_rng(number).bytes(SIZE + number % 3)
+
+
+def picture(number: int) -> int:
+    return xxhash.xxh3_64_intdigest(image(number))
+
+
+def written(
+    folder: Path, numbers: list[int], earlier: Shards | None = None, at: dict | None = None, step: int = 7
+) -> Shards:
+    """The images of these numbers, `step` at a time; those that are in `at` lie there in `earlier`."""
+    with contextlib.closing(Writer(folder, earlier)) as writer:
+        for start in range(0, len(numbers), step):
+            some = numbers[start : start + step]
+            offsets = [(at or {}).get(number, NEW) for number in some]
+            new = b"".join(image(number) for number, offset in zip(some, offsets, strict=True) if offset == NEW)
+            pictures = np.array([picture(number) for number in some], np.uint64)
+            sizes = np.array([len(image(number)) for number in some])
+            writer.write(pictures, sizes, np.array(offsets), new)
+    return Shards.load(folder)
+
+
+def places(numbers: list[int]) -> dict[int, int]:
+    sizes = [len(image(number)) for number in numbers]
+    return dict(zip(numbers, (np.cumsum(sizes) - sizes).tolist(), strict=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+orders = st.lists(st.integers(0, 60), min_size=1, max_size=60)
+
+
+@given(before=orders.map(lambda numbers: list(dict.fromkeys(numbers))), after=orders, step=st.integers(1, 20))
+def test_the_bytes_are_the_same_however_much_of_them_is_known(
+    before: list[int], after: list[int], step: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    earlier = written(folder / "earlier", before)
+    grown = written(folder / "grown", after, earlier, places(before), step)
+    whole = b"".join(map(image, after))
+    assert grown.read(0, len(whole)).tobytes() == whole
+    assert contents(grown.folder) == contents(written(folder / "afresh", after).folder)
+
+
+@pytest.fixture(scope="module")
+def fifty(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    return written(tmp_path_factory.mktemp("fifty") / "there", list(range(50)))
+
+
+@given(start=st.integers(0, 6000), count=st.integers(0, 6000))
+def test_any_part_can_be_read(fifty: Shards, start: int, count: int) -> None:
+    assert fifty.read(start, count).tobytes() == b"".join(map(image, range(50)))[start : start + count]
+
+
+def test_one_image_more_in_the_middle_leaves_all_shards_but_one_as_they_were(tmp_path: Path) -> None:
+    numbers = list(range(400))
+    earlier = written(tmp_path / "earlier", numbers)
+    grown = written(tmp_path / "grown", [*numbers[:200], 1000, *numbers[200:]], earlier, places(numbers))
+    assert 30 < len(earlier.names) < 80
+    assert len(set(grown.names) - set(earlier.names)) <= 2
+    for name in set(grown.names) & set(earlier.names):
+        assert (tmp_path / "grown" / name).samefile(tmp_path / "earlier" / name)
+
+
+def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:
+    numbers = list(range(50))
+    last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / shards.MEAN)
+    once = numbers[: last + 1]
+    twice = written(tmp_path / "twice", once * 2)
+    assert twice.read(0, 10**6).tobytes() == b"".join(map(image, once * 2))
+    assert len(list((tmp_path / "twice").iterdir())) == len(twice.names) // 2 + 1
+
+
+def test_shards_that_are_gone_or_cut_are_noticed(tmp_path: Path) -> None:
+    there = written(tmp_path / "there", list(range(50)))
+    file = tmp_path / "there" / there.names[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert len(there.read(0, int(there.ends[0]))) == there.ends[0] - 1
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        there.read(0, 1)
+    (tmp_path / "there" / LIST).write_text("[]")
+    with pytest.raises(ValueError, match="not enough values"):
+        Shards.load(tmp_path / "there")

@@ -59,8 +59,8 @@ class History:
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
                 f"none of the classes that data.lock knows of {name} ({_some(self.classes)}) is there, but"
-                f" {_some(classes)}: if these are the folders around the classes, put the classes themselves at the"
-                " top; give another data set another name in conf/dataset/, or take this one out of data.lock"
+                f" {_some(classes)}: give another data set another name in conf/dataset/, or take this one out of"
+                " data.lock; if these are folders around the classes, put the classes themselves at the top"
             )
 
     def draws(self, given: Collection[str]) -> list[Drawn]:

@@ -6,6 +6,7 @@ its own for each run, so that no way finds anything warm that another one left. 
 
 import functools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -56,18 +57,25 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     from convoy.datasets.intake import Fetch, take_in
     from convoy.datasets.source import Dataset
     from convoy.preprocessing import Preprocess, prepare
+    from convoy.remembered import Memory
 
     get_ready()
     dataset = Dataset(name="benchmark", longest_side=512, group=None)
     params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
     with tempfile.TemporaryDirectory() as name:
         source = read_folder(folder)
-        earlier = remembered or Path(name, "remembered", "here")
-        fetched, prepared = Path(name, "fetch"), Path(name, "preprocess")
-        fetched.mkdir()
-        prepared.mkdir()
-        intake = take_in(source, dataset, Fetch(max_bad_fraction=0.0), NEW, fetched, earlier)
-        prepare(intake.packed, params, 1, prepared, earlier.parent.with_suffix(".fitted"))
+        home = remembered or Path(name)
+        made = {}
+        for stage in ("fetch", "preprocess"):
+            made[stage] = home / f"{stage}.new"
+            made[stage].mkdir(parents=True)
+        earlier = Memory(home / ".decoded" / "benchmark" / "here", home / "fetch")
+        limits = Fetch(max_bad_fraction=0.0)
+        intake = take_in(source, dataset, limits, NEW, made["fetch"], earlier)
+        prepare(intake.packed, params, 1, made["preprocess"], Memory(home / ".fitted", home / "preprocess"))
+        for stage, folder in made.items():  # as a stage publishes them
+            shutil.rmtree(home / stage, ignore_errors=True)
+            folder.rename(home / stage)
         return source.count
 
 

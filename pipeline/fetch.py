@@ -10,6 +10,7 @@ from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
+from convoy.remembered import Memory
 from pipeline.stage import Stage, main
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
@@ -24,7 +25,8 @@ def fetch(stage: Stage) -> None:
     limits = stage.typed(Fetch, "fetch")
     lock = stage.root / "data.lock"
     history = History.load(lock, params.name)
-    earlier = stage.home / "artifacts" / ".decoded" / params.name / way(params.longest_side)
+    made = stage.home / "artifacts"
+    earlier = Memory(made / ".decoded" / params.name / way(params.longest_side), made / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")

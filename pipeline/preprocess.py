@@ -10,6 +10,7 @@ from convoy.datacard import AsPrepared, write_preprocess_card
 from convoy.datasets.packed import Packed, Rows
 from convoy.images import fit
 from convoy.preprocessing import Preprocess, prepare
+from convoy.remembered import Memory
 from pipeline.stage import Stage, main
 
 TOLD = 20  # notes on the terminal
@@ -20,7 +21,8 @@ def preprocess(stage: Stage) -> None:
     params = stage.typed(Preprocess, "preprocess")
     seed = stage.typed(Seed, "seed")
     packed = Packed.load(stage.input("fetch"))
-    earlier = stage.home / "artifacts" / ".fitted" / packed.name
+    made = stage.home / "artifacts"
+    earlier = Memory(made / ".fitted" / packed.name, made / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)

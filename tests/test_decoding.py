@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -22,8 +21,9 @@ from convoy.datasets.judging import RECORDS, Batch, Earlier, judge, keep
 from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
+from convoy.remembered import Memory
 
-NOTHING = Path("nothing is remembered here")
+NOTHING = Memory(Path("nothing is remembered here"), Path("or here"))
 PHOTOGRAPH = load_sample_images().images[0][100:148, 200:264]
 
 
@@ -51,7 +51,7 @@ def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], 
     return paths, found
 
 
-def images_of(batch: Batch, earlier: Path = NOTHING) -> list[np.ndarray]:
+def images_of(batch: Batch, earlier: Memory = NOTHING) -> list[np.ndarray]:
     images, start = [], 0
     with contextlib.closing(Earlier.load(earlier)) as known:
         for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
@@ -105,7 +105,7 @@ def test_what_is_recorded_of_a_file() -> None:
 # Processes that die
 
 
-def crash(contents: list[Content], longest_side: int, earlier: Path) -> Batch:
+def crash(contents: list[Content], longest_side: int, earlier: Memory) -> Batch:
     """As `judge`, but one image ends the process, as broken PNGs did with torchvision, and another takes for ever."""
     if b"crash" in contents:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -182,7 +182,7 @@ def test_damage_that_a_jpeg_decoder_only_warns_of_is_a_fault() -> None:
 # What is remembered
 
 
-def remembered(folder: Path, contents: list[Content], here: Path | None = None) -> Batch:
+def remembered(folder: Path, contents: list[Content]) -> Batch:
     batch = judge(contents, 512, NOTHING)
     records = batch.records.copy()
     records["offset"] = np.cumsum(batch.sizes) - batch.sizes
@@ -190,8 +190,12 @@ def remembered(folder: Path, contents: list[Content], here: Path | None = None) 
     with contextlib.closing(Writer(folder / "pixels", None)) as pixels:
         pixels.write(batch.records["picture"], batch.sizes, batch.records["offset"], batch.pixels)
     (folder / RECORDS).write_bytes(records.tobytes())
-    keep(folder / RECORDS, folder / "pixels", here or folder / "remembered" / "here")
+    keep(folder / RECORDS, folder / "pixels", memory(folder).folder)
     return batch
+
+
+def memory(folder: Path) -> Memory:
+    return Memory(folder / "remembered" / "here", folder)
 
 
 def never(data: bytes, longest_side: int) -> None:
@@ -202,11 +206,11 @@ def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatc
     contents = [saved(noise(number)) for number in range(9)]
     first = remembered(tmp_path / "first", contents)
     monkeypatch.setattr(judging, "decode", never)
-    again = judge(contents[::-1], 512, tmp_path / "first/remembered/here")
+    again = judge(contents[::-1], 512, memory(tmp_path / "first"))
     assert again.faults == [""] * 9
     assert (again.records["phash"] == first.records["phash"][::-1]).all()
     assert not again.pixels
-    images = images_of(again, tmp_path / "first/remembered/here")
+    images = images_of(again, memory(tmp_path / "first"))
     assert all(np.array_equal(*pair) for pair in zip(images, images_of(first)[::-1], strict=True))
 
 
@@ -217,8 +221,8 @@ def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
     folder = tmp_path_factory.mktemp("mixed")
     contents = [saved(noise(number)) for number in range(12)]
     remembered(folder / "first", contents[:6])
-    batch = judge([contents[number] for number in order], 512, folder / "first/remembered/here")
-    images = images_of(batch, folder / "first/remembered/here")
+    batch = judge([contents[number] for number in order], 512, memory(folder / "first"))
+    images = images_of(batch, memory(folder / "first"))
     assert len(batch.pixels) == sum(noise(number).size for number in order if number >= 6)
     assert all(np.array_equal(image, noise(number)) for image, number in zip(images, order, strict=True))
 
@@ -226,18 +230,18 @@ def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
 @pytest.mark.parametrize("harm", ["a bit", "the end", "the file"])
 def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Path, harm: str) -> None:
     first = remembered(tmp_path / "spoiled", [saved(noise(1)), saved(noise(2))])
-    folder = tmp_path / "spoiled/remembered/here"
-    (shard,) = (folder / name for name, _ in json.loads((folder / LIST).read_text()))
+    earlier = memory(tmp_path / "spoiled")
+    (shard,) = (file for file in (tmp_path / "spoiled/pixels").iterdir() if file.name != LIST)
     if harm == "a bit":
         shard.write_bytes(flipped(shard.read_bytes(), np.random.default_rng(0)))
     elif harm == "the end":
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         shard.unlink()
-    again = judge([saved(noise(1)), saved(noise(2))], 512, folder)
+    again = judge([saved(noise(1)), saved(noise(2))], 512, earlier)
     assert again.faults == ["", ""]
     assert again.pixels  # that one
-    assert all(np.array_equal(*pair) for pair in zip(images_of(again, folder), images_of(first), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(images_of(again, earlier), images_of(first), strict=True))
 
 
 @pytest.fixture
@@ -264,13 +268,13 @@ def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
     monkeypatch.setattr(judging, "SETTLED", 0)
     remembered(tmp_path, [*paths])
     read.clear()
-    assert judge([*paths], 512, tmp_path / "remembered/here").faults == ["", ""]
+    assert judge([*paths], 512, memory(tmp_path)).faults == ["", ""]
     assert read == []
 
     files[1].write_bytes(flipped(files[1].read_bytes(), np.random.default_rng(0)))
     os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
     assert files[1].stat().st_size == before.st_size
-    judge([*paths], 512, tmp_path / "remembered/here")
+    judge([*paths], 512, memory(tmp_path))
     assert read == [paths[1]]
 
 
@@ -280,14 +284,8 @@ def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
     file = tmp_path / "1.png"
     file.write_bytes(saved(noise(1)))
     remembered(tmp_path, [str(file)])
-    judge([str(file)], 512, tmp_path / "remembered/here")
+    judge([str(file)], 512, memory(tmp_path))
     assert read == 2 * [str(file)]
-
-
-def test_another_run_leaves_only_its_own_memory(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        remembered(tmp_path / name, [saved(noise(1))], tmp_path / "pets" / name)
-    assert [folder.name for folder in (tmp_path / "pets").iterdir()] == ["two"]
 
 
 def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
@@ -299,4 +297,4 @@ def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
 
     monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
     remembered(tmp_path, [saved(noise(1))])
-    assert len(judge([saved(noise(1))], 512, tmp_path / "remembered" / "here").pixels) == noise(1).size
+    assert len(judge([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size

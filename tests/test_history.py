@@ -33,7 +33,7 @@ def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
     history.check("pets", ["dog", "rose"])
     with pytest.raises(
         ConvoyError,
-        match=r"^none of the classes that data.lock knows of pets \(cat, dog\) is there, but rose, tulip: give another data set another name",
+        match=r"^none of the classes that data.lock knows of pets \(cat, dog\) is there, but rose, tulip: give an",
     ):
         history.check("pets", ["rose", "tulip"])
 

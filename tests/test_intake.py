@@ -17,6 +17,7 @@ from convoy.datasets.folders import read_folder
 from convoy.datasets.history import NEW, History, Version
 from convoy.datasets.intake import Fetch, Intake, group_in, take_in
 from convoy.datasets.source import Dataset
+from convoy.remembered import Memory
 
 SIZE = 16
 
@@ -63,11 +64,13 @@ def taken_in(
     history: History = NEW,
     into: str = "packed",
 ) -> Intake:
-    folder = data.parent / into
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, before = data.parent / into, data.parent / "before"
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
     folder.mkdir()
     limits = Fetch(max_bad_fraction=max_bad_fraction)
-    earlier = data.parent / "remembered" / "here"
+    earlier = Memory(data.parent / "remembered" / "here", before)
     return take_in(read_folder(data), pets(group), limits, history, folder, earlier)
 
 

@@ -24,6 +24,7 @@ from convoy.datasets.packed import Packed
 from convoy.datasets.source import Dataset, Member, Source
 from convoy.images import fit
 from convoy.preprocessing import SPLITS, Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
+from convoy.remembered import Memory
 from convoy.task import Sums, Task
 
 PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
@@ -263,11 +264,11 @@ def packed(
     source = Source(sorted(images), len(members), iter(members))
     limits = Fetch(max_bad_fraction=0.0)
     pets = Dataset(name="pets", longest_side=512, group=None)
-    return take_in(source, pets, limits, NEW, folder, folder / "remembered" / "here").packed
+    return take_in(source, pets, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)).packed
 
 
 def made(packed: Packed, folder: Path, params: Preprocess = PARAMS) -> Prepared:
-    return prepare(packed, params, 1, folder, folder / "remembered")
+    return prepare(packed, params, 1, folder, Memory(folder / "remembered", folder))
 
 
 def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
@@ -390,7 +391,7 @@ def made_again(packed: Packed, first: Path) -> dict[str, bytes]:
     """The files in another folder, with what is remembered from a first time."""
     folder = first / "again"
     folder.mkdir()
-    prepare(packed, PARAMS, 1, folder, first / "remembered")
+    prepare(packed, PARAMS, 1, folder, Memory(first / "remembered", first))
     return bytes_in(folder)
 
 
@@ -418,8 +419,7 @@ def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fit
     made(images, tmp_path)
     sound = bytes_in(tmp_path)
     fitted.clear()
-    (spoiled,) = (tmp_path / "remembered").glob("*/train_pixels.npy")
-    with spoiled.open("r+b") as file:
+    with (tmp_path / "train_pixels.npy").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
@@ -428,7 +428,7 @@ def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fit
     assert len(fitted) == 1
 
 
-def test_what_needs_no_fitting_is_not_kept_twice(tmp_path: Path) -> None:
+def test_of_what_needs_no_fitting_nothing_is_remembered(tmp_path: Path) -> None:
     made(packed(tmp_path / "packed", {"cat": noise(40), "dog": noise(40, 1, 1)}), tmp_path)
     assert not list((tmp_path / "remembered").glob("*/*.npy"))
 

@@ -10,6 +10,7 @@ from convoy.datasets.history import NEW
 from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import Packed
 from convoy.datasets.source import Dataset
+from convoy.remembered import Memory
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -23,7 +24,9 @@ def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
 def packed(folder: Path) -> Packed:
     dataset = Dataset(name="digits", longest_side=512, group=None)
     limits = Fetch(max_bad_fraction=0.0)
-    return take_in(read_folder(SAMPLES), dataset, limits, NEW, folder, folder / "remembered" / "here").packed
+    return take_in(
+        read_folder(SAMPLES), dataset, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)
+    ).packed
 
 
 def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from convoy import images
 from convoy.datasets.packed import Packed
 from convoy.images import fit
-from convoy.remembered import fingerprint, remember
+from convoy.remembered import Memory, fingerprint, remember
 from convoy.task import Sums
 
 TRAIN, NOWHERE = 0, -1  # sides; what is withheld is on none
@@ -34,17 +34,19 @@ ENTRY = np.dtype(
 Shape = tuple[int, int, int]  # height, width, channels
 
 
-def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: Path) -> Sums:
+def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: Memory) -> Sums:
     """Write (N, H, W, C) uint8 for each side, and return the sums over the training images.
 
     As plain files, front to back: of a memory map all that was written would count as memory in use.
     """
     sums = Sums(shape[-1])
-    folder = earlier / fingerprint([images], ["numpy", "pillow", "xxhash"], *shape)
+    folder = earlier.folder / fingerprint([images], ["numpy", "pillow", "xxhash"], *shape)
     index = np.empty(len(sides), ENTRY)
     index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
     with contextlib.ExitStack() as stack:
-        known = stack.enter_context(contextlib.closing(Earlier.load(folder, [file.name for file in files], shape)))
+        known = stack.enter_context(
+            contextlib.closing(Earlier.load(folder, [earlier.output / file.name for file in files], shape))
+        )
         opened = [stack.enter_context(file.open("wb")) for file in files]
         for side, file in enumerate(opened):
             rows = np.flatnonzero(sides == side)
@@ -63,7 +65,7 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
     if (packed.places[:, :3] != shape).any():  # else nothing was done that is worth keeping
         index = index[index["side"] != NOWHERE]
         index = index[index["picture"].argsort(kind="stable")]
-        remember(folder, {file.name: file for file in files}, lambda folder: np.save(folder / INDEX, index))
+        remember(folder, lambda folder: np.save(folder / INDEX, index))
     return sums
 
 
@@ -76,15 +78,15 @@ class Earlier:
         self.starts = [file.tell() for file in files]  # of the first pixels
 
     @classmethod
-    def load(cls, folder: Path, names: Sequence[str], shape: Shape) -> "Earlier":
-        """From a folder that `write_fitted` left; nothing is known where it is missing."""
+    def load(cls, folder: Path, files: Sequence[Path], shape: Shape) -> "Earlier":
+        """What `write_fitted` left in a folder and in files; nothing is known where they are missing."""
         with contextlib.ExitStack() as stack:
             try:
-                files = [stack.enter_context((folder / name).open("rb", buffering=0)) for name in names]
-                for file in files:
+                opened = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
+                for file in opened:
                     np.lib.format.read_magic(file)
                     np.lib.format.read_array_header_1_0(file)
-                known = cls(np.load(folder / INDEX), files, shape)
+                known = cls(np.load(folder / INDEX), opened, shape)
             except (OSError, ValueError):
                 return cls(np.empty(0, ENTRY), [], shape)
             stack.pop_all()

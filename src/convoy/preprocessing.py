@@ -16,6 +16,7 @@ from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import COLUMN, Packed, Rows
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
+from convoy.remembered import Memory
 from convoy.task import Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
@@ -50,11 +51,11 @@ class Prepared:
     notes: list[str]  # what is worth knowing about the split, in words
 
 
-def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier: Path) -> Prepared:
+def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier: Memory) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
     `folder` is not the one of `packed`, whose table has the same name and is read as it is needed. What an earlier run
-    left in `earlier` is not resized again, and what this one resizes is left there.
+    left in `earlier` is not resized again; where this one has put what is left there.
 
     `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, group, split, and the
     other columns of a table of labels.

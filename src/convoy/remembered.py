@@ -1,13 +1,20 @@
-"""What an earlier run made and a later one need not make again: a folder for each way to make it, the last one kept."""
+"""What an earlier run made and a later one need not make again, kept as what the run published and how to find it."""
 
 import contextlib
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
+
+
+class Memory(NamedTuple):
+    """Of an earlier run; it may be gone, of another run than the output, or not agree with it any more."""
+
+    folder: Path  # what stands where in its output
+    output: Path  # of the stage, which stays until there is another
 
 
 def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *settings: int) -> str:
@@ -17,14 +24,12 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
     return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
 
 
-def remember(folder: Path, made: Mapping[str, Path], describe: Callable[[Path], None]) -> None:
-    """Leave the files `made`, by their names, in `folder`, and nothing beside it; `describe` adds how to find them.
+def remember(folder: Path, describe: Callable[[Path], None]) -> None:
+    """Have `describe` write into `folder`, beside which nothing is left: one folder for each way to make something.
 
-    They are linked, which costs no disk. Where that can't be done, or another process does it too, nothing is found.
+    Where that can't be done, or another process does it too, nothing is found.
     """
     shutil.rmtree(folder.parent, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True)
-        for name, file in made.items():
-            os.link(file, folder / name)
         describe(folder)

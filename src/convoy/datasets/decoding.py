@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
-from pathlib import Path
 
 import numpy as np
 from joblib import cpu_count
@@ -19,12 +18,13 @@ from pebble import ProcessExpired, ProcessPool
 
 from convoy.datasets.judging import BATCH_BYTES, RECORD, Batch, judge, settle
 from convoy.datasets.source import Content, Member, Source
+from convoy.remembered import Memory
 
 FIRST_BATCH = 16  # images; of the later ones there are as many as come to `BATCH_BYTES`
 PATIENCE = 60  # seconds for an image, and twice that for a batch
 
 
-def decoded(source: Source, longest_side: int, earlier: Path) -> Iterator[tuple[list[Member], Batch]]:
+def decoded(source: Source, longest_side: int, earlier: Memory) -> Iterator[tuple[list[Member], Batch]]:
     """The members of a source and what became of them, a batch at a time, in their order.
 
     Images whose bytes are known from `earlier`, which `keep` wrote, are not decoded again.

@@ -19,9 +19,10 @@ from convoy.datasets.archives import ARCHIVES
 from convoy.datasets.decoding import decoded
 from convoy.datasets.history import History, extended
 from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
-from convoy.datasets.packed import COLUMN, DESCRIPTION, PIXELS, TABLE, Packed, Rows
-from convoy.datasets.shards import Writer
+from convoy.datasets.packed import COLUMN, DESCRIPTION, TABLE, Packed, Rows
+from convoy.datasets.shards import PIXELS, Writer
 from convoy.datasets.source import Dataset, Source
+from convoy.remembered import Memory
 
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
 
@@ -43,7 +44,7 @@ class Intake:
     notes: list[str]  # what may not be as it was meant, in sentences
 
 
-def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: Path) -> Intake:
+def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: Memory) -> Intake:
     """Decode and judge every image of a source, and pack the sound ones into `folder`.
 
     Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
@@ -70,7 +71,7 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     drawn = history.draws(given)
     described = {"name": dataset.name, "origin": dataset.origin, "classes": classes, "drawn": drawn}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
-    keep(folder / RECORDS, folder / PIXELS, earlier)
+    keep(folder / RECORDS, folder / PIXELS, earlier.folder)
     notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]
     notes += [
         f"{split} images are given now, and some of those given for training stay {split} images as well, as they were"
@@ -130,7 +131,7 @@ def _twins(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Path) -> pd.DataFrame:
+def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Memory) -> pd.DataFrame:
     """Write the pixels, the table and the records of the images that can be used; path, label and reason of the others.
 
     All goes to the disk batch by batch, so that memory does not grow with the number of images.
@@ -141,7 +142,7 @@ def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Path) -> pd
 
 
 def _tables(
-    source: Source, dataset: Dataset, folder: Path, earlier: Path, faults: list[tuple[str, str, str]]
+    source: Source, dataset: Dataset, folder: Path, earlier: Memory, faults: list[tuple[str, str, str]]
 ) -> Iterator[pa.Table]:
     """The rows of the images that can be used, a batch at a time; the others are added to `faults`."""
     schema, unsaid = _schema(source.more), ("",) * len(source.more)

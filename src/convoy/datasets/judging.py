@@ -6,6 +6,7 @@ import gc
 import hashlib
 import math
 import os
+import shutil
 import struct
 import sys
 import time
@@ -19,11 +20,11 @@ from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
 from convoy.datasets import shards
-from convoy.datasets.shards import NEW, Shards, runs
+from convoy.datasets.shards import LIST, NEW, PIXELS, Shards, runs
 from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 from convoy.memory import keep_memory
-from convoy.remembered import fingerprint, remember
+from convoy.remembered import Memory, fingerprint, remember
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -54,7 +55,7 @@ TIMES = struct.Struct("<4q")  # and size and number of a file
 SETTLED = 3_000_000_000  # ns after which another change to a file gives it another time, on any file system
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
-RECORDS, INDEX = "records.bin", "index.npy"  # what `keep` leaves beside the shards
+RECORDS, INDEX = "records.bin", "index.npy"  # what `keep` leaves beside a list of shards
 
 
 def way(longest_side: int) -> str:
@@ -89,7 +90,7 @@ def settle() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
 
 
-def judge(contents: list["Content"], longest_side: int, earlier: Path) -> Batch:
+def judge(contents: list["Content"], longest_side: int, earlier: Memory) -> Batch:
     """Read, hash and decode images: all of them, or the first whose new pixels come to four times `BATCH_BYTES`.
 
     A file is not read again that has the size and the times with which an earlier run read it.
@@ -187,12 +188,12 @@ class Earlier:
         self.records, self.pixels = records, pixels  # the first of an open file
 
     @classmethod
-    def load(cls, folder: Path) -> "Earlier":
-        """From a folder that `keep` wrote; nothing is known where it is missing."""
+    def load(cls, memory: Memory) -> "Earlier":
+        """What `keep` wrote, and the shards that were published then; nothing is known where it is missing."""
         try:
-            index = np.load(folder / INDEX, mmap_mode="r")  # which the processes share
-            pixels = Shards.load(folder)
-            return cls(index, os.open(folder / RECORDS, os.O_RDONLY), pixels)
+            index = np.load(memory.folder / INDEX, mmap_mode="r")  # which the processes share
+            pixels = Shards.load(memory.output / PIXELS, memory.folder / LIST)
+            return cls(index, os.open(memory.folder / RECORDS, os.O_RDONLY), pixels)
         except (OSError, ValueError):
             return cls(np.empty((2, 0), np.uint64), NOTHING, None)
 
@@ -241,9 +242,9 @@ class Earlier:
 
 
 @functools.cache
-def _known(folder: Path) -> Earlier:
+def _known(memory: Memory) -> Earlier:
     """For as long as the process lives."""
-    return Earlier.load(folder)
+    return Earlier.load(memory)
 
 
 def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -> int:
@@ -252,13 +253,15 @@ def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -
 
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:
-    """Leave in `folder` what was decoded, for a later run: `records` is taken from where it is.
+    """Leave in `folder` what is known of the images in the shards in `pixels`. `records` is taken from where it is."""
 
-    `pixels` is the folder of their shards.
-    """
-    made = {file.name: file for file in Shards.load(pixels).files}
-    remember(folder, made | {RECORDS: records}, lambda folder: np.save(folder / INDEX, _index(records)))
-    records.unlink()
+    def describe(folder: Path) -> None:
+        np.save(folder / INDEX, _index(records))
+        shutil.copy(pixels / LIST, folder)
+        records.replace(folder / RECORDS)
+
+    remember(folder, describe)
+    records.unlink(missing_ok=True)
 
 
 def _index(records: Path) -> np.ndarray:

@@ -13,9 +13,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convoy.datasets.shards import Shards
+from convoy.datasets.shards import PIXELS, Shards
 
-PIXELS, TABLE, DESCRIPTION = "pixels", "images.parquet", "dataset.json"
+TABLE, DESCRIPTION = "images.parquet", "dataset.json"
 COLUMN = "column_"  # before the name of a column of a table of labels that convoy itself makes no use of
 FEW = 50  # different values of such a column; what has more, as a number or a comment has, is left out
 PIECE = 2**13  # rows that are in memory at a time

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 import xxhash
 
-LIST = "shards.json"  # beside the shards: the name and the bytes of each, in their order
+PIXELS, LIST = "pixels", "shards.json"  # the folder, and in it the name and the bytes of each shard, in their order
 ARRIVING = "arriving"
 # bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
 MEAN = 2**25
@@ -29,14 +29,10 @@ class Shards:
     ends: np.ndarray  # (S,) int64: where each of them ends in the row
 
     @classmethod
-    def load(cls, folder: Path) -> "Shards":
-        """Raises OSError and ValueError where there are none."""
-        names, sizes = zip(*json.loads((folder / LIST).read_text()), strict=True)
+    def load(cls, folder: Path, listed: Path | None = None) -> "Shards":
+        """Those in a folder, by its own list or another. Raises OSError and ValueError where there is none."""
+        names, sizes = zip(*json.loads((listed or folder / LIST).read_text()), strict=True)
         return cls(folder, list(names), np.cumsum(sizes, dtype=np.int64))
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.folder / LIST, *(self.folder / name for name in dict.fromkeys(self.names))]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """(count,) uint8, from `start` on; fewer where the disk has lost some. Raises OSError where a file is gone.

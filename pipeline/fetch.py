@@ -56,7 +56,7 @@ def tell(found: AsFound) -> None:
         print(f"left out: {len(found.quarantine) - TOLD} more, all of them in artifacts/fetch/quarantine.csv")
     for change in found.changes:
         print(f"changed: {change}")
-    for note in found.notes:
+    for note in found.notes[:TOLD]:
         print(f"note: {note}")
     names = textwrap.shorten(", ".join(found.classes), NAMED, placeholder=" ...")
     print(

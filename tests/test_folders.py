@@ -164,6 +164,13 @@ def test_what_lies_beside_the_class_folders_may_be_anything_but_an_image(data: P
     assert rows(data) == AS_ROWS + [(f"data/more.zip:more/{path[5:]}", label, split) for path, label, split in AS_ROWS]
 
 
+def test_files_that_may_hold_images_and_are_not_read_are_named(data: Path) -> None:
+    write(data, PETS | {"more.7z": b"7z", "pets.zip": zipped(PETS | {"inner.zip": zipped(PETS)}), "labels.npy": b""})
+    kind = "is of a kind that is not read: put there what is in it"
+    names = ["data/labels.npy", "data/more.7z", "data/pets.zip:inner.zip"]
+    assert read_folder(data).notes == [f"{name} {kind}" for name in names]
+
+
 def test_every_file_in_a_class_folder_is_taken_for_an_image(data: Path) -> None:
     write(data, PETS | {"dog/note.txt": b"a note", "dog/table.csv": b"path,label\n"})
     assert [path for path, label, _ in rows(data) if label == "dog"] == [

@@ -27,6 +27,22 @@ from convoy.datasets.tables import (
 )
 from convoy.images import BadImage
 
+UNREAD = (
+    ".7z",
+    ".rar",
+    ".zip",
+    ".tar",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".h5",
+    ".hdf5",
+    ".npy",
+    ".npz",
+    ".pkl",
+    ".tfrecord",
+)
 FOUND = 5  # files that are named where none has a label
 
 Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
@@ -46,12 +62,15 @@ def read_folder(data: Path) -> Source:
     says, astray, notes = _by_table(tables, places, more) if tables else _by_folder(places, shards)
     notes = [*(f"{other}: it is not used" for other in others), *notes]
 
-    labels = {member.label for member in astray}
+    labels, unread = {member.label for member in astray}, []
     count = len(astray) + sum(shard.count for shard in shards)
     found = [*others, *(f"{member.path} {member.content!s}" for member in astray[:3])]
     for files, said in zip(places, says, strict=True):
         for path in files.paths:
-            for row in said(path):
+            rows = said(path)
+            if not rows and path.lower().endswith(UNREAD):
+                unread.append(f"{files.name}{path} is of a kind that is not read: put there what is in it")
+            for row in rows:
                 _check_name(f"{files.name}{path}")
                 count += 1
                 labels.add(row.label)
@@ -67,7 +86,7 @@ def read_folder(data: Path) -> Source:
             " labels.csv with the columns path and label; either may lie in zip or tar archives"
             + "".join(f"\n  {line}" for line in found[:FOUND])
         )
-    return Source(classes, count, _members(places, says, astray, shards), more, notes)
+    return Source(classes, count, _members(places, says, astray, shards), more, [*notes, *unread])
 
 
 def refuse_links(folder: Path) -> None:

@@ -91,6 +91,25 @@ def test_one_image_more_in_the_middle_leaves_all_shards_but_one_as_they_were(tmp
         assert (tmp_path / "grown" / name).samefile(tmp_path / "earlier" / name)
 
 
+def test_where_files_can_not_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Path) -> None:
+        raise OSError(95, "Operation not supported")
+
+    numbers = list(range(50))
+    earlier = written(tmp_path / "earlier", numbers)
+    monkeypatch.setattr("os.link", refuse)
+    assert contents(written(tmp_path / "copy", numbers, earlier, places(numbers)).folder) == contents(earlier.folder)
+
+
+def test_a_shard_that_something_was_added_to_is_not_linked(tmp_path: Path) -> None:
+    numbers = list(range(50))
+    earlier = written(tmp_path / "earlier", numbers)
+    sound = contents(earlier.folder)
+    with (earlier.folder / earlier.names[0]).open("ab") as file:
+        file.write(b"more")
+    assert contents(written(tmp_path / "grown", numbers, earlier, places(numbers)).folder) == sound
+
+
 def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:
     numbers = list(range(50))
     last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / shards.MEAN)

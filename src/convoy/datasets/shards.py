@@ -1,6 +1,5 @@
 """Shards: the pixels of all images, end to end, in files that stay as they are where their images do."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -116,16 +115,25 @@ class Writer:
 
     def _end(self) -> None:
         shard = self.folder / self.name.hexdigest()
-        there = self.earlier.file_of(self.known) if self.earlier and self.file is None else None
-        if there is not None and there.name == shard.name:
-            with contextlib.suppress(FileExistsError):  # the same images once more
-                os.link(there, shard)
-        else:
+        if self.file is not None or not self._linked(shard):
             with self._opened():
                 pass
             (self.folder / ARRIVING).replace(shard)
         self.listed.append((shard.name, self.size))
         self._begin()
+
+    def _linked(self, shard: Path) -> bool:
+        """Whether it was there, and could be linked."""
+        there = self.earlier.file_of(self.known) if self.earlier else None
+        try:
+            if there is None or there.name != shard.name or there.stat().st_size != self.size:
+                return False
+            os.link(there, shard)
+        except FileExistsError:  # the same images once more
+            return True
+        except OSError:  # not every file system can
+            return False
+        return True
 
 
 def runs(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> Iterator[slice]:

@@ -2,11 +2,12 @@
 
 import textwrap
 
+from convoy.config import ConvoyError
 from convoy.datacard import AsFound, write_fetch_card
 from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
-from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.intake import TOLD, Fetch, TooManyBad, take_in
 from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
@@ -14,7 +15,6 @@ from convoy.remembered import Memory
 from pipeline.stage import Stage, main
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
-TOLD = 50  # images that are left out, by name on the terminal; the others in a file
 NAMED = 100  # columns of the terminal for names of classes
 
 
@@ -33,7 +33,13 @@ def fetch(stage: Stage) -> None:
     else:
         source = read_torchvision(params.torchvision, stage.home / "downloads" / params.name)
     history.check(params.name, source.classes)
-    intake = take_in(source, params, limits, history, stage.scratch, earlier)
+    refused = stage.folder.parent / "refused.csv"
+    refused.unlink(missing_ok=True)
+    try:
+        intake = take_in(source, params, limits, history, stage.scratch, earlier)
+    except TooManyBad as refusal:
+        refusal.quarantine.to_csv(refused, index=False)
+        raise ConvoyError(f"{refusal}\nThe whole list is artifacts/{refused.name}") from refusal
     packed, quarantine, merged = intake.packed, intake.quarantine, intake.merged
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
     merged.to_csv(stage.scratch / "merged.csv", index=False)

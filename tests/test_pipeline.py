@@ -221,6 +221,23 @@ def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.Capture
     assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
 
 
+def test_where_too_much_is_bad_the_first_are_told_and_all_are_in_a_file(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    for number in range(60):
+        (root / f"data/lying/torn{number:02}.png").write_bytes(b"torn")
+    with pytest.raises(ConvoyError) as refusal:
+        run_stages(root, until="fetch")
+    first, *named, more, last = str(refusal.value).splitlines()
+    assert first.startswith("60 of 150 images can't be used, more than fetch.max_bad_fraction=0.05 allows")
+    assert [line.split()[0] for line in named] == [f"data/lying/torn{number:02}.png" for number in range(50)]
+    assert (more, last) == ("  10 more", "The whole list is artifacts/refused.csv")
+    assert len(pd.read_csv(root / "artifacts/refused.csv")) == 60
+    for file in (root / "data/lying").glob("torn*"):
+        file.unlink()
+    run_stages(root, until="fetch")
+    assert not (root / "artifacts/refused.csv").exists()
+
+
 def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_them(tmp_path: Path) -> None:
     (tmp_path / "flowers").mkdir()
     (tmp_path / "data.dvc").write_text("deps:\n- path: flowers\nouts:\n- path: data\n")

@@ -24,6 +24,7 @@ from convoy.datasets.shards import PIXELS, Writer
 from convoy.datasets.source import Dataset, Source
 from convoy.remembered import Memory
 
+TOLD = 50  # bad images, by name in a message
 RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
 
 
@@ -44,13 +45,27 @@ class Intake:
     notes: list[str]  # what may not be as it was meant, in sentences
 
 
+class TooManyBad(ConvoyError):
+    """More images than are allowed can't be used: path, label and reason of each are in `quarantine`."""
+
+    def __init__(self, quarantine: pd.DataFrame, count: int, params: Fetch) -> None:
+        self.quarantine = quarantine
+        first = quarantine.head(TOLD).itertuples(index=False)
+        super().__init__(
+            f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction="
+            f"{params.max_bad_fraction} allows; mend or remove them:"
+            + "".join(f"\n  {path} {reason}" for path, _, reason in first)
+            + (f"\n  {len(quarantine) - TOLD} more" if len(quarantine) > TOLD else "")
+        )
+
+
 def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: Memory) -> Intake:
     """Decode and judge every image of a source, and pack the sound ones into `folder`.
 
     Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
     again, and what this one decodes is left there.
-    Raises ConvoyError where more images are bad than `params` allows, with a list of all of them; where fewer than two
-    classes have images; and where a pattern of groups finds none.
+    Raises TooManyBad where more images are bad than `params` allows; ConvoyError where fewer than two classes have
+    images, and where a pattern of groups finds none.
     """
     faulty = _decode(source, dataset, folder, earlier)
     rows = Rows(folder / TABLE)
@@ -59,7 +74,7 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     contradictions = _contradictions(several)
     quarantine = pd.concat([faulty, contradictions], ignore_index=True)
     if len(quarantine) > params.max_bad_fraction * source.count:
-        raise ConvoyError(_too_many(quarantine, source.count, params))
+        raise TooManyBad(quarantine, source.count, params)
     copies = _copies(several.drop(index=contradictions.index))
     if len(contradictions) + len(copies):
         rows.drop(np.union1d(contradictions.index, copies.index))
@@ -218,14 +233,6 @@ def _copies(table: pd.DataFrame) -> pd.DataFrame:
     kept = ranked[~again].set_index("sha256")["path"]
     copies = ranked[again].sort_index()
     return pd.DataFrame({"path": copies["path"], "kept": copies["sha256"].map(kept)}, index=copies.index)
-
-
-def _too_many(quarantine: pd.DataFrame, count: int, params: Fetch) -> str:
-    listed = "\n  ".join(f"{path} {reason}" for path, _, reason in quarantine.itertuples(index=False))
-    return (
-        f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction={params.max_bad_fraction}"
-        f" allows; mend or remove them:\n  {listed}"
-    )
 
 
 def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:

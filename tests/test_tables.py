@@ -150,6 +150,18 @@ def test_files_may_be_named_without_their_folders_and_endings(data: Path, ending
     assert [label for _, label, _ in rows(data)] == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("outer", ["data/", "home/me/pets/", "work\\"])
+def test_paths_may_begin_with_the_folders_in_which_the_table_was_made(data: Path, outer: str) -> None:
+    write(data, PETS | {"labels.csv": LABELS.replace("cat/", f"{outer}cat/").replace("dog/", f"{outer}dog/")})
+    assert rows(data) == as_rows("data/")
+
+
+def test_a_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:
+    loose, *others = PETS.items()
+    write(data, {"labels.csv": LABELS, "of/a.zip": zipped(dict([loose])), "of/b.tar.gz": tarred(dict(others))})
+    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
+
+
 def test_a_name_that_several_files_have_is_told(data: Path) -> None:
     write(
         data, {"x/1.png": png(1), "y/1.png": png(2), "y/2.png": png(3), "labels.csv": "file,label\n1.png,a\n2.png,b\n"}

@@ -137,9 +137,6 @@ def labels_in(
     """What the tables say of the files in each place, by path; and members for the rows that lead to no file.
 
     `more` are the columns that are told too; of several rows for one file those of the first.
-
-    A row may also name a file in an archive that lies beside its table, by the path in the archive. Where no row of a
-    table leads to a file so, its rows are names of files in whatever folders, with or without their endings.
     """
     there = [set(files.paths) for files in places]
     said: list[dict[str, tuple[Said, ...]]] = [{} for _ in places]
@@ -147,17 +144,9 @@ def labels_in(
     astray: dict[tuple[str, Said], None] = {}
     for table in tables:
         beside = f"{table.files.name}{table.folder}"
-        near = [(place, table.folder) for place, files in enumerate(places) if files is table.files]
-        around = [files.name.rpartition("/")[0] + "/" for files in places]
-        near += [(k, "") for k, files in enumerate(places) if around[k] == beside and files is not table.files]
-
-        def found(path: str, near: list[tuple[int, str]] = near) -> list[tuple[int, str]]:
-            names = [below(path), below(path.replace("\\", "/"))]
-            return [(k, folder + name) for name in names if name for k, folder in near if folder + name in there[k]]
-
-        named = {} if any(map(found, table.rows["path"])) else _names(places, near)
+        near = _Near(table, places, there)
         for path, row, others in _rows(table, more):
-            files = found(path) or named.get(path, [])
+            files = near.find(path)
             if None in (below(path), below(path.replace("\\", "/"))):
                 astray[path, row._replace(fault=f"is named in {table.title} and points out of the data")] = None
             elif not path:
@@ -165,7 +154,7 @@ def labels_in(
             elif not files:
                 fault = f"is named in {table.title}, but there is no such file"
                 astray[f"{beside}{path}", row._replace(fault=fault)] = None
-            elif path in named and len(files) > 1:
+            elif near.names and len(files) > 1:
                 fault = f"is named in {table.title}, and {len(files)} files are called so: write their folders, too"
                 astray[f"{beside}{path}", row._replace(fault=fault)] = None
             else:
@@ -177,16 +166,52 @@ def labels_in(
     return said, [Member(path, row.label, row.split, row.group, BadImage(row.fault)) for path, row in astray]
 
 
-def _names(places: Sequence[Files], near: Sequence[tuple[int, str]]) -> dict[str, list[tuple[int, str]]]:
-    """The images in and beside a table's folder by their names, with their endings and without."""
-    named: dict[str, list[tuple[int, str]]] = {}
-    for place, folder in near:
-        for path in places[place].paths:
-            if path.startswith(folder) and is_image(path):
-                name = path.rpartition("/")[2]
-                for key in (name, name.rpartition(".")[0]):
-                    named.setdefault(key, []).append((place, path))
-    return named
+class _Near:
+    """The files that the rows of a table may name.
+
+    By their path below the table's folder, or in an archive there. Where no row leads to a file so, by their path
+    without the first folders, in which the table was made; else by names that stand in whatever folders, with their
+    endings or without.
+    """
+
+    def __init__(self, table: Table, places: Sequence[Files], there: Sequence[set[str]]) -> None:
+        beside = f"{table.files.name}{table.folder}"
+        self.there = there
+        self.folders = [(place, table.folder) for place, files in enumerate(places) if files is table.files]
+        self.folders += [
+            (place, "")
+            for place, files in enumerate(places)
+            if files is not table.files and files.name.startswith(beside)
+        ]
+        self.names: dict[str, list[tuple[int, str]]] = {}
+        self.skipped = 0  # of the folders in a path, the first
+        if not any(map(self.find, table.rows["path"])):
+            self.skipped = self._too_many(table.rows["path"].iloc[0] if len(table.rows) else "")
+            self.names = {} if self.skipped else self._names(places)
+
+    def find(self, path: str) -> list[tuple[int, str]]:
+        """The place and the path of the file, or of several with this name."""
+        written = dict.fromkeys((below(path), below(path.replace("\\", "/"))))
+        names = [name.split("/", self.skipped)[-1] for name in written if name]
+        exact = [(k, folder + name) for name in names for k, folder in self.folders if folder + name in self.there[k]]
+        return exact or self.names.get(path, [])
+
+    def _too_many(self, path: str) -> int:
+        """How many folders at the beginning of a path are not there."""
+        for self.skipped in range(1, path.replace("\\", "/").count("/") + 1):
+            if self.find(path):
+                return self.skipped
+        return 0
+
+    def _names(self, places: Sequence[Files]) -> dict[str, list[tuple[int, str]]]:
+        names: dict[str, list[tuple[int, str]]] = {}
+        for place, folder in self.folders:
+            for path in places[place].paths:
+                if path.startswith(folder) and is_image(path):
+                    name = path.rpartition("/")[2]
+                    for key in (name, name.rpartition(".")[0]):
+                        names.setdefault(key, []).append((place, path))
+        return names
 
 
 def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Said, list[str]]]:

@@ -43,6 +43,7 @@ class Stage:
         # processes that train together each run the stage; the first alone, of rank 0, has its outputs published
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
         self.scratch = root / "artifacts" / ".scratch" / (f"{self.name}.{self.rank}" if self.rank else self.name)
+        self.before = self.scratch.with_name(f"{self.scratch.name}.before")  # the folder's last version, for a moment
         self.afterwards: list[Callable[[], None]] = []  # called when the outputs are in place
 
     def section(self, name: str) -> Any:
@@ -88,6 +89,8 @@ class Stage:
         try:
             # an orphan of a killed `dvc repro` may still be writing here
             with FileLock(f"{self.scratch}.lock", timeout=0):
+                if self.before.exists() and not self.folder.exists():  # it was stopped in that moment
+                    self.before.rename(self.folder)
                 _remove(self.scratch)
                 self.scratch.mkdir()
                 work(self)
@@ -107,9 +110,12 @@ class Stage:
         for file in (*files, self.scratch / MARK):
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        _remove(self.folder)
+        _remove(self.before)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():
+            _move(self.folder, self.before)
         self.scratch.rename(self.folder)
+        _remove(self.before)
 
 
 def _remove(folder: Path) -> None:
@@ -119,6 +125,14 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
     except OSError as error:
         error.filename = str(folder)  # it names no more than the file in it
+        raise
+
+
+def _move(folder: Path, elsewhere: Path) -> None:
+    try:
+        folder.rename(elsewhere)
+    except OSError as error:
+        error.filename2 = None  # it is the folder that has to be mended
         raise
 
 

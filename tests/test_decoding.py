@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from convoy.datasets import decoding, judging
 from convoy.datasets.decoding import decoded
-from convoy.datasets.judging import RECORDS, Batch, Earlier, judge, keep
+from convoy.datasets.judging import INDEX, RECORDS, Batch, Earlier, judge, keep
 from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
@@ -242,6 +242,13 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
     assert again.faults == ["", ""]
     assert again.pixels  # that one
     assert all(np.array_equal(*pair) for pair in zip(images_of(again, earlier), images_of(first), strict=True))
+
+
+@pytest.mark.parametrize("name", [INDEX, LIST])
+def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, name: str) -> None:
+    remembered(tmp_path, [saved(noise(1))])
+    (memory(tmp_path).folder / name).write_bytes(b"")
+    assert len(judge([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
 
 
 @pytest.fixture

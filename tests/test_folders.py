@@ -81,6 +81,12 @@ def test_a_class_may_be_called_like_a_split(data: Path) -> None:
         ("train_station test_tube/old bus", "bus: test_tube: train_station:"),
         ("contest/cat trainer/dog", "contest: trainer:"),
         ("cat/train dog/old", "cat: dog:"),
+        ("cat/train_images cat/test_images dog/train_images", "cat:test cat:train dog:"),
+        ("cat/train cat/test dog/train dog/test bird", "bird: cat:test cat:train dog:test dog:train"),
+        ("mel/train/p1 mel/test/p2 nev/train/p3 nev/test/p4", "mel:test mel:train nev:test nev:train"),
+        ("cat/train cat/test dog/train/a dog/train/b dog/test/a", "cat:test cat:train dog:test dog:train"),
+        ("train/cat/one train/cat/two train/dog/one test/cat/one test/cat/two", "cat:test cat:train dog:train"),
+        ("all/train/cat all/test/dog all/test/cat new/cat new/dog", "cat: cat:test cat:train dog: dog:test"),
         ("train/cat train/dog", "cat:train dog:train"),
     ],
 )
@@ -117,6 +123,11 @@ def test_archives_may_be_named_after_splits(data: Path) -> None:
     }  # fmt: skip
 
 
+def test_an_archive_may_be_named_after_a_split_beside_folders_of_others(data: Path) -> None:
+    write(data, {"train/cat/1.png": png(1), "train/dog/1.png": png(2), "test.zip": zipped(PETS)})
+    assert {(path[:10], split) for path, _, split in rows(data)} == {("data/train", "train"), ("data/test.", "test")}
+
+
 def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
     assert {split for _, _, split in rows(write(data, {"test.zip": zipped(PETS), "old-test.zip": zipped(PETS)}))} == {
         ""
@@ -128,10 +139,13 @@ def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
     source = read_folder(data)
     assert source.classes == ["a", "b", "c", "d"]
     assert source.notes == [
-        "a, b, c and 1 more are taken for the classes, and in each of them are the folders ill, normal: if those are"
+        "a, b, c and 1 more are taken for the classes, and several of them have the folders ill, normal: if those are"
         " the classes, put them at the top, one folder for each"
     ]
-    assert read_folder(write(data, {"a/strange/1.png": png()})).notes == []
+    assert read_folder(write(data, {"a/strange/1.png": png(), "e/1.png": png()})).notes
+    for site in "abc":
+        write(data, {f"{site}/1.png": png()})
+    assert read_folder(data).notes == []
 
 
 @pytest.mark.parametrize(
@@ -307,6 +321,14 @@ def test_where_there_is_no_folder_there_are_no_links(tmp_path: Path, given: str)
 
 
 # Many files
+
+
+def test_folders_in_folders_are_looked_through_quickly(data: Path) -> None:
+    inside = {f"{'a/' * 1500}{label}/{image}/1.png": b"" for label in range(3) for image in range(300)}
+    write(data, {"pets.zip": zipped(inside)})
+    start = time.process_time()
+    assert read_folder(data).classes == ["0", "1", "2"]
+    assert time.process_time() - start < 10  # seconds; it takes one of them
 
 
 def test_many_files_are_listed_quickly(data: Path) -> None:

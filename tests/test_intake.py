@@ -215,6 +215,16 @@ def test_a_group_that_the_source_names_goes_before_the_pattern(data: Path) -> No
     assert table["group"].tolist() == ["tom", "cat", "rex"]
 
 
+def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:
+    write(
+        data,
+        PETS | {"cat/a/0.png": PETS["cat/0.png"], "cat/b/0.png": PETS["cat/0.png"], "cat/b/1.png": PETS["cat/0.png"]},
+    )
+    intake = taken_in(data, group="folder")
+    assert intake.merged.to_dict("records") == [{"path": "data/cat/b/1.png", "kept": "data/cat/b/0.png"}]
+    assert (intake.packed.table["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
+
+
 @pytest.mark.parametrize("twin", ["Cat", "cat ", "\N{FULLWIDTH LATIN SMALL LETTER C}at"])
 def test_classes_whose_names_look_the_same_are_pointed_out(data: Path, twin: str) -> None:
     write(data, PETS | {f"{twin}/9.png": saved(picture(9))})

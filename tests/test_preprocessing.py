@@ -145,6 +145,8 @@ def test_a_group_is_used_on_one_side_alone_whatever_splits_the_source_gives(rows
     assert sides[images["split"].isin(["val", "test"])].equals(images["split"][images["split"].isin(["val", "test"])])
     assert sides[images["group"] == ""].equals(own[images["group"] == ""])
     assert set(images["split"][withheld.index]) <= {"train", "val"}  # what has no split goes where its group is
+    moved = sides[(images["split"] == "train") & (sides != own)]
+    assert set(moved) <= set(drawn)
     assert withheld["reason"].str.fullmatch(r"is of the group '\w+', of which there are (val|test) images").all()
 
 
@@ -426,6 +428,16 @@ def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fit
         file.write(bytes([last ^ 1]))
     assert made_again(images, tmp_path) == sound
     assert len(fitted) == 1
+
+
+def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, fitted: list) -> None:
+    images = packed(tmp_path / "packed", LARGE)
+    made(images, tmp_path)
+    fitted.clear()
+    (index,) = (tmp_path / "remembered").glob("*/index.npy")
+    index.write_bytes(b"")
+    made_again(images, tmp_path)
+    assert len(fitted) == 85
 
 
 def test_of_what_needs_no_fitting_nothing_is_remembered(tmp_path: Path) -> None:

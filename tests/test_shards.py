@@ -9,6 +9,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convoy.config import ConvoyError
 from convoy.datasets import shards
 from convoy.datasets.shards import LIST, NEW, Shards, Writer
 
@@ -20,6 +21,7 @@ def small() -> None:
     """Eight images in a shard, and a run of less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "MEAN", 8 * SIZE)
+        patch.setattr(shards, "MOST", 20 * SIZE)
         patch.setattr(shards, "RUN", 5 * SIZE)
         yield
 
@@ -108,6 +110,22 @@ def test_a_shard_that_something_was_added_to_is_not_linked(tmp_path: Path) -> No
     with (earlier.folder / earlier.names[0]).open("ab") as file:
         file.write(b"more")
     assert contents(written(tmp_path / "grown", numbers, earlier, places(numbers)).folder) == sound
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_what_is_lost_while_it_is_gone_on_from_is_said(tmp_path: Path, harm: str) -> None:
+    numbers = list(range(50))
+    earlier = written(tmp_path / "earlier", numbers)
+    for name in earlier.names:
+        (earlier.folder / name).unlink() if harm == "gone" else (earlier.folder / name).write_bytes(b"")
+    with pytest.raises(ConvoyError, match="earlier was changed while it was gone on from: run this again"):
+        written(tmp_path / "grown", [*numbers[1:]], earlier, places(numbers))
+
+
+def test_no_shard_is_much_larger_than_the_others(tmp_path: Path) -> None:
+    alike = next(number for number in range(99) if picture(number) / 2**64 > len(image(number)) / shards.MEAN)
+    written(tmp_path / "alike", [alike] * 100)
+    assert max(file.stat().st_size for file in (tmp_path / "alike").iterdir()) < 22 * SIZE
 
 
 def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:

@@ -28,6 +28,28 @@ def write_hello(stage: Stage) -> None:
     (stage.scratch / "hello.txt").write_text("hello")
 
 
+def test_an_output_is_never_half_gone_and_comes_back_where_its_change_was_stopped(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(root, "fetch")
+    stage.run(lambda stage: (stage.scratch / "one").write_text("1"))
+    truly = Path.rename
+
+    def stop(folder: Path, target: Path) -> Path:
+        if folder == stage.scratch:
+            raise KeyboardInterrupt
+        return truly(folder, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(lambda stage: (stage.scratch / "two").write_text("2"))
+    monkeypatch.undo()
+    found: list[bool] = []
+    Stage(root, "fetch").run(lambda stage: found.append((stage.folder / "one").exists()))
+    assert found == [True]
+    assert not stage.before.exists()
+
+
 def test_a_stage_reads_the_sections_that_dvc_yaml_says_it_watches(root: Path) -> None:
     assert Stage(root, "preprocess").typed(Preprocess, "preprocess").size == 32
     assert Stage(root, "train", "resnet").section("model.resnet")["block"] == "basic"

@@ -178,6 +178,22 @@ def test_where_some_rows_are_paths_none_is_a_mere_name(data: Path) -> None:
     assert "data/2.png is named in labels.csv, but there is no such file" in faults(read(data))
 
 
+def test_folders_named_after_splits_count_where_a_table_says_nothing_of_them(data: Path) -> None:
+    write(data, {"train/1.png": png(1), "Test/2.png": png(2), "old/3.png": png(3)})
+    write(data, {"labels.csv": "path,label\ntrain/1.png,a\nTest/2.png,b\nold/3.png,a\n"})
+    assert [row[1:] for row in rows(data)] == [("b", "test"), ("a", ""), ("a", "train")]
+    write(data, {"labels.csv": "path,label,split\ntrain/1.png,a,\nTest/2.png,b,val\nold/3.png,a,\n"})
+    assert [row[1:] for row in rows(data)] == [("b", "val"), ("a", ""), ("a", "")]
+
+
+def test_a_submission_is_no_table_of_labels(data: Path) -> None:
+    write(data, PETS | {"train.csv": LABELS, "sample_submission.csv": LABELS.replace("pug", "cat")})
+    assert [row[1] for row in rows(data)] == ["siamese", "persian", "pug"]
+    assert read_folder(data).notes == [
+        "data/sample_submission.csv is named after a submission, whose labels are mere examples: it is not used"
+    ]
+
+
 # Other columns
 
 

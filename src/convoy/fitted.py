@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from convoy import images
 from convoy.datasets.packed import Packed
+from convoy.datasets.shards import runs
 from convoy.images import fit
 from convoy.remembered import Memory, fingerprint, remember
 from convoy.task import Sums
@@ -87,7 +88,7 @@ class Earlier:
                     np.lib.format.read_magic(file)
                     np.lib.format.read_array_header_1_0(file)
                 known = cls(np.load(folder / INDEX), opened, shape)
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):  # gone, or never whole
                 return cls(np.empty(0, ENTRY), [], shape)
             stack.pop_all()
             return known
@@ -138,24 +139,18 @@ def _fit(
     packed: Packed, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: Earlier
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, H, W, C) uint8 and (N,) checks, of the images at `at` (N, 4): height, width, channels, offset."""
-    if (at[:, :3] == shape).all():
-        pixels, start = _read(packed, at)
-        if pixels.size == len(at) * math.prod(shape):  # nothing to fit, and no gaps
-            return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint64)
+    sizes = at[:, 0] * at[:, 1] * at[:, 2]
+    if (at[:, :3] == shape).all() and (at[1:, 3] == at[:-1, 3] + sizes[:-1]).all():  # nothing to fit, and no gaps
+        pixels = packed.pixels.read(int(at[0, 3]), int(sizes.sum()))
+        return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint64)
     found = known.find(pictures)
-    unknown = [row for row, there in enumerate(found) if there is None]
-    if unknown:
-        pixels, start = _read(packed, at[unknown[0] : unknown[-1] + 1])
-        for row in unknown:
-            height, width, channels, offset = at[row] - (0, 0, 0, start)
-            size = height * width * channels
-            image = fit(pixels[offset : offset + size].reshape(height, width, channels), shape[0], shape[2])
-            found[row] = image, xxhash.xxh3_64_intdigest(image.data)
-    fitted, checks = zip(*found, strict=True)  # type: ignore[arg-type]
-    return np.stack(fitted), np.array(checks, np.uint64)
-
-
-def _read(packed: Packed, at: np.ndarray) -> tuple[np.ndarray, int]:
-    """The pixels of these images and of all between them, and the offset of the first."""
-    (*_, first), (height, width, channels, last) = at[0].tolist(), at[-1].tolist()
-    return packed.pixels.read(first, last + height * width * channels - first), first
+    unknown = np.array([row for row, there in enumerate(found) if there is None], np.int64)
+    for some in runs(at[unknown, 3], sizes[unknown]):
+        rows = unknown[some]
+        pixels, start = packed.pixels.read(int(at[rows[0], 3]), int(sizes[rows].sum())), 0
+        for row in rows.tolist():
+            image = pixels[start : (start := start + int(sizes[row]))].reshape(at[row, :3])
+            fitted = fit(image, shape[0], shape[2])
+            found[row] = fitted, xxhash.xxh3_64_intdigest(fitted.data)
+    images, checks = zip(*found, strict=True)  # type: ignore[arg-type]
+    return np.stack(images), np.array(checks, np.uint64)

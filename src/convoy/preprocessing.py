@@ -108,7 +108,8 @@ def hold_together(said: pd.DataFrame, sides: np.ndarray, drawn: Collection[str])
     furthest = np.zeros(len(groups.categories), np.int8)
     np.maximum.at(furthest, groups.codes, sides)
     together = np.where(said["group"] == "", sides, furthest[groups.codes])
-    free = said["split"].isin(["", "train"] if "test" in drawn else [""])
+    to_drawn = np.isin(together, [SPLITS.index(split) for split in drawn])
+    free = (said["split"] == "") | ((said["split"] == "train") & to_drawn)
     return np.where(free, together, sides), together
 
 

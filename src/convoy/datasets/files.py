@@ -10,7 +10,9 @@ from typing import NamedTuple
 from convoy.datasets.source import SPLITS
 from convoy.images import BadImage
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# the last of them are told by name that they can't be read
+IMAGES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+          ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm")  # fmt: skip
 # what systems leave in folders, in any case; so do names that begin with a dot
 JUNK = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
         "system volume information", "thumbs.db"}  # fmt: skip

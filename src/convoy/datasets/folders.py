@@ -192,13 +192,15 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                         shards.append(shard)
                         continue
                     rows = read_parquet(shard)
-                if holds_labels(rows):
-                    tables.append(Table(path, files, path[: path.rfind("/") + 1], split_in(path), rows))
+                columns = ", ".join(map(str, rows.columns))
+                if not columns:
+                    others.append(f"{name} is empty")
+                elif not holds_labels(rows):
+                    others.append(f"{name} has the columns {columns}, and not path and label")
+                elif "submission" in path.lower():
+                    others.append(f"{name} is named after a submission, whose labels are mere examples")
                 else:
-                    columns = ", ".join(map(str, rows.columns))
-                    others.append(
-                        f"{name} " + (f"has the columns {columns}, and not path and label" if columns else "is empty")
-                    )
+                    tables.append(Table(path, files, path[: path.rfind("/") + 1], split_in(path), rows))
     return tables, shards, others
 
 
@@ -210,7 +212,20 @@ def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tupl
         return said.get(path, unnamed if is_image(path) else ())
 
     named, astray = labels_in(tables, places, more)
+    if not any(row.split for told in named for rows in told.values() for row in rows):
+        named = [_with_splits(told) for told in named]
     return [functools.partial(says, said) for said in named], astray, []
+
+
+def _with_splits(told: dict[str, tuple[Said, ...]]) -> dict[str, tuple[Said, ...]]:
+    """As the folders are named after splits, where tables say nothing of them."""
+    layout = layout_of(dict.fromkeys(path.rpartition("/")[0] for path in told if "/" in path))
+
+    @functools.cache  # one object for all images of which the same is said
+    def rows_in(folder: str, rows: tuple[Said, ...]) -> tuple[Said, ...]:
+        return tuple(row._replace(split=layout.said(folder)[1]) for row in rows)
+
+    return {path: rows_in(path.rpartition("/")[0], rows) for path, rows in told.items()}
 
 
 def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], list[Member], list[str]]:
@@ -220,8 +235,9 @@ def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], 
     """
     apart = {shard.name for shard in shards}
     splits = [split_in(files.name.removesuffix(":").partition("/")[2]) for files in places]
-    given = "train" in splits and len({*splits} - {""}) > 1
     layouts = [_layout(files, apart) for files in places]
+    there = {*splits, *(root.split for layout in layouts for root in layout.roots.values())} - {""}
+    given = "train" in there and len(there) > 1
     says = [
         _by_folder_in(files, apart, layout, split if given else "")
         for files, layout, split in zip(places, layouts, splits, strict=True)
@@ -245,8 +261,8 @@ def _by_folder_in(files: Files, apart: set[str], layout: Layout, split: str) -> 
 
     @functools.lru_cache(maxsize=1024)
     def says_folder(folder: str) -> Sequence[Said]:
-        said = layout.said(folder)
-        return (Said(said[0], said[1] or split),) if said else ()
+        label, given = layout.said(folder)
+        return (Said(label, given or split),) if label else ()
 
     def says(path: str) -> Sequence[Said]:
         if apart and f"{files.name}{path}" in apart:

@@ -220,19 +220,25 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
     several = table[codes.transform("min") != codes.transform("max")]
     reasons = {}
     for _, same in several.groupby("picture", sort=False):
+        first = same.drop_duplicates("label")
+        others = {label: first[first["label"] != label].iloc[0] for label in first["label"]}
         for row, label in same["label"].items():
-            other = same[same["label"] != label].iloc[0]
+            other = others[label]
             reasons[row] = f"shows the same picture as {other['path']}, which is labelled {other['label']!r}"
     return several[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
 
 
 def _copies(table: pd.DataFrame) -> pd.DataFrame:
-    """path and kept of the rows whose file is there already, by their index."""
+    """path and kept of the rows whose file is there already, by their index.
+
+    In another group it may stand on another side, so it is left to preprocess, which knows the sides.
+    """
     ranked = table.loc[table["split"].map(RANKS).sort_values(ascending=False, kind="stable").index]
-    again = ranked["sha256"].duplicated()
-    kept = ranked[~again].set_index("sha256")["path"]
+    same = ranked["sha256"] + " " + ranked["group"]
+    again = same.duplicated()
+    kept = dict(zip(same[~again], ranked["path"][~again], strict=True))
     copies = ranked[again].sort_index()
-    return pd.DataFrame({"path": copies["path"], "kept": copies["sha256"].map(kept)}, index=copies.index)
+    return pd.DataFrame({"path": copies["path"], "kept": same[copies.index].map(kept)}, index=copies.index)
 
 
 def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:

@@ -194,7 +194,7 @@ class Earlier:
             index = np.load(memory.folder / INDEX, mmap_mode="r")  # which the processes share
             pixels = Shards.load(memory.output / PIXELS, memory.folder / LIST)
             return cls(index, os.open(memory.folder / RECORDS, os.O_RDONLY), pixels)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError, TypeError):  # gone, or never whole
             return cls(np.empty((2, 0), np.uint64), NOTHING, None)
 
     def __bool__(self) -> bool:

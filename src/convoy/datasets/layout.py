@@ -1,37 +1,44 @@
 """The layout of a data set: which of its folders are named after classes, and which after splits."""
 
+import collections
 import dataclasses
-from collections.abc import Collection, Iterable
+import functools
+from collections.abc import Collection, Iterable, Mapping
 
 from convoy.datasets.files import split_word
 from convoy.datasets.source import SPLITS
 
 FEW = 3  # names in a sentence
+Names = tuple[str, ...]  # of folders, from the outermost on
 
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    """A folder whose folders are named after classes."""
+    """A folder in which those named after classes are; or one named after a split, with images and no more folders."""
 
     split: str  # of all images in it; "" where none is given
-    divided: bool = False  # the folders in each class folder are named after splits: cat/train/1.jpg
+    inner: Mapping[str, Mapping[str, str]]  # class -> what splits the folders in its folder are named after
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where the classes and the splits of some files stand in their paths."""
 
-    roots: dict[tuple[str, ...], Root]  # by their path
+    roots: dict[Names, Root]
     notes: list[str]  # what may not be meant so, in sentences
 
-    def said(self, folder: str) -> tuple[str, str] | None:
-        """The class and the split of what lies in a folder; None where no class folder is around it."""
+    def said(self, folder: str) -> tuple[str, str]:
+        """The class and the split of what lies in a folder; "" for none."""
         names = tuple(folder.split("/")) if folder else ()
-        for depth in range(len(names)):
-            if root := self.roots.get(names[:depth]):
-                inner = SPLITS.get(names[depth + 1].lower(), "") if root.divided and len(names) > depth + 1 else ""
-                return names[depth], inner or root.split
-        return None
+        for depth in self._depths:
+            if len(names) >= depth and (root := self.roots.get(names[:depth])):
+                label, below = (*names[depth : depth + 2], "", "")[:2]
+                return label, root.inner.get(label, {}).get(below, root.split)
+        return "", ""
+
+    @functools.cached_property
+    def _depths(self) -> list[int]:
+        return sorted({len(path) for path in self.roots})
 
 
 @dataclasses.dataclass
@@ -42,11 +49,28 @@ class _Folder:
     has_images: bool = False  # itself
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A folder that may be a root."""
+
+    path: Names
+    folder: _Folder
+    split: str
+    counts: bool  # what lies beside folders of splits does not, but where it is divided into such itself
+
+    def inner(self, splits: Mapping[str, str], counts: bool) -> "list[_Place]":
+        """The folders in it."""
+        return [
+            _Place((*self.path, name), inner, splits.get(name, self.split), counts or name in splits)
+            for name, inner in self.folder.inside.items()
+        ]
+
+
 def layout_of(folders: Iterable[str]) -> Layout:
     """What the folders that have images of their own tell.
 
     Those around all others are looked through. Splits may stand around the classes (train/cat), in them (cat/train),
-    or around them in each part of the whole (site/train/cat).
+    or around them in parts of the whole (site/train/cat).
     """
     top = _Folder()
     for folder in folders:
@@ -54,26 +78,27 @@ def layout_of(folders: Iterable[str]) -> Layout:
         for name in folder.split("/"):
             here = here.inside.setdefault(name, _Folder())
         here.has_images = True
-    roots: dict[tuple[str, ...], Root] = {}
-    notes: dict[str, None] = {}
-    waiting: list[tuple[tuple[str, ...], _Folder, str, bool]] = [((), top, "", True)]
-    while waiting:
-        path, here, split, counts = waiting.pop()  # a folder that does not count may hold some that do
-        if splits := _splits_among(here):
-            waiting += [
-                ((*path, name), inner, splits.get(name, ""), name in splits) for name, inner in here.inside.items()
-            ]
-            continue
-        ways = {name: _splits_among(inner) for name, inner in here.inside.items()}
-        only = next(iter(here.inside.values())) if len(here.inside) == 1 else None
-        parted = [here.inside[name].inside[part] for name, parts in ways.items() for part in parts]
-        divided = len(ways) > 1 and all(ways.values())
-        if (only and only.inside and not only.has_images) or (divided and any(part.inside for part in parted)):
-            waiting += [((*path, name), inner, split, counts) for name, inner in here.inside.items()]
-        elif counts and here.inside:
-            roots[path] = Root(split, divided)
-            notes |= dict.fromkeys(_doubts(here) if not divided else [])
+    places = [_Place((), top, "", True)]
+    while deeper := _deeper(places):  # all of them at a time: the classes are as deep in one as in another
+        places = deeper
+    places = [place for place in places if place.counts and (place.folder.inside or place.split)]
+    roots = {place.path: Root(place.split, _inner_splits(place.folder)) for place in places}
+    notes = dict.fromkeys(note for place in places for note in _doubts(place.folder, roots[place.path]))
     return Layout(roots, list(notes))
+
+
+def _deeper(places: list[_Place]) -> list[_Place]:
+    """The places one folder further down, where these are not roots yet."""
+    splits = [_splits_among(place.folder) for place in places]
+    if any(splits):
+        pairs = zip(places, splits, strict=True)
+        return [inner for place, there in pairs for inner in (place.inner(there, False) if there else [place])]
+    counting = [place for place in places if place.counts and place.folder.inside]
+    only = [inner for place in counting for inner in place.folder.inside.values() if len(place.folder.inside) == 1]
+    around = len(only) == len(counting) and all(inner.inside and not inner.has_images for inner in only)
+    if counting and (around or any(_is_in_parts(place.folder) for place in counting)):
+        return [inner for place in places for inner in place.inner({}, place.counts) or [place]]
+    return []
 
 
 def _splits_among(folder: _Folder) -> dict[str, str]:
@@ -82,25 +107,50 @@ def _splits_among(folder: _Folder) -> dict[str, str]:
     if len(exact) == len(folder.inside) or _divide(exact.values()):
         return exact
     named = {name: split for name in folder.inside if (split := split_word(name))}  # train_images
-    # classes, too, may have such words in their names: test tube
-    inner = [folder.inside[name] for name, split in named.items() if split == "train"]
-    sure = len(named) == len(folder.inside) or all(train.inside and not train.has_images for train in inner)
-    return named if _divide(named.values()) and sure else {}
+    if not _divide(named.values()):
+        return {}
+    # a class, too, may have such a word in its name: test tube
+    trains = [folder.inside[name] for name, split in named.items() if split == "train"]
+    sure = len(named) == len(folder.inside) or all(train.inside and not train.has_images for train in trains)
+    return named if sure else {}
 
 
 def _divide(splits: Collection[str]) -> bool:
     return "train" in splits and len(set(splits)) > 1
 
 
-def _doubts(folder: _Folder) -> list[str]:
+def _inner_splits(folder: _Folder) -> dict[str, dict[str, str]]:
+    """Of each folder in one, those in it that are named after splits, where the images are divided so."""
+    splits = {name: there for name, inner in folder.inside.items() if (there := _splits_among(inner))}
+    return splits if _divide([split for there in splits.values() for split in there.values()]) else {}
+
+
+def _is_in_parts(folder: _Folder) -> bool:
+    """Whether folders of splits stand in each part of the whole, which can be told by classes that several have."""
+    splits = _inner_splits(folder)
+    kinds = []
+    for name, inner in folder.inside.items():
+        parts = [inner.inside[part] for part in splits.get(name, [])] or [inner]
+        if any(part.has_images for part in parts):
+            return False
+        kinds.append({kind for part in parts for kind in part.inside})
+    return bool(splits) and bool(_shared(kinds))
+
+
+def _doubts(folder: _Folder, root: Root) -> list[str]:
     """What is said where the folders in the class folders look as if they were the classes."""
-    kinds = [set() if inner.has_images else set(inner.inside) for inner in folder.inside.values()]
-    if len(kinds) < 2 or len(kinds[0]) < 2 or any(kind != kinds[0] for kind in kinds):
+    shared = _shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images])
+    if root.inner or len(shared) < 2:
         return []
     return [
-        f"{_some(folder.inside)} are taken for the classes, and in each of them are the folders {_some(kinds[0])}: if"
+        f"{_some(folder.inside)} are taken for the classes, and several of them have the folders {_some(shared)}: if"
         " those are the classes, put them at the top, one folder for each"
     ]
+
+
+def _shared(kinds: Iterable[Collection[str]]) -> list[str]:
+    """What is in more than one."""
+    return [name for name, count in collections.Counter(name for kind in kinds for name in kind).items() if count > 1]
 
 
 def _some(names: Collection[str]) -> str:

@@ -11,10 +11,12 @@ from typing import IO
 import numpy as np
 import xxhash
 
+from convoy.config import ConvoyError
+
 PIXELS, LIST = "pixels", "shards.json"  # the folder, and in it the name and the bytes of each shard, in their order
 ARRIVING = "arriving"
 # bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
-MEAN = 2**25
+MEAN, MOST = 2**25, 2**27
 RUN = 2**23  # bytes that are in memory at a time
 NEW = -1  # in place of an offset
 
@@ -83,19 +85,28 @@ class Writer:
         new = offsets == NEW
         starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
         last = pictures / 2.0**64 < sizes / MEAN  # of its shard: a hash is a number drawn for each image
-        shards: np.ndarray = np.cumsum(last) - last
-        for some in runs(starts, sizes, 2 * shards + new):
-            part = range(int(starts[some.start]), int(starts[some.stop - 1] + sizes[some.stop - 1]))
-            if new[some.start]:
-                self._opened().write(memoryview(pixels)[part.start : part.stop])
-            elif self.file is None and (not self.known or self.known.stop == part.start):
-                self.known = range((self.known or part).start, part.stop)
-            else:
-                self._copy(self._opened(), part)
-            self.name.update(np.ascontiguousarray(pictures[some]).data)
-            self.size += len(part)
-            if last[some.stop - 1]:
+        begin = 0
+        while begin < len(sizes):
+            ends = np.flatnonzero(last[begin:] | (self.size + np.cumsum(sizes[begin:]) > MOST))
+            end = begin + int(ends[0]) + 1 if len(ends) else len(sizes)
+            for some in runs(starts[begin:end], sizes[begin:end], new[begin:end]):
+                here = slice(begin + some.start, begin + some.stop)
+                part = range(int(starts[here.start]), int(starts[here.stop - 1] + sizes[here.stop - 1]))
+                self._add(part, memoryview(pixels)[part.start : part.stop] if new[here.start] else None)
+            self.name.update(np.ascontiguousarray(pictures[begin:end]).data)
+            self.size += int(sizes[begin:end].sum())
+            if len(ends):
                 self._end()
+            begin = end
+
+    def _add(self, part: range, new: memoryview | None) -> None:
+        """Bytes that are new, or this part of `earlier`."""
+        if new is not None:
+            self._opened().write(new)
+        elif self.file is None and (not self.known or self.known.stop == part.start):
+            self.known = range((self.known or part).start, part.stop)
+        else:
+            self._copy(self._opened(), part)
 
     def close(self) -> None:
         if self.size:
@@ -111,7 +122,14 @@ class Writer:
     def _copy(self, file: IO[bytes], part: range) -> None:
         for start in part[::RUN]:
             assert self.earlier is not None
-            file.write(self.earlier.read(start, min(RUN, part.stop - start)).data)
+            count = min(RUN, part.stop - start)
+            try:
+                read = self.earlier.read(start, count)
+            except OSError:  # it is gone
+                read = np.empty(0, np.uint8)
+            if len(read) < count:
+                raise ConvoyError(f"{self.earlier.folder} was changed while it was gone on from: run this again")
+            file.write(read.data)
 
     def _end(self) -> None:
         shard = self.folder / self.name.hexdigest()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,17 +56,23 @@ def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 def _around(paths: Iterable[str]) -> str:
     """The folder, with a slash at its end, around which there are only other folders; "" for none."""
-    around, inside = "", {""}
-    while len(inside) == 1:
-        around += inside.pop()
-        for path in paths:
-            if path.startswith(around):
-                name, slash, _ = path[len(around) :].partition("/")
-                if slash:
-                    inside.add(f"{name}/")
-                if len(inside) > 1 or (not slash and name.lower().endswith(TABLES)):
-                    return around
-    return around
+    chain: list[str] = []  # the folders that are looked through, as far as is known
+    most = sys.maxsize  # of them
+    seen = ""
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder != seen:
+            seen, folders = folder, folder.split("/")
+            alike = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chain, folders, strict=False))
+            )
+            if alike == len(chain):
+                chain = folders
+            elif alike < len(folders):
+                most = min(most, alike)
+        if name.lower().endswith(TABLES):
+            most = min(most, len(folder.split("/")) if folder else 0)
+    return "".join(f"{name}/" for name in chain[:most])
 
 
 def holds_labels(rows: pd.DataFrame) -> bool:

@@ -16,7 +16,7 @@ from convoy.config import ConvoyError
 PIXELS, LIST = "pixels", "shards.json"  # the folder, and in it the name and the bytes of each shard, in their order
 ARRIVING = "arriving"
 # bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
-MEAN, MOST = 2**25, 2**27
+MEAN, MOST = 2**24, 2**26
 RUN = 2**23  # bytes that are in memory at a time
 NEW = -1  # in place of an offset
 

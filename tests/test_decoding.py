@@ -5,6 +5,8 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -100,6 +102,12 @@ def test_what_is_recorded_of_a_file() -> None:
     assert one["sha256"] != other["sha256"]  # of the file
     assert one["picture"] == other["picture"]  # of the pixels
     assert one["phash"] == other["phash"]
+
+
+def test_what_judges_imports_none_of_the_large_libraries_for_which_each_run_would_wait() -> None:
+    large = {"hydra", "pandas", "pyarrow", "pydantic", "torch"}
+    code = f"import sys, convoy.datasets.judging; print(*{large} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 # Processes that die

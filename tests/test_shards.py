@@ -9,9 +9,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError
 from convoy.datasets import shards
-from convoy.datasets.shards import LIST, NEW, Shards, Writer
+from convoy.datasets.shards import LIST, NEW, LostShard, Shards, Writer
 
 SIZE = 100
 
@@ -118,7 +117,7 @@ def test_what_is_lost_while_it_is_gone_on_from_is_said(tmp_path: Path, harm: str
     earlier = written(tmp_path / "earlier", numbers)
     for name in earlier.names:
         (earlier.folder / name).unlink() if harm == "gone" else (earlier.folder / name).write_bytes(b"")
-    with pytest.raises(ConvoyError, match="earlier was changed while it was gone on from: run this again"):
+    with pytest.raises(LostShard, match="earlier was changed while it was gone on from: run this again"):
         written(tmp_path / "grown", [*numbers[1:]], earlier, places(numbers))
 
 

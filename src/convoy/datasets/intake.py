@@ -20,7 +20,7 @@ from convoy.datasets.decoding import decoded
 from convoy.datasets.history import History, extended
 from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, TABLE, Packed, Rows
-from convoy.datasets.shards import PIXELS, Writer
+from convoy.datasets.shards import PIXELS, LostShard, Writer
 from convoy.datasets.source import Dataset, Source
 from convoy.remembered import Memory
 
@@ -67,7 +67,10 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     Raises TooManyBad where more images are bad than `params` allows; ConvoyError where fewer than two classes have
     images, and where a pattern of groups finds none.
     """
-    faulty = _decode(source, dataset, folder, earlier)
+    try:
+        faulty = _decode(source, dataset, folder, earlier)
+    except LostShard as lost:
+        raise ConvoyError(str(lost)) from lost
     rows = Rows(folder / TABLE)
     shared = rows.columns("picture")["picture"].duplicated(keep=False)
     several = rows.at(np.flatnonzero(shared))  # the few that can contradict or repeat each other

@@ -11,14 +11,16 @@ from typing import IO
 import numpy as np
 import xxhash
 
-from convoy.config import ConvoyError
-
 PIXELS, LIST = "pixels", "shards.json"  # the folder, and in it the name and the bytes of each shard, in their order
 ARRIVING = "arriving"
 # bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
 MEAN, MOST = 2**24, 2**26
 RUN = 2**23  # bytes that are in memory at a time
 NEW = -1  # in place of an offset
+
+
+class LostShard(Exception):
+    """What was there a moment ago is not there any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Writer:
             except OSError:  # it is gone
                 read = np.empty(0, np.uint8)
             if len(read) < count:
-                raise ConvoyError(f"{self.earlier.folder} was changed while it was gone on from: run this again")
+                raise LostShard(f"{self.earlier.folder} was changed while it was gone on from: run this again")
             file.write(read.data)
 
     def _end(self) -> None:

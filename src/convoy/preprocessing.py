@@ -29,9 +29,7 @@ class Preprocess:
 
     size: Annotated[int, Field(ge=32, le=1024)]  # pixels; height and width
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
-    test_fraction: (
-        Fraction  # of the images without a split of their own, and of those for training where none is for test
-    )
+    test_fraction: Fraction  # of images without a split of their own, and of those for training where none is for test
     val_fraction: Fraction  # of the others of these, and of those for training where none is for val
     near_duplicate: Annotated[float, Field(gt=0, le=1)]  # correlation of thumbnails from which two images count as one
 
@@ -42,9 +40,7 @@ class Prepared:
 
     task: Task
     rows: np.ndarray  # of the packed data set, in the order of the arrays
-    near: (
-        pd.DataFrame
-    )  # path, label, other, other_label: pairs of images that nearly equal each other, `LISTED` of them
+    near: pd.DataFrame  # path, label, other, other_label: images that nearly equal each other, the first `LISTED` pairs
     pairs: int  # of such images, in all
     doubtful: int  # those under two labels, which are listed first
     withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by

@@ -27,22 +27,8 @@ from convoy.datasets.tables import (
 )
 from convoy.images import BadImage
 
-UNREAD = (
-    ".7z",
-    ".rar",
-    ".zip",
-    ".tar",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".h5",
-    ".hdf5",
-    ".npy",
-    ".npz",
-    ".pkl",
-    ".tfrecord",
-)
+UNREAD = (".7z", ".rar", ".zip", ".tar", ".gz", ".bz2", ".xz", ".zst",
+          ".h5", ".hdf5", ".npy", ".npz", ".pkl", ".tfrecord")  # fmt: skip
 FOUND = 5  # files that are named where none has a label
 
 Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
@@ -195,7 +181,7 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                 columns = ", ".join(map(str, rows.columns))
                 if not columns:
                     others.append(f"{name} is empty")
-                elif not holds_labels(rows):
+                elif not holds_labels(rows.columns):
                     others.append(f"{name} has the columns {columns}, and not path and label")
                 elif "submission" in path.lower():
                     others.append(f"{name} is named after a submission, whose labels are mere examples")

@@ -5,7 +5,7 @@ import io
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +39,11 @@ class Table:
     folder: str  # below which its paths are: "" or pets/
     split: str  # of all rows, where no column says it
     rows: pd.DataFrame  # text; path, label, and perhaps split, group and others
+
+    @property
+    def beside(self) -> str:
+        """What stands before its paths in messages."""
+        return f"{self.files.name}{self.folder}"
 
 
 def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -75,18 +80,21 @@ def _around(paths: Iterable[str]) -> str:
     return "".join(f"{name}/" for name in chain[:most])
 
 
-def holds_labels(rows: pd.DataFrame) -> bool:
-    return "label" in rows and "path" in rows
+def holds_labels(columns: Collection[str]) -> bool:
+    return "label" in columns and "path" in columns
 
 
 def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
     """The rows of a table of labels as they are written; of another table the columns alone."""
     try:
-        headers = {separator: _csv(file, separator, nrows=0) for separator in SEPARATORS}
-        for separator, header in headers.items():
-            if holds_labels(header.rename(columns=_meant(header.columns))):
-                return _csv(file, separator).rename(columns=_meant(header.columns))
-        return max(headers.values(), key=lambda header: len(header.columns))
+        headers = []
+        for separator in SEPARATORS:
+            header = _csv(file, separator, nrows=0)
+            meant = _meant(header.columns)
+            if holds_labels(meant.values()):
+                return _csv(file, separator).rename(columns=meant)
+            headers.append(header)
+        return max(headers, key=lambda header: len(header.columns))
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
     except UnicodeDecodeError as error:
@@ -112,7 +120,7 @@ def _csv(file: str | bytes, separator: str, nrows: int | None = None) -> pd.Data
 def read_parquet(table: Parquet) -> pd.DataFrame:
     """As `read_csv`."""
     meant = _meant(table.schema.names)
-    if not {"path", "label"} <= set(meant.values()):
+    if not holds_labels(meant.values()):
         return pd.DataFrame(columns=table.schema.names)
     columns = [field.name for field in table.schema if field.name in meant or not pa.types.is_nested(field.type)]
     return pd.DataFrame(texts(table, columns), columns=columns).rename(columns=meant)
@@ -150,7 +158,6 @@ def labels_in(
     shared: dict[tuple[Said, ...], tuple[Said, ...]] = {}  # one object for all images of which the same is said
     astray: dict[tuple[str, Said], None] = {}
     for table in tables:
-        beside = f"{table.files.name}{table.folder}"
         near = _Near(table, places, there)
         for path, row, others in _rows(table, more):
             files = near.find(path)
@@ -160,10 +167,10 @@ def labels_in(
                 astray[f"{table.files.name}{table.title}", row._replace(fault="has a row without a path")] = None
             elif not files:
                 fault = f"is named in {table.title}, but there is no such file"
-                astray[f"{beside}{path}", row._replace(fault=fault)] = None
+                astray[f"{table.beside}{path}", row._replace(fault=fault)] = None
             elif near.names and len(files) > 1:
                 fault = f"is named in {table.title}, and {len(files)} files are called so: write their folders, too"
-                astray[f"{beside}{path}", row._replace(fault=fault)] = None
+                astray[f"{table.beside}{path}", row._replace(fault=fault)] = None
             else:
                 place, name = files[0]
                 rows = said[place].get(name, ())
@@ -182,18 +189,17 @@ class _Near:
     """
 
     def __init__(self, table: Table, places: Sequence[Files], there: Sequence[set[str]]) -> None:
-        beside = f"{table.files.name}{table.folder}"
         self.there = there
         self.folders = [(place, table.folder) for place, files in enumerate(places) if files is table.files]
         self.folders += [
             (place, "")
             for place, files in enumerate(places)
-            if files is not table.files and files.name.startswith(beside)
+            if files is not table.files and files.name.startswith(table.beside)
         ]
         self.names: dict[str, list[tuple[int, str]]] = {}
         self.skipped = 0  # of the folders in a path, the first
         if not any(map(self.find, table.rows["path"])):
-            self.skipped = self._too_many(table.rows["path"].iloc[0] if len(table.rows) else "")
+            self._skip(table.rows["path"].iloc[0] if len(table.rows) else "")
             self.names = {} if self.skipped else self._names(places)
 
     def find(self, path: str) -> list[tuple[int, str]]:
@@ -203,12 +209,12 @@ class _Near:
         exact = [(k, folder + name) for name in names for k, folder in self.folders if folder + name in self.there[k]]
         return exact or self.names.get(path, [])
 
-    def _too_many(self, path: str) -> int:
-        """How many folders at the beginning of a path are not there."""
+    def _skip(self, path: str) -> None:
+        """The fewest folders at the beginning of a path without which it leads to a file; none where it never does."""
         for self.skipped in range(1, path.replace("\\", "/").count("/") + 1):
             if self.find(path):
-                return self.skipped
-        return 0
+                return
+        self.skipped = 0
 
     def _names(self, places: Sequence[Files]) -> dict[str, list[tuple[int, str]]]:
         names: dict[str, list[tuple[int, str]]] = {}

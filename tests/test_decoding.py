@@ -18,8 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from convoy.datasets import decoding, judging
-from convoy.datasets.decoding import decoded
-from convoy.datasets.judging import INDEX, RECORDS, Batch, Earlier, judge, keep
+from convoy.datasets.decoding import _taken, decoded
+from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, Earlier, judge, keep
 from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
@@ -87,6 +87,15 @@ def test_a_file_larger_than_any_photograph_is_not_even_read(tmp_path: Path) -> N
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**28 + 1)
     assert whole([str(tmp_path / "huge.png")]) == (["0"], ["is larger than 256 MiB"])
+
+
+@pytest.mark.parametrize("large", [bytes(2**20), np.zeros((1024, 1024, 1), np.uint8)], ids=["files", "pixels"])
+def test_where_large_images_follow_small_ones_no_more_of_them_are_in_memory_at_once(large: Content) -> None:
+    contents: list[Content] = [*map(saved, 300 * [noise(0)]), *200 * [large]]
+    waiting = source(contents).members
+    assert len(_taken(waiting, 300)) == 300
+    assert len(_taken(waiting, 300)) == BATCH_BYTES // 2**20
+    assert len([*waiting]) == 200 - BATCH_BYTES // 2**20  # none is lost
 
 
 def test_pixels_larger_than_asked_are_reduced_too() -> None:

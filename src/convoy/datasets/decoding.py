@@ -20,7 +20,7 @@ from convoy.datasets.judging import BATCH_BYTES, RECORD, Batch, judge, settle
 from convoy.datasets.source import Content, Member, Source
 from convoy.remembered import Memory
 
-FIRST_BATCH = 16  # images; of the later ones there are as many as come to `BATCH_BYTES`
+FIRST_BATCH, LARGEST_BATCH = 16, 512  # images; between them, as many as come to `BATCH_BYTES`
 PATIENCE = 60  # seconds for an image, and twice that for a batch
 
 
@@ -34,7 +34,7 @@ def decoded(source: Source, longest_side: int, earlier: Memory) -> Iterator[tupl
     ahead: collections.deque[tuple[list[Member], Future]] = collections.deque()
     size = FIRST_BATCH
     with _pool(workers) as pool:
-        while members := list(itertools.islice(source.members, size)):
+        while members := _taken(source.members, size):
             contents = [member.content for member in members]
             ahead.append((members, pool.schedule(judging, [contents], timeout=2 * PATIENCE)))
             if len(ahead) > 2 * workers + 4:
@@ -81,10 +81,20 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+def _taken(members: Iterator[Member], most: int) -> list[Member]:
+    """The next of them, but no more in memory than one above `BATCH_BYTES`: small images may come before large ones."""
+    taken, size = [], 0
+    for member in itertools.islice(members, most):
+        taken.append(member)
+        size += memoryview(member.content).nbytes if isinstance(member.content, bytes | np.ndarray) else 0
+        if size >= BATCH_BYTES:
+            break
+    return taken
+
+
 def _next_size(members: list[Member], batch: Batch) -> int:
-    """So many images that they come to `BATCH_BYTES`: a task costs time, and what is under way costs memory."""
-    read = sum(len(member.content) for member in members if isinstance(member.content, bytes))
-    return int(np.clip(BATCH_BYTES * len(members) // (batch.sizes.sum() + read + 1), 4, 256))
+    """So many images that their pixels come to `BATCH_BYTES`: a task costs time, and what is under way memory."""
+    return int(np.clip(BATCH_BYTES * len(members) // (batch.sizes.sum() + 1), 4, LARGEST_BATCH))
 
 
 def _outcomes(

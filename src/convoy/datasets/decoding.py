@@ -86,7 +86,11 @@ def _taken(members: Iterator[Member], most: int) -> list[Member]:
     taken, size = [], 0
     for member in itertools.islice(members, most):
         taken.append(member)
-        size += memoryview(member.content).nbytes if isinstance(member.content, bytes | np.ndarray) else 0
+        match member.content:
+            case bytes() as file:
+                size += len(file)
+            case np.ndarray() as pixels:
+                size += pixels.nbytes
         if size >= BATCH_BYTES:
             break
     return taken

@@ -41,7 +41,7 @@ from convoy.task import Task
 
 IMAGES = 50_000  # the training images of CIFAR-10
 FED = 25_000  # of them, the same number of each class
-PHOTOGRAPHS = 60  # of 4000x3000 pixels
+PHOTOGRAPHS = 240  # of 4000x3000 pixels
 BATCH = 256
 SHIFT = 4  # pixels
 ROUNDS = 3
@@ -80,7 +80,8 @@ def photograph(folder: Path) -> None:
     for label, picture in zip(("china", "flower"), load_sample_images().images, strict=True):
         (folder / label).mkdir(parents=True)
         for number in range(PHOTOGRAPHS // 2):
-            part = Image.fromarray(picture[number : number + 360, 5 * number : 5 * number + 480])
+            top, left = 5 * (number % 12), 15 * (number // 12)
+            part = Image.fromarray(picture[top : top + 360, left : left + 480])
             part.resize((4000, 3000), Image.Resampling.BICUBIC).save(folder / label / f"{number}.jpg", quality=90)
 
 

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImag
 
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # only these decoders ever see a file
 MAX_PIXELS = 100_000_000  # read from the header; a larger image is taken for a decompression bomb
+NEARLY = 0.95  # of the longest side: 500 pixels, an eighth of a telephone's 4000, are not made of a quarter to be 512
 JPEG = b"\xff\xd8\xff"  # how its files begin
 REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)  # of the format, in a JPEG: a byte that should be 1
 EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"  # one of these is in a JPEG that may lie on its side
@@ -78,7 +79,7 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
         if not (EXIF in data or XMP in data):
             return Decoded(pixels, height, width)
     else:
-        scale = longest_side / max(height, width)
+        scale = NEARLY * longest_side / max(height, width)
         least = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
         # it can decode at a half, a quarter, an eighth for less
         pixels = simplejpeg.decode_jpeg(data, space, **least, min_factor=2)
@@ -153,7 +154,7 @@ def plain(image: Image.Image, longest_side: int | None = None) -> np.ndarray:
     if turn is not None:
         image = image.transpose(turn)
     if longest_side and max(image.size) > longest_side:
-        image.thumbnail((longest_side, longest_side))
+        image.thumbnail((longest_side, longest_side), Image.Resampling.BILINEAR)  # as `fit`; 0.6 of the time of bicubic
     return _pixels(image)
 
 

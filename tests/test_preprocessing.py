@@ -254,7 +254,11 @@ def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tm
 
 
 def packed(
-    folder: Path, images: Mapping[str, Sequence[np.ndarray | bytes]], given_split: str = "", group: str = ""
+    folder: Path,
+    images: Mapping[str, Sequence[np.ndarray | bytes]],
+    given_split: str = "",
+    group: str = "",
+    longest_side: int = 512,
 ) -> Packed:
     """`images` by class, as a packed data set in `folder`."""
     members = [
@@ -265,7 +269,7 @@ def packed(
     folder.mkdir(parents=True, exist_ok=True)
     source = Source(sorted(images), len(members), iter(members))
     limits = Fetch(max_bad_fraction=0.0)
-    pets = Dataset(name="pets", longest_side=512, group=None)
+    pets = Dataset(name="pets", longest_side=longest_side, group=None)
     return take_in(source, pets, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)).packed
 
 
@@ -355,6 +359,15 @@ def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
     images = {"cat": noise(30, 1, 1, size=7), "dog": noise(30, 1, 2, size=90)}
     made(packed(tmp_path / "packed", images), tmp_path)
     assert {np.load(tmp_path / f"{name}_pixels.npy").shape[1:] for name in SPLITS} == {(32, 32, 1)}
+
+
+@pytest.mark.parametrize(("longest_side", "noted"), [(40, False), (32, False), (30, True)])
+def test_images_that_were_reduced_to_less_than_is_asked_for_are_counted(
+    tmp_path: Path, longest_side: int, noted: bool
+) -> None:
+    images = {"cat": noise(30, 1, 1, size=90), "dog": noise(30, 1, 2, size=7)}  # those of 7 pixels were never larger
+    notes = made(packed(tmp_path / "packed", images, longest_side=longest_side), tmp_path).notes
+    assert any("30 of 60 images were reduced to less than preprocess.size=32" in note for note in notes) == noted
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:

@@ -67,7 +67,7 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     withheld = withhold(some, there, together, near)
     sides[withheld.index] = NOWHERE
     labels = _labels(packed)
-    notes = _notes(packed, labels, sides)
+    notes = [*_notes(packed, labels, sides), *_enlarged(packed, params.size)]
     one, other = labels[involved[near]].T
 
     for side, name in enumerate(SPLITS):
@@ -226,3 +226,17 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
         elif missing:
             notes.append(f"class {label!r} has no image in {' and '.join(missing)}, of {sum(here)}{left}")
     return notes
+
+
+def _enlarged(packed: Packed, size: int) -> list[str]:
+    """What is said of images of which fetch kept less than is asked for, though there was more."""
+    count = 0
+    for piece in packed.rows.pieces("source_height", "source_width", "height", "width"):
+        given, kept = piece[["source_height", "source_width"]].min(axis=1), piece[["height", "width"]].min(axis=1)
+        count += int((kept < given.clip(upper=size)).sum())
+    if not count:
+        return []
+    return [
+        f"{count} of {len(packed.rows)} images were reduced to less than preprocess.size={size} and are enlarged again:"
+        " raise dataset.longest_side in conf/dataset/"
+    ]

@@ -32,6 +32,10 @@ STILL = [
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=float32"]
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"}
+
+
 def train_lenet(root: Path) -> subprocess.CompletedProcess:
     return train(root, "lenet")
 
@@ -40,7 +44,7 @@ def train(root: Path, name: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.train", name],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -93,7 +97,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
             running = subprocess.Popen(
                 [sys.executable, "-u", "-m", "pipeline.train", "lenet"],
                 cwd=root,
-                env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
+                env=environment(),
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
@@ -103,13 +107,12 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
             time.sleep(0.05)
         time.sleep(seconds)
         others = psutil.Process(running.pid).children(recursive=True)
-        told, since = time.time(), time.monotonic()
+        told = time.time()
         if all_of_them:
             os.killpg(running.pid, signal.SIGTERM)
         else:
             running.terminate()
-        assert running.wait(30) == 143, (root / "said.txt").read_text()
-        assert time.monotonic() - since < 10
+        assert running.wait(10) == 143, (root / "said.txt").read_text()
         psutil.wait_procs(others, timeout=10)
         assert not [process for process in others if process.is_running()]
         (saved,) = (root / "artifacts/.checkpoints").rglob("last.pt")
@@ -144,7 +147,7 @@ def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
         subprocess.Popen(
             [*command, f"--node-rank={rank}", "-m", "pipeline.train", "lenet"],
             cwd=root,
-            env=os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"},
+            env=environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

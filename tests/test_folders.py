@@ -135,15 +135,15 @@ def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
 
 
 def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
-    write(data, {f"{site}/{label}/1.png": png() for site in "abcd" for label in ("normal", "ill")})
+    write(data, {f"{site}/{label}/1.png": png() for site in "abcdef" for label in ("normal", "ill")})
     source = read_folder(data)
-    assert source.classes == ["a", "b", "c", "d"]
+    assert source.classes == ["a", "b", "c", "d", "e", "f"]
     assert source.notes == [
-        "a, b, c and 1 more are taken for the classes, and several of them have the folders ill, normal: if those are"
-        " the classes, put them at the top, one folder for each"
+        "a, b, c, d, e and 1 more are taken for the classes, and several of them have the folders ill, normal: if those"
+        " are the classes, put them at the top, one folder for each"
     ]
     assert read_folder(write(data, {"a/strange/1.png": png(), "e/1.png": png()})).notes
-    for site in "abc":
+    for site in "abcdf":
         write(data, {f"{site}/1.png": png()})
     assert read_folder(data).notes == []
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -212,13 +211,11 @@ def fail_with(root: Path, error: str) -> subprocess.CompletedProcess:
 def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
     (root / "data").rename(root / "elsewhere")
     (root / "data").mkdir()
-    started = time.monotonic()
     command = [sys.executable, "-m", "pipeline.fetch"]
     process = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr.startswith("convoy: fetch: data/ holds no images")
     assert process.stderr.count("\n") == 1
-    assert time.monotonic() - started < 20
 
 
 def environment() -> dict[str, str]:

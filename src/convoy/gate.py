@@ -18,12 +18,12 @@ from scipy.special import bdtrc, ndtri  # scipy.stats takes a second to import
 
 from convoy.config import ConvoyError, Count, Fraction, NotNegative, Share, Whole, schema
 from convoy.evaluation import PREFIX, calibration, calibration_noise, resampled, units_of
+from convoy.naming import some
 from convoy.temperature import LEAST
 
 HARM = 0.05  # level of the tests that speak against a challenger: a stricter `alpha` must not soften them
 POWER = 0.8  # with which the smallest gain that counts as visible would be seen
 SUM_TOLERANCE = 1e-3  # of the probabilities of an image around 1
-NAMED = 10  # classes in a sentence
 DIGEST = re.compile("[0-9a-f]{64}")
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
@@ -361,7 +361,7 @@ def _evidence(
     yield Reason("visible gain", "shown", gain, "none", words)
 
     unknown = [contender.name for contender in known if contender.trained_on is None or not len(contender.trained_on)]
-    words = f"not known which images {_some(unknown)} saw in training" if unknown else "no test image was trained on"
+    words = f"not known which images {some(unknown)} saw in training" if unknown else "no test image was trained on"
     yield Reason("seen images", "hold" if unknown else "pass", None if unknown else 0, "0", words)
 
     words = f"look {looks} at these test images"
@@ -507,7 +507,7 @@ def _class_drops(new: _Scored, old: _Scored, params: Gate) -> Iterator[Reason]:
     words = "recall fell for no class"
     if len(hurt):
         words = (
-            f"recall fell for {_some([told[name] for name in hurt.index])}, limits {params.class_drop} and {level:.2g}"
+            f"recall fell for {some([told[name] for name in hurt.index])}, limits {params.class_drop} and {level:.2g}"
         )
     elif told:
         words = f"recall fell for no class beyond the limit, and most for {told[drop.idxmax()]}"
@@ -578,12 +578,7 @@ def _shared(one: _Scored, other: _Scored) -> list[str]:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return _some([repr(name) for name in names])
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return some([repr(name) for name in names])
 
 
 def _text(value: float | None) -> str:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field
 
 from convoy.config import ConvoyError, Whole, schema, typed
+from convoy.naming import some
 
 HEADER = """\
 # What the fetch stage has seen of each data set: its classes in the order of their labels, and the last two versions.
@@ -58,8 +59,8 @@ class History:
         """Raises ConvoyError where no class is left of those that are known: that is not the same data set any more."""
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
-                f"none of the classes that data.lock knows of {name} ({_some(self.classes)}) is there, but"
-                f" {_some(classes)}: give another data set another name in conf/dataset/, or take this one out of"
+                f"none of the classes that data.lock knows of {name} ({some(self.classes)}) is there, but"
+                f" {some(classes)}: give another data set another name in conf/dataset/, or take this one out of"
                 " data.lock; if these are folders around the classes, put the classes themselves at the top"
             )
 
@@ -99,10 +100,6 @@ class History:
 
 
 NEW = History(classes=[], versions=[])  # that of a data set which was never seen
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 from convoy.datasets.files import split_word
 from convoy.datasets.source import SPLITS
+from convoy.naming import some
 
-FEW = 3  # names in a sentence
 Names = tuple[str, ...]  # of folders, from the outermost on
 
 
@@ -139,21 +139,15 @@ def _is_in_parts(folder: _Folder) -> bool:
 
 def _doubts(folder: _Folder, root: Root) -> list[str]:
     """What is said where the folders in the class folders look as if they were the classes."""
-    shared = _shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images])
+    shared = sorted(_shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images]))
     if root.inner or len(shared) < 2:
         return []
     return [
-        f"{_some(folder.inside)} are taken for the classes, and several of them have the folders {_some(shared)}: if"
-        " those are the classes, put them at the top, one folder for each"
+        f"{some(sorted(folder.inside))} are taken for the classes, and several of them have the folders {some(shared)}:"
+        " if those are the classes, put them at the top, one folder for each"
     ]
 
 
 def _shared(kinds: Iterable[Collection[str]]) -> list[str]:
     """What is in more than one."""
     return [name for name, count in collections.Counter(name for kind in kinds for name in kind).items() if count > 1]
-
-
-def _some(names: Collection[str]) -> str:
-    """The first names in words."""
-    first = sorted(names)[:FEW]
-    return ", ".join(first) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")

@@ -2,7 +2,9 @@
 
 import ast
 import base64
+import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -24,11 +26,17 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 from registered import CLASSES, folder_of, leave, register
+from sklearn.datasets import load_sample_images
 
 from convoy import predictor, registry, served, tracking
 from convoy.config import ConvoyError
+from convoy.datasets.history import NEW
+from convoy.datasets.intake import Fetch, take_in
+from convoy.datasets.source import Dataset, Member, Source
 from convoy.hashes import sha256
 from convoy.predictor import Predictor
+from convoy.preprocessing import SPLITS, Preprocess, prepare
+from convoy.remembered import Memory
 from convoy.serving import ImageClassifier
 
 Files = dict[str, Path]
@@ -143,6 +151,37 @@ def test_the_temperature_softens_the_probabilities_and_leaves_the_label(tmp_path
     plain, softened = (np.array(answer["probabilities"].tolist()) for answer in answers.values())
     expected = plain ** (1 / 2.5)
     np.testing.assert_allclose(softened, expected / expected.sum(axis=1, keepdims=True), atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_photograph_comes_to_the_pixels_that_the_network_was_trained_and_tested_with(
+    form: str, model: ImageClassifier, tmp_path: Path
+) -> None:
+    photograph = Image.fromarray(load_sample_images().images[0])
+    files = {}
+    for number, (split, label) in enumerate(itertools.product(SPLITS, ("cat", "dog"))):
+        file = io.BytesIO()
+        photograph.crop((20 * number, 10 * number, 20 * number + 400, 10 * number + 300)).save(file, form)
+        files[f"{split}/{label}"] = file.getvalue()
+    members = [Member(path, path.split("/")[1], path.split("/")[0], "", data) for path, data in files.items()]
+    for folder in ("packed", "prepared"):
+        (tmp_path / folder).mkdir()
+    source, nothing = (
+        Source(["cat", "dog"], len(members), iter(members)),
+        Memory(tmp_path / "remembered/here", tmp_path / "nowhere"),
+    )
+    dataset = Dataset(name="pets", longest_side=90, group=None)
+    packed = take_in(source, dataset, Fetch(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed
+    channels = model.predictor.task.channels
+    params = Preprocess(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
+    task = prepare(packed, params, 1, tmp_path / "prepared", nothing).task
+
+    served = dataclasses.replace(model.predictor, task=task)
+    paths = pd.read_parquet(tmp_path / "prepared/images.parquet")["path"]
+    seen = np.concatenate([np.load(tmp_path / f"prepared/{split}_pixels.npy") for split in SPLITS])
+    assert len(seen) == 6
+    for path, pixels in zip(paths, seen, strict=True):
+        np.testing.assert_array_equal(served.fitted(files[path]), pixels)
 
 
 # In MLflow

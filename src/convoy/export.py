@@ -19,9 +19,10 @@ from convoy.predictor import Predictor
 FILE = "model.onnx"
 BATCH = 32  # images that it answers at a time here
 MEANING = (
-    "pixels (N, {size}, {size}, {channels}) uint8: the middle square of an upright {colours} image, resized with "
-    "anti-aliasing (Pillow's ImageOps.fit, BILINEAR). probabilities (N, {k}) float: calibrated, of `classes` in their "
-    "order. Normalisation, softmax and temperature are inside."
+    "pixels (N, {size}, {size}, {channels}) uint8: the middle square of an upright {colours} image, reduced to "
+    "{longest_side} pixels at most and then resized, both with anti-aliasing (Pillow's thumbnail and ImageOps.fit, "
+    "BILINEAR). probabilities (N, {k}) float: calibrated, of `classes` in their order. Normalisation, softmax and "
+    "temperature are inside."
 )
 
 

@@ -18,12 +18,11 @@ from convoy.temperature import tempered
 
 RECORD, WEIGHTS, CALIBRATION = "record.json", "weights.safetensors", "calibration.json"
 FILES = (RECORD, WEIGHTS, CALIBRATION)  # all that a predictor is made of
-LONGEST_SIDE = 4096  # pixels of an image that comes as a file; larger ones are reduced
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Answers images with the probabilities that evaluation saw."""
+    """Answers images with the probabilities that evaluation saw: a file comes to the same pixels."""
 
     architecture: str
     task: Task
@@ -32,7 +31,7 @@ class Predictor:
 
     def fitted(self, file: bytes) -> np.ndarray:
         """(H, W, C) uint8 as the network takes it, of the bytes of an image file. Raises images.BadImage."""
-        return images.fit(images.decode(file, LONGEST_SIDE).pixels, self.task.size, self.task.channels)
+        return images.fit(images.decode(file, self.task.longest_side).pixels, self.task.size, self.task.channels)
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 256) -> np.ndarray:
         """(N, K) float64, of images (N, H, W, C) uint8 as the network takes them."""

@@ -79,7 +79,15 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     files = [folder / f"{name}_pixels.npy" for name in SPLITS]
     sums = write_fitted(packed, sides, (params.size, params.size, channels), files, earlier)
     mean, std = sums.mean_and_std()
-    task = Task(dataset=packed.name, classes=packed.classes, size=params.size, channels=channels, mean=mean, std=std)
+    task = Task(
+        dataset=packed.name,
+        classes=packed.classes,
+        size=params.size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        longest_side=packed.longest_side,
+    )
     task.save(folder / "task.json")
     rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
     listed = _named(some, near)

@@ -46,12 +46,13 @@ class ImageClassifier(PythonModel):
         )
 
     def _fitted(self, image: Any) -> np.ndarray:
+        task = self.predictor.task
         try:
             if isinstance(image, str):
                 image = _decoded(image)
             if isinstance(image, bytes):
                 return self.predictor.fitted(image)
-            return images.fit(_plain(image), self.predictor.task.size, self.predictor.task.channels)
+            return images.fit(_plain(image, task.longest_side), task.size, task.channels)
         except images.BadImage as fault:
             raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
 
@@ -73,8 +74,8 @@ def _decoded(text: str) -> bytes:
         raise images.BadImage("is text, but not the base64 of an image file") from None
 
 
-def _plain(image: Any) -> np.ndarray:
-    """(H, W, 1 or 3) of pixels in any of the documented forms."""
+def _plain(image: Any, longest_side: int) -> np.ndarray:
+    """(H, W, 1 or 3) of pixels in any of the documented forms, no side above `longest_side`."""
     pixels = np.asarray(image)
     if pixels.size == 0:
         raise images.BadImage("has no pixels")
@@ -85,7 +86,7 @@ def _plain(image: Any) -> np.ndarray:
     mode = {(2, 1): "L", (3, 2): "LA", (3, 3): "RGB", (3, 4): "RGBA"}
     if (pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1) not in mode:
         raise images.BadImage(f"has the shape {pixels.shape}; it must be (H, W) or (H, W, 1 to 4)")
-    return images.plain(Image.fromarray(pixels.astype(np.uint8)), predictor.LONGEST_SIDE)
+    return images.plain(Image.fromarray(pixels.astype(np.uint8)), longest_side)
 
 
 set_model(ImageClassifier())  # MLflow runs this file to make the model ("models from code"), and takes what is set here

@@ -18,6 +18,7 @@ class Task:
     channels: int  # 1 grey or 3 RGB
     mean: list[float]  # of each channel, in [0, 1]
     std: list[float]  # of each channel, in (0, 1]
+    longest_side: int = 4096  # pixels, to which a larger image is reduced first; this for tasks from before it was told
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")

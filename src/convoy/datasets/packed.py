@@ -97,6 +97,7 @@ class Packed:
 
     name: str
     origin: str  # where it came from: data.dvc, or the name of a set in torchvision
+    longest_side: int  # pixels; larger images were reduced to it
     classes: list[str]  # K names; there may be no image of some
     drawn: list[str]  # the splits to draw from images given for training: val, test
     rows: Rows  # N of them

@@ -58,7 +58,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     from convoy.preprocessing import Preprocess, prepare
     from convoy.remembered import Memory
 
-    dataset = Dataset(name="benchmark", longest_side=512, group=None)
+    dataset = Dataset(name="benchmark", longest_side=256 if size <= 192 else 512, group=None)  # as conf/dataset/ says
     params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
     with tempfile.TemporaryDirectory() as name:
         source = read_folder(folder)

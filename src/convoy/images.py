@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImag
 
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # only these decoders ever see a file
 MAX_PIXELS = 100_000_000  # read from the header; a larger image is taken for a decompression bomb
-NEARLY = 0.95  # of the longest side: 500 pixels, an eighth of a telephone's 4000, are not made of a quarter to be 512
+NEARLY = 0.95  # of the longest side: where 256 pixels are asked for, the half of an image of 500 will do, with its 250
 JPEG = b"\xff\xd8\xff"  # how its files begin
 REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)  # of the format, in a JPEG: a byte that should be 1
 EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"  # one of these is in a JPEG that may lie on its side

@@ -51,7 +51,8 @@ def fetch(stage: Stage) -> None:
     found = AsFound(params.name, packed.classes, table, packed.image, quarantine, merged, changes, intake.notes)
     write_fetch_card(found, stage.scratch)
     tell(found)
-    history.save(lock, params.name)
+    # not before: what never came into an output was never there
+    stage.afterwards.append(lambda: history.save(lock, params.name))
 
 
 def tell(found: AsFound) -> None:
@@ -64,6 +65,8 @@ def tell(found: AsFound) -> None:
         print(f"changed: {change}")
     for note in found.notes[:TOLD]:
         print(f"note: {note}")
+    if len(found.notes) > TOLD:
+        print(f"note: and {len(found.notes) - TOLD} more; artifacts/fetch/card.md begins with them")
     names = textwrap.shorten(", ".join(found.classes), NAMED, placeholder=" ...")
     print(
         f"{found.name}: {len(found.table)} images of {len(found.classes)} classes ({names}),"

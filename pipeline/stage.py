@@ -145,6 +145,7 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     if item:
         parser.add_argument(item)
     chosen = vars(parser.parse_args())
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of names that a terminal can't show
     # without this Lightning would catch it, stop training early and let the stage end as if it were whole
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -300,6 +301,16 @@ def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
     assert files[1].stat().st_size == before.st_size
     judge([*paths], 512, memory(tmp_path))
     assert read == [paths[1]]
+
+
+def test_a_file_may_have_any_number_and_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, truly = tmp_path / "1.png", os.read
+    file.write_bytes(saved(noise(1)))
+    monkeypatch.setattr(judging.os, "read", lambda file, size: truly(file, min(size, 100)))
+    told = {name: getattr(file.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns")}
+    monkeypatch.setattr(judging.os, "fstat", lambda _: SimpleNamespace(**told, st_ino=2**64 - 1))
+    monkeypatch.setattr(judging, "SETTLED", 0)
+    assert judge([str(file)], 512, NOTHING).faults == [""]
 
 
 def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(

@@ -234,7 +234,7 @@ def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
         read_folder(tmp_path / "data")
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9/1.png", b"cat/caf\xe9.png"])
+@pytest.mark.parametrize("name", [b"caf\xe9/1.png", b"cat/caf\xe9.png", b"caf\xe9.7z", b"caf\xe9.csv"])
 def test_a_name_that_is_not_utf8_is_refused(data: Path, name: bytes) -> None:
     with pytest.raises(ConvoyError, match=r"caf\\udce9.*not UTF-8: rename it"):
         read_folder(write(data, PETS | {os.fsdecode(name): png()}))

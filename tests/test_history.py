@@ -41,12 +41,12 @@ def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
 @pytest.mark.parametrize(
     ("before", "given", "drawn"),
     [
-        ([], "", []),
+        ([], "", ["val", "test"]),
         ([], "train", ["val", "test"]),
         ([], "train test", ["val"]),
         ([], "train val test", []),
         (["val", "test"], "train val test", ["val", "test"]),
-        (["test"], "", ["test"]),
+        (["test"], "test", ["test"]),
     ],
 )
 def test_splits_are_drawn_from_training_images_where_none_are_given_and_then_for_good(

@@ -1,10 +1,11 @@
 """The intake: a folder of every fault goes through with the right report and the right survivors."""
 
+import dataclasses
 import io
 import shutil
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from convoy.config import ConvoyError, typed
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import NEW, History, Version
 from convoy.datasets.intake import Fetch, Intake, group_in, take_in
-from convoy.datasets.source import Dataset
+from convoy.datasets.source import Dataset, Member, Source
 from convoy.remembered import Memory
 
 SIZE = 16
@@ -152,13 +153,12 @@ def test_one_class_is_too_few_even_where_another_was_there_but_broken(data: Path
         taken_in(data)
 
 
-def test_of_two_copies_the_one_in_the_test_split_stays(data: Path) -> None:
+def test_copies_in_different_splits_are_left_to_the_split(data: Path) -> None:
     for split in ("train", "test", "val"):
         write(data / split, PETS)
-    intake = taken_in(data)
-    assert intake.packed.table["split"].unique().tolist() == ["test"]
-    assert len(intake.merged) == 16
-    assert intake.merged["kept"].str.startswith("data/test/").all()
+    intake = taken_in(write(data / "test", {"cat/again.png": PETS["cat/0.png"]}).parent)
+    assert intake.packed.table["split"].value_counts().to_dict() == {"train": 8, "test": 8, "val": 8}
+    assert intake.merged["kept"].tolist() == ["data/test/cat/0.png"]
 
 
 def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_their_places(data: Path) -> None:
@@ -245,6 +245,29 @@ def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> 
 
 
 # Growth
+
+
+def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path) -> None:
+    others = write(
+        data.parent / "others" / "data",
+        {f"{name}/{n}.png": PETS[f"{name}/0.png"] for name in ("cat", "dog") for n in (0, 1)},
+    )
+    taken_in(others)
+    write(data, PETS)
+    taken_in(data)
+
+    def members(source: Source) -> Iterator[Member]:
+        shutil.rmtree(data.parent / "remembered")
+        shutil.copytree(others.parent / "remembered", data.parent / "remembered")
+        yield from source.members
+
+    source = read_folder(data)
+    (data.parent / "again").mkdir()
+    earlier = Memory(data.parent / "remembered" / "here", data.parent / "packed")
+    source = dataclasses.replace(source, members=members(source))
+    packed = take_in(source, pets(), Fetch(max_bad_fraction=0), NEW, data.parent / "again", earlier).packed
+    for row, path in enumerate(packed.table["path"]):
+        assert saved(packed.image(row)) == PETS[path.removeprefix("data/")]
 
 
 def test_a_second_run_gives_the_same_bits_with_the_new_images_among_the_old(data: Path) -> None:

@@ -1,5 +1,6 @@
 """The pipeline: from pictures in folders to a champion, and what it says where it can't."""
 
+import errno
 import json
 import re
 import shutil
@@ -208,6 +209,24 @@ def test_the_same_data_seen_again_give_the_same_card(tmp_path: Path) -> None:
     run_stages(root, until="fetch")
     assert (root / "artifacts/fetch/card.md").read_bytes() == card
     assert (root / "data.lock").read_bytes() == lock
+
+
+def test_what_never_came_into_an_output_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_project(tmp_path / "project")
+    run_stages(root, until="fetch")
+    lock = (root / "data.lock").read_bytes()
+    (root / "data/mistaken").mkdir()
+    Image.new("L", (12, 12), 7).save(root / "data/mistaken/1.png")
+
+    def fail(stage: Stage) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Stage, "_publish", fail)
+        run_stages(root, until="fetch")
+    assert (root / "data.lock").read_bytes() == lock
+    run_stages(root, until="fetch")
+    assert b"mistaken" in (root / "data.lock").read_bytes()
 
 
 def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

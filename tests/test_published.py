@@ -645,6 +645,19 @@ def test_a_set_without_names_has_numbers_for_classes_and_is_opened_for_them_only
     assert known.opened == opened
 
 
+class Annotated(Nameless):
+    def __getitem__(self, row: int) -> tuple:
+        return super().__getitem__(row)[0], {"annotation": {}}
+
+
+def test_a_set_whose_images_are_not_of_one_class_each_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Annotated)
+    with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.name='MNIST': its images are not each of one class"):
+        read("mnist", tmp_path)
+
+
 def test_images_are_opened_one_at_a_time_and_what_is_no_use_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

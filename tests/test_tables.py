@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from convoy.config import ConvoyError
 from convoy.datasets.folders import read_folder
+from convoy.images import BadImage
 
 LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
 AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]
@@ -251,6 +252,21 @@ def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> Non
     csv.writer(file).writerows([("path", "label"), (name, label)])
     write(data, {name: png(), "labels.csv": file.getvalue()})
     assert rows(data) == [(f"data/{name}", label, "")]
+
+
+def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) -> None:
+    labels = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
+    train = "".join(labels.splitlines(keepends=True)[:3])
+    for tables in ({"labels.csv": labels, "train.csv": train}, {"a.csv": labels, "train.csv": train}):
+        shutil.rmtree(data, ignore_errors=True)
+        found = rows(write(data, PETS | tables))
+        assert sorted(split for *_, split in found) == [*[""] * (len(PETS) - 2), "train", "train"]
+
+
+def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: Path) -> None:
+    table = "path,label\n" + "".join(f"/home/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS])
+    members = read(write(data, PETS | {"labels.csv": table}))
+    assert sum(not isinstance(member.content, BadImage) for member in members) == len(PETS)
 
 
 # no blanks alone, which are no line to pandas; and in names nothing that a path is made of

@@ -1,10 +1,11 @@
 """The data card: what is in the data, in words and pictures."""
 
+import contextlib
 import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +51,17 @@ class AsFound:
     notes: list[str]  # sentences
 
 
+@contextlib.contextmanager
+def _plain_style() -> Iterator[None]:
+    """As matplotlib comes, and not as this user has set it: the pictures are part of an output."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+@_plain_style()
 def write_fetch_card(found: AsFound, folder: Path) -> None:
     """Write `card.md` and its pictures. The lists that it cuts short are in `quarantine.csv` and `merged.csv`."""
     table, labels = found.table, _labels(found.table)
@@ -60,7 +72,7 @@ def write_fetch_card(found: AsFound, folder: Path) -> None:
         "in quarantine": len(found.quarantine),
         "merged copies": len(found.merged),
     }
-    if groups := len(set(table["group"].dropna().unique()) - {""}):
+    if groups := len(set(table["group"].unique()) - {""}):
         headline["groups"] = groups
     sections = [
         ("", _table(pd.DataFrame([headline]))),
@@ -96,6 +108,7 @@ class AsPrepared:
     notes: list[str]  # sentences
 
 
+@_plain_style()
 def write_preprocess_card(prepared: AsPrepared, folder: Path) -> None:
     """Write `card.md` and its pictures. The lists that it cuts short are in `near.csv` and `withheld.csv`."""
     table, labels = prepared.table, _labels(prepared.table)
@@ -294,13 +307,13 @@ def _near(near: pd.DataFrame, count: int, listed: int, prepared: AsPrepared, pic
     said.append(f"![Pairs of images that are nearly equal]({picture.name})")
     columns = ["pair", "path", "other", "label", *(["other_label"] if doubtful else [])]
     shown = listing[columns].rename(columns={"other_label": "other label"})
-    return _paragraphs(*said, _listed(shown, "near.csv", of=len(near)))
+    return _paragraphs(*said, _listed(shown, "near.csv", of=count))
 
 
 def _listed(table: pd.DataFrame, file: str, of: int = 0) -> str:
     """The first rows, `of` so many (by default: as the table has); the others are in `file`."""
     shown, of = table.head(LISTED), of or len(table)
-    return _paragraphs(f"{len(shown)} of {of:,}; all are in {file}:" if len(shown) < of else "", _table(shown))
+    return _paragraphs(f"{len(shown)} of {of:,}; more are in {file}:" if len(shown) < of else "", _table(shown))
 
 
 def _labels(table: pd.DataFrame) -> Mapping[str, np.ndarray]:

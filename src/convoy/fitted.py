@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,7 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
     As plain files, front to back: of a memory map all that was written would count as memory in use.
     """
     sums = Sums(shape[-1])
-    folder = earlier.folder / fingerprint([images], ["numpy", "pillow", "xxhash"], *shape)
+    folder = earlier.folder / fingerprint([images, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
     index = np.empty(len(sides), ENTRY)
     index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
     with contextlib.ExitStack() as stack:

@@ -2,8 +2,9 @@
 
 import contextlib
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,20 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
     code = [Path(module.__file__ or "").read_bytes() for module in modules]
     told = [*(f"{package} {version(package)}" for package in packages), *map(str, settings)]
     return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def held(memory: Memory, folder: Path) -> Iterator[Memory]:
+    """As it is now, whatever another process remembers meanwhile: several processes that read it must find one version.
+
+    `folder` is made for as long as that.
+    """
+    with contextlib.suppress(OSError):  # not every file system can link
+        shutil.copytree(memory.folder, folder, copy_function=os.link)
+    try:
+        yield Memory(folder, memory.output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remember(folder: Path, describe: Callable[[Path], None]) -> None:

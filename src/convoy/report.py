@@ -68,18 +68,20 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     from sklearn.metrics import ConfusionMatrixDisplay
 
     side = max(5.0, 0.45 * len(classes))
-    figure, axes = pyplot.subplots(figsize=(side + 1, side))
-    ConfusionMatrixDisplay.from_predictions(
-        predictions["actual"],
-        predictions["predicted"],
-        labels=classes,
-        ax=axes,
-        cmap="Blues",
-        xticks_rotation="vertical",
-        include_values=len(classes) <= 30,
-    )
-    axes.set(title=title, xlabel="predicted", ylabel="actual")
-    figure.savefig(file, dpi=100, bbox_inches="tight")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not as this user has set it: the picture is part of an output
+        figure, axes = pyplot.subplots(figsize=(side + 1, side))
+        ConfusionMatrixDisplay.from_predictions(
+            predictions["actual"],
+            predictions["predicted"],
+            labels=classes,
+            ax=axes,
+            cmap="Blues",
+            xticks_rotation="vertical",
+            include_values=len(classes) <= 30,
+        )
+        axes.set(title=title, xlabel="predicted", ylabel="actual")
+        figure.savefig(file, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -53,11 +53,11 @@ def read_folder(data: Path) -> Source:
     found = [*others, *(f"{member.path} {member.content!s}" for member in astray[:3])]
     for files, said in zip(places, says, strict=True):
         for path in files.paths:
+            _check_name(f"{files.name}{path}")
             rows = said(path)
             if not rows and path.lower().endswith(UNREAD):
                 unread.append(f"{files.name}{path} is of a kind that is not read: put there what is in it")
             for row in rows:
-                _check_name(f"{files.name}{path}")
                 count += 1
                 labels.add(row.label)
                 if row.fault and len(found) < len(others) + 3:
@@ -163,8 +163,9 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
             continue
         with files.opened() as read:
             for index, path in found:
-                content = read(index, path)
                 name = f"{files.name}{path}"
+                _check_name(name)
+                content = read(index, path)
                 if isinstance(content, BadImage):
                     raise ConvoyError(f"{name} {content}: put a sound copy there")
                 if path.lower().endswith(TEXTS):

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,8 +64,10 @@ class History:
                 " data.lock; if these are folders around the classes, put the classes themselves at the top"
             )
 
-    def draws(self, given: Collection[str]) -> list[Drawn]:
+    def draws(self, given: Set[str]) -> list[Drawn]:
         """The splits to draw from images given for training: those that are not given, or were not at one time."""
+        if given <= {""}:
+            return [*DRAWN]  # as these images may be given for training later
         if "train" not in given:
             return self.drawn
         return [split for split in DRAWN if split in self.drawn or split not in given]
@@ -104,7 +106,7 @@ NEW = History(classes=[], versions=[])  # that of a data set which was never see
 
 def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:
     """The class list `known` with those that are new at its end, so that no label ever shifts."""
-    return [*known, *(name for name in classes if name not in known)]
+    return list(dict.fromkeys([*known, *classes]))
 
 
 def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> Version:

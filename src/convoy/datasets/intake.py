@@ -22,10 +22,9 @@ from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, TABLE, Packed, Rows
 from convoy.datasets.shards import PIXELS, LostShard, Writer
 from convoy.datasets.source import Dataset, Source
-from convoy.remembered import Memory
+from convoy.remembered import Memory, held
 
 TOLD = 50  # bad images, by name in a message
-RANKS = {"": 0, "train": 0, "val": 1, "test": 2}  # of two copies the one that is further from training stays
 
 
 @schema
@@ -68,7 +67,8 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     images, and where a pattern of groups finds none.
     """
     try:
-        faulty = _decode(source, dataset, folder, earlier)
+        with held(earlier, folder / "earlier") as known:
+            faulty = _decode(source, dataset, folder, known)
     except LostShard as lost:
         raise ConvoyError(str(lost)) from lost
     rows = Rows(folder / TABLE)
@@ -94,7 +94,7 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]
     notes += [
         f"{split} images are given now, and some of those given for training stay {split} images as well, as they were"
-        " before: data.lock says so, under drawn"
+        " before: data.lock says so under drawn, and may be mended there"
         for split in drawn
         if split in given
     ]
@@ -116,7 +116,7 @@ def group_in(path: str, pattern: str | None) -> str:
     return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-_AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/]*/)", re.IGNORECASE | re.DOTALL)
+_AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/:]*[/:])", re.IGNORECASE | re.DOTALL)
 
 
 def _ungrouped(rows: Rows, pattern: str | None) -> list[str]:
@@ -235,14 +235,12 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
 def _copies(table: pd.DataFrame) -> pd.DataFrame:
     """path and kept of the rows whose file is there already, by their index.
 
-    In another group it may stand on another side, so it is left to preprocess, which knows the sides.
+    In another group or split, or in none, it may stand on another side: that is left to preprocess, which knows them.
     """
-    ranked = table.loc[table["split"].map(RANKS).sort_values(ascending=False, kind="stable").index]
-    same = ranked["sha256"] + " " + ranked["group"]
+    same = table["sha256"] + " " + table["split"] + " " + table["group"]
     again = same.duplicated()
-    kept = dict(zip(same[~again], ranked["path"][~again], strict=True))
-    copies = ranked[again].sort_index()
-    return pd.DataFrame({"path": copies["path"], "kept": same[copies.index].map(kept)}, index=copies.index)
+    kept = dict(zip(same[~again], table["path"][~again], strict=True))
+    return pd.DataFrame({"path": table["path"][again], "kept": same[again].map(kept)})
 
 
 def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:

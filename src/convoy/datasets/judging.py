@@ -51,7 +51,7 @@ RECORD = np.dtype(
     ]
 )
 UNSTAMPED = bytes(16)
-TIMES = struct.Struct("<4q")  # and size and number of a file
+TIMES = struct.Struct("<3qQ")  # and size and number of a file
 SETTLED = 3_000_000_000  # ns after which another change to a file gives it another time, on any file system
 NOTHING = -1  # in place of an open file
 PIECE = 2**13  # records that are in memory at a time
@@ -155,11 +155,19 @@ def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
             told = os.fstat(file)
             if told.st_size > MAX_BYTES:
                 raise BadImage(TOO_LARGE)
-            return os.read(file, told.st_size), _stamp(content, told)
+            return _read_whole(file, told.st_size), _stamp(content, told)
         finally:
             os.close(file)
     except OSError as error:
         raise BadImage(f"can't be read: {error.strerror}") from None
+
+
+def _read_whole(file: int, size: int) -> bytes:
+    """A file's bytes, or as many as there are: one read may give fewer."""
+    read = os.read(file, size)
+    while len(read) < size and (more := os.read(file, size - len(read))):
+        read += more
+    return read
 
 
 def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:

@@ -43,7 +43,13 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
         raise ConvoyError(f"dataset.torchvision.splits={params.splits} is not for {params.name}: {error}") from error
     except (OSError, RuntimeError):  # torchvision's words for a set that is not there, or not whole
         parts = _downloaded(make, params, folder)
-    classes = _classes(parts.values())
+    try:
+        classes = _classes(parts.values())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConvoyError(
+            f"dataset.torchvision.name={params.name!r}: its images are not each of one class ({error}); take a set that"
+            " is for classification, or select its classes in dataset.torchvision.splits"
+        ) from error
     if min(classes, default=0) < 0:
         raise ConvoyError(
             f"dataset.torchvision.splits={params.splits} selects images of {params.name} that have no label:"

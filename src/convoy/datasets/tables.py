@@ -28,6 +28,7 @@ USED = {
     "group": ("group",),
 }
 SEPARATORS = ",;\t|"
+TRIED = 100  # rows, of which one at least should lead to a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,11 +174,19 @@ def labels_in(
                 astray[f"{table.beside}{path}", row._replace(fault=fault)] = None
             else:
                 place, name = files[0]
-                rows = said[place].get(name, ())
-                if row not in [known._replace(more=()) for known in rows]:
-                    row = row._replace(more=tuple(sys.intern(value) for value in others))  # few, of many images
-                    said[place][name] = shared.setdefault((*rows, row), (*rows, row))
+                row = row._replace(more=tuple(sys.intern(value) for value in others))  # few, of many images
+                rows = _with(said[place].get(name, ()), row)
+                said[place][name] = shared.setdefault(rows, rows)
     return said, [Member(path, row.label, row.split, row.group, BadImage(row.fault)) for path, row in astray]
+
+
+def _with(rows: tuple[Said, ...], row: Said) -> tuple[Said, ...]:
+    """What is said of a file already, and this where it says more: a split, where all else was said without one."""
+    plain = row._replace(more=())
+    told = [known._replace(more=()) for known in rows]
+    if plain in told or (not row.split and plain in [known._replace(split="") for known in told]):
+        return rows
+    return (*(known for known, said in zip(rows, told, strict=True) if said != plain._replace(split="")), row)
 
 
 class _Near:
@@ -199,7 +208,7 @@ class _Near:
         self.names: dict[str, list[tuple[int, str]]] = {}
         self.skipped = 0  # of the folders in a path, the first
         if not any(map(self.find, table.rows["path"])):
-            self._skip(table.rows["path"].iloc[0] if len(table.rows) else "")
+            self._skip(table.rows["path"].head(TRIED).tolist())
             self.names = {} if self.skipped else self._names(places)
 
     def find(self, path: str) -> list[tuple[int, str]]:
@@ -209,10 +218,10 @@ class _Near:
         exact = [(k, folder + name) for name in names for k, folder in self.folders if folder + name in self.there[k]]
         return exact or self.names.get(path, [])
 
-    def _skip(self, path: str) -> None:
-        """The fewest folders at the beginning of a path without which it leads to a file; none where it never does."""
-        for self.skipped in range(1, path.replace("\\", "/").count("/") + 1):
-            if self.find(path):
+    def _skip(self, paths: Sequence[str]) -> None:
+        """The fewest folders at the beginning without which a path leads to a file; none where none ever does."""
+        for self.skipped in range(1, max((path.replace("\\", "/").count("/") for path in paths), default=0) + 1):
+            if any(map(self.find, paths)):
                 return
         self.skipped = 0
 

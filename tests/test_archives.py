@@ -20,6 +20,7 @@ from convoy.datasets import archives
 from convoy.datasets.folders import read_folder
 from convoy.images import BadImage
 
+
 every_archive = pytest.mark.parametrize("kind", ARCHIVES)
 
 
@@ -37,6 +38,17 @@ def test_an_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str)
     shown = outer.removeprefix("./")
     assert rows(data) == [(f"data/pets.{kind}:{shown}{name}", name[:3], "") for name in PETS]
     assert [content(member) for member in read(data)] == list(PETS.values())
+
+
+def test_names_that_are_utf8_and_do_not_say_so_are_read_as_they_were_meant(data: Path) -> None:
+    archive = zipped({"caf~~/1.png": png(1), "th~~/1.png": png(2)}).replace(b"~~", "é".encode())
+    assert read_folder(write(data, {"pets.zip": archive})).classes == ["café", "thé"]
+
+
+@pytest.mark.parametrize("ending", [".tbz2", ".txz"])
+def test_short_endings_of_archives_are_known(ending: str, data: Path) -> None:
+    archive = tarred(PETS, {".tbz2": "w:bz2", ".txz": "w:xz"}[ending])
+    assert read_folder(write(data, {f"pets{ending}": archive})).classes == ["cat", "dog"]
 
 
 def test_an_archive_for_each_split_keeps_the_split(data: Path) -> None:

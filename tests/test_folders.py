@@ -134,6 +134,35 @@ def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (
+            "ds/train/cat ds/train/dog ds/test/cat docs",
+            "ds is taken for a class, and has folders of splits with folders",
+        ),
+        ("ds/ds/train/cat ds/ds/train/dog ds/ds/test/cat docs", "ds is taken for a class, and has folders of splits"),
+        ("cat dog test/cat test/dog", "test: taken for a class, not for splits"),
+        ("cat dog new/cat", "new is taken for a class, and has folders that are called as classes are: cat"),
+        (
+            "asl_train/asl_train/A asl_train/asl_train/B asl_test/asl_test",
+            "asl_train: taken for a class, not for splits",
+        ),
+        ("test-tube flask/small", ""),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_pointed_out(names: str, noted: str, data: Path) -> None:
+    notes = read_folder(write(data, {f"{name}/1.png": png() for name in names.split()})).notes
+    assert any(note.startswith(noted) for note in notes) if noted else not notes
+
+
+def test_images_alone_in_an_archive_that_is_named_after_a_split_have_no_label(data: Path) -> None:
+    flat = {f"test_images/{number}.png": png(number) for number in range(3)}
+    write(data, {"train_images.zip": zipped(PETS), "test_images.zip": zipped(flat)})
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert len(faults(read(data))) == 3
+
+
 def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
     write(data, {f"{site}/{label}/1.png": png() for site in "abcdef" for label in ("normal", "ill")})
     source = read_folder(data)

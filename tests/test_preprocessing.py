@@ -361,6 +361,12 @@ def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
     assert {np.load(tmp_path / f"{name}_pixels.npy").shape[1:] for name in SPLITS} == {(32, 32, 1)}
 
 
+def test_where_very_many_look_alike_groups_are_suggested(tmp_path: Path) -> None:
+    frames = [np.maximum(noise(1)[0], shade) for shade in range(20)]
+    notes = made(packed(tmp_path / "packed", {"cat": frames, "dog": noise(40, seed=3)}), tmp_path).notes
+    assert any("look like others on another side" in note and "dataset.group" in note for note in notes)
+
+
 @pytest.mark.parametrize(("longest_side", "noted"), [(40, False), (32, False), (30, True)])
 def test_images_that_were_reduced_to_less_than_is_asked_for_are_counted(
     tmp_path: Path, longest_side: int, noted: bool
@@ -500,7 +506,7 @@ def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tm
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
-    with pytest.raises(ConvoyError, match="there is no train image left of 40: pets needs more images"):
+    with pytest.raises(ConvoyError, match="there is no train image left of 40: all of pets is given for test, by"):
         made(images, tmp_path)
 
 

@@ -264,9 +264,29 @@ def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) 
 
 
 def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: Path) -> None:
-    table = "path,label\n" + "".join(f"/home/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS])
+    table = "path,label\n" + "".join(
+        f"/export/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS]
+    )
     members = read(write(data, PETS | {"labels.csv": table}))
     assert sum(not isinstance(member.content, BadImage) for member in members) == len(PETS)
+
+
+@pytest.mark.parametrize(("column", "noted"), [("subset", True), ("split", False)])
+def test_a_column_that_looks_like_a_split_and_is_called_otherwise_is_pointed_out(
+    data: Path, column: str, noted: bool
+) -> None:
+    lines = [f"{name},{name[:3]},{'train' if n else 'Test'}\n" for n, name in enumerate(PETS)]
+    source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
+    said = f"the column {column} of labels.csv says test, train: call it split if the images are to be split so"
+    assert source.notes == [said] * noted
+
+
+def test_a_table_that_lies_too_deep_to_be_looked_at_is_pointed_out(data: Path) -> None:
+    table = "path,label\n1.png,siamese\n"
+    assert (
+        "data/cat/labels.csv is not used: tables of labels are looked for at the top alone"
+        in read_folder(write(data, PETS | {"cat/labels.csv": table})).notes
+    )
 
 
 # no blanks alone, which are no line to pandas; and in names nothing that a path is made of

@@ -21,6 +21,7 @@ from convoy.task import Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
 LISTED = 10_000  # pairs of near duplicates
+MANY = 0.1  # of all images, withheld
 
 
 @schema
@@ -67,7 +68,7 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     withheld = withhold(some, there, together, near)
     sides[withheld.index] = NOWHERE
     labels = _labels(packed)
-    notes = [*_notes(packed, labels, sides), *_enlarged(packed, params.size)]
+    notes = [*_notes(packed, labels, sides), *_alike(withheld, len(sides)), *_enlarged(packed, params.size)]
     one, other = labels[involved[near]].T
 
     for side, name in enumerate(SPLITS):
@@ -218,12 +219,18 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
         if not images:
             groups = set(packed.rows.columns("group")["group"].unique()) - {""}
             withheld = counts[:, NOWHERE].sum()
+            given = sorted(packed.rows.columns("split")["split"].unique())
             raise ConvoyError(
                 f"there is no {name} image left of {len(sides)}"
                 + (f" in {len(groups)} groups, each of which stays together" if groups else "")
                 + (f", {withheld} of them withheld for what is on another side" if withheld else "")
-                + f": {packed.name} needs more {'groups' if groups else 'images'}"
-                " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
+                + (
+                    f": all of {packed.name} is given for {' and '.join(given)}, by names of folders or tables or by a"
+                    " column; give images for training, or leave the splits out"
+                    if not {"", "train"} & set(given)
+                    else f": {packed.name} needs more {'groups' if groups else 'images'}"
+                    " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
+                )
             )
     notes = []
     for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):
@@ -234,6 +241,16 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
         elif missing:
             notes.append(f"class {label!r} has no image in {' and '.join(missing)}, of {sum(here)}{left}")
     return notes
+
+
+def _alike(withheld: pd.DataFrame, count: int) -> list[str]:
+    """What is said where very many images are withheld."""
+    if len(withheld) < MANY * count:
+        return []
+    return [
+        f"{len(withheld)} of {count} images are withheld, as they look like others on another side: if they are frames"
+        " of videos, or pictures of the same things, say which belong together by dataset.group in conf/dataset/"
+    ]
 
 
 def _enlarged(packed: Packed, size: int) -> list[str]:

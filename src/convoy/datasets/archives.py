@@ -17,11 +17,12 @@ from convoy.datasets.files import Content, Files, Paths, below, is_junk
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
 from convoy.images import BadImage
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # an archive that unpacks to more than both of these is a bomb
 MAX_UNPACKED = 1 << 30  # bytes
 MAX_RATIO = 1000  # times the archive's own size; deflate at its best reaches 1032
 MAX_HEADER = 1 << 20  # bytes of a long name in a tar archive
+UTF_8 = 0x800  # of the flags of an entry in a zip archive: what its name is written in
 CHUNK = 4096  # bytes; bzip2 and LZMA make up to 90 MB of as many
 
 # what Python's archive modules raise of broken bytes
@@ -51,7 +52,7 @@ def _zip_files(archive: Path, name: str) -> Files:
     _refuse_bomb(archive, name, sum(entry.file_size for entry in entries))
     paths, rows = [], array("L")
     for row, entry in enumerate(entries):
-        written = entry.filename.replace("\\", "/")  # which is what stands in some archives from Windows
+        written = _name(entry).replace("\\", "/")  # which is what stands in some archives from Windows
         path = _checked(name, written)
         if is_junk(path):
             continue
@@ -61,6 +62,16 @@ def _zip_files(archive: Path, name: str) -> Files:
             paths.append(path)
             rows.append(row)
     return Files(f"{name}:", Paths(paths), functools.partial(_opened_zip, archive, rows))
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    """As it was meant: some tools, macOS's among them, write UTF-8 and do not say so."""
+    if entry.flag_bits & UTF_8 or entry.filename.isascii():
+        return entry.filename
+    try:
+        return entry.filename.encode("cp437").decode()
+    except UnicodeError:
+        return entry.filename
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convoy.config import ConvoyError
 from convoy.datasets.archives import ARCHIVES, open_archive
-from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in
+from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in, split_word
 from convoy.datasets.layout import Layout, layout_of
 from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
 from convoy.datasets.source import Member, Source
@@ -18,6 +18,7 @@ from convoy.datasets.tables import (
     TABLES,
     TEXTS,
     Table,
+    hidden_splits,
     holds_labels,
     labels_in,
     may_be_tables,
@@ -27,8 +28,9 @@ from convoy.datasets.tables import (
 )
 from convoy.images import BadImage
 
-UNREAD = (".7z", ".rar", ".zip", ".tar", ".gz", ".bz2", ".xz", ".zst",
-          ".h5", ".hdf5", ".npy", ".npz", ".pkl", ".tfrecord")  # fmt: skip
+UNREAD = (".7z", ".rar", ".zip", ".z01", ".001", ".tar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma",
+          ".arrow", ".feather", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".pkl", ".tfrec", ".tfrecord",
+          ".json", ".jsonl", ".xls", ".xlsx")  # fmt: skip
 FOUND = 5  # files that are named where none has a label
 
 Says = Callable[[str], Sequence[Said]]  # of the file at a path; nothing where it is none of the images
@@ -43,9 +45,12 @@ def read_folder(data: Path) -> Source:
     Raises ConvoyError where no label is found, and for links and for broken archives, tables and Parquet files.
     """
     places = _places(data)
-    tables, shards, others = _tables(places)
+    tables, shards, others, looked = _tables(places)
     more = more_columns(tables)
-    says, astray, notes = _by_table(tables, places, more) if tables else _by_folder(places, shards)
+    if tables:
+        (says, astray), notes = _by_table(tables, places, more), hidden_splits(tables)
+    else:
+        (says, notes), astray = _by_folder(places, shards), []
     notes = [*(f"{other}: it is not used" for other in others), *notes]
 
     labels, unread = {member.label for member in astray}, []
@@ -55,7 +60,9 @@ def read_folder(data: Path) -> Source:
         for path in files.paths:
             _check_name(f"{files.name}{path}")
             rows = said(path)
-            if not rows and path.lower().endswith(UNREAD):
+            if path.lower().endswith(TABLES) and f"{files.name}{path}" not in looked:
+                unread.append(f"{files.name}{path} is not used: tables of labels are looked for at the top alone")
+            elif not rows and path.lower().endswith(UNREAD):
                 unread.append(f"{files.name}{path} is of a kind that is not read: put there what is in it")
             for row in rows:
                 count += 1
@@ -153,9 +160,9 @@ def _fault(entry: os.DirEntry, inside: Path) -> str:
     )
 
 
-def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]:
-    """The tables of labels; the Parquet files with images; and what other tables there are."""
-    tables, shards, others = [], [], []
+def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str], set[str]]:
+    """The tables of labels; the Parquet files with images; what other tables there are; and the names of all these."""
+    tables, shards, others, looked = [], [], [], set()
     for files in places:
         # without a name it is one file, a table
         found = list(may_be_tables(files.paths) if files.name else enumerate(files.paths))
@@ -165,6 +172,7 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
             for index, path in found:
                 name = f"{files.name}{path}"
                 _check_name(name)
+                looked.add(name)
                 content = read(index, path)
                 if isinstance(content, BadImage):
                     raise ConvoyError(f"{name} {content}: put a sound copy there")
@@ -188,11 +196,11 @@ def _tables(places: list[Files]) -> tuple[list[Table], list[Parquet], list[str]]
                     others.append(f"{name} is named after a submission, whose labels are mere examples")
                 else:
                     tables.append(Table(path, files, path[: path.rfind("/") + 1], split_in(path), rows))
-    return tables, shards, others
+    return tables, shards, others, looked
 
 
-def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tuple[list[Says], list[Member], list[str]]:
-    """What tables say of the images in each place; members for what they say of no file; and no notes."""
+def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tuple[list[Says], list[Member]]:
+    """What tables say of the images in each place; and members for what they say of no file."""
     unnamed = (Said(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
 
     def says(said: dict[str, tuple[Said, ...]], path: str) -> Sequence[Said]:
@@ -201,7 +209,7 @@ def _by_table(tables: list[Table], places: list[Files], more: list[str]) -> tupl
     named, astray = labels_in(tables, places, more)
     if not any(row.split for told in named for rows in told.values() for row in rows):
         named = [_with_splits(told) for told in named]
-    return [functools.partial(says, said) for said in named], astray, []
+    return [functools.partial(says, said) for said in named], astray
 
 
 def _with_splits(told: dict[str, tuple[Said, ...]]) -> dict[str, tuple[Said, ...]]:
@@ -215,8 +223,8 @@ def _with_splits(told: dict[str, tuple[Said, ...]]) -> dict[str, tuple[Said, ...
     return {path: rows_in(path.rpartition("/")[0], rows) for path, rows in told.items()}
 
 
-def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], list[Member], list[str]]:
-    """What class folders say of the images in each place; no more members; and what may not be meant so.
+def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], list[str]]:
+    """What class folders say of the images in each place; and what may not be meant so.
 
     `shards` lie there too, and are no images themselves. Archives may be named after splits.
     """
@@ -229,7 +237,7 @@ def _by_folder(places: list[Files], shards: list[Parquet]) -> tuple[list[Says], 
         _by_folder_in(files, apart, layout, split if given else "")
         for files, layout, split in zip(places, layouts, splits, strict=True)
     ]
-    return says, [], list(dict.fromkeys(note for layout in layouts for note in layout.notes))
+    return says, list(dict.fromkeys(note for layout in layouts for note in layout.notes))
 
 
 def _layout(files: Files, apart: set[str]) -> Layout:
@@ -249,6 +257,8 @@ def _by_folder_in(files: Files, apart: set[str], layout: Layout, split: str) -> 
     @functools.lru_cache(maxsize=1024)
     def says_folder(folder: str) -> Sequence[Said]:
         label, given = layout.said(folder)
+        if split and split_word(label) == split:  # test_images, alone in an archive of the same name
+            return ()
         return (Said(label, given or split),) if label else ()
 
     def says(path: str) -> Sequence[Said]:

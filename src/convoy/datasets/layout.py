@@ -138,6 +138,37 @@ def _is_in_parts(folder: _Folder) -> bool:
 
 
 def _doubts(folder: _Folder, root: Root) -> list[str]:
+    """What is said of folders that look as if they were not meant for classes."""
+    notes, words = [], {name: split_word(name) for name in folder.inside}
+    divided = _divide(words.values())
+    splits = [
+        name for name, word in words.items() if name.lower() in SPLITS or (word and (divided or word == root.split))
+    ]
+    if splits:
+        notes.append(
+            f"{some(splits)}: taken for {'classes' if len(splits) > 1 else 'a class'}, not for splits, as what lies"
+            " beside or in them does not look so: put the same classes into folders train and test"
+        )
+    for name, inner in folder.inside.items():
+        if called := sorted(folder.inside.keys() & inner.inside.keys() - {name}):
+            notes.append(f"{name} is taken for a class, and has folders that are called as classes are: {some(called)}")
+        elif _holds_splits(inner):
+            notes.append(
+                f"{name} is taken for a class, and has folders of splits with folders in them: if those are the"
+                f" classes, leave nothing beside {name}"
+            )
+    return notes + _doubts_of_parts(folder, root)
+
+
+def _holds_splits(folder: _Folder) -> bool:
+    """Whether the images in it, or in a folder further in, are divided into splits with folders in them."""
+    splits = _splits_among(folder)
+    if _divide(splits.values()) and any(folder.inside[name].inside for name in splits):
+        return True
+    return any(map(_holds_splits, folder.inside.values()))
+
+
+def _doubts_of_parts(folder: _Folder, root: Root) -> list[str]:
     """What is said where the folders in the class folders look as if they were the classes."""
     shared = sorted(_shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images]))
     if root.inner or len(shared) < 2:

@@ -17,6 +17,7 @@ from convoy.datasets.packed import FEW
 from convoy.datasets.parquet import Parquet, texts
 from convoy.datasets.source import SPLITS, Member
 from convoy.images import BadImage
+from convoy.naming import some
 
 TEXTS = (".csv", ".tsv")
 TABLES = (*TEXTS, ".parquet")
@@ -145,6 +146,20 @@ def more_columns(tables: Sequence[Table]) -> list[str]:
         for column in table.rows.columns.difference(list(USED), sort=False):
             values.setdefault(column, set()).update(table.rows[column].unique())
     return [column for column, there in values.items() if len(there) <= FEW]
+
+
+def hidden_splits(tables: Sequence[Table]) -> list[str]:
+    """What is said of columns that look like splits and are called something else."""
+    notes = []
+    for table in tables:
+        for column in () if "split" in table.rows else table.rows.columns.difference(list(USED), sort=False):
+            words = set(table.rows[column].str.strip().str.lower().unique()) - {""}
+            if words <= SPLITS.keys() and len({SPLITS[word] for word in words}) > 1:
+                notes.append(
+                    f"the column {column} of {table.title} says {some(sorted(words))}: call it split if the images are"
+                    " to be split so"
+                )
+    return notes
 
 
 def labels_in(

@@ -7,9 +7,9 @@ import numpy as np
 
 from convoy.config import Seed
 from convoy.datacard import AsPrepared, write_preprocess_card
-from convoy.datasets.packed import Packed, Rows
+from convoy.datasets.packed import TABLE, Packed, Rows
 from convoy.images import fit
-from convoy.preprocessing import Preprocess, prepare
+from convoy.preprocessing import Preprocess, digests_of, prepare, tested_in
 from convoy.remembered import Memory
 from pipeline.stage import Stage, main
 
@@ -27,8 +27,10 @@ def preprocess(stage: Stage) -> None:
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
 
-    rows = Rows(stage.scratch / "images.parquet")
-    write_seen(rows, stage.scratch / "seen.txt")
+    rows = Rows(stage.scratch / TABLE)
+    seen = digests_of(rows, ["train", "val"])
+    write_digests(seen, stage.scratch / "seen.txt")
+    moved = len(np.intersect1d(seen, tested_in(earlier.output)))
 
     task, table = prepared.task, rows.columns("label", "split")
     card = AsPrepared(
@@ -52,6 +54,11 @@ def preprocess(stage: Stage) -> None:
     }
     described = {"name": packed.name, "source": packed.origin, "profile": profile}
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
+    if moved:  # not in the card: what an output holds does not depend on the last one
+        print(
+            f"note: of the last run's test images {moved} train or choose among models now, as folders, tables or groups"
+            " say so: models are not compared by them any more"
+        )
     for note in prepared.notes[:TOLD]:
         print(f"note: {note}")
     if len(prepared.notes) > TOLD:
@@ -61,14 +68,9 @@ def preprocess(stage: Stage) -> None:
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
 
 
-def write_seen(rows: Rows, file: Path) -> None:
-    """The sha256 of each image that will train, or choose among epochs and models, in their order."""
-    seen = bytearray()
-    for piece in rows.pieces("sha256", "split"):
-        seen += bytes.fromhex("".join(piece["sha256"][piece["split"] != "test"]))
-    digests = np.sort(np.frombuffer(seen, "S32")).view("V32")  # 32 bytes each, where a text would take 113
+def write_digests(digests: np.ndarray, file: Path) -> None:
     with file.open("w") as lines:
-        lines.writelines(f"{digest.tobytes().hex()}\n" for digest in digests)
+        lines.writelines(f"{digest.tobytes().hex()}\n" for digest in digests.view("V32"))
 
 
 if __name__ == "__main__":

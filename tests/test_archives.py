@@ -20,7 +20,6 @@ from convoy.datasets import archives
 from convoy.datasets.folders import read_folder
 from convoy.images import BadImage
 
-
 every_archive = pytest.mark.parametrize("kind", ARCHIVES)
 
 

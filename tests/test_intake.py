@@ -185,8 +185,14 @@ def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_thei
     ],
 )
 def test_a_group_is_the_folder_or_what_an_expression_finds_in_the_path(pattern: str | None, group: str) -> None:
-    assert group_in("data/patient-7/left/1.png", pattern) == group
-    assert group_in("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", pattern) == group
+    assert group_in("data/patient-7/left/1.png", "ill", pattern) == group
+    assert group_in("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", "ill", pattern) == group
+
+
+@pytest.mark.parametrize("around", ["data/", "data/pets/", "data/train/", "data/more/pets.zip:", "data:"])
+def test_neither_the_folders_around_the_classes_nor_theirs_are_part_of_a_group(around: str) -> None:
+    assert group_in(f"{around}cat/litter-7/left/1.png", "cat", "folder") == "cat/litter-7/left"
+    assert group_in(f"{around}cat/1.png", "cat", "folder") == ""
 
 
 def test_images_that_a_pattern_puts_in_no_group_are_counted(data: Path) -> None:
@@ -213,7 +219,7 @@ def test_an_expression_that_is_none_is_refused_by_name() -> None:
 def test_a_group_that_the_source_names_goes_before_the_pattern(data: Path) -> None:
     write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
     table = taken_in(data, group="folder").packed.table
-    assert table["group"].tolist() == ["tom", "cat", "rex"]
+    assert table["group"].tolist() == ["tom", "", "rex"]
 
 
 def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:

@@ -211,6 +211,22 @@ def test_the_same_data_seen_again_give_the_same_card(tmp_path: Path) -> None:
     assert (root / "data.lock").read_bytes() == lock
 
 
+def test_test_images_that_are_given_for_training_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project")
+    for number, file in enumerate(sorted((root / "data").rglob("*.png"))):
+        given = root / "data" / ("train", "test")[number % 2] / file.parent.name / file.name
+        given.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(given)
+    run_stages(root, until="preprocess")
+    assert "the last run's test images" not in capsys.readouterr().out
+    (file,) = list((root / "data/test").rglob("*.png"))[:1]
+    file.rename(root / "data/train" / file.relative_to(root / "data/test"))
+    run_stages(root, until="preprocess")
+    assert "note: of the last run's test images 1 train or choose" in capsys.readouterr().out
+
+
 def test_what_never_came_into_an_output_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_project(tmp_path / "project")
     run_stages(root, until="fetch")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from convoy.config import ConvoyError, Fraction, schema
-from convoy.datasets.packed import COLUMN, Packed, Rows
+from convoy.datasets.packed import COLUMN, TABLE, Packed, Rows
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
 from convoy.remembered import Memory
@@ -73,7 +73,7 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
 
     for side, name in enumerate(SPLITS):
         np.save(folder / f"{name}_labels.npy", labels[sides == side].astype(np.int64))
-    Rows(folder / "images.parquet").write(_tables(packed, sides))
+    Rows(folder / TABLE).write(_tables(packed, sides))
 
     grey = bool((packed.places[:, 2] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
@@ -165,6 +165,22 @@ def _uniform(texts: list[str]) -> np.ndarray:
     """(N,) numbers in [0, 1) that follow from the texts."""
     starts = b"".join([hashlib.sha256(text.encode()).digest()[:8] for text in texts])
     return np.frombuffer(starts, ">u8") / 2.0**64
+
+
+def digests_of(rows: Rows, splits: Collection[str]) -> np.ndarray:
+    """(N,) S32: the sha256 of each image on these sides, in their order; a text would take 113 bytes for each."""
+    found = bytearray()
+    for piece in rows.pieces("sha256", "split"):
+        found += bytes.fromhex("".join(piece["sha256"][piece["split"].isin(splits)]))
+    return np.sort(np.frombuffer(found, "S32"))
+
+
+def tested_in(folder: Path) -> np.ndarray:
+    """As `digests_of`, the test images that `prepare` wrote into a folder; none where it is gone or damaged."""
+    try:
+        return digests_of(Rows(folder / TABLE), ["test"])
+    except (OSError, pa.ArrowException):
+        return np.empty(0, "S32")
 
 
 def near_duplicates(packed: Packed, least: float) -> np.ndarray:

@@ -101,17 +101,20 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     return Intake(Packed.load(folder), quarantine, copies.reset_index(drop=True), notes)
 
 
-def group_in(path: str, pattern: str | None) -> str:
+def group_in(path: str, label: str, pattern: str | None) -> str:
     """The name of a path's group: "" for None, the folder for "folder", else what the regular expression finds.
 
     Of the expression its first bracket counts. A path in which it finds nothing is in no group. What the data folder
-    and an archive are called does not belong to the path: next week's archive has another name.
+    and an archive are called does not belong to the path: next week's archive has another name. Nor does to the folder
+    what is around the one of the class, which is no group itself.
     """
     if pattern is None:
         return ""
     path = _AROUND.sub("", path)
     if pattern == "folder":
-        return path.rpartition("/")[0]
+        folders = path.split("/")[:-1]
+        inside = folders[folders.index(label) :] if label in folders else folders
+        return "/".join(inside) if inside != [label] else ""
     match = re.search(pattern, path)
     return (match[min(1, match.re.groups)] or "") if match else ""
 
@@ -185,7 +188,7 @@ def _tables(
                 if fault:
                     faults.append((member.path, member.label, fault))
                 else:
-                    group = member.group or group_in(member.path, dataset.group)
+                    group = member.group or group_in(member.path, member.label, dataset.group)
                     sound.append((member.path, member.label, member.split, group, *(member.more or unsaid)))
             yield pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(source.more)), schema=schema)
             bar.update(len(members))

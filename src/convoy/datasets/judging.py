@@ -191,9 +191,9 @@ def _digest(data: bytes | np.ndarray) -> bytes:
 class Earlier:
     """What an earlier run decoded, found by the sha256 or the stamp of a file."""
 
-    def __init__(self, index: np.ndarray, records: int, pixels: Shards | None) -> None:
+    def __init__(self, index: np.ndarray, descriptor: int, pixels: Shards | None) -> None:
         self.starts, self.rows = np.asarray(index)  # (2, names)
-        self.records, self.pixels = records, pixels  # the first of an open file
+        self.descriptor, self.pixels = descriptor, pixels  # of the records' file, and what they tell of
 
     @classmethod
     def load(cls, memory: Memory) -> "Earlier":
@@ -218,7 +218,7 @@ class Earlier:
         rows = self.rows[at[places]].astype(np.int64)
         records = np.zeros(len(rows), RECORD)
         for some in runs(rows, np.ones_like(rows)):
-            os.preadv(self.records, [records[some].view(np.uint8).data], rows[some.start] * RECORD.itemsize)
+            os.preadv(self.descriptor, [records[some].view(np.uint8).data], rows[some.start] * RECORD.itemsize)
         stated = zip(places.tolist(), records["sha256"].tolist(), records["stamp"].tolist(), strict=True)
         same = np.array([names[place] in (sha256, stamp) for place, sha256, stamp in stated], bool)
         same[same] = self._whole(records[same])
@@ -245,8 +245,8 @@ class Earlier:
             return np.empty(0, np.uint8)
 
     def close(self) -> None:
-        if self.records != NOTHING:
-            os.close(self.records)
+        if self.descriptor != NOTHING:
+            os.close(self.descriptor)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from growth import draw
 from PIL import Image
 from preparing import OURS, WAYS
 from rich.console import Console
@@ -42,6 +43,7 @@ from convoy.task import Task
 IMAGES = 50_000  # the training images of CIFAR-10
 FED = 25_000  # of them, the same number of each class
 PHOTOGRAPHS = 240  # of 4000x3000 pixels
+WEB = 2_000  # drawn pictures of 500x375, as photographs on the web are large
 BATCH = 256
 SHIFT = 4  # pixels
 ROUNDS = 3
@@ -63,6 +65,8 @@ def main() -> None:
         photograph(folder / "photographs")
         show(f"Preparing: {IMAGES} images of 32x32, {ROUNDS} rounds", preparing(folder / "train", 32))
         show(f"Preparing: {PHOTOGRAPHS} photographs, {ROUNDS} rounds", preparing(folder / "photographs", 224))
+        draw(folder / "web", range(WEB), 500, 375)
+        show(f"Preparing: {WEB} images of 500x375, {ROUNDS} rounds", preparing(folder / "web", 224))
         show(f"Feeding: {FED} images, batches of {BATCH}, {ROUNDS} rounds", feeding(folder))
 
 

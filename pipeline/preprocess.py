@@ -56,8 +56,8 @@ def preprocess(stage: Stage) -> None:
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
     if moved:  # not in the card: what an output holds does not depend on the last one
         print(
-            f"note: of the last run's test images {moved} train or choose among models now, as folders, tables or groups"
-            " say so: models are not compared by them any more"
+            f"note: of the last run's test images {moved} train or choose among models now, as folders, tables or"
+            " groups say so: models are not compared by them any more"
         )
     for note in prepared.notes[:TOLD]:
         print(f"note: {note}")

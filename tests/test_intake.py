@@ -232,6 +232,13 @@ def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:
     assert (intake.packed.table["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
 
 
+def test_classes_that_are_the_same_number_are_pointed_out(data: Path) -> None:
+    write(data, {"1/1.png": PETS["cat/0.png"], "1.0/1.png": PETS["cat/1.png"], "10/1.png": PETS["cat/2.png"]})
+    assert taken_in(data).notes == [
+        "the classes '1' and '1.0' are learned apart: give them one name if they are one class"
+    ]
+
+
 @pytest.mark.parametrize("twin", ["Cat", "cat ", "\N{FULLWIDTH LATIN SMALL LETTER C}at"])
 def test_classes_whose_names_look_the_same_are_pointed_out(data: Path, twin: str) -> None:
     write(data, PETS | {f"{twin}/9.png": saved(picture(9))})

@@ -254,6 +254,14 @@ def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> Non
     assert rows(data) == [(f"data/{name}", label, "")]
 
 
+def test_of_two_files_of_one_path_the_second_is_told_why_it_has_no_label(data: Path) -> None:
+    table = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped(PETS)}))
+    assert faults(members) == [
+        f"data/pets.zip:{name} has the path of data/{name}, for which labels.csv is taken: keep one" for name in PETS
+    ]
+
+
 def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) -> None:
     labels = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
     train = "".join(labels.splitlines(keepends=True)[:3])

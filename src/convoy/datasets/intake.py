@@ -145,7 +145,8 @@ def _twins(classes: Sequence[str]) -> list[str]:
     """What is said of classes whose names look the same."""
     named = collections.defaultdict(list)
     for name in classes:
-        named[" ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())].append(name)
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+        named[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)  # as pandas writes whole numbers where one is missing
     return [
         f"the classes {' and '.join(map(repr, names))} are learned apart: give them one name if they are one class"
         for names in named.values()

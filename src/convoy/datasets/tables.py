@@ -188,7 +188,10 @@ def labels_in(
                 fault = f"is named in {table.title}, and {len(files)} files are called so: write their folders, too"
                 astray[f"{table.beside}{path}", row._replace(fault=fault)] = None
             else:
-                place, name = files[0]
+                (place, name), *others_so_called = files
+                for elsewhere, same in others_so_called:  # in an archive beside what was unpacked from it
+                    fault = f"has the path of {places[place].name}{name}, for which {table.title} is taken: keep one"
+                    said[elsewhere].setdefault(same, (Said(fault=fault),))
                 row = row._replace(more=tuple(sys.intern(value) for value in others))  # few, of many images
                 rows = _with(said[place].get(name, ()), row)
                 said[place][name] = shared.setdefault(rows, rows)

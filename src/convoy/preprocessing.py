@@ -21,7 +21,8 @@ from convoy.task import Task
 
 SPLITS = ("train", "val", "test")  # each further from training than the one before
 LISTED = 10_000  # pairs of near duplicates
-MANY = 0.1  # of all images, withheld
+MANY = 0.1  # of all images, withheld for their looks
+ALIKE = "nearly equals"  # is how their reasons begin
 
 
 @schema
@@ -222,7 +223,7 @@ def withhold(table: pd.DataFrame, sides: pd.Series, together: pd.Series, near: n
     across = across[np.unique(lower[across], return_index=True)[1]]  # one of those that it is like is enough
     for row, like in zip(lower[across], upper[across], strict=True):
         path, side = table["path"].iat[like], sides.iat[like]
-        reasons.setdefault(table.index[row], f"nearly equals the {side} image {path}")
+        reasons.setdefault(table.index[row], f"{ALIKE} the {side} image {path}")
     rows = sorted(reasons)
     reason = pd.Series([reasons[row] for row in rows], index=rows, dtype="str")
     return table.loc[rows, ["path", "label"]].assign(reason=reason)
@@ -260,11 +261,12 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
 
 
 def _alike(withheld: pd.DataFrame, count: int) -> list[str]:
-    """What is said where very many images are withheld."""
-    if len(withheld) < MANY * count:
+    """What is said where very many images are withheld for their looks."""
+    alike = int(withheld["reason"].str.startswith(ALIKE).sum())
+    if alike < MANY * count:
         return []
     return [
-        f"{len(withheld)} of {count} images are withheld, as they look like others on another side: if they are frames"
+        f"{alike} of {count} images are withheld, as they look like others on another side: if they are frames"
         " of videos, or pictures of the same things, say which belong together by dataset.group in conf/dataset/"
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from convoy.config import ConvoyError
 from convoy.datasets.archives import ARCHIVES, open_archive
-from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in, split_word
+from convoy.datasets.files import Files, Paths, Said, is_image, is_junk, split_in
 from convoy.datasets.layout import Layout, layout_of
 from convoy.datasets.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
 from convoy.datasets.source import Member, Source
@@ -252,12 +252,13 @@ def _layout(files: Files, apart: set[str]) -> Layout:
 
 def _by_folder_in(files: Files, apart: set[str], layout: Layout, split: str) -> Says:
     in_splits = "" if split or not any(root.split for root in layout.roots.values()) else " of a split"
+    archive = files.name.rpartition("/")[2].partition(".")[0]
     unlabelled = (Said(fault=f"lies in no class folder{in_splits}, so its label is unknown"),)
 
     @functools.lru_cache(maxsize=1024)
     def says_folder(folder: str) -> Sequence[Said]:
         label, given = layout.said(folder)
-        if split and split_word(label) == split:  # test_images, alone in an archive of the same name
+        if split and label == archive:  # test_images/1.jpg in test_images.zip
             return ()
         return (Said(label, given or split),) if label else ()
 

@@ -1,6 +1,7 @@
 """Decoding: what comes back is what each file holds, in order, whatever a broken one does to the process at work."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import shutil
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from threadpoolctl import threadpool_info
 
 from convoy.datasets import decoding, judging
 from convoy.datasets.decoding import _taken, decoded
@@ -65,6 +67,19 @@ def images_of(batch: Batch, earlier: Memory = NOTHING) -> list[np.ndarray]:
             images.append(pixels.reshape([int(record[name]) for name in ("height", "width", "channels")]))
     assert start == len(batch.pixels)
     return images
+
+
+def threads(contents: list[Content], longest_side: int, earlier: Memory) -> Batch:
+    """As `judge`, but the fault is the number of threads with which NumPy multiplies."""
+    numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+    return dataclasses.replace(judge(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
+
+
+def test_processes_that_decode_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "judge", threads)
+    monkeypatch.setenv(decoding.THREADS, "2")
+    assert whole([saved(noise(0))]) == (["0"], ["threads: {1}"])
+    assert os.environ[decoding.THREADS] == "2"
 
 
 def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from convoy.datasets.source import Content, Member, Source
 from convoy.remembered import Memory
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512  # images; between them, as many as come to `BATCH_BYTES`
+THREADS = "OMP_NUM_THREADS"  # what tells OpenBLAS and MKL, when they are loaded
 PATIENCE = 60  # seconds for an image, and twice that for a batch
 
 
@@ -63,8 +65,22 @@ def get_ready() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([judge.__module__, ProcessPool.__module__])
-    forkserver.ensure_running()
+    with _threads("1"):  # those of NumPy would only wait for each other
+        forkserver.ensure_running()
     return context
+
+
+@contextlib.contextmanager
+def _threads(number: str) -> Iterator[None]:
+    """In processes that start meanwhile."""
+    before = os.environ.get(THREADS)
+    os.environ[THREADS] = number
+    try:
+        yield
+    finally:
+        os.environ.pop(THREADS)
+        if before is not None:
+            os.environ[THREADS] = before
 
 
 @contextlib.contextmanager

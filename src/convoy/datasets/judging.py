@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
-from threadpoolctl import threadpool_limits
 
 from convoy import images, likeness
 from convoy.datasets import shards
@@ -86,7 +85,6 @@ def settle() -> None:
     """For a process that does nothing but judge."""
     keep_memory()
     gc.freeze()  # what was imported stays
-    threadpool_limits(1)  # threads of these processes would only wait for each other
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
 
 

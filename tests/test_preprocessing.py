@@ -266,8 +266,12 @@ def packed(
         for label, contents in images.items()
         for number, content in enumerate(contents)
     ]
+    return packed_of(members, folder, longest_side)
+
+
+def packed_of(members: Sequence[Member], folder: Path, longest_side: int = 512) -> Packed:
     folder.mkdir(parents=True, exist_ok=True)
-    source = Source(sorted(images), len(members), iter(members))
+    source = Source(sorted({member.label for member in members}), len(members), iter(members))
     limits = Fetch(max_bad_fraction=0.0)
     pets = Dataset(name="pets", longest_side=longest_side, group=None)
     return take_in(source, pets, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)).packed
@@ -377,20 +381,15 @@ def test_images_that_were_reduced_to_less_than_is_asked_for_are_counted(
 
 
 def test_a_copy_that_is_given_for_training_does_not_make_a_training_image_of_one_drawn_for_test(tmp_path: Path) -> None:
-    def table(source: Source, folder: str) -> pd.DataFrame:
-        for name in (f"{folder}/packed", f"{folder}/prepared"):
-            (tmp_path / name).mkdir(parents=True)
-        nothing = Memory(tmp_path / folder / "remembered/here", tmp_path / "nowhere")
-        pets, limits = Dataset(name="pets", longest_side=512, group=None), Fetch(max_bad_fraction=0.0)
-        packed = take_in(source, pets, limits, NEW, tmp_path / folder / "packed", nothing).packed
-        prepare(packed, PARAMS, 1, tmp_path / folder / "prepared", nothing)
-        return pd.read_parquet(tmp_path / folder / "prepared/images.parquet")
+    def table(members: Sequence[Member], folder: Path) -> pd.DataFrame:
+        made(packed_of(members, folder / "packed"), folder)
+        return pd.read_parquet(folder / "images.parquet")
 
     old = [Member(f"data/{n}.png", "cd"[n % 2], "", "", image) for n, image in enumerate(noise(80))]
-    before = table(Source(["c", "d"], 80, iter(old)), "before").query("split == 'test'")
+    before = table(old, tmp_path / "before").query("split == 'test'")
     copied = [member._replace(path=f"data/0-{member.path}", split="train") for member in old]
     given = [Member(f"data/{n}.png", "cd"[n % 2], "val", "", image) for n, image in enumerate(noise(4, seed=9))]
-    after = table(Source(["c", "d"], 164, iter([*copied, *old, *given])), "after")
+    after = table([*copied, *old, *given], tmp_path / "after")
     assert len(before) > 5
     assert set(after[after["sha256"].isin(before["sha256"])]["split"]) == {"test"}
 

@@ -54,10 +54,9 @@ class AsFound:
 @contextlib.contextmanager
 def _plain_style() -> Iterator[None]:
     """As matplotlib comes, and not as this user has set it: the pictures are part of an output."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
+    with style.context("default"):
         yield
 
 

@@ -237,17 +237,17 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
             groups = set(packed.rows.columns("group")["group"].unique()) - {""}
             withheld = counts[:, NOWHERE].sum()
             given = sorted(packed.rows.columns("split")["split"].unique())
+            if {"", "train"} & set(given):
+                mend = f"{packed.name} needs more {'groups' if groups else 'images'}"
+                mend += " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
+            else:
+                mend = f"all of {packed.name} is given for {' and '.join(given)}, by names of folders or tables or by a"
+                mend += " column; give images for training, or leave the splits out"
             raise ConvoyError(
                 f"there is no {name} image left of {len(sides)}"
                 + (f" in {len(groups)} groups, each of which stays together" if groups else "")
                 + (f", {withheld} of them withheld for what is on another side" if withheld else "")
-                + (
-                    f": all of {packed.name} is given for {' and '.join(given)}, by names of folders or tables or by a"
-                    " column; give images for training, or leave the splits out"
-                    if not {"", "train"} & set(given)
-                    else f": {packed.name} needs more {'groups' if groups else 'images'}"
-                    " (or other fractions in preprocess.test_fraction and preprocess.val_fraction)"
-                )
+                + f": {mend}"
             )
     notes = []
     for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):

@@ -68,8 +68,7 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     from sklearn.metrics import ConfusionMatrixDisplay
 
     side = max(5.0, 0.45 * len(classes))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not as this user has set it: the picture is part of an output
+    with pyplot.style.context("default"):  # not as this user has set it: the picture is part of an output
         figure, axes = pyplot.subplots(figsize=(side + 1, side))
         ConfusionMatrixDisplay.from_predictions(
             predictions["actual"],

@@ -87,8 +87,13 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     classes = extended(history.classes, [label for label in source.classes if label in labels])
     given = set(rows.columns("split")["split"].unique())
     drawn = history.draws(given)
-    described = {name: getattr(dataset, name) for name in ("name", "origin", "longest_side")}
-    described |= {"classes": classes, "drawn": drawn}
+    described = {
+        "name": dataset.name,
+        "origin": dataset.origin,
+        "longest_side": dataset.longest_side,
+        "classes": classes,
+        "drawn": drawn,
+    }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
     keep(folder / RECORDS, folder / PIXELS, earlier.folder)
     notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]

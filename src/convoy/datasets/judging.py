@@ -162,10 +162,11 @@ def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
 
 def _read_whole(file: int, size: int) -> bytes:
     """A file's bytes, or as many as there are: one read may give fewer."""
-    read = os.read(file, size)
-    while len(read) < size and (more := os.read(file, size - len(read))):
-        read += more
-    return read
+    parts, left = [], size
+    while left and (part := os.read(file, left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:

@@ -200,11 +200,11 @@ def labels_in(
 
 def _with(rows: tuple[Said, ...], row: Said) -> tuple[Said, ...]:
     """What is said of a file already, and this where it says more: a split, where all else was said without one."""
-    plain = row._replace(more=())
-    told = [known._replace(more=()) for known in rows]
-    if plain in told or (not row.split and plain in [known._replace(split="") for known in told]):
+    plain = row._replace(split="", more=())
+    alike = [known for known in rows if known._replace(split="", more=()) == plain]
+    if any(known.split == row.split or not row.split for known in alike):
         return rows
-    return (*(known for known, said in zip(rows, told, strict=True) if said != plain._replace(split="")), row)
+    return (*(known for known in rows if known.split or known not in alike), row)
 
 
 class _Near:

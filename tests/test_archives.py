@@ -41,7 +41,16 @@ def test_an_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str)
 
 def test_names_that_are_utf8_and_do_not_say_so_are_read_as_they_were_meant(data: Path) -> None:
     archive = zipped({"caf~~/1.png": png(1), "th~~/1.png": png(2)}).replace(b"~~", "é".encode())
-    assert read_folder(write(data, {"pets.zip": archive})).classes == ["café", "thé"]
+    source = read_folder(write(data, {"pets.zip": archive}))
+    assert (source.classes, source.notes) == (["café", "thé"], [])
+
+
+def test_names_in_a_zip_archive_whose_encoding_cant_be_told_are_pointed_out(data: Path) -> None:
+    archive = zipped({"~~~~/1.png": png(1), "dog/1.png": png(2)}).replace(b"~~~~", "猫咪".encode("gbk"))
+    (note,) = read_folder(write(data, {"pets.zip": archive})).notes
+    assert note == (
+        "data/pets.zip does not say how it writes ├¿▀Σ/1.png: if that looks wrong, pack it anew with names in UTF-8"
+    )
 
 
 @pytest.mark.parametrize("ending", [".tbz2", ".txz"])

@@ -125,6 +125,16 @@ def test_a_folder_of_every_fault_goes_through_with_the_right_report_and_the_righ
     assert reasons["data/dog/both.bmp"] == "shows the same picture as data/cat/both.png, which is labelled 'cat'"
 
 
+def test_a_file_that_tables_give_two_labels_is_left_out_under_both(data: Path) -> None:
+    rows = "".join(f"{name},{name[:3]}\n" for name in PETS)
+    write(data, PETS | {"a.csv": f"path,label\n{rows}".encode(), "b.csv": b"path,label\ncat/0.png,dog\n"})
+    intake = taken_in(data)
+    assert intake.quarantine.to_dict("records") == [
+        {"path": "data/cat/0.png", "label": "cat", "reason": "is labelled 'dog' as well"},
+        {"path": "data/cat/0.png", "label": "dog", "reason": "is labelled 'cat' as well"},
+    ]
+
+
 def test_each_survivor_has_its_own_pixels(data: Path) -> None:
     write(data, PETS | {"cat/1_broken.png": PNG[:50], "cat/2_again.png": PETS["cat/0.png"]})
     packed = taken_in(data).packed

@@ -21,9 +21,9 @@ from convoy.config import ConvoyError
 from convoy.datasets.history import NEW, Version
 from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import Packed
-from convoy.datasets.source import Dataset, Member, Source
+from convoy.datasets.source import SPLITS, Dataset, Member, Source
 from convoy.images import fit
-from convoy.preprocessing import SPLITS, Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
+from convoy.preprocessing import Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
 from convoy.remembered import Memory
 from convoy.task import Sums, Task
 

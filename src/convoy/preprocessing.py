@@ -14,12 +14,12 @@ from pydantic import Field
 
 from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import COLUMN, TABLE, Packed, Rows
+from convoy.datasets.source import SPLITS
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
 from convoy.remembered import Memory
 from convoy.task import Task
 
-SPLITS = ("train", "val", "test")  # each further from training than the one before
 LISTED = 10_000  # pairs of near duplicates
 MANY = 0.1  # of all images, withheld for their looks
 ALIKE = "nearly equals"  # is how their reasons begin

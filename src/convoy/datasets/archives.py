@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import Content, Files, Paths, below, is_junk
+from convoy.datasets.files import Files, Paths, below, is_junk
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
+from convoy.datasets.source import FileContent
 from convoy.images import BadImage
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -50,9 +51,10 @@ def _zip_files(archive: Path, name: str) -> Files:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
     _refuse_bomb(archive, name, sum(entry.file_size for entry in entries))
-    paths, rows = [], array("L")
+    paths, rows, doubtful = [], array("L"), ""
     for row, entry in enumerate(entries):
-        written = _name(entry).replace("\\", "/")  # which is what stands in some archives from Windows
+        named, sure = _name(entry)
+        written = named.replace("\\", "/")  # which is what stands in some archives from Windows
         path = _checked(name, written)
         if is_junk(path):
             continue
@@ -61,21 +63,26 @@ def _zip_files(archive: Path, name: str) -> Files:
         if path and not written.endswith("/"):
             paths.append(path)
             rows.append(row)
-    return Files(f"{name}:", Paths(paths), functools.partial(_opened_zip, archive, rows))
+            doubtful = doubtful or ("" if sure else path)
+    wrong = f"{name} does not say how it writes {doubtful}: if that looks wrong, pack it anew with names in UTF-8"
+    return Files(f"{name}:", Paths(paths), functools.partial(_opened_zip, archive, rows), [wrong] if doubtful else [])
 
 
-def _name(entry: zipfile.ZipInfo) -> str:
-    """As it was meant: some tools, macOS's among them, write UTF-8 and do not say so."""
+def _name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
+    """As it was meant, and whether that is sure: some tools, macOS's among them, write UTF-8 and do not say so.
+
+    Others write what their system speaks, such as GBK, of which `zipfile` makes code page 437.
+    """
     if entry.flag_bits & UTF_8 or entry.filename.isascii():
-        return entry.filename
+        return entry.filename, True
     try:
-        return entry.filename.encode("cp437").decode()
+        return entry.filename.encode("cp437").decode(), True
     except UnicodeError:
-        return entry.filename
+        return entry.filename, False
 
 
 @contextlib.contextmanager
-def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], Content]]:
+def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], FileContent]]:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
         yield lambda index, _: _read(lambda: _zip_content(file, entries[rows[index]]))
@@ -138,7 +145,7 @@ def _tar_files(archive: Path, name: str) -> Files:
 
 
 @contextlib.contextmanager
-def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], Content]]:
+def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], FileContent]]:
     with tarfile.open(archive, tarinfo=_Entry) as file:
         yield lambda index, _: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
 

@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from convoy.datasets.source import SPLITS
-from convoy.images import BadImage
+from convoy.datasets.source import SPLIT_WORDS, FileContent
 
 # the last of them are told by name that they can't be read
 IMAGES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
@@ -18,9 +17,6 @@ JUNK = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "ico
         "system volume information", "thumbs.db"}  # fmt: skip
 
 PIECE = 2**10  # paths in one text
-SPLIT_WORDS = ", ".join(dict.fromkeys(SPLITS.values()))
-
-Content = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
 
 
 class Paths(Iterable[str]):
@@ -44,7 +40,8 @@ class Files:
     name: str  # what stands before their paths in messages: data/, data/pets.zip:
     paths: Iterable[str]  # below the folder or in the archive, with slashes; in an order that does not change
     # gives a function that gives the content of the i-th file, which has this path; at little cost if i only grows
-    opened: Callable[[], AbstractContextManager[Callable[[int, str], Content]]]
+    opened: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
+    notes: Sequence[str] = ()  # what may not be as it was meant, in sentences
 
 
 class Said(NamedTuple):
@@ -76,13 +73,13 @@ def is_image(path: str) -> bool:
 def split_in(path: str) -> str:
     """The split that a file is named after (train.csv, test-00000-of-00002.parquet), or else its folder, or else ""."""
     *folders, name = path.split("/")
-    return split_word(name) or (SPLITS.get(folders[-1].lower(), "") if folders else "")
+    return split_word(name) or (SPLIT_WORDS.get(folders[-1].lower(), "") if folders else "")
 
 
 def split_word(name: str) -> str:
     """The split whose name stands in another as a word of its own, the first of several; "" for none."""
     word = _WORDS.search(name.lower())
-    return SPLITS[word[1]] if word else ""
+    return SPLIT_WORDS[word[1]] if word else ""
 
 
-_WORDS = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, reverse=True))})(?:set|data|images)?(?![a-z])")
+_WORDS = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, reverse=True))})(?:set|data|images)?(?![a-z])")

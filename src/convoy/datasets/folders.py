@@ -51,7 +51,11 @@ def read_folder(data: Path) -> Source:
         (says, astray), notes = _by_table(tables, places, more), hidden_splits(tables)
     else:
         (says, notes), astray = _by_folder(places, shards), []
-    notes = [*(f"{other}: it is not used" for other in others), *notes]
+    notes = [
+        *(f"{other}: it is not used" for other in others),
+        *(note for files in places for note in files.notes),
+        *notes,
+    ]
 
     labels, unread = {member.label for member in astray}, []
     count = len(astray) + sum(shard.count for shard in shards)

@@ -237,7 +237,9 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
         others = {label: first[first["label"] != label].iloc[0] for label in first["label"]}
         for row, label in same["label"].items():
             other = others[label]
-            reasons[row] = f"shows the same picture as {other['path']}, which is labelled {other['label']!r}"
+            same_file = other["path"] == table.at[row, "path"]
+            picture = "" if same_file else f"shows the same picture as {other['path']}, which "
+            reasons[row] = f"{picture}is labelled {other['label']!r}{' as well' * same_file}"
     return several[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Collection, Iterable, Mapping
 
 from convoy.datasets.files import split_word
-from convoy.datasets.source import SPLITS
+from convoy.datasets.source import SPLIT_WORDS
 from convoy.naming import some
 
 Names = tuple[str, ...]  # of folders, from the outermost on
@@ -103,7 +103,7 @@ def _deeper(places: list[_Place]) -> list[_Place]:
 
 def _splits_among(folder: _Folder) -> dict[str, str]:
     """Which folders in one are named after splits, where the images are divided so; else nothing."""
-    exact = {name: SPLITS[name.lower()] for name in folder.inside if name.lower() in SPLITS}
+    exact = {name: SPLIT_WORDS[name.lower()] for name in folder.inside if name.lower() in SPLIT_WORDS}
     if len(exact) == len(folder.inside) or _divide(exact.values()):
         return exact
     named = {name: split for name in folder.inside if (split := split_word(name))}  # train_images
@@ -142,7 +142,9 @@ def _doubts(folder: _Folder, root: Root) -> list[str]:
     notes, words = [], {name: split_word(name) for name in folder.inside}
     divided = _divide(words.values())
     splits = [
-        name for name, word in words.items() if name.lower() in SPLITS or (word and (divided or word == root.split))
+        name
+        for name, word in words.items()
+        if name.lower() in SPLIT_WORDS or (word and (divided or word == root.split))
     ]
     if splits:
         notes.append(

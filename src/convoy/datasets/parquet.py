@@ -12,9 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import SPLIT_WORDS, Content
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
-from convoy.datasets.source import SPLITS, Member
+from convoy.datasets.source import SPLIT_WORDS, SPLITS, FileContent, Member
 from convoy.images import BadImage
 
 ROWS = 16  # images that are in memory at once
@@ -107,12 +106,12 @@ def members(table: Parquet) -> Iterator[Member]:
         said = dict(zip(columns, values, strict=True))
         text, fault = _label(table, label, said[label])
         word = _category(table, "split", said.get("split"))
-        if word and word.lower() not in SPLITS:
-            fault = fault or f"has the split {word!r}, which is none of {SPLIT_WORDS}"
+        if word and word.lower() not in SPLIT_WORDS:
+            fault = fault or f"has the split {word!r}, which is none of {', '.join(SPLITS)}"
         yield Member(
             path=f"{table.name}:{row}",
             label=text,
-            split=SPLITS.get(word.lower(), "") if "split" in said else table.split,
+            split=SPLIT_WORDS.get(word.lower(), "") if "split" in said else table.split,
             group=_category(table, "group", said.get("group")),
             content=BadImage(fault) if fault else _content(said[str(image)]),
         )
@@ -150,7 +149,7 @@ def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _content(value: Any) -> Content:
+def _content(value: Any) -> FileContent:
     content = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         return BadImage("has no bytes in its row")

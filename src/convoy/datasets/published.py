@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from convoy.config import ConvoyError
-from convoy.datasets.source import SPLITS, Member, Source, TorchvisionSet
+from convoy.datasets.source import SPLIT_WORDS, Member, Source, TorchvisionSet
 from convoy.images import BadImage, plain
 
 
@@ -59,7 +59,7 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
         classes=list(classes.values()),
         count=sum(len(part) for part in parts.values()),
         members=(
-            _member(part, row, f"{params.name}/{split}/{row}", SPLITS.get(split, ""), classes, folder)
+            _member(part, row, f"{params.name}/{split}/{row}", SPLIT_WORDS.get(split, ""), classes, folder)
             for split, part in parts.items()
             for row in range(len(part))
         ),

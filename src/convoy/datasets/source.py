@@ -45,15 +45,16 @@ class Dataset:
         return f"torchvision {self.torchvision.name}" if self.torchvision else "data.dvc"
 
 
+SPLITS = ("train", "val", "test")  # each further from training than the one before
 # as written -> as meant; the words that Hugging Face's `datasets` knows, too
-SPLITS = {
+SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
-# the name of a file; what was in one; (H, W, 1 or 3) uint8; or why it is no use
-Content = str | bytes | np.ndarray | BadImage
+FileContent = str | bytes | BadImage  # the name of a file; what was in one; or why it is no use
+Content = FileContent | np.ndarray  # (H, W, 1 or 3) uint8
 
 
 class Member(NamedTuple):

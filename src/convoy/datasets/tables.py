@@ -12,10 +12,10 @@ import pandas as pd
 import pyarrow as pa
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import SPLIT_WORDS, Files, Said, below, is_image
+from convoy.datasets.files import Files, Said, below, is_image
 from convoy.datasets.packed import FEW
 from convoy.datasets.parquet import Parquet, texts
-from convoy.datasets.source import SPLITS, Member
+from convoy.datasets.source import SPLIT_WORDS, SPLITS, Member
 from convoy.images import BadImage
 from convoy.naming import some
 
@@ -57,7 +57,7 @@ def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
     for index, path in enumerate(paths):
         if path.lower().endswith(TABLES) and path.startswith(around):
             *folders, _ = path.removeprefix(around).split("/")
-            if not folders or (len(folders) == 1 and folders[0].lower() in SPLITS):
+            if not folders or (len(folders) == 1 and folders[0].lower() in SPLIT_WORDS):
                 yield index, path
 
 
@@ -154,7 +154,7 @@ def hidden_splits(tables: Sequence[Table]) -> list[str]:
     for table in tables:
         for column in () if "split" in table.rows else table.rows.columns.difference(list(USED), sort=False):
             words = set(table.rows[column].str.strip().str.lower().unique()) - {""}
-            if words <= SPLITS.keys() and len({SPLITS[word] for word in words}) > 1:
+            if words <= SPLIT_WORDS.keys() and len({SPLIT_WORDS[word] for word in words}) > 1:
                 notes.append(
                     f"the column {column} of {table.title} says {some(sorted(words))}: call it split if the images are"
                     " to be split so"
@@ -260,11 +260,11 @@ def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Said, list[s
     empty = pd.Series("", index=table.rows.index)
     for path, label, word, group, *others in zip(*(table.rows.get(column, empty) for column in columns), strict=True):
         word = word.strip()
-        fault = f"has the split {word!r} in {table.title}, which is none of {SPLIT_WORDS}"
+        fault = f"has the split {word!r} in {table.title}, which is none of {', '.join(SPLITS)}"
         if not label:
             fault = f"has no label in {table.title}"
-        elif not word or word.lower() in SPLITS:
+        elif not word or word.lower() in SPLIT_WORDS:
             fault = ""
         if path or label:
-            split = SPLITS.get(word.lower(), "") if "split" in table.rows else table.split
+            split = SPLIT_WORDS.get(word.lower(), "") if "split" in table.rows else table.split
             yield path, Said(label, split, group, fault), others

@@ -7,12 +7,12 @@ from convoy.datacard import AsFound, write_fetch_card
 from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
-from convoy.datasets.intake import TOLD, Fetch, TooManyBad, take_in
+from convoy.datasets.intake import Fetch, TooManyBad, take_in
 from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
 from convoy.remembered import Memory
-from pipeline.stage import Stage, main
+from pipeline.stage import Stage, main, say
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
 NAMED = 100  # columns of the terminal for names of classes
@@ -57,16 +57,10 @@ def fetch(stage: Stage) -> None:
 
 def tell(found: AsFound) -> None:
     """On the terminal, what nobody should miss."""
-    for path, _, reason in found.quarantine.head(TOLD).itertuples(index=False):
-        print(f"left out: {path} {reason}")
-    if len(found.quarantine) > TOLD:
-        print(f"left out: {len(found.quarantine) - TOLD} more, all of them in artifacts/fetch/quarantine.csv")
-    for change in found.changes:
-        print(f"changed: {change}")
-    for note in found.notes[:TOLD]:
-        print(f"note: {note}")
-    if len(found.notes) > TOLD:
-        print(f"note: and {len(found.notes) - TOLD} more; artifacts/fetch/card.md begins with them")
+    bad = [f"{path} {reason}" for path, _, reason in found.quarantine.itertuples(index=False)]
+    say("left out", bad, "artifacts/fetch/quarantine.csv")
+    say("changed", found.changes, "artifacts/fetch/card.md")
+    say("note", found.notes, "artifacts/fetch/card.md")
     names = textwrap.shorten(", ".join(found.classes), NAMED, placeholder=" ...")
     print(
         f"{found.name}: {len(found.table)} images of {len(found.classes)} classes ({names}),"

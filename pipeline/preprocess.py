@@ -11,9 +11,7 @@ from convoy.datasets.packed import TABLE, Packed, Rows
 from convoy.images import fit
 from convoy.preprocessing import Preprocess, digests_of, prepare, tested_in
 from convoy.remembered import Memory
-from pipeline.stage import Stage, main
-
-TOLD = 20  # notes on the terminal
+from pipeline.stage import Stage, main, say
 
 
 def preprocess(stage: Stage) -> None:
@@ -59,12 +57,7 @@ def preprocess(stage: Stage) -> None:
             f"note: of the last run's test images {moved} train or choose among models now, as folders, tables or"
             " groups say so: models are not compared by them any more"
         )
-    for note in prepared.notes[:TOLD]:
-        print(f"note: {note}")
-    if len(prepared.notes) > TOLD:
-        print(
-            f"note: and {len(prepared.notes) - TOLD} more of this kind; artifacts/preprocess/card.md counts all classes"
-        )
+    say("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from convoy.hashes import sha256
 Schema = TypeVar("Schema")
 # where torchrun, Lightning and Slurm say a process' number; a shell in Slurm says 0 to all that Lightning starts in it
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+SAID = 20  # sentences of a kind, on the terminal
 MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
 
 
@@ -134,6 +135,14 @@ def _move(folder: Path, elsewhere: Path) -> None:
     except OSError as error:
         error.filename2 = None  # it is the folder that has to be mended
         raise
+
+
+def say(what: str, sentences: Sequence[str], listed: str) -> None:
+    """Print the first `SAID` of them, and how many more there are in `listed`."""
+    for sentence in sentences[:SAID]:
+        print(f"{what}: {sentence}")
+    if len(sentences) > SAID:
+        print(f"{what}: {len(sentences) - SAID} more in {listed}")
 
 
 def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:

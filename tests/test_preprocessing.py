@@ -138,8 +138,8 @@ def test_a_group_is_used_on_one_side_alone_whatever_splits_the_source_gives(rows
     drawn = NEW.draws(set(images["split"]))
     own = split(images, PARAMS, 1, drawn)
     places = hold_together(images, own.map(SPLITS.index).to_numpy(), drawn)
-    sides, together = (pd.Series(np.array(SPLITS)[each]) for each in places)
-    withheld = withhold(images, sides, together, np.empty((0, 2), int))
+    sides = pd.Series(np.array(SPLITS)[places[0]])
+    withheld = withhold(images, *places, np.empty((0, 2), int))
     left = sides.drop(withheld.index)
     assert (left.groupby(images["group"]).nunique().drop("", errors="ignore") <= 1).all()
     assert sides[images["split"].isin(["val", "test"])].equals(images["split"][images["split"].isin(["val", "test"])])
@@ -166,7 +166,8 @@ def likenesses(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
 def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
     """sha256 -> side, of the images that are not withheld."""
     sides = sides_of(images, seed)
-    left = sides.drop(withhold(images, sides, sides, near).index)
+    places = sides.map(SPLITS.index).to_numpy()
+    left = sides.drop(withhold(images, places, places, near).index)
     return dict(zip(images["sha256"][left.index], left, strict=True))
 
 
@@ -213,7 +214,7 @@ def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_sam
 
 def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
     images = table(3)
-    sides = pd.Series(["train", "test", "val"])
+    sides = np.array([SPLITS.index(side) for side in ("train", "test", "val")])
     withheld = withhold(images, sides, sides, np.array([[0, 1], [2, 1]]))
     assert withheld.to_dict("records") == [
         {"path": "data/cat/0.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},

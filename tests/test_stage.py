@@ -15,7 +15,7 @@ from project import REAL, make_project
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
 from convoy.preprocessing import Preprocess
-from pipeline.stage import MARK, RANKS, Stage
+from pipeline.stage import MARK, RANKS, Stage, say
 
 
 @pytest.fixture
@@ -85,6 +85,13 @@ def test_a_stage_that_fails_leaves_no_output(root: Path) -> None:
     with pytest.raises(RuntimeError, match="half-way"):
         Stage(root, "fetch").run(fail)
     assert not (root / "artifacts/fetch").exists()
+
+
+def test_of_very_many_notes_the_first_are_printed_and_the_others_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    say("note", [str(number) for number in range(1000)], "card.md")
+    first, *_, last = lines = capsys.readouterr().out.splitlines()
+    assert (first, last) == ("note: 0", f"note: {1000 - len(lines) + 1} more in card.md")
+    assert len(lines) < 50
 
 
 def test_what_a_killed_stage_left_is_not_taken_over(root: Path) -> None:

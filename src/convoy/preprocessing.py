@@ -64,9 +64,7 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     alike = packed.rows.columns("picture")["picture"].duplicated(keep=False)
     involved = np.union1d(np.flatnonzero(alike | (groups > sides)), near)  # few of all rows
     some, near = packed.rows.at(involved), np.searchsorted(involved, near)
-    names = pd.Series(SPLITS)
-    there, together = (names.take(each[involved]).set_axis(involved) for each in (sides, groups))
-    withheld = withhold(some, there, together, near)
+    withheld = withhold(some, sides[involved], groups[involved], near)
     sides[withheld.index] = NOWHERE
     labels = _labels(packed)
     notes = [*_notes(packed, labels, sides), *_alike(withheld, len(sides)), *_enlarged(packed, params.size)]
@@ -195,35 +193,33 @@ def near_duplicates(packed: Packed, least: float) -> np.ndarray:
     return pairs[near_pairs(packed.image, pairs, least)]
 
 
-def withhold(table: pd.DataFrame, sides: pd.Series, together: pd.Series, near: np.ndarray) -> pd.DataFrame:
+def withhold(table: pd.DataFrame, sides: np.ndarray, together: np.ndarray, near: np.ndarray) -> pd.DataFrame:
     """path, label and reason of the images that must not be used on their side, by their index.
 
-    `together` are the sides of their groups that are the furthest from training: where the source gives one group
-    several, only those images of it are used. Of two near duplicates on different sides the one that is nearer to
-    training is left out. To move it instead would mean that new images move old ones: no rule that looks at the images
-    alone can keep both where they are. Of two files with the same picture one is enough.
+    `sides` (N,) are places in `SPLITS`, and so are `together`, those of their groups that are the furthest from
+    training: where the source gives one group several, only those images of it are used. Of two near duplicates, rows
+    in `near` (P, 2), on different sides the one that is nearer to training is left out. To move it instead would mean
+    that new images move old ones: no rule that looks at the images alone can keep both where they are. Of two files
+    with the same picture one is enough.
     """
-    places = {name: place for place, name in enumerate(SPLITS)}
-    rank = sides.map(places).to_numpy()
-    apart = rank < together.map(places).to_numpy()
+    apart = sides < together
     reasons: dict[Any, str] = {
-        row: f"is of the group {group!r}, of which there are {side} images"
+        row: f"is of the group {group!r}, of which there are {SPLITS[side]} images"
         for row, group, side in zip(table.index[apart], table["group"][apart], together[apart], strict=True)
     }
-    several = table.assign(rank=-rank)[~apart]
+    several = table.assign(rank=-sides)[~apart]
     several = several[several["picture"].duplicated(keep=False)].sort_values(["rank", "sha256"])
     first = several.drop_duplicates("picture").set_index("picture")["path"]
     same = several.loc[several["picture"].duplicated(), "picture"].map(first)
     reasons |= {row: f"shows the same picture as {path}" for row, path in same.items()}
 
     one, other = near[~apart[near].any(axis=1)].T
-    swapped = rank[one] > rank[other]
+    swapped = sides[one] > sides[other]
     lower, upper = np.where(swapped, other, one), np.where(swapped, one, other)
-    across = np.flatnonzero(rank[lower] < rank[upper])
+    across = np.flatnonzero(sides[lower] < sides[upper])
     across = across[np.unique(lower[across], return_index=True)[1]]  # one of those that it is like is enough
     for row, like in zip(lower[across], upper[across], strict=True):
-        path, side = table["path"].iat[like], sides.iat[like]
-        reasons.setdefault(table.index[row], f"{ALIKE} the {side} image {path}")
+        reasons.setdefault(table.index[row], f"{ALIKE} the {SPLITS[sides[like]]} image {table['path'].iat[like]}")
     rows = sorted(reasons)
     reason = pd.Series([reasons[row] for row in rows], index=rows, dtype="str")
     return table.loc[rows, ["path", "label"]].assign(reason=reason)

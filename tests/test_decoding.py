@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_info
 
 from convoy.datasets import decoding, judging
 from convoy.datasets.decoding import _taken, decoded
-from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, Earlier, judge, keep
+from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, KnownFiles, judge, keep
 from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
@@ -58,7 +58,7 @@ def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], 
 
 def images_of(batch: Batch, earlier: Memory = NOTHING) -> list[np.ndarray]:
     images, start = [], 0
-    with contextlib.closing(Earlier.load(earlier)) as known:
+    with contextlib.closing(KnownFiles.load(earlier)) as known:
         for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
             if record["offset"] == NEW:
                 pixels = np.frombuffer(batch.pixels[start : (start := start + size)], np.uint8)

@@ -47,7 +47,7 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
     index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
     with contextlib.ExitStack() as stack:
         known = stack.enter_context(
-            contextlib.closing(Earlier.load(folder, [earlier.output / file.name for file in files], shape))
+            contextlib.closing(KnownPictures.load(folder, [earlier.output / file.name for file in files], shape))
         )
         opened = [stack.enter_context(file.open("wb")) for file in files]
         for side, file in enumerate(opened):
@@ -71,7 +71,7 @@ def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequenc
     return sums
 
 
-class Earlier:
+class KnownPictures:
     """What an earlier run fitted, found by the hash of the picture that it was fitted from."""
 
     def __init__(self, index: np.ndarray, files: Sequence[IO[bytes]], shape: Shape) -> None:
@@ -80,7 +80,7 @@ class Earlier:
         self.starts = [file.tell() for file in files]  # of the first pixels
 
     @classmethod
-    def load(cls, folder: Path, files: Sequence[Path], shape: Shape) -> "Earlier":
+    def load(cls, folder: Path, files: Sequence[Path], shape: Shape) -> "KnownPictures":
         """What `write_fitted` left in a folder and in files; nothing is known where they are missing."""
         with contextlib.ExitStack() as stack:
             try:
@@ -118,7 +118,7 @@ class Earlier:
 
 
 def _fitted(
-    packed: Packed, pictures: np.ndarray, shape: Shape, known: Earlier
+    packed: Packed, pictures: np.ndarray, shape: Shape, known: KnownPictures
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All images in their order as (N, H, W, C) uint8, some at a time, and the check of each."""
     at = packed.places
@@ -137,7 +137,7 @@ def _fitted(
 
 
 def _fit(
-    packed: Packed, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: Earlier
+    packed: Packed, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: KnownPictures
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, H, W, C) uint8 and (N,) checks, of the images at `at` (N, 4): height, width, channels, offset."""
     sizes = at[:, 0] * at[:, 1] * at[:, 2]

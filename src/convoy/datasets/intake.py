@@ -18,7 +18,7 @@ from convoy.config import ConvoyError, Share, schema
 from convoy.datasets.archives import ARCHIVES
 from convoy.datasets.decoding import decoded
 from convoy.datasets.history import History, extended
-from convoy.datasets.judging import RECORD, RECORDS, Earlier, keep
+from convoy.datasets.judging import RECORD, RECORDS, KnownFiles, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, TABLE, Packed, Rows
 from convoy.datasets.shards import PIXELS, LostShard, Writer
 from convoy.datasets.source import Dataset, Source
@@ -177,7 +177,7 @@ def _tables(
     yield schema.empty_table()
     offset = 0
     with (
-        contextlib.closing(Earlier.load(earlier)) as known,
+        contextlib.closing(KnownFiles.load(earlier)) as known,
         contextlib.closing(Writer(folder / PIXELS, known.pixels)) as pixels,
         (folder / RECORDS).open("wb") as records,
         tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,

@@ -187,7 +187,7 @@ def _digest(data: bytes | np.ndarray) -> bytes:
     return algorithm.digest()
 
 
-class Earlier:
+class KnownFiles:
     """What an earlier run decoded, found by the sha256 or the stamp of a file."""
 
     def __init__(self, index: np.ndarray, descriptor: int, pixels: Shards | None) -> None:
@@ -195,7 +195,7 @@ class Earlier:
         self.descriptor, self.pixels = descriptor, pixels  # of the records' file, and what they tell of
 
     @classmethod
-    def load(cls, memory: Memory) -> "Earlier":
+    def load(cls, memory: Memory) -> "KnownFiles":
         """What `keep` wrote, and the shards that were published then; nothing is known where it is missing."""
         try:
             index = np.load(memory.folder / INDEX, mmap_mode="r")  # which the processes share
@@ -249,9 +249,9 @@ class Earlier:
 
 
 @functools.cache
-def _known(memory: Memory) -> Earlier:
+def _known(memory: Memory) -> KnownFiles:
     """For as long as the process lives."""
-    return Earlier.load(memory)
+    return KnownFiles.load(memory)
 
 
 def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -> int:

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from convoy import models
+from convoy import hardware, models
 from convoy.batches import Images
 from convoy.classifier import predict
+from convoy.config import ConvoyError
 from convoy.evaluation import Evaluate, per_class, predictions, scores, slices
 from convoy.task import Task
 from convoy.temperature import fit_temperature, log_losses, tempered
@@ -30,16 +31,19 @@ def evaluate(stage: Stage) -> None:
     else:
         classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
         torch.set_num_threads(record["trainer"]["threads"])  # part of what makes the same bits
-        if record["trainer"]["accelerator"] == "gpu" and torch.cuda.is_available():
-            classifier.cuda()
-        in_val = predict(classifier, val.pixels, params.batch_size)
+        classifier.to(hardware.device(record["trainer"]["accelerator"]))
+        try:
+            in_val, raw = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))
+        except torch.OutOfMemoryError:
+            raise ConvoyError(
+                f"{params.batch_size} images do not fit into the memory of the GPU: lower evaluate.batch_size"
+            ) from None
         temperature = fit_temperature(val.labels, in_val)
         calibration = {
             "temperature": temperature,
             "val_log_loss": float(log_losses(val.labels, tempered(in_val, temperature)).mean()),
             "val_log_loss_uncalibrated": float(log_losses(val.labels, in_val).mean()),
         }
-        raw = predict(classifier, test.pixels, params.batch_size)
         probabilities = tempered(raw, temperature)
 
     groups = images["group"].to_numpy()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from convoy import config, served, tracking
+from convoy import config, hardware, served, tracking
 from convoy.config import ConvoyError
 from convoy.datasets.files import is_image, is_junk
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
@@ -46,15 +45,15 @@ def main() -> None:
 
 def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
     """The model of a URI, or else the champion, and what it is, in words."""
-    name = config.load(root / "params.yaml")["register"]["name"]
+    params = config.load(root / "params.yaml")
+    name = params["register"]["name"]
     home = Path(os.environ.get("DVC_ROOT", root))
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
     with tracking.store(home, name) as store:
         version = served.find(store, uri or f"models:/{name}@champion")
         predictor = served.load(version)
-    if torch.cuda.is_available():
-        predictor.classifier.cuda()
+    predictor.classifier.to(hardware.device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
 
 

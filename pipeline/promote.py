@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy import champion, gate, models, registry, report, served, timing, tracking
+from convoy import champion, gate, hardware, models, registry, report, served, timing, tracking
 from convoy.batches import Images
 from convoy.comparison import answers
 from convoy.datasets.packed import Packed
@@ -75,15 +75,17 @@ def judge(
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
     packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
+    device = hardware.device(record["trainer"]["accelerator"])
     before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
 
     def contender(version: int) -> tuple[Contender, Predictor]:
         """A registered version, its answers made now."""
         with tracking.store(stage.home, params.name) as store:
             found = served.find(store, f"models:/{params.name}/{version}")
-            old, trained_on = served.load(found), served.seen(found)
-        name = f"{old.architecture} (version {version})"
-        return Contender(name, answers(old, images, pixels, task, packed), trained_on), old
+            predictor, trained_on = served.load(found), served.seen(found)
+        predictor.classifier.to(device)
+        name = f"{predictor.architecture} (version {version})"
+        return Contender(name, answers(predictor, images, pixels, task, packed), trained_on), predictor
 
     with tracking.store(stage.home, params.name) as store:
         looks = registry.count_looks(store, params.name, candidate.version, gate.fingerprint(predictions))
@@ -96,7 +98,7 @@ def judge(
         return gate.judge(challenger, None, params.gate, looks=looks, first=True)
     old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
-    classifier = models.restore(record["architecture"], settings, task, weights)
+    classifier = models.restore(record["architecture"], settings, task, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=timing.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 import convoy
-from convoy import champion, export, models, predictor, promotion, registry, report, served, timing, tracking
+from convoy import champion, export, hardware, models, predictor, promotion, registry, report, served, timing, tracking
 from convoy.config import ConvoyError
 from convoy.task import Task
 from pipeline import sync, verify
@@ -106,7 +106,8 @@ def _time(store: tracking.Store, runs: Mapping[str, dict[str, Any]], trained: Ma
             name = record["architecture"]
             weights = trained[name] / "weights.safetensors"
             classifier = models.restore(name, record["settings"], Task(**record["task"]), weights)
-            tracking.add_timings(store, run, timing.latency(classifier), timing.hardware())
+            device = hardware.device(record["trainer"]["accelerator"])
+            tracking.add_timings(store, run, timing.latency(classifier.to(device)), timing.hardware(device))
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

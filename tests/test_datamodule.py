@@ -49,9 +49,22 @@ def test_a_batch_has_the_pixels_and_labels_of_its_rows_in_the_epoch_under_way() 
             assert labels.tolist() == rows.tolist() == pixels[:, 0, 0, 0].tolist()
 
 
+def test_no_more_images_are_validated_at_a_time_than_fit_where_a_batch_is_trained() -> None:
+    feed = data(val=100, batch_size=24, accumulate=2)
+    assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
+    feed.share(torch.device("cpu"), rank=1, ranks=2)
+    assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
+
+
+def test_images_are_moved_whole_to_a_device_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = numbered(100)
+    monkeypatch.setattr(datamodule, "UPLOAD", 7 * images.pixels[0].nbytes)
+    assert np.array_equal(datamodule.uploaded(images.pixels, torch.device("cpu")).numpy(), images.pixels)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_validation_images_come_once_each_whoever_shares_them(ranks: int) -> None:
-    feed = data(val=2 * VAL_BATCH + 5)
+    feed = data(train=VAL_BATCH, val=2 * VAL_BATCH + 5, batch_size=VAL_BATCH)
     seen = []
     for rank in range(ranks):
         feed.share(torch.device("cpu"), rank, ranks)
@@ -59,12 +72,6 @@ def test_validation_images_come_once_each_whoever_shares_them(ranks: int) -> Non
         assert all(len(rows) <= VAL_BATCH for rows in batches)
         seen += [row for rows in batches for row in rows]
     assert sorted(seen) == list(range(2 * VAL_BATCH + 5))
-
-
-def test_with_several_processes_each_step_is_handed_out_by_itself() -> None:
-    feed = data()
-    feed.share(torch.device("cpu"), 0, 2)
-    assert list(feed.train_dataloader()) == [range(step, step + 1) for step in range(25)]
 
 
 def test_images_are_taken_from_where_they_lie_and_stay_as_they_are() -> None:

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
 from test_training import CPU, bars, build
+from torch import Tensor
 
+from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
 from convoy.finder import suggest, try_rates
 
@@ -20,6 +24,33 @@ def test_the_guess_is_where_the_loss_falls_fastest() -> None:
     rates = np.geomspace(1e-5, 10, 200)
     loss = 2 - np.tanh(3 * (np.log10(rates) + 2)) + np.where(rates > 1, (np.log10(rates) * 9) ** 2, 0)
     assert abs(np.log10(suggest(pd.DataFrame({"lr": rates, "loss": loss}))) + 2) < 0.1
+
+
+def test_a_batch_in_pieces_comes_to_the_same_guess() -> None:
+    whole, pieces = (
+        try_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU).head(60)
+        for classifier in (build(augment={"shift": 0}), build(augment={"shift": 0}, accumulate=4))
+    )
+    np.testing.assert_allclose(pieces["loss"], whole["loss"], rtol=1e-3)
+
+
+def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build()
+    heads = classifier.heads
+
+    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return heads(x)
+
+    monkeypatch.setattr(classifier, "heads", limited)
+    with pytest.raises(ConvoyError, match="but 8 do"):
+        try_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
+
+
+def test_without_two_losses_there_is_no_guess() -> None:
+    with pytest.raises(ConvoyError, match="no number at a learning rate of 1e-05 already"):
+        suggest(pd.DataFrame({"lr": [1e-5, 2e-5], "loss": [2.0, float("nan")]}))
 
 
 def test_a_loss_that_is_no_number_does_not_disturb_the_guess() -> None:

@@ -14,7 +14,10 @@ AUTO = Trainer(accelerator="auto", devices=1, nodes=1, precision="auto", compile
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: bfloat16)
     monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: cores)
@@ -47,6 +50,16 @@ def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_else(monkeypatch: pytest.
     machine(monkeypatch, gpus=0, cores=3)
     assert choose(AUTO, build()).accelerator == "cpu"
     assert choose(every, build()).devices == 3
+
+
+def test_a_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpus=2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (6, 1)][number])  # one too old
+    assert choose(AUTO, build()).accelerator == "cpu"
+    machine(monkeypatch, gpus=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # though its driver, too old for torch, counts two
+    assert choose(AUTO, build()).accelerator == "cpu"
+    assert hardware.device("gpu").type == "cpu"
 
 
 def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

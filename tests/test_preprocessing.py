@@ -20,8 +20,8 @@ import convoy.fitted
 from convoy.config import ConvoyError
 from convoy.datasets.history import NEW, Version
 from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.packed import Packed
-from convoy.datasets.source import SPLITS, Dataset, Member, Source
+from convoy.datasets.packed import SPLITS, Packed
+from convoy.datasets.source import Dataset, Member, Source
 from convoy.images import fit
 from convoy.preprocessing import Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
 from convoy.remembered import Memory

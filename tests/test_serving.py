@@ -32,7 +32,8 @@ from convoy import predictor, registry, served, tracking
 from convoy.config import ConvoyError
 from convoy.datasets.history import NEW
 from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.source import SPLITS, Dataset, Member, Source
+from convoy.datasets.packed import SPLITS
+from convoy.datasets.source import Dataset, Member, Source
 from convoy.hashes import sha256
 from convoy.predictor import Predictor
 from convoy.preprocessing import Preprocess, prepare

@@ -16,6 +16,7 @@ from project import REAL
 from torch import Tensor
 
 from convoy import models, training
+from convoy.augmentation import Augment
 from convoy.batches import Images
 from convoy.checkpoint import Checkpoint
 from convoy.classifier import Classifier, predict
@@ -195,6 +196,34 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypa
     monkeypatch.setattr(classifier, "heads", limited)
     with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
         train(classifier)
+
+
+def test_no_piece_of_a_batch_is_much_smaller_than_the_others() -> None:
+    classifier = build(batch_size=7, accumulate=3)
+    once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    begun = training.Training(classifier, ImageData(bars(14, 1), bars(8, 2), classifier.recipe, 0), once, CPU, None)
+    rows = torch.arange(7)
+    assert [labels.tolist() for _, labels in begun.pieces(rows, rows)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build(batch_size=2, accumulate=2)
+    monkeypatch.setattr(classifier, "heads", lambda x: [(1.0, torch.nn.BatchNorm1d(1)(x[:, :, 0, 0]))])
+    with pytest.raises(ConvoyError, match=r"on one image at a time: raise model\.lenet\.recipe\.batch_size, or lower"):
+        train(classifier)
+
+
+def test_images_are_changed_in_full_precision_whatever_the_network_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    low: list[bool] = []
+
+    def watched(pixels: Tensor, params: Augment) -> Tensor:
+        low.append(torch.is_autocast_enabled("cpu"))
+        return pixels
+
+    monkeypatch.setattr(training, "augment", watched)
+    train(build(), choice=dataclasses.replace(CPU, precision="bfloat16"), max_epochs=1)
+    assert low
+    assert not any(low)
 
 
 def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:

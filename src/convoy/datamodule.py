@@ -1,5 +1,6 @@
 """The data module: says which steps are due, and takes their images by the batch where they lie."""
 
+import math
 import mmap
 from collections.abc import Iterator
 
@@ -12,7 +13,8 @@ from convoy.batches import Batches, Images
 from convoy.recipe import Recipe
 
 TOGETHER = 16  # steps that Lightning is told of at a time: around each time it spends 1 ms
-VAL_BATCH = 512  # images
+VAL_BATCH = 512  # images at the most; without gradients twice as many as in training come to less memory
+UPLOAD = 2**26  # bytes that go to a GPU at a time
 ON_DEVICE = 0.5  # share of the free GPU memory that images may take
 STREAMED = 2**30  # bytes of a memory map from which it is read image by image, each ahead of its use
 AHEAD = 2  # steps
@@ -30,8 +32,7 @@ class Held:
         self.device = device
         self.resident: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda" and images.pixels.nbytes < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
-            labels = torch.from_numpy(images.labels).to(device)
-            self.resident = torch.from_numpy(np.array(images.pixels)).to(device), labels
+            self.resident = uploaded(images.pixels, device), torch.from_numpy(images.labels).to(device)
         self.first = 0  # byte of the file at which the pixels begin
         self.file: mmap.mmap | None = None
         pixels = images.pixels
@@ -62,6 +63,15 @@ class Held:
         return pixels, labels
 
 
+def uploaded(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """All of (N, H, W, C) uint8 on a device, by way of `UPLOAD` bytes of the host's memory."""
+    there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    step = max(1, UPLOAD // pixels[0].nbytes)
+    for start in range(0, len(pixels), step):
+        there[start : start + step] = torch.from_numpy(np.array(pixels[start : start + step]))
+    return there
+
+
 class ImageData(LightningDataModule):
     """Feeds a training from `train` and `val`, in an order that follows from `seed` and the epoch alone.
 
@@ -77,7 +87,6 @@ class ImageData(LightningDataModule):
         self.seed = seed
         self.epoch = 0
         self.step = 0
-        self.together = TOGETHER
         self.share(torch.device("cpu"), 0, 1)
 
     def share(self, device: torch.device, rank: int, ranks: int) -> None:
@@ -89,8 +98,6 @@ class ImageData(LightningDataModule):
         )
         self.order: tuple[int, list[np.ndarray]] = (-1, [])  # an epoch and the rows of its steps
         self.held_train, self.held_val = Held(self.train, device, shuffled=True), Held(self.val, device)
-        if ranks > 1:
-            self.together = 1  # each call then brings the processes' running means level
 
     @property
     def steps(self) -> int:
@@ -106,17 +113,22 @@ class ImageData(LightningDataModule):
             self.held_train.expect(later)
         return self.held_train.take(rows[step])
 
-    def train_dataloader(self) -> "Left":
-        return Left(self)
+    @property
+    def piece(self) -> int:
+        """Images that this process computes the gradient of at a time."""
+        return math.ceil(self.batches.batch_size / self.ranks / self.recipe.accumulate)
 
-    def val_dataloader(self) -> "Rows":
-        return Rows(np.arange(self.rank, len(self.val), self.ranks))
+    def train_dataloader(self) -> "StepsLeft":
+        return StepsLeft(self)
+
+    def val_dataloader(self) -> "ValRows":
+        return ValRows(np.arange(self.rank, len(self.val), self.ranks), min(VAL_BATCH, 2 * self.piece))
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         return batch  # only which, not the images
 
 
-class Left:
+class StepsLeft:
     """The steps that are left of the epoch under way, some at a time; where none is, an empty range comes once."""
 
     def __init__(self, data: ImageData) -> None:
@@ -124,17 +136,17 @@ class Left:
 
     def __iter__(self) -> Iterator[range]:
         data = self.data
-        yield range(data.step, min(data.step + data.together, data.steps))
-        for start in range(data.step + data.together, data.steps, data.together):
-            yield range(start, min(start + data.together, data.steps))
+        yield range(data.step, min(data.step + TOGETHER, data.steps))
+        for start in range(data.step + TOGETHER, data.steps, TOGETHER):
+            yield range(start, min(start + TOGETHER, data.steps))
 
 
-class Rows:
+class ValRows:
     """Rows to validate, a batch at a time."""
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
+    def __init__(self, rows: np.ndarray, batch_size: int) -> None:
+        self.rows, self.batch_size = rows, batch_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for start in range(0, len(self.rows), VAL_BATCH):
-            yield self.rows[start : start + VAL_BATCH]
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self.rows[start : start + self.batch_size]

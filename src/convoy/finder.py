@@ -5,10 +5,11 @@ import pandas as pd
 import torch
 
 from convoy.classifier import Classifier
+from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
 from convoy.hardware import Choice
 from convoy.recipe import Train
-from convoy.training import Training
+from convoy.training import Training, too_large
 
 LOWEST, HIGHEST = 1e-5, 10.0
 STEPS = 150
@@ -20,7 +21,16 @@ def try_rates(classifier: Classifier, data: ImageData, choice: Choice) -> pd.Dat
     """The smoothed loss at each learning rate: a row for each step, with the columns lr and loss.
 
     The rate grows by the same factor from step to step until the loss has left all hope; the weights are spoilt.
+    Raises ConvoyError as `training.fit` does.
     """
+    try:
+        return _tried(classifier, data, choice)
+    except torch.OutOfMemoryError:
+        pass
+    raise ConvoyError(too_large(classifier, data, choice))  # here, where the error no longer holds what is in memory
+
+
+def _tried(classifier: Classifier, data: ImageData, choice: Choice) -> pd.DataFrame:
     device = torch.device("cuda" if choice.accelerator == "gpu" else "cpu")
     torch.set_num_threads(choice.threads)
     once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
@@ -37,11 +47,14 @@ def try_rates(classifier: Classifier, data: ImageData, choice: Choice) -> pd.Dat
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         pixels, labels = data.batch(step)
-        loss = training.loss(pixels, labels) / len(labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss = 0.0
+        for piece in training.pieces(pixels, labels):
+            part = training.loss(*piece) / len(labels)
+            part.backward()
+            loss += part.item()
         optimizer.step()
-        mean = SMOOTH * mean + (1 - SMOOTH) * loss.item()
+        mean = SMOOTH * mean + (1 - SMOOTH) * loss
         rows.append({"lr": lr, "loss": mean / (1 - SMOOTH ** (number + 1))})
         lowest = min(row["loss"] for row in rows)
         if not rows[-1]["loss"] < HOPELESS * lowest:
@@ -50,8 +63,13 @@ def try_rates(classifier: Classifier, data: ImageData, choice: Choice) -> pd.Dat
 
 
 def suggest(table: pd.DataFrame) -> float:
-    """The learning rate at which the loss falls fastest, of those before its lowest."""
+    """The learning rate at which the loss falls fastest, of those before its lowest.
+
+    Raises ConvoyError where the loss was a number too seldom to tell.
+    """
     falling = table[np.isfinite(table["loss"])].reset_index(drop=True)
+    if len(falling) < 2:
+        raise ConvoyError(f"the loss is no number at a learning rate of {LOWEST:g} already: set clip_norm to 1.0")
     until = max(2, int(falling["loss"].idxmin()) + 1)
     slopes = np.gradient(falling["loss"].to_numpy())[:until]
     return float(falling["lr"].iloc[int(slopes.argmin())])

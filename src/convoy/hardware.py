@@ -46,13 +46,13 @@ class Choice:
 def choose(trainer: Trainer, classifier: Classifier) -> Choice:
     """The settings with every `auto` decided, by the hardware and the size of the network alone.
 
-    Never by a trial: two runs on one machine must choose alike, however busy it is. Raises ConvoyError where a GPU is
-    asked for and there is none, or too few.
+    Nothing is tried out: two runs on one machine must choose alike, however busy it is. Raises ConvoyError where a GPU
+    is asked for and there is none, or too few.
     """
-    there = torch.cuda.device_count()
+    there = gpus()
     if trainer.accelerator == "gpu" and not there:
         raise ConvoyError("trainer.accelerator=gpu: this machine has no GPU that torch can use; set it to auto or cpu")
-    gpu = trainer.accelerator != "cpu" and there > 0
+    gpu = device(trainer.accelerator).type == "cuda"
     cores = joblib.cpu_count(only_physical_cores=True)
     devices = trainer.devices if trainer.devices != "all" else there if gpu else cores
     if gpu and devices > there:
@@ -69,6 +69,21 @@ def choose(trainer: Trainer, classifier: Classifier) -> Choice:
     else:
         threads = trainer.threads
     return Choice("gpu" if gpu else "cpu", devices, trainer.nodes, precision, trainer.compile, threads)
+
+
+def device(accelerator: str) -> torch.device:
+    """What works where `Trainer.accelerator`, or what was chosen of it, is this: the CPU, or the first GPU."""
+    return torch.device("cuda" if accelerator != "cpu" and gpus() else "cpu")
+
+
+def gpus() -> int:
+    """How many torch can use: none where the driver, or one of them, is too old for it."""
+    if not torch.cuda.is_available():
+        return 0
+    built_for = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    count = torch.cuda.device_count()
+    versions = [10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(count))]
+    return count if min(versions) >= min(built_for, default=0) else 0
 
 
 def has_bfloat16() -> bool:

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from convoy.config import ConvoyError, Fraction, schema
-from convoy.datasets.packed import COLUMN, TABLE, Packed, Rows
-from convoy.datasets.source import SPLITS
+from convoy.datasets.packed import COLUMN, SPLITS, TABLE, Packed, Rows
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
 from convoy.remembered import Memory

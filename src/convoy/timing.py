@@ -21,7 +21,7 @@ PATIENCE = 1.5  # seconds, after which no more calls than `LEAST` are made
 def latency(classifier: Classifier) -> dict[str, float]:
     """Milliseconds from uint8 pixels to probabilities: `image_ms` and `batch_ms`, each `_median` and `_p95`.
 
-    On the GPU where there is one.
+    On the device where the classifier is.
     """
     figures = {}
     for name, count in (("image", 1), ("batch", BATCH)):
@@ -31,10 +31,10 @@ def latency(classifier: Classifier) -> dict[str, float]:
     return figures
 
 
-def hardware() -> str:
+def hardware(device: torch.device) -> str:
     """What the figures are of: the GPU, or the processor, its instructions and threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " + (
         f"{torch.get_num_threads()} threads"
     )
@@ -70,6 +70,4 @@ def _call(classifier: Classifier, count: int) -> Callable[[], object]:
     task = classifier.task
     shape = (count, task.size, task.size, task.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    if torch.cuda.is_available():  # where `pipeline.predict` uses it too
-        classifier.cuda()
     return lambda: predict(classifier, pixels, count)  # waits for a GPU, as it gives an array

@@ -38,6 +38,7 @@ from convoy.recipe import Train
 TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
 GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
 MEET = 0.5  # seconds, after which processes that train together agree on whether to save and to end
+ONE_VALUE = "Expected more than 1 value per channel"  # is what torch says of a mean over one number
 EXPLODED = 1000  # times the loss of a guess among all classes
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
 
@@ -84,7 +85,7 @@ def fit(
 
     It begins where `checkpoint` was left, and ends in the same bits as if it had never been interrupted. `tell` is
     called when an epoch ends, and at once for those before the checkpoint. SIGTERM saves and exits with 143. Raises
-    ConvoyError where a batch does not fit into the GPU's memory.
+    ConvoyError where a batch does not fit into the GPU's memory, or is too small for batch norm.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
@@ -117,6 +118,10 @@ def fit(
                 fits = False
             except Failed:
                 pass
+            except ValueError as error:
+                if ONE_VALUE not in str(error):
+                    raise
+                raise ConvoyError(too_small(classifier)) from None
             finally:
                 training.progress.close()
     if not fits:  # only here, where the error no longer holds what has filled the memory
@@ -348,7 +353,7 @@ class Training(lightning.LightningModule):
         if not math.isfinite(row["val_loss"]):
             self._fail((self.data.epoch + 1) * self.data.steps - 1, "the validation loss is no number")
         self.history.append(row)
-        if not self.best or _rank_of(row) > _rank_of(self.best):
+        if not self.best or _merit(row) > _merit(self.best):
             self.best = row
             kept = (self.average or self.classifier).state_dict()
             self.weights = {
@@ -378,9 +383,8 @@ class Training(lightning.LightningModule):
         self.seed(number)
         self._set_rate(number)
         pixels, labels = self.data.batch(step)
-        pieces = zip(pixels.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True)
         total = torch.zeros((), device=self.device)
-        for piece in pieces:
+        for piece in self.pieces(pixels, labels):
             loss = self.loss(*piece) / len(labels)
             self.manual_backward(loss)
             total += loss.detach()
@@ -394,11 +398,17 @@ class Training(lightning.LightningModule):
         self.bad_step = torch.where(good, self.bad_step, number)
         self.data.step = step + 1
 
+    def pieces(self, pixels: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A batch in as many parts as the recipe says, as equal as may be: batch norm would fail on one image."""
+        count = min(self.recipe.accumulate, len(labels))
+        return zip(pixels.tensor_split(count), labels.tensor_split(count), strict=True)
+
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """The sum of what is minimised over images (N, H, W, C) uint8 with labels (N,), changed as the recipe says."""
         recipe = self.recipe
+        pixels = augment(pixels, recipe.augment)  # not in bfloat16, whose 8 bits are too few for a place in an image
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.choice.precision == "bfloat16"):
-            x = self.classifier.normalise(augment(pixels, recipe.augment))
+            x = self.classifier.normalise(pixels)
             x, targets = mix(x, labels, len(self.class_weights), recipe.augment)
             heads = [(weight, logits.float()) for weight, logits in self.heads(x)]
         smoothing, weights = recipe.label_smoothing, self.class_weights if recipe.balance == "loss" else None
@@ -488,7 +498,8 @@ class Training(lightning.LightningModule):
         raise Failed(reason)
 
 
-def _rank_of(epoch: dict[str, float]) -> tuple[float, float]:
+def _merit(epoch: dict[str, float]) -> tuple[float, float]:
+    """By which epochs are compared: accuracy, then loss."""
     return epoch["val_accuracy"], -epoch["val_loss"]
 
 
@@ -550,6 +561,15 @@ def too_large(classifier: Classifier, data: ImageData, choice: Choice) -> str:
     return (
         f"{said}, but {fits} do: set model.{name}.recipe.batch_size={fits * processes}, "
         f"or model.{name}.recipe.accumulate={pieces} to keep the batch"
+    )
+
+
+def too_small(classifier: Classifier) -> str:
+    """What to say of a batch that comes to one image at a time, and that to one pixel."""
+    name = type(classifier).__name__.lower()
+    return (
+        f"{name}: batch norm can't be trained on one image at a time: raise model.{name}.recipe.batch_size, or lower "
+        f"model.{name}.recipe.accumulate"
     )
 
 

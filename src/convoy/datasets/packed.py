@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from convoy.datasets.shards import PIXELS, Shards
 
+SPLITS = ("train", "val", "test")  # each further from training than the one before
 TABLE, DESCRIPTION = "images.parquet", "dataset.json"
 COLUMN = "column_"  # before the name of a column of a table of labels that convoy itself makes no use of
 FEW = 50  # different values of such a column; what has more, as a number or a comment has, is left out

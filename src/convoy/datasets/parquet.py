@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from convoy.config import ConvoyError
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
-from convoy.datasets.source import SPLIT_WORDS, SPLITS, FileContent, Member
+from convoy.datasets.packed import SPLITS
+from convoy.datasets.source import SPLIT_WORDS, FileContent, Member
 from convoy.images import BadImage
 
 ROWS = 16  # images that are in memory at once

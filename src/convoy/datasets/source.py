@@ -45,7 +45,6 @@ class Dataset:
         return f"torchvision {self.torchvision.name}" if self.torchvision else "data.dvc"
 
 
-SPLITS = ("train", "val", "test")  # each further from training than the one before
 # as written -> as meant; the words that Hugging Face's `datasets` knows, too
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),

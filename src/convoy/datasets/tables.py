@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from convoy.config import ConvoyError
 from convoy.datasets.files import Files, Said, below, is_image
-from convoy.datasets.packed import FEW
+from convoy.datasets.packed import FEW, SPLITS
 from convoy.datasets.parquet import Parquet, texts
-from convoy.datasets.source import SPLIT_WORDS, SPLITS, Member
+from convoy.datasets.source import SPLIT_WORDS, Member
 from convoy.images import BadImage
 from convoy.naming import some
 

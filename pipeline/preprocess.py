@@ -24,6 +24,7 @@ def preprocess(stage: Stage) -> None:
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
+    prepared.alike.to_parquet(stage.scratch / "alike.parquet", index=False)
 
     rows = Rows(stage.scratch / TABLE)
     seen = digests_of(rows, ["train", "val"])
@@ -54,8 +55,8 @@ def preprocess(stage: Stage) -> None:
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
     if moved:  # not in the card: what an output holds does not depend on the last one
         print(
-            f"note: of the last run's test images {moved} train or choose among models now, as folders, tables or"
-            " groups say so: models are not compared by them any more"
+            f"note: of the last run's test images {moved} train or choose among models now, by another seed or fraction"
+            " than then, or as folders, tables or groups say now: models are not compared by them any more"
         )
     say("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))

@@ -73,6 +73,7 @@ def judge(
     prepared = stage.input("preprocess")
     task = Task.load(prepared / "task.json")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
+    alike = pd.read_parquet(prepared / "alike.parquet")
     packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
     device = hardware.device(record["trainer"]["accelerator"])
@@ -95,14 +96,14 @@ def judge(
     trained_on = None if seen_before is None else [*seen, *seen_before]
     challenger = Contender(candidate.architecture, predictions, trained_on, record["parameters"])
     if compared is None:
-        return gate.judge(challenger, None, params.gate, looks=looks, first=True)
+        return gate.judge(challenger, None, params.gate, looks=looks, alike=alike, first=True)
     old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
     classifier = models.restore(record["architecture"], settings, task, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=timing.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None
-    return gate.judge(challenger, old, params.gate, looks=looks, best=best)
+    return gate.judge(challenger, old, params.gate, looks=looks, best=best, alike=alike)
 
 
 def _key(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> str:

@@ -512,7 +512,7 @@ def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
     new, old = pair(30, 5)
     with pytest.raises(ConvoyError, match="the champion is missing or unreadable"):
         judged(new, None)
-    with pytest.raises(ConvoyError, match="vgg is the champion, so this is no first night"):
+    with pytest.raises(ConvoyError, match="vgg is the champion: judge without first=True"):
         judged(new, old, first=True)
     with pytest.raises(ConvoyError, match="vgg was the best champion, so this is no first night"):
         judged(new, None, first=True, best=old)
@@ -605,6 +605,21 @@ def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_
     models[side] = dataclasses.replace(models[side], trained_on={"train/1.png"})
     with pytest.raises(ConvoyError, match="not given by their sha256"):
         judged(models[0], models[1])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side: int) -> None:
+    models = list(pair(30, 5))
+    models[side] = dataclasses.replace(models[side], trained_on=[digest(-1), digest(-2)])
+    seen, won = [digest(-1), digest(-2), digest(-3)], [digest(0), digest(1), digest(2)]
+    verdict = judged(models[0], models[1], alike=pd.DataFrame({"test": won, "other": seen}))
+    table = verdict.table().set_index("check")
+    assert table.at["test images", "value"] == "598"
+    assert table.at["seen images", "words"].endswith("; 2 others are left out, as files that nearly equal them were")
+    assert table.at["better", "words"] == judged(*pair(28, 5)).table().set_index("check").at["better", "words"]
+    everything = pd.DataFrame({"test": [digest(number) for number in range(600)], "other": digest(-1)})
+    with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
+        judged(models[0], models[1], alike=everything)
 
 
 def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:

@@ -23,7 +23,16 @@ from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import SPLITS, Packed
 from convoy.datasets.source import Dataset, Member, Source
 from convoy.images import fit
-from convoy.preprocessing import Prepared, Preprocess, hold_together, near_duplicates, prepare, split, withhold
+from convoy.preprocessing import (
+    Prepared,
+    Preprocess,
+    hold_together,
+    near_duplicates,
+    prepare,
+    resembling,
+    split,
+    withhold,
+)
 from convoy.remembered import Memory
 from convoy.task import Sums, Task
 
@@ -222,6 +231,16 @@ def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
     ]
     same = withhold(images.assign(picture=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
     assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
+
+
+def test_of_a_test_image_the_files_on_other_sides_are_known_that_show_the_same_or_nearly() -> None:
+    images = table(6).assign(picture=[1, 2, 3, 4, 2, 6])
+    sides = np.array([SPLITS.index(side) for side in ("train", "test", "val", "test", "train", "train")])
+    found = resembling(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
+    names = images["sha256"].tolist()
+    pairs = {(names.index(test), names.index(other)) for test, other in found.itertuples(index=False)}
+    assert pairs == {(1, 0), (3, 2), (1, 4)}
+    assert not len(resembling(images.assign(picture=range(6)), sides, np.empty((0, 2), int)))
 
 
 def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Path) -> None:

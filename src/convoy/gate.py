@@ -107,33 +107,39 @@ def judge(
     looks: int,
     first: bool = False,
     best: Contender | None = None,
+    alike: pd.DataFrame | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Whether the challenger may take the champion's place.
 
     `looks` at these test images (see `fingerprint`) include this one. `first` says that there never was a champion, for
     `champion=None` alone doesn't. `best` is the best champion ever, for mode non_inferior; it may be the champion.
-    `seed` is of the bootstrap. The order of rows and columns plays no part.
+    `alike` has the columns test and other, sha256 both: test images, and other files that show the same or nearly. A
+    test image is left out where a model was trained on such a file. `seed` is of the bootstrap. The order of rows and
+    columns plays no part.
     Raises ConvoyError where the tables can't be compared, or a model was trained on test images.
     """
     if first and champion is not None:
-        raise ConvoyError(f"{champion.name} is the champion, so this is no first night: judge without first=True")
+        raise ConvoyError(f"{champion.name} is the champion: judge without first=True")
     if not first and champion is None:
         raise ConvoyError("the champion is missing or unreadable: mend it, or say that there never was one, first=True")
     if champion is None and best is not None:
-        raise ConvoyError(f"{best.name} was the best champion, so this is no first night: judge without first=True")
+        raise ConvoyError(f"{best.name} was the best champion: judge without first=True")
     if not looks >= 1:  # nan too
         raise ConvoyError(f"{looks} looks at the test images: this one counts too")
     known = [contender for contender in (challenger, champion, best) if contender is not None]
     new, *others = [_read(contender) for contender in known]
     for other in others:
         _check_same_images(new, other)
+    left_out = _seen_in_other_files(known, alike).intersection(new.digests)
+    if left_out:
+        new, *others = [scored.without(left_out) for scored in (new, *others)]
     old = others[0] if others else None
     _check_classes(new, old)
     groups = _groups([new, *others])
 
     reasons = [
-        *_evidence(new, old, known, looks, params),
+        *_evidence(new, old, known, len(left_out), looks, params),
         *_floors(new, params),
         *(_against(new, old, others[-1] if best else None, groups, params, seed) if old else _first(new)),
         _calibration([new, old] if old else [new], seed),
@@ -238,6 +244,21 @@ class _Scored:
     def right(self) -> np.ndarray:
         return self.actual == self.predicted
 
+    def without(self, digests: Collection[str]) -> "_Scored":
+        """The images but these. Raises ConvoyError where there are no others."""
+        kept = ~np.isin(self.digests.astype(str), list(digests))
+        if not kept.any():
+            raise ConvoyError("every test image nearly equals one that a model was trained on: bring others")
+        groups = None if self.groups is None else self.groups[kept]
+        return dataclasses.replace(
+            self,
+            digests=self.digests[kept],
+            actual=self.actual[kept],
+            predicted=self.predicted[kept],
+            probabilities=self.probabilities[kept],
+            groups=groups,
+        )
+
     def loss(self, of: np.ndarray) -> np.ndarray:
         """The log loss of each of these images (N,) booleans, whose classes it must know."""
         column = np.searchsorted(self.classes, self.actual[of].astype(str))
@@ -307,8 +328,17 @@ def _check_unseen(contender: Contender, digests: np.ndarray) -> None:
     if seen := sorted(trained.intersection(digests)):
         raise ConvoyError(
             f"{contender.name} was trained on {len(seen)} of the {len(digests)} test images, {seen[0]} among them:"
-            " its answers prove nothing; split anew and train anew"
+            " its answers prove nothing. Put back the seed, the fractions, splits and groups that it was trained with,"
+            " or begin without a champion under another register.name"
         )
+
+
+def _seen_in_other_files(known: Sequence[Contender], alike: pd.DataFrame | None) -> set[str]:
+    """The test images of which one of the models saw another file in training."""
+    if alike is None:
+        return set()
+    trained = {digest for contender in known for digest in contender.trained_on or ()}
+    return set(alike["test"][alike["other"].isin(trained)])
 
 
 def _check_same_images(one: _Scored, other: _Scored) -> None:
@@ -346,7 +376,7 @@ def _groups(scored: Sequence[_Scored]) -> np.ndarray | None:
 
 
 def _evidence(
-    new: _Scored, old: _Scored | None, known: Sequence[Contender], looks: int, params: Gate
+    new: _Scored, old: _Scored | None, known: Sequence[Contender], left_out: int, looks: int, params: Gate
 ) -> Iterator[Reason]:
     """Whether there is enough to judge by."""
     images = len(new.digests)
@@ -362,6 +392,7 @@ def _evidence(
 
     unknown = [contender.name for contender in known if contender.trained_on is None or not len(contender.trained_on)]
     words = f"not known which images {some(unknown)} saw in training" if unknown else "no test image was trained on"
+    words += f"; {left_out} others are left out, as files that nearly equal them were" if left_out else ""
     yield Reason("seen images", "hold" if unknown else "pass", None if unknown else 0, "0", words)
 
     words = f"look {looks} at these test images"
@@ -449,7 +480,8 @@ def _class_changes(new: _Scored, old: _Scored, params: Gate) -> Iterator[Reason]
     if came or went:
         told = [f"{_quoted(names)} {verb}" for names, verb in ((came, "came"), (went, "went")) if names]
         words = f"since {old.name} {' and '.join(told)}"
-        words += f": if that is intended, add {_quoted(open_)} to acknowledge" if open_ else ", as acknowledged"
+        missing = ", ".join(map(repr, open_))  # all of them, as the setting must name them
+        words += f": if that is intended, add {missing} to acknowledge" if open_ else ", as acknowledged"
     limit = "each acknowledged"
     yield Reason("classes", "hold" if open_ else "pass", len(came) + len(went), limit, words)
     if unused := [name for name in params.acknowledge if name not in {*came, *went, *_silenced(new, old)}]:

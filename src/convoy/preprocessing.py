@@ -45,6 +45,7 @@ class Prepared:
     pairs: int  # of such images, in all
     doubtful: int  # those under two labels, which are listed first
     withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
+    alike: pd.DataFrame  # test, other: sha256 of test images, and of files on other sides that show the same or nearly
     notes: list[str]  # what is worth knowing about the split, in words
 
 
@@ -60,9 +61,10 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     """
     sides, groups = _sides(packed, params, seed)
     near = near_duplicates(packed, params.near_duplicate)
-    alike = packed.rows.columns("picture")["picture"].duplicated(keep=False)
-    involved = np.union1d(np.flatnonzero(alike | (groups > sides)), near)  # few of all rows
+    shared = packed.rows.columns("picture")["picture"].duplicated(keep=False)
+    involved = np.union1d(np.flatnonzero(shared | (groups > sides)), near)  # few of all rows
     some, near = packed.rows.at(involved), np.searchsorted(involved, near)
+    alike = resembling(some, sides[involved], near)
     withheld = withhold(some, sides[involved], groups[involved], near)
     sides[withheld.index] = NOWHERE
     labels = _labels(packed)
@@ -90,7 +92,8 @@ def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier
     task.save(folder / "task.json")
     rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
     listed = _named(some, near)
-    return Prepared(task, rows, listed, len(near), int((one != other).sum()), withheld.reset_index(drop=True), notes)
+    withheld, doubtful = withheld.reset_index(drop=True), int((one != other).sum())
+    return Prepared(task, rows, listed, len(near), doubtful, withheld, alike, notes)
 
 
 def _sides(packed: Packed, params: Preprocess, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,6 +225,22 @@ def withhold(table: pd.DataFrame, sides: np.ndarray, together: np.ndarray, near:
     rows = sorted(reasons)
     reason = pd.Series([reasons[row] for row in rows], index=rows, dtype="str")
     return table.loc[rows, ["path", "label"]].assign(reason=reason)
+
+
+def resembling(table: pd.DataFrame, sides: np.ndarray, near: np.ndarray) -> pd.DataFrame:
+    """test and other, categories of sha256: each test image, and each file on another side that nearly equals it or
+    has the same picture.
+
+    Of such a file an earlier model may have learned what this image shows.
+    """
+    is_test = sides == SPLITS.index("test")
+    rows = pd.DataFrame({"row": np.arange(len(table)), "picture": table["picture"].to_numpy()})
+    same = rows[is_test].merge(rows[~is_test], on="picture")[["row_x", "row_y"]].to_numpy()
+    test, other = np.concatenate([same, near, near[:, ::-1]]).T
+    across = is_test[test] & ~is_test[other]
+    codes, digests = pd.factorize(table["sha256"])
+    found = {"test": codes[test[across]], "other": codes[other[across]]}
+    return pd.DataFrame({name: pd.Categorical.from_codes(each, digests) for name, each in found.items()})
 
 
 def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:

@@ -14,6 +14,8 @@ import yaml
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # signals that end a process and mean it well
+
 
 def main() -> None:
     """Parse the command line and run the pipeline in the current folder."""
@@ -33,10 +35,13 @@ def main() -> None:
         params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
         check_source(root)
+        mend_lock(root)
         status = dvc("update", "data.dvc") if options.update else 0
         status = status or dvc("repro", *(["--pull"] if options.pull else []))
         if status == 0:
             conclude(root, params)
+        else:
+            mend_lock(root)
     except ConvoyError as error:
         sys.exit(f"convoy: {error}")
     sys.exit(status)
@@ -74,29 +79,71 @@ def check(params: dict[str, Any]) -> None:
 
 
 def check_source(root: Path) -> None:
-    """Raises ConvoyError for links in the folder that data.dvc names: DVC would copy what they point to."""
+    """Raises ConvoyError for links in the folder that data.dvc names, as DVC would copy what they point to; and where
+    there is nothing any more, as DVC would first take data/ away."""
     from convoy.datasets.folders import refuse_links
 
-    described = yaml.safe_load((root / "data.dvc").read_text())
+    described = read_yaml(root / "data.dvc")
     for source in described.get("deps", []):
         folder = root / source["path"]
-        if "://" not in source["path"] and folder.is_dir():
+        if "://" in source["path"] or "repo" in source:
+            continue
+        if folder.is_dir():
             refuse_links(folder)
+        elif not folder.exists() and not described.get("frozen"):
+            raise ConvoyError(
+                f"{source['path']} is not there, of which data.dvc says that the images come from: mend the path; or go"
+                " on with data/ as it is (`dvc pull data.dvc` brings it) after `dvc freeze data.dvc`"
+            )
+
+
+def mend_lock(root: Path) -> None:
+    """Take back dvc.lock as it was before a run that was stopped while DVC wrote it: DVC would refuse to do anything.
+
+    Raises ConvoyError where that is not known.
+    """
+    lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
+    if not lock.exists():
+        return
+    try:
+        read_yaml(lock)
+    except ConvoyError:
+        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():  # git's, for a person to decide
+            raise
+        shutil.copyfile(kept, lock)
+        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
+    else:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(lock, kept)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A table that DVC keeps. Raises ConvoyError where it can't be read."""
+    try:
+        table = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())  # of a merge conflict, too
+        raise ConvoyError(f"{file.name} can't be read: take one side of it, or git's last version ({said})") from None
+    if not isinstance(table, dict):
+        raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
+    return table
 
 
 def remove_unlisted(root: Path, names: list[str]) -> None:
     """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
     for folder in [*(root / "artifacts/train").glob("*"), *(root / "artifacts/evaluate").glob("*")]:
-        if folder.name not in names:
+        if folder.is_dir() and folder.name not in names:
             print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
             shutil.rmtree(folder)
 
 
 def dvc(*command: str) -> int:
-    """Run DVC, and return its exit status. A signal reaches it and the stage at work."""
+    """Run DVC, and return its exit status. A signal reaches it and the stage at work; of a terminal that is closed
+    they are told as of SIGTERM."""
     running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: os.killpg(running.pid, received))
+    for number, meant in ((signal.SIGINT, signal.SIGINT), *((number, signal.SIGTERM) for number in ENDING)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
+            signal.signal(number, lambda *_, meant=meant: os.killpg(running.pid, meant))
     status = running.wait()
     return status if status >= 0 else 128 - status  # as a shell says it of a process that a signal ended
 

@@ -85,8 +85,11 @@ def found(given: Sequence[str]) -> Iterator[Path]:
     for name in given:
         matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute one)
         for path in map(Path, matches or [name]):
-            below = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-            inside = [file for file in below if is_image(file.name) and not is_junk(str(file.relative_to(path)))]
+            below = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else []
+            files = [file for file in below if not is_junk(str(file.relative_to(path)))]
+            inside = [file for file in files if is_image(file.name) or not file.suffix]
+            if other := len(files) - len(inside):
+                print(f"{printable(str(path))}: {other} files in it are not called as images are", file=sys.stderr)
             yield from inside or [path]
 
 

@@ -45,6 +45,7 @@ class Stage:
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
         self.scratch = root / "artifacts" / ".scratch" / (f"{self.name}.{self.rank}" if self.rank else self.name)
         self.before = self.scratch.with_name(f"{self.scratch.name}.before")  # the folder's last version, for a moment
+        self.checked: set[str] = set()  # inputs that were found untouched
         self.afterwards: list[Callable[[], None]] = []  # called when the outputs are in place
 
     def section(self, name: str) -> Any:
@@ -65,6 +66,8 @@ class Stage:
     def input(self, name: str) -> Path:
         """The output folder of an earlier stage ("preprocess", "train/lenet"), its files found untouched."""
         folder = self.root / "artifacts" / name
+        if name in self.checked:
+            return folder
         mend = f"run `dvc repro {name.replace('/', '@')}`"
         try:
             hashes = json.loads((folder / MARK).read_text())
@@ -74,6 +77,7 @@ class Stage:
             if not (folder / file).is_file() or sha256(folder / file) != digest:
                 path = (folder / file).relative_to(self.root)
                 raise ConvoyError(f"{path} is not what its stage wrote: remove artifacts/{name}/ and {mend}")
+        self.checked.add(name)
         return folder
 
     def identity(self, *more: object) -> str:
@@ -166,6 +170,10 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
         sys.exit(f"convoy: {name}: {error}")
     except OSError as error:
         sys.exit(f"convoy: {name}: {_mend(error)}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which few stages import
+            raise
+        sys.exit(f"convoy: {name}: the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})")
 
 
 def _mend(error: OSError) -> str:

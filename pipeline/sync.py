@@ -131,7 +131,7 @@ def describe(
     files += [evaluated / name for name in ("per_class.csv", "intervals.csv") if (evaluated / name).exists()]
     if not record["failure"]:
         picture, title = scratch / "confusion.png", f"{record['architecture']} on test images"
-        predictions = pd.read_parquet(evaluated / "predictions.parquet")
+        predictions = pd.read_parquet(evaluated / "predictions.parquet", columns=["actual", "predicted"])
         report.draw_confusion(predictions, record["task"]["classes"], title, picture)
         files += [trained / "weights.safetensors", picture]
     history: list[Any] = pd.read_csv(trained / "history.csv").to_dict("records")

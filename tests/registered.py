@@ -36,7 +36,7 @@ def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = N
 def register(root: Path) -> ModelVersion:
     """A version in the embedded store of the project folder `root`, and the champion's alias on it."""
     files = leave(root / "left")
-    root.joinpath("params.yaml").write_text("register:\n  name: convoy\n")
+    root.joinpath("params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: auto\n")
     with tracking.store(root, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id).info.run_id
         version = registry.register(

@@ -95,6 +95,13 @@ def test_folders_named_after_splits_are_known_wherever_they_stand(data: Path, fo
     assert {f"{label}:{split}" for _, label, split in rows(data)} == set(found.split())
 
 
+def test_images_in_hidden_folders_are_pointed_out_and_what_systems_leave_is_not(data: Path) -> None:
+    write(data, PETS | {".birds/0.png": png(), "cat/._0.png": png(), "__MACOSX/cat/0.png": png(), ".birds/notes": b""})
+    source = read_folder(data)
+    assert source.classes == ["cat", "dog"]
+    assert source.notes == [".birds/0.png: not used, as a folder around it is hidden"]
+
+
 @pytest.mark.parametrize("beside", ["unlabelled/", "meta/", "ground_truth/dog/", "seg_pred/", "nested/cat/"])
 @pytest.mark.parametrize("splits", ["{}/", "seg_{}/", "{}_images/"])
 def test_what_lies_beside_the_folders_of_splits_is_no_class(data: Path, splits: str, beside: str) -> None:

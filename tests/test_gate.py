@@ -514,7 +514,7 @@ def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
         judged(new, None)
     with pytest.raises(ConvoyError, match="vgg is the champion: judge without first=True"):
         judged(new, old, first=True)
-    with pytest.raises(ConvoyError, match="vgg was the best champion, so this is no first night"):
+    with pytest.raises(ConvoyError, match="vgg was the best champion: judge without first=True"):
         judged(new, None, first=True, best=old)
 
 

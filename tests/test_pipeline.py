@@ -4,6 +4,10 @@ import errno
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import mlflow
@@ -16,7 +20,7 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_source, conclude, remove_unlisted
+from pipeline.__main__ import check, check_source, conclude, mend_lock, remove_unlisted
 from pipeline.register import register
 from pipeline.stage import Stage
 from pipeline.train import train
@@ -284,6 +288,51 @@ def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_t
     check_source(tmp_path)
 
 
+def test_a_source_that_is_gone_is_told_before_dvc_takes_the_data_away(tmp_path: Path) -> None:
+    named = "deps:\n- path: /mnt/flowers\nouts:\n- path: data\n"
+    (tmp_path / "data.dvc").write_text(named)
+    with pytest.raises(ConvoyError, match=r"^/mnt/flowers is not there, .* after `dvc freeze data.dvc`"):
+        check_source(tmp_path)
+    (tmp_path / "data.dvc").write_text(f"{named}frozen: true\n")
+    check_source(tmp_path)
+    (tmp_path / "data.dvc").write_text("")
+    with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
+        check_source(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 30])
+def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
+    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock, whole = tmp_path / "dvc.lock", "schema: '2.0'\nstages:\n  'fetch': {}\n"
+    mend_lock(tmp_path)  # there is none yet
+    lock.write_text(whole)
+    mend_lock(tmp_path)
+    lock.write_text(whole[:cut])
+    mend_lock(tmp_path)
+    assert lock.read_text() == whole
+    assert "dvc.lock was cut short" in capsys.readouterr().out
+    lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
+    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it"):
+        mend_lock(tmp_path)
+
+
+@pytest.mark.parametrize(("received", "command"), [(signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")])
+def test_what_ends_a_run_is_told_to_dvc_a_closed_terminal_too(
+    received: signal.Signals, command: str, tmp_path: Path
+) -> None:
+    dvc = tmp_path / "dvc"
+    dvc.write_text(f"#!/bin/sh\ntrap 'exit 3' {command}\necho ready\nwhile true; do sleep 0.1; done\n")
+    dvc.chmod(0o755)
+    code = "import sys; from pipeline.__main__ import dvc; sys.executable = sys.argv[1]; sys.exit(dvc())"
+    with subprocess.Popen([sys.executable, "-c", code, str(dvc)], cwd=REAL, stdout=subprocess.PIPE) as running:
+        assert running.stdout
+        assert running.stdout.readline() == b"ready\n"
+        time.sleep(0.2)  # until it minds the signal
+        running.send_signal(received)
+        assert running.wait(10) == 3
+
+
 def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
     road: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,8 +459,9 @@ def test_refused_settings_leave_params_yaml_as_it_was(road: Path) -> None:
 def test_results_of_an_architecture_off_the_list_are_removed(tmp_path: Path) -> None:
     for name in ("lenet", "vgg"):
         (tmp_path / "artifacts/train" / name).mkdir(parents=True)
+    (tmp_path / "artifacts/train/.DS_Store").write_bytes(b"of macOS")
     remove_unlisted(tmp_path, ["lenet"])
-    assert [folder.name for folder in (tmp_path / "artifacts/train").iterdir()] == ["lenet"]
+    assert sorted(path.name for path in (tmp_path / "artifacts/train").iterdir()) == [".DS_Store", "lenet"]
 
 
 def test_the_committed_settings_pass_the_check() -> None:

@@ -74,6 +74,17 @@ def test_a_folder_gives_all_images_below_it_by_name_and_nothing_else(
     assert all(each["label"] in CLASSES and 1 / 3 <= each["probability"] <= 1 for each in found)
 
 
+def test_files_without_an_ending_are_images_too_and_others_are_counted(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "more/c.PNG").rename(pictures / "more/c")
+    (pictures / "more/notes.txt").write_text("milk, bread")
+    assert run(monkeypatch, pictures / "more", "--json") is None
+    said = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(pictures / "more/c")]
+    assert "more: 1 files in it are not called as images are" in said.err
+
+
 def test_the_answers_are_those_of_the_model_in_the_order_of_the_arguments(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +212,7 @@ def test_where_nothing_was_registered_nothing_is_made(tmp_path: Path, monkeypatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     assert "params.yaml is missing" in str(run(monkeypatch, "a.png"))
-    (tmp_path / "params.yaml").write_text("register:\n  name: convoy\n")
+    (tmp_path / "params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: cpu\n")
     assert "there is no mlflow.db here" in str(run(monkeypatch, "a.png"))
     assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
 

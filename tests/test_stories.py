@@ -451,7 +451,7 @@ def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
             Stage(lost, "register").run(register)
         assert CHAMPION not in aliases(lost)
     note = lost / "artifacts" / ".champions" / "convoy.txt"
-    assert f"If it is lost for good, remove {note}: the next night is then a first night" in str(raised.value)
+    assert f"If it is lost for good, remove {note}: the next run then begins without a champion" in str(raised.value)
     note.unlink()
     Stage(lost, "register").run(register)
     assert aliases(lost)[CHAMPION] == 1

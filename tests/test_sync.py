@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, ViewType
 from mlflow.exceptions import MlflowException
+from PIL import Image
 from project import REAL, SMALL
 from tracked import client, copied, curve, make_road, runs, sync
 
@@ -110,6 +111,15 @@ def test_a_database_that_was_deleted_is_made_again_with_every_run(road: Path, tm
     (root / "mlflow.db").unlink()
     sync(root)
     assert_whole(root)
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+def test_however_many_classes_there_are_they_come_to_one_picture_of_a_modest_size(classes: int, tmp_path: Path) -> None:
+    names = [f"a class called {number}" for number in range(classes)]
+    predictions = pd.DataFrame({"actual": names, "predicted": names[::-1]})
+    report.draw_confusion(predictions, names, "resnet on test images", tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert 400 < min(picture.size) <= max(picture.size) < 1500
 
 
 def test_whenever_it_dies_the_next_one_completes_the_run(

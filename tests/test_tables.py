@@ -289,6 +289,26 @@ def test_a_column_that_looks_like_a_split_and_is_called_otherwise_is_pointed_out
     assert source.notes == [said] * noted
 
 
+@pytest.mark.parametrize(("column", "values", "noted"), [("is_test", "01", True), ("latest", "01", False),
+                                                         ("test_bench", "012", False)])  # fmt: skip
+def test_a_column_of_two_values_that_is_named_after_a_split_is_pointed_out(
+    data: Path, column: str, values: str, noted: bool
+) -> None:
+    lines = [f"{name},{name[:3]},{values[n % len(values)]}\n" for n, name in enumerate(PETS)]
+    source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
+    assert [f"the column {column} of labels.csv is not used" in note for note in source.notes] == [True] * noted
+
+
+def test_a_name_is_the_same_whichever_way_its_accents_are_written(data: Path) -> None:
+    apart, together = "cafe\u0301.png", "caf\u00e9.png"
+    for file, said in ((apart, together), (together, apart)):
+        write(data, PETS | {f"cat/{file}": png(7), "labels.csv": f"path,label\ncat/{said},cat\ndog/0.png,dog\n"})
+        labels = {member.path: member.label for member in read(data)}
+        assert labels[f"data/cat/{file}"] == "cat"
+        assert f"data/cat/{said}" not in labels
+        (data / "cat" / file).unlink()
+
+
 def test_a_table_that_lies_too_deep_to_be_looked_at_is_pointed_out(data: Path) -> None:
     table = "path,label\n1.png,siamese\n"
     assert (

@@ -11,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.entities import Run as Found
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from convoy import tracking
 from convoy.config import ConvoyError
@@ -208,3 +209,18 @@ def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: py
         elsewhere = store.client.create_experiment("elsewhere", "s3://convoy/elsewhere")
         run = store.client.create_run(elsewhere)
         store.client.log_text(run.info.run_id, "text", "file.txt")
+
+
+@pytest.mark.parametrize(("given", "waits"), [(None, "600"), ("7", "7")])
+def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
+    given: str | None, waits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv(tracking.PATIENCE, raising=False)
+    if given:
+        monkeypatch.setenv(tracking.PATIENCE, given)
+    with tracking.store(tmp_path, "convoy"):
+        before = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+        with tracking.uploading():
+            assert int(waits) == MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == before < 60

@@ -70,7 +70,7 @@ def current(store: Store, name: str) -> int | None:
         raise ConvoyError(
             f"model {name} had a champion ({note.read_text().strip()}), of which this MLflow knows nothing: nothing is "
             "promoted. Put the lost store back, or bring the champion from mlflow.db to the server by `python -m "
-            f"pipeline.move`. If it is lost for good, remove {note}: the next night is then a first night"
+            f"pipeline.move`. If it is lost for good, remove {note}: the next run then begins without a champion"
         )
     return None
 

@@ -1,5 +1,7 @@
 """The comparison: what a model answers to today's test images, whatever size of images it was trained with."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 
@@ -9,6 +11,8 @@ from convoy.images import fit
 from convoy.predictor import Predictor
 from convoy.task import Task
 
+PIECE = 256  # images that are in memory at a time
+
 
 def answers(predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, task: Task, packed: Packed) -> pd.DataFrame:
     """The predictions of a model for `images`, with the columns path, sha256, label and group, as they were prepared.
@@ -16,15 +20,13 @@ def answers(predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, task
     `pixels` (N, H, W, C) uint8 are those of `task`; for a model of images of another size they are taken from `packed`.
     """
     own = predictor.task
-    if (own.size, own.channels) != (task.size, task.channels):
-        pixels = fitted(images, packed, own)
-    return predictions(own.classes, images, predictor.probabilities(pixels))
+    pieces = [pixels] if (own.size, own.channels) == (task.size, task.channels) else _fitted_anew(images, packed, own)
+    return predictions(own.classes, images, np.concatenate([predictor.probabilities(piece) for piece in pieces]))
 
 
-def fitted(images: pd.DataFrame, packed: Packed, task: Task) -> np.ndarray:
-    """The pixels (N, size, size, C) uint8 of `images`, by their column path, in the size and channels of `task`."""
-    row_of = pd.Series(np.arange(len(packed.table)), index=packed.table["path"].to_numpy())
-    pixels = np.empty((len(images), task.size, task.size, task.channels), np.uint8)
-    for number, row in enumerate(row_of[images["path"]]):
-        pixels[number] = fit(packed.image(row), task.size, task.channels)
-    return pixels
+def _fitted_anew(images: pd.DataFrame, packed: Packed, task: Task) -> Iterator[np.ndarray]:
+    """(at most `PIECE`, size, size, C) uint8: `images`, by their column path, in the size and channels of `task`."""
+    row_of = pd.Series(np.arange(len(packed.rows)), index=packed.rows.columns("path")["path"])
+    rows = row_of[images["path"]].tolist()
+    for start in range(0, len(rows), PIECE):
+        yield np.stack([fit(packed.image(row), task.size, task.channels) for row in rows[start : start + PIECE]])

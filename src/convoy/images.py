@@ -68,7 +68,10 @@ def decode(data: bytes, longest_side: int) -> Decoded:
 
 def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     """By libjpeg-turbo, six times as fast as by way of Pillow, and what it warns of is an error."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)  # which comes again
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)  # which comes again
+    except KeyError:  # of colours that it does not find
+        raise BadImage("can't be decoded: its header is not whole") from None
     _check_size(height, width)
     if colours in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its strictness: these colours are for Pillow to translate

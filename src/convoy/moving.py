@@ -82,7 +82,8 @@ def _bring_run(source: Store, server: Store, run: Run, found: Run | None) -> str
     if run.inputs and run.inputs.dataset_inputs:
         client.log_inputs(new, datasets=run.inputs.dataset_inputs)
     if (folder := tracking.local(run.info.artifact_uri)).is_dir():
-        client.log_artifacts(new, str(folder))
+        with tracking.uploading():
+            client.log_artifacts(new, str(folder))
     client.set_terminated(new, run.info.status, run.info.end_time)
     client.set_tag(new, MOVED, "true")
     return new
@@ -174,7 +175,8 @@ def _bring_model(source: Store, server: Store, version: ModelVersion, run: str |
         made = client.create_logged_model(experiment, model.name, run, tags, model.params, model.model_type)
     if made.status == LoggedModelStatus.READY:
         return made.model_id
-    client.log_model_artifacts(made.model_id, str(folder))
+    with tracking.uploading():
+        client.log_model_artifacts(made.model_id, str(folder))
     with tempfile.TemporaryDirectory() as scratch:
         uri = f"models:/{made.model_id}"
         predictor.check(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)

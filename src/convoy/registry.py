@@ -20,7 +20,7 @@ from PIL import Image
 
 from convoy import predictor
 from convoy.hashes import sha256
-from convoy.tracking import HASHES, IDENTITY, Store
+from convoy.tracking import HASHES, IDENTITY, Store, uploading
 
 VERDICT, JUDGED = "convoy.verdict", "convoy.judged"  # tags of a version: what the gate said, and of what
 TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
@@ -70,23 +70,24 @@ def register(
         mlflow.start_run(run_id=run_id),
         warnings.catch_warnings(record=True),
     ):
-        hashes_file = Path(scratch, "hashes.json")  # against which the model holds itself where it is served
+        hashes_file = Path(scratch, "hashes.json")  # by which the model checks itself where it is served
         hashes_file.write_text(json.dumps(artifacts))
         brought = shutil.copytree(
             code,
             Path(scratch, code.name),
             ignore=lambda folder, names: [name for name in names if Path(folder) == code and name not in SERVED_BY],
         )
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(model),
-            artifacts={key: str(file) for key, file in {**files, "hashes": hashes_file}.items()},
-            code_paths=[str(brought)],
-            pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
-            signature=_signature(),
-            input_example=_example(),
-            step=step,
-        )
+        with uploading():
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(model),
+                artifacts={key: str(file) for key, file in {**files, "hashes": hashes_file}.items()},
+                code_paths=[str(brought)],
+                pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
+                signature=_signature(),
+                input_example=_example(),
+                step=step,
+            )
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
         predictor.check(stored / "artifacts", artifacts)
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
@@ -105,7 +106,7 @@ def _signature() -> ModelSignature:
 
 
 def _example() -> list[str]:
-    """A grey square as a PNG. No image of the data, which those who may use the model need not be shown."""
+    """A grey square as a PNG. Not an image of the data, which whoever uses the model may not be allowed to see."""
     file = io.BytesIO()
     Image.new("L", (32, 32), 128).save(file, "PNG")
     return [base64.b64encode(file.getvalue()).decode()]

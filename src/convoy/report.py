@@ -9,6 +9,7 @@ import pandas as pd
 if TYPE_CHECKING:  # who only prints a table waits for no statistics
     from convoy.gate import Verdict
 
+NAMED = 100  # classes, up to which a picture has their names
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
@@ -67,7 +68,8 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     from matplotlib import pyplot
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    side = max(5.0, 0.45 * len(classes))
+    named = len(classes) <= NAMED
+    side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches, of which each takes 10,000 pixels
     with pyplot.style.context("default"):  # not as this user has set it: the picture is part of an output
         figure, axes = pyplot.subplots(figsize=(side + 1, side))
         ConfusionMatrixDisplay.from_predictions(
@@ -80,13 +82,15 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
             include_values=len(classes) <= 30,
         )
         axes.set(title=title, xlabel="predicted", ylabel="actual")
+        if not named:
+            axes.set(xticks=[], yticks=[])
         figure.savefig(file, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None) -> str:
     """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
-    against = f"the champion, version {compared}" if compared else "no champion: this is the first night"
+    against = f"the champion, version {compared}" if compared else "no champion, as there never was one"
     table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
     return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
 

@@ -32,6 +32,8 @@ from convoy.hashes import sha256
 
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
 RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
+PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # seconds
+QUICK, SLOW = "20", "600"  # for what a server answers by itself; for what it may have to pass on
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
 PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
 ANEW = (  # a store in place of one that is no use
@@ -193,7 +195,7 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     One process at a time in a project folder. Raises ConvoyError where a server can't be reached or refuses.
     """
     # MLflow's own defaults would wait for four minutes on a server that is down
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault(PATIENCE, QUICK)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")  # nor for as long as a server may ask
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -228,6 +230,18 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
         if uri == embedded:
             mend = f"If mlflow.db is damaged, {ANEW}"
         raise ConvoyError(f"{fails(error)}. {mend}") from error
+
+
+@contextlib.contextmanager
+def uploading() -> Iterator[None]:
+    """For large files, which a server may first pass on to its bucket: it is waited for longer."""
+    before = os.environ[PATIENCE]
+    if before == QUICK:  # the user has not set it
+        os.environ[PATIENCE] = SLOW
+    try:
+        yield
+    finally:
+        os.environ[PATIENCE] = before
 
 
 def _check_place(root: Path, experiment: Experiment) -> None:
@@ -361,7 +375,8 @@ def level(store: Store, run: Run, results: str, moment: int) -> str:
         # weights are large: those which are there, and were these when they came, stay
         same = held.get(file.name) == file.stat().st_size and recorded.get(file.name) == hashes[file.name]
         if file.suffix != ".safetensors" or not same:
-            client.log_artifact(run_id, str(file))
+            with uploading():
+                client.log_artifact(run_id, str(file))
     missing = {name: run.origin[name] for name in run.origin.keys() - found.data.tags}
     set_tags(store, found, {**missing, **run.tags, HASHES: json.dumps(hashes)})
     if found.info.status != run.status:

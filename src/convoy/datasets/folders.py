@@ -27,6 +27,7 @@ from convoy.datasets.tables import (
     read_parquet,
 )
 from convoy.images import BadImage
+from convoy.naming import some
 
 UNREAD = (".7z", ".rar", ".zip", ".z01", ".001", ".tar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma",
           ".arrow", ".feather", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".pkl", ".tfrec", ".tfrecord",
@@ -102,17 +103,22 @@ def _places(data: Path) -> list[Files]:
         one_file = Files("", [data.name], lambda: contextlib.nullcontext(lambda *_: str(data)))
         return [one_file if is_table else open_archive(data, data.name)]
     archives: list[str] = []
-    loose, around = Paths(_loose(data, archives)), str(data)
+    hidden: list[str] = []
+    loose, around = Paths(_loose(data, archives, hidden)), str(data)
+    notes = [f"{some(hidden)}: not used, as a folder around it is hidden"] if hidden else []
     return [
-        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda _, path: f"{around}/{path}")),
+        Files(f"{data.name}/", loose, lambda: contextlib.nullcontext(lambda _, path: f"{around}/{path}"), notes),
         *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
     ]
 
 
-def _loose(data: Path, archives: list[str]) -> Iterator[str]:
-    """The files that are neither junk nor archives; those go into `archives`."""
+def _loose(data: Path, archives: list[str], hidden: list[str]) -> Iterator[str]:
+    """The files that are neither junk nor archives; those go into `archives`, and images in hidden folders into
+    `hidden`."""
     for path in _scan(data):
         if is_junk(path):
+            if is_image(path) and any(folder.startswith(".") for folder in path.split("/")[:-1]):
+                hidden.append(path)
             continue
         if path.lower().endswith(ARCHIVES):
             archives.append(path)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import sys
+import unicodedata
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from convoy.config import ConvoyError
-from convoy.datasets.files import Files, Said, below, is_image
+from convoy.datasets.files import Files, Said, below, is_image, split_word
 from convoy.datasets.packed import FEW, SPLITS
 from convoy.datasets.parquet import Parquet, texts
 from convoy.datasets.source import SPLIT_WORDS, Member
@@ -159,6 +160,11 @@ def hidden_splits(tables: Sequence[Table]) -> list[str]:
                     f"the column {column} of {table.title} says {some(sorted(words))}: call it split if the images are"
                     " to be split so"
                 )
+            elif split_word(column) and len(words) == 2:  # is_test: 0 or 1
+                notes.append(
+                    f"the column {column} of {table.title} is not used: if the images are to be split so, give the"
+                    f" table a column split that says {', '.join(SPLITS)}"
+                )
     return notes
 
 
@@ -224,6 +230,7 @@ class _Near:
             if files is not table.files and files.name.startswith(table.beside)
         ]
         self.names: dict[str, list[tuple[int, str]]] = {}
+        self.composed = [_composed(paths) for paths in there]
         self.skipped = 0  # of the folders in a path, the first
         if not any(map(self.find, table.rows["path"])):
             self._skip(table.rows["path"].head(TRIED).tolist())
@@ -234,6 +241,9 @@ class _Near:
         written = dict.fromkeys((below(path), below(path.replace("\\", "/"))))
         names = [name.split("/", self.skipped)[-1] for name in written if name]
         exact = [(k, folder + name) for name in names for k, folder in self.folders if folder + name in self.there[k]]
+        if not exact and not path.isascii():
+            alike = [(k, self.composed[k].get(_nfc(folder + name))) for name in names for k, folder in self.folders]
+            exact = [(k, file) for k, file in alike if file]
         return exact or self.names.get(path, [])
 
     def _skip(self, paths: Sequence[str]) -> None:
@@ -252,6 +262,18 @@ class _Near:
                     for key in (name, name.rpartition(".")[0]):
                         names.setdefault(key, []).append((place, path))
         return names
+
+
+def _composed(paths: Collection[str]) -> dict[str, str]:
+    """The files whose names have more than ASCII, by what they are in another writing of the same letters.
+
+    macOS writes an accent apart from its letter.
+    """
+    return {_nfc(path): path for path in paths if not path.isascii()}
+
+
+def _nfc(path: str) -> str:
+    return unicodedata.normalize("NFC", path)
 
 
 def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Said, list[str]]]:

@@ -56,7 +56,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     from convoy.datasets.intake import Fetch, take_in
     from convoy.datasets.source import Dataset
     from convoy.preprocessing import Preprocess, prepare
-    from convoy.remembered import Memory
+    from convoy.remembered import EarlierRun
 
     dataset = Dataset(name="benchmark", longest_side=256 if size <= 192 else 512, group=None)  # as conf/dataset/ says
     params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
@@ -67,10 +67,10 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         for stage in ("fetch", "preprocess"):
             made[stage] = home / f"{stage}.new"
             made[stage].mkdir(parents=True)
-        earlier = Memory(home / ".decoded" / "benchmark" / "here", home / "fetch")
+        earlier = EarlierRun(home / ".decoded" / "benchmark" / "here", home / "fetch")
         limits = Fetch(max_bad_fraction=0.0)
         intake = take_in(source, dataset, limits, NEW, made["fetch"], earlier)
-        prepare(intake.packed, params, 1, made["preprocess"], Memory(home / ".fitted", home / "preprocess"))
+        prepare(intake.packed, params, 1, made["preprocess"], EarlierRun(home / ".fitted", home / "preprocess"))
         for stage, folder in made.items():  # as a stage publishes them
             shutil.rmtree(home / stage, ignore_errors=True)
             folder.rename(home / stage)

@@ -10,7 +10,7 @@ from convoy import hardware, models
 from convoy.batches import Images
 from convoy.classifier import predict
 from convoy.config import ConvoyError
-from convoy.evaluation import Evaluate, per_class, predictions, scores, slices
+from convoy.evaluation import Evaluate, per_class, prediction_table, scores, slices
 from convoy.task import Task
 from convoy.temperature import fit_temperature, log_losses, tempered
 from pipeline.stage import Stage, main
@@ -26,14 +26,14 @@ def evaluate(stage: Stage) -> None:
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
     if record["failure"]:  # there is nothing to judge, and that is its result
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
-        raw = probabilities = np.empty((0, len(task.classes)))
+        uncalibrated = probabilities = np.empty((0, len(task.classes)))
         calibration = {}
     else:
         classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
         torch.set_num_threads(record["trainer"]["threads"])  # part of what makes the same bits
         classifier.to(hardware.device(record["trainer"]["accelerator"]))
         try:
-            in_val, raw = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))
+            in_val, uncalibrated = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))
         except torch.OutOfMemoryError:
             raise ConvoyError(
                 f"{params.batch_size} images do not fit into the memory of the GPU: lower evaluate.batch_size"
@@ -44,15 +44,15 @@ def evaluate(stage: Stage) -> None:
             "val_log_loss": float(log_losses(val.labels, tempered(in_val, temperature)).mean()),
             "val_log_loss_uncalibrated": float(log_losses(val.labels, in_val).mean()),
         }
-        probabilities = tempered(raw, temperature)
+        probabilities = tempered(uncalibrated, temperature)
 
     groups = images["group"].to_numpy()
-    table = predictions(task.classes, images, probabilities)
+    table = prediction_table(task.classes, images, probabilities)
     table.to_parquet(stage.scratch / "predictions.parquet", index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
     per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / "per_class.csv", index=False)
     slices(table).to_csv(stage.scratch / "slices.csv", index=False)
-    intervals = scores(test.labels, probabilities, raw, groups)
+    intervals = scores(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / "intervals.csv", index=False)
     figures = dict(zip(intervals["metric"], intervals["value"], strict=True))
     for name, values in (("metrics", figures), ("calibration", calibration)):

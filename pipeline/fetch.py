@@ -11,7 +11,7 @@ from convoy.datasets.intake import Fetch, TooManyBad, take_in
 from convoy.datasets.judging import way
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 from pipeline.stage import Stage, main, say
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
@@ -26,7 +26,7 @@ def fetch(stage: Stage) -> None:
     lock = stage.root / "data.lock"
     history = History.load(lock, params.name)
     made = stage.home / "artifacts"
-    earlier = Memory(made / ".decoded" / params.name / way(params.longest_side), made / "fetch")
+    earlier = EarlierRun(made / ".decoded" / params.name / way(params.longest_side), made / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")

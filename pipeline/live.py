@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convoy import config, tracking
+from pipeline.stage import home_of
 
 GRACE = 30  # seconds for MLflow after the training's end
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
@@ -116,8 +117,8 @@ class Reporter:
         """Find or make the run. It is over at once where the run shows the whole training already."""
         record = begun["record"]
         params = config.load(self.root / "params.yaml")
-        run = tracking.begun(record, {}, tracking.origin(self.root))
-        home = Path(os.environ.get("DVC_ROOT", self.root))
+        run = tracking.run_in_training(record, {}, tracking.origin(self.root))
+        home = home_of(self.root)
         with tracking.store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
             # whoever reported this training before it was killed may still be at it
             alone.enter_context(tracking.sole_writer(store, record["identity"], 2 * GRACE))

@@ -17,6 +17,7 @@ from convoy.datasets.files import is_image, is_junk
 from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
 from convoy.images import BadImage
 from convoy.predictor import Predictor
+from pipeline.stage import home_of
 
 BATCH = 64  # images that are in memory at a time
 
@@ -47,7 +48,7 @@ def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
     """The model of a URI, or else the champion, and what it is, in words."""
     params = config.load(root / "params.yaml")
     name = params["register"]["name"]
-    home = Path(os.environ.get("DVC_ROOT", root))
+    home = home_of(root)
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
     with tracking.store(home, name) as store:

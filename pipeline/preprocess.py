@@ -10,7 +10,7 @@ from convoy.datacard import AsPrepared, write_preprocess_card
 from convoy.datasets.packed import TABLE, Packed, Rows
 from convoy.images import fit
 from convoy.preprocessing import Preprocess, digests_of, prepare, tested_in
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 from pipeline.stage import Stage, main, say
 
 
@@ -20,7 +20,7 @@ def preprocess(stage: Stage) -> None:
     seed = stage.typed(Seed, "seed")
     packed = Packed.load(stage.input("fetch"))
     made = stage.home / "artifacts"
-    earlier = Memory(made / ".fitted" / packed.name, made / "preprocess")
+    earlier = EarlierRun(made / ".fitted" / packed.name, made / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)

@@ -70,7 +70,7 @@ def register(stage: Stage) -> None:
                     code=PACKAGE,
                     step=int(best[winner]["epoch"]),
                 )
-        registry.set_alias(store, params.name, champion.CHALLENGER, version)
+        store.client.set_registered_model_alias(params.name, champion.CHALLENGER, version.version)
         compared = champion.current(store, params.name)
     if int(version.version) == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")

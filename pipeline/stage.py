@@ -31,8 +31,7 @@ class Stage:
 
     def __init__(self, root: Path, name: str, item: str = "") -> None:
         self.root = root
-        # DVC may run an experiment in a temporary copy of the project: what outlives the copy belongs here
-        self.home = Path(os.environ.get("DVC_ROOT", root))
+        self.home = home_of(root)
         self.params = config.load(root / "params.yaml")  # first, as it says so where there is no project
         self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
         self.name = f"{name}@{item}" if item else name
@@ -121,6 +120,11 @@ class Stage:
             _move(self.folder, self.before)
         self.scratch.rename(self.folder)
         _remove(self.before)
+
+
+def home_of(root: Path) -> Path:
+    """Where what outlives an experiment belongs: DVC may run one in a temporary copy of the project."""
+    return Path(os.environ.get("DVC_ROOT", root))
 
 
 def _remove(folder: Path) -> None:

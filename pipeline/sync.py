@@ -135,7 +135,7 @@ def describe(
         report.draw_confusion(predictions, record["task"]["classes"], title, picture)
         files += [trained / "weights.safetensors", picture]
     history: list[Any] = pd.read_csv(trained / "history.csv").to_dict("records")
-    return tracking.ended(record, figures, history, tags, origin, files)
+    return tracking.run_with_results(record, figures, history, tags, origin, files)
 
 
 def colour(names: Sequence[str], name: str) -> dict[str, str]:

@@ -84,8 +84,8 @@ def train(stage: Stage) -> None:
 class Live:
     """The training as a run in MLflow while it lasts: what `pipeline.live`, a process of its own, is told of it.
 
-    The training never waits for that process, nor for MLflow: what it does not take is dropped. It ends by itself when
-    nobody can tell it any more, and knows a training that was killed by its having said no end. Nobody is told where
+    The training never waits for that process, nor for MLflow: what it does not take is dropped. It ends when the
+    training's process is gone; a training that is gone without a word of its end was killed. Nobody is told where
     CONVOY_LIVE is 0 in the environment, nor by processes that train together with the first.
     """
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pandas as pd
 from convoy import config, served, tracking
 from convoy.batches import Images
 from convoy.config import ConvoyError
+from convoy.evaluation import PREFIX
+from pipeline.stage import home_of
 
 IMAGES = 200  # that it answers, at most
 
@@ -26,7 +27,7 @@ def main() -> None:
     root = Path.cwd()
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
+        with tracking.store(home_of(root), name) as store:
             print(verify(store, options.model, options.evaluated, options.prepared))
     except ConvoyError as error:
         sys.exit(f"convoy: verify: {error}")
@@ -46,7 +47,7 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
     recorded = pd.read_parquet(evaluated / "predictions.parquet")
     classes = json.loads((prepared / "task.json").read_text())["classes"]
-    columns = [f"probability_{name}" for name in classes]
+    columns = [f"{PREFIX}{name}" for name in classes]
     if not set(columns) <= set(recorded):
         raise ConvoyError(f"{evaluated} is of other classes than {prepared}: run `dvc repro`")
     expected = recorded[columns].to_numpy()

@@ -4,12 +4,12 @@ The train stage calls it as a process of its own: which way leads to MLflow is n
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from convoy import config, served, tracking
 from convoy.config import ConvoyError
+from pipeline.stage import home_of
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     root = Path.cwd()
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(Path(os.environ.get("DVC_ROOT", root)), name) as store:
+        with tracking.store(home_of(root), name) as store:
             print(served.fetch_weights(store, name, options.architecture, options.init, options.folder))
     except ConvoyError as error:
         sys.exit(f"convoy: weights: {error}")

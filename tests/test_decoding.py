@@ -26,9 +26,9 @@ from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, KnownFil
 from convoy.datasets.shards import LIST, NEW, Writer
 from convoy.datasets.source import Content, Member, Source
 from convoy.images import FORMATS, BadImage, decode
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 
-NOTHING = Memory(Path("nothing is remembered here"), Path("or here"))
+NOTHING = EarlierRun(Path("nothing is remembered here"), Path("or here"))
 PHOTOGRAPH = load_sample_images().images[0][100:148, 200:264]
 
 
@@ -56,7 +56,7 @@ def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], 
     return paths, found
 
 
-def images_of(batch: Batch, earlier: Memory = NOTHING) -> list[np.ndarray]:
+def images_of(batch: Batch, earlier: EarlierRun = NOTHING) -> list[np.ndarray]:
     images, start = [], 0
     with contextlib.closing(KnownFiles.load(earlier)) as known:
         for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
@@ -69,7 +69,7 @@ def images_of(batch: Batch, earlier: Memory = NOTHING) -> list[np.ndarray]:
     return images
 
 
-def threads(contents: list[Content], longest_side: int, earlier: Memory) -> Batch:
+def threads(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
     """As `judge`, but the fault is the number of threads with which NumPy multiplies."""
     numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
     return dataclasses.replace(judge(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
@@ -138,7 +138,7 @@ def test_what_judges_imports_none_of_the_large_libraries_for_which_each_run_woul
 # Processes that die
 
 
-def crash(contents: list[Content], longest_side: int, earlier: Memory) -> Batch:
+def crash(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
     """As `judge`, but one image ends the process, as broken PNGs did with torchvision, and another takes for ever."""
     if b"crash" in contents:
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -227,8 +227,8 @@ def remembered(folder: Path, contents: list[Content]) -> Batch:
     return batch
 
 
-def memory(folder: Path) -> Memory:
-    return Memory(folder / "remembered" / "here", folder)
+def memory(folder: Path) -> EarlierRun:
+    return EarlierRun(folder / "remembered" / "here", folder)
 
 
 def never(data: bytes, longest_side: int) -> None:

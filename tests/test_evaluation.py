@@ -12,7 +12,7 @@ import pytest
 from project import SMALL, make_project, run_stages
 from sklearn import metrics
 
-from convoy.evaluation import BINS, calibration, per_class, predictions, scores, slices
+from convoy.evaluation import BINS, calibration, per_class, prediction_table, scores, slices
 from convoy.temperature import tempered
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
@@ -239,7 +239,7 @@ def answers(right: Any, **columns: Any) -> pd.DataFrame:
 
 def test_the_predictions_of_each_image_stand_beside_its_hash_and_its_actual_class() -> None:
     images = pd.DataFrame({"sha256": ["a", "b", "c", "d"], "label": ["cat", "cat", "cat", "dog"]}, index=[7, 8, 9, 10])
-    table = predictions(["cat", "dog"], images, PROBABILITIES)
+    table = prediction_table(["cat", "dog"], images, PROBABILITIES)
     assert list(table.columns) == ["sha256", "actual", "predicted", "probability_cat", "probability_dog"]
     assert list(table["sha256"]) == ["a", "b", "c", "d"]
     assert list(table["predicted"]) == ["cat", "cat", "dog", "dog"]
@@ -250,10 +250,10 @@ def test_the_groups_and_the_other_columns_of_the_table_of_labels_come_with_the_p
     images = pd.DataFrame(
         {"sha256": list("abcd"), "label": "cat", "group": ["", "1", "1", ""], "column_site": list("xyxy")}
     )
-    table = predictions(["cat", "dog"], images.set_index(np.arange(7, 11)), PROBABILITIES)
+    table = prediction_table(["cat", "dog"], images.set_index(np.arange(7, 11)), PROBABILITIES)
     assert list(table["group"]) == ["", "1", "1", ""]
     assert list(table["column_site"]) == list("xyxy")
-    assert "group" not in predictions(["cat", "dog"], images.assign(group=""), PROBABILITIES)
+    assert "group" not in prediction_table(["cat", "dog"], images.assign(group=""), PROBABILITIES)
 
 
 # Slices

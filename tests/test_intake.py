@@ -19,7 +19,7 @@ from convoy.datasets.folders import read_folder
 from convoy.datasets.history import NEW, History, Version
 from convoy.datasets.intake import Fetch, Intake, group_in, take_in
 from convoy.datasets.source import Dataset, Member, Source
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 
 SIZE = 16
 
@@ -72,7 +72,7 @@ def taken_in(
         folder.rename(before)
     folder.mkdir()
     limits = Fetch(max_bad_fraction=max_bad_fraction)
-    earlier = Memory(data.parent / "remembered" / "here", before)
+    earlier = EarlierRun(data.parent / "remembered" / "here", before)
     return take_in(read_folder(data), pets(group), limits, history, folder, earlier)
 
 
@@ -285,7 +285,7 @@ def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path, m
     source = read_folder(data)
     source = dataclasses.replace(source, members=members(source))
     (data.parent / "again").mkdir()
-    earlier = Memory(data.parent / "remembered" / "here", data.parent / "packed")
+    earlier = EarlierRun(data.parent / "remembered" / "here", data.parent / "packed")
     packed = take_in(source, pets(), Fetch(max_bad_fraction=0), NEW, data.parent / "again", earlier).packed
     assert [saved(packed.image(row)) for row in range(len(PETS))] == list(PETS.values())
 

@@ -33,7 +33,7 @@ from convoy.preprocessing import (
     split,
     withhold,
 )
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 from convoy.task import Sums, Task
 
 PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
@@ -294,11 +294,11 @@ def packed_of(members: Sequence[Member], folder: Path, longest_side: int = 512) 
     source = Source(sorted({member.label for member in members}), len(members), iter(members))
     limits = Fetch(max_bad_fraction=0.0)
     pets = Dataset(name="pets", longest_side=longest_side, group=None)
-    return take_in(source, pets, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)).packed
+    return take_in(source, pets, limits, NEW, folder, EarlierRun(folder / "remembered" / "here", folder)).packed
 
 
 def made(packed: Packed, folder: Path, params: Preprocess = PARAMS) -> Prepared:
-    return prepare(packed, params, 1, folder, Memory(folder / "remembered", folder))
+    return prepare(packed, params, 1, folder, EarlierRun(folder / "remembered", folder))
 
 
 def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
@@ -450,7 +450,7 @@ def made_again(packed: Packed, first: Path) -> dict[str, bytes]:
     """The files in another folder, with what is remembered from a first time."""
     folder = first / "again"
     folder.mkdir()
-    prepare(packed, PARAMS, 1, folder, Memory(first / "remembered", first))
+    prepare(packed, PARAMS, 1, folder, EarlierRun(first / "remembered", first))
     return bytes_in(folder)
 
 

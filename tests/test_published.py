@@ -29,7 +29,7 @@ from convoy.datasets.decoding import decoded
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Member, Source, TorchvisionSet
 from convoy.images import FORMATS
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 
 ROOT = Path(__file__).parents[1]
 SETS = {
@@ -574,7 +574,7 @@ def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
     changed.write_bytes(POSTSCRIPT)
     faults = {
         member.path: fault
-        for members, batch in decoded(read("oxford_pets", tmp_path), 512, Memory(tmp_path / "nothing", tmp_path))
+        for members, batch in decoded(read("oxford_pets", tmp_path), 512, EarlierRun(tmp_path / "nothing", tmp_path))
         for member, fault in zip(members, batch.faults, strict=True)
     }
     assert len(faults) == 10

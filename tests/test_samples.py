@@ -10,7 +10,7 @@ from convoy.datasets.history import NEW
 from convoy.datasets.intake import Fetch, take_in
 from convoy.datasets.packed import Packed
 from convoy.datasets.source import Dataset
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -25,7 +25,7 @@ def packed(folder: Path) -> Packed:
     dataset = Dataset(name="digits", longest_side=512, group=None)
     limits = Fetch(max_bad_fraction=0.0)
     return take_in(
-        read_folder(SAMPLES), dataset, limits, NEW, folder, Memory(folder / "remembered" / "here", folder)
+        read_folder(SAMPLES), dataset, limits, NEW, folder, EarlierRun(folder / "remembered" / "here", folder)
     ).packed
 
 

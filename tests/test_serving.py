@@ -37,7 +37,7 @@ from convoy.datasets.source import Dataset, Member, Source
 from convoy.hashes import sha256
 from convoy.predictor import Predictor
 from convoy.preprocessing import Preprocess, prepare
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 from convoy.serving import ImageClassifier
 
 Files = dict[str, Path]
@@ -169,7 +169,7 @@ def test_a_photograph_comes_to_the_pixels_that_the_network_was_trained_and_teste
         (tmp_path / folder).mkdir()
     source, nothing = (
         Source(["cat", "dog"], len(members), iter(members)),
-        Memory(tmp_path / "remembered/here", tmp_path / "nowhere"),
+        EarlierRun(tmp_path / "remembered/here", tmp_path / "nowhere"),
     )
     dataset = Dataset(name="pets", longest_side=90, group=None)
     packed = take_in(source, dataset, Fetch(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed

@@ -166,7 +166,7 @@ def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_ha
     root = copied(short, tmp_path / "project")
     record = record_of(root, "lenet")
     with tracking.store(root, "convoy") as store:
-        run = tracking.begun(record, {}, {"why": "scheduled", "commit": "abc"})
+        run = tracking.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
         begun = tracking.begin(store, run, "elsewhere 1", 1_000)
         assert begun
         first = pd.read_csv(root / "artifacts/train/lenet/history.csv").to_dict("records")[0]

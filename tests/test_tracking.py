@@ -114,7 +114,7 @@ def test_figures_that_are_no_number_are_left_out(store: Store) -> None:
 
 
 def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
-    run = tracking.begun(RECORD, {}, {})
+    run = tracking.run_in_training(RECORD, {}, {})
     assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
     assert run.params["recipe.augment"] == "flip=false"
     assert run.params["recipe.others"] == "warmup=0.1"

@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from convoy.config import ConvoyError
-from convoy.tracking import Store
+from convoy.tracking import ABSENT, Store
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"  # aliases
 EVENT = "convoy.event."  # before the time, in the tag of a version: it became the champion then
@@ -46,7 +46,7 @@ def version_of(store: Store, name: str, alias: str) -> ModelVersion | None:
     try:
         return store.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        if error.error_code not in ABSENT:
             raise
         return None
 

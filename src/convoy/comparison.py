@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from convoy.datasets.packed import Packed
-from convoy.evaluation import predictions
+from convoy.evaluation import prediction_table
 from convoy.images import fit
 from convoy.predictor import Predictor
 from convoy.task import Task
@@ -21,7 +21,7 @@ def answers(predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, task
     """
     own = predictor.task
     pieces = [pixels] if (own.size, own.channels) == (task.size, task.channels) else _fitted_anew(images, packed, own)
-    return predictions(own.classes, images, np.concatenate([predictor.probabilities(piece) for piece in pieces]))
+    return prediction_table(own.classes, images, np.concatenate([predictor.probabilities(piece) for piece in pieces]))
 
 
 def _fitted_anew(images: pd.DataFrame, packed: Packed, task: Task) -> Iterator[np.ndarray]:

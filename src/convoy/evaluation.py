@@ -119,7 +119,7 @@ def slices(predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables[1:], ignore_index=True) if len(tables) > 1 else tables[0]
 
 
-def predictions(classes: list[str], images: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
+def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
     """A row for each image: its sha256, the actual and the predicted class, and the probability of each class.
 
     `images` has the columns sha256 and label, in the order of `probabilities` (N, K). Of its other columns the group,

@@ -19,7 +19,7 @@ from convoy import images
 from convoy.datasets.packed import Packed
 from convoy.datasets.shards import runs
 from convoy.images import fit
-from convoy.remembered import Memory, fingerprint, remember
+from convoy.remembered import EarlierRun, fingerprint, remember
 from convoy.task import Sums
 
 TRAIN, NOWHERE = 0, -1  # sides; what is withheld is on none
@@ -36,7 +36,7 @@ ENTRY = np.dtype(
 Shape = tuple[int, int, int]  # height, width, channels
 
 
-def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: Memory) -> Sums:
+def write_fitted(packed: Packed, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: EarlierRun) -> Sums:
     """Write (N, H, W, C) uint8 for each side, and return the sums over the training images.
 
     As plain files, front to back: of a memory map all that was written would count as memory in use.

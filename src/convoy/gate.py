@@ -55,7 +55,7 @@ class Contender:
     predictions: pd.DataFrame  # sha256, actual, predicted, a probability_<class> for each class; group where there is
     trained_on: Collection[str] | None  # sha256 of the images it was trained or chosen with; None: not known
     parameters: int | None = None  # None: not counted
-    latency: float | None = None  # of one image, in the champion's unit and beside it; None: not measured
+    latency: float | None = None  # of one image, as a multiple of the champion's, whose own is 1; None: not measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _bring_version(source: Store, server: Store, version: ModelVersion, run: str
 
 
 def _bring_model(source: Store, server: Store, version: ModelVersion, run: str | None) -> str:
-    """The files of a version, held against its hashes here and there, as a model of its run; returns its id."""
+    """The files of a version, checked against its hashes here and there, as a model of its run; returns its id."""
     client, experiment = server.client, server.experiment.experiment_id
     kind, _, old = (version.source or "").partition(":/")
     if (kind, old[:2]) != ("models", "m-"):

@@ -16,7 +16,7 @@ from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import COLUMN, SPLITS, TABLE, Packed, Rows
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 from convoy.task import Task
 
 LISTED = 10_000  # pairs of near duplicates
@@ -49,7 +49,7 @@ class Prepared:
     notes: list[str]  # what is worth knowing about the split, in words
 
 
-def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier: Memory) -> Prepared:
+def prepare(packed: Packed, params: Preprocess, seed: int, folder: Path, earlier: EarlierRun) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
     `folder` is not the one of `packed`, whose table has the same name and is read as it is needed. What an earlier run

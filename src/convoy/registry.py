@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
@@ -155,16 +154,3 @@ def read_file(store: Store, run_id: str, name: str) -> str | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         return Path(store.client.download_artifacts(run_id, name, folder)).read_text()
-
-
-def set_alias(store: Store, name: str, alias: str, version: ModelVersion) -> bool:
-    """Point an alias at a version; False where it did already."""
-    try:
-        # MLflow hands out version numbers now as text, now as int
-        if int(store.client.get_model_version_by_alias(name, alias).version) == int(version.version):
-            return False
-    except MlflowException as error:
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
-            raise
-    store.client.set_registered_model_alias(name, alias, version.version)
-    return True

@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 
-class Memory(NamedTuple):
-    """Of an earlier run; it may be gone, of another run than the output, or not agree with it any more."""
+class EarlierRun(NamedTuple):
+    """What an earlier run left. It may be gone, and `folder` and `output` may be of two runs."""
 
-    folder: Path  # what stands where in its output
+    folder: Path  # notes of what stands where in its output
     output: Path  # of the stage, which stays until there is another
 
 
@@ -26,15 +26,13 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
 
 
 @contextlib.contextmanager
-def held(memory: Memory, folder: Path) -> Iterator[Memory]:
-    """As it is now, whatever another process remembers meanwhile: several processes that read it must find one version.
-
-    `folder` is made for as long as that.
-    """
+def frozen(earlier: EarlierRun, folder: Path) -> Iterator[EarlierRun]:
+    """With the notes as they are now, in `folder` for as long: whatever another run writes meanwhile, all processes
+    that read them find one version."""
     with contextlib.suppress(OSError):  # not every file system can link
-        shutil.copytree(memory.folder, folder, copy_function=os.link)
+        shutil.copytree(earlier.folder, folder, copy_function=os.link)
     try:
-        yield Memory(folder, memory.output)
+        yield EarlierRun(folder, earlier.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The served: registered versions as they are used, each file first held against the hash that MLflow's database keeps.
+"""Served models: registered versions as they are used, each file first checked by the hash in MLflow's database.
 
 Who can write where the files lie, but not into MLflow's database, can't change an answer and can't have code run.
 """
@@ -24,7 +24,7 @@ from convoy import export, images, predictor
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
 from convoy.predictor import Predictor
-from convoy.tracking import HASHES, Store, hashes_of
+from convoy.tracking import ABSENT, HASHES, Store, hashes_of
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 START = (predictor.RECORD, predictor.WEIGHTS)  # of a training, for another to start from
@@ -42,7 +42,7 @@ def find(store: Store, uri: str) -> ModelVersion:
             return store.client.get_model_version_by_alias(match["name"], match["alias"])
         return store.client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+        if error.error_code not in ABSENT:
             raise
         raise ConvoyError(f"MLflow has no {uri}: `make repro` registers a model, its page shows the versions") from None
 

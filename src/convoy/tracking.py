@@ -32,6 +32,7 @@ from convoy.hashes import sha256
 
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
 RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
+ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # codes of errors: no such alias; no such model
 PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # seconds
 QUICK, SLOW = "20", "600"  # for what a server answers by itself; for what it may have to pass on
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
@@ -93,7 +94,7 @@ class Run:
     status: str = "RUNNING"  # or FINISHED or FAILED, as the training did
 
 
-def begun(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[str, str]) -> Run:
+def run_in_training(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[str, str]) -> Run:
     """The run of a training that has begun; of its `record` all that is known by then."""
     settings, recipe, environment = record["settings"], dict(record["settings"]["recipe"]), record["environment"]
     shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
@@ -130,7 +131,7 @@ def begun(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[st
     )
 
 
-def ended(
+def run_with_results(
     record: Mapping[str, Any],
     figures: Mapping[str, float],
     history: Sequence[Row],
@@ -148,7 +149,7 @@ def ended(
             f"{best['val_accuracy']:.4f} in validation (epoch {best['epoch']} of {max_epochs}), "
             f"{figures['accuracy']:.4f} on test images"
         )
-    run = begun(record, tags, origin)
+    run = run_in_training(record, tags, origin)
     return dataclasses.replace(
         run,
         tags={**run.tags, "mlflow.note.content": f"{run.tags['mlflow.note.content']}: {note}"},

@@ -64,9 +64,9 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
 def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, Any]:
     """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
 
-    Its head stays fresh, but where the weights are of the same classes in the same order. Normalisation comes with
+    Its head stays fresh, unless the weights are of the same classes in the same order. Normalisation comes with
     the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, head ("kept" or
-    "new") and lineage. Only for the champion or a run `bring` is called. Raises ConvoyError for weights that aren't
+    "new") and lineage. `bring` is called only for the champion or a run. Raises ConvoyError for weights that aren't
     there, that don't fit, or that are no plain numbers.
     """
     check(architecture, settings)

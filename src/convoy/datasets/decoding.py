@@ -19,14 +19,14 @@ from pebble import ProcessExpired, ProcessPool
 
 from convoy.datasets.judging import BATCH_BYTES, RECORD, Batch, judge, settle
 from convoy.datasets.source import Content, Member, Source
-from convoy.remembered import Memory
+from convoy.remembered import EarlierRun
 
 FIRST_BATCH, LARGEST_BATCH = 16, 512  # images; between them, as many as come to `BATCH_BYTES`
 THREADS = "OMP_NUM_THREADS"  # what tells OpenBLAS and MKL, when they are loaded
 PATIENCE = 60  # seconds for an image, and twice that for a batch
 
 
-def decoded(source: Source, longest_side: int, earlier: Memory) -> Iterator[tuple[list[Member], Batch]]:
+def decoded(source: Source, longest_side: int, earlier: EarlierRun) -> Iterator[tuple[list[Member], Batch]]:
     """The members of a source and what became of them, a batch at a time, in their order.
 
     Images whose bytes are known from `earlier`, which `keep` wrote, are not decoded again.

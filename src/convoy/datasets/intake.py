@@ -22,7 +22,7 @@ from convoy.datasets.judging import RECORD, RECORDS, KnownFiles, keep
 from convoy.datasets.packed import COLUMN, DESCRIPTION, TABLE, Packed, Rows
 from convoy.datasets.shards import PIXELS, LostShard, Writer
 from convoy.datasets.source import Dataset, Source
-from convoy.remembered import Memory, held
+from convoy.remembered import EarlierRun, frozen
 
 TOLD = 50  # bad images, by name in a message
 
@@ -58,7 +58,9 @@ class TooManyBad(ConvoyError):
         )
 
 
-def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: Memory) -> Intake:
+def take_in(
+    source: Source, dataset: Dataset, params: Fetch, history: History, folder: Path, earlier: EarlierRun
+) -> Intake:
     """Decode and judge every image of a source, and pack the sound ones into `folder`.
 
     Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
@@ -67,7 +69,7 @@ def take_in(source: Source, dataset: Dataset, params: Fetch, history: History, f
     images, and where a pattern of groups finds none.
     """
     try:
-        with held(earlier, folder / "earlier") as known:
+        with frozen(earlier, folder / "earlier") as known:
             faulty = _decode(source, dataset, folder, known)
     except LostShard as lost:
         raise ConvoyError(str(lost)) from lost
@@ -159,7 +161,7 @@ def _twins(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Memory) -> pd.DataFrame:
+def _decode(source: Source, dataset: Dataset, folder: Path, earlier: EarlierRun) -> pd.DataFrame:
     """Write the pixels, the table and the records of the images that can be used; path, label and reason of the others.
 
     All goes to the disk batch by batch, so that memory does not grow with the number of images.
@@ -170,7 +172,7 @@ def _decode(source: Source, dataset: Dataset, folder: Path, earlier: Memory) -> 
 
 
 def _tables(
-    source: Source, dataset: Dataset, folder: Path, earlier: Memory, faults: list[tuple[str, str, str]]
+    source: Source, dataset: Dataset, folder: Path, earlier: EarlierRun, faults: list[tuple[str, str, str]]
 ) -> Iterator[pa.Table]:
     """The rows of the images that can be used, a batch at a time; the others are added to `faults`."""
     schema, unsaid = _schema(source.more), ("",) * len(source.more)

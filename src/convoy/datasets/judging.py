@@ -23,7 +23,7 @@ from convoy.datasets.shards import LIST, NEW, PIXELS, Shards, runs
 from convoy.images import BadImage, Decoded, as_image, decode, plain
 from convoy.likeness import perceptual_hash, thumbnails
 from convoy.memory import keep_memory
-from convoy.remembered import Memory, fingerprint, remember
+from convoy.remembered import EarlierRun, fingerprint, remember
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -88,7 +88,7 @@ def settle() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
 
 
-def judge(contents: list["Content"], longest_side: int, earlier: Memory) -> Batch:
+def judge(contents: list["Content"], longest_side: int, earlier: EarlierRun) -> Batch:
     """Read, hash and decode images: all of them, or the first whose new pixels come to four times `BATCH_BYTES`.
 
     A file is not read again that has the size and the times with which an earlier run read it.
@@ -195,12 +195,12 @@ class KnownFiles:
         self.descriptor, self.pixels = descriptor, pixels  # of the records' file, and what they tell of
 
     @classmethod
-    def load(cls, memory: Memory) -> "KnownFiles":
+    def load(cls, earlier: EarlierRun) -> "KnownFiles":
         """What `keep` wrote, and the shards that were published then; nothing is known where it is missing."""
         try:
-            index = np.load(memory.folder / INDEX, mmap_mode="r")  # which the processes share
-            pixels = Shards.load(memory.output / PIXELS, memory.folder / LIST)
-            return cls(index, os.open(memory.folder / RECORDS, os.O_RDONLY), pixels)
+            index = np.load(earlier.folder / INDEX, mmap_mode="r")  # which the processes share
+            pixels = Shards.load(earlier.output / PIXELS, earlier.folder / LIST)
+            return cls(index, os.open(earlier.folder / RECORDS, os.O_RDONLY), pixels)
         except (OSError, ValueError, EOFError, TypeError):  # gone, or never whole
             return cls(np.empty((2, 0), np.uint64), NOTHING, None)
 
@@ -249,9 +249,9 @@ class KnownFiles:
 
 
 @functools.cache
-def _known(memory: Memory) -> KnownFiles:
+def _known(earlier: EarlierRun) -> KnownFiles:
     """For as long as the process lives."""
-    return KnownFiles.load(memory)
+    return KnownFiles.load(earlier)
 
 
 def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -> int:

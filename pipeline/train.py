@@ -41,6 +41,8 @@ def train(stage: Stage) -> None:
     classifier = models.build(architecture, settings, task)
     start = transfer.start(classifier, architecture, settings, lambda init, folder: bring(stage, init, folder))
     choice = choose(stage.typed(Trainer, "trainer"), classifier)
+    if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():  # each would take itself for the first
+        raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = environment(choice)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     identity = stage.identity(machine, start)

@@ -22,7 +22,7 @@ from convoy.config import ConvoyError
 from convoy.hashes import sha256
 from pipeline.__main__ import check, check_source, conclude, mend_lock, remove_unlisted
 from pipeline.register import register
-from pipeline.stage import Stage
+from pipeline.stage import RANKS, Stage
 from pipeline.train import train
 
 
@@ -372,6 +372,15 @@ def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: P
     with pytest.raises(ConvoyError) as raised:
         check(config.load(root / "params.yaml"))
     assert said in str(raised.value)
+
+
+def test_several_machines_are_not_started_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    root = make_project(tmp_path / "project", [*SMALL, "trainer.nodes=2"])
+    run_stages(root, until="preprocess")
+    with pytest.raises(ConvoyError, match=r"trainer\.nodes=2: start it on each machine by torchrun"):
+        Stage(root, "train", "lenet").run(train)
 
 
 def test_a_training_that_fails_is_marked_so_and_the_others_go_on(

@@ -106,15 +106,27 @@ def mend_lock(root: Path) -> None:
     if not lock.exists():
         return
     try:
-        read_yaml(lock)
+        whole = _is_whole(read_yaml(lock))
     except ConvoyError:
         if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():  # git's, for a person to decide
             raise
-        shutil.copyfile(kept, lock)
-        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
-    else:
+        whole = False
+    if whole:
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(lock, kept)
+    elif kept.exists():
+        shutil.copyfile(kept, lock)
+        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
+
+
+def _is_whole(lock: dict[str, Any]) -> bool:
+    """Whether every stage in it has the hashes of what it read and wrote."""
+    try:
+        stages = lock.get("stages", {}).values()
+        entries = [entry for stage in stages for side in ("deps", "outs") for entry in stage.get(side, [])]
+        return all(isinstance(entry.get("md5"), str) for entry in entries)
+    except (AttributeError, TypeError):
+        return False
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -300,11 +300,14 @@ def test_a_source_that_is_gone_is_told_before_dvc_takes_the_data_away(tmp_path: 
         check_source(tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0, 30])
+@pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])
 def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
     cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock, whole = tmp_path / "dvc.lock", "schema: '2.0'\nstages:\n  'fetch': {}\n"
+    lock = tmp_path / "dvc.lock"
+    whole = (
+        "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
+    )
     mend_lock(tmp_path)  # there is none yet
     lock.write_text(whole)
     mend_lock(tmp_path)

@@ -8,7 +8,7 @@ from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
 from convoy.datasets.history import History, version_of
 from convoy.datasets.intake import Fetch, TooManyBad, take_in
-from convoy.datasets.judging import way
+from convoy.datasets.judging import decoding_fingerprint
 from convoy.datasets.published import read_torchvision
 from convoy.datasets.source import Dataset
 from convoy.remembered import EarlierRun
@@ -26,7 +26,8 @@ def fetch(stage: Stage) -> None:
     lock = stage.root / "data.lock"
     history = History.load(lock, params.name)
     made = stage.home / "artifacts"
-    earlier = EarlierRun(made / ".decoded" / params.name / way(params.longest_side), made / "fetch")
+    decoded = made / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
+    earlier = EarlierRun(decoded, made / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")

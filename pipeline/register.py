@@ -50,32 +50,38 @@ def register(stage: Stage) -> None:
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
         champion.finish(store, params.name)
-        identity = results[winner].mark()
-        version = registry.find_version(store, params.name, identity)
-        if version is None:
-            files = {
-                "record": trained[winner] / "record.json",
-                "weights": trained[winner] / "weights.safetensors",
-                "calibration": evaluated[winner] / "calibration.json",
-                "seen": stage.input("preprocess") / "seen.txt",
-            }
-            with tempfile.TemporaryDirectory() as scratch:
-                version = registry.register(
-                    store,
-                    name=params.name,
-                    run_id=runs[winner],
-                    identity=identity,
-                    model=PACKAGE / "serving.py",
-                    files=files | exported(winner, files, results[winner], stage.input("preprocess"), Path(scratch)),
-                    code=PACKAGE,
-                    step=int(best[winner]["epoch"]),
-                )
-        store.client.set_registered_model_alias(params.name, champion.CHALLENGER, version.version)
+        version = _version(store, params.name, results[winner], runs[winner], stage.input("preprocess"))
+        store.client.set_registered_model_alias(params.name, champion.CHALLENGER, str(version))
         compared = champion.current(store, params.name)
-    if int(version.version) == compared:
+    if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
     else:
-        promote(stage, params, Candidate(winner, int(version.version), results[winner], runs[winner]), compared)
+        promote(stage, params, Candidate(winner, version, results[winner], runs[winner]), compared)
+
+
+def _version(store: tracking.Store, name: str, result: sync.Result, run: str, prepared: Path) -> int:
+    """The version of the model `name` that is made of this result: the one that is there, or a new one."""
+    identity, record = result.mark(), result.record()
+    if found := registry.find_version(store, name, identity):
+        return int(found.version)
+    files = {
+        "record": result.trained / "record.json",
+        "weights": result.trained / "weights.safetensors",
+        "calibration": result.evaluated / "calibration.json",
+        "seen": prepared / "seen.txt",
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        made = registry.register(
+            store,
+            name=name,
+            run_id=run,
+            identity=identity,
+            model=PACKAGE / "serving.py",
+            files=files | exported(record["architecture"], files, result, prepared, Path(scratch)),
+            code=PACKAGE,
+            step=int(record["best"]["epoch"]),
+        )
+    return int(made.version)
 
 
 def exported(

@@ -17,7 +17,7 @@ import numpy as np
 from joblib import cpu_count
 from pebble import ProcessExpired, ProcessPool
 
-from convoy.datasets.judging import BATCH_BYTES, RECORD, Batch, judge, settle
+from convoy.datasets.judging import BATCH_BYTES, RECORD, Batch, judge, set_up
 from convoy.datasets.source import Content, Member, Source
 from convoy.remembered import EarlierRun
 
@@ -49,7 +49,7 @@ def decoded(source: Source, longest_side: int, earlier: EarlierRun) -> Iterator[
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPool]:
-    pool = ProcessPool(workers, context=get_ready(), initializer=settle)
+    pool = ProcessPool(workers, context=get_ready(), initializer=set_up)
     try:
         with _without_main():
             yield pool

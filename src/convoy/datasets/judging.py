@@ -57,7 +57,7 @@ PIECE = 2**13  # records that are in memory at a time
 RECORDS, INDEX = "records.bin", "index.npy"  # what `keep` leaves beside a list of shards
 
 
-def way(longest_side: int) -> str:
+def decoding_fingerprint(longest_side: int) -> str:
     """What stands for all that decides what a file is decoded to."""
     libraries = ["numpy", "pillow", "simplejpeg", "xxhash"]
     return fingerprint([images, likeness, shards, sys.modules[__name__]], libraries, longest_side)
@@ -81,8 +81,8 @@ def _sizes(records: np.ndarray) -> np.ndarray:
     return records["height"].astype(np.int64) * records["width"] * records["channels"]
 
 
-def settle() -> None:
-    """For a process that does nothing but judge."""
+def set_up() -> None:
+    """In a process that does nothing but judge."""
     keep_memory()
     gc.freeze()  # what was imported stays
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough

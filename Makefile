@@ -31,7 +31,8 @@ sync: $(READY) ## the runs of the current results brought to MLflow, where they 
 
 ui: $(READY) ## MLflow's pages on this machine, for comparing runs
 	@python -m pipeline --show
-	mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
+	@test -n "$$MLFLOW_TRACKING_URI" || \
+		mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
 rollback: $(READY) ## the champion before this one again: make rollback REASON="why"
 	@python -m pipeline.rollback --reason "$$REASON"

@@ -34,7 +34,7 @@ def main() -> None:
         print("composing conf/ into params.yaml")
         params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
-        check_source(root)
+        check_source(root, update=options.update)
         mend_lock(root)
         status = dvc("update", "data.dvc") if options.update else 0
         status = status or dvc("repro", *(["--pull"] if options.pull else []))
@@ -78,9 +78,9 @@ def check(params: dict[str, Any]) -> None:
         transfer.check(name, values)
 
 
-def check_source(root: Path) -> None:
+def check_source(root: Path, *, update: bool = False) -> None:
     """Raises ConvoyError for links in the folder that data.dvc names, as DVC would copy what they point to; and where
-    there is nothing any more, as DVC would first take data/ away."""
+    there is nothing any more and DVC would look, as it would first take data/ away."""
     from convoy.datasets.folders import refuse_links
 
     described = read_yaml(root / "data.dvc")
@@ -90,10 +90,10 @@ def check_source(root: Path) -> None:
             continue
         if folder.is_dir():
             refuse_links(folder)
-        elif not folder.exists() and not described.get("frozen"):
+        elif not folder.exists() and (update or not described.get("frozen")):
             raise ConvoyError(
                 f"{source['path']} is not there, of which data.dvc says that the images come from: mend the path; or go"
-                " on with data/ as it is (`dvc pull data.dvc` brings it) after `dvc freeze data.dvc`"
+                " on with data/ as it is (`dvc pull data.dvc` brings it), by `dvc freeze data.dvc` and `make repro`"
             )
 
 

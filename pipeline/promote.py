@@ -44,6 +44,7 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
             said = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
             written = f"# HOLD: {candidate.architecture}, version {version}\n\n{said}\n"
     if said is None or written is None:
+        (stage.home / "artifacts" / FILE).unlink(missing_ok=True)  # that of another day is not taken for today's
         predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
         verdict = judge(stage, params, candidate, predictions, compared)
         said = verdict.summary()
@@ -53,7 +54,7 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
             registry.log_file(store, candidate.run, FILE, written)
             registry.keep_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
     (stage.home / "artifacts" / FILE).write_text(written)
-    print(f"{candidate.architecture}, version {version}: {said}")
+    print(f"{candidate.architecture}, version {version}: " + said.replace("; ", ";\n  "))
     if not said.startswith("PROMOTE"):
         stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
         print(f"{stays}. Every reason is in artifacts/verdict.md, the rule in docs/promotion.md")

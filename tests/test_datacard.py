@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from convoy.datacard import AsFound, AsPrepared, write_fetch_card, write_preprocess_card
+from convoy.datacard import AsFound, AsPrepared, _tile, write_fetch_card, write_preprocess_card
 
 RED = (255, 0, 0)
 LABELS = ["a|b", "<script>alert(1)</script>", "🦉 owl", "猫", "$x^2$ $y$", "__init__", "*star*", "`tick`", "007", "1e5",
@@ -219,6 +219,15 @@ def test_small_images_are_enlarged_and_large_ones_reduced(image: Callable, tmp_p
     fetch_card(tmp_path, table=listed(["cat"] * 3), images=image)
     red = int((picture(tmp_path / "contact_1.png") == RED).all(axis=2).sum())
     assert 3 * 60**2 <= red <= 3 * 64**2
+
+
+@pytest.mark.parametrize("shape", [(8, 400, 3), (400, 8, 1), (3, 9, 1), (500, 100, 3)])
+def test_of_a_very_long_image_the_middle_is_shown(shape: tuple[int, int, int]) -> None:
+    shown = _tile(np.zeros(shape, np.uint8), 96)
+    dark = np.argwhere((shown == 0).all(axis=2))
+    high, wide = dark.max(axis=0) - dark.min(axis=0) + 1
+    assert max(high, wide) >= 72
+    assert min(high, wide) >= 18
 
 
 def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path) -> None:

@@ -291,10 +291,12 @@ def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_t
 def test_a_source_that_is_gone_is_told_before_dvc_takes_the_data_away(tmp_path: Path) -> None:
     named = "deps:\n- path: /mnt/flowers\nouts:\n- path: data\n"
     (tmp_path / "data.dvc").write_text(named)
-    with pytest.raises(ConvoyError, match=r"^/mnt/flowers is not there, .* after `dvc freeze data.dvc`"):
+    with pytest.raises(ConvoyError, match=r"^/mnt/flowers is not there, .* by `dvc freeze data.dvc`"):
         check_source(tmp_path)
     (tmp_path / "data.dvc").write_text(f"{named}frozen: true\n")
     check_source(tmp_path)
+    with pytest.raises(ConvoyError, match="/mnt/flowers is not there"):
+        check_source(tmp_path, update=True)
     (tmp_path / "data.dvc").write_text("")
     with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
         check_source(tmp_path)

@@ -514,6 +514,16 @@ def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, cou
     )
 
 
+def test_many_classes_with_too_few_images_are_told_together(tmp_path: Path) -> None:
+    rare = {f"rare {number}": noise(1, 1, number + 3) for number in range(30)}
+    notes = made(packed(tmp_path / "packed", {"cat": noise(60), "dog": noise(60, 1, 2), **rare}), tmp_path).notes
+    told = [
+        re.fullmatch(r"(\d+) classes have no image in \w+ and \w+: rare \d+, .* and \d+ more", note) for note in notes
+    ]
+    assert sum(int(match[1]) if match else 1 for match in told) == 30
+    assert any(told)
+
+
 def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ALL = 200  # classes; of more than these, only so many of the largest and of the smallest are shown:
 EXTREMES = 50
 SHORT = 20  # rows; a longer table of classes stands at the end of the card
+LONG = 4  # times as long as wide: an image that is longer is cut to it where it is shown
 LISTED = 50  # rows of a list in the card; the stage writes the whole list as a CSV file beside it
 SHEET = 20  # classes on one contact sheet
 ACROSS = 10  # images of a class on it
@@ -409,6 +410,9 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
     columns = math.ceil(len(counts) / EXTREMES)
     rows = math.ceil(len(counts) / columns)
     parts = [split for split in counts if split != "images"] or ["images"]
+    usual, end = counts["images"].median(), max(1, counts["images"].max())
+    if end > 20 * usual > 0:  # of all other classes one would see nothing
+        end = 5 * usual
     figure = _figure(WIDTH, 70 + 20 * max(rows, 3))
     figure.suptitle("Images of each class", x=0.01, ha="left", color=INK, fontsize=11)
     for axes, start in zip(
@@ -417,12 +421,15 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
         shown = counts.iloc[start : start + rows]
         left = np.zeros(len(shown))
         for part in parts:
-            bars = axes.barh(range(len(shown)), shown[part], 0.72, left, color=COLOURS[str(part)], label=str(part))
+            axes.barh(range(len(shown)), shown[part], 0.72, left, color=COLOURS[str(part)], label=str(part))
             left += shown[part].to_numpy()
-        axes.bar_label(bars, [f"{count:,}" for count in shown["images"]], padding=4, color=PALE, fontsize=8)
+        for row, count in enumerate(shown["images"]):
+            said = f"{count:,}" if count <= end else f"{count:,}, the bar is cut"
+            place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(said, (min(count, end), row), color=PALE, fontsize=8, **place)
         longest = {1: 30, 2: 22, 3: 18}.get(columns, 14)
         axes.set_yticks(range(len(shown)), [_line(label, longest) for label in shown.index], parse_math=False)
-        axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, max(1, counts["images"].max()) * 1.02))
+        axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, end * 1.02))
         axes.set_xticks([])
         axes.tick_params(length=0, labelsize=9, labelcolor=INK)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -493,14 +500,20 @@ def _draw_pairs(pairs: Sequence[tuple[np.ndarray, ...]], names: Sequence[str], f
         for place, pixels in enumerate(pair):
             start = left + place * (side + gap)
             canvas[top : top + side, start : start + side] = _tile(pixels, side)
-        _write_at(figure, left, top + side + 11, f"{number + 1}   {_line(name, 26)}", INK, ha="left")
+        _write_at(figure, left, top + side + 11, f"pair {number + 1}: {_line(name, 23)}", INK, ha="left")
     figure.figimage(canvas)
     _save(figure, file)
 
 
 def _tile(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 1 or 3) -> (side, side, 3): a small image enlarged so that one sees its pixels, a large one reduced."""
+    """(H, W, 1 or 3) -> (side, side, 3): a small image enlarged so that one sees its pixels, a large one reduced.
+
+    Of a very long one, which would be a line, the middle.
+    """
     image = as_image(pixels).convert("RGB")
+    longest = LONG * min(image.size)
+    if max(image.size) > longest:
+        image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
     if max(image.size) > side:
         image.thumbnail((side, side))
     else:

@@ -1,5 +1,6 @@
 """Preprocessing: from a packed data set to images of one size, split for training, validation and test."""
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Iterator
@@ -16,6 +17,7 @@ from convoy.config import ConvoyError, Fraction, schema
 from convoy.datasets.packed import COLUMN, SPLITS, TABLE, Packed, Rows
 from convoy.fitted import NOWHERE, write_fitted
 from convoy.likeness import near_hashes, near_pairs
+from convoy.naming import FEW, some
 from convoy.remembered import EarlierRun
 from convoy.task import Task
 
@@ -263,15 +265,21 @@ def _notes(packed: Packed, labels: np.ndarray, sides: np.ndarray) -> list[str]:
                 + (f", {withheld} of them withheld for what is on another side" if withheld else "")
                 + f": {mend}"
             )
-    notes = []
+    notes: dict[str, dict[str, str]] = collections.defaultdict(dict)  # what is missing -> class -> the note on it
     for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):
         missing = [name for name, images in zip(SPLITS, here, strict=True) if not images]
         left = f", and {withheld} withheld: withheld.csv says why" if withheld else ""
         if not sum(here) + withheld:
-            notes.append(f"class {label!r} has no image: the networks keep its place, and can't learn it")
+            note = f"class {label!r} has no image: the networks keep its place, and can't learn it"
+            notes["have no image"][label] = note
         elif missing:
-            notes.append(f"class {label!r} has no image in {' and '.join(missing)}, of {sum(here)}{left}")
-    return notes
+            where = f"no image in {' and '.join(missing)}"
+            notes[f"have {where}"][label] = f"class {label!r} has {where}, of {sum(here)}{left}"
+    return [
+        note
+        for lack, each in notes.items()
+        for note in (each.values() if len(each) <= FEW else [f"{len(each)} classes {lack}: {some(list(each))}"])
+    ]
 
 
 def _alike(withheld: pd.DataFrame, count: int) -> list[str]:

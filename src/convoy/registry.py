@@ -127,6 +127,7 @@ def keep_verdict(store: Store, name: str, version: int, key: str, said: str, tes
     told = [(VERDICT, said[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
     for tag, value in [(JUDGED, ""), *told, (JUDGED, key)]:  # without the key the rest does not count
         store.client.set_model_version_tag(name, str(version), tag, value)
+    store.client.update_model_version(name, str(version), said[:5000])  # which the version's page shows
 
 
 def count_looks(store: Store, name: str, version: int, test_images: str) -> int:

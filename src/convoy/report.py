@@ -96,7 +96,10 @@ def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int 
 
 
 def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
-    """The loss against the learning rate, with a line at `guess`; `table` has the columns lr and loss."""
+    """The loss against the learning rate, with a line at `guess` and one where it is lowest.
+
+    `table` has the columns lr and loss.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,7 +107,9 @@ def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot(table["lr"], table["loss"], color=COLOURS[0])
-    axes.axvline(guess, color=COLOURS[1], linestyle="--", label=f"falls fastest at {guess:.2g}")
+    lowest = float(table["lr"].to_numpy()[table["loss"].argmin()])
+    for rate, what, colour in ((guess, "falls fastest", COLOURS[1]), (lowest, "is lowest", COLOURS[2])):
+        axes.axvline(rate, color=colour, linestyle="--", label=f"{what} at {rate:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title=name)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -163,7 +163,7 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(
             f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
-            f" or put the files that torchvision looks for into {folder}/"
+            f" or put the files that torchvision looks for into {folder}/, byte for byte as it would fetch them"
         ) from error
     finally:
         socket.setdefaulttimeout(patience)

@@ -216,7 +216,9 @@ def test_a_path_that_leads_out_of_an_archive_is_refused(data: Path, kind: str, n
         read_folder(write(data, {f"pets.{kind}": ARCHIVES[kind]({name: png(), "cat/1.png": png()})}))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
+)
 def test_a_link_or_device_in_a_tar_archive_is_refused(data: Path, kind: bytes) -> None:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as file:
@@ -335,3 +337,12 @@ def test_an_archive_is_never_unpacked_to_the_disk(data: Path, monkeypatch: pytes
     monkeypatch.setattr("tempfile.mkstemp", None)
     assert len(read(data)) == 3 * len(ARCHIVES)
     assert sorted(data.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_each_image_has_its_own_bytes_whatever_lies_before_it(data: Path, kind: str) -> None:
+    inside = {"__MACOSX/cat/._1.png": b"junk", "cat/.DS_Store": b"junk"} | PETS
+    if kind == "zip":
+        inside = {"cat/": b""} | inside | {"dog/": b""}  # folders have entries of their own
+    write(data, {f"pets.{kind}": ARCHIVES[kind](inside)})
+    assert [content(member) for member in read(data)] == list(PETS.values())

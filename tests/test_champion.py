@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.model_registry.abstract_store import AbstractStore
 
 from convoy import champion, registry, tracking
@@ -238,3 +240,62 @@ def test_the_lock_of_a_process_that_is_gone_is_broken(store: Store, monkeypatch:
     monkeypatch.undo()
     move(store, NAME, promotion(None, 1))
     assert current(store, NAME) == 1
+
+
+def test_the_lock_of_a_process_on_another_machine_is_not_taken_for_a_dead_ones() -> None:
+    assert champion._is_dead(f"{champion.socket.gethostname()} {2**30} left")
+    assert not champion._is_dead(f"another-machine {2**30} left")
+    assert not champion._is_dead(f"{champion.socket.gethostname()} {champion.os.getpid()} held")
+
+
+def test_who_was_taken_for_dead_does_not_remove_the_lock_of_the_next(store: Store) -> None:
+    lock = f"{NAME}.moving"
+    with champion.alone(store, NAME):
+        store.client.delete_registered_model(lock)  # as another process does after a quarter of an hour
+        champion._take(store, lock, "another-machine 1 held")
+    assert store.client.get_registered_model(lock).tags["owner"] == "another-machine 1 held"
+
+
+def test_an_alias_that_is_set_by_hand_in_the_very_moment_of_a_move_is_seen(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move(store, NAME, promotion(None, 1))
+    write = MlflowClient.set_registered_model_alias
+
+    def overtaken(client: MlflowClient, name: str, alias: str, version: str) -> None:
+        write(client, name, alias, version)
+        if alias == CHAMPION:
+            write(client, name, alias, "4")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overtaken)
+    with pytest.raises(ConvoyError, match="was moved by another at the same moment"):
+        move(store, NAME, promotion(1, 2))
+    monkeypatch.undo()
+    finish(store, NAME)
+    assert trail(store, NAME)["after"].tolist() == [1]
+
+
+@pytest.mark.parametrize("asked", ["get_model_version_by_alias", "get_registered_model"])
+def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(
+    asked: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> None:
+        raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(MlflowClient, asked, down)
+    with pytest.raises(MlflowException, match="the server is down"):
+        current(store, NAME)
+
+
+def test_this_look_counts_and_those_at_other_images_do_not(store: Store) -> None:
+    assert registry.count_looks(store, NAME, 1, "images") == 1  # not written down yet
+    for version, seen in ((1, "images"), (2, "images"), (3, "others")):
+        registry.keep_verdict(store, NAME, version, "key", "HOLD", seen, 0.5)
+    assert [registry.count_looks(store, NAME, version, "images") for version in (1, 2, 3, 4)] == [2, 2, 3, 3]
+
+
+def test_the_best_ever_is_the_best_of_those_that_were_champions(store: Store) -> None:
+    for version, accuracy in ((1, 0.5), (2, 0.7), (3, 0.9)):
+        registry.keep_verdict(store, NAME, version, "key", "HOLD", "images", accuracy)
+    assert registry.best_ever(store, NAME, {1, 2, 4}) == 2
+    assert registry.best_ever(store, NAME, {4}) is None

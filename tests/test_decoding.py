@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_info
 
-from convoy.datasets import decoding, judging
+import convoy.remembered
+from convoy import images, likeness
+from convoy.datasets import decoding, judging, shards
 from convoy.datasets.decoding import _taken, decoded
 from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, KnownFiles, judge, keep
 from convoy.datasets.shards import LIST, NEW, Writer
@@ -73,6 +76,20 @@ def threads(contents: list[Content], longest_side: int, earlier: EarlierRun) -> 
     """As `judge`, but the fault is the number of threads with which NumPy multiplies."""
     numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
     return dataclasses.replace(judge(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
+
+
+def two_at_most(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
+    """As `judge` where images are large: it takes the first of them only."""
+    return judge(contents[:2], longest_side, earlier)
+
+
+def test_of_a_batch_that_is_taken_in_parts_each_image_comes_once_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "judge", two_at_most)
+    paths, found = whole([saved(noise(number)) for number in range(7)])
+    assert paths == [str(number) for number in range(7)]
+    assert all(np.array_equal(image, noise(number)) for number, image in enumerate(found))
 
 
 def test_processes_that_decode_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,3 +365,50 @@ def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
     monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
     remembered(tmp_path, [saved(noise(1))])
     assert len(judge([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
+
+
+def test_the_same_bytes_in_another_shape_are_another_picture() -> None:
+    pixels = noise(0)
+    shapes = [(8, 8, 3), (4, 16, 3), (16, 4, 3), (24, 8, 1)]
+    records = judge([pixels.reshape(shape) for shape in shapes], 512, NOTHING).records
+    assert len(set(records["picture"].tolist())) == len(set(records["sha256"].tolist())) == len(shapes)
+
+
+def test_a_file_that_changed_two_seconds_ago_may_change_again_unseen(
+    read: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "1.png"
+    file.write_bytes(saved(noise(1)))
+    monkeypatch.setattr(judging.time, "time_ns", lambda: file.stat().st_ctime_ns + 2 * 10**9)
+    remembered(tmp_path, [str(file)])
+    judge([str(file)], 512, memory(tmp_path))
+    assert read == 2 * [str(file)]
+
+
+@pytest.mark.parametrize("module", [images, likeness, shards, judging], ids=lambda module: module.__name__)
+def test_what_other_code_decoded_is_not_known(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = judging.decoding_fingerprint(512)
+    (tmp_path / "changed.py").write_text("# other code\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    assert judging.decoding_fingerprint(512) != before
+
+
+@pytest.mark.parametrize("library", ["numpy", "pillow", "simplejpeg", "xxhash"])
+def test_what_another_version_of_a_library_decoded_is_not_known(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = judging.decoding_fingerprint(512)
+    monkeypatch.setattr(convoy.remembered, "version", lambda name: "0" if name == library else version(name))
+    assert judging.decoding_fingerprint(512) != before
+
+
+def test_what_was_decoded_to_another_size_is_not_known() -> None:
+    assert judging.decoding_fingerprint(512) != judging.decoding_fingerprint(256)
+
+
+def test_a_file_is_known_by_the_whole_of_its_hash(tmp_path: Path) -> None:
+    batch = remembered(tmp_path, [saved(noise(1))])
+    (sha256,) = batch.records["sha256"].tolist()
+    with contextlib.closing(KnownFiles.load(memory(tmp_path))) as known:
+        assert len(known.find([sha256])[0]) == 1
+        assert len(known.find([sha256[:8] + bytes(24)])[0]) == 0

@@ -610,14 +610,14 @@ def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_
 @pytest.mark.parametrize("side", [0, 1])
 def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side: int) -> None:
     models = list(pair(30, 5))
-    models[side] = dataclasses.replace(models[side], trained_on=[digest(-1), digest(-2)])
-    seen, won = [digest(-1), digest(-2), digest(-3)], [digest(0), digest(1), digest(2)]
+    models[side] = dataclasses.replace(models[side], trained_on=[digest(-11), digest(-12)])  # what only it saw
+    seen, won = [digest(-11), digest(-12), digest(-13)], [digest(0), digest(1), digest(2)]
     verdict = judged(models[0], models[1], alike=pd.DataFrame({"test": won, "other": seen}))
     table = verdict.table().set_index("check")
     assert table.at["test images", "value"] == "598"
     assert table.at["seen images", "words"].endswith("; 2 others are left out, as files that nearly equal them were")
     assert table.at["better", "words"] == judged(*pair(28, 5)).table().set_index("check").at["better", "words"]
-    everything = pd.DataFrame({"test": [digest(number) for number in range(600)], "other": digest(-1)})
+    everything = pd.DataFrame({"test": [digest(number) for number in range(600)], "other": digest(-11)})
     with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
         judged(models[0], models[1], alike=everything)
 
@@ -641,3 +641,28 @@ def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
 def test_a_verdict_can_be_kept_as_json() -> None:
     verdict = judged(*pair(30, 5), ruled(mode="non_inferior"))
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision
+
+
+def in_films(model: Contender, films: np.ndarray) -> Contender:
+    return dataclasses.replace(model, predictions=model.predictions.assign(group=films))
+
+
+def test_groups_of_a_refresh_may_lack_the_margin_and_no_more() -> None:
+    films = np.array([f"film {number // 2}" for number in range(IMAGES)])
+    new, old = (in_films(model, films) for model in pair(12, 12))
+    refresh = ruled(mode="non_inferior", margin=0.05)
+    assert judged(new, old, refresh, best=old).decision == "PROMOTE"
+    narrow = judged(new, old, ruled(mode="non_inferior", margin=0.001), best=old)
+    assert "by groups" in outcomes(narrow, "hold")
+
+
+def test_worse_probabilities_that_come_from_one_group_are_no_proof() -> None:
+    new, old = pair(30, 5)
+    doubts = np.arange(IMAGES) >= 400
+    table = new.predictions.copy()
+    columns = [column for column in table if column.startswith("probability_")]
+    table.loc[doubts, columns] = np.where(table.loc[doubts, columns] > 0.5, 0.4, 0.3)
+    new = dataclasses.replace(new, predictions=table)
+    assert reason(judged(new, old), "log loss").outcome == "reject"
+    films = np.where(doubts, "one film", [f"film {number // 2}" for number in range(IMAGES)])
+    assert reason(judged(in_films(new, films), in_films(old, films)), "log loss").outcome == "pass"

@@ -91,7 +91,7 @@ def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
 
 
 def test_the_environment_names_what_the_bits_depend_on() -> None:
-    found = environment(Choice("cpu", 2, 1, "float32", False, 3))
+    found = environment(Choice("cpu", 2, 3, "bfloat16", False, 3))
     assert found["torch"] == torch.__version__.split("+")[0]
-    assert {"device": "cpu", "threads": 3, "precision": "float32", "processes": 2}.items() <= found.items()
+    assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()
     assert {"python", "numpy", "pytorch-lightning", "instructions"} <= found.keys()

@@ -128,3 +128,16 @@ def test_a_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Pa
     with pytest.raises(ConvoyError) as refusal:
         History.load(tmp_path / "data.lock", "pets")
     assert message in str(refusal.value)
+
+
+def test_a_full_disk_leaves_the_history_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Path, *_: object, **__: object) -> int:
+        file.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    known = NEW.grown(["cat"], version(cat=2))
+    known.save(tmp_path / "data.lock", "pets")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        known.grown(["dog"], version(cat=2, dog=1)).save(tmp_path / "data.lock", "pets")
+    assert History.load(tmp_path / "data.lock", "pets") == known

@@ -456,3 +456,41 @@ def test_fit_smooths_what_it_reduces() -> None:
 def test_fit_turns_colours_to_grey_by_their_lightness() -> None:
     red, green, blue = (fit(np.full((4, 4, 3), colour, np.uint8), 4, 1)[0, 0, 0] for colour in np.eye(3) * 255)
     assert blue < red < green
+
+
+def test_what_the_decoder_of_a_cmyk_jpeg_warns_of_is_an_error_too() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
+    data = encoded(Image.frombytes("CMYK", (64, 64), noise.tobytes()), "JPEG")
+    assert decode(data, 512).shape == (64, 64, 3)
+    with pytest.raises(BadImage, match="can't be decoded: Corrupt JPEG data"):
+        decode(data[:-2] + bytes(99) + data[-2:], 512)
+
+
+def test_a_jpeg_that_says_it_is_too_large_is_refused_by_its_header() -> None:
+    data = encoded(Image.new("L", (8, 8)), "JPEG")
+    start = data.index(b"\xff\xc0") + 5  # height and width
+    data = data[:start] + struct.pack(">HH", 60_000, 50_000) + data[start + 4 :]
+    with pytest.raises(BadImage, match="has 50000x60000 pixels, over the limit of 100000000"):
+        decode(data, 512)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP"])
+def test_what_is_reduced_is_smoothed(form: str) -> None:
+    stripes = np.zeros((240, 240), np.uint8)
+    stripes[::2] = 255
+    pixels = decode(encoded(Image.fromarray(stripes), form, **({"quality": 100} if form == "JPEG" else {})), 20)
+    assert np.abs(pixels.astype(int) - 128).max() < 32  # a mean of both, and nowhere one of them
+
+
+def test_a_jpeg_whose_xmp_alone_says_how_it_lies_is_turned_upright() -> None:
+    said = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(picture().transpose(TURNS[6]), "JPEG", xmp=said)
+    assert b"Exif\0\0" not in data
+    assert_looks_like(decode(data, 512), PICTURE, tolerance=6)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("side", [512, 12])
+def test_height_and_width_are_told_as_the_file_has_them(form: str, side: int) -> None:
+    found = images.decode(encoded(picture(), form, exif=exif(struct.pack("<HHII", 0x0112, 3, 1, 6))), side)
+    assert (found.height, found.width) == PICTURE.shape[:2]

@@ -314,3 +314,18 @@ def test_the_other_columns_of_a_table_stand_beside_what_is_recorded(tmp_path: Pa
     assert table["column_label_site"].tolist() == [f"site {number}" for number in range(4)]
     assert table["path"].tolist() == [f"data/{number}.png" for number in range(4)]
     assert (table["height"] == SIZE).all()
+
+
+def test_labels_that_contradict_each_other_count_as_bad(data: Path) -> None:
+    shared = saved(picture(61))
+    write(data, PETS | {"cat/both.png": shared, "dog/both.png": shared})
+    with pytest.raises(ConvoyError, match=r"^2 of 10 images can't be used"):
+        taken_in(data, max_bad_fraction=0.1)
+
+
+def test_of_copies_that_are_left_out_none_counts_as_merged(data: Path) -> None:
+    shared = saved(picture(61))
+    write(data, PETS | {"cat/both.png": shared, "cat/both_again.png": shared, "dog/both.png": shared})
+    intake = taken_in(data)
+    assert len(intake.quarantine) == 3
+    assert not len(intake.merged)

@@ -150,3 +150,10 @@ def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], cha
         if int(values[one] ^ values[other]).bit_count() <= DISTANCE
     ]
     assert near_hashes(values).tolist() == expected
+
+
+def test_pale_colours_count_too() -> None:
+    red = np.full((32, 32, 3), 100, np.uint8)
+    red[8:24, 8:24] = [160, 100, 100]
+    assert not near([red], [red[..., ::-1]]).any()
+    assert near([red], [red + 20]).all()

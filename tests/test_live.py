@@ -20,9 +20,9 @@ import training_apart
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from project import REAL, run_stages
-from tracked import copied, curve, make_road, runs, sync
+from tracked import client, copied, curve, make_road, runs, sync
 
-from convoy import config
+from convoy import config, tracking
 from pipeline.evaluate import evaluate
 from pipeline.live import Reporter
 from pipeline.stage import Stage
@@ -321,3 +321,11 @@ def test_a_training_without_mlflow_is_told_in_one_line_and_is_whole(root: Path, 
     assert line.startswith("convoy: live: MLflow at http://127.0.0.1:9 fails: ")
     assert "secret" not in line
     assert (root / "artifacts/train/lenet/weights.safetensors").exists()
+
+
+def test_a_training_that_failed_and_was_shown_whole_is_not_begun_again(root: Path, record: Message) -> None:
+    report(root, begun(record), ended("FAILED"))
+    run_id = runs(root)[0].info.run_id
+    client(root).set_tag(run_id, tracking.RESULTS, "a hash")  # as `level` does
+    report(root, begun(record), ended("KILLED"))
+    assert runs(root)[0].info.status == "FAILED"

@@ -1,5 +1,6 @@
 """Parquet with images in it, as data hubs export it: each row is a member, and a broken file is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -251,3 +252,30 @@ def test_a_file_with_wrong_bytes_is_read_or_refused(
         assert all(isinstance(member.content, bytes | BadImage) for member in members)
     finally:
         shutil.rmtree(data)
+
+
+def test_a_wrong_byte_is_seen_by_the_checksum_of_its_page(data: Path) -> None:
+    image = png(7)
+    options: dict[str, Any] = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    export(data / "a.parquet", {"image": structs(image, png(8)), "label": [0, 1]}, **options)
+    content = (data / "a.parquet").read_bytes()
+    assert len(rows(data)) == 2
+    (data / "a.parquet").write_bytes(content.replace(image, image[:-1] + b"\0"))
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a whole Parquet file"):
+        list(read_folder(data).members)
+
+
+def test_no_number_below_zero_is_a_class(data: Path) -> None:
+    export(data / "a.parquet", {"image": structs(*map(png, range(4))), "label": [0, 1, -2, -3]})
+    members = read(data)
+    assert faults(members) == [
+        f"data/a.parquet:{row} has the label {label}, and its file has names for 0 to 2"
+        for row, label in ((2, -2), (3, -3))
+    ]
+
+
+def test_a_file_that_gives_fewer_rows_than_it_promises_is_refused(data: Path) -> None:
+    export(data / "a.parquet", {"image": structs(png()), "label": [0]})
+    promised = dataclasses.replace(parquet.open_parquet("a.parquet", str(data / "a.parquet"), ""), count=2)
+    with pytest.raises(ConvoyError, match=r"a\.parquet is not a whole Parquet file \(1 of 2 rows\)"):
+        list(parquet.members(promised))

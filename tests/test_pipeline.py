@@ -369,6 +369,7 @@ def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
         ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
         ("register.gate.floor=.nan", "register.gate.floor="),
         ("register.name=a/b", "register.name='a/b': string should match pattern"),
+        ("model.lenet.init=champoin", "model.lenet.init='champoin'"),
         ("register.name=''", "register.name='': string should match pattern"),
     ],
 )
@@ -480,3 +481,36 @@ def test_results_of_an_architecture_off_the_list_are_removed(tmp_path: Path) -> 
 
 def test_the_committed_settings_pass_the_check() -> None:
     check(config.load(REAL / "params.yaml"))
+
+
+def test_the_epochs_are_compared_by_the_validation_images(road: Path) -> None:
+    for name in ("lenet", "resnet"):
+        best = json.loads((road / f"artifacts/train/{name}/record.json").read_text())["best"]
+        judged = json.loads((road / f"artifacts/evaluate/{name}/calibration.json").read_text())
+        assert best["val_loss"] == pytest.approx(judged["val_log_loss_uncalibrated"], rel=1e-3)
+
+
+def test_a_data_set_of_other_classes_under_a_known_name_is_refused(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    name = config.load(root / "params.yaml")["dataset"]["name"]
+    (root / "data.lock").write_text(f"{name}:\n  classes: [cat, dog]\n  versions: []\n")
+    with pytest.raises(ConvoyError, match=r"none of the classes that data\.lock knows of"):
+        run_stages(root, until="fetch")
+
+
+def test_a_training_with_other_settings_does_not_go_on_from_the_checkpoint_of_this_one(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(road, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    files: list[Path] = []
+
+    def noted(file: Path) -> None:
+        files.append(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.train.Checkpoint", noted)
+    for overrides in (SMALL, SMALL, (*SMALL, "seed=2")):
+        config.compose(root, overrides)
+        with pytest.raises(KeyboardInterrupt):
+            Stage(root, "train", "lenet").run(train)
+    assert files[0] == files[1] != files[2]

@@ -6,7 +6,9 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import convoy.fitted
+import convoy.images
+import convoy.remembered
 from convoy.config import ConvoyError
 from convoy.datasets.history import NEW, Version
 from convoy.datasets.intake import Fetch, take_in
@@ -347,7 +351,7 @@ def test_the_table_has_the_rows_of_the_arrays_in_their_order(prepared: Path) -> 
 def test_the_arrays_load_by_memory_map(prepared: Path) -> None:
     pixels = np.load(prepared / "train_pixels.npy", mmap_mode="r")
     assert isinstance(pixels, np.memmap)
-    assert np.array_equal(pixels, np.load(prepared / "train_pixels.npy"))
+    assert pixels.shape == (len(np.load(prepared / "train_labels.npy")), 32, 32, 1)
 
 
 def test_the_task_says_what_the_data_are(prepared: Path) -> None:
@@ -583,3 +587,59 @@ def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:
     task = Task("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     task.save(tmp_path / "task.json")
     assert Task.load(tmp_path / "task.json") == task
+
+
+@pytest.mark.parametrize("module", [convoy.images, convoy.fitted], ids=lambda module: module.__name__)
+def test_what_other_code_fitted_is_fitted_anew(
+    module: ModuleType, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = packed(tmp_path / "packed", LARGE)
+    made(images, tmp_path)
+    fitted.clear()
+    (tmp_path / "changed.py").write_text("# other code\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    made_again(images, tmp_path)
+    assert len(fitted) == 85
+
+
+@pytest.mark.parametrize("library", ["numpy", "pillow", "xxhash"])
+def test_what_another_version_of_a_library_fitted_is_fitted_anew(
+    library: str, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = packed(tmp_path / "packed", LARGE)
+    made(images, tmp_path)
+    fitted.clear()
+    monkeypatch.setattr(convoy.remembered, "version", lambda name: "0" if name == library else version(name))
+    made_again(images, tmp_path)
+    assert len(fitted) == 85
+
+
+def test_the_task_says_to_what_larger_images_are_reduced_first(tmp_path: Path) -> None:
+    images = {"cat": noise(40, size=40), "dog": noise(40, 1, 1, size=40)}
+    task = made(packed(tmp_path / "packed", images, longest_side=36), tmp_path).task
+    assert task.longest_side == 36
+
+
+def test_the_sums_over_very_many_images_are_whole_numbers() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9000, 2, 2, 3), np.uint8)
+    sums, exact = summed(pixels, 5000), pixels.astype(np.int64)
+    assert sums.sums.tolist() == exact.sum(axis=(0, 1, 2)).tolist()
+    assert sums.squares.tolist() == (exact**2).sum(axis=(0, 1, 2)).tolist()
+
+
+def test_training_images_of_a_group_follow_it_only_where_its_side_is_drawn_from_them() -> None:
+    said = pd.DataFrame({"group": ["a", "a"], "split": ["test", "train"]})
+    sides = np.array([SPLITS.index("test"), SPLITS.index("train")], np.int8)
+    assert hold_together(said, sides, ["test"])[0].tolist() == [2, 2]
+    assert hold_together(said, sides, ["val"])[0].tolist() == [2, 0]
+
+
+def test_of_withheld_images_nothing_is_remembered(tmp_path: Path) -> None:
+    pictures = noise(60, 3, 1, size=40)
+    slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
+    images = packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2, size=40)})
+    withheld = len(made(images, tmp_path).withheld)
+    (index,) = (tmp_path / "remembered").glob("*/index.npy")
+    sides = np.load(index)["side"]
+    assert withheld > 0
+    assert (len(sides), sides.min()) == (180 - withheld, 0)

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 from registered import CLASSES, folder_of, leave, register
 from sklearn.datasets import load_sample_images
@@ -327,3 +328,15 @@ def ask(port: str, body: object) -> tuple[int, dict]:
         except OSError:
             time.sleep(0.5)
     raise AssertionError("the server does not come up")
+
+
+def test_a_registry_that_does_not_answer_is_not_one_without_the_version(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> None:
+        raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
+
+    with tracking.store(root, "convoy") as store:
+        monkeypatch.setattr(store.client, "get_model_version_by_alias", down)
+        with pytest.raises(MlflowException, match="the server is down"):
+            served.find(store, "models:/convoy@champion")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from project import REAL, make_project
+from project import REAL, SMALL, make_project
 
+from convoy import config
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
 from convoy.preprocessing import Preprocess
@@ -227,3 +228,24 @@ def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REAL)}
+
+
+def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machine(root: Path) -> None:
+    def identity(*more: object, architecture: str = "lenet") -> str:
+        return Stage(root, "train", architecture).identity(*more)
+
+    mark, code = root / "artifacts/preprocess" / MARK, root / "src/convoy/training.py"
+    for file in (mark, code):
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    found = [identity()]
+    assert identity() == found[0]
+    config.compose(root, [*SMALL, "evaluate.batch_size=7"])  # which is no affair of a training
+    assert identity() == found[0]
+    found += [identity({"threads": 2}), identity({"threads": 3}), identity(architecture="resnet")]
+    for file in (mark, code):
+        file.write_text('{"changed": 1}')
+        found.append(identity())
+    config.compose(root, [*SMALL, "seed=2"])
+    found.append(identity())
+    assert len(set(found)) == len(found) == 7

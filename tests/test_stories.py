@@ -15,6 +15,7 @@ from test_champion import WRITES, Killed
 from convoy import champion, export, registry, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
+from convoy.gate import Contender, Gate, Verdict
 from convoy.hashes import sha256
 from pipeline import promote, rollback, sync
 from pipeline.register import exported, register
@@ -455,3 +456,63 @@ def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
     note.unlink()
     Stage(lost, "register").run(register)
     assert aliases(lost)[CHAMPION] == 1
+
+
+@pytest.mark.parametrize("override", ["register.gate.max_looks=7", "register.gate.alpha=0.04"])
+def test_where_the_rule_has_changed_it_is_judged_again(
+    override: str, root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("good")
+    night("alike")
+    asked = watched(monkeypatch)
+    night("alike", override)
+    assert len(asked) == 1
+
+
+def test_where_the_images_or_the_champion_are_others_it_is_judged_again(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("poor")
+    night("good")
+    night("alike")
+    asked = watched(monkeypatch)
+    (root / "artifacts/preprocess/near.csv").write_text("others\n")
+    renew_mark(root / "artifacts/preprocess")
+    night("alike")
+    assert len(asked) == 1
+    with tracking.store(root, "convoy") as store:
+        champion.roll_back(store, "convoy", "it fails at night", "ada", "0" * 40)
+    night("alike")
+    assert len(asked) == 2
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What is judged from now on."""
+    asked: list[tuple] = []
+    real = promote.judge
+    monkeypatch.setattr(promote, "judge", lambda *given: (asked.append(given), real(*given))[1])
+    return asked
+
+
+def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    real = promote.gate.judge
+
+    def noted(challenger: Contender, old: Contender | None, params: Gate, **more: Any) -> Verdict:
+        told.append({"challenger": challenger, "old": old, **more})
+        return real(challenger, old, params, **more)
+
+    monkeypatch.setattr(promote.gate, "judge", noted)
+    night("poor")
+    night("good")
+    prepared = root / "artifacts/preprocess"
+    images = pd.read_parquet(prepared / "images.parquet")
+    seen = set(images["sha256"][images["split"] != "test"])
+    for verdict in told:
+        pd.testing.assert_frame_equal(verdict["alike"], pd.read_parquet(prepared / "alike.parquet"))
+        assert set(verdict["challenger"].trained_on) == seen
+        assert verdict["challenger"].parameters > 1000
+    assert [verdict["looks"] for verdict in told] == [1, 2]
+    assert set(told[1]["old"].trained_on) == seen
+    assert told[1]["old"].latency == 1
+    assert told[1]["challenger"].latency > 0

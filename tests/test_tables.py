@@ -89,7 +89,7 @@ def test_a_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
 
 
 def test_columns_say_the_split_and_the_group(data: Path) -> None:
-    table = "group,split,label,path,age\nA,Train,a,cat/1.png,3\nB,validation,a,cat/2.png,4\n,,b,dog/1.png,5\n"
+    table = "group,split,label,path,age\nA,Train,a,cat/1.png,3\nB, validation ,a,cat/2.png,4\n,,b,dog/1.png,5\n"
     members = read(write(data, PETS | {"test.csv": table}))
     assert [(m.label, m.split, m.group) for m in members] == [("a", "train", "A"), ("a", "val", "B"), ("b", "", "")]
 
@@ -454,3 +454,10 @@ def test_a_table_without_the_columns_is_named_where_there_are_no_classes(data: P
     write(data, {"1.png": png(), "labels.csv": "id;breed\n1;pug\n"})
     with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
         read_folder(data)
+
+
+def test_of_the_folders_before_a_path_no_more_are_left_out_than_must_be(data: Path) -> None:
+    write(data, {"1.png": png(1), "cat/1.png": png(2), "labels.csv": "path,label\nold/place/cat/1.png,cat\n"})
+    members = read(data)
+    assert faults(members) == ["data/1.png is not in labels.csv, so its label is unknown"]
+    assert [m.path for m in members if m.label == "cat"] == ["data/cat/1.png"]

@@ -57,3 +57,7 @@ def test_few_images_that_are_all_right_prove_no_certainty() -> None:
     temperature = fit_temperature(labels, probabilities)
     assert 0.2 < temperature < 1
     assert tempered(probabilities, temperature).max() < 0.9999
+
+
+def test_one_image_that_is_quite_wrong_does_not_outweigh_all_others() -> None:
+    assert log_losses(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx([23 * np.log(2)])

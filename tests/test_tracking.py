@@ -224,3 +224,18 @@ def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
         with tracking.uploading():
             assert int(waits) == MLFLOW_HTTP_REQUEST_TIMEOUT.get()
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == before < 60
+
+
+def test_more_points_than_a_server_takes_at_a_time_come_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, metrics: sizes.append(len(metrics)))
+    tracking.log_points(store.client, "run", [Metric("loss", 0.5, 0, step) for step in range(2500)])
+    assert sizes == [1000, 1000, 500]
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_ours(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(tracking.os, "kill", not_ours)
+    assert tracking._is_alive(1)

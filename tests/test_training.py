@@ -65,7 +65,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
-    first, again, other = train(build()), train(build()), train(build(1), seed=1)
+    first, again, other = train(build()), train(build()), train(build(), seed=1)
     assert same(first.weights, again.weights)
     assert first.history == again.history
     assert not same(first.weights, other.weights)
@@ -382,3 +382,141 @@ def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkey
     assert "val_accuracy=" in last
     assert " images/s" in last
     assert shown.err.count("\r") < 20
+
+
+def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sure: list[bool] = []
+
+    def watched(pixels: Tensor, params: Augment) -> Tensor:
+        sure.append(torch.are_deterministic_algorithms_enabled())
+        return pixels
+
+    monkeypatch.setattr(training, "augment", watched)
+    torch.use_deterministic_algorithms(False)
+    train(build(), max_epochs=1)
+    assert sure
+    assert all(sure)
+
+
+def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() -> None:
+    once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    drawn = set()
+    for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        classifier = build()
+        data = ImageData(bars(14, 1), bars(8, 2), classifier.recipe, seed)
+        begun = training.Training(classifier, data, once, CPU, None)
+        data.rank = rank
+        begun.seed(step)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 4
+
+
+# What the recipe says is done
+
+
+def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> training.Training:
+    """A training before its first step."""
+    classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    params = Train(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
+    made = training.Training(classifier, data, params, CPU, None)
+    made.configure_optimizers()
+    return made
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("lenet", 0.0), ("lenet", 0.2), ("googlenet", 0.0)])
+def test_the_loss_is_that_of_all_heads_by_their_weights_smoothed_as_asked(name: str, smoothing: float) -> None:
+    made = begun(name, label_smoothing=smoothing)
+    pixels, labels = made.data.batch(0)
+    made.seed(0)
+    found = made.loss(pixels, labels)
+    made.seed(0)
+    heads = made.classifier.heads(made.classifier.normalise(pixels))
+    expected = sum(
+        weight * torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        for weight, logits in heads
+    )
+    assert found.item() == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert name == "lenet" or {weight for weight, _ in heads} != {1.0}
+
+
+def test_no_gradient_is_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, *given: Any) -> Any:
+        gradients = [parameter.grad.flatten() for group in self.param_groups for parameter in group["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    train(build(clip_norm=1e-3), max_epochs=1)
+    assert norms == [pytest.approx(1e-3, rel=1e-2)] * 3
+
+
+def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
+    made = begun(schedule="one_cycle", momentum=0.9, warmup=0.5)
+    momenta = []
+    for number in range(made.total):
+        made._set_rate(number)
+        momenta.append(made.optimizer.param_groups[0]["momentum"])
+    assert min(momenta) == pytest.approx(0.8, abs=0.01)
+    assert max(momenta) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_running_mean_begins_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    decays: list[float] = []
+    monkeypatch.setattr(training, "draw_near", lambda average, classifier, decay: decays.append(decay))
+    train(build(ema=0.3), max_epochs=2)
+    assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
+
+
+def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(self: training.Training, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 if number < 3 else 1e30
+
+    monkeypatch.setattr(training.Training, "_set_rate", explode)
+    failure = train(build(), max_epochs=3).failure
+    assert failure is not None
+    assert (failure.epoch, failure.step) == (2, 5)
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.figures
+
+    def spoiled(logits: Tensor, labels: Tensor, *loss: Any) -> Tensor:
+        found = real(logits, labels, *loss)
+        return found if loss else found * torch.tensor([math.nan, 1, 1])
+
+    monkeypatch.setattr(training, "figures", spoiled)
+    trained = train(build())
+    assert trained.failure is not None
+    assert trained.failure.reason == "the validation loss is no number"
+
+
+def test_the_budget_of_minutes_counts_those_before_a_restart_and_those_of_the_next_epoch() -> None:
+    made = begun()
+    made._restore(made.state() | {"minutes": 7.0, "epoch": 4})
+    assert made._minutes() >= 7
+    assert [made.reason_to_stop(spent) for spent in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done
+
+
+def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.Training.loss
+    monkeypatch.setattr(training.Training, "loss", lambda self, *given: 1e4 * real(self, *given))
+    trained = train(build(lr=1e-9))
+    assert trained.failure is not None
+    assert trained.failure.step == 1
+
+
+def test_the_running_mean_has_the_running_means_of_batch_norm_as_they_are() -> None:
+    average, classifier = build(0, "resnet"), build(1, "resnet")
+    classifier.heads(torch.rand(8, 1, 32, 32))
+    training.draw_near(average, classifier, 0.9)
+    assert all(map(torch.equal, average.buffers(), classifier.buffers()))
+    assert not any(
+        torch.equal(*pair)
+        for pair in zip(average.parameters(), classifier.parameters(), strict=True)
+        if pair[0].ndim > 1
+    )

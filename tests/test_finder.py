@@ -3,9 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from test_training import CPU, bars, build
-from torch import Tensor
+from test_training import CPU, bars, build, with_room_for_ten
 
 from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
@@ -35,15 +33,7 @@ def test_a_batch_in_pieces_comes_to_the_same_guess() -> None:
 
 
 def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = build()
-    heads = classifier.heads
-
-    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
-        if len(x) > 10:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return heads(x)
-
-    monkeypatch.setattr(classifier, "heads", limited)
+    classifier = with_room_for_ten(build(), monkeypatch)
     with pytest.raises(ConvoyError, match="but 8 do"):
         try_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
 

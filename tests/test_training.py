@@ -184,8 +184,8 @@ def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.Mon
     assert (trained.failure.epoch, trained.failure.step) == (3, 9)  # the step after the one with that rate
 
 
-def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = build()
+def with_room_for_ten(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """As on a GPU whose memory holds ten images."""
     heads = classifier.heads
 
     def limited(x: Tensor) -> list[tuple[float, Tensor]]:
@@ -194,6 +194,11 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypa
         return heads(x)
 
     monkeypatch.setattr(classifier, "heads", limited)
+    return classifier
+
+
+def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = with_room_for_ten(build(), monkeypatch)
     with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
         train(classifier)
 

@@ -413,6 +413,7 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
     usual, end = counts["images"].median(), max(1, counts["images"].max())
     if end > 20 * usual > 0:  # of all other classes one would see nothing
         end = 5 * usual
+    edge = 1.02 * end
     figure = _figure(WIDTH, 70 + 20 * max(rows, 3))
     figure.suptitle("Images of each class", x=0.01, ha="left", color=INK, fontsize=11)
     for axes, start in zip(
@@ -426,10 +427,10 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
         for row, count in enumerate(shown["images"]):
             said = f"{count:,}" if count <= end else f"{count:,}, the bar is cut"
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(said, (min(count, end), row), color=PALE, fontsize=8, **place)
+            axes.annotate(said, (count if count <= end else edge, row), color=PALE, fontsize=8, **place)
         longest = {1: 30, 2: 22, 3: 18}.get(columns, 14)
         axes.set_yticks(range(len(shown)), [_line(label, longest) for label in shown.index], parse_math=False)
-        axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, end * 1.02))
+        axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, edge))
         axes.set_xticks([])
         axes.tick_params(length=0, labelsize=9, labelcolor=INK)
         axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -118,8 +118,10 @@ def assert_all_is_there(source: Store, server: Store, tmp_path: Path) -> None:
         assert shown(server, there[run.info.run_id]) == shown(source, run)
 
     old, new = versions(source), versions(server)
-    assert list(new) == list(old) == [4, 3, 1]
+    assert sorted(new) == sorted(old) == [1, 3, 4]
+    assert old[3].description == "PROMOTE: better"
     for number, version in new.items():
+        assert version.description == old[number].description
         assert without(version.tags) == old[number].tags
         assert version.run_id == there[old[number].run_id].info.run_id
         served.fetch(version, tmp_path / f"version {number}")  # against its hashes

@@ -494,3 +494,11 @@ def test_a_jpeg_whose_xmp_alone_says_how_it_lies_is_turned_upright() -> None:
 def test_height_and_width_are_told_as_the_file_has_them(form: str, side: int) -> None:
     found = images.decode(encoded(picture(), form, exif=exif(struct.pack("<HHII", 0x0112, 3, 1, 6))), side)
     assert (found.height, found.width) == PICTURE.shape[:2]
+
+
+@pytest.mark.parametrize("longest_side", [512, 12])
+def test_a_jpeg_that_ends_anywhere_in_its_header_is_named_in_words(longest_side: int) -> None:
+    data = encoded(picture(), "JPEG")
+    for end in range(3, data.index(b"\xff\xda"), 7):
+        with pytest.raises(BadImage, match=r"can't be decoded: .*[a-z]{3}"):
+            decode(data[:end], longest_side)

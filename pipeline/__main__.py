@@ -14,7 +14,8 @@ import yaml
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # signals that end a process and mean it well
+# what DVC and the stage at work are told where a signal reaches this process; SIGHUP comes of a terminal that is closed
+TOLD = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
 
 
 def main() -> None:
@@ -150,12 +151,11 @@ def remove_unlisted(root: Path, names: list[str]) -> None:
 
 
 def dvc(*command: str) -> int:
-    """Run DVC, and return its exit status. A signal reaches it and the stage at work; of a terminal that is closed
-    they are told as of SIGTERM."""
+    """Run DVC, and return its exit status. Signals reach it and the stage at work, as `TOLD` says."""
     running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
-    for number, meant in ((signal.SIGINT, signal.SIGINT), *((number, signal.SIGTERM) for number in ENDING)):
+    for number in TOLD:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
-            signal.signal(number, lambda *_, meant=meant: os.killpg(running.pid, meant))
+            signal.signal(number, lambda received, _: os.killpg(running.pid, TOLD[signal.Signals(received)]))
     status = running.wait()
     return status if status >= 0 else 128 - status  # as a shell says it of a process that a signal ended
 

@@ -450,6 +450,14 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+def fitted_once(folder: Path, fitted: list) -> Packed:
+    """Images that are made and remembered; of what was fitted no count is left."""
+    images = packed(folder / "packed", LARGE)
+    made(images, folder)
+    fitted.clear()
+    return images
+
+
 def made_again(packed: Packed, first: Path) -> dict[str, bytes]:
     """The files in another folder, with what is remembered from a first time."""
     folder = first / "again"
@@ -470,9 +478,7 @@ def test_only_new_images_are_fitted_and_the_bytes_are_as_if_all_were(tmp_path: P
 
 
 def test_another_size_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
-    images = packed(tmp_path / "packed", LARGE)
-    made(images, tmp_path)
-    fitted.clear()
+    images = fitted_once(tmp_path, fitted)
     task = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).task
     assert (task.size, len(fitted)) == (36, 85)
 
@@ -492,9 +498,7 @@ def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fit
 
 
 def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, fitted: list) -> None:
-    images = packed(tmp_path / "packed", LARGE)
-    made(images, tmp_path)
-    fitted.clear()
+    images = fitted_once(tmp_path, fitted)
     (index,) = (tmp_path / "remembered").glob("*/index.npy")
     index.write_bytes(b"")
     made_again(images, tmp_path)
@@ -593,9 +597,7 @@ def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:
 def test_what_other_code_fitted_is_fitted_anew(
     module: ModuleType, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = packed(tmp_path / "packed", LARGE)
-    made(images, tmp_path)
-    fitted.clear()
+    images = fitted_once(tmp_path, fitted)
     (tmp_path / "changed.py").write_text("# other code\n")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
     made_again(images, tmp_path)
@@ -606,9 +608,7 @@ def test_what_other_code_fitted_is_fitted_anew(
 def test_what_another_version_of_a_library_fitted_is_fitted_anew(
     library: str, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = packed(tmp_path / "packed", LARGE)
-    made(images, tmp_path)
-    fitted.clear()
+    images = fitted_once(tmp_path, fitted)
     monkeypatch.setattr(convoy.remembered, "version", lambda name: "0" if name == library else version(name))
     made_again(images, tmp_path)
     assert len(fitted) == 85

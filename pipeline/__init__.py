@@ -1,7 +1,43 @@
 """The stages of the pipeline, one module each; `python -m pipeline` runs them all."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Threads that spin while they wait stop each other where anything else runs on the machine: a training step took 28
 # times as long beside two other processes on 2 cores. OpenMP reads this when torch is imported, so it stands here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def use_own_library() -> None:
+    """Make `convoy` the library of this very project, here and in every process started from here.
+
+    An editable install is bound to the one folder that it was made in. DVC runs queued experiments in a temporary
+    copy, and a copied project or a git worktree may use the environment of another folder: without this they would
+    train with that folder's library, while DVC records the hashes of theirs.
+
+    Exits with a message where another library, or another project's stages, would run all the same.
+    """
+    source = str(PROJECT / "src")
+    if sys.path[0] != source:
+        sys.path.insert(0, source)
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if inherited[0] != source:
+        os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, inherited)])
+
+    here = Path.cwd() / "pipeline" / "__init__.py"
+    if here.is_file() and not here.samefile(__file__):
+        sys.exit(
+            f"convoy: the stages of {PROJECT} would run in {Path.cwd()}, which has its own: "
+            "unset PYTHONSAFEPATH and PYTHONPATH, and run `python -m pipeline` in the project's folder again"
+        )
+    found = importlib.util.find_spec("convoy")
+    if found is None or not found.origin or not Path(found.origin).is_relative_to(source):
+        where = found.origin if found else "none at all"
+        sys.exit(f"convoy: this project's library is {source}/convoy, but {where} was found: restore src/ by git")
+
+
+use_own_library()

@@ -1,11 +1,20 @@
 # `make repro` runs the whole pipeline, `make test` the tests. Both make .venv from requirements.lock when it is
-# missing or stale. PYTHON is the interpreter to make it from: 3.11, 3.12 or 3.13.
+# missing, stale or broken. PYTHON is the interpreter to make it from: 3.11, 3.12 or 3.13.
+ASKED := $(PYTHON)
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/ready
+# Every script in an environment holds the path that it was made in, and its packages are of one interpreter. Where it
+# was moved or copied, or its interpreter is gone or not the one that PYTHON asks for, it is made again.
+VERSION := -c 'import sys; print(*sys.version_info[:2])'
+BROKEN := $(shell test ! -e $(READY) || { \
+    test "$$(cat $(READY))" = "$(abspath $(VENV))" \
+    && $(VENV)/bin/python -c 'import sys, importlib.util as found; sys.exit(not found.find_spec("dvc"))' \
+    && { test -z "$(ASKED)" || test "$$($(ASKED) $(VERSION))" = "$$($(VENV)/bin/python $(VERSION))"; }; \
+    } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint sync ui lock retrain push hand-back rollback
+.PHONY: help install repro test test-slow lint sync ui lock retrain push hand-back rollback again
 
 help: ## show what can be made
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -54,10 +63,15 @@ hand-back: ## what a retraining changed, as a commit on a branch of its own, pus
 		git push --set-upstream origin HEAD; }
 
 # uv writes no bytecode unless told, and without it each stage would start seconds later
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml $(if $(BROKEN),again)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "convoy needs Python 3.11 to 3.13, and $(PYTHON) is another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	test -x $(VENV)/bin/uv || { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet uv; }
+	@test -z "$(BROKEN)" || \
+		{ echo "$(VENV) was made elsewhere, or its Python is gone or not the one asked for: making it again" && rm -rf $(VENV); }
+	$(VENV)/bin/uv --version >/dev/null 2>&1 || \
+		{ $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet uv; }
 	uv pip sync --python $(VENV) --quiet --compile-bytecode requirements.lock
 	uv pip install --python $(VENV) --quiet --no-deps --no-build-isolation --editable .
-	@touch $(READY)
+	@echo "$(abspath $(VENV))" > $(READY)
+
+again:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ def main() -> None:
         if options.show:
             conclude(root, config.load(root / "params.yaml"))
             sys.exit()
+        check_repository(root)
         print("composing conf/ into params.yaml")
         params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
@@ -77,6 +79,18 @@ def check(params: dict[str, Any]) -> None:
     for name, values in params["model"].items():
         typed(models.schema(name), values, f"model.{name}")
         transfer.check(name, values)
+
+
+def check_repository(root: Path) -> None:
+    """Raise ConvoyError where DVC would find no git repository, as in a source archive."""
+    if any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return
+    settings = [file.read_text() for file in (root / ".dvc").glob("config*") if file.is_file()]
+    if not any(re.search(r"^\s*no_scm\s*=\s*true", text, re.MULTILINE | re.IGNORECASE) for text in settings):
+        raise ConvoyError(
+            f"{root} is no git repository, and DVC needs one. Type `git init && git add --all && git commit "
+            "--message 'Import convoy'` and run this again, or go on without git: `dvc config core.no_scm true`"
+        )
 
 
 def check_source(root: Path, *, update: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from convoy import config, models
 from convoy.config import ConvoyError, Count, Share, Whole, check_sections, typed
 from convoy.datasets.source import Dataset
+from convoy.gate import Gate
 from convoy.preprocessing import Preprocess
 
 ROOT = Path(__file__).parents[1]
@@ -326,3 +328,26 @@ def test_a_params_yaml_that_is_none_is_refused_with_the_mend(tmp_path: Path, con
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it anew with `make repro`"):
         config.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("no", "such as 'no'"),
+        ("off", "YAML reads no, off and false as False unless quoted"),
+        ("yes", "such as 'yes'"),
+        ("007", "YAML reads digits as a number, and 007 as 7, unless quoted"),
+        ("1.10", "write quotes, such as '1.1'"),
+        ("null", "write it in quotes, such as 'null'"),
+    ],
+)
+def test_unquoted_yaml_text_is_refused_with_the_quotes(written: str, said: str) -> None:
+    values = yaml.safe_load((ROOT / "conf/dataset/folder.yaml").read_text()) | {"name": yaml.safe_load(written)}
+    with pytest.raises(ConvoyError, match=re.escape(said)):
+        typed(Dataset, values, "dataset")
+
+
+def test_unquoted_class_name_in_a_list_is_refused_too() -> None:
+    gate = yaml.safe_load((ROOT / "params.yaml").read_text())["register"]["gate"]
+    with pytest.raises(ConvoyError, match=r"register.gate.acknowledge.0=False: .* such as 'no'"):
+        typed(Gate, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")

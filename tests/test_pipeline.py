@@ -20,7 +20,7 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_source, conclude, mend_lock, remove_unlisted
+from pipeline.__main__ import check, check_repository, check_source, conclude, mend_lock, remove_unlisted
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -275,6 +275,25 @@ def test_where_too_much_is_bad_the_first_are_told_and_all_are_in_a_file(tmp_path
         file.unlink()
     run_stages(root, until="fetch")
     assert not (root / "artifacts/refused.csv").exists()
+
+
+def test_source_archive_without_git_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"is no git repository, and DVC needs one\. Type `git init"):
+        check_repository(tmp_path)
+
+
+@pytest.mark.parametrize("place", [".git/HEAD", ".git", "../.git/HEAD"], ids=["clone", "worktree", "subfolder"])
+def test_git_repository_is_found_in_each_of_its_forms(place: str, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    (root / place).touch()
+    check_repository(root)
+
+
+def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    check_repository(tmp_path)
 
 
 def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_them(tmp_path: Path) -> None:

@@ -134,9 +134,25 @@ def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, secti
             case _:
                 name = ".".join((section, *_keys(complaint["loc"], values)))
                 said = complaint["msg"][0].lower() + complaint["msg"][1:]
+                kind, value = complaint["type"], complaint["input"]
+                if kind == "string_type" or (kind == "literal_error" and isinstance(value, bool)):
+                    said += _quoting_hint(value)
                 wrong.setdefault(f"{name}={complaint['input']!r}: ", []).append(said)
     for name, (first, *others) in wrong.items():
         yield name + ", or ".join([first, *(said.removeprefix("input should be ") for said in others)])
+
+
+def _quoting_hint(value: Any) -> str:
+    """Say how to write a text that YAML takes for another type where it is not quoted."""
+    match value:
+        case bool():
+            words = "yes, on and true" if value else "no, off and false"
+            return f"; YAML reads {words} as {value} unless quoted: write it in quotes, such as {words.split(',')[0]!r}"
+        case int() | float():
+            return f"; YAML reads digits as a number, and 007 as 7, unless quoted: write quotes, such as '{value}'"
+        case None:
+            return "; YAML reads null, ~ and an empty value as None unless quoted: write it in quotes, such as 'null'"
+    return ""
 
 
 def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:

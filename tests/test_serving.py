@@ -23,6 +23,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
@@ -99,6 +100,43 @@ def test_grey_pictures_come_with_or_without_a_channel_axis(model: ImageClassifie
     expected = probabilities(model, [grey])
     for form in (grey[:, :, 0], grey, grey[None], grey[None, :, :, 0], np.repeat(grey, 3, axis=2)):
         np.testing.assert_allclose(probabilities(model, form), expected, atol=1e-6)
+
+
+def test_pil_images_are_accepted_alone_and_in_lists(model: ImageClassifier) -> None:
+    rgb, grey = Image.fromarray(picture()), Image.fromarray(picture(channels=1)[:, :, 0])
+    expected = probabilities(model, [np.asarray(rgb), np.asarray(grey)])
+    np.testing.assert_array_equal(probabilities(model, [rgb, grey]), expected)
+    np.testing.assert_allclose(probabilities(model, rgb), expected[:1], atol=1e-5)
+    for image in (grey.convert("1"), rgb.convert("CMYK"), rgb.convert("P")):
+        assert probabilities(model, image).shape == (1, len(CLASSES))
+
+
+def test_pil_image_that_lies_on_its_side_is_turned(model: ImageClassifier) -> None:
+    image = Image.fromarray(picture())
+    expected = probabilities(model, image)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image.transpose(Image.Transpose.ROTATE_270).save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(probabilities(model, Image.open(file)), expected)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("library", [np.asarray, torch.tensor])
+def test_channels_that_come_first_are_refused(library, channels: int, model: ImageClassifier) -> None:  # noqa: ANN001
+    first = library(picture(channels=channels).transpose(2, 0, 1).copy())
+    with pytest.raises(MlflowException, match=rf"channels come last, \(H, W, {channels}\)") as raised:
+        model.predict(None, first)
+    assert raised.value.get_http_status_code() == 400
+    with pytest.raises(MlflowException, match="channels last"):
+        model.predict(None, [first])
+    with pytest.raises(MlflowException, match="channels last"):
+        model.predict(None, first[None])
+
+
+def test_tensor_gets_the_same_answer_as_its_array(model: ImageClassifier) -> None:
+    for pixels in (picture(), picture(channels=1)[:, :, 0], np.stack([picture(), picture(seed=1)])):
+        np.testing.assert_array_equal(probabilities(model, torch.tensor(pixels)), probabilities(model, pixels))
 
 
 def test_what_is_transparent_counts_as_white(model: ImageClassifier) -> None:

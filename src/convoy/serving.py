@@ -29,8 +29,9 @@ class ImageClassifier(PythonModel):
         """A row for each image: `label`, `probability`, and `probabilities` in the order of the model's classes.
 
         `model_input` is a uint8 array (H, W), (H, W, C), (N, H, W) or (N, H, W, C) with 1 to 4 channels (grey, grey
-        and alpha, RGB, RGBA); a list of arrays of any sizes; the bytes of image files, or their base64 text, in a
-        list or in the first column of a table. Raises MlflowException for anything else.
+        and alpha, RGB, RGBA); a PIL image; the bytes of an image file, or their base64 text; or images in any of
+        these forms in a list or in the first column of a table. Raises MlflowException for anything else, such as
+        channels that come first, (3, H, W).
         """
         task = self.predictor.task
         shape = (0, task.size, task.size, task.channels)
@@ -52,7 +53,11 @@ class ImageClassifier(PythonModel):
                 image = _decoded(image)
             if isinstance(image, bytes):
                 return self.predictor.fitted(image)
-            return images.fit(_plain(image, task.longest_side), task.size, task.channels)
+            if isinstance(image, Image.Image):
+                pixels = images.plain(image, task.longest_side)
+            else:
+                pixels = _plain(image, task.longest_side)
+            return images.fit(pixels, task.size, task.channels)
         except images.BadImage as fault:
             raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
 
@@ -60,11 +65,25 @@ class ImageClassifier(PythonModel):
 def _each(model_input: Any) -> list[Any]:
     if isinstance(model_input, pd.DataFrame):
         return model_input.iloc[:, 0].tolist()
-    if isinstance(model_input, np.ndarray) and model_input.dtype != object:
-        # (H, W) or (H, W, C) is one image; three axes without a last one of channels are N grey images
-        one = model_input.ndim == 2 or (model_input.ndim == 3 and model_input.shape[2] <= 4)
-        return [model_input] if one else list(model_input)
-    return [model_input] if isinstance(model_input, bytes | str) else list(model_input)
+    if isinstance(model_input, bytes | str | Image.Image):
+        return [model_input]
+    if hasattr(model_input, "__array__"):
+        pixels = np.asarray(model_input)
+        if pixels.dtype != object:
+            return _each_of_array(pixels)
+    return list(model_input)
+
+
+def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
+    """Three axes without a last one of channels are N grey images."""
+    if pixels.ndim == 3 and pixels.shape[2] > 4 and pixels.shape[0] in (3, 4):
+        channels = pixels.shape[0]
+        raise MlflowException.invalid_parameter_value(
+            f"an array of the shape {pixels.shape} is refused: channels come last, (H, W, {channels}), as in "
+            f"array.transpose(1, 2, 0). For {channels} grey images pass ({channels}, H, W, 1), or a list of arrays"
+        )
+    one = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] <= 4)
+    return [pixels] if one else list(pixels)
 
 
 def _decoded(text: str) -> bytes:
@@ -85,7 +104,7 @@ def _plain(image: Any, longest_side: int) -> np.ndarray:
         pixels = pixels[:, :, 0]
     mode = {(2, 1): "L", (3, 2): "LA", (3, 3): "RGB", (3, 4): "RGBA"}
     if (pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1) not in mode:
-        raise images.BadImage(f"has the shape {pixels.shape}; it must be (H, W) or (H, W, 1 to 4)")
+        raise images.BadImage(f"has the shape {pixels.shape}; it must be (H, W) or (H, W, 1 to 4), channels last")
     return images.plain(Image.fromarray(pixels.astype(np.uint8)), longest_side)
 
 

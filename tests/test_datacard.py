@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from convoy import fonts
 from convoy.datacard import AsFound, AsPrepared, _tile, write_fetch_card, write_preprocess_card
 
 RED = (255, 0, 0)
@@ -185,7 +186,9 @@ def test_what_does_not_print_is_spelled_out_and_a_long_name_keeps_its_ends(tmp_p
     assert len(long) <= 80
 
 
-def test_names_that_a_picture_can_not_show_stand_below_it(tmp_path: Path) -> None:
+def test_names_that_a_picture_can_not_show_stand_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
+    fonts._families.cache_clear()
     assert "From top to bottom: 'cat', '猫'." in fetch_card(tmp_path, table=listed(["cat", "猫"]))
     assert "From top to bottom" not in fetch_card(tmp_path, table=listed(["cat", "owl"]))
 

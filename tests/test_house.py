@@ -21,7 +21,7 @@ from convoy.datasets.source import Dataset
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "src" / "convoy"
 FLOORS = [
-    "config", "naming", "hashes", "memory", "remembered", "images", "likeness", "task", "datasets", "datacard",
+    "config", "fonts", "naming", "hashes", "memory", "remembered", "images", "likeness", "task", "datasets", "datacard",
     "fitted", "preprocessing", "batches", "augmentation", "recipe", "classifier", "models", "transfer", "hardware",
     "datamodule", "checkpoint", "progress", "training", "finder", "temperature", "predictor", "export", "evaluation",
     "timing", "comparison", "gate", "views", "tracking", "registry", "served", "champion", "moving", "promotion",

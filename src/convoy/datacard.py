@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from convoy.fonts import font_families, missing_letters
 from convoy.images import as_image
 
 if TYPE_CHECKING:
@@ -429,7 +430,8 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
             place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(said, (count if count <= end else edge, row), color=PALE, fontsize=8, **place)
         longest = {1: 30, 2: 22, 3: 18}.get(columns, 14)
-        axes.set_yticks(range(len(shown)), [_line(label, longest) for label in shown.index], parse_math=False)
+        names = [_line(label, longest) for label in shown.index]
+        axes.set_yticks(range(len(shown)), names, parse_math=False, fontfamily=font_families(names))
         axes.set(ylim=(rows - 0.5, -0.5), xlim=(0, edge))
         axes.set_xticks([])
         axes.tick_params(length=0, labelsize=9, labelcolor=INK)
@@ -535,7 +537,7 @@ def _write_at(figure: "Figure", left: float, top: float, text: str, colour: str,
     """In pixels from the upper left corner."""
     width, height = figure.get_size_inches() * DPI
     place = {"x": left / width, "y": 1 - top / height, "ha": ha, "va": "center"}
-    figure.text(**place, s=text, color=colour, fontsize=9, parse_math=False)
+    figure.text(**place, s=text, color=colour, fontsize=9, parse_math=False, fontfamily=font_families([text]))
 
 
 def _save(figure: "Figure", file: Path) -> None:
@@ -551,7 +553,4 @@ def _save(figure: "Figure", file: Path) -> None:
 
 def _can_be_drawn(label: str) -> bool:
     """Whether a picture can show this name, all of it."""
-    from matplotlib.font_manager import findfont, get_font
-
-    known = get_font(findfont("DejaVu Sans")).get_charmap()
-    return label == _line(label, 22) and all(ord(letter) in known for letter in label)
+    return label == _line(label, 22) and not missing_letters([label])

@@ -1,10 +1,13 @@
 """The report: the compared architectures as tables and pictures."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from convoy.fonts import font_families, missing_letters
 
 if TYPE_CHECKING:  # who only prints a table waits for no statistics
     from convoy.gate import Verdict
@@ -70,7 +73,13 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
 
     named = len(classes) <= NAMED
     side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches, of which each takes 10,000 pixels
-    with pyplot.style.context("default"):  # not as this user has set it: the picture is part of an output
+    if missing := missing_letters(classes):
+        letters = " ".join(sorted(missing)[:10])
+        print(f"{file.name} shows boxes for letters that no installed font has ({letters}): install one, such as Noto")
+    # not as this user has set it: the picture is part of an output
+    settings = {"font.family": font_families(classes), "text.parse_math": False}
+    with pyplot.style.context(["default", settings]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure, axes = pyplot.subplots(figsize=(side + 1, side))
         ConfusionMatrixDisplay.from_predictions(
             predictions["actual"],

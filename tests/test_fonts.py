@@ -1,0 +1,72 @@
+"""Fonts: names of classes are drawn in letters, in whatever script they are."""
+
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from convoy import fonts
+from convoy.fonts import DEFAULT, font_families, missing_letters
+from convoy.report import draw_confusion
+
+# a letter that matplotlib's default font lacks, and another of the fonts that it brings along has
+CIRCLED = "\N{CIRCLED LATIN CAPITAL LETTER A}"
+STIX = Path(matplotlib.get_data_path(), "fonts/ttf/STIXGeneral.ttf")
+NOWHERE = "\U0010fffd"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The font files of the system."""
+    files: list[str] = []
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: files)
+    fonts._families.cache_clear()
+    return files
+
+
+def drawn(classes: list[str], file: Path) -> np.ndarray:
+    table = pd.DataFrame({"actual": classes, "predicted": classes})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_confusion(table, classes, "title", file)
+    return np.asarray(Image.open(file))
+
+
+def test_default_font_is_enough_for_most_names(installed: list[str]) -> None:
+    assert font_families(["cat", "żółw", "кот", "$x$"]) == [DEFAULT]
+
+
+def test_installed_font_is_used_for_letters_it_has(installed: list[str], tmp_path: Path) -> None:
+    boxes = drawn([CIRCLED, "cat"], tmp_path / "boxes.png")
+    installed.append(str(STIX))
+    fonts._families.cache_clear()
+    assert font_families([CIRCLED]) == [DEFAULT, "STIXGeneral"]
+    assert missing_letters([CIRCLED]) == set()
+    letters = drawn([CIRCLED, "cat"], tmp_path / "letters.png")
+    assert boxes.shape != letters.shape or (boxes != letters).any()
+
+
+def test_letters_without_a_font_are_named_once(
+    installed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn([CIRCLED, f"{CIRCLED}b"], tmp_path / "confusion.png")
+    said = capsys.readouterr()
+    assert said.out.count("no installed font has") == 1
+    assert CIRCLED in said.out
+    assert said.err == ""
+
+
+def test_broken_font_files_are_passed_over(installed: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "a-sans-regular.ttf"
+    broken.write_bytes(b"no font")
+    installed += [str(broken), str(tmp_path / "gone.ttf"), str(STIX)]
+    assert font_families([CIRCLED, NOWHERE]) == [DEFAULT, "STIXGeneral"]
+    assert missing_letters([CIRCLED, NOWHERE]) == {NOWHERE}
+
+
+def test_dollar_signs_in_names_are_no_formulas(installed: list[str], tmp_path: Path) -> None:
+    drawn(["$\\frac{$", "a_$b$"], tmp_path / "confusion.png")

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -21,9 +21,11 @@ import convoy
 from convoy import config, models, registry, served, tracking, transfer
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError, typed
+from convoy.hashes import sha256
 from convoy.task import Task
 from convoy.tracking import DataVersion, Run, Store
 
+Publish = Callable[[str, Path], Path]
 CONF = Path(__file__).parents[1] / "conf"
 NAMES = get_model_weights("resnet18").IMAGENET1K_V1.meta["categories"]  # of ImageNet's 1000 classes
 SOME = ["cat", "dog", "owl"]
@@ -122,14 +124,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def cached(cache: Path, twin: str) -> Path:
-    return cache / Path(get_model_weights(twin).IMAGENET1K_V1.url).name
+@pytest.fixture
+def publish(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
+    """Put a file into the cache as the weights of a torchvision network, published under a name with its hash."""
+
+    def publish(twin: str, file: Path) -> Path:
+        weights = get_model_weights(twin).IMAGENET1K_V1
+        name = f"{Path(weights.url).name.rpartition('-')[0]}-{sha256(file)[:8]}.pth"
+        monkeypatch.setattr(weights.value, "url", f"https://download.pytorch.org/models/{name}")
+        return file.rename(cache / name)
+
+    return publish
+
+
+def saved(weights: object, file: Path) -> Path:
+    torch.save(weights, file)
+    return file
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, cache: Path) -> None:
+def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, publish: Publish, tmp_path: Path) -> None:
     name, theirs = TWINS[twin], torchvisions(twin)
-    torch.save(theirs.state_dict(), cached(cache, twin))
+    file = publish(twin, saved(theirs.state_dict(), tmp_path / "weights.pth"))
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     norm = get_model_weights(twin).IMAGENET1K_V1.transforms()
     x = torchvision.transforms.functional.normalize(pixels.permute(0, 3, 1, 2) / 255, norm.mean, norm.std)
@@ -142,7 +158,9 @@ def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, cache: Path
     values = settings(name, "pretrained", twin)
     ours = build(name, values, task(NAMES, size=224)).eval()
     record = start(ours, name, values)
-    cached(cache, twin).unlink()
+    assert record["sha256"] == sha256(file)
+    assert record["verified"] is True
+    file.unlink()
     assert record["source"] == f"torchvision {twin} IMAGENET1K_V1"
     assert record["head"] == "kept"
     with torch.inference_mode():
@@ -188,8 +206,8 @@ def test_a_file_of_a_torchvision_network_of_other_classes_gives_its_body(tmp_pat
 
 
 @pytest.mark.parametrize("order", ["other names", "another order"])
-def test_of_imagenet_with_other_classes_the_head_is_new(order: str, cache: Path) -> None:
-    torch.save(torchvisions("resnet18").state_dict(), cached(cache, "resnet18"))
+def test_of_imagenet_with_other_classes_the_head_is_new(order: str, publish: Publish, tmp_path: Path) -> None:
+    publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
     values = settings("resnet", "pretrained", "resnet18")
     classifier = build("resnet", values, task(SOME if order == "other names" else NAMES[::-1]))
     fresh = classifier.classifier.weight.clone()
@@ -197,8 +215,8 @@ def test_of_imagenet_with_other_classes_the_head_is_new(order: str, cache: Path)
     assert torch.equal(classifier.classifier.weight, fresh)
 
 
-def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(cache: Path) -> None:
-    torch.save(torchvisions("googlenet").state_dict(), cached(cache, "googlenet"))
+def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(publish: Publish, tmp_path: Path) -> None:
+    publish("googlenet", saved(torchvisions("googlenet").state_dict(), tmp_path / "weights.pth"))
     values = settings("googlenet", "pretrained", "googlenet")
     classifier = build("googlenet", values, task(size=64))
     before = copies(classifier)
@@ -229,6 +247,39 @@ def test_what_is_downloaded_is_checked_against_its_hash(
     with pytest.raises(ConvoyError, match="invalid hash value"):
         start(build("resnet", values, task()), "resnet", values)
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("twin", ["alexnet", "googlenet", "resnet18"])
+@pytest.mark.parametrize("place", ["cache", "file"])
+def test_other_weights_under_a_published_name_are_refused(twin: str, place: str, cache: Path, tmp_path: Path) -> None:
+    name, published = TWINS[twin], Path(get_model_weights(twin).IMAGENET1K_V1.url)
+    file = saved(torchvisions(twin, classes=3).state_dict(), (cache if place == "cache" else tmp_path) / published.name)
+    values = settings(name, "pretrained" if place == "cache" else str(file), twin)
+    classifier = build(name, values, task(size=224))
+    before = copies(classifier)
+    with pytest.raises(ConvoyError) as refusal:
+        start(classifier, name, values)
+    expected, message = published.stem[-8:], str(refusal.value)
+    assert message.startswith(f"model.{name}.init: {file} is damaged, or not the file that torchvision published")
+    assert f"its sha256 begins with {sha256(file)[:8]} instead of {expected}. Remove it, and" in message
+    assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
+
+
+def test_one_wrong_bit_in_published_weights_is_found(publish: Publish, tmp_path: Path) -> None:
+    file = publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    values = settings("resnet", "pretrained", "resnet18")
+    with pytest.raises(ConvoyError, match="is damaged, or not the file that torchvision published"):
+        start(build("resnet", values, task()), "resnet", values)
+
+
+def test_a_file_of_the_users_own_is_recorded_as_not_verified(tmp_path: Path) -> None:
+    file = saved(torchvisions("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
+    values = settings("resnet", str(file), "resnet18")
+    record = start(build("resnet", values, task()), "resnet", values)
+    assert (record["sha256"], record["verified"]) == (sha256(file), False)
 
 
 def test_settings_unlike_any_of_torchvision_are_refused_with_what_to_set() -> None:
@@ -266,14 +317,16 @@ class Poison:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
 @pytest.mark.parametrize("place", ["cache", "file"])
-def test_a_poisoned_file_is_refused_and_not_run(form: str, place: str, cache: Path, tmp_path: Path) -> None:
+def test_a_poisoned_file_is_refused_and_not_run(form: str, place: str, publish: Publish, tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     content = {"conv1.weight": Poison(fired)}
-    file = cached(cache, "resnet18") if place == "cache" else tmp_path / "poison.pth"
+    file = tmp_path / "poison.pth"
     if form == "plain pickle":
         file.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    if place == "cache":
+        file = publish("resnet18", file)
     values = settings("resnet", "pretrained" if place == "cache" else str(file), "resnet18")
     classifier = build("resnet", values, task())
     with pytest.raises(ConvoyError, match="is no file of plain weights, and nothing in it was run"):
@@ -344,7 +397,7 @@ def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> N
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, task())
     record = start(classifier, name, values)
-    assert set(record) == {"init", "source", "sha256", "head", "lineage"}
+    assert set(record) == {"init", "source", "sha256", "verified", "head", "lineage"}
     assert record["head"] == "kept"
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
@@ -412,7 +465,7 @@ def test_weights_for_grey_images_are_refused_for_colour(tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), task())
     values = settings("resnet", str(tmp_path / "weights.safetensors"))
-    with pytest.raises(ConvoyError, match="holds the weights of lenet, not of resnet"):
+    with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
         start(build("resnet", values, task()), "resnet", values)
 
 
@@ -505,7 +558,7 @@ def test_champion_means_the_champion_or_else_the_newest_version_of_the_architect
     left = build(name, settings(name), task(), seed=version).state_dict()
     body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_head(key)}
     assert all(torch.equal(left[key], value) for key, value in body.items())
-    assert (record["init"], record["head"]) == ("champion", "new")
+    assert (record["init"], record["head"], record["verified"]) == ("champion", "new", True)
     assert record["source"].startswith(f"version {version} of model convoy, of run ")
 
 
@@ -531,7 +584,7 @@ def test_a_run_gives_its_weights(store: Store, tmp_path: Path) -> None:
 
 def test_a_run_of_another_architecture_is_refused(store: Store, tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), task())
-    with pytest.raises(ConvoyError, match="holds the weights of lenet, not of resnet"):
+    with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
         from_store(store, "resnet", settings("resnet", bring(store, "lenet", tmp_path)))
 
 

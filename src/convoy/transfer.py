@@ -42,6 +42,7 @@ class Donor:
     classes: Sequence[str]  # of the head, in its order; none where nobody knows them
     settings: Mapping[str, Any]  # that they were trained with, as far as they are known
     sha256: str  # of the file
+    verified: bool  # whether somebody vouches for that sha256: torchvision in the file's name, or MLflow
     lineage: Sequence[str] = ()  # digests of all data of ours that led to them, "" for data that nobody wrote down
 
 
@@ -65,9 +66,10 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
     """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
 
     Its head stays fresh, unless the weights are of the same classes in the same order. Normalisation comes with
-    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, head ("kept" or
-    "new") and lineage. `bring` is called only for the champion or a run. Raises ConvoyError for weights that aren't
-    there, that don't fit, or that are no plain numbers.
+    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, verified
+    (whether torchvision or MLflow vouches for that sha256), head ("kept" or "new") and lineage. `bring` is called only
+    for the champion or a run. Raises ConvoyError for weights that aren't there, that don't fit, or that are no plain
+    numbers.
     """
     check(architecture, settings)
     init = settings["init"]
@@ -79,9 +81,9 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
         donor = pretrained(classifier, architecture, settings)
     elif init == "champion" or RUN.fullmatch(init):
         with tempfile.TemporaryDirectory() as folder:
-            source = bring(init, Path(folder))
-            donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings)
-            donor = dataclasses.replace(donor, source=source)
+            source = bring(init, Path(folder))  # which has checked both files
+            donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings, source)
+            donor = dataclasses.replace(donor, verified=True)
     else:
         donor = from_file(Path(init), classifier, architecture, settings)
     if "mean" in donor.weights:
@@ -98,8 +100,14 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
         mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
         said = f"model.{architecture}.init: {donor.source}: {error}" + (f"; set {mend}" if mend else "")
         raise ConvoyError(said) from None
-    head = "kept" if kept else "new"
-    return {"init": init, "source": donor.source, "sha256": donor.sha256, "head": head, "lineage": list(donor.lineage)}
+    return {
+        "init": init,
+        "source": donor.source,
+        "sha256": donor.sha256,
+        "verified": donor.verified,
+        "head": "kept" if kept else "new",
+        "lineage": list(donor.lineage),
+    }
 
 
 def adopt(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
@@ -149,43 +157,71 @@ def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str,
     return dataclasses.replace(donor, source=f"torchvision {twin} {published.name}")
 
 
-def from_file(file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> Donor:
+def from_file(
+    file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any], source: str = ""
+) -> Donor:
     """The weights in a .safetensors file of ours, with its record.json beside it, or in a .pth file of torchvision.
 
-    Nothing in it is run. Raises ConvoyError for another architecture, and for what is no file of weights.
+    `source` is what messages call it where the file is a temporary copy. Nothing in it is run. Raises ConvoyError for
+    another architecture, for what is no file of weights, and for a file that is not what torchvision published under
+    its name.
     """
     try:
         digest = sha256(file)
     except OSError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
     if file.suffix in PICKLED:
+        verified = _is_published(file, digest, architecture, settings)
         content = _of_torchvision(file, classifier, architecture, settings)
     else:
-        content = _of_ours(file, architecture)
+        verified = False
+        content = _of_ours(file, architecture, source)
     weights, classes, trained_with, lineage = content
-    return Donor(str(file), weights, classes, trained_with, digest, lineage)
+    return Donor(source or str(file), weights, classes, trained_with, digest, verified, lineage)
+
+
+def _is_published(file: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> bool:
+    """Whether `file` has a name of torchvision's weights, which ends in the first 8 digits of the file's sha256.
+
+    Raises ConvoyError where it has such a name and another sha256.
+    """
+    from torchvision.models import get_model_weights
+
+    published = {Path(weights.url).name for weights in get_model_weights(models.twin(architecture, settings))}
+    if file.name not in published:
+        return False
+    expected = file.stem.rpartition("-")[2]
+    if not digest.startswith(expected):
+        again = "the next run downloads it again" if settings["init"] == "pretrained" else "download it again"
+        raise ConvoyError(
+            f"model.{architecture}.init: {file} is damaged, or not the file that torchvision published under this "
+            f"name: its sha256 begins with {digest[: len(expected)]} instead of {expected}. Remove it, and {again}; if "
+            "it is a file of your own, give it another name"
+        )
+    return True
 
 
 # weights, classes, settings and lineage of a Donor
 Content = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any], Sequence[str]]
 
 
-def _of_ours(file: Path, architecture: str) -> Content:
+def _of_ours(file: Path, architecture: str, source: str) -> Content:
     beside = file.with_name(RECORD)
+    weights_of, record_of = (f"{each.name} of {source}" if source else str(each) for each in (file, beside))
     try:
         record = json.loads(beside.read_text())
         found, classes, trained_with = record["architecture"], record["task"]["classes"], record["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConvoyError(
-            f"model.{architecture}.init: {beside} is missing or can't be read: "
+            f"model.{architecture}.init: {record_of} is missing or can't be read: "
             "put the record of the training that left the weights beside them"
         ) from error
     if found != architecture:
-        raise ConvoyError(f"model.{architecture}.init: {file} holds the weights of {found}, not of {architecture}")
+        raise ConvoyError(f"model.{architecture}.init: {weights_of} holds weights of {found}, not of {architecture}")
     try:
         return load_file(file), classes, trained_with, _lineage(record)
     except SafetensorError as error:
-        raise ConvoyError(f"model.{architecture}.init: {file} is no safetensors file ({error})") from error
+        raise ConvoyError(f"model.{architecture}.init: {weights_of} is no safetensors file ({error})") from error
 
 
 def _lineage(record: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ def test_a_broken_one_is_said_and_not_used(tmp_path: Path, capsys: pytest.Captur
     checkpoint.save({"step": 1})
     checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:-100])
     assert checkpoint.load() is None
-    assert "last.pt can't be read, so the training starts anew" in capsys.readouterr().out
+    assert "last.pt can't be used, so the training starts from the beginning: " in capsys.readouterr().out
 
 
 def test_one_wrong_bit_in_a_tensor_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_one_wrong_bit_in_a_tensor_is_found(tmp_path: Path, capsys: pytest.Captu
     spoiled[spoiled.index(torch.full((9,), 0.5).numpy().tobytes()) + 17] ^= 1
     checkpoint.file.write_bytes(spoiled)
     assert checkpoint.load() is None
-    assert "can't be read, so the training starts anew" in capsys.readouterr().out
+    assert "can't be used, so the training starts from the beginning: " in capsys.readouterr().out
 
 
 def test_code_in_a_poisoned_one_is_never_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,122 @@ def test_a_training_that_had_ended_ends_again_without_a_step(tmp_path: Path) -> 
     again = train(build(1), checkpoint=checkpoint)
     assert same(first.weights, again.weights)
     assert first.history == again.history
+
+
+def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
+    """A change of a state: the value at this path, or what a function makes of it."""
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        inner = state
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value(inner.get(path[-1])) if callable(value) else value
+        return state
+
+    return change
+
+
+def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+
+
+NO_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda state: list(state.values()),
+    "a tensor": lambda state: torch.zeros(3),
+    "nothing": lambda state: {},
+    "weights alone": lambda state: state["classifier"],
+    "keys that are numbers": lambda state: {1: state},
+    "another key": put("more", value=1),
+    "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
+    "epoch -1": put("epoch", value=-1),
+    "epoch 2": put("epoch", value=2),
+    "epoch 10**9": put("epoch", value=10**9),
+    "epoch 1.0": put("epoch", value=1.0),
+    "epoch True": put("epoch", value=True),
+    "epoch as text": put("epoch", value="1"),
+    "epoch as a tensor": put("epoch", value=torch.tensor(1)),
+    "the epoch before": put("epoch", value=0),
+    "step -1": put("step", value=-1),
+    "step of another epoch": put("step", value=4),
+    "step 10**9": put("step", value=10**9),
+    "the step before": put("step", value=1),
+    "NaN minutes": put("minutes", value=math.nan),
+    "negative minutes": put("minutes", value=-1.0),
+    "weights of another network": put("classifier", value={"layer": torch.zeros(2)}),
+    "weights of another shape": put("weights", "c1.weight", value=torch.zeros(2)),
+    "weights of another type": put("classifier", "c1.weight", value=Tensor.double),
+    "a missing weight": put("weights", value=lambda weights: dict(list(weights.items())[1:])),
+    "NaN weights": put("classifier", value=spoil),
+    "NaN weights of the best epoch": put("weights", value=spoil),
+    "no weights of the best epoch": put("weights", value={}),
+    "an average that is not asked for": put("average", value=lambda _: {}),
+    "no optimizer": put("optimizer", value={}),
+    "an optimizer of other parameters": put(
+        "optimizer", value=lambda kept: {number + 1: kept[number] for number in kept}
+    ),
+    "a momentum of another shape": put("optimizer", 0, "momentum_buffer", value=torch.zeros(1)),
+    "NaN momentum": put("optimizer", 0, value=spoil),
+    "another optimizer": put("optimizer", 0, value={"exp_avg": torch.zeros(1)}),
+    "sums of another shape": put("sums", value=torch.zeros(2)),
+    "NaN sums": put("sums", value=torch.tensor([math.nan, 1.0, 64.0])),
+    "negative sums": put("sums", value=torch.tensor([1.0, -1.0, 64.0])),
+    "more correct than there are": put("sums", value=torch.tensor([1.0, 65.0, 64.0])),
+    "sums of more images": put("sums", value=torch.tensor([1.0, 1.0, 96.0])),
+    "sums as a list": put("sums", value=[1.0, 1.0, 64.0]),
+    "bad step -2": put("bad_step", value=torch.tensor(-2)),
+    "bad step 10**9": put("bad_step", value=torch.tensor(10**9)),
+    "a longer history": put("history", value=lambda rows: rows * 2),
+    "no history": put("history", value=[]),
+    "history without a column": put("history", value=[{"epoch": 1}]),
+    "history with NaN": put("history", value=lambda rows: [rows[0] | {"val_loss": math.nan}]),
+    "history with text": put("history", value=lambda rows: [rows[0] | {"lr": "high"}]),
+    "another best epoch": put("best", value=lambda row: row | {"val_accuracy": 1.0, "val_loss": 0.0}),
+    "no best epoch": put("best", value={}),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a training of 3 epochs of 3 steps, after 5 steps."""
+    file = tmp_path_factory.mktemp("begun") / "last.pt"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(build(), checkpoint=Interrupted(file, after=6), checkpoint_minutes=1e-9)
+    return file
+
+
+@pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES.keys())
+def test_a_checkpoint_that_is_no_state_is_named_and_not_used(
+    change: Callable[[dict[str, Any]], Any], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    state = torch.load(interrupted, weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    torch.save(change(state), checkpoint.file)
+    trained = train(build(), checkpoint=checkpoint, max_epochs=3)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{checkpoint.file} can't be used, so the training starts from the beginning: ")
+    assert len(first) < len(str(checkpoint.file)) + 400
+    assert not any("going on" in line for line in others)
+    assert [row["epoch"] for row in trained.history] == [1, 2, 3]
+    # and it is replaced by a good one
+    assert train(build(1), checkpoint=checkpoint).history == trained.history
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema": 0.5, "accumulate": 2}], ids=str)
+def test_every_network_goes_on_from_its_checkpoint(
+    name: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe | {"batch_size": 32}
+    for after in (1, 3):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(build(name=name, **recipe), 0, Interrupted(tmp_path / "last.pt", after), checkpoint_minutes=1e-9)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(build(name=name, **recipe), 0, Interrupted(tmp_path / "last.pt", 1), checkpoint_minutes=1e-9)
+    said = capsys.readouterr().out
+    assert "going on after 0 epochs and 1 steps" in said
+    assert "going on after 1 epochs and 0 steps" in said
+    assert "can't be used" not in said
 
 
 @pytest.mark.parametrize("where", ["_step", "on_train_batch_end", "on_validation_epoch_start", "on_train_epoch_end"])

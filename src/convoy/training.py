@@ -26,14 +26,14 @@ from torch.nn import functional
 
 from convoy.augmentation import augment, mix
 from convoy.batches import class_weights
-from convoy.checkpoint import Checkpoint
+from convoy.checkpoint import Checkpoint, State, merit
 from convoy.classifier import Classifier
 from convoy.config import ConvoyError
 from convoy.datamodule import ImageData
 from convoy.hardware import Choice
 from convoy.memory import keep_memory
 from convoy.progress import Progress
-from convoy.recipe import Train
+from convoy.recipe import Recipe, Train
 
 TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
 GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
@@ -218,7 +218,7 @@ class Training(lightning.LightningModule):
         self.minutes = 0.0  # trained by processes before this one
         self.optimizer_state: dict[str, Any] | None = None
         self.began = self.saved = self.looked = time.monotonic()
-        if state := checkpoint.load() if checkpoint else None:
+        if state := checkpoint.load(self._check) if checkpoint else None:
             self._restore(state)
             for row in self.history:
                 tell(row)
@@ -242,13 +242,31 @@ class Training(lightning.LightningModule):
             "minutes": self._minutes(),
             "classifier": self.classifier.state_dict(),
             "average": self.average.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
             "sums": self.sums,
             "bad_step": self.bad_step,
             "history": self.history,
             "best": self.best,
             "weights": self.weights,
         }
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a checkpoint holds what can't be a state of this training."""
+        found = State(**state)
+        if (found.average is None) != (self.average is None):
+            raise ValueError("average: this training keeps one, or none")
+        # as many images in a step as later, when the processes that train together share a batch
+        ranks = self.choice.devices * self.choice.nodes
+        batch_size = self.data.batches.batch_size // ranks * ranks
+        found.check(
+            epochs=self.params.max_epochs,
+            steps=len(self.data.train) // batch_size,
+            batch_size=batch_size,
+            columns=COLUMNS,
+            weights=self.classifier.state_dict(),
+            parameters=[each for group in make_optimizer(self.classifier).param_groups for each in group["params"]],
+            kept=kept_by_optimizer(self.recipe),
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.data.epoch, self.data.step = state["epoch"], state["step"]
@@ -287,7 +305,9 @@ class Training(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.classifier)
         if self.optimizer_state:
-            self.optimizer.load_state_dict(self.optimizer_state)
+            # the groups follow from the settings and the step
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": self.optimizer_state, "param_groups": groups})
         return self.optimizer
 
     def on_fit_start(self) -> None:
@@ -353,7 +373,7 @@ class Training(lightning.LightningModule):
         if not math.isfinite(row["val_loss"]):
             self._fail((self.data.epoch + 1) * self.data.steps - 1, "the validation loss is no number")
         self.history.append(row)
-        if not self.best or _merit(row) > _merit(self.best):
+        if not self.best or merit(row) > merit(self.best):
             self.best = row
             kept = (self.average or self.classifier).state_dict()
             self.weights = {
@@ -498,11 +518,6 @@ class Training(lightning.LightningModule):
         raise Failed(reason)
 
 
-def _merit(epoch: dict[str, float]) -> tuple[float, float]:
-    """By which epochs are compared: accuracy, then loss."""
-    return epoch["val_accuracy"], -epoch["val_loss"]
-
-
 def figures(logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> Tensor:
     """The summed loss (`loss`, where it is known), right answers and images of a batch: (3,) on its device."""
     if loss is None:
@@ -534,6 +549,13 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
         nesterov = recipe.momentum > 0
         return torch.optim.SGD(tables, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
     return torch.optim.AdamW(tables, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+
+
+def kept_by_optimizer(recipe: Recipe) -> set[str]:
+    """The names of what the recipe's optimizer keeps of each parameter from its first step on."""
+    if recipe.optimizer == "adamw":
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if recipe.momentum else set()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,14 +69,14 @@ def _version(store: tracking.Store, name: str, result: sync.Result, run: str, pr
         "calibration": result.evaluated / "calibration.json",
         "seen": prepared / "seen.txt",
     }
-    with tempfile.TemporaryDirectory() as scratch:
+    with served.temporary(str(result.trained)) as scratch:
         made = registry.register(
             store,
             name=name,
             run_id=run,
             identity=identity,
             model=PACKAGE / "serving.py",
-            files=files | exported(record["architecture"], files, result, prepared, Path(scratch)),
+            files=files | exported(record["architecture"], files, result, prepared, scratch),
             code=PACKAGE,
             step=int(record["best"]["epoch"]),
         )

@@ -9,10 +9,13 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 import yaml
+from mlflow.entities.model_registry import ModelVersion
+from registered import leave as leave_registered
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -595,6 +598,47 @@ def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: Store, tm
     run = bring(store, "lenet", tmp_path, ("record.json",))
     with pytest.raises(ConvoyError, match=rf"run {run} holds no weights\.safetensors"):
         from_store(store, "lenet", settings("lenet", run))
+
+
+# No message names a temporary folder, which is gone when it is read
+
+
+@pytest.mark.parametrize("file", ["record.json", "weights.safetensors", "calibration.json"])
+@pytest.mark.parametrize("use", [served.load, lambda version: served.verify(version, np.empty(0), np.empty(0))])
+def test_a_broken_registered_model_is_named_by_its_uri(
+    use: Callable[[ModelVersion], object], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch_broken(version: ModelVersion, folder: Path, files: object = ()) -> None:
+        leave_registered(folder / "artifacts")
+        (folder / "artifacts" / file).write_text("[]")
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(served, "fetch", fetch_broken)
+    with pytest.raises(ConvoyError) as refusal:
+        use(ModelVersion("convoy", "3", 0))
+    assert str(refusal.value).startswith(f"models:/convoy/3/artifacts/{file}")
+    assert "scratch" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["record.json", "weights.safetensors"])
+@pytest.mark.parametrize("architecture", ["lenet", "resnet"])
+def test_broken_weights_of_a_run_are_named_by_the_run(
+    file: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bring_broken(init: str, folder: Path) -> str:
+        leave(folder, "lenet", settings("lenet"), task())
+        if architecture == "lenet":
+            (folder / file).write_text("[]")
+        return f"run {init}"
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    values = settings(architecture, "0" * 32)
+    with pytest.raises(ConvoyError) as refusal:
+        transfer.start(build(architecture, values, task()), architecture, values, bring_broken)
+    assert f"of run {'0' * 32}" in str(refusal.value)
+    assert "scratch/" not in str(refusal.value)
 
 
 # The settings in one word

@@ -4,6 +4,7 @@ Who can write where the files lie, but not into MLflow's database, can't change 
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import mlflow
@@ -76,11 +77,21 @@ def _download(uri: str, target: Path) -> None:
             raise ConvoyError(f"{uri} is missing or can't be fetched ({said}); nothing of the model was used") from None
 
 
+@contextlib.contextmanager
+def temporary(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """A temporary folder with files of `name`, which a ConvoyError that is raised meanwhile names in its place."""
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        try:
+            yield Path(folder)
+        except ConvoyError as error:
+            raise ConvoyError(str(error).replace(folder, name)) from error
+
+
 def load(version: ModelVersion) -> Predictor:
     """A version, rebuilt by the library at hand; of the model's own code nothing is brought here."""
-    with tempfile.TemporaryDirectory() as scratch:
-        fetch(version, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
-        return predictor.restore(Path(scratch, "artifacts"))
+    with temporary(f"models:/{version.name}/{version.version}") as scratch:
+        fetch(version, scratch, [f"artifacts/{file}" for file in predictor.FILES])
+        return predictor.restore(scratch / "artifacts")
 
 
 def fetch_weights(store: Store, name: str, architecture: str, init: str, folder: Path) -> str:
@@ -90,12 +101,12 @@ def fetch_weights(store: Store, name: str, architecture: str, init: str, folder:
     is of this architecture, else the newest version that is. Raises ConvoyError, with nothing in `folder`, where there
     is none, and where a file was changed.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with temporary(init, parent=folder) as scratch:
         try:
             if init == "champion":
-                source, checked = _from_version(store, name, architecture, Path(scratch))
+                source, checked = _from_version(store, name, architecture, scratch)
             else:
-                source, checked = _from_run(store, init, Path(scratch))
+                source, checked = _from_run(store, init, scratch)
         except ConvoyError as error:
             raise ConvoyError(f"model.{architecture}.init: {error}") from None
         for file in START:
@@ -150,9 +161,9 @@ def seen(version: ModelVersion) -> list[str] | None:
     file = "artifacts/seen.txt"
     if file not in json.loads(version.tags.get(HASHES, "{}")):
         return None
-    with tempfile.TemporaryDirectory() as scratch:
-        fetch(version, Path(scratch), [file])
-        return Path(scratch, file).read_text().split()
+    with temporary(f"models:/{version.name}/{version.version}") as scratch:
+        fetch(version, scratch, [file])
+        return (scratch / file).read_text().split()
 
 
 def seen_with(store: Store, name: str, data: Sequence[str]) -> list[str] | None:
@@ -178,11 +189,10 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> f
     Raises ConvoyError where a file was changed, no answer comes, or an answer is not the recorded one.
     """
     uri = f"models:/{version.name}/{version.version}"
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch, "model")
+    with temporary(uri) as model, temporary(uri) as scratch:
         fetch(version, model)
         ours = _compare(uri, predictor.restore(model / "artifacts").probabilities(pixels), expected)
-        theirs = _compare(uri, _answers(uri, model, pixels, Path(scratch)), expected)
+        theirs = _compare(uri, _answers(uri, model, pixels, scratch), expected)
         onnx = model / "artifacts" / export.FILE
         exported = _check(f"{uri} by {onnx.name}", export.agreement(onnx, pixels, expected)) if onnx.exists() else 0.0
     return max(ours, theirs, exported)

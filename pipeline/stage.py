@@ -1,12 +1,15 @@
 """The stage: what all stages share, from the settings they may see to outputs that appear only when whole."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,17 +70,29 @@ class Stage:
         folder = self.root / "artifacts" / name
         if name in self.checked:
             return folder
-        mend = f"run `dvc repro {name.replace('/', '@')}`"
-        try:
-            hashes = json.loads((folder / MARK).read_text())
-        except FileNotFoundError:
-            raise ConvoyError(f"{folder.relative_to(self.root)}/ is missing or incomplete: {mend}") from None
-        for file, digest in hashes.items():
-            if not (folder / file).is_file() or sha256(folder / file) != digest:
-                path = (folder / file).relative_to(self.root)
-                raise ConvoyError(f"{path} is not what its stage wrote: remove artifacts/{name}/ and {mend}")
+        if fault := self._fault(folder):
+            stage = name.replace("/", "@")
+            damaged = damaged_objects(self.root, stage)
+            because = ", and DVC's cache holds it damaged" if damaged else ""
+            removed = [folder, *damaged] if damaged or (folder / MARK).exists() else []
+            removal = shlex.join(["rm", "-rf", *(_shown(each, self.root) for each in removed)]) + " && "
+            raise ConvoyError(f"{fault}{because}: run `{removal if removed else ''}dvc repro {stage}`")
         self.checked.add(name)
         return folder
+
+    def _fault(self, folder: Path) -> str:
+        """What is wrong with an output folder, by its mark; "" for nothing."""
+        shown = _shown(folder, self.root)
+        try:
+            hashes = json.loads((folder / MARK).read_text())
+            for file, digest in hashes.items():
+                if not (folder / file).is_file() or sha256(folder / file) != digest:
+                    return f"{shown}/{file} is not what its stage wrote"
+        except FileNotFoundError:
+            return f"{shown}/ is missing or incomplete"
+        except (ValueError, AttributeError, TypeError):
+            return f"{shown}/{MARK} is not what its stage wrote"
+        return ""
 
     def identity(self, *more: object) -> str:
         """The hash of what defines this run: its settings, the data and code that dvc.yaml names, and `more`."""
@@ -125,6 +140,40 @@ class Stage:
 def home_of(root: Path) -> Path:
     """Where what outlives an experiment belongs: DVC may run one in a temporary copy of the project."""
     return Path(os.environ.get("DVC_ROOT", root))
+
+
+def damaged_objects(root: Path, stage: str) -> list[Path]:
+    """The files in DVC's cache that hold the outputs of `stage` ("train@lenet") and are not what their names say.
+
+    The name of such a file is the MD5 of its content. DVC does not hash it again, and would check it out each time.
+    """
+    try:
+        locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"][stage]["outs"]
+        asked = subprocess.run(
+            [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, capture_output=True, text=True, check=True
+        )
+        outputs = [out["md5"] for out in locked if isinstance(out.get("md5"), str)]
+    # no DVC here, or no such stage in its lock
+    except (OSError, subprocess.CalledProcessError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return []
+    cache = root / asked.stdout.strip() / "files" / "md5"
+    names = set(outputs)
+    for output in outputs:
+        if output.endswith(".dir"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or not there
+                names |= {entry["md5"] for entry in json.loads((cache / output[:2] / output[2:]).read_text())}
+    files = {cache / name[:2] / name[2:]: name.removesuffix(".dir") for name in names}
+    return sorted(file for file, digest in files.items() if file.is_file() and _md5(file) != digest)
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
+
+
+def _shown(path: Path, root: Path) -> str:
+    """As a user types it in the project's folder."""
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _remove(folder: Path) -> None:

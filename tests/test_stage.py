@@ -1,5 +1,6 @@
 """The stage: what it may read, and how its outputs appear."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -116,6 +117,156 @@ def test_one_changed_byte_in_an_input_is_found(root: Path) -> None:
         Stage(root, "preprocess").input("fetch")
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"hello.txt": 1}'])
+def test_a_damaged_mark_is_named_and_no_traceback(content: str, root: Path) -> None:
+    Stage(root, "fetch").run(write_hello)
+    (root / "artifacts/fetch" / MARK).write_text(content)
+    said = r"^artifacts/fetch/.* is not what its stage wrote: run `rm -rf artifacts/fetch && dvc repro fetch`$"
+    with pytest.raises(ConvoyError, match=said):
+        Stage(root, "preprocess").input("fetch")
+
+
+# A damaged file in DVC's cache, which DVC takes for what its name says
+
+THREE_STAGES = """
+stages:
+  fetch:
+    cmd: python fetch.py
+    outs: [artifacts/fetch]
+  evaluate:
+    foreach: ${model}
+    do:
+      cmd: python evaluate.py ${key}
+      deps: [artifacts/fetch]
+      outs: ["artifacts/evaluate/${key}/complete.json", "artifacts/evaluate/${key}/b.txt"]
+  register:
+    cmd: python register.py
+    deps: [artifacts/evaluate, artifacts/fetch]
+    outs: [artifacts/register]
+    always_changed: true
+"""
+FETCH = """
+from pipeline.stage import main
+main("fetch", lambda stage: (stage.scratch / "a b").write_text("images"))
+"""
+EVALUATE = """
+from pipeline.stage import main
+
+def evaluate(stage):
+    stage.input("fetch")
+    (stage.scratch / "b.txt").write_text("metrics")
+
+main("evaluate", evaluate, "architecture")
+"""
+REGISTER = """
+from pipeline.stage import main
+main("register", lambda stage: [stage.input(name) for name in ("fetch", "evaluate/lenet")])
+"""
+
+
+@pytest.fixture
+def reproduced(tmp_path: Path) -> Path:
+    """A project of DVC with three small stages that have run."""
+    root = tmp_path / "a project"
+    root.mkdir()
+    (root / "params.yaml").write_text("model:\n  lenet: {}\n")
+    (root / "dvc.yaml").write_text(THREE_STAGES)
+    (root / "fetch.py").write_text(FETCH)
+    (root / "evaluate.py").write_text(EVALUATE)
+    (root / "register.py").write_text(REGISTER)
+    dvc(root, "init", "--no-scm", "--quiet")
+    return root
+
+
+def dvc(root: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *command], cwd=root, env=environment(), capture_output=True, text=True
+    )
+
+
+def spoil(cache: Path, old: str, new: str) -> None:
+    """Change what is in the cache, as a disk does: time and mode stay."""
+    (file,) = (file for file in cache.rglob("*") if file.is_file() and old in file.read_text())
+    before = file.stat()
+    file.chmod(0o644)
+    file.write_text(file.read_text().replace(old, new))
+    file.chmod(before.st_mode)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_damaged_file_in_dvcs_cache_is_named_with_its_removal(root: Path) -> None:
+    Stage(root, "fetch").run(write_hello)
+    (root / "artifacts/fetch/hello.txt").write_text("hellO")
+    cache = root / ".dvc/cache/files/md5"
+    names = {name: hashlib.md5(name.encode()).hexdigest() for name in ("hello", "mark")}
+    listing = json.dumps([{"md5": digest, "relpath": name} for name, digest in names.items()])
+    contents = {names["hello"]: "hellO", names["mark"]: "mark"}
+    contents[f"{hashlib.md5(listing.encode()).hexdigest()}.dir"] = listing
+    for name, content in contents.items():
+        (cache / name[:2]).mkdir(parents=True)
+        (cache / name[:2] / name[2:]).write_text(content)
+    (root / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    output = {"path": "artifacts/fetch", "md5": name, "hash": "md5"}
+    (root / "dvc.lock").write_text(json.dumps({"stages": {"fetch": {"outs": [output, {"path": "data.lock"}]}}}))
+    damaged = f".dvc/cache/files/md5/{names['hello'][:2]}/{names['hello'][2:]}"
+    with pytest.raises(ConvoyError) as refusal:
+        Stage(root, "preprocess").input("fetch")
+    assert str(refusal.value) == (
+        "artifacts/fetch/hello.txt is not what its stage wrote, and DVC's cache holds it damaged: "
+        f"run `rm -rf artifacts/fetch {damaged} && dvc repro fetch`"
+    )
+    for lock in ("", "stages: []", "stages: {fetch: 1}", "<<<<<<<", "stages: {fetch: {outs: [{md5: 3}, {}, 7]}}"):
+        (root / "dvc.lock").write_text(lock)
+        with pytest.raises(ConvoyError, match=r"wrote: run `rm -rf artifacts/fetch && dvc repro fetch`$"):
+            Stage(root, "preprocess").input("fetch")
+
+
+IN_A_FOLDER, IN_A_FILE = ("images", "imagez"), ("metrics", "metricz")
+IN_A_MARK, IN_A_LISTING = ('"b.txt": "', '"b.txt": "0'), ('"relpath": "a b"', '"relpath": "a c"')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cache", "damage"),
+    [
+        ("copy", IN_A_FOLDER),
+        ("hardlink", IN_A_FOLDER),
+        ("symlink", IN_A_FILE),
+        ("elsewhere", IN_A_FILE),
+        ("copy", IN_A_MARK),
+        ("copy", IN_A_LISTING),
+    ],
+)
+def test_damage_in_dvcs_cache_is_repaired_by_what_is_advised(
+    cache: str, damage: tuple[str, str], reproduced: Path, tmp_path: Path
+) -> None:
+    root = reproduced
+    dvc(
+        root,
+        "config",
+        *(["cache.dir", str(tmp_path / "else where")] if cache == "elsewhere" else ["cache.type", cache]),
+    )
+    objects = tmp_path / "else where" if cache == "elsewhere" else root / ".dvc/cache"
+    assert dvc(root, "repro").returncode == 0
+    lock = (root / "dvc.lock").read_text()
+    spoil(objects / "files/md5", *damage)
+    shutil.rmtree(root / "artifacts")
+    for _ in range(5):
+        failed = dvc(root, "repro")
+        if failed.returncode == 0:
+            break
+        (advice,) = [line for line in failed.stderr.splitlines() if "dvc repro" in line and "rm -rf" in line]
+        assert "and DVC's cache holds it damaged: run `rm -rf " in advice
+        command = advice[advice.index("`") + 1 : advice.rindex("`")]
+        done = subprocess.run(command, shell=True, cwd=root, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert failed.returncode == 0, failed.stderr
+    assert (root / "dvc.lock").read_text() == lock
+    for stage in ("fetch", "evaluate/lenet"):
+        Stage(root, "register").input(stage)
+    assert (root / "artifacts/fetch/a b").read_text() == "images"
+
+
 def test_two_processes_never_work_on_the_same_stage(root: Path) -> None:
     stage = Stage(root, "fetch")
     stage.scratch.parent.mkdir(parents=True)
@@ -227,7 +378,8 @@ def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REAL)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(REAL), "PATH": path}
 
 
 def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machine(root: Path) -> None:

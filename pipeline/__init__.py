@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline import signals
+
 # Threads that spin while they wait stop each other where anything else runs on the machine: a training step took 28
 # times as long beside two other processes on 2 cores. OpenMP reads this when torch is imported, so it stands here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -40,4 +42,7 @@ def use_own_library() -> None:
         sys.exit(f"convoy: this project's library is {source}/convoy, but {where} was found: restore src/ by git")
 
 
+# Python's word for a command that is run by its name and still being looked for: the imports that follow take seconds
+if sys.argv[0] == "-m":
+    signals.install()
 use_own_library()

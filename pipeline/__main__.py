@@ -1,22 +1,24 @@
 """The main job: compose and check the settings, run every stage, and show what came of it."""
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import yaml
 
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
-
-# what DVC and the stage at work are told where a signal reaches this process; SIGHUP comes of a terminal that is closed
-TOLD = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+from pipeline import signals
 
 
 def main() -> None:
@@ -165,13 +167,53 @@ def remove_unlisted(root: Path, names: list[str]) -> None:
 
 
 def dvc(*command: str) -> int:
-    """Run DVC, and return its exit status. Signals reach it and the stage at work, as `TOLD` says."""
-    running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
-    for number in TOLD:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
-            signal.signal(number, lambda received, _: os.killpg(running.pid, TOLD[signal.Signals(received)]))
-    status = running.wait()
-    return status if status >= 0 else 128 - status  # as a shell says it of a process that a signal ended
+    """Run DVC, and return its exit status.
+
+    A signal that would end this process ends DVC and the stage at work, by SIGTERM, so that a training saves its state.
+    This process waits until all of them are gone. Then the status says which signal it was, as a shell does.
+    """
+    received: list[int] = []
+    running: subprocess.Popen | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if not received:
+            signals.write_line(
+                f"{signal.Signals(number).name}: the stage at work ends; `make repro` goes on from there"
+            )
+        received.append(number)
+        if running:
+            terminate(running.pid)
+
+    with signals.handled(forward):
+        running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
+        if received:  # before DVC was there to be told
+            terminate(running.pid)
+        status = running.wait()
+        if status < 0:  # it was killed, perhaps alone
+            terminate(running.pid)
+        while (received or status < 0) and is_alive(running.pid):
+            time.sleep(0.05)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def terminate(group: int) -> None:
+    """Send SIGTERM to a process group, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGTERM)
+
+
+def is_alive(group: int) -> bool:
+    """Return whether a process of the group still runs.
+
+    One that has ended stays in it as a zombie where nobody asks for its status, as in many containers.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def conclude(root: Path, params: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 from convoy import config
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
+from pipeline import signals
 
 Schema = TypeVar("Schema")
 # where torchrun, Lightning and Slurm say a process' number; a shell in Slurm says 0 to all that Lightning starts in it
@@ -212,13 +212,10 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
         parser.add_argument(item)
     chosen = vars(parser.parse_args())
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of names that a terminal can't show
-    # without this Lightning would catch it, stop training early and let the stage end as if it were whole
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # without a handler Lightning would catch SIGTERM, stop training early and let the stage end as if it were whole
+    signals.install()
     try:
         Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
-    except KeyboardInterrupt:
-        print(f"convoy: {name}: stopped; what was there is untouched, and `dvc repro` goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except ConvoyError as error:
         sys.exit(f"convoy: {name}: {error}")
     except OSError as error:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import shutil
 import signal
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -467,6 +469,29 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
     }[where]  # fmt: skip
     monkeypatch.undo()
     assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
+
+
+def test_sigterm_ends_a_step_that_does_not_end_and_swallows_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        def __del__(self) -> None:
+            time.sleep(60)  # Python drops what is raised here
+
+    def hang(self: training.Training, step: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        Endless()
+        time.sleep(60)
+
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    monkeypatch.setattr(training, "GRACE", 1.5)
+    monkeypatch.setattr(training.Training, "_step", hang)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as raised:
+        train(build())
+    assert raised.value.code == 143
+    assert [type(each.exc_value) for each in dropped] == [SystemExit]
+    assert time.monotonic() - begun < 30
+    dropped.clear()
 
 
 def test_a_full_disk_costs_the_checkpoint_and_not_the_training(

@@ -137,11 +137,19 @@ def terminated_softly(training: "Training", trainer: lightning.Trainer) -> Itera
         if training.terminated:
             return
         training.terminated = True
-        signal.signal(signal.SIGALRM, lambda *_: training.exit())
-        signal.alarm(GRACE)
+        signal.signal(signal.SIGALRM, force)
+        # again each second: what is raised in a destructor or the callback of a weak reference, Python drops
+        signal.setitimer(signal.ITIMER_REAL, GRACE, 1)
         if trainer.strategy.launcher:
             trainer.strategy.launcher.kill(number)  # the processes that were started from here are told, too
 
+    def force(number: int, frame: FrameType | None) -> None:
+        forced.append(time.monotonic())
+        if forced[-1] > forced[0] + GRACE:
+            os._exit(training.exit_status)
+        training.exit()
+
+    forced: list[float] = []
     try:
         before = signal.signal(signal.SIGTERM, soften)
     except ValueError:  # not in the main thread, which alone is told of signals
@@ -153,7 +161,8 @@ def terminated_softly(training: "Training", trainer: lightning.Trainer) -> Itera
     except SIGTERMException:  # of Lightning, in the moment before `on_train_start`
         training.exit()
     finally:
-        signal.alarm(0)
+        if training.terminated:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)
     if training.terminated:
         training.exit()
@@ -486,9 +495,14 @@ class Training(lightning.LightningModule):
         self.met, self.meeting = (now, self.data.step), self.data.step + max(1, min(1000, int(MEET / seconds)))
         return bool(due), bool(terminated)
 
+    @property
+    def exit_status(self) -> int:
+        """Of this process after SIGTERM; 0 of one that another has started, or Lightning would kill that one."""
+        return TERMINATED if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+
     def exit(self) -> NoReturn:
-        """End this process as SIGTERM does; one that another has started quietly, or Lightning would kill that one."""
-        sys.exit(TERMINATED if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+        """End this process as SIGTERM does."""
+        sys.exit(self.exit_status)
 
     def _save_is_due(self) -> bool:
         return time.monotonic() - self.saved > 60 * self.params.checkpoint_minutes

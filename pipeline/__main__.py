@@ -18,7 +18,7 @@ import yaml
 
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
-from pipeline import signals
+from pipeline import data_folder, output_folders, settings, signals
 
 
 def main() -> None:
@@ -28,6 +28,9 @@ def main() -> None:
         "--pull", action="store_true", help="take results that the DVC remote has instead of making them"
     )
     parser.add_argument("--update", action="store_true", help="bring the newest data first, as `dvc update` does")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--adopt", action="store_true", help="write into conf/ the settings that only params.yaml has")
+    only.add_argument("--compose", action="store_true", help="discard the settings that only params.yaml has")
     parser.add_argument("--show", action="store_true", help="run nothing; show the leaderboard and the links")
     options = parser.parse_args()
     root = Path.cwd()
@@ -37,12 +40,16 @@ def main() -> None:
             sys.exit()
         check_repository(root)
         print("composing conf/ into params.yaml")
-        params = config.compose(root, check=check)
-        remove_unlisted(root, list(params["model"]))
-        check_source(root, update=options.update)
+        params = settings.compose(root, check, adopt=options.adopt, discard=options.compose)
+        models = list(params["model"])
+        output_folders.refuse_strays(root, models)
+        output_folders.remove_unlisted(root, models)
+        read_yaml(root / "data.dvc")
+        bring = data_folder.commands(root, update=options.update)
         mend_lock(root)
-        status = dvc("update", "data.dvc") if options.update else 0
-        status = status or dvc("repro", *(["--pull"] if options.pull else []))
+        status = 0
+        for command in [*bring, ["repro", *(["--pull"] if options.pull else [])]]:
+            status = status or dvc(*command)
         if status == 0:
             conclude(root, params)
         else:
@@ -95,25 +102,6 @@ def check_repository(root: Path) -> None:
         )
 
 
-def check_source(root: Path, *, update: bool = False) -> None:
-    """Raises ConvoyError for links in the folder that data.dvc names, as DVC would copy what they point to; and where
-    there is nothing any more and DVC would look, as it would first take data/ away."""
-    from convoy.datasets.folders import refuse_links
-
-    described = read_yaml(root / "data.dvc")
-    for source in described.get("deps", []):
-        folder = root / source["path"]
-        if "://" in source["path"] or "repo" in source:
-            continue
-        if folder.is_dir():
-            refuse_links(folder)
-        elif not folder.exists() and (update or not described.get("frozen")):
-            raise ConvoyError(
-                f"{source['path']} is not there, of which data.dvc says that the images come from: mend the path; or go"
-                " on with data/ as it is (`dvc pull data.dvc` brings it), by `dvc freeze data.dvc` and `make repro`"
-            )
-
-
 def mend_lock(root: Path) -> None:
     """Take back dvc.lock as it was before a run that was stopped while DVC wrote it: DVC would refuse to do anything.
 
@@ -156,14 +144,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
     return table
-
-
-def remove_unlisted(root: Path, names: list[str]) -> None:
-    """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
-    for folder in [*(root / "artifacts/train").glob("*"), *(root / "artifacts/evaluate").glob("*")]:
-        if folder.is_dir() and folder.name not in names:
-            print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
-            shutil.rmtree(folder)
 
 
 def dvc(*command: str) -> int:

@@ -326,7 +326,7 @@ def test_a_missing_params_yaml_is_refused_with_the_mend(tmp_path: Path) -> None:
 )
 def test_a_params_yaml_that_is_none_is_refused_with_the_mend(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
-    with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it anew with `make repro`"):
+    with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it again with `python -m pipeline --compose`"):
         config.load(tmp_path / "params.yaml")
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import io
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
@@ -40,25 +42,23 @@ class ConvoyError(Exception):
 def compose(
     root: Path, overrides: Sequence[str] = (), check: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compose `root/conf` into `root/params.yaml`, the same bytes that `dvc exp run` writes, and return it.
+    """Compose `root/conf` into `root/params.yaml`, and return it.
 
     Raises ConvoyError for what Hydra can't make sense of, and whatever `check` raises of the composed sections.
     Then `params.yaml` is left as it was.
     """
-    params = root / "params.yaml"
-    before = params.read_bytes() if params.exists() else None
+    text = composed(root, overrides)
+    sections = parse(text)
+    check(sections)
     try:
-        _compose(root, params, list(overrides))
-        sections = load(params)
-        check(sections)
-        return sections
-    except BaseException:
-        if before is not None:
-            params.write_bytes(before)
-        raise
+        (root / "params.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConvoyError(f"params.yaml can't be written: {error.strerror}") from error
+    return sections
 
 
-def _compose(root: Path, params: Path, overrides: list[str]) -> None:
+def composed(root: Path, overrides: Sequence[str] = ()) -> str:
+    """What `root/conf` composes to: the very text that `dvc exp run` writes. Raises ConvoyError as `compose` does."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException, MissingConfigException
@@ -66,7 +66,10 @@ def _compose(root: Path, params: Path, overrides: list[str]) -> None:
     from yaml import YAMLError
 
     try:
-        compose_and_dump(params, str(root / "conf"), None, "config", str(root), overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            params = Path(folder) / "params.yaml"
+            compose_and_dump(params, str(root / "conf"), None, "config", str(root), list(overrides))
+            return params.read_text(encoding="utf-8")
     except MissingConfigException as error:
         file = Path(f"conf/{error.missing_cfg_file}.yaml")
         known = sorted(other.stem for other in (root / file.parent).glob("*.yaml"))
@@ -84,18 +87,32 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 def load(params: Path) -> dict[str, Any]:
     """The sections of a composed `params.yaml`."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     if not params.exists():
         raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `make repro`")
     try:
-        sections = OmegaConf.to_container(OmegaConf.load(params))
+        return parse(params.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # of bytes that are no text
+        raise ConvoyError(_unreadable(error)) from error
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The sections in the text of a `params.yaml`. Raises ConvoyError where there are none."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        sections = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (YAMLError, ValueError, OSError) as error:  # such as the marks of a merge conflict
-        raise ConvoyError(f"{params.name} can't be read: compose it anew with `make repro` ({error})") from error
+        raise ConvoyError(_unreadable(error)) from error
     if not isinstance(sections, dict):
-        raise ConvoyError(f"{params.name} is not a table of sections: compose it anew with `make repro`")
+        raise ConvoyError(
+            "params.yaml is not a table of sections: compose it again with `python -m pipeline --compose`"
+        )
     return sections  # type: ignore[return-value]
+
+
+def _unreadable(error: object) -> str:
+    return f"params.yaml can't be read: compose it again with `python -m pipeline --compose` ({error})"
 
 
 def typed(schema: type[Schema], values: Any, section: str) -> Schema:

@@ -1,0 +1,168 @@
+"""Adoption: settings that are only in params.yaml, written into conf/ where they belong, with its comments kept."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from convoy import config
+from convoy.config import ConvoyError
+
+Differences = dict[str, tuple[Any, Any]]  # dotted key -> both values; `...` where one has no such key
+
+
+def differences(wanted: Mapping[str, Any], composed: Mapping[str, Any], around: str = "") -> Differences:
+    """The keys at which two tables of settings differ, the outermost where one of them lacks a key."""
+    found: Differences = {}
+    for key in dict.fromkeys((*wanted, *composed)):
+        name, (left, right) = f"{around}{key}", (wanted.get(key, ...), composed.get(key, ...))
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found |= differences(left, right, f"{name}.")
+            # the order of the architectures is a setting, that of other keys is not
+            if name == "model" and left.keys() == right.keys() and list(left) != list(right):
+                found[name] = (list(left), list(right))
+        elif ... in (left, right) or json.dumps(left) != json.dumps(right):
+            found[name] = (left, right)
+    return found
+
+
+def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
+    """Edit `root/conf` so that it composes to `wanted`.
+
+    The choices (experiment, data set, trainer, architectures) come first, then the values, each in the file that has
+    the last word on it. Raises ConvoyError for keys that no file sets; then conf/ is left as it was.
+    """
+    before = {file: file.read_bytes() for file in (root / "conf").rglob("*.yaml")}
+    names = list(wanted["model"])
+    unknown = [name for name in names if not (root / f"conf/model/{name}.yaml").exists()]
+    if unknown:
+        raise ConvoyError(f"params.yaml has model.{unknown[0]}, for which there is no conf/model/{unknown[0]}.yaml")
+    try:
+        for group in ("experiment", "dataset", "trainer"):
+            _choose(root, group, wanted)
+        if names != list(config.parse(config.composed(root))["model"]):
+            _set_choice(root, "model", names)
+        for key, (value, old) in _differences(root, wanted).items():
+            if ... not in (value, old):
+                _set_value(root, key, value)
+        left = _differences(root, wanted)
+        if left:
+            raise ConvoyError(
+                f"conf/ can't be made to compose to params.yaml, as no file there sets {', '.join(left)}: edit conf/"
+                " yourself, or discard these settings by `python -m pipeline --compose`"
+            )
+    except BaseException:
+        for file, content in before.items():
+            file.write_bytes(content)
+        raise
+    for file, content in before.items():
+        if file.read_bytes() != content:
+            print(f"{file.relative_to(root)}: edited, as `git diff conf` shows")
+
+
+def _differences(root: Path, wanted: Mapping[str, Any], *overrides: str) -> Differences:
+    return differences(wanted, config.parse(config.composed(root, overrides)))
+
+
+# Choices
+
+
+def _choose(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
+    """Choose the file of a group with which the fewest keys differ; of equals the one that is chosen already."""
+    models = f"model=[{','.join(wanted['model'])}]"
+    now = _differences(root, wanted, models)
+    if not now or (group != "experiment" and not any(key.startswith(group) for key in now)):
+        return
+    options = [file.stem for file in sorted((root / "conf" / group).glob("*.yaml"))]
+    counts = {}
+    for option in [*options, "null"] if group == "experiment" else options:
+        try:
+            counts[option] = len(_differences(root, wanted, models, f"{group}={option}"))
+        except ConvoyError:  # of what does not compose with the other choices
+            continue
+    best = min(counts, key=counts.__getitem__, default="")
+    if best and counts[best] < len(now):
+        _set_choice(root, group, None if best == "null" else best)
+
+
+def _chosen(root: Path, group: str) -> Any:
+    return next((entry[name] for _, _, entry, name in _entries(root, group)), None)
+
+
+def _set_choice(root: Path, group: str, value: Any) -> None:
+    for file, document, entry, name in _entries(root, group):
+        _replace(file, document, entry, name, value)
+        return
+    raise ConvoyError(f"conf/config.yaml: there is no {group} among the defaults, so {value} can't be chosen")
+
+
+def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
+    """The entries of the lists of defaults that choose from a group, the one with the last word first."""
+    files = [root / "conf/config.yaml"]
+    if group != "experiment" and (experiment := _chosen(root, "experiment")):
+        files.insert(0, root / f"conf/experiment/{experiment}.yaml")
+    for file in files:
+        document = _yaml().load(file)
+        for entry in document.get("defaults", []):
+            for name in entry if isinstance(entry, Mapping) else ():
+                if name.removeprefix("override ").removeprefix("/") == group:
+                    yield file, document, entry, name
+
+
+# Values
+
+
+def _set_value(root: Path, key: str, value: Any) -> None:
+    """Set a key in the file that has the last word on it, if any file sets it."""
+    for file, path in _places(root, key.split(".")):
+        document = table = _yaml().load(file)
+        *around, last = path
+        for name in around:
+            table = table.get(name) if isinstance(table, Mapping) else None
+        if isinstance(table, Mapping) and last in table:
+            _replace(file, document, table, last, value)
+            return
+
+
+def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The files that may set a key, the one with the last word first, and the key's path within each."""
+    section, *inner = path
+    if experiment := _chosen(root, "experiment"):
+        yield root / f"conf/experiment/{experiment}.yaml", path
+    yield root / "conf/config.yaml", path
+    if inner and (chosen := _chosen(root, section)):
+        name = inner[0] if section == "model" else chosen
+        yield root / f"conf/{section}/{name}.yaml", inner
+
+
+def _replace(file: Path, document: Any, table: Any, key: str, value: Any) -> None:
+    """Put a value into a document that was read from `file`, in the style of the one before it, and write the file."""
+    if isinstance(value, list):
+        flow = table[key].fa.flow_style() if isinstance(table[key], CommentedSeq) else True
+        value = CommentedSeq(value)
+        if flow is not False:
+            value.fa.set_flow_style()
+    elif isinstance(value, str) and yaml.safe_load(value) != value:  # such as no, 010 or null
+        value = DoubleQuotedScalarString(value)
+    table[key] = value
+    text = io.StringIO()
+    _yaml().dump(document, text)
+    file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _yaml() -> YAML:
+    """A reader and writer that keeps comments, quotes and the style of conf/."""
+    both = YAML()
+    both.preserve_quotes = True
+    both.width = 4096
+    both.indent(mapping=2, sequence=4, offset=2)
+    both.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return both

@@ -1,0 +1,132 @@
+"""The folder data/: it is brought to what data.dvc names, unless that would cost files that are nowhere else."""
+
+import re
+import shlex
+from pathlib import Path
+
+from convoy.config import ConvoyError
+from convoy.datasets.files import is_junk
+from convoy.datasets.folders import refuse_links
+from convoy.dvc_files import Import, read_import
+from convoy.naming import some
+
+MAX_MOVED = 8  # names in a command to type
+
+
+def commands(root: Path, *, update: bool) -> list[list[str]]:
+    """What DVC must be asked, one after the other, for data/ to hold what data.dvc names.
+
+    With `update` a source that is not on this machine is looked at, too. Nothing is changed here. Raises ConvoyError
+    where files in data/ would be lost or mixed with others, where the source is gone, and for links in either.
+    """
+    data = root / "data"
+    if data.is_symlink():
+        raise ConvoyError(_refuse_link(data))
+    refuse_links(data)
+    found = read_import(root, "data.dvc")
+    if found is None:  # after `dvc add data`: data/ is the source, and DVC takes up what is in it
+        return [] if data.exists() else [["checkout", "data.dvc"]]
+    source = root / found.source
+    if found.is_local and source.is_dir():
+        refuse_links(source)
+    if found.at_stake:
+        raise ConvoyError(_refuse_loss(found, root))
+    is_gone = found.is_local and found.offered is None
+    if is_gone and (update or not found.is_frozen or not (found.present or found.is_cached)):
+        raise ConvoyError(
+            f"{found.source} is not there, where data.dvc says that the images come from: correct the path; or go"
+            " on with data/ as it is (`dvc pull data.dvc` fetches it), by `dvc freeze data.dvc` and `make repro`"
+        )
+    if found.offered is not None and found.is_current:
+        _refuse_mixture(found)
+    bring = [["update", "data.dvc"]]
+    if update:
+        return bring
+    if is_gone:
+        if found.present:
+            print(f"{found.source} is not there, where data.dvc says that the images come from: data/ stays as it is")
+            return []
+        return [["checkout", "data.dvc"]]
+    if found.is_current and found.is_recorded:
+        return []
+    if found.is_local or not found.is_current:
+        return bring
+    # of a remote source the recorded version will do
+    if found.is_cached:
+        return [["checkout", "--force", "data.dvc"]]
+    return [] if found.present else bring
+
+
+def _refuse_loss(found: Import, root: Path) -> str:
+    """The message about files that would be lost, with what to type to train on them or to do without them."""
+    files = [f"data/{path}" if path else "data" for path in sorted(found.at_stake)]
+    count, are = (f"{len(files)} files", "are") if len(files) > 1 else ("a file", "is")
+    name = _unused_name(root)
+    train = _lines(*_move(found, name), *_point_to(found, name), "make repro")
+    leave = _lines(*_move(found, f"../{name}"), "make repro")
+    return (
+        f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {some(files)}. A run would"
+        f" replace them or mix them with {found.source}, which data.dvc names as their source; no file was touched.\n"
+        f"To train on them, make them the source:\n{train}\nTo do without them, move them away:\n{leave}"
+    )
+
+
+def _refuse_link(data: Path) -> str:
+    target = str(data.readlink())
+    return (
+        f"data is a link to {target}, and DVC would replace it: remove it, and name the folder itself as the source of"
+        f" the images:\n{_lines('rm data', _import(target), 'make repro')}"
+    )
+
+
+def _refuse_mixture(found: Import) -> None:
+    """Raise ConvoyError where the recorded version is not what its recorded source holds.
+
+    DVC notes the source of a frozen import anew when `dvc repro` finds another `path:` or other files in the folder,
+    but does not import, and then sees no difference any more.
+    """
+    recorded, offered = found.recorded or {}, found.offered or {}
+    paths = sorted({*recorded, *offered})
+    others = [path for path in paths if not is_junk(path) and recorded.get(path) != offered.get(path)]
+    if found.recorded is None or not others:
+        return
+    raise ConvoyError(
+        f"data.dvc names {found.source} as the source of data/, but they differ in {some(others)}: a plain `dvc repro`"
+        " recorded data/ as it was then. DVC's cache keeps those files.\n"
+        f"To train on {found.source}:\n{_lines(_import(found.source), 'make repro')}\n"
+        f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'make repro')}"
+    )
+
+
+def _move(found: Import, target: str) -> list[str]:
+    """Commands that move the files at stake to `target`, and leave what DVC put into data/."""
+    ours = {path.partition("/")[0] for path in found.present.keys() - set(found.at_stake)}
+    theirs = sorted({path.partition("/")[0] for path in found.at_stake})
+    if not ours:
+        return [f"mv data {target}"]
+    if ours.isdisjoint(theirs) and len(theirs) <= MAX_MOVED:
+        return [f"mkdir {target}", f"mv {shlex.join(f'data/{name}' for name in theirs)} {target}"]
+    return [f"mv data {target}  # with what else is in data/"]
+
+
+def _point_to(found: Import, name: str) -> list[str]:
+    """Commands that make the folder `name` the source, under a name of its own for the classes."""
+    if found.is_local:
+        pattern = re.sub(r"([\\.*\[\]^$#])", r"\\\1", found.source)
+        change = f"sed -i {shlex.quote(f's#path: {pattern}$#path: {name}#')} data.dvc"
+    else:
+        change = _import(name)
+    return [change, f"sed -i 's/^name: .*/name: {name}/' conf/dataset/folder.yaml"]
+
+
+def _import(source: str) -> str:
+    return f"dvc import-url --force {shlex.quote(source)} data"
+
+
+def _unused_name(root: Path) -> str:
+    names = ("my-images", *(f"my-images-{number}" for number in range(2, 1000)))
+    return next(name for name in names if not (root / name).exists() and not (root.parent / name).exists())
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(f"  {line}" for line in lines)

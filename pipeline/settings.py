@@ -1,0 +1,185 @@
+"""params.yaml: composed from conf/, unless that would discard settings that came into it in another way."""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from convoy import config
+from convoy.config import ConvoyError
+from pipeline.adoption import adopt_settings, differences
+
+RECORD = Path("artifacts/.scratch/params.sha256")  # of what was last composed
+MAX_COMMITS = 20
+MAX_LISTED = 20  # keys in a message
+MAX_SHOWN = 60  # characters of a value
+
+
+def compose(
+    root: Path, check: Callable[[dict[str, Any]], None], *, adopt: bool = False, discard: bool = False
+) -> dict[str, Any]:
+    """Compose `root/conf` into `root/params.yaml`, and return its sections.
+
+    Settings in params.yaml that are not from conf/ are first written into conf/ with `adopt`, and discarded with
+    `discard`. Raises ConvoyError that names them where neither is asked for, and whatever `check` raises of the
+    composed sections. Then params.yaml is left as it was.
+    """
+    params = root / "params.yaml"
+    text = config.composed(root)
+    present = params.read_bytes() if params.exists() else b""
+    if adopt:
+        wanted = config.load(params)
+        check(wanted)
+        adopt_settings(root, wanted)
+        text = config.composed(root)
+    elif not discard and present.strip():
+        _refuse_loss(root, present, text)
+    sections = config.parse(text)
+    check(sections)
+    _write(root, present, text)
+    return sections
+
+
+def _refuse_loss(root: Path, present: bytes, text: str) -> None:
+    if present == text.encode() or _checksum(present) in _recorded(root):
+        return
+    try:
+        changed = differences(config.parse(present.decode()), config.parse(text))
+    except (ConvoyError, ValueError):
+        raise ConvoyError(
+            "params.yaml can't be read, as after a merge conflict: take one side of it (`git checkout --ours"
+            " params.yaml`, or --theirs), or discard it and compose conf/ again by `python -m pipeline --compose`"
+        ) from None
+    if not changed:
+        return
+    if _is_left_by_experiment(root, present):
+        print("params.yaml held the settings of the last `dvc exp run`: conf/ is composed again")
+    elif not _was_composed(root, present):
+        lines = [f"  {key}: {_describe(*values)}" for key, values in changed.items()]
+        if len(lines) > MAX_LISTED:
+            lines[MAX_LISTED:] = [f"  and {len(lines) - MAX_LISTED} more"]
+        raise ConvoyError(
+            "params.yaml holds settings that conf/ does not compose to, as after `dvc exp apply`, a merge or an edit:\n"
+            + "\n".join(lines)
+            + "\nTo keep them, let them be written into conf/:\n  python -m pipeline --adopt\n"
+            "To discard them, let conf/ be composed again:\n  python -m pipeline --compose"
+        )
+
+
+def _describe(present: Any, composed: Any) -> str:
+    return f"{_show(present)} in params.yaml, {_show(composed)} in conf/"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a table"
+    text = "nothing" if value is ... else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+# What params.yaml may be that is safe to replace
+
+
+def _recorded(root: Path) -> list[str]:
+    return (root / RECORD).read_text().split() if (root / RECORD).exists() else []
+
+
+def _is_left_by_experiment(root: Path, present: bytes) -> bool:
+    """Whether params.yaml is what the last `dvc exp run` in this workspace composed, and nobody has chosen it since.
+
+    It has been chosen where it was applied, staged or committed afterwards, and where it came back after a later run
+    had composed conf/ again.
+    """
+    blob = _git(root, "hash-object", "params.yaml")
+    ran, left = next(_experiments(root), (0, None))
+    record = root / RECORD
+    if not blob or left != blob or blob == _git(root, "rev-parse", "--quiet", "--verify", ":./params.yaml"):
+        return False
+    applied = "refs/exps/exec/EXEC_APPLY"
+    if _git(root, "rev-parse", "--quiet", "--verify", f"{applied}:./params.yaml") == blob:
+        ref = root / str(_git(root, "rev-parse", "--git-path", applied))
+        # git may have packed it, and then its time is not known
+        if not ref.exists() or ref.stat().st_mtime_ns > ran:
+            return False
+    return not record.exists() or record.stat().st_mtime_ns < ran
+
+
+def _experiments(root: Path) -> Iterator[tuple[int, str | None]]:
+    """When the experiments in this workspace began, in nanoseconds, and git's hashes of their params.yaml.
+
+    The last is first. Those that failed are among them, and those in temporary copies are not. DVC keeps a note of
+    each, named after the commit, on no branch, in which it stored what it composed.
+    """
+    notes = [(note.stat().st_mtime_ns, note) for note in (root / ".dvc/tmp/exps/run").glob("*/*.run")]
+    for time, note in sorted(notes, reverse=True):
+        try:
+            is_here = json.loads(note.read_text()).get("location") == "workspace"
+        except (OSError, ValueError, AttributeError):
+            continue
+        if is_here and re.fullmatch("[0-9a-f]{40,}", note.stem):
+            yield time, _git(root, "rev-parse", "--quiet", "--verify", f"{note.stem}:./params.yaml")
+
+
+def _was_composed(root: Path, present: bytes) -> bool:
+    """Whether params.yaml is as committed, and conf/ composed to it at one of the commits that have it.
+
+    Then it is conf/ that was edited, by a commit that did not compose. That of a merged experiment never was composed.
+    """
+    blob = _git(root, "hash-object", "params.yaml")
+    if not blob or blob != _git(root, "rev-parse", "--quiet", "--verify", "HEAD:./params.yaml"):
+        return False
+    commits = _git(root, "log", f"--max-count={MAX_COMMITS}", "--format=%H", "--", "params.yaml", "conf") or ""
+    having = [name for name in commits.split() if _git(root, "rev-parse", f"{name}:./params.yaml") == blob]
+    return any(_composed_at(root, commit) == present.decode() for commit in having)
+
+
+def _composed_at(root: Path, commit: str) -> str | None:
+    archive = subprocess.run(["git", "archive", commit, "conf"], cwd=root, capture_output=True)
+    if archive.returncode:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(folder, filter="data")
+        try:
+            return config.composed(Path(folder))
+        except ConvoyError:
+            return None
+
+
+def _git(root: Path, *command: str) -> str | None:
+    """What git answers; None where it can't, as in a folder that is no repository."""
+    try:
+        answer = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+# Writing
+
+
+def _write(root: Path, present: bytes, text: str) -> None:
+    """Replace params.yaml and the record, so that a kill at any moment leaves a params.yaml that is recorded."""
+    (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
+    arriving = (root / RECORD).with_name("params.yaml")
+    steps = [
+        (root / RECORD, f"{_checksum(present)}\n{_checksum(text.encode())}\n"),
+        (root / "params.yaml", text),
+        (root / RECORD, f"{_checksum(text.encode())}\n"),
+    ]
+    for file, content in steps:
+        try:
+            arriving.write_text(content, encoding="utf-8")
+            arriving.replace(file)
+        except OSError as error:
+            raise ConvoyError(f"{file.relative_to(root)} can't be written: {error.strerror}") from error
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,348 @@
+"""The folder data/: it follows data.dvc, and never at the cost of files that a user has put there."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from dvc.cli import main
+from dvc.repo import Repo
+
+from convoy.config import ConvoyError
+from pipeline.data_folder import commands
+
+Edit = Callable[[Path], object]
+SAMPLE = {"digits.zip": "digits", "README.md": "about", "more/one.png": "1"}
+MINE = {"cat/1.png": "a cat", "dog/1.png": "a dog"}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose data/ was imported from samples/, as in a clone after a first run."""
+    root = tmp_path_factory.mktemp("imported") / "a project"
+    root.mkdir()
+    write(root / "samples", SAMPLE)
+    write(root / "conf/dataset", {"folder.yaml": "name: digits\n"})
+    dvc(root, "init", "--quiet", "--no-scm")
+    dvc(root, "import-url", "--quiet", "samples", "data")
+    return root
+
+
+@pytest.fixture
+def root(imported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(imported, tmp_path / "a project")
+
+
+@pytest.fixture
+def fresh(root: Path) -> Path:
+    """The project as it is cloned: without data/ and without a cache."""
+    shutil.rmtree(root / "data")
+    shutil.rmtree(root / ".dvc/cache")
+    return root
+
+
+def dvc(root: Path, *command: str) -> None:
+    with contextlib.chdir(root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*command]) == 0
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def read(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def bring(root: Path, *, update: bool = False) -> None:
+    """What the main command does."""
+    for command in commands(root, update=update):
+        dvc(root, *command)
+
+
+def edit_data_dvc(root: Path, old: str, new: str) -> None:
+    (root / "data.dvc").write_text((root / "data.dvc").read_text().replace(old, new))
+
+
+def typed_after(message: str, heading: str) -> list[str]:
+    """The commands below a heading of a message."""
+    lines = message.splitlines()
+    (start,) = [number for number, line in enumerate(lines) if line.startswith(heading)]
+    found = []
+    for line in lines[start + 1 :]:
+        if not line.startswith("  "):
+            break
+        found.append(line.strip())
+    return found
+
+
+def follow(root: Path, message: str, heading: str) -> None:
+    """Type what a message says, as far as it is not about the whole pipeline."""
+    typed = typed_after(message, heading)
+    assert typed[-1] == "make repro"
+    subprocess.run(["bash", "-ec", "\n".join(typed[:-1])], cwd=root, check=True, capture_output=True)
+
+
+# Nothing is at stake
+
+
+def test_a_fresh_clone_gets_its_data(fresh: Path) -> None:
+    bring(fresh)
+    assert read(fresh / "data") == SAMPLE
+    assert commands(fresh, update=False) == []
+
+
+def test_data_as_recorded_is_left_alone(root: Path) -> None:
+    assert commands(root, update=False) == []
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda root: shutil.rmtree(root / "data"),
+        lambda root: (root / "data/digits.zip").unlink(),
+        lambda root: [file.unlink() for file in (root / "data").rglob("*") if file.is_file()],  # empty folders stay
+        lambda root: shutil.copy(root / "data/digits.zip", root / "data/copy.zip"),
+        lambda root: (root / "data/digits.zip").rename(root / "data/renamed.zip"),
+    ],
+    ids=["all removed", "one removed", "empty folders", "copied within", "renamed"],
+)
+@pytest.mark.parametrize("is_fresh", [False, True])
+def test_what_is_safe_elsewhere_is_replaced_without_asking(edit: Edit, is_fresh: bool, root: Path) -> None:
+    if is_fresh:
+        shutil.rmtree(root / ".dvc/cache")
+    edit(root)
+    bring(root)
+    assert read(root / "data") == SAMPLE
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_changed_source_is_taken_up(is_frozen: bool, root: Path) -> None:
+    if not is_frozen:
+        edit_data_dvc(root, "frozen: true\n", "")
+    write(root / "samples", MINE)
+    (root / "samples/digits.zip").unlink()
+    bring(root)
+    assert read(root / "data") == read(root / "samples")
+    assert commands(root, update=False) == []
+
+
+def test_another_path_is_taken_up(root: Path) -> None:
+    write(root / "flowers", MINE)
+    edit_data_dvc(root, "path: samples", "path: flowers")
+    bring(root)
+    assert read(root / "data") == MINE
+
+
+def test_another_recorded_version_is_checked_out(root: Path) -> None:
+    recorded = (root / "data.dvc").read_text()
+    write(root / "samples", MINE)
+    bring(root)
+    (root / "data.dvc").write_text(recorded)
+    shutil.rmtree(root / "samples")
+    write(root / "samples", SAMPLE)
+    bring(root)
+    assert read(root / "data") == SAMPLE
+    assert (root / "data.dvc").read_text() == recorded
+
+
+def test_data_that_dvc_added_are_their_own_source(root: Path) -> None:
+    (root / "data.dvc").unlink()
+    dvc(root, "add", "--quiet", "data")
+    write(root / "data", MINE)
+    assert commands(root, update=False) == []
+
+
+def test_a_remote_source_is_looked_at_only_to_update(root: Path) -> None:
+    edit_data_dvc(root, "path: samples", "path: https://example.invalid/flowers")
+    with Repo(str(root)) as repo:  # as if it had been imported from there
+        stage = repo.stage.load_one(str(root / "data.dvc"))
+        stage.md5 = stage.compute_md5()
+        stage.dump()
+    assert commands(root, update=False) == []
+    assert commands(root, update=True) == [["update", "data.dvc"]]
+    (root / "data/digits.zip").unlink()
+    bring(root)
+    assert read(root / "data") == SAMPLE
+
+
+# Files at stake
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda root: write(root / "data", MINE), "data/cat/1.png, data/dog/1.png"),
+        (lambda root: write(root / "data/more", {"two.png": "2"}), "data/more/two.png"),
+        (lambda root: write(root / "data", {".labels.csv": "mine"}), "data/.labels.csv"),
+        (lambda root: write(root / "data", {"digits.zip": "changed"}), "data/digits.zip"),
+        (lambda root: write(root / "data", {"my pictures/ä 'b'.png": "mine"}), "data/my pictures/ä 'b'.png"),
+    ],
+    ids=["beside", "within", "hidden", "changed", "odd names"],
+)
+@pytest.mark.parametrize(("is_fresh", "is_frozen"), [(True, True), (False, False)])
+def test_files_of_the_user_stop_the_run(edit: Edit, named: str, is_fresh: bool, is_frozen: bool, root: Path) -> None:
+    if is_fresh:
+        shutil.rmtree(root / ".dvc/cache")
+    if not is_frozen:
+        edit_data_dvc(root, "frozen: true\n", "")
+    edit(root)
+    before = read(root)
+    with pytest.raises(ConvoyError) as refusal:
+        commands(root, update=False)
+    assert f"nowhere else: {named}. A run would replace them or mix them with samples" in str(refusal.value)
+    with pytest.raises(ConvoyError, match="nowhere else"):
+        commands(root, update=True)
+    untouched = {name: text for name, text in read(root).items() if not name.startswith(".dvc/")}
+    assert untouched == {name: text for name, text in before.items() if not name.startswith(".dvc/")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: write(root / "samples", {"new.png": "new"}),
+        lambda root: shutil.rmtree(root / "samples"),
+        lambda root: edit_data_dvc(root, "path: samples", "path: https://example.invalid/flowers"),
+    ],
+    ids=["changed source", "lost source", "remote source"],
+)
+def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: Path) -> None:
+    write(root / "data", MINE)
+    change(root)
+    with pytest.raises(ConvoyError, match=r"nowhere else: data/cat/1\.png, data/dog/1\.png"):
+        commands(root, update=False)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the sample", "alone"])
+def test_the_user_trains_on_their_files_as_the_message_says(beside: bool, fresh: Path) -> None:
+    write(fresh / "data", MINE | (SAMPLE if beside else {}))
+    with pytest.raises(ConvoyError) as refusal:
+        commands(fresh, update=False)
+    follow(fresh, str(refusal.value), "To train on them")
+    bring(fresh)
+    assert read(fresh / "data") == read(fresh / "my-images") == MINE
+    assert (fresh / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
+    assert commands(fresh, update=False) == []
+
+
+def test_files_among_those_of_the_sample_move_with_them(fresh: Path) -> None:
+    write(fresh / "data/more", {"two.png": "2"})
+    write(fresh / "data", SAMPLE)
+    with pytest.raises(ConvoyError) as refusal:
+        commands(fresh, update=False)
+    follow(fresh, str(refusal.value), "To train on them")
+    bring(fresh)
+    assert read(fresh / "data") == SAMPLE | {"more/two.png": "2"}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the sample", "alone"])
+def test_the_user_moves_their_files_away_as_the_message_says(beside: bool, fresh: Path) -> None:
+    write(fresh / "data", {"my pictures/ä 'b'.png": "mine", **(SAMPLE if beside else {})})
+    (fresh.parent / "my-images").mkdir()  # which is taken
+    with pytest.raises(ConvoyError) as refusal:
+        commands(fresh, update=False)
+    follow(fresh, str(refusal.value), "To do without them")
+    bring(fresh)
+    assert read(fresh / "data") == SAMPLE
+    assert read(fresh.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_at_stake(fresh: Path) -> None:
+    (fresh / "data").write_text("all my images")
+    with pytest.raises(ConvoyError, match=r"holds a file that .* nowhere else: data. A run"):
+        commands(fresh, update=False)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh: Path) -> None:
+    mine = fresh.parent / "my pictures"
+    (fresh / "data").symlink_to(mine)
+    if exists:
+        write(mine, MINE)
+    with pytest.raises(ConvoyError, match="data is a link to ") as refusal:
+        commands(fresh, update=False)
+    if exists:
+        follow(fresh, str(refusal.value), "data is a link")
+        assert commands(fresh, update=False) == []
+        assert read(fresh / "data") == read(mine) == MINE
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "nowhere", "../samples"])
+def test_links_among_the_images_are_refused(target: str, root: Path) -> None:
+    (root / "data/link.png").symlink_to(target)
+    with pytest.raises(ConvoyError, match=f"data/link.png is a link to {re.escape(target)}, which"):
+        commands(root, update=False)
+
+
+# Plain DVC
+
+
+def test_plain_dvc_loses_no_file_of_the_user(fresh: Path) -> None:
+    write(fresh / "data", MINE)
+    dvc(fresh, "repro", "--quiet", "data.dvc")
+    assert read(fresh / "data") == MINE
+    shutil.rmtree(fresh / "data")
+    dvc(fresh, "checkout", "--quiet")
+    assert read(fresh / "data") == MINE
+
+
+@pytest.mark.parametrize("change", ["files", "path"])
+@pytest.mark.parametrize("choice", ["To train on data/ as it is", "To train on "])
+def test_what_plain_dvc_recorded_is_neither_mixed_nor_lost(change: str, choice: str, root: Path) -> None:
+    write(root / "flowers", {"rose/1.png": "a rose"})
+    if change == "files":
+        write(root / "data", MINE)
+    else:
+        edit_data_dvc(root, "path: samples", "path: flowers")
+    source = {"files": "samples", "path": "flowers"}[change]
+    dvc(root, "repro", "--quiet", "data.dvc")
+    kept = read(root / "data")
+    with pytest.raises(ConvoyError, match=f"names {source} as the source of data/, but they differ in ") as refusal:
+        commands(root, update=False)
+    follow(root, str(refusal.value), choice if choice.endswith("is") else f"To train on {source}")
+    bring(root)
+    assert read(root / "data") == (kept if choice.endswith("is") else read(root / source))
+
+
+# The source
+
+
+def test_a_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "samples")
+    assert commands(root, update=False) == []
+    assert "samples is not there, where data.dvc says that the images come from: data/ stays" in capsys.readouterr().out
+    with pytest.raises(ConvoyError, match=r"^samples is not there, .* `dvc freeze data.dvc`"):
+        commands(root, update=True)
+    shutil.rmtree(root / "data")
+    assert commands(root, update=False) == [["checkout", "data.dvc"]]
+    shutil.rmtree(root / ".dvc/cache")
+    with pytest.raises(ConvoyError, match=r"^samples is not there, .* `dvc pull data.dvc`"):
+        commands(root, update=False)
+
+
+def test_dvc_is_kept_from_removing_data_for_a_lost_source(root: Path) -> None:
+    edit_data_dvc(root, "frozen: true\n", "")
+    shutil.rmtree(root / "samples")
+    with pytest.raises(ConvoyError, match=r"^samples is not there"):
+        commands(root, update=False)
+
+
+def test_links_in_the_source_are_refused_before_dvc_copies_them(root: Path) -> None:
+    (root / "samples/secret.png").symlink_to("/etc/hostname")
+    with pytest.raises(ConvoyError, match=r"^samples/secret.png is a link to /etc/hostname, which would bring in"):
+        commands(root, update=False)

@@ -93,7 +93,7 @@ def _refuse_mixture(found: Import) -> None:
     raise ConvoyError(
         f"data.dvc names {found.source} as the source of data/, but they differ in {some(others)}: a plain `dvc repro`"
         " recorded data/ as it was then. DVC's cache keeps those files.\n"
-        f"To train on {found.source}:\n{_lines(_import(found.source), 'make repro')}\n"
+        f"To train on {found.source}:\n{_lines('rm -r data', _import(found.source), 'make repro')}\n"
         f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'make repro')}"
     )
 
@@ -111,12 +111,12 @@ def _move(found: Import, target: str) -> list[str]:
 
 def _point_to(found: Import, name: str) -> list[str]:
     """Commands that make the folder `name` the source, under a name of its own for the classes."""
-    if found.is_local:
-        pattern = re.sub(r"([\\.*\[\]^$#])", r"\\\1", found.source)
-        change = f"sed -i {shlex.quote(f's#path: {pattern}$#path: {name}#')} data.dvc"
-    else:
-        change = _import(name)
-    return [change, f"sed -i 's/^name: .*/name: {name}/' conf/dataset/folder.yaml"]
+    rename = f"sed -i 's/^name: .*/name: {name}/' conf/dataset/folder.yaml"
+    # a name that YAML may quote, and a source elsewhere, which needs other keys, are for DVC to replace
+    if found.is_local and re.fullmatch(r"[\w./-]+", found.source):
+        pattern = found.source.replace(".", r"\.")
+        return [f"sed -i 's#path: {pattern}$#path: {name}#' data.dvc", rename]
+    return ["rm -rf data", _import(name), rename]
 
 
 def _import(source: str) -> str:

@@ -1,6 +1,7 @@
 """The folder data/: it follows data.dvc, and never at the cost of files that a user has put there."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -228,9 +229,14 @@ def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: 
         commands(root, update=False)
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["beside the sample", "alone"])
-def test_the_user_trains_on_their_files_as_the_message_says(beside: bool, fresh: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "beside"),
+    [("samples", True), ("samples", False), ("a: b/{flowers}", True), ("https://example.invalid/flowers", False)],
+)
+def test_the_user_trains_on_their_files_as_the_message_says(source: str, beside: bool, fresh: Path) -> None:
     write(fresh / "data", MINE | (SAMPLE if beside else {}))
+    edit_data_dvc(fresh, "path: samples", f"path: {json.dumps(source)}" if " " in source else f"path: {source}")
+    write(fresh / "a: b/{flowers}", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
         commands(fresh, update=False)
     follow(fresh, str(refusal.value), "To train on them")
@@ -331,7 +337,7 @@ def test_a_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: p
     shutil.rmtree(root / "data")
     assert commands(root, update=False) == [["checkout", "data.dvc"]]
     shutil.rmtree(root / ".dvc/cache")
-    with pytest.raises(ConvoyError, match=r"^samples is not there, .* `dvc pull data.dvc`"):
+    with pytest.raises(ConvoyError, match=r"^samples is not there, .*`dvc pull data.dvc`"):
         commands(root, update=False)
 
 

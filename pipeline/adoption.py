@@ -1,7 +1,9 @@
 """Adoption: settings that are only in params.yaml, written into conf/ where they belong, with its comments kept."""
 
+import contextlib
 import io
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+from ruamel.yaml.tokens import CommentToken
 
 from convoy import config
 from convoy.config import ConvoyError
@@ -44,8 +47,10 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
     if unknown:
         raise ConvoyError(f"params.yaml has model.{unknown[0]}, for which there is no conf/model/{unknown[0]}.yaml")
     try:
-        for group in ("experiment", "dataset", "trainer"):
-            _choose(root, group, wanted)
+        _choose_experiment(root, wanted)
+        for group in ("dataset", "trainer"):
+            if any(key.startswith(group) for key in _differences(root, wanted)):
+                _choose_file(root, group, wanted)
         if names != list(config.parse(config.composed(root))["model"]):
             _set_choice(root, "model", names)
         for key, (value, old) in _differences(root, wanted).items():
@@ -73,22 +78,33 @@ def _differences(root: Path, wanted: Mapping[str, Any], *overrides: str) -> Diff
 # Choices
 
 
-def _choose(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
-    """Choose the file of a group with which the fewest keys differ; of equals the one that is chosen already."""
+def _choose_experiment(root: Path, wanted: Mapping[str, Any]) -> None:
+    """Choose the experiment with which the fewest keys differ; of equals the one that is chosen already."""
     models = f"model=[{','.join(wanted['model'])}]"
-    now = _differences(root, wanted, models)
-    if not now or (group != "experiment" and not any(key.startswith(group) for key in now)):
-        return
-    options = [file.stem for file in sorted((root / "conf" / group).glob("*.yaml"))]
+    now = len(_differences(root, wanted, models))
     counts = {}
-    for option in [*options, "null"] if group == "experiment" else options:
-        try:
-            counts[option] = len(_differences(root, wanted, models, f"{group}={option}"))
-        except ConvoyError:  # of what does not compose with the other choices
-            continue
+    for option in [*_options(root, "experiment"), "null"] if now else []:
+        # one may not compose with the other choices
+        with contextlib.suppress(ConvoyError):
+            counts[option] = len(_differences(root, wanted, models, f"experiment={option}"))
     best = min(counts, key=counts.__getitem__, default="")
-    if best and counts[best] < len(now):
-        _set_choice(root, group, None if best == "null" else best)
+    if best and counts[best] < now:
+        _set_choice(root, "experiment", None if best == "null" else best)
+
+
+def _choose_file(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
+    """Choose the file of a group that differs in the fewest keys; of equals the one that is chosen already."""
+    counts = {}
+    for option in _options(root, group):
+        table = yaml.safe_load((root / f"conf/{group}/{option}.yaml").read_text())
+        counts[option] = len(differences(wanted[group], table if isinstance(table, Mapping) else {}))
+    best = min(counts, key=counts.__getitem__, default="")
+    if best and counts[best] < counts.get(_chosen(root, group), sys.maxsize):
+        _set_choice(root, group, best)
+
+
+def _options(root: Path, group: str) -> list[str]:
+    return sorted(file.stem for file in (root / "conf" / group).glob("*.yaml"))
 
 
 def _chosen(root: Path, group: str) -> Any:
@@ -143,17 +159,24 @@ def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[st
 
 def _replace(file: Path, document: Any, table: Any, key: str, value: Any) -> None:
     """Put a value into a document that was read from `file`, in the style of the one before it, and write the file."""
-    if isinstance(value, list):
-        flow = table[key].fa.flow_style() if isinstance(table[key], CommentedSeq) else True
-        value = CommentedSeq(value)
-        if flow is not False:
-            value.fa.set_flow_style()
-    elif isinstance(value, str) and yaml.safe_load(value) != value:  # such as no, 010 or null
-        value = DoubleQuotedScalarString(value)
-    table[key] = value
+    is_block = isinstance(table[key], CommentedSeq) and table[key].fa.flow_style() is False
+    table[key] = _quoted(value)
+    if isinstance(value, list) and not is_block:
+        table[key].fa.set_flow_style()
+    for comment in table.ca.items.get(key) or ():
+        if isinstance(comment, CommentToken):
+            comment.column = 0  # right behind the value
     text = io.StringIO()
     _yaml().dump(document, text)
     file.write_text(text.getvalue(), encoding="utf-8")
+
+
+def _quoted(value: Any) -> Any:
+    """A value as a document holds it, with quotes around a text such as no, 010 or null."""
+    if isinstance(value, list):
+        return CommentedSeq(_quoted(item) for item in value)
+    is_plain = not isinstance(value, str) or yaml.safe_load(value) == value
+    return value if is_plain else DoubleQuotedScalarString(value)
 
 
 def _yaml() -> YAML:

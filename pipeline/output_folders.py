@@ -16,19 +16,17 @@ PER_MODEL = ("train", "evaluate")
 
 def refuse_strays(root: Path, models: list[str]) -> None:
     """Raise ConvoyError where a folder that DVC or a stage would replace holds files that are nowhere else."""
-    strays: list[Path] = []
-    unmarked: list[Path] = []
     listed = [root / "artifacts" / stage / name for stage in PER_MODEL for name in models]
-    for folder in {*(root / "artifacts" / name for name in SINGLE), *listed, *_marked(root)}:
-        files = [file for file in folder.rglob("*") if not file.is_dir()]
-        names = _written(folder)
-        if names is None:
-            # no stage publishes a folder without the mark: what is left of a checkout that was killed is in the cache
-            unmarked += files
-        else:
-            strays += [file for file in files if str(file.relative_to(folder)) not in names]
-    strays += uncached(root, unmarked) if unmarked else []
-    if strays:
+    folders = {*(root / "artifacts" / name for name in SINGLE), *listed, *_marked(root)}
+    others = [
+        file
+        for folder in folders
+        for names in [_written(folder)]
+        for file in folder.rglob("*")
+        if not file.is_dir() and str(file.relative_to(folder)) not in names
+    ]
+    # what is left of a checkout that was killed, and results whose mark is damaged, are in the cache
+    if strays := uncached(root, others) if others else []:
         paths = sorted(str(file.relative_to(root)) for file in strays)
         raise ConvoyError(
             f"{some(paths)}: no stage wrote this, and the folder around it is replaced as a whole when its stage runs;"
@@ -49,9 +47,9 @@ def _marked(root: Path) -> list[Path]:
     return [mark.parent for stage in PER_MODEL for mark in sorted((root / "artifacts" / stage).glob(f"*/{MARK}"))]
 
 
-def _written(folder: Path) -> set[str] | None:
-    """The names of the files that a stage wrote, by its mark; None where there is no mark."""
+def _written(folder: Path) -> set[str]:
+    """The names of the files that a stage wrote, as far as its mark is there and sound."""
     try:
         return {MARK, *json.loads((folder / MARK).read_text())}
     except (OSError, ValueError, TypeError):
-        return None
+        return {MARK}

@@ -20,7 +20,7 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_repository, check_source, conclude, mend_lock, remove_unlisted
+from pipeline.__main__ import check, check_repository, conclude, mend_lock
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -296,31 +296,6 @@ def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
     check_repository(tmp_path)
 
 
-def test_links_in_the_folder_that_data_dvc_names_are_refused_before_dvc_copies_them(tmp_path: Path) -> None:
-    (tmp_path / "flowers").mkdir()
-    (tmp_path / "data.dvc").write_text("deps:\n- path: flowers\nouts:\n- path: data\n")
-    check_source(tmp_path)
-    (tmp_path / "flowers" / "secret.png").symlink_to("/etc/hostname")
-    with pytest.raises(ConvoyError, match=r"^flowers/secret.png is a link to /etc/hostname, which would bring in"):
-        check_source(tmp_path)
-    (tmp_path / "data.dvc").write_text("deps:\n- path: s3://bucket/flowers\nouts:\n- path: data\n")
-    check_source(tmp_path)
-
-
-def test_a_source_that_is_gone_is_told_before_dvc_takes_the_data_away(tmp_path: Path) -> None:
-    named = "deps:\n- path: /mnt/flowers\nouts:\n- path: data\n"
-    (tmp_path / "data.dvc").write_text(named)
-    with pytest.raises(ConvoyError, match=r"^/mnt/flowers is not there, .* by `dvc freeze data.dvc`"):
-        check_source(tmp_path)
-    (tmp_path / "data.dvc").write_text(f"{named}frozen: true\n")
-    check_source(tmp_path)
-    with pytest.raises(ConvoyError, match="/mnt/flowers is not there"):
-        check_source(tmp_path, update=True)
-    (tmp_path / "data.dvc").write_text("")
-    with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
-        check_source(tmp_path)
-
-
 @pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])
 def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
     cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -488,14 +463,6 @@ def test_refused_settings_leave_params_yaml_as_it_was(road: Path) -> None:
     with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
         config.compose(road, ["train.max_epochs=0"], check=check)
     assert (road / "params.yaml").read_bytes() == before
-
-
-def test_results_of_an_architecture_off_the_list_are_removed(tmp_path: Path) -> None:
-    for name in ("lenet", "vgg"):
-        (tmp_path / "artifacts/train" / name).mkdir(parents=True)
-    (tmp_path / "artifacts/train/.DS_Store").write_bytes(b"of macOS")
-    remove_unlisted(tmp_path, ["lenet"])
-    assert sorted(path.name for path in (tmp_path / "artifacts/train").iterdir()) == [".DS_Store", "lenet"]
 
 
 def test_the_committed_settings_pass_the_check() -> None:

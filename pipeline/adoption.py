@@ -41,6 +41,8 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
     The choices (experiment, data set, trainer, architectures) come first, then the values, each in the file that has
     the last word on it. Raises ConvoyError for keys that no file sets; then conf/ is left as it was.
     """
+    if not _differences(root, wanted):
+        return
     before = {file: file.read_bytes() for file in (root / "conf").rglob("*.yaml")}
     names = list(wanted["model"])
     unknown = [name for name in names if not (root / f"conf/model/{name}.yaml").exists()]
@@ -48,10 +50,11 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
         raise ConvoyError(f"params.yaml has model.{unknown[0]}, for which there is no conf/model/{unknown[0]}.yaml")
     try:
         _choose_experiment(root, wanted)
+        present = config.parse(config.composed(root))
         for group in ("dataset", "trainer"):
-            if any(key.startswith(group) for key in _differences(root, wanted)):
+            if group in wanted and wanted[group] != present.get(group):
                 _choose_file(root, group, wanted)
-        if names != list(config.parse(config.composed(root))["model"]):
+        if names != list(present["model"]):
             _set_choice(root, "model", names)
         for key, (value, old) in _differences(root, wanted).items():
             if ... not in (value, old):

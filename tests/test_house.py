@@ -21,7 +21,8 @@ from convoy.datasets.source import Dataset
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "src" / "convoy"
 FLOORS = [
-    "config", "fonts", "naming", "hashes", "memory", "remembered", "images", "likeness", "task", "datasets", "datacard",
+    "config", "dvc_files", "fonts", "naming", "hashes", "memory", "remembered", "images", "likeness", "task",
+    "datasets", "datacard",
     "fitted", "preprocessing", "batches", "augmentation", "recipe", "classifier", "models", "transfer", "hardware",
     "datamodule", "checkpoint", "progress", "training", "finder", "temperature", "predictor", "export", "evaluation",
     "timing", "comparison", "gate", "views", "tracking", "registry", "served", "champion", "moving", "promotion",
@@ -105,7 +106,7 @@ def test_the_library_knows_no_stage_and_imports_by_full_names(file: Path) -> Non
 
 @every_library_file
 def test_only_config_knows_hydra_and_only_six_files_know_mlflow(file: Path) -> None:
-    allowed = {"config": {"hydra", "omegaconf", "dvc"}} | {
+    allowed = {"config": {"hydra", "omegaconf", "dvc"}, "dvc_files": {"dvc"}} | {
         name: {"mlflow"} for name in ("tracking", "registry", "served", "champion", "moving", "serving")
     }
     doors = {"hydra", "omegaconf", "dvc", "mlflow"}

@@ -80,8 +80,9 @@ def read_folder(data: Path) -> Source:
             f"{files.name}{path} is none of these" for files in places for path in itertools.islice(files.paths, 3)
         ]
         raise ConvoyError(
-            f"{data.name}/ holds no images with a label: put them there in one folder for each class, or beside a"
-            " labels.csv with the columns path and label; either may lie in zip or tar archives"
+            f"{data.name}/ holds no images with a label: in the folder or bucket that data.dvc names, put them into one"
+            " folder for each class, or beside a labels.csv with the columns path and label; either may be in zip or"
+            f" tar archives. Do not put them into {data.name}/ itself, which DVC replaces by what is there"
             + "".join(f"\n  {line}" for line in found[:FOUND])
         )
     return Source(classes, count, _members(places, says, astray, shards), more, [*notes, *unread])

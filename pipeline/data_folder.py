@@ -35,7 +35,8 @@ def commands(root: Path, *, update: bool) -> list[list[str]]:
     if is_gone and (update or not found.is_frozen or not (found.present or found.is_cached)):
         raise ConvoyError(
             f"{found.source} is not there, where data.dvc says that the images come from: correct the path; or go"
-            " on with data/ as it is (`dvc pull data.dvc` fetches it), by `dvc freeze data.dvc` and `make repro`"
+            " on with data/ as it is (`dvc pull data.dvc` fetches it) by "
+            + ("`make repro`" if found.is_frozen else "`dvc freeze data.dvc` and `make repro`")
         )
     if found.offered is not None and found.is_current:
         _refuse_mixture(found)

@@ -332,7 +332,7 @@ def test_a_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: p
     shutil.rmtree(root / "samples")
     assert commands(root, update=False) == []
     assert "samples is not there, where data.dvc says that the images come from: data/ stays" in capsys.readouterr().out
-    with pytest.raises(ConvoyError, match=r"^samples is not there, .* `dvc freeze data.dvc`"):
+    with pytest.raises(ConvoyError, match=r"^samples is not there, .* by `make repro`$"):
         commands(root, update=True)
     shutil.rmtree(root / "data")
     assert commands(root, update=False) == [["checkout", "data.dvc"]]
@@ -344,7 +344,7 @@ def test_a_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: p
 def test_dvc_is_kept_from_removing_data_for_a_lost_source(root: Path) -> None:
     edit_data_dvc(root, "frozen: true\n", "")
     shutil.rmtree(root / "samples")
-    with pytest.raises(ConvoyError, match=r"^samples is not there"):
+    with pytest.raises(ConvoyError, match=r"^samples is not there, .* by `dvc freeze data\.dvc` and `make repro`$"):
         commands(root, update=False)
 
 

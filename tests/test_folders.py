@@ -260,7 +260,9 @@ def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes
     ],
 )
 def test_data_without_a_label_are_refused_with_what_was_found(data: Path, files: dict[str, bytes], found: str) -> None:
-    with pytest.raises(ConvoyError, match="data/ holds no images with a label: put them there in one fol") as refusal:
+    with pytest.raises(
+        ConvoyError, match=r"^data/ holds no images .*: in the folder or bucket that data\.dvc names, put"
+    ) as refusal:
         read_folder(write(data, files))
     assert found in str(refusal.value)
 

@@ -22,11 +22,10 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "src" / "convoy"
 FLOORS = [
     "config", "dvc_files", "fonts", "naming", "hashes", "memory", "remembered", "images", "likeness", "task",
-    "datasets", "datacard",
-    "fitted", "preprocessing", "batches", "augmentation", "recipe", "classifier", "models", "transfer", "hardware",
-    "datamodule", "checkpoint", "progress", "training", "finder", "temperature", "predictor", "export", "evaluation",
-    "timing", "comparison", "gate", "views", "tracking", "registry", "served", "champion", "moving", "promotion",
-    "report", "serving",
+    "datasets", "datacard", "fitted", "preprocessing", "batches", "augmentation", "recipe", "classifier", "models",
+    "transfer", "hardware", "datamodule", "checkpoint", "progress", "training", "finder", "temperature",
+    "predictor", "export", "evaluation", "timing", "comparison", "gate", "views", "tracking", "registry", "served",
+    "champion", "moving", "promotion", "report", "serving",
 ]  # fmt: skip
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PYTHON = sorted(

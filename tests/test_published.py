@@ -509,6 +509,30 @@ def test_a_download_that_fails_at_the_last_file_keeps_what_was_there(
     assert contents(there).items() >= before.items()
 
 
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_files_of_the_user_outlive_a_download_that_is_killed(
+    renamed: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny("mnist", server.address, monkeypatch)
+    server.files = found.files
+    there = write(tmp_path / "mnist", {"mine/note.txt": b"mine"})
+    rename, left = Path.rename, iter([*[True] * renamed, False])
+
+    def rename_some(file: Path, target: Path) -> Path:
+        if file == there:
+            write(there, {"late.txt": b"came while the download went on"})
+        if next(left):
+            return rename(file, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_some)
+        read("mnist", tmp_path)
+    assert_is_the_tiny_set("mnist", found, tmp_path)
+    assert contents(there).items() >= {"mine/note.txt": b"mine", "late.txt": b"came while the download went on"}.items()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["mnist"]
+
+
 class Silent(torchvision.datasets.VisionDataset):
     """A set whose server says nothing, which shows by how long one is ready to wait."""
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import os
 import shutil
 import socket
 import traceback
@@ -148,8 +149,12 @@ def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, An
 
 
 def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
-    """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole."""
-    arriving = folder.with_name(f"{folder.name}.arriving")
+    """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole.
+
+    Whatever else is in `folder`, or comes there meanwhile, stays, also where this process is killed.
+    """
+    arriving, before = (folder.with_name(f"{folder.name}.{state}") for state in ("arriving", "before"))
+    _keep_others(before, folder)
     shutil.rmtree(arriving, ignore_errors=True)
     if folder.exists():
         shutil.copytree(folder, arriving)  # what is there already need not come again
@@ -167,9 +172,24 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
     arriving.rename(folder)
+    _keep_others(before, folder)
     return _parts(make, params, folder)
+
+
+def _keep_others(before: Path, folder: Path) -> None:
+    """Move what only the last version of a folder holds into the new one, and remove that version."""
+    if before.exists() and not folder.exists():
+        before.rename(folder)
+    elif before.exists():
+        for file in before.rglob("*"):
+            kept = folder / file.relative_to(before)
+            if not file.is_dir() and not os.path.lexists(kept):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(kept)
+        shutil.rmtree(before)
 
 
 def _address(error: BaseException) -> str:

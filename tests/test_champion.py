@@ -2,20 +2,35 @@
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.model_registry.abstract_store import AbstractStore
 
 from convoy import champion, registry, tracking
-from convoy.champion import CHAMPION, PREVIOUS, Event, current, finish, move, roll_back, trail, was_rolled_back
+from convoy.champion import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    Event,
+    current,
+    finish,
+    move,
+    roll_back,
+    trail,
+    was_rolled_back,
+)
 from convoy.config import ConvoyError
 from convoy.tracking import Store
 
@@ -82,33 +97,100 @@ def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: Store, 
         move(store, NAME, promotion(1, 2))
 
 
-def test_a_rollback_brings_the_champion_before_and_back_again(store: Store) -> None:
+def test_a_rollback_brings_back_the_champion_before(store: Store) -> None:
     for before, after in ((None, 1), (1, 2)):
         move(store, NAME, promotion(before, after))
     event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
     assert (event.before, event.after) == (2, 1)
-    assert aliases(store) == {CHAMPION: 1, PREVIOUS: 2}
+    assert aliases(store) == {CHAMPION: 1}
     taken_back = was_rolled_back(store, NAME, 2)
     assert taken_back is not None
     assert taken_back.reason == "it fails on photographs at night"
     assert was_rolled_back(store, NAME, 1) is None
-    roll_back(store, NAME, "it was the lens", "bob", "1" * 40)
+    assert trail(store, NAME)["kind"].tolist() == ["promotion", "promotion", "rollback"]
+
+
+def test_each_rollback_goes_one_champion_further_back(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2), (2, 3)):
+        move(store, NAME, promotion(before, after))
+    assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 2
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
-    assert was_rolled_back(store, NAME, 2) is None
-    assert trail(store, NAME)["kind"].tolist() == ["promotion", "promotion", "rollback", "rollback"]
+    assert roll_back(store, NAME, "bad, too", "bob", "1" * 40).after == 1
+    with pytest.raises(ConvoyError, match=r"no earlier champion to go back to: .* version 1 stays the champion"):
+        roll_back(store, NAME, "bad, too", "bob", "1" * 40)
+    assert aliases(store) == {CHAMPION: 1}
+
+    move(store, NAME, promotion(1, 4))
+    assert aliases(store) == {CHAMPION: 4, PREVIOUS: 1}
+    assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
+    with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
+        roll_back(store, NAME, "bad", "bob", "1" * 40)
+
+
+def test_a_rolled_back_version_loses_the_alias_challenger(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2)):
+        move(store, NAME, promotion(before, after))
+    store.client.set_registered_model_alias(NAME, CHALLENGER, "2")
+    roll_back(store, NAME, "bad", "bob", "1" * 40)
+    assert aliases(store) == {CHAMPION: 1}
+
+
+def test_a_rollback_passes_over_deleted_versions(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2), (2, 3)):
+        move(store, NAME, promotion(before, after))
+    store.client.delete_model_version(NAME, "2")
+    assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
 def test_a_rollback_helps_where_the_champion_was_deleted(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2), (2, 3)):
+        move(store, NAME, promotion(before, after))
+    store.client.delete_model_version(NAME, "3")
+    roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
+    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+
+
+def test_what_was_rolled_back_is_known_after_the_target_is_gone(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2), (2, 3)):
+        move(store, NAME, promotion(before, after))
+    roll_back(store, NAME, "bad", "bob", "1" * 40)
+    store.client.delete_model_version(NAME, "2")
+    assert was_rolled_back(store, NAME, 3) is not None
+    assert roll_back(store, NAME, "it was deleted", "bob", "1" * 40).after == 1
+
+
+def test_an_alias_moved_by_hand_is_where_a_rollback_begins(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2), (2, 3)):
+        move(store, NAME, promotion(before, after))
+    store.client.set_registered_model_alias(NAME, CHAMPION, "2")
+    finish(store, NAME)
+    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+    move(store, NAME, promotion(2, 4))
+    assert [roll_back(store, NAME, "bad", "bob", "1" * 40).after for _ in range(2)] == [2, 1]
+
+
+def test_a_rolled_back_champion_set_by_hand_is_passed_over(store: Store) -> None:
     for before, after in ((None, 1), (1, 2)):
         move(store, NAME, promotion(before, after))
-    store.client.delete_model_version(NAME, "2")
-    roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
+    roll_back(store, NAME, "bad", "bob", "1" * 40)
+    store.client.set_registered_model_alias(NAME, CHAMPION, "2")
+    move(store, NAME, promotion(2, 3))
+    assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
+    assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
+
+
+def test_the_wrong_alias_of_an_earlier_release_is_corrected(store: Store) -> None:
+    for before, after in ((None, 1), (1, 2)):
+        move(store, NAME, promotion(before, after))
+    roll_back(store, NAME, "bad", "bob", "1" * 40)
+    store.client.set_registered_model_alias(NAME, PREVIOUS, "2")
+    finish(store, NAME)
     assert aliases(store) == {CHAMPION: 1}
 
 
 def test_without_a_champion_before_there_is_nothing_to_go_back_to(store: Store) -> None:
     move(store, NAME, promotion(None, 1))
-    with pytest.raises(ConvoyError, match="there is nothing to go back to"):
+    with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "why not", "bob", "1" * 40)
 
 
@@ -172,6 +254,97 @@ def test_whatever_dies_between_two_steps_leaves_the_old_or_the_new_and_the_next_
         if not died:
             break
     assert ends == {(True, False), (True, True), (False, True)}
+
+
+@given(
+    steps=st.lists(st.sampled_from(["promote", "promote", "roll back", "delete"]), max_size=40),
+    picks=st.lists(st.integers(0, 99), min_size=40, max_size=40),
+)
+def test_a_rollback_target_is_the_last_champion_in_good_standing(steps: list[str], picks: list[int]) -> None:
+    line, there, rolled_back_ever, events = [1], {1}, set(), [promotion(None, 1)]
+    for step, pick in zip(steps, picks, strict=False):
+        champion_now = line[-1] if line[-1] in there else None
+        expected = next((version for version in line[-2::-1] if version in there), None)
+        # an event is in the tags of the versions that it concerns, and is gone with the last of them
+        known = [event for event in events if there & {event.before, event.after}]
+        assert champion.rollback_target(known, champion_now, there) == expected
+        assert not {*champion.rolled_back(known)} & {expected}
+        assert {*champion.rolled_back(known)} & there == rolled_back_ever & there
+        if step == "promote" and champion_now:
+            line.append(len(events) + 1)
+            there.add(line[-1])
+            events.append(promotion(champion_now, line[-1]))
+        elif step == "roll back" and expected:
+            events.append(Event(champion.now(), "rollback", champion_now, expected, "ada", "", "bad"))
+            rolled_back_ever |= {champion_now} - {None}
+            del line[line.index(expected) + 1 :]
+        elif step == "delete":
+            there -= {sorted(there)[pick % len(there)]} if len(there) > 1 else set()
+
+
+# what happens to a registry, and after how many writes the process that does it is killed
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["promote", "promote", "roll back", "roll back", "delete"]),
+        st.integers(0, 9),
+        st.just(99) | st.just(99) | st.integers(0, 14),
+    ),
+    min_size=8,
+    max_size=12,
+).map(lambda steps: [("promote", 0, 99)] * 3 + steps)
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(steps=STEPS)
+def test_rollbacks_go_back_through_any_history(
+    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int, int]]
+) -> None:
+    monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
+    name = store.client.create_registered_model(f"model {uuid.uuid4().hex}").name
+    line: list[int] = []  # the champions that were not rolled back, the present one last
+    deleted: set[int] = set()
+    ever: set[int] = set()  # rolled back
+
+    for step, which, writes in steps:
+        there = [version for version in line if version not in deleted]
+        is_crowned = bool(line) and line[-1] not in deleted
+        expected = next((version for version in line[-2::-1] if version not in deleted), None)
+        dying[0] = 10**9
+        if step == "delete":
+            if there:
+                deleted.add(there[which % len(there)])
+                store.client.delete_model_version(name, str(there[which % len(there)]))
+            continue
+        if step == "promote":
+            made = store.client.create_model_version(name, source=store.experiment.artifact_location)
+            event = Event(champion.now(), "promotion", line[-1] if is_crowned else None, int(made.version), "", "", "")
+            if line and not is_crowned:  # nothing is promoted then
+                continue
+            after: list[int] = [*line, event.after]
+            act = functools.partial(move, store, name, event)
+        else:
+            act = functools.partial(roll_back, store, name, "bad", "bob", "")
+            if expected is None:
+                with pytest.raises(ConvoyError, match="no earlier champion"):
+                    act()
+                continue
+            after = line[: line.index(expected) + 1]
+        dying[0] = writes
+        with contextlib.suppress(Killed):
+            act()
+        dying[0] = 10**9
+        finish(store, name)
+        found = champion.version_of(store, name, CHAMPION)
+        if found is not None and int(found.version) == after[-1]:
+            ever |= {*line} - {*after}
+            line = after
+        assert found is None or int(found.version) == line[-1]
+        assert not ever & {*line}
+
+        target = next((version for version in line[-2::-1] if version not in deleted), None)
+        previous = champion.version_of(store, name, PREVIOUS)
+        assert (int(previous.version) if previous else None) == target
+        assert champion.MOVING not in store.client.get_registered_model(name).tags
 
 
 def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_first(

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Literal
 
 import pandas as pd
@@ -19,8 +19,9 @@ from mlflow.exceptions import MlflowException
 from convoy.config import ConvoyError
 from convoy.tracking import ABSENT, Store
 
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"  # aliases
-EVENT = "convoy.event."  # before the time, in the tag of a version: it became the champion then
+# aliases: the version in use, the one that a rollback goes to, and the one that is compared or waits for more evidence
+CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+EVENT = "convoy.event."  # before the time, in a tag of both versions that a move of the champion concerns
 MOVING = "convoy.moving"  # tag of the registered model: the event that is under way
 CROWNED = "convoy.crowned"  # tag of the registered model: there has been a champion
 TRAIL = "promotions.csv"  # in the run of the version that became the champion: every move until then
@@ -102,11 +103,12 @@ def move(store: Store, name: str, event: Event) -> None:
 
 
 def finish(store: Store, name: str) -> None:
-    """Bring to its end what a killed process left of a move, if there is such."""
+    """Complete a move that a killed process began, if there is one, and correct the alias `previous`."""
     _break_dead(store, f"{name}.moving")
-    if MOVING in _tags(store, name):
+    if MOVING in _tags(store, name) or _is_previous_wrong(store, name):
         with alone(store, name):
             _finish(store, name)
+            _correct_previous(store, name)
 
 
 def _finish(store: Store, name: str) -> None:
@@ -114,17 +116,38 @@ def _finish(store: Store, name: str) -> None:
     if MOVING not in tags:
         return
     event = Event(**json.loads(tags[MOVING]))
-    champion = version_of(store, name, CHAMPION)
-    if champion is not None and int(champion.version) == event.after:  # it came to be
+    champion, versions = version_of(store, name, CHAMPION), _versions(store, name)
+    # had the alias not been moved, it would still be on the version before
+    deleted_since = champion is None and event.after not in versions and event.before in versions
+    if deleted_since or (champion is not None and int(champion.version) == event.after):
         store.client.set_registered_model_tag(name, CROWNED, "true")
-        store.client.set_model_version_tag(name, str(event.after), f"{EVENT}{event.time}", tags[MOVING])
-        with contextlib.suppress(MlflowException):  # that version may have been deleted
-            if event.before is not None:
-                store.client.set_registered_model_alias(name, PREVIOUS, str(event.before))
-            else:
-                store.client.delete_registered_model_alias(name, PREVIOUS)
-        _show_trail(store, name, champion)
+        # it is in the tags of both versions, as each of them may be deleted: what happened to the other stays known
+        for version in versions & {event.before, event.after}:
+            store.client.set_model_version_tag(name, str(version), f"{EVENT}{event.time}", tags[MOVING])
+        _correct_previous(store, name)
+        if champion is not None:
+            _show_trail(store, name, champion)
     store.client.delete_registered_model_tag(name, MOVING)
+
+
+def _versions(store: Store, name: str) -> set[int]:
+    """The versions of the model that were not deleted."""
+    return {int(version.version) for version in store.client.search_model_versions(f"name = '{name}'")}
+
+
+def _correct_previous(store: Store, name: str) -> None:
+    """Let the alias `previous` name what the next rollback goes to; remove it where there is nothing to go back to."""
+    target, previous = _target(store, name), version_of(store, name, PREVIOUS)
+    if target is None:
+        if previous is not None:
+            store.client.delete_registered_model_alias(name, PREVIOUS)
+    elif previous is None or int(previous.version) != target:
+        store.client.set_registered_model_alias(name, PREVIOUS, str(target))
+
+
+def _is_previous_wrong(store: Store, name: str) -> bool:
+    previous = version_of(store, name, PREVIOUS)
+    return (int(previous.version) if previous else None) != _target(store, name)
 
 
 def _show_trail(store: Store, name: str, version: ModelVersion) -> None:
@@ -150,13 +173,13 @@ def _check_unmoved(store: Store, name: str, compared: int | None) -> None:
 
 
 def events(store: Store, name: str) -> list[Event]:
-    """All moves of the champion that came to be, the oldest first: the audit trail."""
-    found = [
+    """All moves of the champion, the oldest first: the audit trail."""
+    found = {
         Event(**json.loads(value))
         for version in store.client.search_model_versions(f"name = '{name}'")
         for key, value in version.tags.items()
         if key.startswith(EVENT)
-    ]
+    }
     return sorted(found, key=lambda event: event.time)
 
 
@@ -169,24 +192,80 @@ def trail(store: Store, name: str) -> pd.DataFrame:
 
 
 def roll_back(store: Store, name: str, reason: str, who: str, commit: str) -> Event:
-    """Make the champion before this one the champion again.
+    """Make the champion before this one the champion again; the next rollback goes one further back.
 
     Raises ConvoyError where there is none to go back to.
     """
-    champion, previous = version_of(store, name, CHAMPION), version_of(store, name, PREVIOUS)
-    if previous is None:
-        raise ConvoyError(f"model {name} has no version with the alias {PREVIOUS}: there is nothing to go back to")
-    before = int(champion.version) if champion else None
-    event = Event(now(), "rollback", before, int(previous.version), who, commit, reason)
+    champion, target = version_of(store, name, CHAMPION), _target(store, name)
+    if target is None:
+        is_champion = f"version {champion.version} stays the champion" if champion else "there is no champion"
+        raise ConvoyError(
+            f"model {name} has no earlier champion to go back to: those before were rolled back or deleted, or there "
+            f"were none; {is_champion}. Promote another by `make repro`, or set the alias {CHAMPION} by hand on the "
+            f"model's page in MLflow (`make ui`)"
+        )
+    event = Event(now(), "rollback", int(champion.version) if champion else None, target, who, commit, reason)
     move(store, name, event)
+    if event.before is not None:
+        drop_challenger(store, name, event.before)
     return event
 
 
+def _target(store: Store, name: str) -> int | None:
+    """The version that the next rollback goes to; None where there is none."""
+    champion = version_of(store, name, CHAMPION)
+    return rollback_target(events(store, name), int(champion.version) if champion else None, _versions(store, name))
+
+
+def rollback_target(events: Sequence[Event], champion: int | None, there: Container[int]) -> int | None:
+    """The last champion before this one that was neither rolled back nor deleted; None where there is no such version.
+
+    `events` are all moves that are known, the oldest first, and `there` the versions that were not deleted. Where
+    `champion` is None, the last one was deleted or lost its alias, and the one before that is wanted.
+    """
+    line: list[int] = []  # the champions that led to the present one, which is the last
+    for event in events:
+        if event.before is not None:
+            _step_to(line, event.before)
+        if event.kind == "rollback":
+            line = line[:-1]
+            _step_to(line, event.after)
+        else:
+            line = [*(version for version in line if version != event.after), event.after]
+    if champion is not None:
+        _step_to(line, champion)
+    taken_back = rolled_back(events)
+    return next((version for version in line[-2::-1] if version in there and version not in taken_back), None)
+
+
+def _step_to(line: list[int], version: int) -> None:
+    """Let the line end in this version: a person may have moved the alias, back or to a version that is new to it."""
+    if version in line:
+        del line[line.index(version) + 1 :]
+    else:
+        line.append(version)
+
+
+def rolled_back(events: Sequence[Event]) -> dict[int, Event]:
+    """The versions that were rolled back and did not become the champion again, each with the event that did it."""
+    found: dict[int, Event] = {}
+    for event in events:
+        found.pop(event.after, None)
+        if event.kind == "rollback" and event.before is not None:
+            found[event.before] = event
+    return found
+
+
 def was_rolled_back(store: Store, name: str, version: int) -> Event | None:
-    """The event by which this version was taken back, where it is the last that concerns it."""
-    concerned = [event for event in events(store, name) if version in (event.before, event.after)]
-    last = concerned[-1] if concerned else None
-    return last if last and last.kind == "rollback" and last.before == version else None
+    """The event by which this version was rolled back, unless it became the champion again."""
+    return rolled_back(events(store, name)).get(version)
+
+
+def drop_challenger(store: Store, name: str, version: int) -> None:
+    """Take the alias `challenger` from this version, which was refused."""
+    challenger = version_of(store, name, CHALLENGER)
+    if challenger is not None and int(challenger.version) == version:
+        store.client.delete_registered_model_alias(name, CHALLENGER)
 
 
 def now() -> str:

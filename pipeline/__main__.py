@@ -18,6 +18,8 @@ import yaml
 
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
+from convoy.datasets import history
+from convoy.datasets.source import Dataset
 from pipeline import data_folder, output_folders, settings, signals
 
 
@@ -45,6 +47,7 @@ def main() -> None:
         output_folders.refuse_strays(root, models)
         output_folders.remove_unlisted(root, models)
         read_yaml(root / "data.dvc")
+        history.check_source(root, typed(Dataset, params["dataset"], "dataset"))
         bring = data_folder.commands(root, update=options.update)
         mend_lock(root)
         status = 0
@@ -62,7 +65,6 @@ def main() -> None:
 def check(params: dict[str, Any]) -> None:
     """Raises ConvoyError where a key is unknown, missing, of a wrong type or out of range, before anything runs."""
     from convoy.datasets.intake import Fetch
-    from convoy.datasets.source import Dataset
     from convoy.evaluation import Evaluate
     from convoy.preprocessing import Preprocess
     from convoy.promotion import Register

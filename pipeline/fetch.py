@@ -6,7 +6,7 @@ from convoy.config import ConvoyError
 from convoy.datacard import AsFound, write_fetch_card
 from convoy.datasets.decoding import get_ready
 from convoy.datasets.folders import read_folder
-from convoy.datasets.history import History, version_of
+from convoy.datasets.history import History, check_source, version_of
 from convoy.datasets.intake import Fetch, TooManyBad, take_in
 from convoy.datasets.judging import decoding_fingerprint
 from convoy.datasets.published import read_torchvision
@@ -24,6 +24,7 @@ def fetch(stage: Stage) -> None:
     params = stage.typed(Dataset, "dataset")
     limits = stage.typed(Fetch, "fetch")
     lock = stage.root / "data.lock"
+    origin = check_source(stage.root, params)
     history = History.load(lock, params.name)
     made = stage.home / "artifacts"
     decoded = made / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
@@ -46,7 +47,7 @@ def fetch(stage: Stage) -> None:
     merged.to_csv(stage.scratch / "merged.csv", index=False)
 
     version = version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine))
-    history = history.grown(packed.classes, version, packed.drawn)
+    history = history.grown(packed.classes, version, packed.drawn, origin)
     changes = history.changes()
     table = packed.rows.columns("label", "split", "group", *SIZES)
     found = AsFound(params.name, packed.classes, table, packed.image, quarantine, merged, changes, intake.notes)

@@ -30,6 +30,9 @@ def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     shutil.copytree(REAL / "conf", root / "conf")
     shutil.copy(REAL / "dvc.yaml", root)
+    settings = root / "conf" / "config.yaml"
+    # tests name the experiment and the model themselves; by default the data set does
+    settings.write_text(settings.read_text().replace("name: ${dataset.name}", "name: convoy"))
     config.compose(root, overrides)
     draw_pictures(root / "data", each=30)
     return root

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError
-from convoy.datasets.history import NEW, History, Version, extended, version_of
+from convoy.config import ConvoyError, typed
+from convoy.datasets.history import NEW, History, Version, check_source, extended, version_of
+from convoy.datasets.source import Dataset
 
 names = st.lists(st.text(max_size=5), unique=True, max_size=6)
 
@@ -141,3 +142,73 @@ def test_a_full_disk_leaves_the_history_as_it_was(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError):
         known.grown(["dog"], version(cat=2, dog=1)).save(tmp_path / "data.lock", "pets")
     assert History.load(tmp_path / "data.lock", "pets") == known
+
+
+def pets(torchvision: dict | None = None) -> Dataset:
+    return typed(Dataset, {"name": "pets", "longest_side": 9, "group": None, "torchvision": torchvision}, "dataset")
+
+
+def describe(root: Path, source: str | None, repo: str | None = None) -> None:
+    """Write a data.dvc whose images come from `source`; None: from nowhere but data/ itself, as `dvc add` does."""
+    dep = {"path": source} | ({"repo": {"url": repo}} if repo else {})
+    (root / "data.dvc").write_text(yaml.safe_dump({"deps": [dep] if source else [], "outs": [{"path": "data"}]}))
+
+
+def know(root: Path, source: str | None) -> None:
+    NEW.grown(["cat"], version(cat=2), source=source).save(root / "data.lock", "pets")
+
+
+def test_a_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
+    know(tmp_path, "samples")
+    describe(tmp_path, "s3://bucket/more pets")
+    with pytest.raises(ConvoyError) as refusal:
+        check_source(tmp_path, pets())
+    said = str(refusal.value)
+    assert "come from s3://bucket/more pets, and came from samples until now" in said
+    assert "set `name:` in conf/dataset/folder.yaml" in said
+    assert "set `source: s3://bucket/more pets` under pets in data.lock" in said
+
+
+@pytest.mark.parametrize("moved", ["/mnt/pets", "../pets: new", "no", "007", "# pets", "{pets}", "péts 🐈", "x" * 200])
+def test_images_that_moved_go_on_as_the_message_says(moved: str, tmp_path: Path) -> None:
+    know(tmp_path, "samples")
+    describe(tmp_path, moved)
+    with pytest.raises(ConvoyError) as refusal:
+        check_source(tmp_path, pets())
+    line = str(refusal.value).partition("set `source")[2].rpartition("` under")[0]
+    lock = tmp_path / "data.lock"
+    lock.write_text(lock.read_text().replace("source: samples", f"source{line}"))
+    assert check_source(tmp_path, pets()) == moved
+
+
+@pytest.mark.parametrize("known", [None, "samples"])
+def test_a_source_that_is_known_or_not_yet_goes_on(known: str | None, tmp_path: Path) -> None:
+    know(tmp_path, known)
+    describe(tmp_path, "samples")
+    assert check_source(tmp_path, pets()) == "samples"
+
+
+def test_without_data_dvc_the_source_stays_as_known(tmp_path: Path) -> None:
+    know(tmp_path, "samples")
+    assert check_source(tmp_path, pets()) is None
+    grown = History.load(tmp_path / "data.lock", "pets").grown(["dog"], version(dog=2), source=None)
+    assert grown.source == "samples"
+
+
+def test_every_kind_of_source_is_told_from_the_others(tmp_path: Path) -> None:
+    describe(tmp_path, "pets", repo="https://example.com/data.git")
+    found = [check_source(tmp_path, pets())]
+    for source in ("pets", None):
+        describe(tmp_path, source)
+        found.append(check_source(tmp_path, pets()))
+    found.append(check_source(tmp_path, pets({"name": "MNIST", "splits": {"all": {}}})))
+    assert found == ["https://example.com/data.git pets", "pets", "data", "torchvision MNIST"]
+
+
+@pytest.mark.parametrize("text", ["deps: [", "- pets", "deps: {path: pets}", "deps: [{}]", "deps: [{path: [1]}]", ""])
+def test_a_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "data.dvc").write_text(text)
+    with pytest.raises(
+        ConvoyError, match=r"^data\.dvc does not say where the images come from: take it"
+    ):
+        check_source(tmp_path, pets())

@@ -362,9 +362,9 @@ def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
         ("+model.lenett.c1=6", "model.lenett: no such architecture; did you mean lenet?"),
         ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
         ("register.gate.floor=.nan", "register.gate.floor="),
-        ("register.name=a/b", "register.name='a/b': string should match pattern"),
+        ("register.name=a/b", "register.name='a/b': value error, it names folders"),
         ("model.lenet.init=champoin", "model.lenet.init='champoin'"),
-        ("register.name=''", "register.name='': string should match pattern"),
+        ("register.name=''", "register.name='': value error, it names folders"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:

@@ -5,12 +5,13 @@ import difflib
 import io
 import json
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -19,6 +20,24 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+MAX_NAME_LENGTH = 60  # characters, so that a file can be called by it whatever its letters are
+
+
+def _check_name(name: str) -> str:
+    is_allowed = all(letter.isalnum() or unicodedata.category(letter)[0] == "M" or letter in " _.-" for letter in name)
+    begins_well = name[:1].isalnum() or name[:1] == "_"
+    if not (is_allowed and begins_well and name == name.strip() and len(name) <= MAX_NAME_LENGTH):
+        raise ValueError(
+            "it names folders, and MLflow's experiment and model: letters, digits, spaces and '_', '-', '.', "
+            f"beginning with a letter, digit or '_', {MAX_NAME_LENGTH} characters at most"
+        )
+    # MLflow's own experiment, and how the lock of a model is called
+    if name == "Default" or name.endswith(".moving"):
+        raise ValueError("this name is reserved: choose another")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]  # of a data set, and of the experiment and model that it is in
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and NumPy both take
 
 Schema = TypeVar("Schema")

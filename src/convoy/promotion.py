@@ -1,11 +1,8 @@
 """Promotion: which of the trained architectures is the challenger, and what it must show to become the champion."""
 
 from collections.abc import Mapping
-from typing import Annotated
 
-from pydantic import Field
-
-from convoy.config import schema
+from convoy.config import Name, schema
 from convoy.gate import Gate
 
 
@@ -13,7 +10,7 @@ from convoy.gate import Gate
 class Register:
     """Where runs and models go, and what a model must show."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .-]*$")]  # of the MLflow experiment and of the registered model
+    name: Name  # of the MLflow experiment and of the registered model
     gate: Gate
 
 

@@ -12,10 +12,12 @@ import yaml
 from pydantic import Field
 
 from convoy.config import ConvoyError, Whole, schema, typed
+from convoy.datasets.source import Dataset
 from convoy.naming import some
 
 HEADER = """\
-# What the fetch stage has seen of each data set: its classes in the order of their labels, and the last two versions.
+# What the fetch stage has seen of each data set: where its images come from (data.dvc says so; if the same images have
+# moved, write the new place here), its classes in the order of their labels, and the last two versions.
 # Commit it. A class that has no images any more keeps its place; to drop one for good, take it off the list here.
 # Splits that are drawn from images given for training go on to be, so that no test image becomes a training image.
 """
@@ -37,6 +39,7 @@ class Version:
 class History:
     """A data set through time."""
 
+    source: str | None = None  # where its images come from, see `check_source`; None: nobody has written it down
     classes: list[str]
     versions: Annotated[list[Version], Field(max_length=2)]  # the newest last
     drawn: list[Drawn] = dataclasses.field(default_factory=list)  # from images given for training
@@ -49,7 +52,8 @@ class History:
 
     def save(self, file: Path, name: str) -> None:
         """Put it into `file`, beside other data sets."""
-        sections = _sections(file) | {name: dataclasses.asdict(self)}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        sections = _sections(file) | {name: values}
         text = HEADER + yaml.safe_dump(sections, sort_keys=False)
         arriving = file.with_name(f"{file.name}.arriving")
         arriving.write_text(text, encoding="utf-8")
@@ -72,11 +76,14 @@ class History:
             return self.drawn
         return [split for split in DRAWN if split in self.drawn or split not in given]
 
-    def grown(self, classes: Sequence[str], version: Version, drawn: Collection[str] = ()) -> "History":
+    def grown(
+        self, classes: Sequence[str], version: Version, drawn: Collection[str] = (), source: str | None = None
+    ) -> "History":
         """With the classes that are new at the end, and this version as the newest. The same twice is the same."""
         versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]
         ever = [split for split in DRAWN if split in self.drawn or split in drawn]
-        return History(classes=extended(self.classes, classes), versions=versions, drawn=ever)
+        source = source or self.source
+        return History(source=source, classes=extended(self.classes, classes), versions=versions, drawn=ever)
 
     def changes(self) -> list[str]:
         """From the version before to the newest, in words."""
@@ -121,6 +128,37 @@ def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> Version:
         images=dict(sorted(counts.items())),
         quarantine=quarantine,
     )
+
+
+def check_source(root: Path, dataset: Dataset) -> str | None:
+    """Return where the images of a data set come from, as data.dvc in `root` has it; None where there is no such file.
+
+    Raises ConvoyError where data.lock has another source for the data set of this name.
+    """
+    source = _source(root / "data.dvc", dataset)
+    known = History.load(root / "data.lock", dataset.name).source
+    if source is None or known is None or source == known:
+        return source
+    file = "conf/dataset/" + ("" if dataset.torchvision else "folder.yaml")
+    line = yaml.safe_dump({"source": source}, allow_unicode=True, width=10**6).strip()
+    raise ConvoyError(
+        f"the images of {dataset.name} are to come from {source}, and came from {known} until now (data.lock). If they "
+        f"are another data set, give it a name of its own: set `name:` in {file}. If the same images have moved, set "
+        f"`{line}` under {dataset.name} in data.lock"
+    )
+
+
+def _source(described: Path, dataset: Dataset) -> str | None:
+    if dataset.torchvision is not None:
+        return dataset.origin
+    if not described.exists():
+        return None
+    try:
+        (dep,) = yaml.safe_load(described.read_text(encoding="utf-8")).get("deps") or [{"path": "data"}]
+        return " ".join([*([dep["repo"]["url"]] if "repo" in dep else []), dep["path"]])
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        said = f"{described.name} does not say where the images come from"
+        raise ConvoyError(f"{said}: take it from git again ({error})") from None
 
 
 def _sections(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from convoy.config import Count, schema
+from convoy.config import Count, Name, schema
 from convoy.images import BadImage
 
 
@@ -33,7 +33,7 @@ def _is_pattern(text: str) -> str:
 class Dataset:
     """Where labelled images come from."""
 
-    name: Annotated[str, Field(pattern=r"^\w[^/\\]*$")]  # what reports, and folders that are made, call it
+    name: Name  # what reports, folders that are made, and by default the experiment and the model in MLflow call it
     longest_side: Count  # pixels; a larger image is reduced when it is decoded, which bounds the disk
     # "folder", or a regular expression that finds the group's name in a path
     group: Annotated[str, AfterValidator(_is_pattern)] | None

@@ -22,6 +22,8 @@ from convoy.datasets import history
 from convoy.datasets.source import Dataset
 from pipeline import data_folder, output_folders, settings, signals
 
+LEADERBOARD = "artifacts/register/leaderboard.csv"
+
 
 def main() -> None:
     """Parse the command line and run the pipeline in the current folder."""
@@ -50,6 +52,7 @@ def main() -> None:
         history.check_source(root, typed(Dataset, params["dataset"], "dataset"))
         bring = data_folder.commands(root, update=options.update)
         mend_lock(root)
+        before = leaderboard_time(root)
         status = 0
         for command in [*bring, ["repro", *(["--pull"] if options.pull else [])]]:
             status = status or dvc(*command)
@@ -57,6 +60,8 @@ def main() -> None:
             conclude(root, params)
         else:
             mend_lock(root)
+            if leaderboard_time(root) not in (None, before):  # the register stage wrote it, and then refused
+                show_leaderboard(root)
     except ConvoyError as error:
         sys.exit(f"convoy: {error}")
     sys.exit(status)
@@ -198,17 +203,30 @@ def is_alive(group: int) -> bool:
     return False
 
 
-def conclude(root: Path, params: dict[str, Any]) -> None:
-    """Print the leaderboard, and what to type next."""
+def leaderboard_time(root: Path) -> int | None:
+    """When the leaderboard was written, in nanoseconds; None where there is none."""
+    file = root / LEADERBOARD
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def show_leaderboard(root: Path) -> None:
+    """Print the leaderboard."""
     import pandas as pd
 
-    from convoy import report, tracking
+    from convoy import report
 
     try:
-        table = pd.read_csv(root / "artifacts/register/leaderboard.csv", dtype={"epoch": "Int64"})
+        table = pd.read_csv(root / LEADERBOARD, dtype={"epoch": "Int64"})
     except FileNotFoundError:
         raise ConvoyError("there are no results yet: `make repro` makes them") from None
     report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")
+
+
+def conclude(root: Path, params: dict[str, Any]) -> None:
+    """Print the leaderboard, and what to type next."""
+    from convoy import tracking
+
+    show_leaderboard(root)
     with tracking.store(root, params["register"]["name"]) as store:
         leaderboard, curves = tracking.save_views(store)
     print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {leaderboard}\n  curves       {curves}")

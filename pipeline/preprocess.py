@@ -1,17 +1,23 @@
 """preprocess: images of one size, split for training, validation and test, and described."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from convoy.config import Seed
+from convoy.config import ConvoyError, Seed
 from convoy.datacard import AsPrepared, write_preprocess_card
 from convoy.datasets.packed import TABLE, Packed, Rows
 from convoy.images import fit
 from convoy.preprocessing import Preprocess, digests_of, prepare, tested_in
 from convoy.remembered import EarlierRun
 from pipeline.stage import Stage, main, say
+
+ASK_TIMEOUT_S = 60  # after which the training begins, whatever MLflow would have said
+REFUSAL = "convoy: check_champion: "
 
 
 def preprocess(stage: Stage) -> None:
@@ -30,6 +36,7 @@ def preprocess(stage: Stage) -> None:
     seen = digests_of(rows, ["train", "val"])
     write_digests(seen, stage.scratch / "seen.txt")
     moved = len(np.intersect1d(seen, tested_in(earlier.output)))
+    check_champion(stage)
 
     task, table = prepared.task, rows.columns("label", "split")
     card = AsPrepared(
@@ -60,6 +67,27 @@ def preprocess(stage: Stage) -> None:
         )
     say("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
+
+
+def check_champion(stage: Stage) -> None:
+    """Raises ConvoyError where these images could not tell whether a model is better than today's champion.
+
+    The gate would refuse after the training. MLflow is asked in a process of its own, as it is no part of what defines
+    the output; not in an experiment, which promotes nothing, nor where there never was a store.
+    """
+    known = (stage.home / "mlflow.db").exists() or any((stage.home / "artifacts" / ".champions").glob("*.txt"))
+    if os.environ.get("DVC_EXP_NAME") or not (known or os.environ.get("MLFLOW_TRACKING_URI")):
+        return
+    command = [sys.executable, "-m", "pipeline.check_champion", str(stage.scratch)]
+    try:
+        asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return
+    if asked.returncode and REFUSAL in asked.stderr:
+        raise ConvoyError(asked.stderr.rpartition(REFUSAL)[2].strip())
+    if asked.returncode:
+        said = asked.stderr.strip().rpartition("\n")[2]
+        print(f"note: the champion could not be asked, and is compared after the training ({said})")
 
 
 def write_digests(digests: np.ndarray, file: Path) -> None:

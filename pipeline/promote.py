@@ -3,6 +3,7 @@
 Part of the register stage, and of nothing else: there is no other way to promote.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ import pandas as pd
 from convoy import champion, gate, hardware, models, registry, report, served, timing, tracking
 from convoy.batches import Images
 from convoy.comparison import answers
+from convoy.config import ConvoyError
 from convoy.datasets.packed import Packed
 from convoy.gate import Contender, Verdict
 from convoy.hashes import sha256
@@ -36,13 +38,28 @@ class Candidate:
 
 
 def promote(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> None:
-    """Judge the candidate beside version `compared` of the model (None: there never was a champion), and act on it."""
+    """Judge the candidate beside version `compared` of the model (None: there never was a champion), and act on it.
+
+    Meanwhile it has the alias `challenger`, which it loses where it is refused: by the gate, by a rollback before, or
+    as it can't be compared.
+    """
+    try:
+        _promote(stage, params, candidate, compared)
+    except ConvoyError:
+        with contextlib.suppress(ConvoyError), tracking.store(stage.home, params.name) as store:
+            champion.drop_challenger(store, params.name, candidate.version)
+        raise
+
+
+def _promote(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> None:
     name, version, key = params.name, candidate.version, _key(stage, params, candidate, compared)
     with tracking.store(stage.home, name) as store:
         said, written = registry.judged(store, name, version, key), registry.read_file(store, candidate.run, FILE)
         if taken_back := champion.was_rolled_back(store, name, version):
             said = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
             written = f"# HOLD: {candidate.architecture}, version {version}\n\n{said}\n"
+        elif not (said or "").startswith("REJECT"):
+            store.client.set_registered_model_alias(name, champion.CHALLENGER, str(version))
     if said is None or written is None:
         (stage.home / "artifacts" / FILE).unlink(missing_ok=True)  # that of another day is not taken for today's
         predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
@@ -55,6 +72,9 @@ def promote(stage: Stage, params: Register, candidate: Candidate, compared: int 
             registry.keep_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
     (stage.home / "artifacts" / FILE).write_text(written)
     print(f"{candidate.architecture}, version {version}: " + said.replace("; ", ";\n  "))
+    if taken_back or said.startswith("REJECT"):
+        with tracking.store(stage.home, name) as store:
+            champion.drop_challenger(store, name, version)
     if not said.startswith("PROMOTE"):
         stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
         print(f"{stays}. Every reason is in artifacts/verdict.md, the rule in docs/promotion.md")
@@ -74,6 +94,7 @@ def judge(
     prepared = stage.input("preprocess")
     task = Task.load(prepared / "task.json")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
+    paths = dict(zip(images["sha256"], images["path"], strict=True))
     alike = pd.read_parquet(prepared / "alike.parquet")
     packed, pixels = Packed.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
@@ -84,7 +105,7 @@ def judge(
         """A registered version, its answers made now."""
         with tracking.store(stage.home, params.name) as store:
             found = served.find(store, f"models:/{params.name}/{version}")
-            predictor, trained_on = served.load(found), served.seen(found)
+            predictor, trained_on = served.load(found), served.seen_ever(store, found)
         predictor.classifier.to(device)
         name = f"{predictor.architecture} (version {version})"
         return Contender(name, answers(predictor, images, pixels, task, packed), trained_on), predictor
@@ -97,14 +118,14 @@ def judge(
     trained_on = None if seen_before is None else [*seen, *seen_before]
     challenger = Contender(candidate.architecture, predictions, trained_on, record["parameters"])
     if compared is None:
-        return gate.judge(challenger, None, params.gate, looks=looks, alike=alike, first=True)
+        return gate.judge(challenger, None, params.gate, looks=looks, alike=alike, paths=paths, first=True)
     old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
     classifier = models.restore(record["architecture"], settings, task, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=timing.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None
-    return gate.judge(challenger, old, params.gate, looks=looks, best=best, alike=alike)
+    return gate.judge(challenger, old, params.gate, looks=looks, best=best, alike=alike, paths=paths)
 
 
 def _key(stage: Stage, params: Register, candidate: Candidate, compared: int | None) -> str:

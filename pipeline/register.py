@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,7 +19,7 @@ PACKAGE = Path(convoy.__file__).parent
 
 
 def register(stage: Stage) -> None:
-    """Bring all runs into MLflow, and let the best by validation be judged beside the champion."""
+    """Write the leaderboard; then bring all runs into MLflow, and let the best by validation be judged."""
     params = stage.typed(promotion.Register, "register")
     names = list(stage.section("model"))
     results = {name: sync.find_result(stage, name) for name in names}
@@ -28,7 +27,6 @@ def register(stage: Stage) -> None:
     figures = {name: json.loads((result.evaluated / "metrics.json").read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
     ranked = [*promotion.rank(best), *(name for name in names if name not in best)]
-    winner = ranked[0]
 
     table = report.leaderboard({name: records[name] for name in ranked}, figures)
     table.to_csv(stage.scratch / "leaderboard.csv", index=False)
@@ -38,19 +36,27 @@ def register(stage: Stage) -> None:
     _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
     for name in ranked[len(best) :]:
         print(f"{name} failed: {records[name]['failure']['reason']}")
+    # when the leaderboard is in place: it is there after a refusal, too
+    stage.afterwards.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
+
+def compare(stage: Stage, params: promotion.Register, results: dict[str, sync.Result], trained: Sequence[str]) -> None:
+    """Bring the runs of all results into MLflow, and let the first of them be judged beside the champion.
+
+    They are in their order on the leaderboard; `trained` are those whose training did not fail.
+    """
+    names, winner = list(stage.section("model")), next(iter(results))
     with tracking.store(stage.home, params.name) as store:
-        runs = sync.bring_level(store, stage.root, names, {name: results[name] for name in reversed(ranked)})
+        runs = sync.bring_level(store, stage.root, names, dict(reversed(results.items())))
         tracking.save_views(store)
-        _time(store, {runs[name]: records[name] for name in best if name in runs}, trained)
-        if not best:
+        _time(store, {runs[name]: results[name] for name in trained if name in runs})
+        if not trained:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
         champion.finish(store, params.name)
         version = _version(store, params.name, results[winner], runs[winner], stage.input("preprocess"))
-        store.client.set_registered_model_alias(params.name, champion.CHALLENGER, str(version))
         compared = champion.current(store, params.name)
     if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
@@ -104,12 +110,12 @@ def exported(
     return {"onnx": onnx}
 
 
-def _time(store: tracking.Store, runs: Mapping[str, dict[str, Any]], trained: Mapping[str, Path]) -> None:
+def _time(store: tracking.Store, runs: Mapping[str, sync.Result]) -> None:
     """Measure once for each run, by its id, how long its model takes for an image and for a batch, on this machine."""
-    for run, record in runs.items():
+    for run, result in runs.items():
         if tracking.lacks(store, run, "latency/image_ms_median"):
-            name = record["architecture"]
-            weights = trained[name] / "weights.safetensors"
+            record = result.record()
+            name, weights = record["architecture"], result.trained / "weights.safetensors"
             classifier = models.restore(name, record["settings"], Task(**record["task"]), weights)
             device = hardware.device(record["trainer"]["accelerator"])
             tracking.add_timings(store, run, timing.latency(classifier.to(device)), timing.hardware(device))

@@ -208,7 +208,5 @@ def test_every_kind_of_source_is_told_from_the_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["deps: [", "- pets", "deps: {path: pets}", "deps: [{}]", "deps: [{path: [1]}]", ""])
 def test_a_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text(text)
-    with pytest.raises(
-        ConvoyError, match=r"^data\.dvc does not say where the images come from: take it"
-    ):
+    with pytest.raises(ConvoyError, match=r"^data\.dvc does not say where the images come from: take it"):
         check_source(tmp_path, pets())

@@ -1,6 +1,8 @@
 """Stories: what becomes of the champion from night to night, through the real stages and a real registry."""
 
+import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,15 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from nights import answer, end_in, make_nights
+from nights import BASE, SETTINGS, answer, end_in, make_nights
+from project import REAL
 from test_champion import WRITES, Killed
 
-from convoy import champion, export, registry, served, tracking
+from convoy import champion, config, export, registry, served, tracking
 from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.config import ConvoyError
 from convoy.gate import Contender, Gate, Verdict
 from convoy.hashes import sha256
-from pipeline import promote, rollback, sync
+from pipeline import check_champion, promote, rollback, sync
+from pipeline.preprocess import preprocess
 from pipeline.register import exported, register
 from pipeline.stage import MARK, Stage
 
@@ -84,7 +88,7 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
     said = night("poor")
     assert "REJECT" in said
     assert "version 2 stays the champion" in said
-    assert aliases(root) == {CHALLENGER: 1, CHAMPION: 2, PREVIOUS: 1}
+    assert aliases(root) == {CHAMPION: 2, PREVIOUS: 1}
 
     said = night("alike")
     assert "HOLD" in said
@@ -198,7 +202,7 @@ def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
     monkeypatch.setattr(export, "agreement", lambda *_: next(differences))
     with pytest.raises(ConvoyError, match=r"models:/convoy/1 by model\.onnx does not answer as it was evaluated"):
         night("good")
-    assert aliases(root) == {CHALLENGER: 1}
+    assert aliases(root) == {}
 
 
 def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +257,9 @@ def test_too_few_test_images_hold_even_on_the_first_night(root: Path, night: Nig
 
 
 def test_below_the_floor_there_is_no_first_champion(root: Path, night: Night) -> None:
-    assert "REJECT" in night("poor", "register.gate.floor=0.95")
-    assert aliases(root) == {CHALLENGER: 1}
+    for _ in range(2):  # the second time by the verdict that is known
+        assert "REJECT" in night("poor", "register.gate.floor=0.95")
+        assert aliases(root) == {}
 
 
 def test_better_on_average_with_one_class_ruined_is_rejected(
@@ -352,7 +357,7 @@ def test_a_rolled_back_model_does_not_come_again_by_itself(
     assert shown_trail(root, version=1)["reason"].tolist()[-1] == "it fails at night"
     assert "HOLD: it was rolled back on " in night("good")
     assert "it fails at night" in (root / "artifacts/verdict.md").read_text()
-    assert aliases(root)[CHAMPION] == 1
+    assert aliases(root) == {CHAMPION: 1}
 
 
 def test_a_champion_that_was_trained_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
@@ -369,9 +374,124 @@ def test_a_champion_that_was_trained_with_a_test_image_is_an_error(root: Path, n
     answers.loc[0, "sha256"] = images.loc[one, "sha256"]
     answers.to_parquet(predictions, index=False)
     renew_mark(predictions.parent)
-    with pytest.raises(ConvoyError, match=r"was trained on 1 of the .* test images"):
+    path = images.loc[other, "path"]
+    with pytest.raises(ConvoyError, match=rf"was trained on 1 of the .* test images, {path} among them"):
         night("good")
-    assert aliases(root)[CHAMPION] == 1
+    assert aliases(root) == {CHAMPION: 1}
+    table = pd.read_csv(root / "artifacts/register/leaderboard.csv")
+    record = json.loads((root / "artifacts/train/lenet/record.json").read_text())
+    assert table["val_accuracy"].tolist() == pytest.approx([record["best"]["val_accuracy"]])  # of the refused night
+
+
+def test_a_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
+    """It was trained on other data first, which some of today's test images were among."""
+    night("poor")
+    with tracking.store(root, "convoy") as store:
+        version = store.client.get_model_version("convoy", "1")
+        store.client.set_tag(version.run_id, "data", "pictures@before")
+    started_from(root, "good", "before")
+    night("good")
+    assert aliases(root)[CHAMPION] == 2
+    prepared = root / "artifacts/preprocess"
+    with pytest.MonkeyPatch.context() as patch:
+        tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
+        real = served.seen
+        more = {1: [tested.iloc[0]]}
+        patch.setattr(served, "seen", lambda found: [*real(found), *more.get(int(found.version), [])])
+        with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
+            night("alike")
+        with tracking.store(root, "convoy") as store:
+            found = check_champion.describe(store, "convoy")
+        assert found is not None
+        with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
+            check_champion.check(prepared, found)
+
+
+# What the gate would refuse is refused before training
+
+
+def prepare_again(root: Path, *overrides: str) -> None:
+    """As `dvc repro` does where a setting of the split has changed."""
+    config.compose(root, [*BASE, *SETTINGS["good"], *overrides])
+    if not (root / "pipeline").exists():
+        (root / "pipeline").symlink_to(REAL / "pipeline")
+    Stage(root, "preprocess").run(preprocess)
+
+
+def test_another_split_is_refused_before_training(root: Path, night: Night) -> None:
+    night("good")
+    before = {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()}
+    with pytest.raises(ConvoyError) as refusal:
+        prepare_again(root, "preprocess.test_fraction=0.5")
+    said = str(refusal.value)
+    assert said.startswith("the champion lenet (version 1) was trained on ")
+    assert re.search(r" of the \d+ test images, data/\w+/\d+\.png among them", said)
+    assert "begin without a champion under another register.name" in said
+    assert {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()} == before
+
+    prepare_again(root, "preprocess.test_fraction=0.5", "register.name=afresh")
+    assert len(pd.read_parquet(root / "artifacts/preprocess/images.parquet").query("split == 'test'")) > 100
+
+
+def test_an_experiment_may_split_otherwise(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    night("good")
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
+    prepare_again(root, "preprocess.test_fraction=0.5")
+
+
+def test_a_server_that_is_down_does_not_stop_the_preparation(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night("good")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    prepare_again(root, "preprocess.test_fraction=0.5")
+    assert "could not be asked" not in capsys.readouterr().out
+
+
+def test_without_a_store_no_process_is_started(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("asked"))
+    prepare_again(root, "preprocess.test_fraction=0.5")
+
+
+@pytest.mark.parametrize("lost", ["version", "weights", "store"])
+def test_a_champion_that_is_lost_is_told_before_training(
+    lost: str, root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night("good")
+    if lost == "version":
+        with tracking.store(root, "convoy") as store:
+            store.client.delete_model_version("convoy", "1")
+        said = "had a champion and has none now"
+    elif lost == "weights":
+        (weights,) = (root / "mlartifacts").glob("**/models/*/artifacts/artifacts/weights.safetensors")
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        said = r"weights\.safetensors of the model is not what was registered"
+    else:
+        root = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+        said = "of which this MLflow knows nothing"
+    with pytest.raises(ConvoyError, match=said):
+        check_champion.find_champion(root, "convoy")
+    assert (lost == "store") != (root / "mlflow.db").exists()
+
+
+def test_images_of_other_classes_are_refused_before_training(root: Path, night: Night) -> None:
+    night("good")
+    old = check_champion.find_champion(root, "convoy")
+    assert old is not None
+    check_champion.check(root / "artifacts/preprocess", old)
+    with pytest.raises(ConvoyError, match=r"no test image of a class that both .* know.*Give another data set a name"):
+        check_champion.check(root / "artifacts/preprocess", dataclasses.replace(old, classes=["rose", "tulip"]))
+
+
+def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, night: Night) -> None:
+    night("good")
+    old = check_champion.find_champion(root, "convoy")
+    assert old is not None
+    prepared = root / "artifacts/preprocess"
+    tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
+    pd.DataFrame({"test": tested, "other": "f" * 64}).to_parquet(prepared / "alike.parquet")
+    with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
+        check_champion.check(prepared, dataclasses.replace(old, trained_on=["f" * 64]))
 
 
 def renew_mark(folder: Path) -> None:

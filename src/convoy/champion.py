@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -57,8 +58,9 @@ def current(store: Store, name: str) -> int | None:
 
     That there is one is noted in the project too, for a store that is lost takes along that there was one.
     """
-    champion, note = version_of(store, name, CHAMPION), store.champions / f"{name}.txt"
+    champion = version_of(store, name, CHAMPION)
     if champion is not None:
+        note = store.champions / f"{name}.txt"
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(f"version {champion.version}, as of {now()[:10]}\n")
         return int(champion.version)
@@ -67,13 +69,19 @@ def current(store: Store, name: str) -> int | None:
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
             f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
         )
+    check_note(store.champions, name)
+    return None
+
+
+def check_note(champions: Path, name: str) -> None:
+    """Raises ConvoyError where the project remembers a champion of which MLflow knows nothing."""
+    note = champions / f"{name}.txt"
     if note.exists():
         raise ConvoyError(
             f"model {name} had a champion ({note.read_text().strip()}), of which this MLflow knows nothing: nothing is "
             "promoted. Put the lost store back, or bring the champion from mlflow.db to the server by `python -m "
             f"pipeline.move`. If it is lost for good, remove {note}: the next run then begins without a champion"
         )
-    return None
 
 
 def _tags(store: Store, name: str) -> dict[str, str]:

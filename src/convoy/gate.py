@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -56,6 +56,15 @@ class Contender:
     trained_on: Collection[str] | None  # sha256 of the images it was trained or chosen with; None: not known
     parameters: int | None = None  # None: not counted
     latency: float | None = None  # of one image, as a multiple of the champion's, whose own is 1; None: not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What decides, before it is asked anything, whether a model can be judged by some test images."""
+
+    name: str
+    classes: Collection[str]
+    trained_on: Collection[str] | None  # as in `Contender`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +117,7 @@ def judge(
     first: bool = False,
     best: Contender | None = None,
     alike: pd.DataFrame | None = None,
+    paths: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Whether the challenger may take the champion's place.
@@ -115,8 +125,8 @@ def judge(
     `looks` at these test images (see `fingerprint`) include this one. `first` says that there never was a champion, for
     `champion=None` alone doesn't. `best` is the best champion ever, for mode non_inferior; it may be the champion.
     `alike` has the columns test and other, sha256 both: test images, and other files that show the same or nearly. A
-    test image is left out where a model was trained on such a file. `seed` is of the bootstrap. The order of rows and
-    columns plays no part.
+    test image is left out where a model was trained on such a file. `paths` name images, by their sha256, in messages.
+    `seed` is of the bootstrap. The order of rows and columns plays no part.
     Raises ConvoyError where the tables can't be compared, or a model was trained on test images.
     """
     if first and champion is not None:
@@ -128,14 +138,18 @@ def judge(
     if not looks >= 1:  # nan too
         raise ConvoyError(f"{looks} looks at the test images: this one counts too")
     known = [contender for contender in (challenger, champion, best) if contender is not None]
-    new, *others = [_read(contender) for contender in known]
+    paths = paths or {}
+    new, *others = [_read(contender, paths) for contender in known]
     for other in others:
-        _check_same_images(new, other)
-    left_out = _seen_in_other_files(known, alike).intersection(new.digests)
+        _check_same_images(new, other, paths)
+    origins = [
+        Origin(contender.name, scored.classes, contender.trained_on)
+        for contender, scored in zip(known, (new, *others), strict=True)
+    ]
+    left_out = check_comparable(new.digests, new.actual, origins, alike, paths)
     if left_out:
         new, *others = [scored.without(left_out) for scored in (new, *others)]
     old = others[0] if others else None
-    _check_classes(new, old)
     groups = _groups([new, *others])
 
     reasons = [
@@ -245,10 +259,8 @@ class _Scored:
         return self.actual == self.predicted
 
     def without(self, digests: Collection[str]) -> "_Scored":
-        """The images but these. Raises ConvoyError where there are no others."""
+        """The images but these."""
         kept = ~np.isin(self.digests.astype(str), list(digests))
-        if not kept.any():
-            raise ConvoyError("every test image nearly equals one that a model was trained on: bring others")
         groups = None if self.groups is None else self.groups[kept]
         return dataclasses.replace(
             self,
@@ -265,7 +277,7 @@ class _Scored:
         return -np.log(np.maximum(self.probabilities[of, column], LEAST))
 
 
-def _read(contender: Contender) -> _Scored:
+def _read(contender: Contender, paths: Mapping[str, str]) -> _Scored:
     name, table = contender.name, contender.predictions
 
     def broken(what: str) -> ConvoyError:
@@ -295,7 +307,7 @@ def _read(contender: Contender) -> _Scored:
     if wrong := next((digest for digest in digests if not DIGEST.fullmatch(digest)), None):
         raise broken(f"{wrong!r} is no sha256")
     if (same := digests[1:] == digests[:-1]).any():
-        raise broken(f"image {digests[1:][same][0]} is there twice")
+        raise broken(f"image {_named(digests[1:][same][0], paths)} is there twice")
 
     try:
         probabilities = table[[PREFIX + name for name in classes]].to_numpy(np.float64)[order]
@@ -308,12 +320,11 @@ def _read(contender: Contender) -> _Scored:
         (~np.isin(predicted.astype(str), classes), "is predicted to be of a class that has no probability"),
     ):
         if bad.any():
-            raise broken(f"image {digests[bad][0]} {what}")
+            raise broken(f"image {_named(digests[bad][0], paths)} {what}")
     given = probabilities[np.arange(len(order)), np.searchsorted(classes, predicted.astype(str))]
     if (bad := given != probabilities.max(axis=1)).any():
-        raise broken(f"image {digests[bad][0]} is predicted to be of another class than the likeliest")
+        raise broken(f"image {_named(digests[bad][0], paths)} is predicted to be of another class than the likeliest")
 
-    _check_unseen(contender, digests)
     for number, what in ((contender.parameters, "number of parameters"), (contender.latency, "latency")):
         if number is not None and not (math.isfinite(number) and number > 0):
             raise ConvoyError(f"the {what} of {name} is {number}: measure it anew")
@@ -321,44 +332,79 @@ def _read(contender: Contender) -> _Scored:
     return _Scored(name, classes, digests, actual, predicted, probabilities, group)
 
 
-def _check_unseen(contender: Contender, digests: np.ndarray) -> None:
-    trained = set() if contender.trained_on is None else set(contender.trained_on)
-    if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in trained):
-        raise ConvoyError(f"the images that {contender.name} was trained on are not given by their sha256")
-    if seen := sorted(trained.intersection(digests)):
+def check_comparable(
+    digests: np.ndarray,
+    actual: np.ndarray,
+    models: Sequence[Origin],
+    alike: pd.DataFrame | None,
+    paths: Mapping[str, str],
+) -> set[str]:
+    """Return which test images models can't be judged by, as one of them was trained on a file that nearly equals it.
+
+    `digests` (N,) are the sha256 of the test images, `actual` (N,) their classes; `models` are the challenger, the
+    champion if there is one, and others; `alike` and `paths` are as in `judge`. No predictions are needed, so that it
+    can be asked before anything is trained.
+    Raises ConvoyError where a model was trained on test images, where none are left, and where no class is shared.
+    """
+    for model in models:
+        _check_unseen(model, digests, paths)
+    left_out = _seen_in_other_files(models, alike).intersection(digests)
+    left = ~np.isin(digests.astype(str), list(left_out))
+    if not left.any():
         raise ConvoyError(
-            f"{contender.name} was trained on {len(seen)} of the {len(digests)} test images, {seen[0]} among them:"
+            "every test image nearly equals one that a model was trained on: add test images that none of them has seen"
+        )
+    _check_classes(actual[left], models[0], *models[1:2])
+    return left_out
+
+
+def _check_unseen(model: Origin, digests: np.ndarray, paths: Mapping[str, str]) -> None:
+    trained = set() if model.trained_on is None else set(model.trained_on)
+    if not all(isinstance(digest, str) and DIGEST.fullmatch(digest) for digest in trained):
+        raise ConvoyError(f"the images that {model.name} was trained on are not given by their sha256")
+    if seen := sorted(_named(digest, paths) for digest in trained.intersection(digests)):
+        raise ConvoyError(
+            f"{model.name} was trained on {len(seen)} of the {len(digests)} test images, {seen[0]} among them:"
             " its answers prove nothing. Put back the seed, the fractions, splits and groups that it was trained with,"
-            " or begin without a champion under another register.name"
+            " or begin without a champion under another register.name in conf/config.yaml"
         )
 
 
-def _seen_in_other_files(known: Sequence[Contender], alike: pd.DataFrame | None) -> set[str]:
+def _named(digest: str, paths: Mapping[str, str]) -> str:
+    return paths.get(digest, digest)
+
+
+def _seen_in_other_files(models: Sequence[Origin], alike: pd.DataFrame | None) -> set[str]:
     """The test images of which one of the models saw another file in training."""
     if alike is None:
         return set()
-    trained = {digest for contender in known for digest in contender.trained_on or ()}
+    trained = {digest for model in models for digest in model.trained_on or ()}
     return set(alike["test"][alike["other"].isin(trained)])
 
 
-def _check_same_images(one: _Scored, other: _Scored) -> None:
+def _check_same_images(one: _Scored, other: _Scored, paths: Mapping[str, str]) -> None:
     if only := set(one.digests) ^ set(other.digests):
         raise ConvoyError(
-            f"{one.name} and {other.name} were judged on different test images, such as {min(only)}: evaluate both anew"
+            f"{one.name} and {other.name} were judged on different test images, such as"
+            f" {_named(min(only), paths)}: evaluate both anew"
         )
     if (differ := one.actual != other.actual).any():
         raise ConvoyError(
             f"{one.name} and {other.name} have different actual classes for {differ.sum()} test images, such as"
-            f" {one.digests[differ][0]}: evaluate both anew"
+            f" {_named(one.digests[differ][0], paths)}: evaluate both anew"
         )
 
 
-def _check_classes(new: _Scored, old: _Scored | None) -> None:
-    names = " and ".join(table.name for table in (new, old) if table)
-    if strange := sorted(set(new.actual) - {*new.classes, *(old.classes if old else ())}):
+def _check_classes(actual: np.ndarray, new: Origin, old: Origin | None = None) -> None:
+    names = " and ".join(model.name for model in (new, old) if model)
+    if strange := sorted(set(actual) - {*new.classes, *(old.classes if old else ())}):
         raise ConvoyError(f"there are test images of the class {strange[0]!r}, which is unknown to {names}: train anew")
-    if old and not np.isin(new.actual.astype(str), _shared(new, old)).any():
-        raise ConvoyError(f"there is no test image of a class that both {names} know: they do different tasks")
+    if old and not np.isin(actual.astype(str), sorted({*new.classes} & {*old.classes})).any():
+        raise ConvoyError(
+            f"there is no test image of a class that both {names} know: they do different tasks. Give another data set"
+            " a name of its own (`name:` in conf/dataset/), or begin without a champion under another register.name in"
+            " conf/config.yaml"
+        )
 
 
 def _groups(scored: Sequence[_Scored]) -> np.ndarray | None:

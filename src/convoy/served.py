@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -67,6 +68,10 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
         raise ConvoyError(f"{uri}: {error}. Find out who changed it, and promote or train another") from None
 
 
+class NotFetched(ConvoyError):
+    """A file of a model is missing, or what keeps it can't be reached."""
+
+
 def _download(uri: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -74,7 +79,7 @@ def _download(uri: str, target: Path) -> None:
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(target)
         except (MlflowException, OSError) as error:
             said = textwrap.shorten(str(error), 200)
-            raise ConvoyError(f"{uri} is missing or can't be fetched ({said}); nothing of the model was used") from None
+            raise NotFetched(f"{uri} is missing or can't be fetched ({said}); nothing of the model was used") from None
 
 
 @contextlib.contextmanager
@@ -154,6 +159,23 @@ def _from_run(store: Store, run_id: str, folder: Path) -> tuple[str, Path]:
                 "Find out who changed it, and take another run"
             )
     return f"run {run_id}", folder
+
+
+def read_record(version: ModelVersion) -> dict[str, Any]:
+    """The record of the training of a version."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = f"artifacts/{predictor.RECORD}"
+        fetch(version, Path(scratch), [file])
+        return json.loads(Path(scratch, file).read_text())
+
+
+def seen_ever(store: Store, version: ModelVersion) -> list[str] | None:
+    """The sha256 of the images of the training of a version and of all that led to its first weights; None where it is
+    not known of one of them."""
+    record, own = read_record(version), seen(version)
+    data, lineage = record.get("data", {}).get("digest"), record.get("init", {}).get("lineage", [])
+    before = seen_with(store, version.name, [digest for digest in lineage if digest != data])
+    return None if own is None or before is None else [*own, *before]
 
 
 def seen(version: ModelVersion) -> list[str] | None:

@@ -1,0 +1,89 @@
+"""check_champion: whether the prepared images allow a comparison with today's champion; no stage.
+
+The preprocess stage calls it, as a process of its own, so that what the gate would refuse is refused before training.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from convoy import champion, config, gate, predictor, served, tracking
+from convoy.config import ConvoyError
+from convoy.gate import Origin
+from convoy.task import Task
+from pipeline.stage import home_of
+
+REQUEST_TIMEOUT_S, RETRIES = "5", "0"  # of a server: who is slow is asked by the gate
+
+
+def main() -> None:
+    """Check the images in FOLDER, as preprocessing leaves them."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.check_champion", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    root = Path.cwd()
+    os.environ.setdefault(tracking.PATIENCE, REQUEST_TIMEOUT_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    try:
+        name = config.load(root / "params.yaml")["register"]["name"]
+        if found := find_champion(home_of(root), name):
+            check(folder, found)
+    except ConvoyError as error:
+        sys.exit(f"convoy: check_champion: {error}")
+
+
+def find_champion(home: Path, name: str) -> Origin | None:
+    """The champion of the registered model `name`; None where there is none, or MLflow can't be asked.
+
+    Raises ConvoyError where there was one and it is gone or was changed.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():  # it shall not be made here
+        champion.check_note(home / "artifacts" / ".champions", name)
+        return None
+    refusal: ConvoyError | None = None
+    try:
+        with tracking.store(home, name) as store:
+            try:
+                return describe(store, name)
+            except served.NotFetched as error:
+                # of a server this may be an outage, after which it is there again
+                refusal = None if os.environ.get("MLFLOW_TRACKING_URI") else error
+            except ConvoyError as error:
+                refusal = error
+    except ConvoyError:
+        return None
+    if refusal:
+        raise refusal
+    return None
+
+
+def describe(store: tracking.Store, name: str) -> Origin | None:
+    """What the gate needs to know of the champion, all of whose files are checked."""
+    version = champion.current(store, name)
+    if version is None:
+        return None
+    found = served.find(store, f"models:/{name}/{version}")
+    with tempfile.TemporaryDirectory() as scratch:
+        served.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
+    record = served.read_record(found)
+    named = f"the champion {record['architecture']} (version {version})"
+    return Origin(named, record["task"]["classes"], served.seen_ever(store, found))
+
+
+def check(folder: Path, old: Origin) -> None:
+    """Raises ConvoyError where a model that is trained on the images in `folder` could not be judged beside `old`."""
+    images = pd.read_parquet(folder / "images.parquet", columns=["path", "sha256", "label", "split"])
+    images = images[images["split"] == "test"]
+    seen = (folder / "seen.txt").read_text().split()
+    new = Origin("a model of these images", Task.load(folder / "task.json").classes, seen)
+    paths = dict(zip(images["sha256"], images["path"], strict=True))
+    digests, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
+    gate.check_comparable(digests, actual, [new, old], pd.read_parquet(folder / "alike.parquet"), paths)
+
+
+if __name__ == "__main__":
+    main()

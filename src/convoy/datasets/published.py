@@ -38,6 +38,7 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
         # its images are files, which are left as they are; so are those of OxfordIIITPet, which opens them itself but
         # lists them (see `Unopened`). A set that does neither is decoded by torchvision, here and one by one
         make = functools.partial(make, loader=str)
+    _keep_others(folder)  # of a process that was killed
     try:
         parts = _parts(make, params, folder)
     except (TypeError, ValueError) as error:
@@ -153,8 +154,7 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
 
     Whatever else is in `folder`, or comes there meanwhile, stays, also where this process is killed.
     """
-    arriving, before = (folder.with_name(f"{folder.name}.{state}") for state in ("arriving", "before"))
-    _keep_others(before, folder)
+    arriving = folder.with_name(f"{folder.name}.arriving")
     shutil.rmtree(arriving, ignore_errors=True)
     if folder.exists():
         shutil.copytree(folder, arriving)  # what is there already need not come again
@@ -173,14 +173,20 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
     finally:
         socket.setdefaulttimeout(patience)
     if folder.exists():
-        folder.rename(before)
+        folder.rename(_before(folder))
     arriving.rename(folder)
-    _keep_others(before, folder)
+    _keep_others(folder)
     return _parts(make, params, folder)
 
 
-def _keep_others(before: Path, folder: Path) -> None:
+def _before(folder: Path) -> Path:
+    """Where the last version of a folder is, for a moment."""
+    return folder.with_name(f"{folder.name}.before")
+
+
+def _keep_others(folder: Path) -> None:
     """Move what only the last version of a folder holds into the new one, and remove that version."""
+    before = _before(folder)
     if before.exists() and not folder.exists():
         before.rename(folder)
     elif before.exists():

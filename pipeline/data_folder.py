@@ -61,14 +61,14 @@ def commands(root: Path, *, update: bool) -> list[list[str]]:
 def _refuse_loss(found: Import, root: Path) -> str:
     """The message about files that would be lost, with what to type to train on them or to do without them."""
     files = [f"data/{path}" if path else "data" for path in sorted(found.at_stake)]
-    count, are = (f"{len(files)} files", "are") if len(files) > 1 else ("a file", "is")
+    count, are, them = (f"{len(files)} files", "are", "them") if len(files) > 1 else ("a file", "is", "it")
     name = _unused_name(root)
     train = _lines(*_move(found, name), *_point_to(found, name), "make repro")
     leave = _lines(*_move(found, f"../{name}"), "make repro")
     return (
         f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {some(files)}. A run would"
-        f" replace them or mix them with {found.source}, which data.dvc names as their source; no file was touched.\n"
-        f"To train on them, make them the source:\n{train}\nTo do without them, move them away:\n{leave}"
+        f" replace {them} or mix {them} with {found.source}, which data.dvc names as the source; no file was touched.\n"
+        f"To train on {them}, make {them} the source:\n{train}\nTo do without {them}, move {them} away:\n{leave}"
     )
 
 

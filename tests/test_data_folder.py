@@ -206,7 +206,7 @@ def test_files_of_the_user_stop_the_run(edit: Edit, named: str, is_fresh: bool, 
     before = read(root)
     with pytest.raises(ConvoyError) as refusal:
         commands(root, update=False)
-    assert f"nowhere else: {named}. A run would replace them or mix them with samples" in str(refusal.value)
+    assert f"nowhere else: {named}. A run would replace " in str(refusal.value)
     with pytest.raises(ConvoyError, match="nowhere else"):
         commands(root, update=True)
     untouched = {name: text for name, text in read(root).items() if not name.startswith(".dvc/")}
@@ -239,7 +239,7 @@ def test_the_user_trains_on_their_files_as_the_message_says(source: str, beside:
     write(fresh / "a: b/{flowers}", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
         commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To train on them")
+    follow(fresh, str(refusal.value), "To train on ")
     bring(fresh)
     assert read(fresh / "data") == read(fresh / "my-images") == MINE
     assert (fresh / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
@@ -251,7 +251,7 @@ def test_files_among_those_of_the_sample_move_with_them(fresh: Path) -> None:
     write(fresh / "data", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
         commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To train on them")
+    follow(fresh, str(refusal.value), "To train on ")
     bring(fresh)
     assert read(fresh / "data") == SAMPLE | {"more/two.png": "2"}
 
@@ -262,7 +262,7 @@ def test_the_user_moves_their_files_away_as_the_message_says(beside: bool, fresh
     (fresh.parent / "my-images").mkdir()  # which is taken
     with pytest.raises(ConvoyError) as refusal:
         commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To do without them")
+    follow(fresh, str(refusal.value), "To do without ")
     bring(fresh)
     assert read(fresh / "data") == SAMPLE
     assert read(fresh.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}

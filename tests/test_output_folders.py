@@ -45,7 +45,7 @@ def test_a_file_of_the_user_in_an_output_stops_the_run(name: str, file: str, roo
     assert stray.read_text() == "mine"
 
 
-def test_a_file_among_the_results_of_an_architecture_off_the_list_stops_the_run(root: Path) -> None:
+def test_a_file_in_results_off_the_list_stops_the_run(root: Path) -> None:
     (root / "artifacts/train/lenet/notes.txt").write_text("mine")
     with pytest.raises(ConvoyError, match=r"^artifacts/train/lenet/notes\.txt: no stage wrote this"):
         refuse_strays(root, ["resnet"])

@@ -20,7 +20,7 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_repository, conclude, mend_lock
+from pipeline.__main__ import check, check_repository, conclude, mend_lock, read_yaml
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -294,6 +294,12 @@ def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     check_repository(tmp_path)
+
+
+def test_a_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.dvc").write_text("")
+    with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
+        read_yaml(tmp_path / "data.dvc")
 
 
 @pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])

@@ -164,7 +164,7 @@ def test_an_edit_of_conf_is_composed_in_a_fresh_clone(fresh: Path) -> None:
     assert_composes(fresh, 5)
 
 
-def test_commits_that_edited_conf_alone_are_composed_in_a_fresh_clone(fresh: Path) -> None:
+def test_commits_of_conf_alone_are_composed_in_a_fresh_clone(fresh: Path) -> None:
     for seed in (5, 6):
         edit_conf(fresh, seed)
         commit(fresh)
@@ -240,7 +240,7 @@ def test_what_an_experiment_leaves_is_composed_again(root: Path, capsys: pytest.
     assert "params.yaml held the settings of the last `dvc exp run`: conf/ is composed again" in capsys.readouterr().out
 
 
-def test_what_an_experiment_leaves_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
+def test_an_experiment_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
     experiment(fresh, "bold", "seed=5", "model=[lenet]", "+more=1")
     assert_composes(fresh, 1)
 
@@ -348,7 +348,7 @@ def test_a_params_yaml_that_can_not_be_read_stops_composing(text: str, root: Pat
     assert_composes(root, 1)
 
 
-def test_settings_that_fail_the_check_are_neither_written_nor_remembered(real: Path) -> None:
+def test_settings_that_fail_the_check_are_not_written(real: Path) -> None:
     run(real)
     edit_conf(real, -1)
     before = (real / "params.yaml").read_bytes(), (real / RECORD).read_bytes()
@@ -389,7 +389,7 @@ def test_adopting_again_takes_back_an_earlier_choice(real: Path) -> None:
     assert config.composed(real) == first
 
 
-def test_adopting_changes_the_lines_that_it_must_and_no_other(real: Path) -> None:
+def test_adopting_changes_the_lines_that_it_must(real: Path) -> None:
     before = {file: file.read_text().splitlines() for file in (real / "conf").rglob("*.yaml")}
     config.compose(real, ["seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"])
     run(real, adopt=True)

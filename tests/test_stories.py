@@ -1,5 +1,6 @@
 """Stories: what becomes of the champion from night to night, through the real stages and a real registry."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +22,7 @@ from convoy.config import ConvoyError
 from convoy.gate import Contender, Gate, Verdict
 from convoy.hashes import sha256
 from pipeline import check_champion, promote, rollback, sync
+from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
 from pipeline.register import exported, register
 from pipeline.stage import MARK, Stage
@@ -431,6 +433,34 @@ def test_another_split_is_refused_before_training(root: Path, night: Night) -> N
 
     prepare_again(root, "preprocess.test_fraction=0.5", "register.name=afresh")
     assert len(pd.read_parquet(root / "artifacts/preprocess/images.parquet").query("split == 'test'")) > 100
+
+
+def test_after_a_refusal_the_new_leaderboard_is_shown(
+    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    night("good")
+    with tracking.store(root, "convoy") as store:
+        store.client.delete_model_version("convoy", "1")
+    end_in(root, "alike")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.argv", ["pipeline"])
+    (root / "data.dvc").write_text("frozen: true\ndeps:\n- path: data\nouts:\n- path: data\n")
+    monkeypatch.setattr("pipeline.__main__.config.compose", lambda root, check: config.load(root / "params.yaml"))
+    ended = {"register": lambda: Stage(root, "register").run(register), "fetch": lambda: None}
+    shown = {}
+    for stage, run in ended.items():
+
+        def dvc(*_: str, run: Callable[[], None] = run) -> int:
+            with contextlib.suppress(ConvoyError):
+                run()
+            return 1
+
+        monkeypatch.setattr("pipeline.__main__.dvc", dvc)
+        with pytest.raises(SystemExit) as exit_:
+            pipeline_main()
+        assert exit_.value.code == 1
+        shown[stage] = "Leaderboard" in capsys.readouterr().out
+    assert shown == {"register": True, "fetch": False}  # that of another day is not taken for today's
 
 
 def test_an_experiment_may_split_otherwise(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:

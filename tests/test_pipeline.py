@@ -4,10 +4,6 @@ import errno
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlflow
@@ -320,22 +316,6 @@ def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
     lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
     with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it"):
         mend_lock(tmp_path)
-
-
-@pytest.mark.parametrize(("received", "command"), [(signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")])
-def test_what_ends_a_run_is_told_to_dvc_a_closed_terminal_too(
-    received: signal.Signals, command: str, tmp_path: Path
-) -> None:
-    dvc = tmp_path / "dvc"
-    dvc.write_text(f"#!/bin/sh\ntrap 'exit 3' {command}\necho ready\nwhile true; do sleep 0.1; done\n")
-    dvc.chmod(0o755)
-    code = "import sys; from pipeline.__main__ import dvc; sys.executable = sys.argv[1]; sys.exit(dvc())"
-    with subprocess.Popen([sys.executable, "-c", code, str(dvc)], cwd=REAL, stdout=subprocess.PIPE) as running:
-        assert running.stdout
-        assert running.stdout.readline() == b"ready\n"
-        time.sleep(0.2)  # until it minds the signal
-        running.send_signal(received)
-        assert running.wait(10) == 3
 
 
 def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(

@@ -299,7 +299,7 @@ def test_signals_at_random_moments_of_a_run_end_all_of_it_and_the_next_completes
     takes = time.monotonic() - begun
 
     moments = random.Random(0)
-    for number in range(12):
+    for number in range(6):
         running = start(root)
         time.sleep(0.2 + takes * moments.random())
         running.send_signal(ended_by := ENDING[number % len(ENDING)])

@@ -443,7 +443,7 @@ def test_every_network_goes_on_from_its_checkpoint(
 
 @pytest.mark.parametrize("where", ["_step", "on_train_batch_end", "on_validation_epoch_start", "on_train_epoch_end"])
 def test_sigterm_saves_what_is_done_and_exits_with_143(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed = train(build())
     checkpoint = Checkpoint(tmp_path / "last.pt")
@@ -461,6 +461,7 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
     with pytest.raises(SystemExit) as raised:
         train(build(), checkpoint=checkpoint)
     assert raised.value.code == 143
+    assert capfd.readouterr().err.count("SIGTERM: the training saves its state and ends") == 1
     assert signal.getsignal(signal.SIGTERM) is before
     state = checkpoint.load()
     assert state is not None

@@ -137,6 +137,9 @@ def terminated_softly(training: "Training", trainer: lightning.Trainer) -> Itera
         if training.terminated:
             return
         training.terminated = True
+        if training.rank == 0:
+            with contextlib.suppress(OSError):  # not by print, which it may have interrupted
+                os.write(2, b"SIGTERM: the training saves its state and ends; run again, it goes on from there\n")
         signal.signal(signal.SIGALRM, force)
         # again each second: what is raised in a destructor or the callback of a weak reference, Python drops
         signal.setitimer(signal.ITIMER_REAL, GRACE, 1)

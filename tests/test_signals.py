@@ -14,12 +14,17 @@ import psutil
 import pytest
 from project import REAL, make_project
 
+from convoy import config
 from pipeline.__main__ import dvc, is_alive
 from pipeline.signals import ENDING
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-COMMANDS = sorted(file.stem for file in (REAL / "pipeline").glob("*.py"))
-NO_COMMANDS = {"__init__", "live", "promote", "signals", "stage"}  # live is not to end before its training
+# the process that reports a training to MLflow is not to end before it
+COMMANDS = sorted(
+    file.stem
+    for file in (REAL / "pipeline").glob("*.py")
+    if '__name__ == "__main__"' in file.read_text() and file.stem != "live"
+)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -150,7 +155,7 @@ def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -
     assert done.returncode == STATUS[number]
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in NO_COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting: Path) -> None:
     name = "pipeline" if command == "__main__" else f"pipeline.{command}"
     number = ENDING[len(command) % len(ENDING)]
@@ -164,7 +169,7 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
     root = make_project(tmp_path / "project")
     (root / ".git").mkdir()
     before = (root / "params.yaml").read_bytes()
-    assert_one_line(interrupt(root, interrupting, "pipeline", "convoy.transfer", number), number)
+    assert_one_line(interrupt(root, interrupting, "pipeline", "convoy.transfer", number, "--compose"), number)
     assert (root / "params.yaml").read_bytes() == before
 
 
@@ -290,27 +295,34 @@ def test_signals_at_random_moments_of_a_run_end_all_of_it_and_the_next_completes
     text = settings.read_text().replace("[lenet, alexnet, vgg, googlenet, resnet]", "[lenet]")
     text = text.replace("max_epochs: 16", "max_epochs: 3").replace("floor: 0.9", "floor: 0.0")
     settings.write_text(text.replace("min_test_images: 300", "min_test_images: 1"))
+    config.compose(root)
     for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
         subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, env=environment(), check=True)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(root, undisturbed)
     begun = time.monotonic()
-    assert start(undisturbed).wait() == 0
+    complete(undisturbed)
     takes = time.monotonic() - begun
 
     moments = random.Random(0)
     for number in range(6):
-        running = start(root)
-        time.sleep(0.2 + takes * moments.random())
-        running.send_signal(ended_by := ENDING[number % len(ENDING)])
-        _, said = running.communicate(timeout=60)
+        with start(root) as running:
+            time.sleep(0.2 + takes * moments.random())
+            running.send_signal(ended_by := ENDING[number % len(ENDING)])
+            _, said = running.communicate(timeout=60)
         assert running.returncode in (STATUS[ended_by], 0), said
         assert "Traceback" not in said
         assert "Exception ignored" not in said
-        assert not [process for process in psutil.process_iter() if is_in(process, root) and not is_live(process)]
-    assert start(root).wait() == 0
+        assert not [process for process in psutil.process_iter() if is_in(process, root)]
+    complete(root)
     for result in ("dvc.lock", "params.yaml", "artifacts/train/lenet/complete.json"):
         assert (root / result).read_bytes() == (undisturbed / result).read_bytes()
+
+
+def complete(root: Path) -> None:
+    with start(root) as running:
+        _, said = running.communicate()
+    assert running.returncode == 0, said
 
 
 def start(root: Path) -> subprocess.Popen:
@@ -322,12 +334,10 @@ def start(root: Path) -> subprocess.Popen:
 
 
 def is_in(process: psutil.Process, root: Path) -> bool:
+    """Whether it runs in the project; the one that reports a training to MLflow may outlive it."""
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == root
+        if process.status() == psutil.STATUS_ZOMBIE or "pipeline.live" in process.cmdline():
+            return False
+        return Path(process.cwd()) == root
     except psutil.Error:
         return False
-
-
-def is_live(process: psutil.Process) -> bool:
-    """The process that reports a training to MLflow outlives it."""
-    return "pipeline.live" in process.cmdline()

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
+from convoy.disk import explain_full_disk
+from pipeline import dvc_state
 
 # what DVC and the stage at work are told where a signal reaches this process; SIGHUP comes of a terminal that is closed
 TOLD = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
@@ -36,15 +36,21 @@ def main() -> None:
         params = config.compose(root, check=check)
         remove_unlisted(root, list(params["model"]))
         check_source(root, update=options.update)
-        mend_lock(root)
-        status = dvc("update", "data.dvc") if options.update else 0
-        status = status or dvc("repro", *(["--pull"] if options.pull else []))
+        dvc_state.repair(root)
+        status = run_stages(options)
+        # by this status DVC says that it failed itself; where its own databases were damaged, they are new now
+        if status == 255 and dvc_state.remove_damaged_databases(root):
+            status = run_stages(options)
         if status == 0:
             conclude(root, params)
         else:
-            mend_lock(root)
+            dvc_state.repair(root)
     except ConvoyError as error:
         sys.exit(f"convoy: {error}")
+    except OSError as error:
+        if full := explain_full_disk(error, root):
+            sys.exit(f"convoy: {full}")
+        raise
     sys.exit(status)
 
 
@@ -84,7 +90,7 @@ def check_source(root: Path, *, update: bool = False) -> None:
     there is nothing any more and DVC would look, as it would first take data/ away."""
     from convoy.datasets.folders import refuse_links
 
-    described = read_yaml(root / "data.dvc")
+    described = dvc_state.read_yaml(root / "data.dvc")
     for source in described.get("deps", []):
         folder = root / source["path"]
         if "://" in source["path"] or "repo" in source:
@@ -98,56 +104,18 @@ def check_source(root: Path, *, update: bool = False) -> None:
             )
 
 
-def mend_lock(root: Path) -> None:
-    """Take back dvc.lock as it was before a run that was stopped while DVC wrote it: DVC would refuse to do anything.
-
-    Raises ConvoyError where that is not known.
-    """
-    lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
-    if not lock.exists():
-        return
-    try:
-        whole = _is_whole(read_yaml(lock))
-    except ConvoyError:
-        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():  # git's, for a person to decide
-            raise
-        whole = False
-    if whole:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(lock, kept)
-    elif kept.exists():
-        shutil.copyfile(kept, lock)
-        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
-
-
-def _is_whole(lock: dict[str, Any]) -> bool:
-    """Whether every stage in it has the hashes of what it read and wrote."""
-    try:
-        stages = lock.get("stages", {}).values()
-        entries = [entry for stage in stages for side in ("deps", "outs") for entry in stage.get(side, [])]
-        return all(isinstance(entry.get("md5"), str) for entry in entries)
-    except (AttributeError, TypeError):
-        return False
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A table that DVC keeps. Raises ConvoyError where it can't be read."""
-    try:
-        table = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())  # of a merge conflict, too
-        raise ConvoyError(f"{file.name} can't be read: take one side of it, or git's last version ({said})") from None
-    if not isinstance(table, dict):
-        raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
-    return table
-
-
 def remove_unlisted(root: Path, names: list[str]) -> None:
     """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
     for folder in [*(root / "artifacts/train").glob("*"), *(root / "artifacts/evaluate").glob("*")]:
         if folder.is_dir() and folder.name not in names:
             print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
             shutil.rmtree(folder)
+
+
+def run_stages(options: argparse.Namespace) -> int:
+    """Bring the data and run every stage, as the options say; returns DVC's exit status."""
+    status = dvc("update", "data.dvc") if options.update else 0
+    return status or dvc("repro", *(["--pull"] if options.pull else []))
 
 
 def dvc(*command: str) -> int:

@@ -70,7 +70,7 @@ def _version(store: tracking.Store, name: str, result: sync.Result, run: str, pr
         "calibration": result.evaluated / "calibration.json",
         "seen": prepared / "seen.txt",
     }
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
         made = registry.register(
             store,
             name=name,

@@ -20,7 +20,7 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_source, conclude, mend_lock, remove_unlisted
+from pipeline.__main__ import check, check_source, conclude, remove_unlisted
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -300,26 +300,6 @@ def test_a_source_that_is_gone_is_told_before_dvc_takes_the_data_away(tmp_path: 
     (tmp_path / "data.dvc").write_text("")
     with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
         check_source(tmp_path)
-
-
-@pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])
-def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
-    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lock = tmp_path / "dvc.lock"
-    whole = (
-        "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
-    )
-    mend_lock(tmp_path)  # there is none yet
-    lock.write_text(whole)
-    mend_lock(tmp_path)
-    lock.write_text(whole[:cut])
-    mend_lock(tmp_path)
-    assert lock.read_text() == whole
-    assert "dvc.lock was cut short" in capsys.readouterr().out
-    lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
-    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it"):
-        mend_lock(tmp_path)
 
 
 @pytest.mark.parametrize(("received", "command"), [(signal.SIGHUP, "TERM"), (signal.SIGINT, "INT")])

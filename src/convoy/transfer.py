@@ -61,13 +61,15 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
         raise ConvoyError(f"model.{architecture}.init: there is no file {init}; its path starts where dvc.yaml is")
 
 
-def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, Any]:
+def start(
+    classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring, scratch: Path | None = None
+) -> dict[str, Any]:
     """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
 
     Its head stays fresh, unless the weights are of the same classes in the same order. Normalisation comes with
     the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, head ("kept" or
-    "new") and lineage. `bring` is called only for the champion or a run. Raises ConvoyError for weights that aren't
-    there, that don't fit, or that are no plain numbers.
+    "new") and lineage. `bring` is called only for the champion or a run, with a folder in `scratch`
+    that is temporary. Raises ConvoyError for weights that aren't there, that don't fit, or that are no plain numbers.
     """
     check(architecture, settings)
     init = settings["init"]
@@ -78,7 +80,7 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
         _check_channels(architecture, 3, channels)  # before anything is downloaded
         donor = pretrained(classifier, architecture, settings)
     elif init == "champion" or RUN.fullmatch(init):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             source = bring(init, Path(folder))
             donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings)
             donor = dataclasses.replace(donor, source=source)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from convoy.config import ConvoyError
 from convoy.datasets.source import SPLIT_WORDS, Member, Source, TorchvisionSet
+from convoy.disk import explain_full_disk
 from convoy.images import BadImage, plain
 
 
@@ -149,7 +150,9 @@ def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, An
 
 def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
     """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole."""
-    arriving = folder.with_name(f"{folder.name}.arriving")
+    arriving, before = folder.with_name(f"{folder.name}.arriving"), folder.with_name(f"{folder.name}.before")
+    if before.exists() and not folder.exists():  # it was stopped in that moment
+        before.rename(folder)
     shutil.rmtree(arriving, ignore_errors=True)
     if folder.exists():
         shutil.copytree(folder, arriving)  # what is there already need not come again
@@ -160,6 +163,8 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
             make(arriving, download=True, **chosen)
     except Exception as error:  # of urllib, of an archive that is not whole, or torchvision's own
         shutil.rmtree(arriving, ignore_errors=True)
+        if explain_full_disk(error, folder.parent):
+            raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(
             f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
@@ -167,8 +172,12 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
-    shutil.rmtree(folder, ignore_errors=True)
+    # a folder that is removed file by file would be taken for a set with fewer images where this is killed
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
     arriving.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
     return _parts(make, params, folder)
 
 

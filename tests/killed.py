@@ -1,0 +1,66 @@
+"""Kills for tests: a process that kills itself at its first write, at its second, and so on."""
+
+import itertools
+import os
+import signal
+import sqlite3
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+READS = ("SELECT", "PRAGMA", "BEGIN", "--")
+
+
+def kill_at_each_write(operation: Callable[[], None], every: int = 1) -> Iterator[int]:
+    """Run an operation in processes that are killed at its writes, one by one; yield the number of each kill.
+
+    Ends when the operation ends untouched. A write is one to a SQLite database, or a file that is opened for writing,
+    renamed, linked or removed. This process must have no other threads at work.
+    """
+    for number in itertools.count(1, every):
+        if not run_until_write(operation, number):
+            return
+        yield number
+
+
+def run_until_write(operation: Callable[[], None], number: int) -> bool:
+    """Run an operation in a process that is killed at its write of this number; returns whether it came to that."""
+    process = os.fork()
+    if process:
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert status in (0, -signal.SIGKILL), f"the operation failed before its write {number}"
+        return status == -signal.SIGKILL
+    try:
+        left = number
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def see_statement(statement: str) -> None:
+            if not statement.lstrip().upper().startswith(READS):
+                count()
+
+        connect = sqlite3.connect
+
+        def connect_and_see(*given: Any, **named: Any) -> sqlite3.Connection:
+            connection = connect(*given, **named)
+            connection.set_trace_callback(see_statement)
+            return connection
+
+        def see(event: str, given: tuple[Any, ...]) -> None:
+            if event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                count()
+
+        sys.addaudithook(see)
+        sqlite3.connect = sqlite3.dbapi2.connect = connect_and_see  # type: ignore[assignment]
+        operation()
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

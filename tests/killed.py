@@ -1,32 +1,22 @@
-"""Kills for tests: a process that kills itself at its first write, at its second, and so on."""
+"""Kills for tests: a process that kills itself at its first write, or its second, and so on."""
 
-import itertools
 import os
 import signal
 import sqlite3
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 READS = ("SELECT", "PRAGMA", "BEGIN", "--")
 
 
-def kill_at_each_write(operation: Callable[[], None], every: int = 1) -> Iterator[int]:
-    """Run an operation in processes that are killed at its writes, one by one; yield the number of each kill.
-
-    Ends when the operation ends untouched. A write is one to a SQLite database, or a file that is opened for writing,
-    renamed, linked or removed. This process must have no other threads at work.
-    """
-    for number in itertools.count(1, every):
-        if not run_until_write(operation, number):
-            return
-        yield number
-
-
 def run_until_write(operation: Callable[[], None], number: int) -> bool:
-    """Run an operation in a process that is killed at its write of this number; returns whether it came to that."""
+    """Run an operation in a process that is killed at its write of this number; returns whether it came to that.
+
+    A write is one to a SQLite database, or a file that is opened for writing, renamed, linked or removed.
+    """
     process = os.fork()
     if process:
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -232,7 +232,9 @@ def test_an_upgrade_that_fails_leaves_the_database_as_it_was(
     before = contents(tmp_path)
     monkeypatch.setattr(database, "_migrate", break_it)
     with (
-        pytest.raises(ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left as"),
+        pytest.raises(
+            ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left as"
+        ),
         tracking.store(tmp_path, "convoy"),
     ):
         pass
@@ -260,9 +262,7 @@ def test_a_database_that_another_process_has_open_waits(tmp_path: Path, older: P
     assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
 
 
-def test_a_database_that_is_locked_is_said_to_be(
-    tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_that_is_locked_is_said_to_be(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.1)
     shutil.copy(empty, tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
@@ -73,6 +74,7 @@ def register(
             Path(scratch, code.name),
             ignore=lambda folder, names: [name for name in names if Path(folder) == code and name not in SERVED_BY],
         )
+        _end_lost_models(store, run_id)
         # `mlflow.pyfunc.log_model` would need an active run, and so change the status of a training that is over
         made = mlflow.initialize_logged_model(
             "model",
@@ -100,6 +102,14 @@ def register(
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)
+
+
+def _end_lost_models(store: Store, run_id: str) -> None:
+    """Models of a run that are still pending are of a process that was killed: one at a time registers."""
+    experiment = [store.experiment.experiment_id]
+    for model in store.client.search_logged_models(experiment, f"source_run_id = '{run_id}'"):
+        if model.status == LoggedModelStatus.PENDING:
+            store.client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
 
 
 @contextlib.contextmanager

@@ -4,23 +4,23 @@ import argparse
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 from convoy import config
 from convoy.config import ConvoyError, Seed, typed
 from convoy.datasets import history
 from convoy.datasets.source import Dataset
-from pipeline import data_folder, output_folders, settings, signals
+from convoy.disk import explain_full_disk
+from pipeline import data_folder, dvc_state, output_folders, settings, signals
 
 LEADERBOARD = "artifacts/register/leaderboard.csv"
 
@@ -43,27 +43,33 @@ def main() -> None:
             conclude(root, config.load(root / "params.yaml"))
             sys.exit()
         check_repository(root)
+        dvc_state.repair(root)
         print("composing conf/ into params.yaml")
         params = settings.compose(root, check, adopt=options.adopt, discard=options.compose)
         models = list(params["model"])
         output_folders.refuse_strays(root, models)
         output_folders.remove_unlisted(root, models)
-        read_yaml(root / "data.dvc")
+        dvc_state.read_yaml(root / "data.dvc")
         history.check_source(root, typed(Dataset, params["dataset"], "dataset"))
-        bring = data_folder.commands(root, update=options.update)
-        mend_lock(root)
+        commands = data_folder.commands(root, update=options.update)
+        commands.append(["repro", *(["--pull"] if options.pull else [])])
         before = leaderboard_time(root)
-        status = 0
-        for command in [*bring, ["repro", *(["--pull"] if options.pull else [])]]:
-            status = status or dvc(*command)
+        status = run_all(commands)
+        # by this status DVC says that it failed itself; where its own databases were damaged, they are new now
+        if status == 255 and dvc_state.remove_damaged_databases(root):
+            status = run_all(commands)
         if status == 0:
             conclude(root, params)
         else:
-            mend_lock(root)
+            dvc_state.repair(root)
             if leaderboard_time(root) not in (None, before):  # the register stage wrote it, and then refused
                 show_leaderboard(root)
     except ConvoyError as error:
         sys.exit(f"convoy: {error}")
+    except OSError as error:
+        if full := explain_full_disk(error, root):
+            sys.exit(f"convoy: {full}")
+        raise
     sys.exit(status)
 
 
@@ -109,48 +115,12 @@ def check_repository(root: Path) -> None:
         )
 
 
-def mend_lock(root: Path) -> None:
-    """Take back dvc.lock as it was before a run that was stopped while DVC wrote it: DVC would refuse to do anything.
-
-    Raises ConvoyError where that is not known.
-    """
-    lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
-    if not lock.exists():
-        return
-    try:
-        whole = _is_whole(read_yaml(lock))
-    except ConvoyError:
-        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():  # git's, for a person to decide
-            raise
-        whole = False
-    if whole:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(lock, kept)
-    elif kept.exists():
-        shutil.copyfile(kept, lock)
-        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
-
-
-def _is_whole(lock: dict[str, Any]) -> bool:
-    """Whether every stage in it has the hashes of what it read and wrote."""
-    try:
-        stages = lock.get("stages", {}).values()
-        entries = [entry for stage in stages for side in ("deps", "outs") for entry in stage.get(side, [])]
-        return all(isinstance(entry.get("md5"), str) for entry in entries)
-    except (AttributeError, TypeError):
-        return False
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A table that DVC keeps. Raises ConvoyError where it can't be read."""
-    try:
-        table = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())  # of a merge conflict, too
-        raise ConvoyError(f"{file.name} can't be read: take one side of it, or git's last version ({said})") from None
-    if not isinstance(table, dict):
-        raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
-    return table
+def run_all(commands: Sequence[Sequence[str]]) -> int:
+    """Run DVC with each of these arguments, until one fails; return the exit status of the last."""
+    status = 0
+    for command in commands:
+        status = status or dvc(*command)
+    return status
 
 
 def dvc(*command: str) -> int:

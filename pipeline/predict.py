@@ -53,7 +53,7 @@ def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
         raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
     with tracking.store(home, name) as store:
         version = served.find(store, uri or f"models:/{name}@champion")
-        predictor = served.load(version)
+        predictor = served.load(version, store.scratch)
     predictor.classifier.to(hardware.device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
 

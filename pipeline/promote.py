@@ -105,7 +105,7 @@ def judge(
         """A registered version, its answers made now."""
         with tracking.store(stage.home, params.name) as store:
             found = served.find(store, f"models:/{params.name}/{version}")
-            predictor, trained_on = served.load(found), served.seen_ever(store, found)
+            predictor, trained_on = served.load(found, store.scratch), served.seen_ever(store, found)
         predictor.classifier.to(device)
         name = f"{predictor.architecture} (version {version})"
         return Contender(name, answers(predictor, images, pixels, task, packed), trained_on), predictor

@@ -75,7 +75,7 @@ def _version(store: tracking.Store, name: str, result: sync.Result, run: str, pr
         "calibration": result.evaluated / "calibration.json",
         "seen": prepared / "seen.txt",
     }
-    with served.temporary(str(result.trained)) as scratch:
+    with served.temporary(str(result.trained), store.scratch) as scratch:
         made = registry.register(
             store,
             name=name,

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from convoy import config
 from convoy.config import ConvoyError
+from convoy.disk import explain_full_disk
 from convoy.hashes import sha256
 from pipeline import signals
 
@@ -26,6 +27,7 @@ Schema = TypeVar("Schema")
 # where torchrun, Lightning and Slurm say a process' number; a shell in Slurm says 0 to all that Lightning starts in it
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 SAID = 20  # sentences of a kind, on the terminal
+AGAIN = "run `dvc repro` again"
 MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
 
 
@@ -220,7 +222,10 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
         sys.exit(f"convoy: {name}: {error}")
     except OSError as error:
         sys.exit(f"convoy: {name}: {_mend(error)}")
-    except RuntimeError as error:
+    except Exception as error:
+        # libraries wrap what the system says
+        if full := explain_full_disk(error, Path.cwd(), AGAIN):
+            sys.exit(f"convoy: {name}: {full}")
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which few stages import
             raise
         sys.exit(f"convoy: {name}: the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})")
@@ -228,9 +233,9 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
 
 def _mend(error: OSError) -> str:
     """What to tell the user of a disk that is full or can't be written; any other error is raised again."""
+    if full := explain_full_disk(error, Path.cwd(), AGAIN):
+        return full
     match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return "the disk is full: make room and run `dvc repro` again; what was there is untouched"
         case errno.EROFS | errno.EACCES | errno.EPERM:
             where = error.filename2 or error.filename or "artifacts/"
             said = (error.strerror or "not permitted").lower()

@@ -110,7 +110,10 @@ def bring_level(
             runs[name] = found.info.run_id
             continue
         try:
-            with tracking.sole_writer(store, identity, PATIENCE), tempfile.TemporaryDirectory() as folder:
+            with (
+                tracking.sole_writer(store, identity, PATIENCE),
+                tempfile.TemporaryDirectory(dir=store.scratch) as folder,
+            ):
                 run = describe(record, result, tags, tracking.origin(root), Path(folder))
                 runs[name] = tracking.level(store, run, mark, int((result.trained / MARK).stat().st_mtime * 1000))
             print(f"{name}: its run is now whole in MLflow")

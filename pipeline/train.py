@@ -39,7 +39,9 @@ def train(stage: Stage) -> None:
 
     torch.manual_seed(seed)
     classifier = models.build(architecture, settings, task)
-    start = transfer.start(classifier, architecture, settings, lambda init, folder: bring(stage, init, folder))
+    start = transfer.start(
+        classifier, architecture, settings, lambda init, folder: bring(stage, init, folder), stage.scratch
+    )
     choice = choose(stage.typed(Trainer, "trainer"), classifier)
     if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():  # each would take itself for the first
         raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")

@@ -36,7 +36,7 @@ def main() -> None:
 def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> str:
     """What was found, in words; raises ConvoyError where the model is not what was evaluated."""
     pixels, expected = sample(evaluated, prepared)
-    difference = served.verify(served.find(store, uri), pixels, expected)
+    difference = served.verify(served.find(store, uri), pixels, expected, store.scratch)
     return f"{uri} answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
 
 

@@ -1,5 +1,6 @@
 """Kills: whenever a stage is killed, to run it again ends in the same bits as if nothing had happened."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -12,13 +13,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import stages_apart
 import training_apart
+from mlflow import MlflowClient
 from project import REAL, make_project, run_stages
 
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.stage import Stage
 
+OVERRIDES = ["model=[lenet]", "train.max_epochs=2", "trainer.threads=1"]
+OVERRIDES += ["register.gate.floor=0.0", "register.gate.min_test_images=1"]
 WORK = {"fetch": fetch, "preprocess": preprocess}
 
 
@@ -139,3 +144,112 @@ def test_a_training_killed_again_and_again_ends_in_the_same_bits_as_if_nothing_h
     assert last.exitcode == 0
     assert contents(root / "artifacts/train" / architecture) == expected
     assert not list((root / "artifacts/.checkpoints").rglob("*.pt"))  # success cleans up
+
+
+# The whole pipeline
+
+
+def pipeline_results(root: Path) -> dict[str, object]:
+    """What a user has at the end of a run."""
+    folders = ("fetch", "preprocess", "train", "evaluate", "register")
+    files = {name: contents(root / "artifacts" / name) for name in folders} | {
+        "lock": (root / "data.lock").read_bytes()
+    }
+    store = MlflowClient(f"sqlite:///{root / 'mlflow.db'}", f"sqlite:///{root / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("convoy")
+    assert experiment
+    runs = store.search_runs([experiment.experiment_id])
+    versions = [version.version for version in store.search_model_versions("name = 'convoy'")]
+    champion = store.get_model_version_by_alias("convoy", "champion").version
+    shown = sorted((run.info.run_name, run.info.status, run.data.metrics["test/accuracy"]) for run in runs)
+    lock = (root / "data.lock").read_bytes()
+    return {"files": files, "lock": lock, "runs": shown, "versions": versions, "champion": champion}
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_at_random_ends_as_if_undisturbed(
+    tmp_path: Path, ready: multiprocessing.context.ForkServerContext, embedded_store: None
+) -> None:
+    def run_apart(root: Path) -> multiprocessing.context.ForkServerProcess:
+        process = ready.Process(target=stages_apart.run_stages_there, args=(root,))
+        process.start()
+        return process
+
+    undisturbed = make_project(tmp_path / "undisturbed", OVERRIDES)
+    begun = time.monotonic()
+    process = run_apart(undisturbed)
+    process.join()
+    takes = time.monotonic() - begun
+    assert process.exitcode == 0
+    expected = pipeline_results(undisturbed)
+
+    moments, kills = random.Random(2), 0
+    for number in range(5):
+        root = make_project(tmp_path / f"killed{number}", OVERRIDES)
+        for _ in range(6):
+            process = run_apart(root)
+            process.join(takes * moments.uniform(0.02, 0.6))
+            if process.is_alive():
+                kills += 1
+                kill_all(process.pid)
+            process.join()
+        process = run_apart(root)
+        process.join()
+        assert process.exitcode == 0
+        assert pipeline_results(root) == expected
+        assert_no_temporary_files(root)
+    assert kills >= 20
+
+
+def kill_all(process: int | None) -> None:
+    """Kill a process and all that it has started, wherever these belong."""
+    first = psutil.Process(process)
+    for each in [*first.children(recursive=True), first]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def assert_no_temporary_files(root: Path) -> None:
+    assert [folder.name for folder in (root / "artifacts/.scratch").iterdir() if folder.is_dir()] == []
+    assert not (root / "mlflow.db.new").exists()
+
+
+@pytest.mark.slow
+def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, embedded_store: None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CONVOY_LIVE"}
+    environment |= {"PYTHONPATH": str(REAL), "DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
+
+    def run_main(root: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pipeline"]
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    project = make_project(tmp_path / "project", OVERRIDES)
+    settings = (project / "conf/config.yaml").read_text()
+    changes = {"[lenet, alexnet, vgg, googlenet, resnet]": "[lenet]", "max_epochs: 16": "max_epochs: 2"}
+    for before, after in (changes | {"min_test_images: 300": "min_test_images: 1", "floor: 0.9": "floor: 0.0"}).items():
+        assert before in settings
+        settings = settings.replace(before, after)
+    (project / "conf/config.yaml").write_text(settings)
+    for command in ("init --no-scm --quiet", "add --quiet data"):
+        subprocess.run([sys.executable, "-m", "dvc", *command.split()], cwd=project, env=environment, check=True)
+
+    undisturbed = shutil.copytree(project, tmp_path / "undisturbed")
+    begun = time.monotonic()
+    process = run_main(undisturbed)
+    assert process.wait() == 0
+    takes = time.monotonic() - begun
+    expected = pipeline_results(undisturbed), (undisturbed / "dvc.lock").read_bytes()
+
+    moments = random.Random(3)
+    for _ in range(8):
+        process = run_main(project)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(takes * moments.uniform(0.2, 0.6))
+        if process.poll() is None:
+            kill_all(process.pid)
+        process.wait()
+    process = run_main(project)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert (pipeline_results(project), (project / "dvc.lock").read_bytes()) == expected
+    assert_no_temporary_files(project)

@@ -16,7 +16,8 @@ from project import REAL, SMALL, make_project, run_stages
 from convoy import config, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
-from pipeline.__main__ import check, check_repository, conclude, mend_lock, read_yaml
+from pipeline import dvc_state
+from pipeline.__main__ import check, check_repository, conclude
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -295,27 +296,7 @@ def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
 def test_a_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text("")
     with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
-        read_yaml(tmp_path / "data.dvc")
-
-
-@pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])
-def test_a_dvc_lock_that_was_cut_short_is_taken_back_as_it_was_before(
-    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lock = tmp_path / "dvc.lock"
-    whole = (
-        "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
-    )
-    mend_lock(tmp_path)  # there is none yet
-    lock.write_text(whole)
-    mend_lock(tmp_path)
-    lock.write_text(whole[:cut])
-    mend_lock(tmp_path)
-    assert lock.read_text() == whole
-    assert "dvc.lock was cut short" in capsys.readouterr().out
-    lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
-    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it"):
-        mend_lock(tmp_path)
+        dvc_state.read_yaml(tmp_path / "data.dvc")
 
 
 def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from killed import run_until_write
 from mlflow import MlflowClient
 from mlflow.entities import Metric, ViewType
 from mlflow.exceptions import MlflowException
@@ -18,7 +19,7 @@ from PIL import Image
 from project import REAL, SMALL
 from tracked import client, copied, curve, make_road, runs, sync
 
-from convoy import config, report, tracking
+from convoy import config, database, report, tracking
 from convoy.config import ConvoyError
 from convoy.hashes import sha256
 from pipeline.evaluate import evaluate
@@ -160,6 +161,62 @@ def test_whenever_it_dies_the_next_one_completes_the_run(
         client(root).delete_tag(run.info.run_id, tracking.IDENTITY)  # as if there had been none
         client(root).delete_run(run.info.run_id)
     assert died > 20
+
+
+@pytest.mark.parametrize("where", ["log_batch", "log_inputs", "log_artifact", "set_tag"])
+def test_a_finished_training_is_finished_before_all_of_it_is_there(
+    where: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copied(short, tmp_path / "project")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException("the server has died")
+
+    with monkeypatch.context() as patch, pytest.raises(ConvoyError, match="the server has died"):
+        patch.setattr(MlflowClient, where, fail)
+        sync(root)
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time
+    sync(root)
+    assert_whole(root, ("lenet",))
+
+
+@pytest.mark.slow
+def test_a_first_sync_killed_at_its_writes_is_completed_by_the_next(
+    short: Path, tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tables of a new database copied, so that each write is one of ours; those of MLflow's come below."""
+    monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
+    monkeypatch.setattr(database, "_migrate", lambda file: shutil.copy(empty, file))
+    for number in range(1, 1000, 5):
+        root = copied(short, tmp_path / str(number))
+        (root / "mlflow.db").unlink()
+        killed = run_until_write(lambda root=root: sync(root), number)  # type: ignore[misc]
+        sync(root)
+        assert_whole(root, ("lenet",))
+        assert not (root / "mlflow.db.new").exists()
+        if not killed:
+            break
+    assert number > 100
+
+
+@pytest.mark.slow
+def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp_path: Path) -> None:
+    def create() -> None:
+        with tracking.store(tmp_path, "convoy"):
+            pass
+
+    # the first writes and every twentieth; what one kill leaves, the next process finds
+    numbers = [*range(1, 20), *range(20, 10_000, 20)]
+    for number in numbers:
+        if not run_until_write(create, number):
+            break
+        assert not (tmp_path / "mlflow.db").exists() or database._is_current(tmp_path / "mlflow.db")
+    assert number > 400
+    create()
+    assert not (tmp_path / "mlflow.db.new").exists()
+    assert client(tmp_path).get_experiment_by_name("convoy")
 
 
 def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_has(short: Path, tmp_path: Path) -> None:

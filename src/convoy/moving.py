@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param,
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from convoy import champion, predictor, tracking
+from convoy import champion, database, predictor, tracking
 from convoy.config import ConvoyError
 from convoy.tracking import HASHES, IDENTITY, RESULTS, Store
 
@@ -25,6 +25,7 @@ def embedded(root: Path, experiment: str, server: Store) -> Store:
     file, artifacts = root / "mlflow.db", (root / "mlartifacts" / experiment).as_uri()
     if not file.exists():
         raise ConvoyError(f"there is no mlflow.db in {root}, and so nothing to move")
+    database.prepare(file)
     client = MlflowClient(f"sqlite:///{file}", f"sqlite:///{file}")
     found = client.get_experiment_by_name(experiment)
     if found is None:
@@ -74,6 +75,8 @@ def _bring_run(source: Store, server: Store, run: Run, found: Run | None) -> str
         tags = {**run.data.tags, FROM: old}
         found = client.create_run(server.experiment.experiment_id, run.info.start_time, tags, run.info.run_name)
     new = found.info.run_id
+    # its training is over, also where this is stopped before all of it is there
+    client.set_terminated(new, run.info.status, run.info.end_time)
     params = [Param(key, value) for key, value in run.data.params.items()]
     for start in range(0, len(params), 100):  # what a server takes at a time
         client.log_batch(new, params=params[start : start + 100])
@@ -84,7 +87,6 @@ def _bring_run(source: Store, server: Store, run: Run, found: Run | None) -> str
     if (folder := tracking.local(run.info.artifact_uri)).is_dir():
         with tracking.uploading():
             client.log_artifacts(new, str(folder))
-    client.set_terminated(new, run.info.status, run.info.end_time)
     client.set_tag(new, MOVED, "true")
     return new
 
@@ -177,7 +179,7 @@ def _bring_model(source: Store, server: Store, version: ModelVersion, run: str |
         return made.model_id
     with tracking.uploading():
         client.log_model_artifacts(made.model_id, str(folder))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=server.scratch) as scratch:
         uri = f"models:/{made.model_id}"
         predictor.check(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
     if run and version.run_id and made.model_id not in _outputs(server, run):

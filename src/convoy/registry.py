@@ -1,18 +1,20 @@
 """The registry: versions of the registered model, and the aliases that say which of them is used."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import mlflow
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 from PIL import Image
@@ -64,11 +66,7 @@ def register(
     """
     artifacts = {file.name: sha256(file) for file in files.values()}
     # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        mlflow.start_run(run_id=run_id),
-        warnings.catch_warnings(record=True),
-    ):
+    with _temporary_folder(store) as scratch, warnings.catch_warnings(record=True):
         hashes_file = Path(scratch, "hashes.json")  # by which the model checks itself where it is served
         hashes_file.write_text(json.dumps(artifacts))
         brought = shutil.copytree(
@@ -76,9 +74,21 @@ def register(
             Path(scratch, code.name),
             ignore=lambda folder, names: [name for name in names if Path(folder) == code and name not in SERVED_BY],
         )
+        _end_lost_models(store, run_id)
+        # `mlflow.pyfunc.log_model` would need an active run, and so change the status of a training that is over
+        made = mlflow.initialize_logged_model(
+            "model",
+            source_run_id=run_id,
+            params=store.client.get_run(run_id).data.params,
+            experiment_id=store.experiment.experiment_id,
+        )
         with uploading():
-            logged = mlflow.pyfunc.log_model(
+            logged = Model.log(
+                artifact_path=None,
+                flavor=mlflow.pyfunc,
                 name="model",
+                model_id=made.model_id,
+                run_id=run_id,
                 python_model=str(model),
                 artifacts={key: str(file) for key, file in {**files, "hashes": hashes_file}.items()},
                 code_paths=[str(brought)],
@@ -92,6 +102,26 @@ def register(
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)
+
+
+def _end_lost_models(store: Store, run_id: str) -> None:
+    """Models of a run that are still pending are of a process that was killed: one at a time registers."""
+    experiment = [store.experiment.experiment_id]
+    for model in store.client.search_logged_models(experiment, f"source_run_id = '{run_id}'"):
+        if model.status == LoggedModelStatus.PENDING:
+            store.client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
+
+
+@contextlib.contextmanager
+def _temporary_folder(store: Store) -> Iterator[str]:
+    """A folder in the project for files of a model's size, and for those that MLflow itself makes meanwhile."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=store.scratch) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
 
 
 def _signature() -> ModelSignature:
@@ -153,5 +183,5 @@ def read_file(store: Store, run_id: str, name: str) -> str | None:
     """A text among the artifacts of a run; None where it is not there."""
     if name not in {file.path for file in store.client.list_artifacts(run_id)}:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=store.scratch) as folder:
         return Path(store.client.download_artifacts(run_id, name, folder)).read_text()

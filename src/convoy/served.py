@@ -92,9 +92,12 @@ def temporary(name: str, parent: Path | None = None) -> Iterator[Path]:
             raise ConvoyError(str(error).replace(folder, name)) from error
 
 
-def load(version: ModelVersion) -> Predictor:
-    """A version, rebuilt by the library at hand; of the model's own code nothing is brought here."""
-    with temporary(f"models:/{version.name}/{version.version}") as scratch:
+def load(version: ModelVersion, folder: Path | None = None) -> Predictor:
+    """A version, rebuilt by the library at hand; of the model's own code nothing is brought here.
+
+    `folder` is for temporary files of the model's size.
+    """
+    with temporary(f"models:/{version.name}/{version.version}", folder) as scratch:
         fetch(version, scratch, [f"artifacts/{file}" for file in predictor.FILES])
         return predictor.restore(scratch / "artifacts")
 
@@ -202,16 +205,16 @@ def seen_with(store: Store, name: str, data: Sequence[str]) -> list[str] | None:
     return None if None in lists else [image for images in lists for image in images or []]
 
 
-def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray) -> float:
+def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, folder: Path | None = None) -> float:
     """The largest difference between recorded probabilities and those that a version answers, in every way it can.
 
     By the library at hand; by its ONNX file, if it has one; and as `mlflow models serve` would: in a fresh process,
     with the model's own code, from image files as text. `pixels` (N, H, W, C) uint8 are as preprocessing left them,
-    `expected` is (N, K).
+    `expected` is (N, K). `folder` is for temporary files of the model's size.
     Raises ConvoyError where a file was changed, no answer comes, or an answer is not the recorded one.
     """
     uri = f"models:/{version.name}/{version.version}"
-    with temporary(uri) as model, temporary(uri) as scratch:
+    with temporary(uri, folder) as model, temporary(uri, folder) as scratch:
         fetch(version, model)
         ours = _compare(uri, predictor.restore(model / "artifacts").probabilities(pixels), expected)
         theirs = _compare(uri, _answers(uri, model, pixels, scratch), expected)

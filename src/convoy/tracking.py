@@ -9,6 +9,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import sqlite3
 import subprocess
 import textwrap
 import time
@@ -26,8 +28,10 @@ from mlflow.entities import Run as Found
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from convoy import views
+from convoy import database, views
 from convoy.config import ConvoyError
+from convoy.database import START_OVER
+from convoy.disk import explain_full_disk, is_disk_error
 from convoy.hashes import sha256
 
 IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
@@ -37,10 +41,6 @@ PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # seconds
 QUICK, SLOW = "20", "600"  # for what a server answers by itself; for what it may have to pass on
 HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
 PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
-ANEW = (  # a store in place of one that is no use
-    "move mlflow.db, mlartifacts/ and artifacts/.champions/ away; then `make sync` brings back every run of the "
-    "results, and `make repro` makes a champion"
-)
 CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
 COLUMNS = [
     "metrics.best/val_accuracy",
@@ -188,6 +188,11 @@ class Store:
     locks: Path  # the folder of the locks
     champions: Path  # the folder of what this project itself remembers of its champions
 
+    @property
+    def scratch(self) -> Path:
+        """The folder for temporary files of a model's size: unlike TMPDIR it has as much room as the project."""
+        return self.locks / "mlflow"
+
 
 @contextlib.contextmanager
 def store(root: Path, experiment: str) -> Iterator[Store]:
@@ -213,24 +218,37 @@ def store(root: Path, experiment: str) -> Iterator[Store]:
     locks = root / "artifacts" / ".scratch"
     locks.mkdir(parents=True, exist_ok=True)
     try:
-        client = _client()
         # to search and then to create is not atomic, and two processes can't make the same database
         with FileLock(locks / "mlflow.lock"):
+            if file := _sqlite_file(uri):
+                database.prepare(file)
+            client = _client()
             artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
-            ours = client.get_experiment_by_name(experiment) or _create_experiment(client, experiment, artifacts)
+            ours = client.get_experiment_by_name(experiment)
+            if ours is None:
+                if artifacts:
+                    database.check_owner(root / "mlflow.db")
+                ours = _create_experiment(client, experiment, artifacts)
             if ours.lifecycle_stage != "active":  # it was deleted, and would hide every run
                 client.restore_experiment(ours.experiment_id)
             if artifacts:
                 _check_place(root, ours)
             address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-            yield Store(client, ours, address, locks, root / "artifacts" / ".champions")
+            store = Store(client, ours, address, locks, root / "artifacts" / ".champions")
+            # a process that was killed may have left some
+            shutil.rmtree(store.scratch, ignore_errors=True)
+            store.scratch.mkdir()
+            yield store
+            shutil.rmtree(store.scratch, ignore_errors=True)
     except Exception as error:
-        if not _is_of_mlflow(error):
+        file, is_of_mlflow = _sqlite_file(uri), _is_of_mlflow(error)
+        # what a server says of a full disk is said of its own
+        if (file or not is_of_mlflow) and (full := explain_full_disk(error, root)):
+            raise ConvoyError(full) from error
+        if not is_of_mlflow:
             raise
-        mend = "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
-        if uri == embedded:
-            mend = f"If mlflow.db is damaged, {ANEW}"
-        raise ConvoyError(f"{fails(error)}. {mend}") from error
+        fix = _how_to_fix(error, file) if file else "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
+        raise ConvoyError(f"{fails(error)}. {fix}") from error
 
 
 @contextlib.contextmanager
@@ -245,6 +263,26 @@ def uploading() -> Iterator[None]:
         os.environ[PATIENCE] = before
 
 
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite database; None for a server, and for a URI with more than a path in it."""
+    path = uri.removeprefix("sqlite:///")
+    return Path(path).absolute() if path not in (uri, "", ":memory:") and "?" not in path else None
+
+
+def _how_to_fix(error: Exception, file: Path) -> str:
+    """What to do about a database that MLflow can't work with."""
+    said = str(error).lower()
+    if is_disk_error(error):
+        return f"The disk that {file.name} is on fails or is full: see to it (`df -h`), and run this again"
+    if "database is locked" in said:
+        return f"Another process is writing to {file.name}: wait for it or end it, and run this again"
+    if "readonly database" in said or "unable to open database file" in said:
+        return f"Let this user read and write {file.name} and the folder that it is in, and run this again"
+    if file.name != "mlflow.db":
+        return "Mend MLFLOW_TRACKING_URI, and run this again"
+    return f"If mlflow.db is damaged, {START_OVER}"
+
+
 def _check_place(root: Path, experiment: Experiment) -> None:
     """Raises ConvoyError where the embedded store was copied or moved: it would write into the files of the first."""
     there = local(experiment.artifact_location).resolve()
@@ -252,7 +290,7 @@ def _check_place(root: Path, experiment: Experiment) -> None:
     if there != here.resolve():
         raise ConvoyError(
             f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
-            f"or else {ANEW}"
+            f"or else {START_OVER}"
         )
 
 
@@ -270,7 +308,7 @@ def _client() -> MlflowClient:
 
 def _is_of_mlflow(error: Exception) -> bool:
     """Whether it, its server, its database or its bucket failed; what speaks with these two is slow to import."""
-    known = isinstance(error, MlflowException | requests.RequestException)
+    known = isinstance(error, MlflowException | requests.RequestException | sqlite3.Error)
     return known or type(error).__module__.startswith(("sqlalchemy.", "botocore.", "boto3."))
 
 
@@ -352,11 +390,14 @@ def is_level(found: Found, status: str, results: str) -> bool:
 def level(store: Store, run: Run, results: str, moment: int) -> str:
     """Write all that the store does not have yet of a run that ended at `moment` (ms), and return its id.
 
-    The status and then RESULTS are written last, so that whatever ends this, to do it again completes it.
+    RESULTS is written last, so that whatever ends this, to do it again completes it.
     """
     client, found, now = store.client, find(store, run.tags[IDENTITY]), _now()
     found = found or client.create_run(store.experiment.experiment_id, now, {**run.origin, **run.tags}, run.name)
     run_id = found.info.run_id
+    # the training is over, also where this is stopped before all of it is there
+    if found.info.status != run.status:
+        client.set_terminated(run_id, run.status, max(moment, found.info.start_time))
     _define(store, run, found)
     keys = {point.key for row in run.history for point in curve_points(row, 0)} & found.data.metrics.keys()
     known = [point for key in sorted(keys) for point in client.get_metric_history(run_id, key)]
@@ -380,8 +421,6 @@ def level(store: Store, run: Run, results: str, moment: int) -> str:
                 client.log_artifact(run_id, str(file))
     missing = {name: run.origin[name] for name in run.origin.keys() - found.data.tags}
     set_tags(store, found, {**missing, **run.tags, HASHES: json.dumps(hashes)})
-    if found.info.status != run.status:
-        client.set_terminated(run_id, run.status, max(moment, found.info.start_time))
     client.set_tag(run_id, RESULTS, results)
     return run_id
 

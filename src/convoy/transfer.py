@@ -62,14 +62,16 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
         raise ConvoyError(f"model.{architecture}.init: there is no file {init}; its path starts where dvc.yaml is")
 
 
-def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring) -> dict[str, Any]:
+def start(
+    classifier: Classifier, architecture: str, settings: Mapping[str, Any], bring: Bring, scratch: Path | None = None
+) -> dict[str, Any]:
     """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
 
     Its head stays fresh, unless the weights are of the same classes in the same order. Normalisation comes with
     the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, verified
     (whether torchvision or MLflow vouches for that sha256), head ("kept" or "new") and lineage. `bring` is called only
-    for the champion or a run. Raises ConvoyError for weights that aren't there, that don't fit, or that are no plain
-    numbers.
+    for the champion or a run, with a temporary folder in `scratch`. Raises ConvoyError for weights that aren't there,
+    that don't fit, or that are no plain numbers.
     """
     check(architecture, settings)
     init = settings["init"]
@@ -80,7 +82,7 @@ def start(classifier: Classifier, architecture: str, settings: Mapping[str, Any]
         _check_channels(architecture, 3, channels)  # before anything is downloaded
         donor = pretrained(classifier, architecture, settings)
     elif init == "champion" or RUN.fullmatch(init):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             source = bring(init, Path(folder))  # which has checked both files
             donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings, source)
             donor = dataclasses.replace(donor, verified=True)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from convoy.config import ConvoyError
 from convoy.datasets.source import SPLIT_WORDS, Member, Source, TorchvisionSet
+from convoy.disk import explain_full_disk
 from convoy.images import BadImage, plain
 
 
@@ -165,6 +166,8 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
             make(arriving, download=True, **chosen)
     except Exception as error:  # of urllib, of an archive that is not whole, or torchvision's own
         shutil.rmtree(arriving, ignore_errors=True)
+        if explain_full_disk(error, folder.parent):
+            raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(
             f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"

@@ -34,6 +34,7 @@ lint: $(READY) ## style and types
 	ruff check .
 	ruff format --check .
 	mypy
+	PYTHONPATH=src lint-imports --no-cache
 
 sync: $(READY) ## the runs of the current results brought to MLflow, where they are not there or not whole
 	python -m pipeline.sync

@@ -33,12 +33,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from convoy.augmentation import Augment, augment
-from convoy.batches import Images
-from convoy.classifier import Classifier
-from convoy.datamodule import ImageData
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
+from convoy.recipe import AugmentConfig, RecipeConfig
+from convoy.training.augmentation import augment
+from convoy.training.datamodule import ImageData
 
 IMAGES = 50_000  # the training images of CIFAR-10
 FED = 25_000  # of them, the same number of each class
@@ -47,10 +47,10 @@ WEB = 2_000  # drawn pictures of 500x375, as photographs on the web are large
 BATCH = 256
 SHIFT = 4  # pixels
 ROUNDS = 3
-RECIPE = Recipe(
+RECIPE = RecipeConfig(
     batch_size=BATCH, accumulate=1, optimizer="sgd", schedule="cosine", lr=0.1, body_lr=1.0, momentum=0.9,
     weight_decay=0.0, warmup=0.0, label_smoothing=0.0, clip_norm=0.0, ema=0.0, balance="none",
-    augment=Augment(shift=SHIFT, flip=True, policy="none", erase=0.0, mixup=0.0, cutmix=0.0),
+    augment=AugmentConfig(shift=SHIFT, flip=True, policy="none", erase=0.0, mixup=0.0, cutmix=0.0),
 )  # fmt: skip
 CROP = {"size": 32, "padding": SHIFT, "padding_mode": "edge"}
 
@@ -129,7 +129,7 @@ def feeding(folder: Path) -> pd.DataFrame:
     return measure(ways)
 
 
-def decode(folder: Path) -> Task:
+def decode(folder: Path) -> DatasetInfo:
     """The images as one array beside their files, which is what the preprocess stage leaves behind."""
     for file in sorted((folder / "train").glob("*/*.jpg"))[:: IMAGES // FED]:
         (folder / "fed" / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def decode(folder: Path) -> Task:
     np.save(folder / "train_pixels.npy", pixels)
     np.save(folder / "train_labels.npy", np.array(files.targets))
     mean, std = pixels.mean((0, 1, 2)) / 255, pixels.std((0, 1, 2)) / 255
-    return Task("cifar10", files.classes, 32, 3, mean.tolist(), std.tolist())
+    return DatasetInfo("cifar10", files.classes, 32, 3, mean.tolist(), std.tolist())
 
 
 def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) -> Epoch:
@@ -148,7 +148,7 @@ def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) ->
     return lambda: (pixels for pixels, _ in loader)
 
 
-def ours(folder: Path, task: Task) -> Epoch:
+def ours(folder: Path, task: DatasetInfo) -> Epoch:
     images = Images.load(folder, "train")
     data = ImageData(images, images, RECIPE, seed=0)
     classifier = Still(task)
@@ -165,14 +165,14 @@ def ours(folder: Path, task: Task) -> Epoch:
 class Still(Classifier):
     """A classifier of which only the normalisation is used."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: DatasetInfo) -> None:
         super().__init__(task, RECIPE)
 
     def logits(self, x: Tensor) -> Tensor:
         return x
 
 
-def check_alike(folder: Path, task: Task) -> None:
+def check_alike(folder: Path, task: DatasetInfo) -> None:
     """Raises AssertionError where the two sides, with nothing drawn at random, feed different numbers."""
     plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(task.mean, task.std)])
     files = ImageFolder(str(folder / "fed"), plain)

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
-from convoy.gate import better, non_inferior
+from convoy.promotion.gate import better, non_inferior
 
 ACCURACY = 0.92  # of the champion at the start
 DISAGREEMENT = 0.04  # share of images that one of two equal models alone gets right

@@ -51,15 +51,17 @@ def _load(images: "torch.utils.data.Dataset", size: int, workers: int) -> int:  
 
 def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None) -> int:
     """All of fetch and preprocess but the cards: judged, hashed, packed, near duplicates found, split, resized."""
-    from convoy.datasets.folders import read_folder
-    from convoy.datasets.history import NEW
-    from convoy.datasets.intake import Fetch, take_in
-    from convoy.datasets.source import Dataset
-    from convoy.preprocessing import Preprocess, prepare
-    from convoy.remembered import EarlierRun
+    from convoy.data.cache import CacheDir
+    from convoy.data.data_lock import NEW
+    from convoy.data.ingest import FetchConfig, ingest
+    from convoy.data.preprocessing import PreprocessConfig, prepare
+    from convoy.data.sources.base import DatasetConfig
+    from convoy.data.sources.folder import read_folder
 
-    dataset = Dataset(name="benchmark", longest_side=256 if size <= 192 else 512, group=None)  # as conf/dataset/ says
-    params = Preprocess(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
+    dataset = DatasetConfig(
+        name="benchmark", longest_side=256 if size <= 192 else 512, group=None
+    )  # as conf/dataset/ says
+    params = PreprocessConfig(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
     with tempfile.TemporaryDirectory() as name:
         source = read_folder(folder)
         home = remembered or Path(name)
@@ -67,10 +69,10 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         for stage in ("fetch", "preprocess"):
             made[stage] = home / f"{stage}.new"
             made[stage].mkdir(parents=True)
-        earlier = EarlierRun(home / ".decoded" / "benchmark" / "here", home / "fetch")
-        limits = Fetch(max_bad_fraction=0.0)
-        intake = take_in(source, dataset, limits, NEW, made["fetch"], earlier)
-        prepare(intake.packed, params, 1, made["preprocess"], EarlierRun(home / ".fitted", home / "preprocess"))
+        earlier = CacheDir(home / ".decoded" / "benchmark" / "here", home / "fetch")
+        limits = FetchConfig(max_bad_fraction=0.0)
+        intake = ingest(source, dataset, limits, NEW, made["fetch"], earlier)
+        prepare(intake.packed, params, 1, made["preprocess"], CacheDir(home / ".fitted", home / "preprocess"))
         for stage, folder in made.items():  # as a stage publishes them
             shutil.rmtree(home / stage, ignore_errors=True)
             folder.rename(home / stage)
@@ -98,9 +100,9 @@ def main(way: str, folder: str, size: str, remembered: str = "") -> None:
     if remembered:
         prepare = functools.partial(prepare, remembered=Path(remembered))
     if way == OURS:  # imports are not measured
-        import convoy.datasets.intake
-        import convoy.preprocessing  # noqa: F401
-        from convoy.datasets.decoding import get_ready
+        import convoy.data.ingest
+        import convoy.data.preprocessing  # noqa: F401
+        from convoy.data.decode_pool import get_ready
 
         first = get_ready().Process(target=int)  # there when the process that its like are copied from has its imports
         first.start()

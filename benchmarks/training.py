@@ -4,7 +4,7 @@ CONVOY_REAL_DATA names the folder with mnist/ (the four gzipped idx files) and c
 with the same network, batch, number of threads, and random crops and flips:
 
 * limit: a loop over tensors in memory, written by hand for this one purpose, in the precision that convoy chooses,
-* convoy: `convoy.training.fit` with validation and checkpoints, as the train stage calls it,
+* convoy: `convoy.training.module.fit` with validation and checkpoints, as the train stage calls it,
 * Lightning: automatic optimization, torchvision's transforms image by image in a DataLoader, torchmetrics; in that
   precision, and in float32, as most write it.
 
@@ -45,16 +45,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convoy import models
-from convoy.batches import Images
-from convoy.checkpoint import Checkpoint
-from convoy.classifier import Classifier
 from convoy.config import typed
-from convoy.datamodule import ImageData
-from convoy.hardware import Choice, Trainer, choose
-from convoy.memory import keep_memory
-from convoy.recipe import Recipe, Train
-from convoy.task import Task
-from convoy.training import fit, make_optimizer
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.data.malloc import keep_memory
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig, TrainConfig
+from convoy.training.checkpoint import Checkpoint
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose
+from convoy.training.module import fit, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +70,7 @@ class Contest:
     """A network to train, and on what."""
 
     name: str
-    build: Callable[[Task, dict[str, Any]], Classifier]
+    build: Callable[[DatasetInfo, dict[str, Any]], Classifier]
     data: str
     batch_size: int
     steps: int  # counted, in each round
@@ -120,7 +120,7 @@ def quiet() -> None:
 # Networks and data
 
 
-def build(name: str, changes: dict[str, Any], task: Task, recipe: dict[str, Any]) -> Classifier:
+def build(name: str, changes: dict[str, Any], task: DatasetInfo, recipe: dict[str, Any]) -> Classifier:
     """One of convoy's, as conf/model/ describes it but for `changes` and `recipe`."""
     values = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())[name]
     return models.build(name, values | changes | {"recipe": values["recipe"] | recipe}, task)
@@ -129,9 +129,9 @@ def build(name: str, changes: dict[str, Any], task: Task, recipe: dict[str, Any]
 class Full(Classifier):
     """A small fully connected network, of which a step is soon done."""
 
-    def __init__(self, task: Task, recipe: dict[str, Any]) -> None:
+    def __init__(self, task: DatasetInfo, recipe: dict[str, Any]) -> None:
         values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-        super().__init__(task, typed(Recipe, values | recipe, "recipe"))
+        super().__init__(task, typed(RecipeConfig, values | recipe, "recipe"))
         self.hidden = nn.Linear(task.channels * task.size**2, 128)
         self.classifier = nn.Linear(128, len(task.classes))
 
@@ -192,7 +192,7 @@ class Store:
         return pixels.view(-1, self.height, self.width, self.channels), self.labels.index_select(0, index)
 
 
-def limit(classifier: Classifier, images: Images, choice: Choice, compiled: bool) -> list["Mark"]:
+def limit(classifier: Classifier, images: Images, choice: ResolvedTrainer, compiled: bool) -> list["Mark"]:
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
     torch.set_num_threads(choice.threads)
@@ -256,10 +256,10 @@ class MarkedData(ImageData):
         return Marked(super().val_dataloader(), self.marks)
 
 
-def ours(classifier: Classifier, images: Images, choice: Choice, rest: list[dict[str, float]]) -> list["Mark"]:
+def ours(classifier: Classifier, images: Images, choice: ResolvedTrainer, rest: list[dict[str, float]]) -> list["Mark"]:
     """The two marks; how long `fit` took before and after them goes to `rest`."""
     data = MarkedData(images, Images(images.pixels[:VALIDATED], images.labels[:VALIDATED]), classifier.recipe, 0)
-    params = Train(max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    params = TrainConfig(max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     with tempfile.TemporaryDirectory() as name, silence():
         called = Mark.now()
         trained = fit(classifier, data, params, choice, Checkpoint(Path(name, "last.pt")))
@@ -328,7 +328,9 @@ class Usual(lightning.LightningModule):
         )
 
 
-def usual(classifier: Classifier, images: Images, choice: Choice, precision: str, workers: int) -> list["Mark"]:
+def usual(
+    classifier: Classifier, images: Images, choice: ResolvedTrainer, precision: str, workers: int
+) -> list["Mark"]:
     """Without progress bar, checkpoints and a logger's file, which would only take more time."""
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(choice.threads)
@@ -382,7 +384,7 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
     augment = {"shift": SHIFT, "flip": flip, "policy": "none", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     mean, std = (getattr(images.pixels[:1000] / 255, of)((0, 1, 2)).tolist() for of in ("mean", "std"))
     size, channels = images.pixels.shape[2:]
-    task = Task(contest.data, [str(number) for number in range(10)], size, channels, mean, std)
+    task = DatasetInfo(contest.data, [str(number) for number in range(10)], size, channels, mean, std)
     # a rate at which nothing diverges: it costs the same
     recipe = {"batch_size": contest.batch_size, "augment": augment, "lr": 0.001, "optimizer": "sgd"}
 
@@ -390,7 +392,7 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
         torch.manual_seed(0)
         return contest.build(task, recipe)
 
-    asked = Trainer(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
+    asked = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
     choice = choose(asked, fresh())
     rest: list[dict[str, float]] = []
     ways: dict[str, Callable[[Classifier, Images], list[Mark]]] = {

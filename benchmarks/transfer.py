@@ -24,14 +24,15 @@ import yaml
 from safetensors.torch import save_file
 from simplejpeg import decode_jpeg
 
-from convoy import models, transfer
-from convoy.batches import Images
-from convoy.classifier import Classifier, predict
-from convoy.datamodule import ImageData
-from convoy.hardware import Trainer, choose
-from convoy.recipe import Train
-from convoy.task import Sums, Task
-from convoy.training import fit
+from convoy import models
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import ChannelMoments, DatasetInfo
+from convoy.models.base import Classifier, predict
+from convoy.recipe import TrainConfig
+from convoy.training import init_weights
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import TrainerConfig, choose
+from convoy.training.module import fit
 
 LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
 NEW = ["dog", "frog", "horse", "ship", "truck"]
@@ -43,7 +44,7 @@ SEEDS = (1, 2, 3)
 RESNET = yaml.safe_load((Path(__file__).parents[1] / "conf/model/resnet.yaml").read_text())["resnet"]
 BATCH = 32  # images; with lr 0.1 the best for scratch among batches of 32 and 64 and rates of 0.1, 0.03 and 0.01
 AUGMENT = {"shift": 4, "flip": True}  # as photographs want it
-TRAINER = Trainer(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads=1)
+TRAINER = TrainerConfig(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads=1)
 WAYS: dict[str, dict[str, Any]] = {  # the recipe of each, but for what conf/model/resnet.yaml says
     "scratch": {},
     "transfer, all layers alike": {"body_lr": 1.0},
@@ -63,7 +64,7 @@ def main() -> None:
             accuracy = leave(donor, left, seed)
             few = draw(new, FEW, seed)
             for way, recipe in WAYS.items():
-                init = "scratch" if way == "scratch" else str(donor / transfer.WEIGHTS)
+                init = "scratch" if way == "scratch" else str(donor / init_weights.WEIGHTS)
                 rows.append({"way": way, "seed": seed, "donor": accuracy, **learn(few, test, init, recipe, seed)})
     show(pd.DataFrame(rows))
     print(f"\n{time.perf_counter() - start:.0f} s")
@@ -103,13 +104,13 @@ def settings(init: str, recipe: dict[str, Any]) -> dict[str, Any]:
 def train(values: dict[str, Any], classes: list[str], images: Images, share: int, epochs: int, seed: int) -> Classifier:
     """As the train stage does it: the weights of the epoch that is best in validation."""
     kept, val = held_out(images, share)
-    sums = Sums(3)
+    sums = ChannelMoments(3)
     sums.add(kept.pixels)
-    task = Task("cifar10", classes, 32, 3, *sums.mean_and_std())
+    task = DatasetInfo("cifar10", classes, 32, 3, *sums.mean_and_std())
     torch.manual_seed(seed)
     classifier = models.build("resnet", values, task)
-    transfer.start(classifier, "resnet", values, lambda *_: "")
-    params = Train(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
+    init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
+    params = TrainConfig(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
         trained = fit(classifier, ImageData(kept, val, classifier.recipe, seed), params, choose(TRAINER, classifier))
     classifier.load_state_dict(trained.weights)
@@ -121,9 +122,9 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     values = settings("scratch", {})
     classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
-    save_file(weights, folder / transfer.WEIGHTS)
+    save_file(weights, folder / init_weights.WEIGHTS)
     record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.task)}
-    (folder / transfer.RECORD).write_text(json.dumps(record))
+    (folder / init_weights.RECORD).write_text(json.dumps(record))
     return accuracy(classifier, held_out(images, 10)[1])
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import psutil
 
 from convoy import config
-from convoy.config import ConvoyError, Seed, typed
-from convoy.datasets import history
-from convoy.datasets.source import Dataset
+from convoy.config import Seed, typed
+from convoy.data import data_lock
+from convoy.data.sources.base import DatasetConfig
 from convoy.disk import explain_full_disk
+from convoy.errors import ConvoyError
+from convoy.tracking import ui_views
 from pipeline import data_folder, dvc_state, output_folders, settings, signals
 
 LEADERBOARD = "artifacts/register/leaderboard.csv"
@@ -40,7 +42,7 @@ def main() -> None:
     root = Path.cwd()
     try:
         if options.show:
-            conclude(root, config.load(root / "params.yaml"))
+            print_summary(root, config.load(root / "params.yaml"))
             sys.exit()
         check_repository(root)
         dvc_state.repair(root)
@@ -50,7 +52,7 @@ def main() -> None:
         output_folders.refuse_strays(root, models)
         output_folders.remove_unlisted(root, models)
         dvc_state.read_yaml(root / "data.dvc")
-        history.check_source(root, typed(Dataset, params["dataset"], "dataset"))
+        data_lock.check_source(root, typed(DatasetConfig, params["dataset"], "dataset"))
         commands = data_folder.commands(root, update=options.update)
         commands.append(["repro", *(["--pull"] if options.pull else [])])
         before = leaderboard_time(root)
@@ -59,7 +61,7 @@ def main() -> None:
         if status == 255 and dvc_state.remove_damaged_databases(root):
             status = run_all(commands)
         if status == 0:
-            conclude(root, params)
+            print_summary(root, params)
         else:
             dvc_state.repair(root)
             if leaderboard_time(root) not in (None, before):  # the register stage wrote it, and then refused
@@ -75,32 +77,33 @@ def main() -> None:
 
 def check(params: dict[str, Any]) -> None:
     """Raises ConvoyError where a key is unknown, missing, of a wrong type or out of range, before anything runs."""
-    from convoy.datasets.intake import Fetch
-    from convoy.evaluation import Evaluate
-    from convoy.preprocessing import Preprocess
-    from convoy.promotion import Register
+    from convoy.data.ingest import FetchConfig
+    from convoy.data.preprocessing import PreprocessConfig
+    from convoy.evaluation.metrics import EvaluateConfig
+    from convoy.promotion.config import RegisterConfig
 
     light = {
-        "dataset": Dataset,
-        "fetch": Fetch,
+        "dataset": DatasetConfig,
+        "fetch": FetchConfig,
         "seed": Seed,
-        "preprocess": Preprocess,
-        "evaluate": Evaluate,
-        "register": Register,
+        "preprocess": PreprocessConfig,
+        "evaluate": EvaluateConfig,
+        "register": RegisterConfig,
     }
     config.check_sections(params, [*light, "train", "trainer", "model"])
     for name, schema in light.items():
         typed(schema, params[name], name)
 
-    from convoy import models, transfer  # these import torch, which takes seconds
-    from convoy.hardware import Trainer
-    from convoy.recipe import Train
+    from convoy import models
+    from convoy.recipe import TrainConfig
+    from convoy.training import init_weights  # these import torch, which takes seconds
+    from convoy.training.hardware import TrainerConfig
 
-    typed(Train, params["train"], "train")
-    typed(Trainer, params["trainer"], "trainer")
+    typed(TrainConfig, params["train"], "train")
+    typed(TrainerConfig, params["trainer"], "trainer")
     for name, values in params["model"].items():
         typed(models.schema(name), values, f"model.{name}")
-        transfer.check(name, values)
+        init_weights.check(name, values)
 
 
 def check_repository(root: Path) -> None:
@@ -183,7 +186,7 @@ def show_leaderboard(root: Path) -> None:
     """Print the leaderboard."""
     import pandas as pd
 
-    from convoy import report
+    from convoy.reporting import report
 
     try:
         table = pd.read_csv(root / LEADERBOARD, dtype={"epoch": "Int64"})
@@ -192,13 +195,13 @@ def show_leaderboard(root: Path) -> None:
     report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")
 
 
-def conclude(root: Path, params: dict[str, Any]) -> None:
+def print_summary(root: Path, params: dict[str, Any]) -> None:
     """Print the leaderboard, and what to type next."""
-    from convoy import tracking
+    from convoy.tracking.store import open_store
 
     show_leaderboard(root)
-    with tracking.store(root, params["register"]["name"]) as store:
-        leaderboard, curves = tracking.save_views(store)
+    with open_store(root, params["register"]["name"]) as store:
+        leaderboard, curves = ui_views.save_views(store)
     print(f"Next: `make ui` shows the runs side by side:\n  leaderboard  {leaderboard}\n  curves       {curves}")
 
 

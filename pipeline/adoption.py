@@ -15,7 +15,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ruamel.yaml.tokens import CommentToken
 
 from convoy import config
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 
 Differences = dict[str, tuple[Any, Any]]  # dotted key -> both values; `...` where one has no such key
 

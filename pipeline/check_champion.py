@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy import champion, config, gate, predictor, served, tracking
-from convoy.config import ConvoyError
-from convoy.gate import Origin
-from convoy.task import Task
-from pipeline.stage import home_of
+from convoy import config
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.inference import predictor
+from convoy.promotion import champion, gate
+from convoy.promotion.gate import Origin
+from convoy.registry import model_loader
+from convoy.tracking.store import PATIENCE, TrackingStore, open_store
+from pipeline.stage import project_root
 
 REQUEST_TIMEOUT_S, RETRIES = "5", "0"  # of a server: who is slow is asked by the gate
 
@@ -26,11 +30,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     root = Path.cwd()
-    os.environ.setdefault(tracking.PATIENCE, REQUEST_TIMEOUT_S)
+    os.environ.setdefault(PATIENCE, REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
-        if found := find_champion(home_of(root), name):
+        if found := find_champion(project_root(root), name):
             check(folder, found)
     except ConvoyError as error:
         sys.exit(f"convoy: check_champion: {error}")
@@ -46,10 +50,10 @@ def find_champion(home: Path, name: str) -> Origin | None:
         return None
     refusal: ConvoyError | None = None
     try:
-        with tracking.store(home, name) as store:
+        with open_store(home, name) as store:
             try:
                 return describe(store, name)
-            except served.NotFetched as error:
+            except model_loader.NotFetched as error:
                 # of a server this may be an outage, after which it is there again
                 refusal = None if os.environ.get("MLFLOW_TRACKING_URI") else error
             except ConvoyError as error:
@@ -61,17 +65,17 @@ def find_champion(home: Path, name: str) -> Origin | None:
     return None
 
 
-def describe(store: tracking.Store, name: str) -> Origin | None:
+def describe(store: TrackingStore, name: str) -> Origin | None:
     """What the gate needs to know of the champion, all of whose files are checked."""
     version = champion.current(store, name)
     if version is None:
         return None
-    found = served.find(store, f"models:/{name}/{version}")
+    found = model_loader.find(store, f"models:/{name}/{version}")
     with tempfile.TemporaryDirectory() as scratch:
-        served.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
-    record = served.read_record(found)
+        model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
+    record = model_loader.read_record(found)
     named = f"the champion {record['architecture']} (version {version})"
-    return Origin(named, record["task"]["classes"], served.seen_ever(store, found))
+    return Origin(named, record["task"]["classes"], model_loader.seen_ever(store, found))
 
 
 def check(folder: Path, old: Origin) -> None:
@@ -79,7 +83,7 @@ def check(folder: Path, old: Origin) -> None:
     images = pd.read_parquet(folder / "images.parquet", columns=["path", "sha256", "label", "split"])
     images = images[images["split"] == "test"]
     seen = (folder / "seen.txt").read_text().split()
-    new = Origin("a model of these images", Task.load(folder / "task.json").classes, seen)
+    new = Origin("a model of these images", DatasetInfo.load(folder / "task.json").classes, seen)
     paths = dict(zip(images["sha256"], images["path"], strict=True))
     digests, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
     gate.check_comparable(digests, actual, [new, old], pd.read_parquet(folder / "alike.parquet"), paths)

@@ -4,11 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
-from convoy.config import ConvoyError
-from convoy.datasets.files import is_junk
-from convoy.datasets.folders import refuse_links
+from convoy.data.sources.file_listing import is_junk
+from convoy.data.sources.folder import refuse_links
 from convoy.dvc_files import Import, read_import
-from convoy.naming import some
+from convoy.errors import ConvoyError
+from convoy.text import truncate_names
 
 MAX_MOVED = 8  # names in a command to type
 
@@ -66,8 +66,9 @@ def _refuse_loss(found: Import, root: Path) -> str:
     train = _lines(*_move(found, name), *_point_to(found, name), "make repro")
     leave = _lines(*_move(found, f"../{name}"), "make repro")
     return (
-        f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {some(files)}. A run would"
-        f" replace {them} or mix {them} with {found.source}, which data.dvc names as the source; no file was touched.\n"
+        f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {truncate_names(files)}. A run"
+        f" would replace {them} or mix {them} with {found.source}, which data.dvc names as the source; no file was"
+        f" touched.\n"
         f"To train on {them}, make {them} the source:\n{train}\nTo do without {them}, move {them} away:\n{leave}"
     )
 
@@ -92,8 +93,8 @@ def _refuse_mixture(found: Import) -> None:
     if found.recorded is None or not others:
         return
     raise ConvoyError(
-        f"data.dvc names {found.source} as the source of data/, but they differ in {some(others)}: a plain `dvc repro`"
-        " recorded data/ as it was then. DVC's cache keeps those files.\n"
+        f"data.dvc names {found.source} as the source of data/, but they differ in {truncate_names(others)}: a plain"
+        " `dvc repro` recorded data/ as it was then. DVC's cache keeps those files.\n"
         f"To train on {found.source}:\n{_lines('rm -r data', _import(found.source), 'make repro')}\n"
         f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'make repro')}"
     )

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 
 SIDECARS = ("", "-journal", "-wal", "-shm")  # a SQLite database, and what SQLite has beside it
 

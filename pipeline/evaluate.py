@@ -6,22 +6,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from convoy import hardware, models
-from convoy.batches import Images
-from convoy.classifier import predict
-from convoy.config import ConvoyError
-from convoy.evaluation import Evaluate, per_class, prediction_table, scores, slices
-from convoy.task import Task
-from convoy.temperature import fit_temperature, log_losses, tempered
+from convoy import models
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
+from convoy.evaluation.metrics import EvaluateConfig, metrics_with_ci, per_class, prediction_table, slice_metrics
+from convoy.models.base import predict
+from convoy.training import hardware
 from pipeline.stage import Stage, main
 
 
 def evaluate(stage: Stage) -> None:
     """Judge one trained architecture."""
-    params = stage.typed(Evaluate, "evaluate")
+    params = stage.typed(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
     record = json.loads((trained / "record.json").read_text())
-    task = Task(**record["task"])
+    task = DatasetInfo(**record["task"])
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
     if record["failure"]:  # there is nothing to judge, and that is its result
@@ -41,18 +42,18 @@ def evaluate(stage: Stage) -> None:
         temperature = fit_temperature(val.labels, in_val)
         calibration = {
             "temperature": temperature,
-            "val_log_loss": float(log_losses(val.labels, tempered(in_val, temperature)).mean()),
-            "val_log_loss_uncalibrated": float(log_losses(val.labels, in_val).mean()),
+            "val_log_loss": float(per_image_log_loss(val.labels, apply_temperature(in_val, temperature)).mean()),
+            "val_log_loss_uncalibrated": float(per_image_log_loss(val.labels, in_val).mean()),
         }
-        probabilities = tempered(uncalibrated, temperature)
+        probabilities = apply_temperature(uncalibrated, temperature)
 
     groups = images["group"].to_numpy()
     table = prediction_table(task.classes, images, probabilities)
     table.to_parquet(stage.scratch / "predictions.parquet", index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
     per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / "per_class.csv", index=False)
-    slices(table).to_csv(stage.scratch / "slices.csv", index=False)
-    intervals = scores(test.labels, probabilities, uncalibrated, groups)
+    slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
+    intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / "intervals.csv", index=False)
     figures = dict(zip(intervals["metric"], intervals["value"], strict=True))
     for name, values in (("metrics", figures), ("calibration", calibration)):

@@ -18,8 +18,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from convoy import config, tracking
-from pipeline.stage import home_of
+from convoy import config
+from convoy.tracking import provenance, runs
+from convoy.tracking.store import TrackingStore, describe_error, open_store
+from pipeline.stage import project_root
 
 GRACE = 30  # seconds for MLflow after the training's end
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
@@ -63,7 +65,7 @@ class Reporter:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.store: tracking.Store | None = None
+        self.store: TrackingStore | None = None
         self.run = ""
         self.over = False
         self.shown: set[int] = set()  # epochs that the run had before
@@ -81,7 +83,7 @@ class Reporter:
                     self.bring(begun, held)
                 except Exception as error:  # whatever it is, the training must go on
                     if not told:
-                        print(said(tracking.fails(error.__cause__ or error)), file=sys.stderr, flush=True)
+                        print(said(describe_error(error.__cause__ or error)), file=sys.stderr, flush=True)
                     told = True
                     self.over = bool(self.end)
                 if not self.over:
@@ -106,8 +108,8 @@ class Reporter:
             return
         assert self.store
         new = [row for row in self.rows if row["row"]["epoch"] not in self.shown]
-        points = [point for row in new for point in tracking.curve_points(row["row"], row["moment"])]
-        tracking.log_points(self.store.client, self.run, points)
+        points = [point for row in new for point in runs.curve_points(row["row"], row["moment"])]
+        runs.log_points(self.store.client, self.run, points)
         self.rows = []
         if self.end:
             self.store.client.set_terminated(self.run, self.end["status"], self.end.get("moment"))
@@ -117,14 +119,14 @@ class Reporter:
         """Find or make the run. It is over at once where the run shows the whole training already."""
         record = begun["record"]
         params = config.load(self.root / "params.yaml")
-        run = tracking.run_in_training(record, {}, tracking.origin(self.root))
-        home = home_of(self.root)
-        with tracking.store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
+        run = runs.run_in_training(record, {}, provenance.provenance_tags(self.root))
+        home = project_root(self.root)
+        with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
             # whoever reported this training before it was killed may still be at it
-            alone.enter_context(tracking.sole_writer(store, record["identity"], 2 * GRACE))
-            found = tracking.begin(store, run, f"{platform.node()} {begun['process']}", begun["moment"])
+            alone.enter_context(runs.sole_writer(store, record["identity"], 2 * GRACE))
+            found = runs.start_run(store, run, f"{platform.node()} {begun['process']}", begun["moment"])
             if found:
-                self.shown = tracking.shown_epochs(store, found)
+                self.shown = runs.shown_epochs(store, found)
                 held.push(alone.pop_all())
         self.store, self.run, self.over = store, found or "", not found
 

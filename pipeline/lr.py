@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from convoy import models, report
-from convoy.batches import Images
-from convoy.config import ConvoyError, Seed
-from convoy.datamodule import ImageData
-from convoy.finder import suggest, try_rates
-from convoy.hardware import Trainer, choose
-from convoy.task import Task
+from convoy import models
+from convoy.config import Seed
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.reporting import report
+from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import TrainerConfig, choose
 from pipeline.stage import Stage
 
 
@@ -21,11 +23,13 @@ def lr(stage: Stage) -> None:
     seed = stage.typed(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
-    classifier = models.build(stage.item, stage.section(f"model.{stage.item}"), Task.load(prepared / "task.json"))
+    classifier = models.build(
+        stage.item, stage.section(f"model.{stage.item}"), DatasetInfo.load(prepared / "task.json")
+    )
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    table = try_rates(classifier, data, choose(stage.typed(Trainer, "trainer"), classifier))
+    table = sweep_learning_rates(classifier, data, choose(stage.typed(TrainerConfig, "trainer"), classifier))
 
-    guess = suggest(table)
+    guess = suggest_learning_rate(table)
     picture = stage.root / "artifacts" / "lr" / f"{stage.item}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     report.draw_rates(table, guess, stage.item, picture)

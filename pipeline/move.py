@@ -5,8 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from convoy import config, moving, tracking
-from convoy.config import ConvoyError
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.promotion import migrate
+from convoy.tracking import ui_views
+from convoy.tracking.store import open_store
 
 
 def main() -> None:
@@ -18,12 +21,12 @@ def main() -> None:
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
             raise ConvoyError("say where to: export MLFLOW_TRACKING_URI=http://server:5000")
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(root, name) as server:
+        with open_store(root, name) as server:
             lines = 0
-            for line in moving.move(moving.embedded(root, name, server), server, name):
+            for line in migrate.migrate(migrate.embedded(root, name, server), server, name):
                 print(line, flush=True)
                 lines += 1
-            table, curves = tracking.save_views(server)
+            table, curves = ui_views.save_views(server)
         print("everything is there:" if lines else "everything was there already:")
         print(f"  leaderboard  {table}\n  curves       {curves}")
     except ConvoyError as error:

@@ -5,9 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from convoy.config import ConvoyError
 from convoy.dvc_files import uncached
-from convoy.naming import some
+from convoy.errors import ConvoyError
+from convoy.text import truncate_names
 from pipeline.stage import MARK
 
 SINGLE = ("fetch", "preprocess", "register")
@@ -29,8 +29,8 @@ def refuse_strays(root: Path, models: list[str]) -> None:
     if strays := uncached(root, others) if others else []:
         paths = sorted(str(file.relative_to(root)) for file in strays)
         raise ConvoyError(
-            f"{some(paths)}: no stage wrote this, and the folder around it is replaced as a whole when its stage runs;"
-            f" nothing was changed. Move it out of artifacts/, such as by `mv {shlex.quote(paths[0])} .`"
+            f"{truncate_names(paths)}: no stage wrote this, and the folder around it is replaced as a whole when its"
+            f" stage runs; nothing was changed. Move it out of artifacts/, such as by `mv {shlex.quote(paths[0])} .`"
         )
 
 

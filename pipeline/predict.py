@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from convoy import config, hardware, served, tracking
-from convoy.config import ConvoyError
-from convoy.datasets.files import is_image, is_junk
-from convoy.datasets.judging import MAX_BYTES, TOO_LARGE
-from convoy.images import BadImage
-from convoy.predictor import Predictor
-from pipeline.stage import home_of
+from convoy import config
+from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.file_listing import is_image, is_junk
+from convoy.errors import ConvoyError
+from convoy.inference.predictor import Predictor
+from convoy.registry import model_loader
+from convoy.tracking.store import open_store
+from convoy.training import hardware
+from pipeline.stage import project_root
 
 BATCH = 64  # images that are in memory at a time
 
@@ -48,19 +51,19 @@ def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
     """The model of a URI, or else the champion, and what it is, in words."""
     params = config.load(root / "params.yaml")
     name = params["register"]["name"]
-    home = home_of(root)
+    home = project_root(root)
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
-    with tracking.store(home, name) as store:
-        version = served.find(store, uri or f"models:/{name}@champion")
-        predictor = served.load(version, store.scratch)
+    with open_store(home, name) as store:
+        version = model_loader.find(store, uri or f"models:/{name}@champion")
+        predictor = model_loader.load(version, store.scratch)
     predictor.classifier.to(hardware.device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
 
 
 def answer(predictor: Predictor, given: Sequence[str]) -> Iterator[Answer]:
     """An answer for each image, in the order of the arguments; the images of a folder or a pattern by their names."""
-    batch: list[tuple[str, np.ndarray | BadImage]] = []
+    batch: list[tuple[str, np.ndarray | InvalidImageError]] = []
     for path in found(given):
         batch.append((str(path), read(path, predictor)))
         if len(batch) == BATCH:
@@ -69,11 +72,11 @@ def answer(predictor: Predictor, given: Sequence[str]) -> Iterator[Answer]:
     yield from _answer(predictor, batch)
 
 
-def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | BadImage]]) -> Iterator[Answer]:
+def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | InvalidImageError]]) -> Iterator[Answer]:
     pixels = [image for _, image in batch if isinstance(image, np.ndarray)]
     rows = iter(predictor.probabilities(np.stack(pixels)) if pixels else [])
     for path, image in batch:
-        if isinstance(image, BadImage):
+        if isinstance(image, InvalidImageError):
             yield {"image": path, "error": str(image)}
         else:
             row = next(rows)
@@ -94,21 +97,21 @@ def found(given: Sequence[str]) -> Iterator[Path]:
             yield from inside or [path]
 
 
-def read(path: Path, predictor: Predictor) -> np.ndarray | BadImage:
+def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
     """The image as the network takes it, or why it can't be used."""
     try:
         if path.is_dir():
-            return BadImage("is a folder without images")
+            return InvalidImageError("is a folder without images")
         if not path.exists():
-            return BadImage("is not there")
+            return InvalidImageError("is not there")
         if not path.is_file():  # a pipe or a device may never end
-            return BadImage("is not a file")
+            return InvalidImageError("is not a file")
         if path.stat().st_size > MAX_BYTES:
-            return BadImage(TOO_LARGE)
+            return InvalidImageError(TOO_LARGE)
         return predictor.fitted(path.read_bytes())
     except OSError as error:
-        return BadImage(f"can't be read: {error.strerror}")
-    except BadImage as fault:
+        return InvalidImageError(f"can't be read: {error.strerror}")
+    except InvalidImageError as fault:
         return fault
 
 
@@ -124,7 +127,7 @@ def print_lines(answers: Iterator[Answer]) -> int:
 def print_table(answers: Iterator[Answer], title: str) -> int:
     """The answers as a table, what is wrong with the others on the error stream; returns how many these are."""
 
-    from convoy import report
+    from convoy.reporting import report
 
     rows, unread = [], 0
     for each in answers:

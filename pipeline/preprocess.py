@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.config import ConvoyError, Seed
-from convoy.datacard import AsPrepared, write_preprocess_card
-from convoy.datasets.packed import TABLE, Packed, Rows
-from convoy.images import fit
-from convoy.preprocessing import Preprocess, digests_of, prepare, tested_in
-from convoy.remembered import EarlierRun
-from pipeline.stage import Stage, main, say
+from convoy.config import Seed
+from convoy.data.cache import CacheDir
+from convoy.data.card import PreprocessSummary, write_preprocess_card
+from convoy.data.image_io import center_crop_resize
+from convoy.data.packed_dataset import TABLE, ImageTable, PackedDataset
+from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
+from convoy.errors import ConvoyError
+from pipeline.stage import Stage, main, print_limited
 
 ASK_TIMEOUT_S = 60  # after which the training begins, whatever MLflow would have said
 REFUSAL = "convoy: check_champion: "
@@ -22,28 +23,28 @@ REFUSAL = "convoy: check_champion: "
 
 def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
-    params = stage.typed(Preprocess, "preprocess")
+    params = stage.typed(PreprocessConfig, "preprocess")
     seed = stage.typed(Seed, "seed")
-    packed = Packed.load(stage.input("fetch"))
+    packed = PackedDataset.load(stage.input("fetch"))
     made = stage.home / "artifacts"
-    earlier = EarlierRun(made / ".fitted" / packed.name, made / "preprocess")
+    earlier = CacheDir(made / ".fitted" / packed.name, made / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
     prepared.alike.to_parquet(stage.scratch / "alike.parquet", index=False)
 
-    rows = Rows(stage.scratch / TABLE)
+    rows = ImageTable(stage.scratch / TABLE)
     seen = digests_of(rows, ["train", "val"])
     write_digests(seen, stage.scratch / "seen.txt")
     moved = len(np.intersect1d(seen, tested_in(earlier.output)))
     check_champion(stage)
 
     task, table = prepared.task, rows.columns("label", "split")
-    card = AsPrepared(
+    card = PreprocessSummary(
         name=packed.name,
         **{key: getattr(task, key) for key in ("classes", "size", "channels", "mean", "std")},
         table=table,
-        images=lambda row: fit(packed.image(prepared.rows[row]), task.size, task.channels),
+        images=lambda row: center_crop_resize(packed.image(prepared.rows[row]), task.size, task.channels),
         found=packed.named,
         near=prepared.near,
         pairs=prepared.pairs,
@@ -65,7 +66,7 @@ def preprocess(stage: Stage) -> None:
             f"note: of the last run's test images {moved} train or choose among models now, by another seed or fraction"
             " than then, or as folders, tables or groups say now: models are not compared by them any more"
         )
-    say("note", prepared.notes, "artifacts/preprocess/card.md")
+    print_limited("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
 
 

@@ -8,11 +8,19 @@ from pathlib import Path
 import pandas as pd
 
 import convoy
-from convoy import champion, export, hardware, models, predictor, promotion, registry, report, served, timing, tracking
-from convoy.config import ConvoyError
-from convoy.task import Task
+from convoy import models
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.evaluation import latency
+from convoy.inference import onnx_export, predictor
+from convoy.promotion import champion, config
+from convoy.registry import model_loader, versions
+from convoy.reporting import report
+from convoy.tracking import runs, ui_views
+from convoy.tracking.store import TrackingStore, open_store
+from convoy.training import hardware
 from pipeline import sync, verify
-from pipeline.promote import Candidate, promote
+from pipeline.promote import Challenger, promote
 from pipeline.stage import Stage, main
 
 PACKAGE = Path(convoy.__file__).parent
@@ -20,13 +28,13 @@ PACKAGE = Path(convoy.__file__).parent
 
 def register(stage: Stage) -> None:
     """Write the leaderboard; then bring all runs into MLflow, and let the best by validation be judged."""
-    params = stage.typed(promotion.Register, "register")
+    params = stage.typed(config.RegisterConfig, "register")
     names = list(stage.section("model"))
     results = {name: sync.find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
     figures = {name: json.loads((result.evaluated / "metrics.json").read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
-    ranked = [*promotion.rank(best), *(name for name in names if name not in best)]
+    ranked = [*config.rank(best), *(name for name in names if name not in best)]
 
     table = report.leaderboard({name: records[name] for name in ranked}, figures)
     table.to_csv(stage.scratch / "leaderboard.csv", index=False)
@@ -40,34 +48,36 @@ def register(stage: Stage) -> None:
     stage.afterwards.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
 
-def compare(stage: Stage, params: promotion.Register, results: dict[str, sync.Result], trained: Sequence[str]) -> None:
+def compare(
+    stage: Stage, params: config.RegisterConfig, results: dict[str, sync.TrainedResult], trained: Sequence[str]
+) -> None:
     """Bring the runs of all results into MLflow, and let the first of them be judged beside the champion.
 
     They are in their order on the leaderboard; `trained` are those whose training did not fail.
     """
     names, winner = list(stage.section("model")), next(iter(results))
-    with tracking.store(stage.home, params.name) as store:
-        runs = sync.bring_level(store, stage.root, names, dict(reversed(results.items())))
-        tracking.save_views(store)
-        _time(store, {runs[name]: results[name] for name in trained if name in runs})
+    with open_store(stage.home, params.name) as store:
+        run_ids = sync.sync_runs(store, stage.root, names, dict(reversed(results.items())))
+        ui_views.save_views(store)
+        _time(store, {run_ids[name]: results[name] for name in trained if name in run_ids})
         if not trained:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
             return
-        champion.finish(store, params.name)
-        version = _version(store, params.name, results[winner], runs[winner], stage.input("preprocess"))
+        champion.complete_pending(store, params.name)
+        version = _version(store, params.name, results[winner], run_ids[winner], stage.input("preprocess"))
         compared = champion.current(store, params.name)
     if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
     else:
-        promote(stage, params, Candidate(winner, version, results[winner], runs[winner]), compared)
+        promote(stage, params, Challenger(winner, version, results[winner], run_ids[winner]), compared)
 
 
-def _version(store: tracking.Store, name: str, result: sync.Result, run: str, prepared: Path) -> int:
+def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: str, prepared: Path) -> int:
     """The version of the model `name` that is made of this result: the one that is there, or a new one."""
     identity, record = result.mark(), result.record()
-    if found := registry.find_version(store, name, identity):
+    if found := versions.find_version(store, name, identity):
         return int(found.version)
     files = {
         "record": result.trained / "record.json",
@@ -75,13 +85,13 @@ def _version(store: tracking.Store, name: str, result: sync.Result, run: str, pr
         "calibration": result.evaluated / "calibration.json",
         "seen": prepared / "seen.txt",
     }
-    with served.temporary(str(result.trained), store.scratch) as scratch:
-        made = registry.register(
+    with model_loader.temporary(str(result.trained), store.scratch) as scratch:
+        made = versions.register(
             store,
             name=name,
             run_id=run,
             identity=identity,
-            model=PACKAGE / "serving.py",
+            model=PACKAGE / "inference/pyfunc_model.py",
             files=files | exported(record["architecture"], files, result, prepared, scratch),
             code=PACKAGE,
             step=int(record["best"]["epoch"]),
@@ -90,18 +100,20 @@ def _version(store: tracking.Store, name: str, result: sync.Result, run: str, pr
 
 
 def exported(
-    name: str, files: Mapping[str, Path], result: sync.Result, prepared: Path, scratch: Path
+    name: str, files: Mapping[str, Path], result: sync.TrainedResult, prepared: Path, scratch: Path
 ) -> dict[str, Path]:
     """The model of these files as an ONNX file in `scratch`; none where it does not export or answer as evaluated."""
     for file in files.values():
         (scratch / file.name).symlink_to(file.absolute())
     model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, prepared)
-    onnx = scratch / export.FILE
+    onnx = scratch / onnx_export.FILE
     try:
-        export.export(model, onnx)
-        difference = export.agreement(onnx, pixels, expected)
-        if not difference <= served.AGREEMENT:
-            raise ConvoyError(f"its probabilities differ by up to {difference:.2g}, more than {served.AGREEMENT:g}")
+        onnx_export.export(model, onnx)
+        difference = onnx_export.max_difference(onnx, pixels, expected)
+        if not difference <= model_loader.AGREEMENT:
+            raise ConvoyError(
+                f"its probabilities differ by up to {difference:.2g}, more than {model_loader.AGREEMENT:g}"
+            )
     except ConvoyError as error:
         print(f"{name} is registered without {onnx.name}: {error}")
         return {}
@@ -110,15 +122,15 @@ def exported(
     return {"onnx": onnx}
 
 
-def _time(store: tracking.Store, runs: Mapping[str, sync.Result]) -> None:
+def _time(store: TrackingStore, run_ids: Mapping[str, sync.TrainedResult]) -> None:
     """Measure once for each run, by its id, how long its model takes for an image and for a batch, on this machine."""
-    for run, result in runs.items():
-        if tracking.lacks(store, run, "latency/image_ms_median"):
+    for run, result in run_ids.items():
+        if runs.lacks(store, run, "latency/image_ms_median"):
             record = result.record()
             name, weights = record["architecture"], result.trained / "weights.safetensors"
-            classifier = models.restore(name, record["settings"], Task(**record["task"]), weights)
+            classifier = models.restore(name, record["settings"], DatasetInfo(**record["task"]), weights)
             device = hardware.device(record["trainer"]["accelerator"])
-            tracking.add_timings(store, run, timing.latency(classifier.to(device)), timing.hardware(device))
+            runs.add_timings(store, run, latency.measure_latency(classifier.to(device)), latency.hardware(device))
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

@@ -4,8 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from convoy import champion, config, tracking
-from convoy.config import ConvoyError
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.tracking import provenance
+from convoy.tracking.store import open_store
 
 
 def main() -> None:
@@ -18,9 +21,9 @@ def main() -> None:
         if not options.reason.strip():
             raise ConvoyError('say why: make rollback REASON="it mistakes wolves for dogs"')
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(root, name) as store:
-            champion.finish(store, name)
-            event = champion.roll_back(store, name, options.reason, tracking.who(), tracking.commit())
+        with open_store(root, name) as store:
+            champion.complete_pending(store, name)
+            event = champion.roll_back(store, name, options.reason, provenance.user(), provenance.git_commit())
         gone = f"version {event.before}" if event.before else "none"
         print(f"version {event.after} is the champion of {name} again, instead of {gone}: {event.reason}")
     except ConvoyError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convoy import config
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 from pipeline.adoption import adopt_settings, differences
 
 RECORD = Path("artifacts/.scratch/params.sha256")  # of what was last composed

@@ -18,9 +18,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from convoy import config
-from convoy.config import ConvoyError
 from convoy.disk import explain_full_disk
-from convoy.hashes import sha256
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
 from pipeline import signals
 
 Schema = TypeVar("Schema")
@@ -36,7 +36,7 @@ class Stage:
 
     def __init__(self, root: Path, name: str, item: str = "") -> None:
         self.root = root
-        self.home = home_of(root)
+        self.home = project_root(root)
         self.params = config.load(root / "params.yaml")  # first, as it says so where there is no project
         self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
         self.name = f"{name}@{item}" if item else name
@@ -100,7 +100,7 @@ class Stage:
         """The hash of what defines this run: its settings, the data and code that dvc.yaml names, and `more`."""
         settings = {name: self.section(name) for name in self.watched}
         # an output folder is known by the hashes in its mark
-        inputs = [file for dep in self.deps for file in (self.root / dep, self.root / dep / MARK) if file.is_file()]
+        inputs = [file for dep in self.deps for file in _hashed_files(self.root / dep)]
         files = {str(file.relative_to(self.root)): sha256(file) for file in inputs}
         return hashlib.sha256(json.dumps([self.name, settings, files, more], sort_keys=True).encode()).hexdigest()
 
@@ -139,7 +139,14 @@ class Stage:
         _remove(self.before)
 
 
-def home_of(root: Path) -> Path:
+def _hashed_files(dep: Path) -> list[Path]:
+    """Return the files that tell what a dependency holds: itself, its mark, or the modules of a package."""
+    if dep.is_file():
+        return [dep]
+    return [dep / MARK] if (dep / MARK).is_file() else sorted(dep.rglob("*.py"))
+
+
+def project_root(root: Path) -> Path:
     """Where what outlives an experiment belongs: DVC may run one in a temporary copy of the project."""
     return Path(os.environ.get("DVC_ROOT", root))
 
@@ -196,7 +203,7 @@ def _move(folder: Path, elsewhere: Path) -> None:
         raise
 
 
-def say(what: str, sentences: Sequence[str], listed: str) -> None:
+def print_limited(what: str, sentences: Sequence[str], listed: str) -> None:
     """Print the first `SAID` of them, and how many more there are in `listed`."""
     for sentence in sentences[:SAID]:
         print(f"{what}: {sentence}")

@@ -18,15 +18,17 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy import report, tracking
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
+from convoy.reporting import report
+from convoy.tracking import provenance, runs, ui_views
+from convoy.tracking.store import TrackingStore, open_store
 from pipeline.stage import MARK, Stage
 
 PATIENCE = 40  # seconds to wait for a process that still reports a training
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class TrainedResult:
     """What the training and the evaluation of one architecture left, both whole and of each other."""
 
     trained: Path
@@ -53,17 +55,17 @@ def main() -> None:
                 results[name] = find_result(stage, name)
             except ConvoyError as error:
                 print(f"{name} is left out: {error}")
-        with tracking.store(stage.home, stage.section("register")["name"]) as store:
-            bring_level(store, root, list(stage.section("model")), results)
-            table, curves = tracking.save_views(store)
+        with open_store(stage.home, stage.section("register")["name"]) as store:
+            sync_runs(store, root, list(stage.section("model")), results)
+            table, curves = ui_views.save_views(store)
         print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
     except ConvoyError as error:
         sys.exit(f"convoy: sync: {error}")
 
 
-def find_result(stage: Stage, name: str) -> Result:
+def find_result(stage: Stage, name: str) -> TrainedResult:
     """The result of an architecture. Raises ConvoyError where it is missing, damaged or of two trainings."""
-    result = Result(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
+    result = TrainedResult(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
     stages = _locked(stage.root / "dvc.lock")
     made = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
     judged = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
@@ -85,48 +87,48 @@ def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:
     return {entry["path"]: entry.get("md5", "") for entry in stages.get(stage, {}).get(side, [])}
 
 
-def bring_level(
-    store: tracking.Store, root: Path, names: Sequence[str], results: Mapping[str, Result]
+def sync_runs(
+    store: TrackingStore, root: Path, names: Sequence[str], results: Mapping[str, TrainedResult]
 ) -> dict[str, str]:
     """Bring the runs of these results to MLflow, each whole and once; returns their ids.
 
     `names` are all architectures of params.yaml. A run that shows its result already costs one query. Raises what
     MLflow raises; to do it again then completes it.
     """
-    tracking.end_lost_runs(store)
+    runs.mark_killed_runs(store)
     records = {name: result.record() for name, result in results.items()}
     common = {}
     if set(results) == set(names):
         identities = sorted(record["identity"] for record in records.values())
         common["reproduction"] = hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
-    runs = {}
+    run_ids = {}
     for name in results:
         record, result, mark = records[name], results[name], results[name].mark()
         identity, status = record["identity"], "FAILED" if record["failure"] else "FINISHED"
         tags = {**common, **colour(names, name)}
-        found = tracking.find(store, identity)
-        if found and tracking.is_level(found, status, mark):
-            tracking.set_tags(store, found, tags)
-            runs[name] = found.info.run_id
+        found = runs.find(store, identity)
+        if found and runs.is_synced(found, status, mark):
+            runs.set_tags(store, found, tags)
+            run_ids[name] = found.info.run_id
             continue
         try:
             with (
-                tracking.sole_writer(store, identity, PATIENCE),
+                runs.sole_writer(store, identity, PATIENCE),
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
-                run = describe(record, result, tags, tracking.origin(root), Path(folder))
-                runs[name] = tracking.level(store, run, mark, int((result.trained / MARK).stat().st_mtime * 1000))
+                run = describe(record, result, tags, provenance.provenance_tags(root), Path(folder))
+                run_ids[name] = runs.sync_run(store, run, mark, int((result.trained / MARK).stat().st_mtime * 1000))
             print(f"{name}: its run is now whole in MLflow")
         except Timeout:
             print(f"{name} is training at this moment: its run comes level afterwards")
             if found:
-                runs[name] = found.info.run_id
-    return runs
+                run_ids[name] = found.info.run_id
+    return run_ids
 
 
 def describe(
-    record: dict[str, Any], result: Result, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
-) -> tracking.Run:
+    record: dict[str, Any], result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
+) -> runs.RunRecord:
     """All that the run of a result holds; the picture among it is drawn in `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     figures = json.loads((evaluated / "metrics.json").read_text())
@@ -138,7 +140,7 @@ def describe(
         report.draw_confusion(predictions, record["task"]["classes"], title, picture)
         files += [trained / "weights.safetensors", picture]
     history: list[Any] = pd.read_csv(trained / "history.csv").to_dict("records")
-    return tracking.run_with_results(record, figures, history, tags, origin, files)
+    return runs.run_with_results(record, figures, history, tags, origin, files)
 
 
 def colour(names: Sequence[str], name: str) -> dict[str, str]:

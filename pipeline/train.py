@@ -15,34 +15,36 @@ import pandas as pd
 import safetensors.torch
 import torch
 
-from convoy import models, transfer
-from convoy.batches import Images
-from convoy.checkpoint import Checkpoint
-from convoy.config import ConvoyError, Seed
-from convoy.datamodule import ImageData
-from convoy.hardware import Trainer, choose, environment, multiply_adds
-from convoy.hashes import sha256
-from convoy.recipe import Train
-from convoy.task import Task
-from convoy.training import COLUMNS, fit
+from convoy import models
+from convoy.config import Seed
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.recipe import TrainConfig
+from convoy.training import init_weights
+from convoy.training.checkpoint import Checkpoint
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
+from convoy.training.module import COLUMNS, fit
 from pipeline.stage import MARK, Stage, main
 
 
 def train(stage: Stage) -> None:
     """Train one architecture."""
-    params = stage.typed(Train, "train")
+    params = stage.typed(TrainConfig, "train")
     seed = stage.typed(Seed, "seed")
     architecture = stage.item
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
-    task = Task.load(prepared / "task.json")
+    task = DatasetInfo.load(prepared / "task.json")
 
     torch.manual_seed(seed)
     classifier = models.build(architecture, settings, task)
-    start = transfer.start(
+    start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: bring(stage, init, folder), stage.scratch
     )
-    choice = choose(stage.typed(Trainer, "trainer"), classifier)
+    choice = choose(stage.typed(TrainerConfig, "trainer"), classifier)
     if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():  # each would take itself for the first
         raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = environment(choice)
@@ -60,7 +62,7 @@ def train(stage: Stage) -> None:
         "identity": identity,
         "init": start,
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-        "multiply_adds": multiply_adds(classifier),
+        "multiply_adds": count_macs(classifier),
         "environment": machine,
     }
     live = Live(stage, record)

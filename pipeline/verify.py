@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from convoy import config, served, tracking
-from convoy.batches import Images
-from convoy.config import ConvoyError
-from convoy.evaluation import PREFIX
-from pipeline.stage import home_of
+from convoy import config
+from convoy.data.arrays import Images
+from convoy.errors import ConvoyError
+from convoy.evaluation.metrics import PREFIX
+from convoy.registry import model_loader
+from convoy.tracking.store import TrackingStore, open_store
+from pipeline.stage import project_root
 
 IMAGES = 200  # that it answers, at most
 
@@ -27,16 +29,16 @@ def main() -> None:
     root = Path.cwd()
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(home_of(root), name) as store:
+        with open_store(project_root(root), name) as store:
             print(verify(store, options.model, options.evaluated, options.prepared))
     except ConvoyError as error:
         sys.exit(f"convoy: verify: {error}")
 
 
-def verify(store: tracking.Store, uri: str, evaluated: Path, prepared: Path) -> str:
+def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> str:
     """What was found, in words; raises ConvoyError where the model is not what was evaluated."""
     pixels, expected = sample(evaluated, prepared)
-    difference = served.verify(served.find(store, uri), pixels, expected, store.scratch)
+    difference = model_loader.verify(model_loader.find(store, uri), pixels, expected, store.scratch)
     return f"{uri} answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
 
 

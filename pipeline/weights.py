@@ -7,9 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from convoy import config, served, tracking
-from convoy.config import ConvoyError
-from pipeline.stage import home_of
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.registry import model_loader
+from convoy.tracking.store import open_store
+from pipeline.stage import project_root
 
 
 def main() -> None:
@@ -22,8 +24,8 @@ def main() -> None:
     root = Path.cwd()
     try:
         name = config.load(root / "params.yaml")["register"]["name"]
-        with tracking.store(home_of(root), name) as store:
-            print(served.fetch_weights(store, name, options.architecture, options.init, options.folder))
+        with open_store(project_root(root), name) as store:
+            print(model_loader.fetch_weights(store, name, options.architecture, options.init, options.folder))
     except ConvoyError as error:
         sys.exit(f"convoy: weights: {error}")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from convoy.datasets.folders import read_folder
-from convoy.datasets.source import Member
-from convoy.images import BadImage
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.base import Sample
+from convoy.data.sources.folder import read_folder
 
 
 def png(value: int = 0) -> bytes:
@@ -59,7 +59,7 @@ ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {
 }
 
 
-def read(data: Path) -> list[Member]:
+def read(data: Path) -> list[Sample]:
     """All members of the data, which are as many and of the classes that were promised."""
     source = read_folder(data)
     members = list(source.members)
@@ -75,11 +75,11 @@ def rows(data: Path) -> list[tuple[str, str, str]]:
     return [(member.path, member.label, member.split) for member in members]
 
 
-def faults(members: list[Member]) -> list[str]:
-    return [f"{member.path} {member.content}" for member in members if isinstance(member.content, BadImage)]
+def faults(members: list[Sample]) -> list[str]:
+    return [f"{member.path} {member.content}" for member in members if isinstance(member.content, InvalidImageError)]
 
 
-def content(member: Member) -> bytes:
+def content(member: Sample) -> bytes:
     """What a member holds, which is read here where it is only named."""
     assert isinstance(member.content, str | bytes), str(member.content)
     return Path(member.content).read_bytes() if isinstance(member.content, str) else member.content

@@ -11,8 +11,10 @@ from project import REAL
 from safetensors.torch import save_file
 
 import convoy
-from convoy import models, registry, tracking
-from convoy.task import Task
+from convoy import models
+from convoy.data.dataset_info import DatasetInfo
+from convoy.registry import versions
+from convoy.tracking.store import open_store
 
 PACKAGE = Path(convoy.__file__).parent
 CLASSES = ["cat", "dog", "fox"]
@@ -25,7 +27,7 @@ def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = N
     task = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
     task |= {"mean": [0.5] * channels, "std": [0.25] * channels}
     torch.manual_seed(0)
-    save_file(models.build("lenet", settings, Task(**task)).state_dict(), folder / "weights.safetensors")
+    save_file(models.build("lenet", settings, DatasetInfo(**task)).state_dict(), folder / "weights.safetensors")
     record = {"architecture": "lenet", "settings": settings, "task": task, "seed": 1, **(more or {})}
     (folder / "record.json").write_text(json.dumps(record))
     (folder / "calibration.json").write_text(json.dumps({"temperature": 1.5, "val_log_loss": 0.1}))
@@ -37,14 +39,14 @@ def register(root: Path) -> ModelVersion:
     """A version in the embedded store of the project folder `root`, and the champion's alias on it."""
     files = leave(root / "left")
     root.joinpath("params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: auto\n")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id).info.run_id
-        version = registry.register(
+        version = versions.register(
             store,
             name="convoy",
             run_id=run,
             identity="made here",
-            model=PACKAGE / "serving.py",
+            model=PACKAGE / "inference/pyfunc_model.py",
             files=files,
             code=PACKAGE,
             step=1,

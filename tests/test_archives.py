@@ -15,10 +15,10 @@ from given import ARCHIVES, PETS, SPLIT_PETS, content, faults, png, read, rows, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError
-from convoy.datasets import archives
-from convoy.datasets.folders import read_folder
-from convoy.images import BadImage
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources import archive as archives
+from convoy.data.sources.folder import read_folder
+from convoy.errors import ConvoyError
 
 every_archive = pytest.mark.parametrize("kind", ARCHIVES)
 
@@ -198,7 +198,7 @@ def test_an_archive_with_wrong_bytes_is_read_or_refused(
     except ConvoyError as refusal:
         assert f"pets.{kind}" in str(refusal) or "holds no images" in str(refusal)
     else:
-        assert all(isinstance(member.content, bytes | BadImage) for member in members)
+        assert all(isinstance(member.content, bytes | InvalidImageError) for member in members)
     finally:
         shutil.rmtree(data)
 

@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convoy.augmentation import GROUPS, Augment, augment, mix
+from convoy.recipe import AugmentConfig
+from convoy.training.augmentation import GROUPS, augment, mix
 
-NOTHING = Augment(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+NOTHING = AugmentConfig(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
 
 
-def asked(**changes: Any) -> Augment:
+def asked(**changes: Any) -> AugmentConfig:
     """Settings that ask for these changes and no other."""
     return dataclasses.replace(NOTHING, **changes)
 
 
-def name(params: Augment) -> str:
+def name(params: AugmentConfig) -> str:
     return " ".join(f"{key}={value}" for key, value in vars(params).items() if value != getattr(NOTHING, key))
 
 
@@ -70,7 +71,7 @@ def test_nothing_changes_where_nothing_is_asked() -> None:
 @pytest.mark.parametrize("count", [1, 33])
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 4)], ids=str)
 def test_images_keep_their_shape_and_type_and_the_given_ones_stay_as_they_are(
-    changes: Augment, channels: int, count: int, size: tuple[int, int]
+    changes: AugmentConfig, channels: int, count: int, size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     pixels = noise(count, *size, channels)
@@ -81,7 +82,9 @@ def test_images_keep_their_shape_and_type_and_the_given_ones_stay_as_they_are(
 
 
 @every_change
-def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_gives_others(changes: Augment) -> None:
+def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_gives_others(
+    changes: AugmentConfig,
+) -> None:
     def changed(seed: int) -> Tensor:
         torch.manual_seed(seed)
         return augment(noise(), changes)
@@ -92,7 +95,7 @@ def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_give
 
 @every_change
 @grey_and_colour
-def test_a_device_is_told_what_to_do_and_never_asked(changes: Augment, channels: int) -> None:
+def test_a_device_is_told_what_to_do_and_never_asked(changes: AugmentConfig, channels: int) -> None:
     for seed in range(3):  # a policy does something else each time
         torch.manual_seed(seed)
         augment(noise(channels=channels), changes)
@@ -106,14 +109,14 @@ def test_a_device_is_told_what_to_do_and_never_asked(changes: Augment, channels:
 
 
 @every_change
-def test_each_batch_is_changed_by_deterministic_operations(changes: Augment, deterministic: None) -> None:
+def test_each_batch_is_changed_by_deterministic_operations(changes: AugmentConfig, deterministic: None) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         augment(noise(), changes)
 
 
 @every_change
-def test_images_that_are_not_side_by_side_in_memory_are_changed_alike(changes: Augment) -> None:
+def test_images_that_are_not_side_by_side_in_memory_are_changed_alike(changes: AugmentConfig) -> None:
     pixels = (
         torch.arange(12 * 10 * 3, dtype=torch.uint8).reshape(1, 3, 12, 10).permute(0, 2, 3, 1).expand(50, -1, -1, -1)
     )
@@ -174,7 +177,7 @@ def test_no_pixel_is_invented_and_the_given_images_stay_as_they_are(
         assert set(map(tuple, other.flatten(0, 1).tolist())) <= set(map(tuple, image.flatten(0, 1).tolist()))
 
 
-def drawn(pixels: Tensor, params: Augment) -> Tensor:
+def drawn(pixels: Tensor, params: AugmentConfig) -> Tensor:
     """What `augment` promises, an image at a time, from the same random numbers."""
     count = len(pixels)
     down = right = torch.zeros(count, 1, dtype=torch.int64)
@@ -330,7 +333,9 @@ def test_nothing_is_mixed_where_nothing_is_asked() -> None:
 
 @every_mix
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_targets_are_shares_of_an_images_own_class_and_of_that_of_the_one_before(mixed: Augment, count: int) -> None:
+def test_targets_are_shares_of_an_images_own_class_and_of_that_of_the_one_before(
+    mixed: AugmentConfig, count: int
+) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         x, labels = numbered(count)
@@ -349,13 +354,13 @@ def test_targets_are_shares_of_an_images_own_class_and_of_that_of_the_one_before
 
 
 @every_mix
-def test_a_batch_of_one_class_has_that_class_alone_as_its_target(mixed: Augment) -> None:
+def test_a_batch_of_one_class_has_that_class_alone_as_its_target(mixed: AugmentConfig) -> None:
     x, labels = numbered()
     assert mix(x, labels * 0 + 2, 3, mixed)[1].equal(torch.tensor([[0.0, 0.0, 1.0]]).repeat(5, 1))
 
 
 @every_mix
-def test_an_image_that_is_alone_in_its_batch_stays_as_it_is(mixed: Augment) -> None:
+def test_an_image_that_is_alone_in_its_batch_stays_as_it_is(mixed: AugmentConfig) -> None:
     x = torch.randn(1, 3, 8, 8)
     images, targets = mix(x, torch.tensor([1]), 3, mixed)
     assert images.equal(x)
@@ -406,7 +411,7 @@ def test_with_both_a_batch_is_blended_or_pasted_as_often() -> None:
 
 
 @every_mix
-def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives_another(mixed: Augment) -> None:
+def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives_another(mixed: AugmentConfig) -> None:
     def after(seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         return mix(*numbered(), 5, mixed)
@@ -416,14 +421,16 @@ def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives
 
 
 @every_mix
-def test_a_mix_keeps_the_order_of_values_in_memory(mixed: Augment) -> None:
+def test_a_mix_keeps_the_order_of_values_in_memory(mixed: AugmentConfig) -> None:
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     images, _ = mix(x, torch.arange(4), 4, mixed)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @every_mix
-def test_a_device_mixes_by_deterministic_operations_and_is_never_asked(mixed: Augment, deterministic: None) -> None:
+def test_a_device_mixes_by_deterministic_operations_and_is_never_asked(
+    mixed: AugmentConfig, deterministic: None
+) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
         mix(*numbered(), 5, mixed)

@@ -18,75 +18,76 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.model_registry.abstract_store import AbstractStore
 
-from convoy import champion, registry, tracking
-from convoy.champion import (
+from convoy.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.promotion.champion import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
-    Event,
+    PromotionEvent,
+    audit_log,
+    complete_pending,
     current,
-    finish,
-    move,
     roll_back,
-    trail,
+    set_champion,
     was_rolled_back,
 )
-from convoy.config import ConvoyError
-from convoy.tracking import Store
+from convoy.registry import versions as registry
+from convoy.tracking.store import TrackingStore, open_store
 
 NAME = "convoy"
 
 
 @pytest.fixture
-def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingStore]:
     """A registry with four versions, and no champion yet."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(empty, tmp_path)
-    with tracking.store(tmp_path, NAME) as opened:
+    with open_store(tmp_path, NAME) as opened:
         opened.client.create_registered_model(NAME)
         for _ in range(4):
             opened.client.create_model_version(NAME, source=(tmp_path / "mlartifacts").as_uri())
         yield opened
 
 
-def promotion(before: int | None, after: int) -> Event:
-    return Event(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
+def promotion(before: int | None, after: int) -> PromotionEvent:
+    return PromotionEvent(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
 
 
-def aliases(store: Store) -> dict[str, int]:
+def aliases(store: TrackingStore) -> dict[str, int]:
     return {name: int(version) for name, version in store.client.get_registered_model(NAME).aliases.items()}
 
 
-def test_before_the_first_there_is_none_and_then_there_is(store: Store) -> None:
+def test_before_the_first_there_is_none_and_then_there_is(store: TrackingStore) -> None:
     assert current(store, NAME) is None
-    move(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, promotion(None, 1))
     assert current(store, NAME) == 1
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_a_move_keeps_the_champion_before_and_tells_who_when_and_why(store: Store) -> None:
+def test_a_move_keeps_the_champion_before_and_tells_who_when_and_why(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
-    table = trail(store, NAME)
+    table = audit_log(store, NAME)
     assert table["after"].tolist() == [1, 3]
     assert table["before"].astype(object).where(table["before"].notna(), None).tolist() == [None, 1]
     assert set(table["who"]) == {"ada"}
     assert table["time"].is_monotonic_increasing
 
 
-def test_a_champion_that_another_moved_meanwhile_is_left_alone(store: Store) -> None:
-    move(store, NAME, promotion(None, 1))
+def test_a_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStore) -> None:
+    set_champion(store, NAME, promotion(None, 1))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")  # by hand
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now: nothing was"):
-        move(store, NAME, promotion(1, 3))
+        set_champion(store, NAME, promotion(1, 3))
     assert aliases(store) == {CHAMPION: 2}
-    assert trail(store, NAME)["after"].tolist() == [1]
+    assert audit_log(store, NAME)["after"].tolist() == [1]
 
 
 @pytest.mark.parametrize("how", ["version", "alias"])
-def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: Store, how: str) -> None:
-    move(store, NAME, promotion(None, 1))
+def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: TrackingStore, how: str) -> None:
+    set_champion(store, NAME, promotion(None, 1))
     if how == "version":
         store.client.delete_model_version(NAME, "1")
     else:
@@ -94,12 +95,12 @@ def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: Store, 
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
         current(store, NAME)
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is none now"):
-        move(store, NAME, promotion(1, 2))
+        set_champion(store, NAME, promotion(1, 2))
 
 
-def test_a_rollback_brings_back_the_champion_before(store: Store) -> None:
+def test_a_rollback_brings_back_the_champion_before(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
     assert (event.before, event.after) == (2, 1)
     assert aliases(store) == {CHAMPION: 1}
@@ -107,12 +108,12 @@ def test_a_rollback_brings_back_the_champion_before(store: Store) -> None:
     assert taken_back is not None
     assert taken_back.reason == "it fails on photographs at night"
     assert was_rolled_back(store, NAME, 1) is None
-    assert trail(store, NAME)["kind"].tolist() == ["promotion", "promotion", "rollback"]
+    assert audit_log(store, NAME)["kind"].tolist() == ["promotion", "promotion", "rollback"]
 
 
-def test_each_rollback_goes_one_champion_further_back(store: Store) -> None:
+def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 2
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad, too", "bob", "1" * 40).after == 1
@@ -120,76 +121,76 @@ def test_each_rollback_goes_one_champion_further_back(store: Store) -> None:
         roll_back(store, NAME, "bad, too", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 1}
 
-    move(store, NAME, promotion(1, 4))
+    set_champion(store, NAME, promotion(1, 4))
     assert aliases(store) == {CHAMPION: 4, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "bad", "bob", "1" * 40)
 
 
-def test_a_rolled_back_version_loses_the_alias_challenger(store: Store) -> None:
+def test_a_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHALLENGER, "2")
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_a_rollback_passes_over_deleted_versions(store: Store) -> None:
+def test_a_rollback_passes_over_deleted_versions(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     store.client.delete_model_version(NAME, "2")
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
-def test_a_rollback_helps_where_the_champion_was_deleted(store: Store) -> None:
+def test_a_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     store.client.delete_model_version(NAME, "3")
     roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
 
 
-def test_what_was_rolled_back_is_known_after_the_target_is_gone(store: Store) -> None:
+def test_what_was_rolled_back_is_known_after_the_target_is_gone(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.delete_model_version(NAME, "2")
     assert was_rolled_back(store, NAME, 3) is not None
     assert roll_back(store, NAME, "it was deleted", "bob", "1" * 40).after == 1
 
 
-def test_an_alias_moved_by_hand_is_where_a_rollback_begins(store: Store) -> None:
+def test_an_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
-    finish(store, NAME)
+    complete_pending(store, NAME)
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
-    move(store, NAME, promotion(2, 4))
+    set_champion(store, NAME, promotion(2, 4))
     assert [roll_back(store, NAME, "bad", "bob", "1" * 40).after for _ in range(2)] == [2, 1]
 
 
-def test_a_rolled_back_champion_set_by_hand_is_passed_over(store: Store) -> None:
+def test_a_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
-    move(store, NAME, promotion(2, 3))
+    set_champion(store, NAME, promotion(2, 3))
     assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
-def test_the_wrong_alias_of_an_earlier_release_is_corrected(store: Store) -> None:
+def test_the_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        move(store, NAME, promotion(before, after))
+        set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, PREVIOUS, "2")
-    finish(store, NAME)
+    complete_pending(store, NAME)
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_without_a_champion_before_there_is_nothing_to_go_back_to(store: Store) -> None:
-    move(store, NAME, promotion(None, 1))
+def test_without_a_champion_before_there_is_nothing_to_go_back_to(store: TrackingStore) -> None:
+    set_champion(store, NAME, promotion(None, 1))
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "why not", "bob", "1" * 40)
 
@@ -207,7 +208,7 @@ WRITES = sorted(
 
 
 @pytest.fixture
-def dying(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list with the number of writes to MLflow after which the process dies; what dies cleans nothing up."""
     left = [10**9]
     registry = store.client._get_registry_client().store
@@ -227,24 +228,24 @@ def dying(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_whatever_dies_between_two_steps_leaves_the_old_or_the_new_and_the_next_run_ends_it(
-    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, promotion(None, 1))
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     before, after, ends = 1, 2, set()
     for writes in range(30):
         dying[0] = writes
         try:
-            move(store, NAME, promotion(before, after))
+            set_champion(store, NAME, promotion(before, after))
             died = False
         except Killed:
             died = True
         dying[0] = 10**9
         assert aliases(store)[CHAMPION] in (before, after)
-        finish(store, NAME)
+        complete_pending(store, NAME)
         moved = aliases(store)[CHAMPION] == after
         ends.add((died, moved))
-        known = trail(store, NAME)
+        known = audit_log(store, NAME)
         assert (known["after"].iloc[-1] == after) == moved
         if moved:
             assert aliases(store)[PREVIOUS] == before
@@ -275,7 +276,7 @@ def test_a_rollback_target_is_the_last_champion_in_good_standing(steps: list[str
             there.add(line[-1])
             events.append(promotion(champion_now, line[-1]))
         elif step == "roll back" and expected:
-            events.append(Event(champion.now(), "rollback", champion_now, expected, "ada", "", "bad"))
+            events.append(PromotionEvent(champion.now(), "rollback", champion_now, expected, "ada", "", "bad"))
             rolled_back_ever |= {champion_now} - {None}
             del line[line.index(expected) + 1 :]
         elif step == "delete":
@@ -297,7 +298,7 @@ STEPS = st.lists(
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_rollbacks_go_back_through_any_history(
-    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int, int]]
+    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int, int]]
 ) -> None:
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     name = store.client.create_registered_model(f"model {uuid.uuid4().hex}").name
@@ -317,11 +318,13 @@ def test_rollbacks_go_back_through_any_history(
             continue
         if step == "promote":
             made = store.client.create_model_version(name, source=store.experiment.artifact_location)
-            event = Event(champion.now(), "promotion", line[-1] if is_crowned else None, int(made.version), "", "", "")
+            event = PromotionEvent(
+                champion.now(), "promotion", line[-1] if is_crowned else None, int(made.version), "", "", ""
+            )
             if line and not is_crowned:  # nothing is promoted then
                 continue
             after: list[int] = [*line, event.after]
-            act = functools.partial(move, store, name, event)
+            act = functools.partial(set_champion, store, name, event)
         else:
             act = functools.partial(roll_back, store, name, "bad", "bob", "")
             if expected is None:
@@ -333,7 +336,7 @@ def test_rollbacks_go_back_through_any_history(
         with contextlib.suppress(Killed):
             act()
         dying[0] = 10**9
-        finish(store, name)
+        complete_pending(store, name)
         found = champion.version_of(store, name, CHAMPION)
         if found is not None and int(found.version) == after[-1]:
             ever |= {*line} - {*after}
@@ -348,15 +351,15 @@ def test_rollbacks_go_back_through_any_history(
 
 
 def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_first(
-    store: Store, dying: list[int], monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     for writes in range(30):
         dying[0] = writes
         with contextlib.suppress(Killed):
-            move(store, NAME, promotion(None, 1))
+            set_champion(store, NAME, promotion(None, 1))
         dying[0] = 10**9
-        finish(store, NAME)
+        complete_pending(store, NAME)
         if current(store, NAME) is not None:
             break
     assert writes > 1
@@ -366,25 +369,25 @@ def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_firs
         current(store, NAME)
 
 
-def test_a_verdict_is_whole_or_counts_for_nothing(store: Store, dying: list[int]) -> None:
+def test_a_verdict_is_whole_or_counts_for_nothing(store: TrackingStore, dying: list[int]) -> None:
     for writes in range(5):
-        registry.keep_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
+        registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
         dying[0] = writes
         with pytest.raises(Killed):
-            registry.keep_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
+            registry.save_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
         dying[0] = 10**9
-        assert registry.judged(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
-        assert registry.judged(store, NAME, 1, "as it is") is None
+        assert registry.cached_verdict(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
+        assert registry.cached_verdict(store, NAME, 1, "as it is") is None
         assert registry.best_ever(store, NAME, {1, 2}) == 1
 
 
-def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Store) -> None:
-    move(store, NAME, promotion(None, 1))
+def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: TrackingStore) -> None:
+    set_champion(store, NAME, promotion(None, 1))
     ends: list[str] = []
 
     def contend(after: int) -> None:
         try:
-            move(dataclasses.replace(store, client=MlflowClient()), NAME, promotion(1, after))
+            set_champion(dataclasses.replace(store, client=MlflowClient()), NAME, promotion(1, after))
             ends.append(f"moved to {after}")
         except ConvoyError as error:
             ends.append(str(error))
@@ -397,21 +400,21 @@ def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Store) -
     won = aliases(store)[CHAMPION]
     assert f"moved to {won}" in ends
     assert any("was version 1 when it was compared" in end for end in ends)
-    assert trail(store, NAME)["after"].tolist() == [1, won]
+    assert audit_log(store, NAME)["after"].tolist() == [1, won]
 
 
-def test_a_lock_is_waited_for_and_then_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_waited_for_and_then_said(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "PATIENCE", 1)
-    with champion.alone(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
-        move(store, NAME, promotion(None, 1))
-    move(store, NAME, promotion(None, 1))
+    with champion.registry_lock(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
+        set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, promotion(None, 1))
 
 
-def test_the_lock_of_a_process_that_is_gone_is_broken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_process_that_is_gone_is_broken(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getpid", lambda: 2**30)  # larger than any
-    champion._take(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
+    champion._acquire(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
     monkeypatch.undo()
-    move(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, promotion(None, 1))
     assert current(store, NAME) == 1
 
 
@@ -421,18 +424,18 @@ def test_the_lock_of_a_process_on_another_machine_is_not_taken_for_a_dead_ones()
     assert not champion._is_dead(f"{champion.socket.gethostname()} {champion.os.getpid()} held")
 
 
-def test_who_was_taken_for_dead_does_not_remove_the_lock_of_the_next(store: Store) -> None:
+def test_who_was_taken_for_dead_does_not_remove_the_lock_of_the_next(store: TrackingStore) -> None:
     lock = f"{NAME}.moving"
-    with champion.alone(store, NAME):
+    with champion.registry_lock(store, NAME):
         store.client.delete_registered_model(lock)  # as another process does after a quarter of an hour
-        champion._take(store, lock, "another-machine 1 held")
+        champion._acquire(store, lock, "another-machine 1 held")
     assert store.client.get_registered_model(lock).tags["owner"] == "another-machine 1 held"
 
 
 def test_an_alias_that_is_set_by_hand_in_the_very_moment_of_a_move_is_seen(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, promotion(None, 1))
     write = MlflowClient.set_registered_model_alias
 
     def overtaken(client: MlflowClient, name: str, alias: str, version: str) -> None:
@@ -442,15 +445,15 @@ def test_an_alias_that_is_set_by_hand_in_the_very_moment_of_a_move_is_seen(
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overtaken)
     with pytest.raises(ConvoyError, match="was moved by another at the same moment"):
-        move(store, NAME, promotion(1, 2))
+        set_champion(store, NAME, promotion(1, 2))
     monkeypatch.undo()
-    finish(store, NAME)
-    assert trail(store, NAME)["after"].tolist() == [1]
+    complete_pending(store, NAME)
+    assert audit_log(store, NAME)["after"].tolist() == [1]
 
 
 @pytest.mark.parametrize("asked", ["get_model_version_by_alias", "get_registered_model"])
 def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(
-    asked: str, store: Store, monkeypatch: pytest.MonkeyPatch
+    asked: str, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*_: object) -> None:
         raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
@@ -460,15 +463,15 @@ def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(
         current(store, NAME)
 
 
-def test_this_look_counts_and_those_at_other_images_do_not(store: Store) -> None:
-    assert registry.count_looks(store, NAME, 1, "images") == 1  # not written down yet
+def test_this_look_counts_and_those_at_other_images_do_not(store: TrackingStore) -> None:
+    assert registry.count_test_set_uses(store, NAME, 1, "images") == 1  # not written down yet
     for version, seen in ((1, "images"), (2, "images"), (3, "others")):
-        registry.keep_verdict(store, NAME, version, "key", "HOLD", seen, 0.5)
-    assert [registry.count_looks(store, NAME, version, "images") for version in (1, 2, 3, 4)] == [2, 2, 3, 3]
+        registry.save_verdict(store, NAME, version, "key", "HOLD", seen, 0.5)
+    assert [registry.count_test_set_uses(store, NAME, version, "images") for version in (1, 2, 3, 4)] == [2, 2, 3, 3]
 
 
-def test_the_best_ever_is_the_best_of_those_that_were_champions(store: Store) -> None:
+def test_the_best_ever_is_the_best_of_those_that_were_champions(store: TrackingStore) -> None:
     for version, accuracy in ((1, 0.5), (2, 0.7), (3, 0.9)):
-        registry.keep_verdict(store, NAME, version, "key", "HOLD", "images", accuracy)
+        registry.save_verdict(store, NAME, version, "key", "HOLD", "images", accuracy)
     assert registry.best_ever(store, NAME, {1, 2, 4}) == 2
     assert registry.best_ever(store, NAME, {4}) is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from convoy.checkpoint import Checkpoint
+from convoy.training.checkpoint import Checkpoint
 
 
 def test_what_was_saved_last_comes_back(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convoy import config, models
-from convoy.config import ConvoyError, Count, Share, Whole, check_sections, typed
-from convoy.datasets.source import Dataset
-from convoy.gate import Gate
-from convoy.preprocessing import Preprocess
+from convoy.config import Count, Share, Whole, check_sections, typed
+from convoy.data.preprocessing import PreprocessConfig
+from convoy.data.sources.base import DatasetConfig
+from convoy.errors import ConvoyError
+from convoy.promotion.gate import GateConfig
 
 ROOT = Path(__file__).parents[1]
 SOUND: dict[str, Any] = {
@@ -40,7 +41,7 @@ def lenet(**augment: object) -> dict[str, Any]:
 
 
 def test_sound_values_come_out_as_they_are() -> None:
-    params = typed(Preprocess, SOUND, "preprocess")
+    params = typed(PreprocessConfig, SOUND, "preprocess")
     assert {key: getattr(params, key) for key in SOUND} == SOUND
 
 
@@ -72,7 +73,7 @@ def test_a_whole_number_will_do_for_a_number_with_a_fraction() -> None:
 )
 def test_a_wrong_value_is_named_with_what_it_may_be(key: str, value: object, message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
-        typed(Preprocess, SOUND | {key: value}, "preprocess")
+        typed(PreprocessConfig, SOUND | {key: value}, "preprocess")
     assert message in str(refusal.value)
 
 
@@ -121,7 +122,7 @@ def test_of_a_key_with_two_kinds_of_value_both_are_told_in_one_line(wrong: dict[
 @pytest.mark.parametrize("values", [None, 3, "abc", [1, 2]])
 def test_a_section_that_is_no_table_is_refused_by_name(values: object) -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess="):
-        typed(Preprocess, values, "preprocess")
+        typed(PreprocessConfig, values, "preprocess")
 
 
 # Keys
@@ -129,7 +130,7 @@ def test_a_section_that_is_no_table_is_refused_by_name(values: object) -> None:
 
 def test_an_unknown_key_brings_the_known_one_that_is_like_it() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.siz: unknown key; did you mean size\?$"):
-        typed(Preprocess, SOUND | {"siz": 3}, "preprocess")
+        typed(PreprocessConfig, SOUND | {"siz": 3}, "preprocess")
 
 
 def test_a_key_like_no_other_brings_all_that_there_are() -> None:
@@ -137,17 +138,17 @@ def test_a_key_like_no_other_brings_all_that_there_are() -> None:
         r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
     )
     with pytest.raises(ConvoyError, match=message):
-        typed(Preprocess, SOUND | {"x": 3}, "preprocess")
+        typed(PreprocessConfig, SOUND | {"x": 3}, "preprocess")
 
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.size: missing; set it in conf/$"):
-        typed(Preprocess, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
+        typed(PreprocessConfig, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(ConvoyError) as refusal:
-        typed(Preprocess, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
+        typed(PreprocessConfig, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
     named = {line.split(":")[0].split("=")[0] for line in str(refusal.value).splitlines()}
     keys = ("size", "siz", "channels", "test_fraction", "val_fraction", "near_duplicate")
     assert named == {f"preprocess.{key}" for key in keys}
@@ -176,14 +177,14 @@ def test_a_key_in_a_table_that_may_be_left_out_is_helped_too() -> None:
         "torchvision": {"nme": "MNIST", "name": "MNIST", "splits": {"all": {}}},
     }
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.nme: unknown key; did you mean name\?$"):
-        typed(Dataset, values, "dataset")
+        typed(DatasetConfig, values, "dataset")
 
 
 @pytest.mark.parametrize("splits", [{}, {"training": {"train": True}}])
 def test_a_torchvision_set_needs_splits_that_we_know(splits: dict) -> None:
     values = {"name": "x", "longest_side": 9, "group": None, "torchvision": {"name": "MNIST", "splits": splits}}
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.splits"):
-        typed(Dataset, values, "dataset")
+        typed(DatasetConfig, values, "dataset")
 
 
 # Sections
@@ -344,10 +345,10 @@ def test_a_params_yaml_that_is_none_is_refused_with_the_mend(tmp_path: Path, con
 def test_unquoted_yaml_text_is_refused_with_the_quotes(written: str, said: str) -> None:
     values = yaml.safe_load((ROOT / "conf/dataset/folder.yaml").read_text()) | {"name": yaml.safe_load(written)}
     with pytest.raises(ConvoyError, match=re.escape(said)):
-        typed(Dataset, values, "dataset")
+        typed(DatasetConfig, values, "dataset")
 
 
 def test_unquoted_class_name_in_a_list_is_refused_too() -> None:
     gate = yaml.safe_load((ROOT / "params.yaml").read_text())["register"]["gate"]
     with pytest.raises(ConvoyError, match=r"register.gate.acknowledge.0=False: .* such as 'no'"):
-        typed(Gate, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")
+        typed(GateConfig, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")

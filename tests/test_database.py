@@ -16,8 +16,9 @@ from alembic.script import ScriptDirectory
 from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.initial_models import Base
 
-from convoy import database, tracking
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
+from convoy.tracking import database
+from convoy.tracking.store import open_store
 
 SCRIPTS = Path(mlflow.__file__).parent / "store" / "db_migrations"
 VERSIONS = [script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_revisions()][::-1]
@@ -113,7 +114,7 @@ def test_an_incomplete_database_without_runs_is_replaced(
     statements: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped_after(statements, tmp_path / "mlflow.db")
-    with tracking.store(tmp_path, "convoy") as store:
+    with open_store(tmp_path, "convoy") as store:
         assert store.experiment.name == "convoy"
     assert "mlflow.db was incomplete, as its creation was stopped, and held no run: moved to mlflow.db.inc" in (
         capsys.readouterr().out
@@ -161,7 +162,7 @@ def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
     before = contents(tmp_path)
     with (
         pytest.raises(ConvoyError, match=r"mlflow.db is a database, but not MLflow's \(its tables are addresses\)"),
-        tracking.store(tmp_path, "convoy"),
+        open_store(tmp_path, "convoy"),
     ):
         pass
     assert contents(tmp_path) == before
@@ -174,7 +175,7 @@ def test_a_database_of_another_project_is_left_as_it_is(age: str, tmp_path: Path
     before = contents(tmp_path)
     with (
         pytest.raises(ConvoyError, match=r"mlflow.db is of another project: it has its files in .*/other/mlruns/1"),
-        tracking.store(tmp_path, "convoy"),
+        open_store(tmp_path, "convoy"),
     ):
         pass
     assert contents(tmp_path) == before
@@ -183,7 +184,7 @@ def test_a_database_of_another_project_is_left_as_it_is(age: str, tmp_path: Path
 def test_runs_made_by_hand_in_this_folder_stay_beside_ours(tmp_path: Path, empty: Path) -> None:
     shutil.copy(empty, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path / "mlruns/1")
-    with tracking.store(tmp_path, "convoy") as store:
+    with open_store(tmp_path, "convoy") as store:
         assert store.experiment.name == "convoy"
     assert runs(tmp_path / "mlflow.db") == ["precious"]
 
@@ -208,7 +209,7 @@ def test_a_database_of_an_older_mlflow_is_upgraded_as_a_copy(
     shutil.copy(older, file)
     execute(file, f"pragma journal_mode = {mode}")
     add_run(file, tmp_path / "mlartifacts/theirs")
-    with tracking.store(tmp_path, "convoy"):
+    with open_store(tmp_path, "convoy"):
         pass
     assert runs(file) == ["precious"]
     (kept,) = tmp_path.glob("mlflow.db.before-*")
@@ -235,7 +236,7 @@ def test_an_upgrade_that_fails_leaves_the_database_as_it_was(
         pytest.raises(
             ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left as"
         ),
-        tracking.store(tmp_path, "convoy"),
+        open_store(tmp_path, "convoy"),
     ):
         pass
     after = contents(tmp_path)
@@ -269,6 +270,6 @@ def test_a_database_that_is_locked_is_said_to_be(tmp_path: Path, empty: Path, mo
         other.execute("begin exclusive")
         with (
             pytest.raises(ConvoyError, match=r"database is locked. Another process is writing to mlflow.db: wait"),
-            tracking.store(tmp_path, "convoy"),
+            open_store(tmp_path, "convoy"),
         ):
             pass

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from convoy import fonts
-from convoy.datacard import AsFound, AsPrepared, _tile, write_fetch_card, write_preprocess_card
+from convoy.data.card import FetchSummary, PreprocessSummary, _tile, write_fetch_card, write_preprocess_card
 
 RED = (255, 0, 0)
 LABELS = ["a|b", "<script>alert(1)</script>", "🦉 owl", "猫", "$x^2$ $y$", "__init__", "*star*", "`tick`", "007", "1e5",
@@ -42,7 +42,7 @@ def some(count: int) -> pd.DataFrame:
     return pd.DataFrame({"path": paths, "label": "cat", "reason": "is empty"}, dtype=str)
 
 
-def intake(table: pd.DataFrame, **more: Any) -> AsFound:
+def intake(table: pd.DataFrame, **more: Any) -> FetchSummary:
     empty = {
         "quarantine": some(0),
         "merged": pd.DataFrame({"path": [], "kept": []}, dtype=str),
@@ -50,7 +50,7 @@ def intake(table: pd.DataFrame, **more: Any) -> AsFound:
         "notes": [],
     }
     classes = list(dict.fromkeys(table["label"]))
-    return AsFound(**{"name": "toy", "classes": classes, "table": table, "images": plain()} | empty | more)
+    return FetchSummary(**{"name": "toy", "classes": classes, "table": table, "images": plain()} | empty | more)
 
 
 def pairs(table: pd.DataFrame, *rows: tuple[int, int]) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def pairs(table: pd.DataFrame, *rows: tuple[int, int]) -> pd.DataFrame:
     )
 
 
-def prepared(table: pd.DataFrame, **more: Any) -> AsPrepared:
+def prepared(table: pd.DataFrame, **more: Any) -> PreprocessSummary:
     measured = {"size": 8, "channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
     images = {
         "classes": sorted(set(table["label"])),
@@ -72,7 +72,7 @@ def prepared(table: pd.DataFrame, **more: Any) -> AsPrepared:
     near = more.get("near", pairs(table))
     counts = {"pairs": len(near), "doubtful": int((near["label"] != near["other_label"]).sum())}
     empty = {"near": near, "withheld": some(0), "notes": []} | counts
-    return AsPrepared(**{"name": "toy"} | measured | images | empty | more)
+    return PreprocessSummary(**{"name": "toy"} | measured | images | empty | more)
 
 
 def picture(file: Path) -> np.ndarray:
@@ -121,14 +121,14 @@ def headings(card: str) -> list[str]:
     return re.findall(r"^## (.*)", card, re.MULTILINE)
 
 
-def full_intake() -> AsFound:
+def full_intake() -> FetchSummary:
     table = listed(["cat"] * 7 + ["owl"] * 3)
     table.loc[0, ["height", "source_height"]] = 16, 900
     merged = pd.DataFrame({"path": ["cat/copy.png"], "kept": ["cat/1.png"]})
     return intake(table, quarantine=some(60), merged=merged, changes=["3 images of 'owl' are new."])
 
 
-def full_prepared() -> AsPrepared:
+def full_prepared() -> PreprocessSummary:
     table = listed(["cat"] * 7 + ["owl"] * 3).assign(split=["train", "train", "val", "test", "train"] * 2)
     return prepared(table, near=pairs(table, (0, 1), (2, 8)), withheld=some(2), notes=["Class 'owl' is small."])
 

@@ -9,11 +9,12 @@ import torch
 import yaml
 from project import REAL
 
-from convoy import datamodule
-from convoy.batches import Batches, Images
 from convoy.config import typed
-from convoy.datamodule import AHEAD, VAL_BATCH, Held, ImageData
-from convoy.recipe import Recipe
+from convoy.data.arrays import Images
+from convoy.recipe import RecipeConfig
+from convoy.training import datamodule
+from convoy.training.datamodule import PREFETCH_STEPS, VAL_BATCH, ImageData, ImageStore
+from convoy.training.sampler import Batches
 
 
 def numbered(count: int, size: int = 8) -> Images:
@@ -26,7 +27,7 @@ def numbered(count: int, size: int = 8) -> Images:
 def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
     images = numbered(train) if isinstance(train, int) else train
     values = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-    return ImageData(images, numbered(val), typed(Recipe, values | {"batch_size": 4} | recipe, "recipe"), 1)
+    return ImageData(images, numbered(val), typed(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
@@ -58,7 +59,7 @@ def test_no_more_images_are_validated_at_a_time_than_fit_where_a_batch_is_traine
 
 def test_images_are_moved_whole_to_a_device_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     images = numbered(100)
-    monkeypatch.setattr(datamodule, "UPLOAD", 7 * images.pixels[0].nbytes)
+    monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
     assert np.array_equal(datamodule.uploaded(images.pixels, torch.device("cpu")).numpy(), images.pixels)
 
 
@@ -87,23 +88,23 @@ def test_a_large_memory_map_gives_the_same_batches_and_each_is_asked_for_ahead_o
     images = numbered(100, size=100)  # rows that begin and end within a page
     np.save(tmp_path / "train_pixels.npy", images.pixels)
     np.save(tmp_path / "train_labels.npy", images.labels)
-    monkeypatch.setattr(datamodule, "STREAMED", 0)
+    monkeypatch.setattr(datamodule, "MMAP_PREFETCH_BYTES", 0)
     asked: list[list[int]] = []
-    expect = Held.expect
+    expect = ImageStore.expect
 
-    def noted(held: Held, rows: np.ndarray) -> None:
+    def noted(held: ImageStore, rows: np.ndarray) -> None:
         expect(held, rows)
         assert held.file
         asked.append(rows.tolist())
 
-    monkeypatch.setattr(Held, "expect", noted)
+    monkeypatch.setattr(ImageStore, "expect", noted)
     streamed, held = data(Images.load(tmp_path, "train")), data(images)
     batches = [streamed.batch(step) for step in range(25)]
     monkeypatch.undo()
     for step, (pixels, labels) in enumerate(batches):
         assert torch.equal(pixels, held.batch(step)[0])
         assert torch.equal(labels, held.batch(step)[1])
-    assert asked == [labels.tolist() for _, labels in batches[AHEAD:]]
+    assert asked == [labels.tolist() for _, labels in batches[PREFETCH_STEPS:]]
 
 
 def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> None:

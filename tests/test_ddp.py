@@ -18,9 +18,9 @@ import servers
 from project import REAL, make_project, run_stages
 
 from convoy import models
-from convoy.batches import Images
-from convoy.classifier import predict
-from convoy.task import Task
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models.base import predict
 
 # no random changes to images, which each process draws for its own part of a batch
 STILL = [
@@ -74,7 +74,7 @@ def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, 
     assert done.stdout.count("epoch 3/3") == 1  # one process tells
 
     # the validation figures are those of all images
-    task = Task.load(together / "artifacts/preprocess/task.json")
+    task = DatasetInfo.load(together / "artifacts/preprocess/task.json")
     classifier = models.restore("lenet", record["settings"], task, found / "weights.safetensors")
     val = Images.load(together / "artifacts/preprocess", "val")
     accuracy = (predict(classifier, val.pixels, 64).argmax(axis=1) == val.labels).mean()
@@ -131,7 +131,7 @@ def test_the_validation_figures_of_two_processes_are_those_of_the_kept_running_m
     assert done.returncode == 0, done.stderr
     found = root / "artifacts/train/resnet"
     record = json.loads((found / "record.json").read_text())
-    task = Task.load(root / "artifacts/preprocess/task.json")
+    task = DatasetInfo.load(root / "artifacts/preprocess/task.json")
     classifier = models.restore("resnet", record["settings"], task, found / "weights.safetensors")
     val = Images.load(root / "artifacts/preprocess", "val")
     probabilities = predict(classifier, val.pixels, 64)

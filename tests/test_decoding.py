@@ -21,17 +21,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_info
 
-import convoy.remembered
-from convoy import images, likeness
-from convoy.datasets import decoding, judging, shards
-from convoy.datasets.decoding import _taken, decoded
-from convoy.datasets.judging import BATCH_BYTES, INDEX, RECORDS, Batch, KnownFiles, judge, keep
-from convoy.datasets.shards import LIST, NEW, Writer
-from convoy.datasets.source import Content, Member, Source
-from convoy.images import FORMATS, BadImage, decode
-from convoy.remembered import EarlierRun
+import convoy.data.cache
+from convoy.data import decode_pool, decode_worker, near_duplicates, pixel_shards
+from convoy.data import image_io as images
+from convoy.data.cache import CacheDir
+from convoy.data.decode_pool import _taken, decode_all
+from convoy.data.decode_worker import BATCH_BYTES, INDEX, RECORDS, Batch, DecodeCache, decode_batch, keep
+from convoy.data.image_io import FORMATS, InvalidImageError, decode
+from convoy.data.pixel_shards import LIST, NEW, ShardWriter
+from convoy.data.sources.base import Content, Sample, Source
 
-NOTHING = EarlierRun(Path("nothing is remembered here"), Path("or here"))
+NOTHING = CacheDir(Path("nothing is remembered here"), Path("or here"))
 PHOTOGRAPH = load_sample_images().images[0][100:148, 200:264]
 
 
@@ -46,22 +46,22 @@ def noise(seed: int, size: int = 8) -> np.ndarray:
 
 
 def source(contents: list[Content]) -> Source:
-    return Source(["cat"], len(contents), (Member(str(n), "cat", "", "", c) for n, c in enumerate(contents)))
+    return Source(["cat"], len(contents), (Sample(str(n), "cat", "", "", c) for n, c in enumerate(contents)))
 
 
 def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], list[np.ndarray | str]]:
     """The path and the pixels of each member, or why there are none."""
     paths, found = [], []
-    for members, batch in decoded(source(contents), longest_side, NOTHING):
+    for members, batch in decode_all(source(contents), longest_side, NOTHING):
         paths += [member.path for member in members]
         images = images_of(batch)
         found += [fault or images.pop(0) for fault in batch.faults]
     return paths, found
 
 
-def images_of(batch: Batch, earlier: EarlierRun = NOTHING) -> list[np.ndarray]:
+def images_of(batch: Batch, earlier: CacheDir = NOTHING) -> list[np.ndarray]:
     images, start = [], 0
-    with contextlib.closing(KnownFiles.load(earlier)) as known:
+    with contextlib.closing(DecodeCache.load(earlier)) as known:
         for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
             if record["offset"] == NEW:
                 pixels = np.frombuffer(batch.pixels[start : (start := start + size)], np.uint8)
@@ -72,31 +72,31 @@ def images_of(batch: Batch, earlier: EarlierRun = NOTHING) -> list[np.ndarray]:
     return images
 
 
-def threads(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
-    """As `judge`, but the fault is the number of threads with which NumPy multiplies."""
+def threads(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+    """As `decode_batch`, but the fault is the number of threads with which NumPy multiplies."""
     numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
-    return dataclasses.replace(judge(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
+    return dataclasses.replace(decode_batch(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
 
 
-def two_at_most(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
-    """As `judge` where images are large: it takes the first of them only."""
-    return judge(contents[:2], longest_side, earlier)
+def two_at_most(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+    """As `decode_batch` where images are large: it takes the first of them only."""
+    return decode_batch(contents[:2], longest_side, earlier)
 
 
 def test_of_a_batch_that_is_taken_in_parts_each_image_comes_once_under_its_own_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decoding, "judge", two_at_most)
+    monkeypatch.setattr(decode_pool, "decode_batch", two_at_most)
     paths, found = whole([saved(noise(number)) for number in range(7)])
     assert paths == [str(number) for number in range(7)]
     assert all(np.array_equal(image, noise(number)) for number, image in enumerate(found))
 
 
 def test_processes_that_decode_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "judge", threads)
-    monkeypatch.setenv(decoding.THREADS, "2")
+    monkeypatch.setattr(decode_pool, "decode_batch", threads)
+    monkeypatch.setenv(decode_pool.THREADS, "2")
     assert whole([saved(noise(0))]) == (["0"], ["threads: {1}"])
-    assert os.environ[decoding.THREADS] == "2"
+    assert os.environ[decode_pool.THREADS] == "2"
 
 
 def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path)
 
 
 def test_a_fault_stands_in_its_place_and_the_others_are_decoded(tmp_path: Path) -> None:
-    contents = [saved(noise(1)), b"", BadImage("has no label"), str(tmp_path / "gone.png"), saved(noise(2))]
+    contents = [saved(noise(1)), b"", InvalidImageError("has no label"), str(tmp_path / "gone.png"), saved(noise(2))]
     _, (first, *faults, last) = whole(contents)
     assert faults == ["is empty", "has no label", "can't be read: No such file or directory"]
     assert np.array_equal(first, noise(1))
@@ -138,7 +138,7 @@ def test_pixels_larger_than_asked_are_reduced_too() -> None:
 
 
 def test_what_is_recorded_of_a_file() -> None:
-    batch = judge([saved(noise(0, 64)), saved(noise(0, 64), "BMP")], 32, NOTHING)
+    batch = decode_batch([saved(noise(0, 64)), saved(noise(0, 64), "BMP")], 32, NOTHING)
     one, other = batch.records
     assert (one["source_height"], one["source_width"], one["height"], one["width"]) == (64, 64, 32, 32)
     assert one["sha256"] != other["sha256"]  # of the file
@@ -148,27 +148,27 @@ def test_what_is_recorded_of_a_file() -> None:
 
 def test_what_judges_imports_none_of_the_large_libraries_for_which_each_run_would_wait() -> None:
     large = {"hydra", "pandas", "pyarrow", "pydantic", "torch"}
-    code = f"import sys, convoy.datasets.judging; print(*{large} & set(sys.modules))"
+    code = f"import sys, convoy.data.decode_worker; print(*{large} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 # Processes that die
 
 
-def crash(contents: list[Content], longest_side: int, earlier: EarlierRun) -> Batch:
-    """As `judge`, but one image ends the process, as broken PNGs did with torchvision, and another takes for ever."""
+def crash(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+    """Decode as `decode_batch`, but one image ends the process, as broken PNGs did, and another takes for ever."""
     if b"crash" in contents:
         os.kill(os.getpid(), signal.SIGSEGV)
     if b"hang" in contents:
         time.sleep(600)
-    return judge(contents, longest_side, earlier)
+    return decode_batch(contents, longest_side, earlier)
 
 
 def test_an_image_that_crashes_or_holds_up_its_decoder_is_named_and_the_others_survive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decoding, "judge", crash)
-    monkeypatch.setattr(decoding, "PATIENCE", 2)
+    monkeypatch.setattr(decode_pool, "decode_batch", crash)
+    monkeypatch.setattr(decode_pool, "PATIENCE", 2)
     pictures = [noise(number) for number in range(50)]
     contents: list[Content] = [saved(picture) for picture in pictures]
     contents[3], contents[45] = b"crash", b"hang"
@@ -217,7 +217,7 @@ def test_bits_flipped_in_a_real_picture_neither_crash_nor_hang_a_decoder(data: b
     random = np.random.default_rng(0)
     _, found = whole([flipped(flipped(data, random), random) for _ in range(600)])
     assert len(found) == 600
-    assert not {"crashes its decoder", f"takes more than {decoding.PATIENCE} seconds to decode"} & {
+    assert not {"crashes its decoder", f"takes more than {decode_pool.PATIENCE} seconds to decode"} & {
         fault for fault in found if isinstance(fault, str)
     }
 
@@ -233,19 +233,19 @@ def test_damage_that_a_jpeg_decoder_only_warns_of_is_a_fault() -> None:
 
 
 def remembered(folder: Path, contents: list[Content]) -> Batch:
-    batch = judge(contents, 512, NOTHING)
+    batch = decode_batch(contents, 512, NOTHING)
     records = batch.records.copy()
     records["offset"] = np.cumsum(batch.sizes) - batch.sizes
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Writer(folder / "pixels", None)) as pixels:
+    with contextlib.closing(ShardWriter(folder / "pixels", None)) as pixels:
         pixels.write(batch.records["picture"], batch.sizes, batch.records["offset"], batch.pixels)
     (folder / RECORDS).write_bytes(records.tobytes())
     keep(folder / RECORDS, folder / "pixels", memory(folder).folder)
     return batch
 
 
-def memory(folder: Path) -> EarlierRun:
-    return EarlierRun(folder / "remembered" / "here", folder)
+def memory(folder: Path) -> CacheDir:
+    return CacheDir(folder / "remembered" / "here", folder)
 
 
 def never(data: bytes, longest_side: int) -> None:
@@ -255,8 +255,8 @@ def never(data: bytes, longest_side: int) -> None:
 def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [saved(noise(number)) for number in range(9)]
     first = remembered(tmp_path / "first", contents)
-    monkeypatch.setattr(judging, "decode", never)
-    again = judge(contents[::-1], 512, memory(tmp_path / "first"))
+    monkeypatch.setattr(decode_worker, "decode", never)
+    again = decode_batch(contents[::-1], 512, memory(tmp_path / "first"))
     assert again.faults == [""] * 9
     assert (again.records["phash"] == first.records["phash"][::-1]).all()
     assert not again.pixels
@@ -271,7 +271,7 @@ def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
     folder = tmp_path_factory.mktemp("mixed")
     contents = [saved(noise(number)) for number in range(12)]
     remembered(folder / "first", contents[:6])
-    batch = judge([contents[number] for number in order], 512, memory(folder / "first"))
+    batch = decode_batch([contents[number] for number in order], 512, memory(folder / "first"))
     images = images_of(batch, memory(folder / "first"))
     assert len(batch.pixels) == sum(noise(number).size for number in order if number >= 6)
     assert all(np.array_equal(image, noise(number)) for image, number in zip(images, order, strict=True))
@@ -288,7 +288,7 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         shard.unlink()
-    again = judge([saved(noise(1)), saved(noise(2))], 512, earlier)
+    again = decode_batch([saved(noise(1)), saved(noise(2))], 512, earlier)
     assert again.faults == ["", ""]
     assert again.pixels  # that one
     assert all(np.array_equal(*pair) for pair in zip(images_of(again, earlier), images_of(first), strict=True))
@@ -298,20 +298,20 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
 def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, name: str) -> None:
     remembered(tmp_path, [saved(noise(1))])
     (memory(tmp_path).folder / name).write_bytes(b"")
-    assert len(judge([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
+    assert len(decode_batch([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Content]:
     """What is read from now on."""
     contents: list[Content] = []
-    truly = judging._read
+    truly = decode_worker._read
 
     def noted(content: Content) -> tuple[bytes | np.ndarray, bytes]:
         contents.append(content)
         return truly(content)
 
-    monkeypatch.setattr(judging, "_read", noted)
+    monkeypatch.setattr(decode_worker, "_read", noted)
     return contents
 
 
@@ -322,27 +322,27 @@ def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
     for number, file in enumerate(files, 1):
         file.write_bytes(saved(noise(number, 9), "BMP"))
     before, paths = files[1].stat(), [str(file) for file in files]
-    monkeypatch.setattr(judging, "SETTLED", 0)
+    monkeypatch.setattr(decode_worker, "SETTLED", 0)
     remembered(tmp_path, [*paths])
     read.clear()
-    assert judge([*paths], 512, memory(tmp_path)).faults == ["", ""]
+    assert decode_batch([*paths], 512, memory(tmp_path)).faults == ["", ""]
     assert read == []
 
     files[1].write_bytes(flipped(files[1].read_bytes(), np.random.default_rng(0)))
     os.utime(files[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had happened
     assert files[1].stat().st_size == before.st_size
-    judge([*paths], 512, memory(tmp_path))
+    decode_batch([*paths], 512, memory(tmp_path))
     assert read == [paths[1]]
 
 
 def test_a_file_may_have_any_number_and_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, truly = tmp_path / "1.png", os.read
     file.write_bytes(saved(noise(1)))
-    monkeypatch.setattr(judging.os, "read", lambda file, size: truly(file, min(size, 100)))
+    monkeypatch.setattr(decode_worker.os, "read", lambda file, size: truly(file, min(size, 100)))
     told = {name: getattr(file.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns")}
-    monkeypatch.setattr(judging.os, "fstat", lambda _: SimpleNamespace(**told, st_ino=2**64 - 1))
-    monkeypatch.setattr(judging, "SETTLED", 0)
-    assert judge([str(file)], 512, NOTHING).faults == [""]
+    monkeypatch.setattr(decode_worker.os, "fstat", lambda _: SimpleNamespace(**told, st_ino=2**64 - 1))
+    monkeypatch.setattr(decode_worker, "SETTLED", 0)
+    assert decode_batch([str(file)], 512, NOTHING).faults == [""]
 
 
 def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
@@ -351,7 +351,7 @@ def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
     file = tmp_path / "1.png"
     file.write_bytes(saved(noise(1)))
     remembered(tmp_path, [str(file)])
-    judge([str(file)], 512, memory(tmp_path))
+    decode_batch([str(file)], 512, memory(tmp_path))
     assert read == 2 * [str(file)]
 
 
@@ -364,13 +364,13 @@ def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
 
     monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
     remembered(tmp_path, [saved(noise(1))])
-    assert len(judge([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
+    assert len(decode_batch([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
 
 
 def test_the_same_bytes_in_another_shape_are_another_picture() -> None:
     pixels = noise(0)
     shapes = [(8, 8, 3), (4, 16, 3), (16, 4, 3), (24, 8, 1)]
-    records = judge([pixels.reshape(shape) for shape in shapes], 512, NOTHING).records
+    records = decode_batch([pixels.reshape(shape) for shape in shapes], 512, NOTHING).records
     assert len(set(records["picture"].tolist())) == len(set(records["sha256"].tolist())) == len(shapes)
 
 
@@ -379,36 +379,38 @@ def test_a_file_that_changed_two_seconds_ago_may_change_again_unseen(
 ) -> None:
     file = tmp_path / "1.png"
     file.write_bytes(saved(noise(1)))
-    monkeypatch.setattr(judging.time, "time_ns", lambda: file.stat().st_ctime_ns + 2 * 10**9)
+    monkeypatch.setattr(decode_worker.time, "time_ns", lambda: file.stat().st_ctime_ns + 2 * 10**9)
     remembered(tmp_path, [str(file)])
-    judge([str(file)], 512, memory(tmp_path))
+    decode_batch([str(file)], 512, memory(tmp_path))
     assert read == 2 * [str(file)]
 
 
-@pytest.mark.parametrize("module", [images, likeness, shards, judging], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [images, near_duplicates, pixel_shards, decode_worker], ids=lambda module: module.__name__
+)
 def test_what_other_code_decoded_is_not_known(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = judging.decoding_fingerprint(512)
+    before = decode_worker.decoding_fingerprint(512)
     (tmp_path / "changed.py").write_text("# other code\n")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
-    assert judging.decoding_fingerprint(512) != before
+    assert decode_worker.decoding_fingerprint(512) != before
 
 
 @pytest.mark.parametrize("library", ["numpy", "pillow", "simplejpeg", "xxhash"])
 def test_what_another_version_of_a_library_decoded_is_not_known(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = judging.decoding_fingerprint(512)
-    monkeypatch.setattr(convoy.remembered, "version", lambda name: "0" if name == library else version(name))
-    assert judging.decoding_fingerprint(512) != before
+    before = decode_worker.decoding_fingerprint(512)
+    monkeypatch.setattr(convoy.data.cache, "version", lambda name: "0" if name == library else version(name))
+    assert decode_worker.decoding_fingerprint(512) != before
 
 
 def test_what_was_decoded_to_another_size_is_not_known() -> None:
-    assert judging.decoding_fingerprint(512) != judging.decoding_fingerprint(256)
+    assert decode_worker.decoding_fingerprint(512) != decode_worker.decoding_fingerprint(256)
 
 
 def test_a_file_is_known_by_the_whole_of_its_hash(tmp_path: Path) -> None:
     batch = remembered(tmp_path, [saved(noise(1))])
     (sha256,) = batch.records["sha256"].tolist()
-    with contextlib.closing(KnownFiles.load(memory(tmp_path))) as known:
+    with contextlib.closing(DecodeCache.load(memory(tmp_path))) as known:
         assert len(known.find([sha256])[0]) == 1
         assert len(known.find([sha256[:8] + bytes(24)])[0]) == 0

@@ -12,8 +12,10 @@ import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
-from convoy import database, disk, tracking
-from convoy.config import ConvoyError
+from convoy import disk
+from convoy.errors import ConvoyError
+from convoy.tracking import database
+from convoy.tracking import store as tracking
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -12,8 +12,8 @@ import pytest
 from project import SMALL, make_project, run_stages
 from sklearn import metrics
 
-from convoy.evaluation import BINS, calibration, per_class, prediction_table, scores, slices
-from convoy.temperature import tempered
+from convoy.evaluation.calibration import apply_temperature
+from convoy.evaluation.metrics import BINS, calibration, metrics_with_ci, per_class, prediction_table, slice_metrics
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
 
@@ -23,7 +23,7 @@ HOSTILE = ["NA", "007", "", "a,b"]
 
 
 def judged(labels: np.ndarray, probabilities: np.ndarray, groups: Any = None) -> pd.DataFrame:
-    return scores(labels, probabilities, probabilities, groups).set_index("metric")
+    return metrics_with_ci(labels, probabilities, probabilities, groups).set_index("metric")
 
 
 def figures(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
@@ -109,7 +109,7 @@ def test_a_class_of_which_there_is_no_image_does_not_count() -> None:
 
 def test_both_kinds_of_probabilities_are_judged() -> None:
     labels, raw = drawn(np.random.default_rng(0), 400, 12)
-    table = scores(labels, tempered(raw, 3.0), raw).set_index("metric")
+    table = metrics_with_ci(labels, apply_temperature(raw, 3.0), raw).set_index("metric")
     for name in ("log_loss", "brier", "calibration_error"):
         assert table.loc[f"{name}_uncalibrated", "value"] == figures(labels, raw)[name]
         assert table.loc[name, "value"] > table.loc[f"{name}_uncalibrated", "value"]
@@ -144,7 +144,7 @@ def test_names_of_classes_and_values_survive_the_files() -> None:
     table = per_class(HOSTILE, labels, certain(labels, labels, 4))
     again = pd.read_csv(io.StringIO(table.to_csv(index=False)), dtype={"class": str}, keep_default_na=False)
     assert list(again["class"]) == HOSTILE
-    sliced = slices(answers(labels == labels, column_site=np.array(HOSTILE)[labels]))
+    sliced = slice_metrics(answers(labels == labels, column_site=np.array(HOSTILE)[labels]))
     again = pd.read_csv(io.StringIO(sliced.to_csv(index=False)), dtype={"value": str}, keep_default_na=False)
     assert list(again["value"]) == sorted(HOSTILE)
 
@@ -171,7 +171,7 @@ def test_the_interval_of_a_calibration_error_holds_it_where_it_is_large() -> Non
 
     def overconfident(images: int) -> float | tuple[float, float]:
         labels, probabilities = drawn(random, images, 4)
-        row = judged(labels, tempered(probabilities, 0.5)).loc["calibration_error"]
+        row = judged(labels, apply_temperature(probabilities, 0.5)).loc["calibration_error"]
         return row["value"] if images > 10_000 else (row["low"], row["high"])
 
     truth = overconfident(20_000)
@@ -262,7 +262,7 @@ def test_the_groups_and_the_other_columns_of_the_table_of_labels_come_with_the_p
 def test_the_slices_of_a_column_hold_every_image_once() -> None:
     random = np.random.default_rng(0)
     table = answers(random.random(300) < 0.8, column_site=random.choice(["x", "y", ""], 300), column_age="7")
-    found = slices(table)
+    found = slice_metrics(table)
     assert list(found.columns) == ["column", "value", "images", "accuracy", "low", "high"]
     assert list(found["column"]) == ["site"] * 3 + ["age"]
     for _, rows in found.groupby("column"):
@@ -275,7 +275,7 @@ def test_the_slices_of_a_column_hold_every_image_once() -> None:
 
 def test_a_column_of_more_than_fifty_values_is_not_sliced() -> None:
     numbers = np.arange(102)
-    found = slices(
+    found = slice_metrics(
         answers(numbers > 9, column_fine=(numbers % 51).astype(str), column_coarse=(numbers % 50).astype(str))
     )
     assert set(found["column"]) == {"coarse"}
@@ -287,17 +287,18 @@ def test_a_slice_within_groups_is_judged_by_them_and_a_group_by_its_images() -> 
     site = np.where(numbers < 200, "x", "y")
     groups = np.array([f"film {number // 20:02}" for number in numbers], object)
     wide, narrow = (
-        slices(answers(right, column_site=site, **by)).query("column == 'site'") for by in ({"group": groups}, {})
+        slice_metrics(answers(right, column_site=site, **by)).query("column == 'site'")
+        for by in ({"group": groups}, {})
     )
     assert (wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])).all()
-    films = slices(answers(numbers % 2, column_site=site, group=groups)).query("column == 'group'")
+    films = slice_metrics(answers(numbers % 2, column_site=site, group=groups)).query("column == 'group'")
     assert films["value"].to_list() == sorted(set(groups))
     assert (films["high"] - films["low"] < 0.6).all()
 
 
 def test_without_other_columns_there_are_no_slices() -> None:
-    assert list(slices(answers([True])).columns) == ["column", "value", "images", "accuracy", "low", "high"]
-    assert not len(slices(answers([True])))
+    assert list(slice_metrics(answers([True])).columns) == ["column", "value", "images", "accuracy", "low", "high"]
+    assert not len(slice_metrics(answers([True])))
 
 
 # The stage
@@ -336,9 +337,9 @@ def test_any_figure_can_be_made_again_from_the_table_alone(road: Path) -> None:
     labels = np.array([names.index(f"probability_{name}") for name in table["actual"]])
     temperature = json.loads((folder(road) / "calibration.json").read_text())["temperature"]
     served = table[names].to_numpy()
-    again = scores(labels, served, tempered(served, 1 / temperature), table["group"].to_numpy())
+    again = metrics_with_ci(labels, served, apply_temperature(served, 1 / temperature), table["group"].to_numpy())
     np.testing.assert_allclose(again.iloc[:, 1:], pd.read_csv(folder(road) / "intervals.csv").iloc[:, 1:], atol=1e-9)
-    assert slices(table).to_csv(index=False) == (folder(road) / "slices.csv").read_text()
+    assert slice_metrics(table).to_csv(index=False) == (folder(road) / "slices.csv").read_text()
 
 
 def test_the_temperature_never_makes_validation_worse(road: Path) -> None:

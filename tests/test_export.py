@@ -13,16 +13,18 @@ from test_models import build, every_architecture, images, settings, task
 from test_transfer import TWINS
 from torch import Tensor, nn
 
-from convoy import export, models, served
-from convoy.classifier import Classifier
-from convoy.config import ConvoyError
-from convoy.predictor import Predictor
+from convoy import models
+from convoy.errors import ConvoyError
+from convoy.inference import onnx_export
+from convoy.inference.predictor import Predictor
+from convoy.models.base import Classifier
+from convoy.registry import model_loader
 
 
 def lively(name: str, twin: str = "", **of_task: int) -> Predictor:
     """An untrained network, or one with the numbers of torchvision's `twin`, whose layers all do something."""
     torch.manual_seed(0)
-    values = settings(name) | (models.twins(name).settings[twin] if twin else {})
+    values = settings(name) | (models.equivalents(name).settings[twin] if twin else {})
     classifier = models.build(name, values, task(**of_task)).eval()
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
@@ -39,13 +41,13 @@ def lively(name: str, twin: str = "", **of_task: int) -> Predictor:
 def test_the_file_alone_answers_any_number_of_images_as_the_predictor_does(name: str, tmp_path: Path) -> None:
     predictor, file = lively(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
     file.parent.mkdir()
-    export.export(predictor, file)
+    onnx_export.export(predictor, file)
     alone = file.rename(tmp_path / "alone.onnx")  # where no weights can lie beside it
-    for count in (1, 2, 3, export.BATCH + 1):
+    for count in (1, 2, 3, onnx_export.BATCH + 1):
         pixels = images(count, channels=3).numpy()
         expected = predictor.probabilities(pixels)
         assert expected.std() > 0.01
-        assert export.agreement(alone, pixels, expected) < 1e-5
+        assert onnx_export.max_difference(alone, pixels, expected) < 1e-5
     assert list(file.parent.iterdir()) == []
 
 
@@ -56,15 +58,15 @@ def test_a_network_for_imagenet_exports_too(twin: str, tmp_path: Path) -> None:
     pixels = images(3, 224, channels=3).numpy()
     expected = predictor.probabilities(pixels)
     assert expected.std() > 0.01
-    export.export(predictor, tmp_path / "model.onnx")
+    onnx_export.export(predictor, tmp_path / "model.onnx")
     # sums over so many numbers are rounded otherwise on each machine: 1.001e-5 was seen
-    assert export.agreement(tmp_path / "model.onnx", pixels, expected) < served.AGREEMENT
+    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, expected) < model_loader.AGREEMENT
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export.export(lively("lenet", size=36, classes=3), file)
+    onnx_export.export(lively("lenet", size=36, classes=3), file)
     return file
 
 
@@ -86,7 +88,7 @@ def test_the_file_holds_no_line_of_source_and_no_path(file: Path) -> None:
 
 
 def test_the_same_predictor_gives_the_same_bytes(file: Path, tmp_path: Path) -> None:
-    export.export(lively("lenet", size=36, classes=3), tmp_path / "again.onnx")
+    onnx_export.export(lively("lenet", size=36, classes=3), tmp_path / "again.onnx")
     digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, tmp_path / "again.onnx")]
     assert digests[0] == digests[1]
 
@@ -128,7 +130,7 @@ def test_a_network_that_does_not_export_is_one_line_that_says_why(
     what: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConvoyError, match=rf"^torch can't export it \({said}") as refusal:
-        export.export(strange(what), tmp_path / "model.onnx")
+        onnx_export.export(strange(what), tmp_path / "model.onnx")
     assert len(str(refusal.value).splitlines()) == 1
     assert len(str(refusal.value)) < 250
     assert capfd.readouterr() == ("", "")
@@ -136,19 +138,19 @@ def test_a_network_that_does_not_export_is_one_line_that_says_why(
 
 def test_a_network_that_exports_to_another_does_not_agree(tmp_path: Path) -> None:
     predictor, pixels = strange("be another then"), images(8).numpy()
-    export.export(predictor, tmp_path / "model.onnx")
-    assert export.agreement(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
+    onnx_export.export(predictor, tmp_path / "model.onnx")
+    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
 
 
 def test_a_file_that_answers_otherwise_differs(file: Path) -> None:
     pixels = images(40, size=36).numpy()
     expected = lively("lenet", size=36, classes=3).probabilities(pixels)
-    assert export.agreement(file, pixels, expected) < 1e-6
+    assert onnx_export.max_difference(file, pixels, expected) < 1e-6
     other = expected.copy()
     other[-1, 0] += 0.002  # of the last image, in the second batch
-    assert export.agreement(file, pixels, other) == pytest.approx(0.002, abs=1e-6)
-    assert export.agreement(file, pixels, expected[:, :2]) == float("inf")
-    assert not export.agreement(file, pixels, expected * np.nan) <= 1
+    assert onnx_export.max_difference(file, pixels, other) == pytest.approx(0.002, abs=1e-6)
+    assert onnx_export.max_difference(file, pixels, expected[:, :2]) == float("inf")
+    assert not onnx_export.max_difference(file, pixels, expected * np.nan) <= 1
 
 
 def test_what_is_no_onnx_file_or_of_other_images_is_one_line(
@@ -158,6 +160,6 @@ def test_what_is_no_onnx_file_or_of_other_images_is_one_line(
     broken.write_bytes(file.read_bytes()[:-1000])
     for given, size in ((broken, 36), (file, 32)):
         with pytest.raises(ConvoyError, match=r"^onnxruntime can't run model.onnx \(") as refusal:
-            export.agreement(given, images(2, size=size).numpy(), np.zeros((2, 3)))
+            onnx_export.max_difference(given, images(2, size=size).numpy(), np.zeros((2, 3)))
         assert len(str(refusal.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from convoy import fonts
 from convoy.fonts import DEFAULT, font_families, missing_letters
-from convoy.report import draw_confusion
+from convoy.reporting.report import draw_confusion
 
 # a letter that matplotlib's default font lacks, and another of the fonts that it brings along has
 CIRCLED = "\N{CIRCLED LATIN CAPITAL LETTER A}"

@@ -13,18 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from convoy.config import ConvoyError, typed
-from convoy.gate import (
-    Contender,
-    Gate,
-    Reason,
+from convoy.config import typed
+from convoy.errors import ConvoyError
+from convoy.promotion.gate import (
+    CheckResult,
+    GateConfig,
+    ModelEvidence,
     Verdict,
     better,
     bootstrap,
     calibration,
     calibration_noise,
+    decide,
     fingerprint,
-    judge,
     lower_bound,
     non_inferior,
     p_better,
@@ -33,7 +34,7 @@ from convoy.gate import (
 
 CLASSES = ["007", "NA", "cat"]
 IMAGES = 600
-RULE = Gate(
+RULE = GateConfig(
     mode="better",
     alpha=0.05,
     margin=0.02,
@@ -66,11 +67,11 @@ def answers(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: flo
     return table
 
 
-def contender(name: str, predictions: pd.DataFrame, **known: Any) -> Contender:
-    return Contender(name, predictions, **{"trained_on": ELSEWHERE} | known)
+def contender(name: str, predictions: pd.DataFrame, **known: Any) -> ModelEvidence:
+    return ModelEvidence(name, predictions, **{"trained_on": ELSEWHERE} | known)
 
 
-def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[Contender, Contender]:
+def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[ModelEvidence, ModelEvidence]:
     """Challenger and champion that alone are right so often, and both wrong on other images."""
     actual = np.array(CLASSES, object)[np.arange(images) % 3]
     other = np.array(CLASSES, object)[(np.arange(images) + 1) % 3]
@@ -82,15 +83,17 @@ def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple
     return contender("resnet", challenger), contender("vgg", champion)
 
 
-def judged(new: Contender, old: Contender | None, params: Gate = RULE, looks: int = 1, **how: Any) -> Verdict:
-    return judge(new, old, params, looks=looks, **how)
+def judged(
+    new: ModelEvidence, old: ModelEvidence | None, params: GateConfig = RULE, looks: int = 1, **how: Any
+) -> Verdict:
+    return decide(new, old, params, looks=looks, **how)
 
 
-def ruled(**changes: Any) -> Gate:
+def ruled(**changes: Any) -> GateConfig:
     return dataclasses.replace(RULE, **changes)
 
 
-def reason(verdict: Verdict, check: str) -> Reason:
+def reason(verdict: Verdict, check: str) -> CheckResult:
     (found,) = [reason for reason in verdict.reasons if reason.check == check]
     return found
 
@@ -99,7 +102,7 @@ def outcomes(verdict: Verdict, *kinds: str) -> list[str]:
     return [reason.check for reason in verdict.reasons if reason.outcome in kinds]
 
 
-def changed(model: Contender, column: str, row: int, value: Any) -> Contender:
+def changed(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvidence:
     predictions = model.predictions.copy()
     values = predictions[column].astype(object)
     values.iloc[row] = value
@@ -422,7 +425,7 @@ def test_a_clear_gain_is_non_inferior() -> None:
 def test_what_is_over_its_budget_is_rejected_and_what_was_not_measured_is_held() -> None:
     new, old = pair(30, 5)
 
-    def decision(parameters: int | None, latency: float | None, budgets: Gate) -> str:
+    def decision(parameters: int | None, latency: float | None, budgets: GateConfig) -> str:
         model = dataclasses.replace(new, parameters=parameters, latency=latency)
         return judged(model, dataclasses.replace(old, latency=10.0), budgets).decision
 
@@ -445,7 +448,7 @@ def test_a_measurement_that_is_no_number_is_an_error(what: str, broken: float) -
 # Classes that came and went
 
 
-def with_classes(model: Contender, classes: list[str]) -> Contender:
+def with_classes(model: ModelEvidence, classes: list[str]) -> ModelEvidence:
     return dataclasses.replace(
         model, predictions=answers(model.predictions["predicted"], model.predictions["actual"], classes)
     )
@@ -504,7 +507,7 @@ def test_the_first_champion_passes_the_parts_that_need_no_champion_before() -> N
         (ruled(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
     ],
 )
-def test_the_first_champion_must_pass_too(rule: Gate, decision: str) -> None:
+def test_the_first_champion_must_pass_too(rule: GateConfig, decision: str) -> None:
     assert judged(pair(0, 0)[0], None, rule, first=True).decision == decision
 
 
@@ -624,10 +627,10 @@ def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side:
 
 def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:
     good = dataclasses.asdict(RULE)
-    assert typed(Gate, good, "gate") == RULE
+    assert typed(GateConfig, good, "gate") == RULE
     for key, value in (("alpha", math.nan), ("alpha", 0.5), ("floor", math.nan), ("mode", "any"), ("acknowledge", [7])):
         with pytest.raises(ConvoyError, match=f"gate.{key}"):
-            typed(Gate, good | {key: value}, "gate")
+            typed(GateConfig, good | {key: value}, "gate")
 
 
 def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
@@ -643,7 +646,7 @@ def test_a_verdict_can_be_kept_as_json() -> None:
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision
 
 
-def in_films(model: Contender, films: np.ndarray) -> Contender:
+def in_films(model: ModelEvidence, films: np.ndarray) -> ModelEvidence:
     return dataclasses.replace(model, predictions=model.predictions.assign(group=films))
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_training import build
 
-from convoy import hardware
-from convoy.config import ConvoyError
-from convoy.hardware import Choice, Trainer, choose, environment, multiply_adds
+from convoy.errors import ConvoyError
+from convoy.training import hardware
+from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose, count_macs, environment
 
-AUTO = Trainer(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
+AUTO = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
@@ -44,7 +44,7 @@ def test_small_steps_take_one_thread_and_large_ones_all_cores(monkeypatch: pytes
 def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_else(monkeypatch: pytest.MonkeyPatch) -> None:
     every = dataclasses.replace(AUTO, devices="all")
     machine(monkeypatch, gpus=4)
-    assert choose(AUTO, build()) == Choice("gpu", 1, 1, "bfloat16", False, 1)
+    assert choose(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
     assert choose(every, build()).devices == 4
     assert choose(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
     machine(monkeypatch, gpus=0, cores=3)
@@ -73,8 +73,8 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
-    asked = Trainer(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
-    assert choose(asked, build()) == Choice("cpu", 2, 3, "float32", True, 5)
+    asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
+    assert choose(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
 
 
 def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
@@ -86,12 +86,12 @@ def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
         + 120 * 84  # F6
         + 84 * 2  # output, of two classes
     )
-    assert multiply_adds(classifier) == expected
+    assert count_macs(classifier) == expected
     assert classifier.mean.device.type == "cpu"  # counted on a copy
 
 
 def test_the_environment_names_what_the_bits_depend_on() -> None:
-    found = environment(Choice("cpu", 2, 3, "bfloat16", False, 3))
+    found = environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
     assert found["torch"] == torch.__version__.split("+")[0]
     assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()
     assert {"python", "numpy", "pytorch-lightning", "instructions"} <= found.keys()

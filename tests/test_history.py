@@ -8,15 +8,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError, typed
-from convoy.datasets.history import NEW, History, Version, check_source, extended, version_of
-from convoy.datasets.source import Dataset
+from convoy.config import typed
+from convoy.data.data_lock import NEW, DataLock, LockedVersion, check_source, extended, version_of
+from convoy.data.sources.base import DatasetConfig
+from convoy.errors import ConvoyError
 
 names = st.lists(st.text(max_size=5), unique=True, max_size=6)
 
 
-def version(quarantine: int = 0, digest: str = "a", **images: int) -> Version:
-    return Version(digest=digest, images=images, quarantine=quarantine)
+def version(quarantine: int = 0, digest: str = "a", **images: int) -> LockedVersion:
+    return LockedVersion(digest=digest, images=images, quarantine=quarantine)
 
 
 @given(known=names, classes=names)
@@ -103,7 +104,7 @@ def test_any_class_name_survives_the_file(labels: list[str], tmp_path_factory: p
     file = tmp_path_factory.mktemp("history") / "data.lock"
     history = NEW.grown(labels, version(**dict.fromkeys(labels, 2)))
     history.save(file, "pets")
-    assert History.load(file, "pets") == history
+    assert DataLock.load(file, "pets") == history
 
 
 def test_data_sets_stand_side_by_side_in_the_file(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_data_sets_stand_side_by_side_in_the_file(tmp_path: Path) -> None:
         NEW.grown(["no", "007"], version(no=1)).save(file, name)
     assert file.read_text().startswith("# ")
     assert list(yaml.safe_load(file.read_text())) == ["pets", "digits"]
-    assert History.load(file, "flowers") == NEW
+    assert DataLock.load(file, "flowers") == NEW
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_data_sets_stand_side_by_side_in_the_file(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "data.lock").write_text(text)
     with pytest.raises(ConvoyError) as refusal:
-        History.load(tmp_path / "data.lock", "pets")
+        DataLock.load(tmp_path / "data.lock", "pets")
     assert message in str(refusal.value)
 
 
@@ -141,11 +142,13 @@ def test_a_full_disk_leaves_the_history_as_it_was(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
         known.grown(["dog"], version(cat=2, dog=1)).save(tmp_path / "data.lock", "pets")
-    assert History.load(tmp_path / "data.lock", "pets") == known
+    assert DataLock.load(tmp_path / "data.lock", "pets") == known
 
 
-def pets(torchvision: dict | None = None) -> Dataset:
-    return typed(Dataset, {"name": "pets", "longest_side": 9, "group": None, "torchvision": torchvision}, "dataset")
+def pets(torchvision: dict | None = None) -> DatasetConfig:
+    return typed(
+        DatasetConfig, {"name": "pets", "longest_side": 9, "group": None, "torchvision": torchvision}, "dataset"
+    )
 
 
 def describe(root: Path, source: str | None, repo: str | None = None) -> None:
@@ -191,7 +194,7 @@ def test_a_source_that_is_known_or_not_yet_goes_on(known: str | None, tmp_path: 
 def test_without_data_dvc_the_source_stays_as_known(tmp_path: Path) -> None:
     know(tmp_path, "samples")
     assert check_source(tmp_path, pets()) is None
-    grown = History.load(tmp_path / "data.lock", "pets").grown(["dog"], version(dog=2), source=None)
+    grown = DataLock.load(tmp_path / "data.lock", "pets").grown(["dog"], version(dog=2), source=None)
     assert grown.source == "samples"
 
 

@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import importlib
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -16,17 +18,10 @@ import yaml
 
 from convoy import config, models
 from convoy.config import typed
-from convoy.datasets.source import Dataset
+from convoy.data.sources.base import DatasetConfig
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "src" / "convoy"
-FLOORS = [
-    "config", "disk", "dvc_files", "fonts", "naming", "hashes", "memory", "remembered", "images", "likeness",
-    "task", "datasets", "datacard", "fitted", "preprocessing", "batches", "augmentation", "recipe", "classifier",
-    "models", "transfer", "hardware", "datamodule", "checkpoint", "progress", "training", "finder", "temperature",
-    "predictor", "export", "evaluation", "timing", "comparison", "gate", "views", "database", "tracking",
-    "registry", "served", "champion", "moving", "promotion", "report", "serving",
-]  # fmt: skip
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PYTHON = sorted(
     file
@@ -34,17 +29,23 @@ PYTHON = sorted(
     for file in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in file.parts
 )
+# the files that speak with MLflow
+MLFLOW = (
+    "inference/pyfunc_model.py",
+    "promotion/champion.py",
+    "promotion/migrate.py",
+    "registry/model_loader.py",
+    "registry/versions.py",
+    "tracking/database.py",
+    "tracking/runs.py",
+    "tracking/store.py",
+    "tracking/ui_views.py",
+)
 every_file = pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(ROOT)))
 every_stage = pytest.mark.parametrize("stage", STAGES)
 every_library_file = pytest.mark.parametrize(
     "file", sorted(LIBRARY.rglob("*.py")), ids=lambda file: str(file.relative_to(LIBRARY))
 )
-
-
-def floor(file: Path) -> str:
-    """The floor that a file of the library stands on; "" for the package's own first file."""
-    name = file.relative_to(LIBRARY).parts[0].removesuffix(".py")
-    return "" if name == "__init__" else name
 
 
 def imports(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
@@ -71,22 +72,25 @@ def packages(file: Path, inside_functions: bool = True) -> set[str]:
     return {name.partition(".")[0] for name in imported(file, inside_functions)}
 
 
-# Floors
+# Layers: import-linter holds the contract in pyproject.toml
 
 
-def test_every_file_of_the_library_stands_on_a_floor() -> None:
-    assert sorted({floor(file) for file in LIBRARY.rglob("*.py")}) == sorted(["", *FLOORS])
+def test_layers_of_the_library_are_kept() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = ["lint-imports", "--no-cache"]
+    checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
-@every_library_file
-def test_a_file_imports_only_floors_to_its_left(file: Path) -> None:
-    ours = [name.split(".")[1] for name in imported(file) if name.startswith("convoy.")]
-    own = [floor(file)] if file.parent != LIBRARY else []  # a floor that is a folder has files that share
-    below = FLOORS[: FLOORS.index(floor(file))] if floor(file) else []
-    assert set(ours) <= {*below, *own}
+def test_every_package_of_the_library_is_in_a_layer() -> None:
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = {name for layer in contract["layers"] for name in re.split(r" [|:] ", layer)}
+    assert named == {
+        f"convoy.{file.relative_to(LIBRARY).parts[0].removesuffix('.py')}" for file in LIBRARY.rglob("*.py")
+    } - {"convoy.__init__"}
 
 
-def test_the_law_of_floors_sees_every_way_to_import() -> None:
+def test_imports_are_found_in_every_form() -> None:
     code = (
         "import a.b\nfrom c import d\nfrom . import i\n"
         "def f():\n    from e.f import g\n"
@@ -104,12 +108,10 @@ def test_the_library_knows_no_stage_and_imports_by_full_names(file: Path) -> Non
 
 
 @every_library_file
-def test_only_config_knows_hydra_and_only_seven_files_know_mlflow(file: Path) -> None:
-    allowed = {"config": {"hydra", "omegaconf", "dvc"}, "dvc_files": {"dvc"}} | {
-        name: {"mlflow"} for name in ("database", "tracking", "registry", "served", "champion", "moving", "serving")
-    }
+def test_only_config_imports_hydra_and_few_files_mlflow(file: Path) -> None:
+    allowed = {"config.py": {"hydra", "omegaconf", "dvc"}} | {name: {"mlflow"} for name in MLFLOW}
     doors = {"hydra", "omegaconf", "dvc", "mlflow"}
-    assert packages(file) & doors <= allowed.get(floor(file), set())
+    assert packages(file) & doors <= allowed.get(str(file.relative_to(LIBRARY)), set())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda file: file.name)
@@ -118,17 +120,16 @@ def test_the_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
     assert packages(file) & {"hydra", "omegaconf", "dvc", "mlflow"} <= allowed.get(file.name, set())
 
 
-@pytest.mark.parametrize("name", FLOORS[: FLOORS.index("augmentation")])
-def test_before_the_datamodule_nothing_waits_for_torch(name: str) -> None:
-    heavy = {"torch", "torchvision", "pytorch_lightning"}
-    for file in (LIBRARY / name).rglob("*.py") if (LIBRARY / name).is_dir() else [LIBRARY / f"{name}.py"]:
-        assert not packages(file, inside_functions=False) & heavy
+@every_library_file
+def test_data_and_ground_modules_import_no_torch_at_once(file: Path) -> None:
+    if file.parent == LIBRARY or file.is_relative_to(LIBRARY / "data"):
+        assert not packages(file, inside_functions=False) & {"torch", "torchvision", "pytorch_lightning"}
 
 
 @pytest.mark.parametrize("folder", [LIBRARY, ROOT / "pipeline"], ids=lambda folder: folder.name)
 def test_nothing_waits_for_onnx_but_what_needs_it(folder: Path) -> None:
     users = {file.name for file in folder.rglob("*.py") if packages(file) & {"onnx", "onnxruntime", "onnxscript"}}
-    assert users == ({"export.py"} if folder == LIBRARY else set())
+    assert users == ({"onnx_export.py"} if folder == LIBRARY else set())
     for file in folder.rglob("*.py"):
         assert not packages(file, inside_functions=False) & {"onnx", "onnxruntime", "onnxscript"}
 
@@ -191,7 +192,7 @@ def test_the_settings_of_every_architecture_compose_and_fit_its_schema(name: str
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "conf/dataset").iterdir()))
 def test_the_settings_of_every_data_set_compose_and_fit_the_schema(name: str, composed: Path) -> None:
-    dataset = typed(Dataset, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
+    dataset = typed(DatasetConfig, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
     assert name in (dataset.name, "folder")
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from convoy import images
-from convoy.images import FORMATS, MAX_PIXELS, BadImage, fit
+from convoy.data import image_io
+from convoy.data.image_io import FORMATS, MAX_PIXELS, InvalidImageError, center_crop_resize
 
 # A picture that no flip or turn maps onto itself: 24 wide, 16 high
 PICTURE = np.kron(
@@ -55,7 +55,7 @@ def tiff_of_16_bits(values: np.ndarray) -> bytes:
 
 
 def decode(data: bytes, longest_side: int) -> np.ndarray:
-    return images.decode(data, longest_side).pixels
+    return image_io.decode(data, longest_side).pixels
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -193,7 +193,7 @@ def test_black_of_16_bits_shows_by_the_white_around_it() -> None:
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_pixels_of_unknown_range_are_refused(kind: type) -> None:
-    with pytest.raises(BadImage, match=r"32 bits.*8 or 16 bits"):
+    with pytest.raises(InvalidImageError, match=r"32 bits.*8 or 16 bits"):
         decode(encoded(Image.fromarray(PICTURE[:, :, 0].astype(kind)), "TIFF"), 512)
 
 
@@ -343,7 +343,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
     ],
 )
 def test_what_is_no_whole_image_is_refused_with_a_short_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(BadImage, match=reason) as refusal:
+    with pytest.raises(InvalidImageError, match=reason) as refusal:
         decode(data, 512)
     assert len(str(refusal.value)) < 200
 
@@ -352,7 +352,7 @@ def test_what_is_no_whole_image_is_refused_with_a_short_reason(data: bytes, reas
 def test_half_a_file_is_refused(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), form)
-    with pytest.raises(BadImage):
+    with pytest.raises(InvalidImageError):
         decode(data[: len(data) // 2], 512)
 
 
@@ -361,7 +361,7 @@ def test_what_else_the_decoder_of_a_jpeg_warns_of_is_an_error_whatever_its_revis
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), "JPEG").replace(b"JFIF\0\1\1", b"JFIF\0" + revision)
     for broken in (data[:-2], data[:-2] + bytes(99) + data[-2:], data[: len(data) // 2] + data[-2:]):
-        with pytest.raises(BadImage, match=r"can't be decoded: (Premature end|Corrupt JPEG data)"):
+        with pytest.raises(InvalidImageError, match=r"can't be decoded: (Premature end|Corrupt JPEG data)"):
             decode(broken, 512)
 
 
@@ -369,7 +369,7 @@ def test_what_else_the_decoder_of_a_jpeg_warns_of_is_an_error_whatever_its_revis
 def test_half_a_file_is_refused_whose_orientation_can_not_be_read(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), form, exif=b"Exif\0\0garbage")
-    with pytest.raises(BadImage):
+    with pytest.raises(InvalidImageError):
         decode(data[: len(data) // 2], 512)
 
 
@@ -379,7 +379,7 @@ def test_colours_of_16_bits_that_use_the_lowest_only_are_refused(form: str, chan
     values = np.random.default_rng(0).integers(0, largest + 1, (8, 8, channels)).astype(np.uint16)
     if channels in (2, 4):
         values[:, :, -1] = 65535
-    with pytest.raises(BadImage, match="has 16 bits a channel and uses few of them: save it with 8"):
+    with pytest.raises(InvalidImageError, match="has 16 bits a channel and uses few of them: save it with 8"):
         decode(png_of_16_bits(values) if form == "PNG" else tiff_of_16_bits(values), 512)
 
 
@@ -390,7 +390,7 @@ def test_whatever_a_decoder_raises_is_a_refusal(error: type, monkeypatch: pytest
         raise error
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(BadImage, match=f"can't be decoded: {error.__name__}"):
+    with pytest.raises(InvalidImageError, match=f"can't be decoded: {error.__name__}"):
         decode(encoded(picture(), "PNG"), 512)
 
 
@@ -404,7 +404,7 @@ def test_a_file_with_wrong_bytes_is_decoded_or_refused(data: bytes, changes: lis
         broken[int(place * len(data))] = byte
     try:
         pixels = decode(bytes(broken), 16)
-    except BadImage:
+    except InvalidImageError:
         return
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
@@ -426,13 +426,13 @@ def test_a_file_with_wrong_bytes_is_decoded_or_refused(data: bytes, changes: lis
 def test_fit_gives_uint8_of_the_size_and_channels_asked_and_an_even_image_stays_even(
     height: int, width: int, source: int, size: int, channels: int, value: int
 ) -> None:
-    pixels = fit(np.full((height, width, source), value, np.uint8), size, channels)
+    pixels = center_crop_resize(np.full((height, width, source), value, np.uint8), size, channels)
     assert_looks_like(pixels, np.full((size, size, channels), value, np.uint8))
 
 
 def test_fit_leaves_an_image_of_the_right_shape_as_it_is() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    assert np.array_equal(fit(pixels, 32, 3), pixels)
+    assert np.array_equal(center_crop_resize(pixels, 32, 3), pixels)
 
 
 @pytest.mark.parametrize("upright", [True, False])
@@ -440,7 +440,7 @@ def test_fit_takes_the_middle_square(upright: bool) -> None:
     columns = np.zeros((30, 90, 1), np.uint8)
     columns[:, 27:63] = 200  # the square from 30 to 60, and three pixels for the smoothing
     columns[:, 33:36] = 100
-    found = fit(columns.transpose(1, 0, 2) if upright else columns, 10, 1)[:, :, 0]
+    found = center_crop_resize(columns.transpose(1, 0, 2) if upright else columns, 10, 1)[:, :, 0]
     found = found.T if upright else found
     assert (found[:, 3:] == 200).all()
     assert (found[:, :3].argmin(axis=1) == 1).all()
@@ -448,13 +448,15 @@ def test_fit_takes_the_middle_square(upright: bool) -> None:
 
 def test_fit_smooths_what_it_reduces() -> None:
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[:, :, None]
-    middle = fit(board, 8, 1)[1:-1, 1:-1]
+    middle = center_crop_resize(board, 8, 1)[1:-1, 1:-1]
     assert middle.min() > 118
     assert middle.max() < 138
 
 
 def test_fit_turns_colours_to_grey_by_their_lightness() -> None:
-    red, green, blue = (fit(np.full((4, 4, 3), colour, np.uint8), 4, 1)[0, 0, 0] for colour in np.eye(3) * 255)
+    red, green, blue = (
+        center_crop_resize(np.full((4, 4, 3), colour, np.uint8), 4, 1)[0, 0, 0] for colour in np.eye(3) * 255
+    )
     assert blue < red < green
 
 
@@ -462,7 +464,7 @@ def test_what_the_decoder_of_a_cmyk_jpeg_warns_of_is_an_error_too() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
     data = encoded(Image.frombytes("CMYK", (64, 64), noise.tobytes()), "JPEG")
     assert decode(data, 512).shape == (64, 64, 3)
-    with pytest.raises(BadImage, match="can't be decoded: Corrupt JPEG data"):
+    with pytest.raises(InvalidImageError, match="can't be decoded: Corrupt JPEG data"):
         decode(data[:-2] + bytes(99) + data[-2:], 512)
 
 
@@ -470,7 +472,7 @@ def test_a_jpeg_that_says_it_is_too_large_is_refused_by_its_header() -> None:
     data = encoded(Image.new("L", (8, 8)), "JPEG")
     start = data.index(b"\xff\xc0") + 5  # height and width
     data = data[:start] + struct.pack(">HH", 60_000, 50_000) + data[start + 4 :]
-    with pytest.raises(BadImage, match="has 50000x60000 pixels, over the limit of 100000000"):
+    with pytest.raises(InvalidImageError, match="has 50000x60000 pixels, over the limit of 100000000"):
         decode(data, 512)
 
 
@@ -492,7 +494,7 @@ def test_a_jpeg_whose_xmp_alone_says_how_it_lies_is_turned_upright() -> None:
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("side", [512, 12])
 def test_height_and_width_are_told_as_the_file_has_them(form: str, side: int) -> None:
-    found = images.decode(encoded(picture(), form, exif=exif(struct.pack("<HHII", 0x0112, 3, 1, 6))), side)
+    found = image_io.decode(encoded(picture(), form, exif=exif(struct.pack("<HHII", 0x0112, 3, 1, 6))), side)
     assert (found.height, found.width) == PICTURE.shape[:2]
 
 
@@ -500,5 +502,5 @@ def test_height_and_width_are_told_as_the_file_has_them(form: str, side: int) ->
 def test_a_jpeg_that_ends_anywhere_in_its_header_is_named_in_words(longest_side: int) -> None:
     data = encoded(picture(), "JPEG")
     for end in range(3, data.index(b"\xff\xda"), 7):
-        with pytest.raises(BadImage, match=r"can't be decoded: .*[a-z]{3}"):
+        with pytest.raises(InvalidImageError, match=r"can't be decoded: .*[a-z]{3}"):
             decode(data[:end], longest_side)

@@ -13,13 +13,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from convoy.config import ConvoyError, typed
-from convoy.datasets import shards
-from convoy.datasets.folders import read_folder
-from convoy.datasets.history import NEW, History, Version
-from convoy.datasets.intake import Fetch, Intake, group_in, take_in
-from convoy.datasets.source import Dataset, Member, Source
-from convoy.remembered import EarlierRun
+from convoy.config import typed
+from convoy.data import pixel_shards
+from convoy.data.cache import CacheDir
+from convoy.data.data_lock import NEW, DataLock, LockedVersion
+from convoy.data.ingest import FetchConfig, IngestResult, group_in, ingest
+from convoy.data.sources.base import DatasetConfig, Sample, Source
+from convoy.data.sources.folder import read_folder
+from convoy.errors import ConvoyError
 
 SIZE = 16
 
@@ -63,24 +64,24 @@ def taken_in(
     data: Path,
     max_bad_fraction: float = 1.0,
     group: str | None = None,
-    history: History = NEW,
+    history: DataLock = NEW,
     into: str = "packed",
-) -> Intake:
+) -> IngestResult:
     folder, before = data.parent / into, data.parent / "before"
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     folder.mkdir()
-    limits = Fetch(max_bad_fraction=max_bad_fraction)
-    earlier = EarlierRun(data.parent / "remembered" / "here", before)
-    return take_in(read_folder(data), pets(group), limits, history, folder, earlier)
+    limits = FetchConfig(max_bad_fraction=max_bad_fraction)
+    earlier = CacheDir(data.parent / "remembered" / "here", before)
+    return ingest(read_folder(data), pets(group), limits, history, folder, earlier)
 
 
-def pets(group: str | None = None) -> Dataset:
-    return typed(Dataset, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
+def pets(group: str | None = None) -> DatasetConfig:
+    return typed(DatasetConfig, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
 
 
-def kept(intake: Intake) -> list[str]:
+def kept(intake: IngestResult) -> list[str]:
     return intake.packed.table["path"].tolist()
 
 
@@ -176,7 +177,7 @@ def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_thei
     write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
     assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
     assert taken_in(
-        data, history=NEW.grown(["owl", "dog"], Version(digest="", images={}, quarantine=0))
+        data, history=NEW.grown(["owl", "dog"], LockedVersion(digest="", images={}, quarantine=0))
     ).packed.classes == ["owl", "dog", "ape", "cat"]
 
 
@@ -262,7 +263,7 @@ def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> 
     write(data, {f"train/{name}": content for name, content in PETS.items()})
     first = taken_in(data)
     assert (first.packed.drawn, first.notes) == (["val", "test"], [])
-    history = NEW.grown(first.packed.classes, Version(digest="", images={}, quarantine=0), first.packed.drawn)
+    history = NEW.grown(first.packed.classes, LockedVersion(digest="", images={}, quarantine=0), first.packed.drawn)
     later = taken_in(write(data, {"test/cat/9.png": saved(picture(9))}), history=history)
     assert later.packed.drawn == ["val", "test"]
     assert later.notes[0].startswith("test images are given now, and some of those given for training stay test images")
@@ -272,12 +273,12 @@ def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> 
 
 
 def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MEAN", 1)  # so that each image lies in a shard of its own
+    monkeypatch.setattr(pixel_shards, "MEAN", 1)  # so that each image lies in a shard of its own
     others = write(data.parent / "others" / "data", dict(list(PETS.items())[1:]))
     taken_in(others)
     taken_in(write(data, PETS))
 
-    def members(source: Source) -> Iterator[Member]:
+    def members(source: Source) -> Iterator[Sample]:
         shutil.rmtree(data.parent / "remembered")
         shutil.copytree(others.parent / "remembered", data.parent / "remembered")
         yield from source.members
@@ -285,8 +286,8 @@ def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path, m
     source = read_folder(data)
     source = dataclasses.replace(source, members=members(source))
     (data.parent / "again").mkdir()
-    earlier = EarlierRun(data.parent / "remembered" / "here", data.parent / "packed")
-    packed = take_in(source, pets(), Fetch(max_bad_fraction=0), NEW, data.parent / "again", earlier).packed
+    earlier = CacheDir(data.parent / "remembered" / "here", data.parent / "packed")
+    packed = ingest(source, pets(), FetchConfig(max_bad_fraction=0), NEW, data.parent / "again", earlier).packed
     assert [saved(packed.image(row)) for row in range(len(PETS))] == list(PETS.values())
 
 

@@ -12,14 +12,14 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_sample_images
 
-from convoy import likeness
-from convoy.likeness import (
+from convoy.data import near_duplicates
+from convoy.data.near_duplicates import (
     DISTANCE,
     FEW,
     _grey,
+    candidate_pairs,
+    confirm_pairs,
     correlation,
-    near_hashes,
-    near_pairs,
     perceptual_hash,
     thumbnails,
 )
@@ -54,7 +54,7 @@ def hashes(pictures: list[np.ndarray]) -> np.ndarray:
 
 def near(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     images = [*ones, *others]
-    return near_pairs(images.__getitem__, np.arange(len(images)).reshape(2, -1).T, 0.98)
+    return confirm_pairs(images.__getitem__, np.arange(len(images)).reshape(2, -1).T, 0.98)
 
 
 def as_array(image: Image.Image) -> np.ndarray:
@@ -90,23 +90,23 @@ def test_colours_turn_grey_as_pillow_mixes_them(pixels: np.ndarray) -> None:
 def test_however_few_are_in_memory_at_a_time_the_same_pairs_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture for picture in PICTURES[:20] for _ in range(2)]
     pairs = np.array(list(itertools.combinations(range(40), 2)))
-    at_once = near_pairs(images.__getitem__, pairs, 0.98)
-    monkeypatch.setattr(likeness, "BLOCK", 7)
-    assert (near_pairs(images.__getitem__, pairs, 0.98) == at_once).all()
+    at_once = confirm_pairs(images.__getitem__, pairs, 0.98)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 7)
+    assert (confirm_pairs(images.__getitem__, pairs, 0.98) == at_once).all()
     assert at_once.sum() >= 20
-    assert near_pairs(images.__getitem__, pairs[:0], 0.98).tolist() == []
+    assert confirm_pairs(images.__getitem__, pairs[:0], 0.98).tolist() == []
 
 
 def test_even_pictures_have_nothing_to_be_recognised_by() -> None:
     even = [np.full((9, 9, 3), level, np.uint8) for level in (0, 3, 255)]
     assert hashes(even).tolist() == [0, 0, 0]
-    assert len(near_hashes(hashes(even))) == 0
+    assert len(candidate_pairs(hashes(even))) == 0
 
 
 def test_where_very_many_look_alike_each_is_compared_with_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likeness, "ENOUGH", 10_000)
+    monkeypatch.setattr(near_duplicates, "ENOUGH", 10_000)
     alike = np.full(5000, 12345, np.uint64)
-    pairs = near_hashes(alike)
+    pairs = candidate_pairs(alike)
     assert len(np.unique(pairs, axis=0)) == len(pairs)
     assert np.bincount(pairs.ravel(), minlength=5000).min() >= FEW
     assert len(pairs) <= 5000 * FEW
@@ -149,7 +149,7 @@ def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], cha
         for one, other in itertools.combinations(range(len(values)), 2)
         if int(values[one] ^ values[other]).bit_count() <= DISTANCE
     ]
-    assert near_hashes(values).tolist() == expected
+    assert candidate_pairs(values).tolist() == expected
 
 
 def test_pale_colours_count_too() -> None:

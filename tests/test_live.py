@@ -20,9 +20,10 @@ import training_apart
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from project import REAL, run_stages
-from tracked import client, copied, curve, make_road, runs, sync
+from tracked import all_runs, client, copied, curve, make_road, sync
 
-from convoy import config, tracking
+from convoy import config
+from convoy.tracking import runs
 from pipeline.evaluate import evaluate
 from pipeline.live import Reporter
 from pipeline.stage import Stage
@@ -86,13 +87,13 @@ def test_a_run_is_there_from_the_first_moment_and_its_curves_grow_until_it_is_fi
     assert process.stdin
     for number in range(3):
         process.stdin.write(json.dumps(epoch(number) if number else begun(record)) + "\n")
-        wait_until(lambda: len(runs(root)) == 1 and len(curve(root, runs(root)[0], "val/loss")) == number)  # noqa: B023
-        assert runs(root)[0].info.status == "RUNNING"
+        wait_until(lambda: len(all_runs(root)) == 1 and len(curve(root, all_runs(root)[0], "val/loss")) == number)  # noqa: B023
+        assert all_runs(root)[0].info.status == "RUNNING"
     os.kill(process.pid, signal.SIGTERM)  # as an impatient system would: it is not for the reporter to end
     process.stdin.write(json.dumps(ended("FINISHED")) + "\n")
     process.stdin.close()
     assert process.wait() == 0
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_000, 9_000)
     assert curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
     assert run.data.params["recipe.lr"] == str(record["settings"]["recipe"]["lr"])
@@ -109,9 +110,9 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_a_training_that_went_on_later_is_the_same_run_with_each_step_once(root: Path, record: Message) -> None:
     report(root, begun(record), epoch(1), epoch(2), ended("KILLED"))
-    assert runs(root)[0].info.status == "KILLED"
+    assert all_runs(root)[0].info.status == "KILLED"
     report(root, begun(record), epoch(1), epoch(2), epoch(3), ended("FINISHED"))
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert run.info.status == "FINISHED"
     assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3]
 
@@ -125,7 +126,7 @@ def test_a_finished_training_that_is_repeated_by_force_adds_nothing(root: Path, 
 
 def test_a_training_that_failed_is_marked_so(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
-    assert runs(root)[0].info.status == "FAILED"
+    assert all_runs(root)[0].info.status == "FAILED"
 
 
 def test_what_mlflow_did_not_take_is_tried_again_and_is_there_once(
@@ -148,7 +149,7 @@ def test_what_mlflow_did_not_take_is_tried_again_and_is_there_once(
         time.sleep(0.1)
     inbox.put(ended("FINISHED"))
     reporter.join()
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -270,19 +271,19 @@ def test_a_training_that_is_killed_is_marked_so_and_goes_on_as_the_same_run(root
     first.kill()
     first.join()
     all_reported(root)
-    (killed,) = runs(root)
+    (killed,) = all_runs(root)
     assert killed.info.status == "KILLED"
 
     start(root).join()
     all_reported(root)
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
     assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     assert list(sync(root).values()) == [run.info.run_id]
     assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
-    assert runs(root)[0].info.end_time == run.info.end_time
+    assert all_runs(root)[0].info.end_time == run.info.end_time
 
 
 def test_a_reporter_that_hangs_or_dies_changes_nothing_for_the_training_and_sync_mends_the_run(
@@ -306,7 +307,7 @@ def test_a_reporter_that_hangs_or_dies_changes_nothing_for_the_training_and_sync
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     sync(root)
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert run.info.status == "FINISHED"
     assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
 
@@ -325,7 +326,7 @@ def test_a_training_without_mlflow_is_told_in_one_line_and_is_whole(root: Path, 
 
 def test_a_training_that_failed_and_was_shown_whole_is_not_begun_again(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
-    run_id = runs(root)[0].info.run_id
-    client(root).set_tag(run_id, tracking.RESULTS, "a hash")  # as `level` does
+    run_id = all_runs(root)[0].info.run_id
+    client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
     report(root, begun(record), ended("KILLED"))
-    assert runs(root)[0].info.status == "FAILED"
+    assert all_runs(root)[0].info.status == "FAILED"

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convoy import models
-from convoy.classifier import Classifier
-from convoy.config import ConvoyError, typed
+from convoy.config import typed
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
 from convoy.models import alexnet, googlenet, lenet, vgg
-from convoy.task import Task
+from convoy.models.base import Classifier
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 every_architecture = pytest.mark.parametrize("name", models.names())
@@ -28,8 +29,10 @@ def settings(name: str) -> dict:
     return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
 
 
-def task(size: int = 32, channels: int = 1, classes: int = 10) -> Task:
-    return Task("test", [f"class {k}" for k in range(classes)], size, channels, [0.4] * channels, [0.2] * channels)
+def task(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
+    return DatasetInfo(
+        "test", [f"class {k}" for k in range(classes)], size, channels, [0.4] * channels, [0.2] * channels
+    )
 
 
 def build(name: str, seed: int = 0, **of_task: int) -> Classifier:
@@ -184,10 +187,10 @@ def test_an_unknown_architecture_is_refused_with_the_names_there_are() -> None:
 
 
 def test_an_architecture_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [module for module in sys.modules if module.startswith("convoy.models.")]:
-        monkeypatch.delitem(sys.modules, module)
+    for name in models.names():
+        monkeypatch.delitem(sys.modules, f"convoy.models.{name}", raising=False)
     build("lenet")
-    assert [module for module in sys.modules if module.startswith("convoy.models.")] == ["convoy.models.lenet"]
+    assert [name for name in models.names() if f"convoy.models.{name}" in sys.modules] == ["lenet"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,9 @@ def imagenet(theirs: str, size: int = 224) -> Classifier:
     """The classifier with which torchvision's `theirs` is to be equal, without weights."""
     name = IMAGENET[theirs]
     with torch.device("meta"):
-        return models.build(name, settings(name) | models.twins(name).settings[theirs], task(size, 3, classes=1000))
+        return models.build(
+            name, settings(name) | models.equivalents(name).settings[theirs], task(size, 3, classes=1000)
+        )
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,7 @@ def test_with_torchvisions_weights_googlenets_three_heads_are_torchvisions() -> 
 
 
 def test_an_imagenet_stem_on_small_images_is_refused_with_the_size_it_needs() -> None:
-    values = settings("alexnet") | models.twins("alexnet").settings["alexnet"]
+    values = settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
     with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
         models.build("alexnet", values, task())
 

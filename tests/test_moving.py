@@ -14,10 +14,13 @@ from test_champion import Killed, promotion
 from test_tracking import DIGITS
 
 import pipeline.move
-from convoy import champion, registry, served, tracking
-from convoy.config import ConvoyError
-from convoy.moving import FROM, MOVED, embedded, move
-from convoy.tracking import Store
+from convoy.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
+from convoy.registry import model_loader
+from convoy.registry import versions as registry
+from convoy.tracking import runs
+from convoy.tracking.store import TrackingStore, local, open_store
 
 NAME = "convoy"
 
@@ -27,21 +30,21 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def train(store: Store, name: str, **more: Any) -> str:
+def train(store: TrackingStore, name: str, **more: Any) -> str:
     """A run with a curve and a file, and its id."""
     file = store.locks / "record.json"
     file.write_text(f'"{name}"')
     history = [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.5}, {"epoch": 2, "val_accuracy": 0.6, "val_loss": 1.2}]
     given = {"history": history, "metrics": {"test/accuracy": 0.6}, "files": [file], "status": "FINISHED"} | more
-    tags = {tracking.IDENTITY: f"of {name}", "data": "digits@a99769f9303d"}
-    run = tracking.Run(name, {"model": name, "recipe.lr": 0.1}, tags, {"who": "ada"}, DIGITS, **given)
-    return tracking.level(store, run, f"results of {name}", moment=2_000_000_000_000)
+    tags = {runs.IDENTITY: f"of {name}", "data": "digits@a99769f9303d"}
+    run = runs.RunRecord(name, {"model": name, "recipe.lr": 0.1}, tags, {"who": "ada"}, DIGITS, **given)
+    return runs.sync_run(store, run, f"results of {name}", moment=2_000_000_000_000)
 
 
-def register(store: Store, root: Path, run: str, seed: int) -> ModelVersion:
+def register(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
     files = leave(root / f"left {seed}", more={"seed": seed})
     given = {"name": NAME, "run_id": run, "identity": f"of {seed}", "files": files, "step": 2}
-    return registry.register(store, **given, model=PACKAGE / "serving.py", code=PACKAGE)  # type: ignore[arg-type]
+    return registry.register(store, **given, model=PACKAGE / "inference/pyfunc_model.py", code=PACKAGE)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -50,40 +53,40 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with tracking.store(root, NAME) as store:
+        with open_store(root, NAME) as store:
             runs = [train(store, name) for name in ("lenet", "resnet", "vgg")]
             train(store, "alexnet", status="FAILED", metrics={"test/accuracy": float("nan")}, files=[])
-            killed = store.client.create_run(store.experiment.experiment_id, 1_000, {tracking.IDENTITY: "k"}, "killed")
+            killed = store.client.create_run(store.experiment.experiment_id, 1_000, {runs.IDENTITY: "k"}, "killed")
             store.client.log_metric(killed.info.run_id, "val/loss", 0.5, 2_000, 1)
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
             for seed, run in enumerate([runs[0], runs[1], runs[1], runs[2]], start=1):
                 register(store, root, run, seed)
-            champion.move(store, NAME, promotion(None, 1))
-            champion.move(store, NAME, promotion(1, 3))
-            registry.keep_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", 0.5)
+            champion.set_champion(store, NAME, promotion(None, 1))
+            champion.set_champion(store, NAME, promotion(1, 3))
+            registry.save_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", 0.5)
             store.client.update_registered_model(NAME, "which image it is")
             store.client.delete_model_version(NAME, "2")
     return root
 
 
 @pytest.fixture
-def server(tmp_path: Path, empty: Path) -> Iterator[Store]:
+def server(tmp_path: Path, empty: Path) -> Iterator[TrackingStore]:
     """In a server's place another embedded store: both are reached through the same client."""
     shutil.copy(empty, tmp_path)
-    with tracking.store(tmp_path, NAME) as store:
+    with open_store(tmp_path, NAME) as store:
         yield store
 
 
 @pytest.fixture
-def source(home: Path, server: Store) -> Store:
+def source(home: Path, server: TrackingStore) -> TrackingStore:
     return embedded(home, NAME, server)
 
 
-def runs(store: Store, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+def all_runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
     return list(store.client.search_runs([store.experiment.experiment_id], run_view_type=view))
 
 
-def versions(store: Store) -> dict[int, ModelVersion]:
+def versions(store: TrackingStore) -> dict[int, ModelVersion]:
     return {int(each.version): each for each in store.client.search_model_versions(f"name = '{NAME}'")}
 
 
@@ -91,10 +94,10 @@ def without(tags: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if name not in (FROM, MOVED)}
 
 
-def shown(store: Store, run: Run) -> dict[str, Any]:
+def shown(store: TrackingStore, run: Run) -> dict[str, Any]:
     """All that MLflow tells of a run, but for its id and that of its model."""
     histories = [store.client.get_metric_history(run.info.run_id, name) for name in sorted(run.data.metrics)]
-    folder = tracking.local(run.info.artifact_uri)
+    folder = local(run.info.artifact_uri)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     outputs = run.outputs.model_outputs if run.outputs else []
     registered = {version.source for version in versions(store).values()}
@@ -109,12 +112,12 @@ def shown(store: Store, run: Run) -> dict[str, Any]:
     }
 
 
-def assert_all_is_there(source: Store, server: Store, tmp_path: Path) -> None:
+def assert_all_is_there(source: TrackingStore, server: TrackingStore, tmp_path: Path) -> None:
     """Every run and every version as it was, once."""
-    there = {run.data.tags[FROM]: run for run in runs(server)}
-    assert len(runs(server, ViewType.ALL)) == len(there)
-    assert set(there) == {run.info.run_id for run in runs(source)}
-    for run in runs(source):
+    there = {run.data.tags[FROM]: run for run in all_runs(server)}
+    assert len(all_runs(server, ViewType.ALL)) == len(there)
+    assert set(there) == {run.info.run_id for run in all_runs(source)}
+    for run in all_runs(source):
         assert shown(server, there[run.info.run_id]) == shown(source, run)
 
     old, new = versions(source), versions(server)
@@ -124,7 +127,7 @@ def assert_all_is_there(source: Store, server: Store, tmp_path: Path) -> None:
         assert version.description == old[number].description
         assert without(version.tags) == old[number].tags
         assert version.run_id == there[old[number].run_id].info.run_id
-        served.fetch(version, tmp_path / f"version {number}")  # against its hashes
+        model_loader.fetch(version, tmp_path / f"version {number}")  # against its hashes
         mine, theirs = (model(store, each[number]) for store, each in ((source, old), (server, new)))
         assert (theirs.name, theirs.params, without(theirs.tags)) == (mine.name, mine.params, mine.tags)
         assert {(each.key, each.value, each.step) for each in theirs.metrics} == {
@@ -134,18 +137,18 @@ def assert_all_is_there(source: Store, server: Store, tmp_path: Path) -> None:
     assert models[0].aliases == models[1].aliases == {"champion": 3, "previous": 1}
     assert models[0].tags == without(models[1].tags)
     assert models[0].description == models[1].description == "which image it is"
-    assert champion.trail(server, NAME).equals(champion.trail(source, NAME))
+    assert champion.audit_log(server, NAME).equals(champion.audit_log(source, NAME))
     assert [each.name for each in server.client.search_registered_models()] == [NAME]
 
 
-def model(store: Store, version: ModelVersion) -> Any:
+def model(store: TrackingStore, version: ModelVersion) -> Any:
     return store.client.get_logged_model(version.source.removeprefix("models:/"))
 
 
 def test_every_run_and_version_is_there_as_it_was_and_a_second_time_changes_nothing(
-    source: Store, server: Store, tmp_path: Path
+    source: TrackingStore, server: TrackingStore, tmp_path: Path
 ) -> None:
-    said = list(move(source, server, NAME))
+    said = list(migrate(source, server, NAME))
     assert sorted(said) == [
         "run alexnet of digits@a99769f9303d",
         "run killed of unknown data",
@@ -154,7 +157,7 @@ def test_every_run_and_version_is_there_as_it_was_and_a_second_time_changes_noth
     ]
     assert_all_is_there(source, server, tmp_path)
     before = (tmp_path / "mlflow.db").read_bytes()
-    assert list(move(source, server, NAME)) == []
+    assert list(migrate(source, server, NAME)) == []
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
@@ -165,7 +168,7 @@ WRITES += ["create_model_version", "delete_model_version", "set_registered_model
 
 @pytest.mark.parametrize("answered", [False, True])
 def test_whatever_ends_it_between_two_writes_it_goes_on_when_it_runs_again(
-    answered: bool, source: Store, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answered: bool, source: TrackingStore, server: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = 0
 
@@ -187,7 +190,7 @@ def test_whatever_ends_it_between_two_writes_it_goes_on_when_it_runs_again(
     for writes in range(1, 60):
         left = writes
         try:
-            list(move(source, server, NAME))
+            list(migrate(source, server, NAME))
             break
         except Killed:
             pass
@@ -197,74 +200,80 @@ def test_whatever_ends_it_between_two_writes_it_goes_on_when_it_runs_again(
 
 
 def test_a_version_that_only_kept_a_number_free_is_gone_afterwards(
-    source: Store, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: TrackingStore, server: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(MlflowClient, "delete_model_version", dies)
-        list(move(source, server, NAME))
+        list(migrate(source, server, NAME))
     assert sorted(versions(server)) == [1, 2]
-    list(move(source, server, NAME))
+    list(migrate(source, server, NAME))
     assert_all_is_there(source, server, tmp_path)
 
 
-def test_where_the_server_has_versions_of_its_own_nothing_is_moved_and_it_is_said(source: Store, server: Store) -> None:
+def test_where_the_server_has_versions_of_its_own_nothing_is_moved_and_it_is_said(
+    source: TrackingStore, server: TrackingStore
+) -> None:
     server.client.create_registered_model(NAME)
     server.client.create_model_version(NAME, source=str(source.locks))
     with pytest.raises(
         ConvoyError, match=r"has a model convoy already, with a version 1 of its own.*nothing was moved"
     ):
-        list(move(source, server, NAME))
-    assert runs(server) == []
+        list(migrate(source, server, NAME))
+    assert all_runs(server) == []
 
 
-def test_a_run_that_the_server_shows_already_stays_the_only_one(source: Store, server: Store) -> None:
+def test_a_run_that_the_server_shows_already_stays_the_only_one(source: TrackingStore, server: TrackingStore) -> None:
     own = train(server, "lenet")
-    list(move(source, server, NAME))
-    assert [run.info.run_id for run in runs(server) if run.info.run_name == "lenet"] == [own]
+    list(migrate(source, server, NAME))
+    assert [run.info.run_id for run in all_runs(server) if run.info.run_name == "lenet"] == [own]
     assert versions(server)[1].run_id == own
 
 
-def test_after_the_move_the_champion_is_the_servers_affair(source: Store, server: Store, home: Path) -> None:
-    list(move(source, server, NAME))
-    champion.move(server, NAME, promotion(3, 4))
+def test_after_the_move_the_champion_is_the_servers_affair(
+    source: TrackingStore, server: TrackingStore, home: Path
+) -> None:
+    list(migrate(source, server, NAME))
+    champion.set_champion(server, NAME, promotion(3, 4))
     newer = source.client.create_model_version(NAME, source.experiment.artifact_location)
     try:
-        said = list(move(source, server, NAME))
+        said = list(migrate(source, server, NAME))
     finally:
         source.client.delete_model_version(NAME, newer.version)
     assert said == ["model convoy was moved before: its versions from 5 on were made here since, and stay here"]
     assert champion.current(server, NAME) == 4
 
 
-def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(source: Store, server: Store) -> None:
+def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(
+    source: TrackingStore, server: TrackingStore
+) -> None:
     begun = source.client.create_run(source.experiment.experiment_id, run_name="training").info.run_id
     try:
-        said = list(move(source, server, NAME))
+        said = list(migrate(source, server, NAME))
         assert "run training is left out, it is training on another machine: move again afterwards" in said
-        assert "training" not in {run.info.run_name for run in runs(server)}
+        assert "training" not in {run.info.run_name for run in all_runs(server)}
         source.client.set_terminated(begun)
-        assert list(move(source, server, NAME)) == ["run training of unknown data"]
+        assert list(migrate(source, server, NAME)) == ["run training of unknown data"]
     finally:
         source.client.delete_run(begun)
 
 
-def test_a_model_that_was_changed_is_not_moved(source: Store, server: Store, home: Path) -> None:
-    weights = tracking.local(model(source, versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
+def test_a_model_that_was_changed_is_not_moved(source: TrackingStore, server: TrackingStore, home: Path) -> None:
+    weights = local(model(source, versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:
         with pytest.raises(ConvoyError, match=r"version 3: .*weights\.safetensors of the model is not what was regist"):
-            list(move(source, server, NAME))
+            list(migrate(source, server, NAME))
     finally:
         weights.write_bytes(whole)
     assert "champion" not in server.client.get_registered_model(NAME).aliases
     assert list(versions(server)) == [1]
 
 
-def test_without_an_embedded_store_or_its_files_it_is_said(server: Store, tmp_path: Path, home: Path) -> None:
+def test_without_an_embedded_store_or_its_files_it_is_said(server: TrackingStore, tmp_path: Path, home: Path) -> None:
     with pytest.raises(ConvoyError, match=r"there is no mlflow\.db in "):
         embedded(tmp_path / "nowhere", NAME, server)
     elsewhere = tmp_path / "elsewhere"

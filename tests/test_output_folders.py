@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 from pipeline.output_folders import refuse_strays, remove_unlisted
 from pipeline.stage import MARK
 

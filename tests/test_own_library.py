@@ -36,14 +36,14 @@ def edit(file: Path, line: str) -> None:
 
 
 def test_stage_runs_the_library_of_its_own_project(project: Path) -> None:
-    edit(project / "src/convoy/datasets/folders.py", "raise RuntimeError('the code of the copy')")
+    edit(project / "src/convoy/data/sources/folder.py", "raise RuntimeError('the code of the copy')")
     done = run(project, sys.executable, "-m", "pipeline.fetch")
     assert done.returncode != 0
     assert "the code of the copy" in done.stderr
 
 
 def test_decode_workers_run_the_library_of_their_project(project: Path) -> None:
-    edit(project / "src/convoy/images.py", "def plain(*_):\n    raise BadImage('was decoded by the copy')")
+    edit(project / "src/convoy/data/image_io.py", "def plain(*_):\n    raise BadImage('was decoded by the copy')")
     done = run(project, sys.executable, "-m", "pipeline.fetch")
     assert "was decoded by the copy" in done.stdout + done.stderr
 

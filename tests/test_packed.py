@@ -8,16 +8,16 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from convoy.datasets import packed
-from convoy.datasets.files import Paths
-from convoy.datasets.packed import Rows
+from convoy.data import packed_dataset
+from convoy.data.packed_dataset import ImageTable
+from convoy.data.sources.file_listing import PackedPaths
 
 COUNT = 100
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "PIECE", 16)
+    monkeypatch.setattr(packed_dataset, "PIECE", 16)
 
 
 def images() -> pd.DataFrame:
@@ -25,15 +25,15 @@ def images() -> pd.DataFrame:
     return pd.DataFrame({"path": [f"{number}.png" for number in range(COUNT)], "label": labels, "height": range(COUNT)})
 
 
-def written(file: Path, step: int) -> Rows:
+def written(file: Path, step: int) -> ImageTable:
     """The images, so many rows at a time."""
 
     def tables() -> Iterator[pa.Table]:
         for start in range(0, COUNT, step):
             yield pa.Table.from_pandas(images()[start : start + step], preserve_index=False)
 
-    Rows(file).write(tables())
-    return Rows(file)
+    ImageTable(file).write(tables())
+    return ImageTable(file)
 
 
 @pytest.mark.parametrize("step", [1, 15, 16, 17, 100])
@@ -46,7 +46,7 @@ def test_however_the_rows_come_the_bytes_are_the_same_and_all_rows_are_there(tmp
 
 
 def test_a_table_of_one_piece_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "PIECE", COUNT)
+    monkeypatch.setattr(packed_dataset, "PIECE", COUNT)
     images().to_parquet(tmp_path / "pandas.parquet", index=False)
     assert written(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
 
@@ -68,5 +68,5 @@ def test_few_values_come_as_categories_that_are_one_over_all_pieces(tmp_path: Pa
 
 def test_paths_come_back_as_they_were_even_those_that_are_not_utf8() -> None:
     names = ["cat/1.png", "", "caf\udce9/1.png", "\ud800", "\u732b/\0.png"]
-    paths = Paths(names)
+    paths = PackedPaths(names)
     assert list(paths) == list(paths) == names

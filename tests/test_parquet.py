@@ -13,10 +13,10 @@ from given import PETS, faults, png, read, rows, write, zipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError
-from convoy.datasets import parquet
-from convoy.datasets.folders import read_folder
-from convoy.images import BadImage
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources import parquet
+from convoy.data.sources.folder import read_folder
+from convoy.errors import ConvoyError
 
 CLASSES = {"label": ["dog", "cat", "bird"]}
 
@@ -249,7 +249,7 @@ def test_a_file_with_wrong_bytes_is_read_or_refused(
     except ConvoyError as refusal:
         assert "a.parquet" in str(refusal) or "holds no images" in str(refusal)
     else:
-        assert all(isinstance(member.content, bytes | BadImage) for member in members)
+        assert all(isinstance(member.content, bytes | InvalidImageError) for member in members)
     finally:
         shutil.rmtree(data)
 

@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from project import REAL, SMALL, make_project, run_stages
 
-from convoy import config, tracking
-from convoy.config import ConvoyError
-from convoy.hashes import sha256
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.tracking.store import open_store
 from pipeline import dvc_state
-from pipeline.__main__ import check, check_repository, conclude
+from pipeline.__main__ import check, check_repository, print_summary
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -39,12 +40,12 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runs(root: Path) -> pd.DataFrame:
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         return mlflow.search_runs([store.experiment.experiment_id]).set_index("tags.mlflow.runName").sort_index()
 
 
 def champion_version(root: Path) -> str:
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         return str(store.client.get_model_version_by_alias("convoy", "champion").version)
 
 
@@ -65,7 +66,7 @@ def test_each_run_is_in_mlflow_with_its_curves_settings_and_figures(road: Path) 
         run = table.loc[name]
         assert run["metrics.best/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
         assert run["params.recipe.lr"] == str(record["settings"]["recipe"]["lr"])
-        with tracking.store(road, "convoy") as store:
+        with open_store(road, "convoy") as store:
             curve = store.client.get_metric_history(run["run_id"], "val/loss")
             files = {file.path for file in store.client.list_artifacts(run["run_id"])}
         assert [point.step for point in curve] == list(history["epoch"])
@@ -83,7 +84,7 @@ def test_the_champion_answers_plain_images_as_the_evaluation_did(road: Path) -> 
     recorded = pd.read_parquet(road / f"artifacts/evaluate/{best}/predictions.parquet")
     prepared = pd.read_parquet(road / "artifacts/preprocess/images.parquet").query("split == 'test'")
     pictures = [np.asarray(Image.open(road / path)) for path in prepared["path"]]
-    with tracking.store(road, "convoy"):
+    with open_store(road, "convoy"):
         model = mlflow.pyfunc.load_model("models:/convoy@champion")
     answer = model.predict(pictures)
     assert list(answer["label"]) == list(recorded["predicted"])
@@ -103,7 +104,7 @@ def test_registering_the_same_results_again_changes_nothing(road: Path) -> None:
 
 def test_what_a_killed_register_left_of_a_run_is_completed(road: Path) -> None:
     lenet = runs(road).loc["lenet", "run_id"]
-    with tracking.store(road, "convoy") as store:
+    with open_store(road, "convoy") as store:
         store.client.update_run(lenet, status="RUNNING")
     Stage(road, "register").run(register)
     after = runs(road)
@@ -116,17 +117,17 @@ def test_an_experiment_leaves_the_champion_as_it_is(
     road: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def aliases() -> dict[str, str]:
-        with tracking.store(road, "convoy") as store:
+        with open_store(road, "convoy") as store:
             return store.client.get_registered_model("convoy").aliases
 
     before = aliases()
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
-    with tracking.store(road, "convoy") as store:
+    with open_store(road, "convoy") as store:
         store.client.delete_registered_model_alias("convoy", "champion")
     Stage(road, "register").run(register)
     assert "bold-idea" in capsys.readouterr().out
     assert "champion" not in aliases()
-    with tracking.store(road, "convoy") as store:
+    with open_store(road, "convoy") as store:
         store.client.set_registered_model_alias("convoy", "champion", str(before["champion"]))
 
 
@@ -146,7 +147,7 @@ def test_an_experiment_in_a_temporary_copy_brings_its_runs_to_the_project(
 def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
     road: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conclude(road, config.load(road / "params.yaml"))
+    print_summary(road, config.load(road / "params.yaml"))
     said = capsys.readouterr().out
     assert "lenet" in said
     assert "resnet" in said
@@ -156,7 +157,7 @@ def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
 
 def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"^there are no results yet: `make repro` makes them$"):
-        conclude(make_project(tmp_path), {"register": {"name": "convoy"}})
+        print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
 
 
 def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_each_run_names_the_data_that_its_model_saw(road: Path) -> None:
     profile = json.loads((road / "artifacts/preprocess/data.json").read_text())["profile"]
     assert profile["train"] + profile["val"] + profile["test"] == profile["images"] == 90
     names = list(runs(road)["run_id"])
-    with tracking.store(road, "convoy") as store:
+    with open_store(road, "convoy") as store:
         for run in names:
             (found,) = store.client.get_run(run).inputs.dataset_inputs
             assert found.dataset.name == "digits"
@@ -360,7 +361,7 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
     assert "Lower model.resnet.recipe.lr" in shown.err
     assert "lenet is now the champion" in shown.out
 
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         runs = {run.info.run_name: run for run in store.client.search_runs([store.experiment.experiment_id])}
     assert {name: run.info.status for name, run in runs.items()} == {"lenet": "FINISHED", "resnet": "FAILED"}
     assert ": failed in epoch 1 of 3" in runs["resnet"].data.tags["mlflow.note.content"]
@@ -368,13 +369,13 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
     assert table["model"].tolist() == ["lenet", "resnet"]
     assert table["test_accuracy"].isna().tolist() == [False, True]
 
-    conclude(root, config.load(root / "params.yaml"))
+    print_summary(root, config.load(root / "params.yaml"))
     shown = capsys.readouterr().out
     assert "failed" in shown
     best, epoch = table.loc[0, ["val_accuracy", "epoch"]]
     assert re.search(rf"^lenet +{best:.4f} +\d\.\d{{4}} +{epoch:.0f} ", shown, re.MULTILINE)
     Stage(root, "register").run(register)  # the failed run is not brought twice
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
 
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from registered import CLASSES, register
 
-from convoy import predictor
-from convoy.predictor import Predictor
+from convoy.inference import predictor
+from convoy.inference.predictor import Predictor
 from pipeline import predict, verify
 
 

@@ -18,29 +18,29 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-import convoy.fitted
-import convoy.images
-import convoy.remembered
-from convoy.config import ConvoyError
-from convoy.datasets.history import NEW, Version
-from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.packed import SPLITS, Packed
-from convoy.datasets.source import Dataset, Member, Source
-from convoy.images import fit
-from convoy.preprocessing import (
+import convoy.data.cache
+import convoy.data.image_io
+import convoy.data.resize
+from convoy.data.cache import CacheDir
+from convoy.data.data_lock import NEW, LockedVersion
+from convoy.data.dataset_info import ChannelMoments, DatasetInfo
+from convoy.data.image_io import center_crop_resize
+from convoy.data.ingest import FetchConfig, ingest
+from convoy.data.packed_dataset import SPLITS, PackedDataset
+from convoy.data.preprocessing import (
     Prepared,
-    Preprocess,
-    hold_together,
+    PreprocessConfig,
+    assign_groups,
+    cross_split_duplicates,
+    exclude_leaks,
     near_duplicates,
     prepare,
-    resembling,
-    split,
-    withhold,
+    split_ids,
 )
-from convoy.remembered import EarlierRun
-from convoy.task import Sums, Task
+from convoy.data.sources.base import DatasetConfig, Sample, Source
+from convoy.errors import ConvoyError
 
-PARAMS = Preprocess(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
+PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
 
 
 def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
@@ -54,7 +54,7 @@ def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
 
 def sides_of(images: pd.DataFrame, seed: int = 1) -> pd.Series:
     """As the first version of the data is split."""
-    return split(images, PARAMS, seed, NEW.draws(set(images["split"])))
+    return split_ids(images, PARAMS, seed, NEW.draws(set(images["split"])))
 
 
 def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
@@ -136,8 +136,8 @@ def test_where_the_source_gives_only_training_images_both_others_are_drawn() -> 
 def test_splits_that_come_with_new_images_move_no_old_one(old: list[str], new: list[str]) -> None:
     before, after = table(len(old)).assign(split=old), table(len(old + new)).assign(split=old + new)
     drawn = NEW.draws(set(old))
-    later = NEW.grown(["cat"], Version(digest="", images={}, quarantine=0), drawn).draws(set(old + new))
-    assert split(before, PARAMS, 1, drawn).equals(split(after, PARAMS, 1, later)[: len(old)])
+    later = NEW.grown(["cat"], LockedVersion(digest="", images={}, quarantine=0), drawn).draws(set(old + new))
+    assert split_ids(before, PARAMS, 1, drawn).equals(split_ids(after, PARAMS, 1, later)[: len(old)])
 
 
 @given(
@@ -149,10 +149,10 @@ def test_splits_that_come_with_new_images_move_no_old_one(old: list[str], new: l
 def test_a_group_is_used_on_one_side_alone_whatever_splits_the_source_gives(rows: list[tuple[str, str]]) -> None:
     images = table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
     drawn = NEW.draws(set(images["split"]))
-    own = split(images, PARAMS, 1, drawn)
-    places = hold_together(images, own.map(SPLITS.index).to_numpy(), drawn)
+    own = split_ids(images, PARAMS, 1, drawn)
+    places = assign_groups(images, own.map(SPLITS.index).to_numpy(), drawn)
     sides = pd.Series(np.array(SPLITS)[places[0]])
-    withheld = withhold(images, *places, np.empty((0, 2), int))
+    withheld = exclude_leaks(images, *places, np.empty((0, 2), int))
     left = sides.drop(withheld.index)
     assert (left.groupby(images["group"]).nunique().drop("", errors="ignore") <= 1).all()
     assert sides[images["split"].isin(["val", "test"])].equals(images["split"][images["split"].isin(["val", "test"])])
@@ -180,7 +180,7 @@ def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str
     """sha256 -> side, of the images that are not withheld."""
     sides = sides_of(images, seed)
     places = sides.map(SPLITS.index).to_numpy()
-    left = sides.drop(withhold(images, places, places, near).index)
+    left = sides.drop(exclude_leaks(images, places, places, near).index)
     return dict(zip(images["sha256"][left.index], left, strict=True))
 
 
@@ -228,23 +228,23 @@ def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_sam
 def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
     images = table(3)
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val")])
-    withheld = withhold(images, sides, sides, np.array([[0, 1], [2, 1]]))
+    withheld = exclude_leaks(images, sides, sides, np.array([[0, 1], [2, 1]]))
     assert withheld.to_dict("records") == [
         {"path": "data/cat/0.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
         {"path": "data/cat/2.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
     ]
-    same = withhold(images.assign(picture=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
+    same = exclude_leaks(images.assign(picture=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
     assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
 
 
 def test_of_a_test_image_the_files_on_other_sides_are_known_that_show_the_same_or_nearly() -> None:
     images = table(6).assign(picture=[1, 2, 3, 4, 2, 6])
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val", "test", "train", "train")])
-    found = resembling(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
+    found = cross_split_duplicates(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
     names = images["sha256"].tolist()
     pairs = {(names.index(test), names.index(other)) for test, other in found.itertuples(index=False)}
     assert pairs == {(1, 0), (3, 2), (1, 4)}
-    assert not len(resembling(images.assign(picture=range(6)), sides, np.empty((0, 2), int)))
+    assert not len(cross_split_duplicates(images.assign(picture=range(6)), sides, np.empty((0, 2), int)))
 
 
 def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Path) -> None:
@@ -283,26 +283,26 @@ def packed(
     given_split: str = "",
     group: str = "",
     longest_side: int = 512,
-) -> Packed:
+) -> PackedDataset:
     """`images` by class, as a packed data set in `folder`."""
     members = [
-        Member(f"data/{label}/{number}.png", label, given_split, group, content)
+        Sample(f"data/{label}/{number}.png", label, given_split, group, content)
         for label, contents in images.items()
         for number, content in enumerate(contents)
     ]
     return packed_of(members, folder, longest_side)
 
 
-def packed_of(members: Sequence[Member], folder: Path, longest_side: int = 512) -> Packed:
+def packed_of(members: Sequence[Sample], folder: Path, longest_side: int = 512) -> PackedDataset:
     folder.mkdir(parents=True, exist_ok=True)
     source = Source(sorted({member.label for member in members}), len(members), iter(members))
-    limits = Fetch(max_bad_fraction=0.0)
-    pets = Dataset(name="pets", longest_side=longest_side, group=None)
-    return take_in(source, pets, limits, NEW, folder, EarlierRun(folder / "remembered" / "here", folder)).packed
+    limits = FetchConfig(max_bad_fraction=0.0)
+    pets = DatasetConfig(name="pets", longest_side=longest_side, group=None)
+    return ingest(source, pets, limits, NEW, folder, CacheDir(folder / "remembered" / "here", folder)).packed
 
 
-def made(packed: Packed, folder: Path, params: Preprocess = PARAMS) -> Prepared:
-    return prepare(packed, params, 1, folder, EarlierRun(folder / "remembered", folder))
+def made(packed: PackedDataset, folder: Path, params: PreprocessConfig = PARAMS) -> Prepared:
+    return prepare(packed, params, 1, folder, CacheDir(folder / "remembered", folder))
 
 
 def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
@@ -355,7 +355,7 @@ def test_the_arrays_load_by_memory_map(prepared: Path) -> None:
 
 
 def test_the_task_says_what_the_data_are(prepared: Path) -> None:
-    task = Task.load(prepared / "task.json")
+    task = DatasetInfo.load(prepared / "task.json")
     assert (task.dataset, task.classes, task.size, task.channels) == ("pets", ["007", "cat"], 32, 1)
 
 
@@ -377,7 +377,7 @@ def test_channels_are_as_asked_and_by_themselves_grey_only_where_every_image_is(
     tmp_path: Path, asked: object, source: int, expected: int
 ) -> None:
     images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
-    params = Preprocess(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
+    params = PreprocessConfig(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
     task = made(packed(tmp_path / "packed", images), tmp_path, params).task
     assert task.channels == len(task.mean) == len(task.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)
@@ -405,14 +405,14 @@ def test_images_that_were_reduced_to_less_than_is_asked_for_are_counted(
 
 
 def test_a_copy_that_is_given_for_training_does_not_make_a_training_image_of_one_drawn_for_test(tmp_path: Path) -> None:
-    def table(members: Sequence[Member], folder: Path) -> pd.DataFrame:
+    def table(members: Sequence[Sample], folder: Path) -> pd.DataFrame:
         made(packed_of(members, folder / "packed"), folder)
         return pd.read_parquet(folder / "images.parquet")
 
-    old = [Member(f"data/{n}.png", "cd"[n % 2], "", "", image) for n, image in enumerate(noise(80))]
+    old = [Sample(f"data/{n}.png", "cd"[n % 2], "", "", image) for n, image in enumerate(noise(80))]
     before = table(old, tmp_path / "before").query("split == 'test'")
     copied = [member._replace(path=f"data/0-{member.path}", split="train") for member in old]
-    given = [Member(f"data/{n}.png", "cd"[n % 2], "val", "", image) for n, image in enumerate(noise(4, seed=9))]
+    given = [Sample(f"data/{n}.png", "cd"[n % 2], "val", "", image) for n, image in enumerate(noise(4, seed=9))]
     after = table([*copied, *old, *given], tmp_path / "after")
     assert len(before) > 5
     assert set(after[after["sha256"].isin(before["sha256"])]["split"]) == {"test"}
@@ -444,13 +444,13 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     def counted(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
         shapes.append(pixels.shape)
-        return fit(pixels, size, channels)
+        return center_crop_resize(pixels, size, channels)
 
-    monkeypatch.setattr(convoy.fitted, "fit", counted)
+    monkeypatch.setattr(convoy.data.resize, "center_crop_resize", counted)
     return shapes
 
 
-def fitted_once(folder: Path, fitted: list) -> Packed:
+def fitted_once(folder: Path, fitted: list) -> PackedDataset:
     """Images that are made and remembered; of what was fitted no count is left."""
     images = packed(folder / "packed", LARGE)
     made(images, folder)
@@ -458,11 +458,11 @@ def fitted_once(folder: Path, fitted: list) -> Packed:
     return images
 
 
-def made_again(packed: Packed, first: Path) -> dict[str, bytes]:
+def made_again(packed: PackedDataset, first: Path) -> dict[str, bytes]:
     """The files in another folder, with what is remembered from a first time."""
     folder = first / "again"
     folder.mkdir()
-    prepare(packed, PARAMS, 1, folder, EarlierRun(first / "remembered", first))
+    prepare(packed, PARAMS, 1, folder, CacheDir(first / "remembered", first))
     return bytes_in(folder)
 
 
@@ -573,8 +573,8 @@ def test_mean_and_deviation_are_numpys_whatever_the_order_and_the_parts(
     assert summed(pixels[::-1], len(pixels)).mean_and_std() == (mean, std)
 
 
-def summed(pixels: np.ndarray, chunk: int) -> Sums:
-    sums = Sums(pixels.shape[-1])
+def summed(pixels: np.ndarray, chunk: int) -> ChannelMoments:
+    sums = ChannelMoments(pixels.shape[-1])
     for start in range(0, len(pixels), chunk):
         sums.add(pixels[start : start + chunk])
         sums.add(pixels[:0])  # as of a part that has no training image
@@ -588,12 +588,12 @@ def test_a_channel_that_never_varies_can_still_be_divided_by(value: int) -> None
 
 
 def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:
-    task = Task("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    task = DatasetInfo("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     task.save(tmp_path / "task.json")
-    assert Task.load(tmp_path / "task.json") == task
+    assert DatasetInfo.load(tmp_path / "task.json") == task
 
 
-@pytest.mark.parametrize("module", [convoy.images, convoy.fitted], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [convoy.data.image_io, convoy.data.resize], ids=lambda module: module.__name__)
 def test_what_other_code_fitted_is_fitted_anew(
     module: ModuleType, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,7 +609,7 @@ def test_what_another_version_of_a_library_fitted_is_fitted_anew(
     library: str, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = fitted_once(tmp_path, fitted)
-    monkeypatch.setattr(convoy.remembered, "version", lambda name: "0" if name == library else version(name))
+    monkeypatch.setattr(convoy.data.cache, "version", lambda name: "0" if name == library else version(name))
     made_again(images, tmp_path)
     assert len(fitted) == 85
 
@@ -630,8 +630,8 @@ def test_the_sums_over_very_many_images_are_whole_numbers() -> None:
 def test_training_images_of_a_group_follow_it_only_where_its_side_is_drawn_from_them() -> None:
     said = pd.DataFrame({"group": ["a", "a"], "split": ["test", "train"]})
     sides = np.array([SPLITS.index("test"), SPLITS.index("train")], np.int8)
-    assert hold_together(said, sides, ["test"])[0].tolist() == [2, 2]
-    assert hold_together(said, sides, ["val"])[0].tolist() == [2, 0]
+    assert assign_groups(said, sides, ["test"])[0].tolist() == [2, 2]
+    assert assign_groups(said, sides, ["val"])[0].tolist() == [2, 0]
 
 
 def test_of_withheld_images_nothing_is_remembered(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ import pytest
 import yaml
 from project import REAL
 
-from convoy import champion, config, tracking
-from convoy.config import ConvoyError, typed
-from convoy.datasets.source import Dataset
-from convoy.promotion import Register, rank
+from convoy import config
+from convoy.config import typed
+from convoy.data.sources.base import DatasetConfig
+from convoy.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.promotion.config import RegisterConfig, rank
+from convoy.tracking.store import open_store
 
 
 def scored(accuracy: float, loss: float = 0.5) -> dict[str, float]:
@@ -33,7 +36,7 @@ GATE = yaml.safe_load((REAL / "conf/config.yaml").read_text())["register"]["gate
 def accepts(name: object) -> tuple[bool, bool]:
     """Whether it may be the name of a data set, and of a registered model."""
     dataset = {"name": name, "longest_side": 9, "group": None}
-    kinds = ((Dataset, dataset, "dataset"), (Register, {"name": name, "gate": GATE}, "register"))
+    kinds = ((DatasetConfig, dataset, "dataset"), (RegisterConfig, {"name": name, "gate": GATE}, "register"))
     found = []
     for kind, values, section in kinds:
         try:
@@ -71,12 +74,14 @@ def test_odd_names_of_data_sets_are_names_of_models(
 ) -> None:
     assert accepts(name) == (True, True)
     shutil.copy(empty, tmp_path)
-    with tracking.store(tmp_path, name) as store:
+    with open_store(tmp_path, name) as store:
         store.client.create_registered_model(name)
         store.client.create_model_version(name, source=(tmp_path / "mlartifacts").as_uri())
-        champion.move(store, name, champion.Event(champion.now(), "promotion", None, 1, "ada", "", "better"))
+        champion.set_champion(
+            store, name, champion.PromotionEvent(champion.now(), "promotion", None, 1, "ada", "", "better")
+        )
         assert champion.current(store, name) == 1
-    with tracking.store(tmp_path, name) as store:
+    with open_store(tmp_path, name) as store:
         assert store.experiment.name == name
 
 

@@ -24,12 +24,13 @@ import torchvision
 import yaml
 from PIL import Image
 
-from convoy.config import ConvoyError, typed
-from convoy.datasets.decoding import decoded
-from convoy.datasets.published import read_torchvision
-from convoy.datasets.source import Member, Source, TorchvisionSet
-from convoy.images import FORMATS
-from convoy.remembered import EarlierRun
+from convoy.config import typed
+from convoy.data.cache import CacheDir
+from convoy.data.decode_pool import decode_all
+from convoy.data.image_io import FORMATS
+from convoy.data.sources.base import Sample, Source, TorchvisionSet
+from convoy.data.sources.torchvision import read_torchvision
+from convoy.errors import ConvoyError
 
 ROOT = Path(__file__).parents[1]
 SETS = {
@@ -404,7 +405,7 @@ def read(name: str, downloads: Path, **chosen: dict[str, Any]) -> Source:
     return read_torchvision(params, downloads / name)
 
 
-def shade(member: Member) -> int:
+def shade(member: Sample) -> int:
     """The one value of all pixels."""
     assert isinstance(member.content, np.ndarray | str)
     if isinstance(member.content, np.ndarray):
@@ -598,7 +599,7 @@ def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
     changed.write_bytes(POSTSCRIPT)
     faults = {
         member.path: fault
-        for members, batch in decoded(read("oxford_pets", tmp_path), 512, EarlierRun(tmp_path / "nothing", tmp_path))
+        for members, batch in decode_all(read("oxford_pets", tmp_path), 512, CacheDir(tmp_path / "nothing", tmp_path))
         for member, fault in zip(members, batch.faults, strict=True)
     }
     assert len(faults) == 10

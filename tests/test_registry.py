@@ -12,8 +12,10 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from registered import PACKAGE, leave
 
-from convoy import predictor, registry, served, tracking
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
+from convoy.inference import predictor
+from convoy.registry import model_loader, versions
+from convoy.tracking.store import open_store
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def root(tmp_path: Path, empty: Path, embedded_store: None) -> Path:
     folder.mkdir()
     shutil.copy(empty, folder)
     leave(folder / "left")
-    with tracking.store(folder, "convoy") as store:
+    with open_store(folder, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
         store.client.log_metric(run.info.run_id, "val/accuracy", 0.5, step=1)
         store.client.log_param(run.info.run_id, "seed", "1")
@@ -37,8 +39,8 @@ def run(client: MlflowClient, experiment: str) -> tuple[str, str, int]:
 
 
 def register(root: Path) -> None:
-    with tracking.store(root, "convoy") as store:
-        registry.register(
+    with open_store(root, "convoy") as store:
+        versions.register(
             store,
             name="convoy",
             run_id=run(store.client, store.experiment.experiment_id)[0],
@@ -51,7 +53,7 @@ def register(root: Path) -> None:
 
 
 def assert_run_is_finished(root: Path) -> None:
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         assert run(store.client, store.experiment.experiment_id)[1:] == ("FINISHED", 7)
 
 
@@ -79,7 +81,7 @@ def test_a_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -
     assert_run_is_finished(root)
     register(root)
     assert_run_is_finished(root)
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         models = store.client.search_logged_models([store.experiment.experiment_id])
         assert [model.status for model in models].count(LoggedModelStatus.READY) >= 1
         assert LoggedModelStatus.PENDING not in [model.status for model in models]
@@ -88,7 +90,7 @@ def test_a_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -
 def test_a_registered_model_belongs_to_its_run(root: Path) -> None:
     register(root)
     assert_run_is_finished(root)
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         run_id = run(store.client, store.experiment.experiment_id)[0]
         (model,) = store.client.search_logged_models([store.experiment.experiment_id])
         assert (model.name, model.source_run_id, model.params) == ("model", run_id, {"seed": "1"})
@@ -110,9 +112,9 @@ def test_no_model_is_written_where_temporary_files_are(
 
     monkeypatch.setattr(tempfile, "mkdtemp", make_and_tell)
     register(root)
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
-        served.load(version, store.scratch)
+        model_loader.load(version, store.scratch)
     assert len(made) >= 3
     assert not [folder for folder in made if Path(folder).is_relative_to(tmp_path / "small")]
     assert not list((root / "artifacts/.scratch").glob("*/"))  # nor is anything left

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.datasets.folders import read_folder
-from convoy.datasets.history import NEW
-from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.packed import Packed
-from convoy.datasets.source import Dataset
-from convoy.remembered import EarlierRun
+from convoy.data.cache import CacheDir
+from convoy.data.data_lock import NEW
+from convoy.data.ingest import FetchConfig, ingest
+from convoy.data.packed_dataset import PackedDataset
+from convoy.data.sources.base import DatasetConfig
+from convoy.data.sources.folder import read_folder
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -21,11 +21,11 @@ def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
     assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
 
 
-def packed(folder: Path) -> Packed:
-    dataset = Dataset(name="digits", longest_side=512, group=None)
-    limits = Fetch(max_bad_fraction=0.0)
-    return take_in(
-        read_folder(SAMPLES), dataset, limits, NEW, folder, EarlierRun(folder / "remembered" / "here", folder)
+def packed(folder: Path) -> PackedDataset:
+    dataset = DatasetConfig(name="digits", longest_side=512, group=None)
+    limits = FetchConfig(max_bad_fraction=0.0)
+    return ingest(
+        read_folder(SAMPLES), dataset, limits, NEW, folder, CacheDir(folder / "remembered" / "here", folder)
     ).packed
 
 

@@ -16,9 +16,13 @@ import torch
 from project import REAL
 from registered import folder_of, leave, register
 
-from convoy import predictor, registry, served, tracking, transfer
-from convoy.config import ConvoyError
-from convoy.hashes import sha256
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.inference import predictor
+from convoy.registry import model_loader, versions
+from convoy.tracking import runs
+from convoy.tracking.store import open_store
+from convoy.training import init_weights
 from pipeline import predict
 
 SECRET = "correct-horse-battery-staple"
@@ -73,7 +77,7 @@ def test_training_starts_from_no_file_that_may_hold_code(suffix: str, fired: Pat
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(zipped(fired))
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init=.*it may be scratch"):
-        transfer.check("lenet", {"init": str(file)})
+        init_weights.check("lenet", {"init": str(file)})
     assert not fired.exists()
 
 
@@ -137,21 +141,21 @@ def stored(root: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def version(root: Path) -> Iterator[registry.ModelVersion]:
-    with tracking.store(root, "convoy") as store:
-        yield served.find(store, "models:/convoy@champion")
+def version(root: Path) -> Iterator[versions.ModelVersion]:
+    with open_store(root, "convoy") as store:
+        yield model_loader.find(store, "models:/convoy@champion")
 
 
 def everything(root: Path, folder: Path) -> None:
     with version(root) as found:
-        served.fetch(found, folder)
+        model_loader.fetch(found, folder)
 
 
 def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> None:
     everything(root, tmp_path / "copy")
     with version(root) as found:
-        assert served.load(found).architecture == "lenet"
-        hashes = json.loads(found.tags[registry.HASHES])
+        assert model_loader.load(found).architecture == "lenet"
+        hashes = json.loads(found.tags[versions.HASHES])
     for name, file in (("record", "record.json"), ("weights", "weights.safetensors")):
         assert hashes[f"artifacts/{file}"] == sha256(root / "left" / file), name  # as training left it
     assert sorted(hashes) == sorted(str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
@@ -175,7 +179,7 @@ def test_what_answers_is_what_was_registered_or_nothing(
         case "gone":
             target.unlink()
     with version(root) as found, pytest.raises(ConvoyError, match=f"{file}.*nothing of the model was used"):
-        served.load(found)
+        model_loader.load(found)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConvoyError, match=rf"models:/convoy/1.*{file}"):
         predict.registered(root, None)
@@ -183,7 +187,7 @@ def test_what_answers_is_what_was_registered_or_nothing(
 
 
 def run_at_import(stored: Path, fired: Path) -> None:
-    file = stored / "serving.py"
+    file = stored / "pyfunc_model.py"
     file.write_text(f"open({str(fired)!r}, 'w').close()\n{file.read_text()}")
 
 
@@ -210,9 +214,9 @@ def test_code_that_was_put_into_a_model_is_refused_and_never_run(
 ) -> None:
     attack(stored, fired)
     with version(root) as found:
-        served.load(found)  # takes none of it: it has its own code
+        model_loader.load(found)  # takes none of it: it has its own code
         with pytest.raises(ConvoyError, match="is not what was registered; nothing of the model was used"):
-            served.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
+            model_loader.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
     assert not fired.exists()
     before, path = set(sys.modules), list(sys.path)
     with contextlib.suppress(Exception):
@@ -236,9 +240,9 @@ def test_a_file_more_is_not_even_fetched(root: Path, stored: Path, fired: Path, 
 @pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json"])
 def test_a_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
     with version(root) as found:
-        found._tags = {} if tag is None else {registry.HASHES: tag}
-        with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {registry.HASHES}"):
-            served.load(found)
+        found._tags = {} if tag is None else {versions.HASHES: tag}
+        with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.HASHES}"):
+            model_loader.load(found)
 
 
 def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
@@ -258,7 +262,7 @@ def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
         register(tmp_path)
     monkeypatch.undo()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with tracking.store(tmp_path, "convoy") as store:
+    with open_store(tmp_path, "convoy") as store:
         assert store.client.search_model_versions("name = 'convoy'") == []
 
 
@@ -269,19 +273,19 @@ def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
 def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """The id of a run with the files of a training, and the folder where these lie."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    data = tracking.DataVersion("pets", "0123", "data.dvc", {"images": 3})
+    data = runs.DataVersion("pets", "0123", "data.dvc", {"images": 3})
     files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
-    tags = {tracking.IDENTITY: str(tmp_path)}
-    ended = tracking.Run("lenet", {}, tags, {}, data, files=files, status="FINISHED")
-    with tracking.store(root, "convoy") as store:
-        made = tracking.level(store, ended, "results", moment=0)
+    tags = {runs.IDENTITY: str(tmp_path)}
+    ended = runs.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")
+    with open_store(root, "convoy") as store:
+        made = runs.sync_run(store, ended, "results", moment=0)
     yield made, root / "mlartifacts/convoy" / made / "artifacts"
 
 
 def start_from(root: Path, init: str, folder: Path) -> str:
     folder.mkdir()
-    with tracking.store(root, "convoy") as store:
-        return served.fetch_weights(store, "convoy", "lenet", init, folder)
+    with open_store(root, "convoy") as store:
+        return model_loader.fetch_weights(store, "convoy", "lenet", init, folder)
 
 
 def tamper(file: Path, change: str, fired: Path) -> None:
@@ -331,11 +335,11 @@ def test_a_training_starts_from_files_that_nobody_touched(
 def test_a_training_starts_from_no_run_without_hashes(
     tag: str | None, root: Path, run: tuple[str, Path], tmp_path: Path
 ) -> None:
-    with tracking.store(root, "convoy") as store:
-        store.client.delete_tag(run[0], tracking.HASHES)
+    with open_store(root, "convoy") as store:
+        store.client.delete_tag(run[0], runs.HASHES)
         if tag is not None:
-            store.client.set_tag(run[0], tracking.HASHES, tag)
-    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {tracking.HASHES}"):
+            store.client.set_tag(run[0], runs.HASHES, tag)
+    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {runs.HASHES}"):
         start_from(root, run[0], tmp_path / "start")
 
 

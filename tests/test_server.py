@@ -23,9 +23,13 @@ from nights import BASE, answer, end_in, make_nights
 from project import REAL, make_project
 from test_live import Answer, Server, trained_bytes
 
-from convoy import champion, config, served, tracking
-from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
-from convoy.config import ConvoyError
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
+from convoy.registry import model_loader
+from convoy.tracking import runs
+from convoy.tracking.store import open_store
 from pipeline import move, predict, rollback, sync, verify
 from pipeline.evaluate import evaluate
 from pipeline.register import register
@@ -74,7 +78,7 @@ def server(whole: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def quick() -> Iterator[pytest.MonkeyPatch]:
     """A model answers here and not in a fresh process, which takes ten seconds; until this is undone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served, "_answers", answer)
+        patch.setattr(model_loader, "_predict_in_subprocess", answer)
         yield patch
 
 
@@ -108,8 +112,8 @@ def numbers(server: str, name: str) -> list[int]:
 
 def moves(root: Path, name: str) -> list[tuple[int | None, int]]:
     """From which version to which the champion went, from the first move to the last."""
-    with tracking.store(root, name) as store:
-        return [(event.before, event.after) for event in champion.events(store, name)]
+    with open_store(root, name) as store:
+        return [(event.before, event.after) for event in champion.promotion_events(store, name)]
 
 
 def assert_no_lock_is_left(server: str, name: str) -> None:
@@ -165,7 +169,7 @@ def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) 
     client = MlflowClient(server, server)
     found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert len(found) == len(results)
-    runs = {run.data.tags[tracking.IDENTITY]: run for run in found}
+    runs = {run.data.tags[runs.IDENTITY]: run for run in found}
     for trained in (result / "train/lenet" for result in results):
         run = runs[json.loads((trained / "record.json").read_text())["identity"]]
         history = pd.read_csv(trained / "history.csv")
@@ -196,7 +200,7 @@ def test_a_client_that_writes_into_the_bucket_itself_has_the_same_champion(
     assert aliases(server, "direct") == {CHALLENGER: 1, CHAMPION: 1}
     version = MlflowClient(server, server).get_model_version("direct", "1")
     assert MlflowClient(server, server).get_model_version_download_uri("direct", "1").startswith("s3://convoy/direct/")
-    assert served.load(version).architecture == "lenet"
+    assert model_loader.load(version).architecture == "lenet"
 
 
 # Two retrainings at once
@@ -218,7 +222,7 @@ class Machine:
 
 
 def obey(connection: Connection, barrier: threading.Barrier) -> None:
-    served._answers = answer
+    model_loader._predict_in_subprocess = answer
     meet = ""
 
     def meeting(call: str, original: Any) -> Any:
@@ -229,7 +233,7 @@ def obey(connection: Connection, barrier: threading.Barrier) -> None:
 
         return called
 
-    champion.move = meeting("move", champion.move)
+    champion.set_champion = meeting("move", champion.set_champion)
     MlflowClient.create_experiment = meeting("create_experiment", MlflowClient.create_experiment)  # type: ignore[method-assign]
     while order := connection.recv():
         root, os.environ["MLFLOW_TRACKING_URI"], meet = order
@@ -339,8 +343,8 @@ def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goe
     for training in ("poor", "good"):
         Stage(end_in(root, training, "register.name=moved"), "register").run(register)
     before = moves(root, "moved")
-    with tracking.store(root, "moved") as store:
-        hashes = {str(each.version): each.tags[tracking.HASHES] for each in store.client.search_model_versions("")}
+    with open_store(root, "moved") as store:
+        hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
     monkeypatch.chdir(root)
     out, err = (moving := start(root, "pipeline.move")).communicate()
@@ -355,7 +359,7 @@ def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goe
     results = [root / "kept" / training for training in ("poor", "good")]
     assert_whole_runs(whole, "moved", results, "verdict.md", "promotions.csv")
     found = MlflowClient(whole, whole).search_model_versions("name = 'moved'")
-    assert {each.version: each.tags[tracking.HASHES] for each in found} == hashes
+    assert {each.version: each.tags[runs.HASHES] for each in found} == hashes
     assert aliases(whole, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
     assert moves(root, "moved") == before == [(None, 1), (1, 2)]
     quick.undo()
@@ -365,7 +369,7 @@ def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goe
     predict.main()
     assert "lying" in capsys.readouterr().out
 
-    quick.setattr(served, "_answers", answer)
+    quick.setattr(model_loader, "_predict_in_subprocess", answer)
     Stage(end_in(root, "good", "register.name=moved"), "register").run(register)
     assert "lenet stays the champion: models:/moved@champion, version 2" in capsys.readouterr().out
     Stage(end_in(root, "alike", "register.name=moved"), "register").run(register)

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,20 +28,24 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
+from project import REAL
 from registered import CLASSES, folder_of, leave, register
 from sklearn.datasets import load_sample_images
 
-from convoy import predictor, registry, served, tracking
-from convoy.config import ConvoyError
-from convoy.datasets.history import NEW
-from convoy.datasets.intake import Fetch, take_in
-from convoy.datasets.packed import SPLITS
-from convoy.datasets.source import Dataset, Member, Source
-from convoy.hashes import sha256
-from convoy.predictor import Predictor
-from convoy.preprocessing import Preprocess, prepare
-from convoy.remembered import EarlierRun
-from convoy.serving import ImageClassifier
+from convoy.data.cache import CacheDir
+from convoy.data.data_lock import NEW
+from convoy.data.ingest import FetchConfig, ingest
+from convoy.data.packed_dataset import SPLITS
+from convoy.data.preprocessing import PreprocessConfig, prepare
+from convoy.data.sources.base import DatasetConfig, Sample, Source
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.inference import predictor
+from convoy.inference.predictor import Predictor
+from convoy.inference.pyfunc_model import ImageClassifier
+from convoy.registry import model_loader as served
+from convoy.registry import versions
+from convoy.tracking.store import open_store
 
 Files = dict[str, Path]
 
@@ -203,17 +208,17 @@ def test_a_photograph_comes_to_the_pixels_that_the_network_was_trained_and_teste
         file = io.BytesIO()
         photograph.crop((20 * number, 10 * number, 20 * number + 400, 10 * number + 300)).save(file, form)
         files[f"{split}/{label}"] = file.getvalue()
-    members = [Member(path, path.split("/")[1], path.split("/")[0], "", data) for path, data in files.items()]
+    members = [Sample(path, path.split("/")[1], path.split("/")[0], "", data) for path, data in files.items()]
     for folder in ("packed", "prepared"):
         (tmp_path / folder).mkdir()
     source, nothing = (
         Source(["cat", "dog"], len(members), iter(members)),
-        EarlierRun(tmp_path / "remembered/here", tmp_path / "nowhere"),
+        CacheDir(tmp_path / "remembered/here", tmp_path / "nowhere"),
     )
-    dataset = Dataset(name="pets", longest_side=90, group=None)
-    packed = take_in(source, dataset, Fetch(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed
+    dataset = DatasetConfig(name="pets", longest_side=90, group=None)
+    packed = ingest(source, dataset, FetchConfig(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed
     channels = model.predictor.task.channels
-    params = Preprocess(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
+    params = PreprocessConfig(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
     task = prepare(packed, params, 1, tmp_path / "prepared", nothing).task
 
     served = dataclasses.replace(model.predictor, task=task)
@@ -266,36 +271,42 @@ def test_a_model_is_safetensors_json_and_source_and_nothing_of_the_training(root
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".pyc" and file.is_file()}
     assert {Path(file).suffix for file in files} == {"", ".json", ".py", ".safetensors", ".txt", ".yaml"}
     assert not any("pickle" in line for line in (folder / "MLmodel").read_text().splitlines() if "version" not in line)
-    assert "code/convoy/training.py" not in files
+    assert "code/convoy/training/module.py" not in files
 
 
 def test_a_model_brings_the_code_that_it_needs_and_no_more() -> None:
-    code = "import sys, convoy.serving; print(*(name for name in sys.modules if name.startswith('convoy.')))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    parts = {name.split(".")[1] for name in found} - {"serving"}  # which MLflow keeps beside the rest
-    assert {"__init__", *parts} == {name.removesuffix(".py") for name in registry.SERVED_BY}
+    code = (
+        "import sys, convoy.inference.pyfunc_model; print(*(name for name in sys.modules if name.startswith('convoy')))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REAL / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found = done.stdout.split()
+    # MLflow keeps this one beside the rest
+    found.remove("convoy.inference.pyfunc_model")
+    brought = {re.sub(r"(/?__init__)?(\.py)?$", "", f"convoy/{part}").replace("/", ".") for part in versions.SERVED_BY}
+    assert {name for name in found if not name.startswith("convoy.models.")} == brought
 
 
 def test_the_pinned_requirements_are_what_the_code_of_a_model_imports(root: Path) -> None:
     folder, owners = folder_of(root), packages_distributions()
     imported = set()
-    for file in [folder / "serving.py", *(folder / "code").rglob("*.py")]:
+    for file in [folder / "pyfunc_model.py", *(folder / "code").rglob("*.py")]:
         for node in ast.parse(file.read_text()).body:  # what a function imports, no answer needs
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"convoy"}
-    packages = [{owner.lower() for owner in owners[name]} & set(registry.SERVED_WITH) for name in foreign]
+    packages = [{owner.lower() for owner in owners[name]} & set(versions.SERVED_WITH) for name in foreign]
     assert all(packages)
-    assert set().union(*packages) == set(registry.SERVED_WITH)
+    assert set().union(*packages) == set(versions.SERVED_WITH)
     pinned = (folder / "requirements.txt").read_text().split()
-    assert pinned == [f"{package}=={version(package)}" for package in registry.SERVED_WITH]
+    assert pinned == [f"{package}=={version(package)}" for package in versions.SERVED_WITH]
 
 
 def test_a_version_that_answers_something_else_than_recorded_is_refused(root: Path, restored: Predictor) -> None:
     pixels = picture(32, 32, 1)[None]
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         version = served.find(store, "models:/convoy/1")
     recorded = restored.probabilities(pixels) + 2e-4
     with pytest.raises(
@@ -310,7 +321,7 @@ def test_a_version_that_answers_something_else_than_recorded_is_refused(root: Pa
 
 @pytest.mark.parametrize("uri", ["models:/convoy/7", "models:/convoy@best", "models:/other@champion"])
 def test_a_version_that_is_not_there_is_named(root: Path, uri: str) -> None:
-    with tracking.store(root, "convoy") as store, pytest.raises(ConvoyError, match=f"MLflow has no {uri}"):
+    with open_store(root, "convoy") as store, pytest.raises(ConvoyError, match=f"MLflow has no {uri}"):
         served.find(store, uri)
 
 
@@ -318,7 +329,7 @@ def test_a_version_that_is_not_there_is_named(root: Path, uri: str) -> None:
     "uri", ["convoy", "runs:/1/model", "models:/m-123", "/tmp/model", "models:/convoy/1/artifacts"]
 )
 def test_what_is_no_registered_model_is_refused(root: Path, uri: str) -> None:
-    with tracking.store(root, "convoy") as store, pytest.raises(ConvoyError, match="no registered model"):
+    with open_store(root, "convoy") as store, pytest.raises(ConvoyError, match="no registered model"):
         served.find(store, uri)
 
 
@@ -374,7 +385,7 @@ def test_a_registry_that_does_not_answer_is_not_one_without_the_version(
     def down(*_: object) -> None:
         raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
 
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         monkeypatch.setattr(store.client, "get_model_version_by_alias", down)
         with pytest.raises(MlflowException, match="the server is down"):
             served.find(store, "models:/convoy@champion")

@@ -16,7 +16,7 @@ import yaml
 from dvc.cli import main
 
 from convoy import config
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
 from pipeline.settings import RECORD, compose

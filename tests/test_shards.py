@@ -9,8 +9,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.datasets import shards
-from convoy.datasets.shards import LIST, NEW, LostShard, Shards, Writer
+from convoy.data import pixel_shards
+from convoy.data.pixel_shards import LIST, NEW, LostShard, Shards, ShardWriter
 
 SIZE = 100
 
@@ -19,9 +19,9 @@ SIZE = 100
 def small() -> None:
     """Eight images in a shard, and a run of less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "MEAN", 8 * SIZE)
-        patch.setattr(shards, "MOST", 20 * SIZE)
-        patch.setattr(shards, "RUN", 5 * SIZE)
+        patch.setattr(pixel_shards, "MEAN", 8 * SIZE)
+        patch.setattr(pixel_shards, "MOST", 20 * SIZE)
+        patch.setattr(pixel_shards, "RUN", 5 * SIZE)
         yield
 
 
@@ -37,7 +37,7 @@ def written(
     folder: Path, numbers: list[int], earlier: Shards | None = None, at: dict | None = None, step: int = 7
 ) -> Shards:
     """The images of these numbers, `step` at a time; those that are in `at` lie there in `earlier`."""
-    with contextlib.closing(Writer(folder, earlier)) as writer:
+    with contextlib.closing(ShardWriter(folder, earlier)) as writer:
         for start in range(0, len(numbers), step):
             some = numbers[start : start + step]
             offsets = [(at or {}).get(number, NEW) for number in some]
@@ -122,14 +122,14 @@ def test_what_is_lost_while_it_is_gone_on_from_is_said(tmp_path: Path, harm: str
 
 
 def test_no_shard_is_much_larger_than_the_others(tmp_path: Path) -> None:
-    alike = next(number for number in range(99) if picture(number) / 2**64 > len(image(number)) / shards.MEAN)
+    alike = next(number for number in range(99) if picture(number) / 2**64 > len(image(number)) / pixel_shards.MEAN)
     written(tmp_path / "alike", [alike] * 100)
     assert max(file.stat().st_size for file in (tmp_path / "alike").iterdir()) < 22 * SIZE
 
 
 def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:
     numbers = list(range(50))
-    last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / shards.MEAN)
+    last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / pixel_shards.MEAN)
     once = numbers[: last + 1]
     twice = written(tmp_path / "twice", once * 2)
     assert twice.read(0, 10**6).tobytes() == b"".join(map(image, once * 2))

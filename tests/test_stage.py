@@ -14,10 +14,10 @@ from filelock import FileLock
 from project import REAL, SMALL, make_project
 
 from convoy import config
-from convoy.config import ConvoyError
-from convoy.hashes import sha256
-from convoy.preprocessing import Preprocess
-from pipeline.stage import MARK, RANKS, Stage, say
+from convoy.data.preprocessing import PreprocessConfig
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from pipeline.stage import MARK, RANKS, Stage, print_limited
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_an_output_is_never_half_gone_and_comes_back_where_its_change_was_stoppe
 
 
 def test_a_stage_reads_the_sections_that_dvc_yaml_says_it_watches(root: Path) -> None:
-    assert Stage(root, "preprocess").typed(Preprocess, "preprocess").size == 32
+    assert Stage(root, "preprocess").typed(PreprocessConfig, "preprocess").size == 32
     assert Stage(root, "train", "resnet").section("model.resnet")["block"] == "basic"
 
 
@@ -90,7 +90,7 @@ def test_a_stage_that_fails_leaves_no_output(root: Path) -> None:
 
 
 def test_of_very_many_notes_the_first_are_printed_and_the_others_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    say("note", [str(number) for number in range(1000)], "card.md")
+    print_limited("note", [str(number) for number in range(1000)], "card.md")
     first, *_, last = lines = capsys.readouterr().out.splitlines()
     assert (first, last) == ("note: 0", f"note: {1000 - len(lines) + 1} more in card.md")
     assert len(lines) < 50
@@ -386,7 +386,7 @@ def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machin
     def identity(*more: object, architecture: str = "lenet") -> str:
         return Stage(root, "train", architecture).identity(*more)
 
-    mark, code = root / "artifacts/preprocess" / MARK, root / "src/convoy/training.py"
+    mark, code = root / "artifacts/preprocess" / MARK, root / "src/convoy/training/module.py"
     for file in (mark, code):
         file.parent.mkdir(parents=True)
         file.write_text("{}")

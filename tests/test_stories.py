@@ -16,11 +16,16 @@ from nights import BASE, SETTINGS, answer, end_in, make_nights
 from project import REAL
 from test_champion import WRITES, Killed
 
-from convoy import champion, config, export, registry, served, tracking
-from convoy.champion import CHALLENGER, CHAMPION, PREVIOUS
-from convoy.config import ConvoyError
-from convoy.gate import Contender, Gate, Verdict
-from convoy.hashes import sha256
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.inference import onnx_export
+from convoy.promotion import champion
+from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
+from convoy.promotion.gate import GateConfig, ModelEvidence, Verdict
+from convoy.registry import model_loader, versions
+from convoy.tracking import runs
+from convoy.tracking.store import open_store
 from pipeline import check_champion, promote, rollback, sync
 from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
@@ -36,7 +41,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         root = make_nights(tmp_path_factory.mktemp("nights") / "project")
-        with tracking.store(root, "convoy"):
+        with open_store(root, "convoy"):
             pass
     return root
 
@@ -54,7 +59,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
     if request.function is not test_first_night_better_worse_and_tie:
-        monkeypatch.setattr(served, "_answers", answer)
+        monkeypatch.setattr(model_loader, "_predict_in_subprocess", answer)
         if "onnx" not in request.function.__name__:  # some seconds
             monkeypatch.setattr("pipeline.register.exported", lambda *_: {})
 
@@ -73,7 +78,7 @@ def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
 
 
 def aliases(root: Path) -> dict[str, int]:
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         found = store.client.get_registered_model("convoy").aliases
     return {name: int(version) for name, version in found.items()}
 
@@ -102,8 +107,8 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
         assert f"| {check}" in verdict
 
     assert "stays the champion" in night("good")  # the champion's own results, again
-    with tracking.store(root, "convoy") as store:
-        table = champion.trail(store, "convoy")
+    with open_store(root, "convoy") as store:
+        table = champion.audit_log(store, "convoy")
         assert table["after"].tolist() == [1, 2]
         assert len(store.client.search_model_versions("name = 'convoy'")) == 3
     assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
@@ -132,7 +137,7 @@ def test_weights_that_came_from_a_registered_training_on_other_data_are_judged_b
     root: Path, night: Night
 ) -> None:
     night("poor")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
         store.client.set_tag(version.run_id, "data", "pictures@before")
     started_from(root, "good", "before")
@@ -141,7 +146,7 @@ def test_weights_that_came_from_a_registered_training_on_other_data_are_judged_b
 
 def shown_trail(root: Path, version: int) -> pd.DataFrame:
     """The audit trail among the files of the run of a version."""
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         run = store.client.get_model_version("convoy", str(version)).run_id
         return pd.read_csv(store.client.download_artifacts(run, champion.TRAIL))
 
@@ -150,14 +155,16 @@ def test_the_onnx_file_of_a_version_is_made_once_and_answers_as_evaluated(
     root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "lenet: model.onnx answers " in night("good")
-    monkeypatch.setattr(export, "export", lambda *_: pytest.fail("exported again"))
+    monkeypatch.setattr(onnx_export, "export", lambda *_: pytest.fail("exported again"))
     assert "onnx" not in night("good")
-    with tracking.store(root, "convoy") as store:
-        served.fetch(served.find(store, "models:/convoy@champion"), tmp_path, ["artifacts/model.onnx"])  # and its hash
+    with open_store(root, "convoy") as store:
+        model_loader.fetch(
+            model_loader.find(store, "models:/convoy@champion"), tmp_path, ["artifacts/model.onnx"]
+        )  # and its hash
     pixels = np.load(root / "artifacts/preprocess/test_pixels.npy")
     table = pd.read_parquet(root / "artifacts/evaluate/lenet/predictions.parquet")
     expected = table[[f"probability_{name}" for name in ("leaning", "lying", "standing")]].to_numpy()
-    assert export.agreement(tmp_path / "artifacts/model.onnx", pixels, expected) < 1e-5
+    assert onnx_export.max_difference(tmp_path / "artifacts/model.onnx", pixels, expected) < 1e-5
 
 
 def test_a_model_that_does_not_export_to_onnx_is_registered_without_it(
@@ -171,8 +178,8 @@ def test_a_model_that_does_not_export_to_onnx_is_registered_without_it(
     reason = "torch can't export it (No ONNX function found and much more)"
     assert f"lenet is registered without model.onnx: {reason}" in lines
     assert "lenet is now the champion: models:/convoy@champion, version 1" in lines
-    with tracking.store(root, "convoy") as store:
-        hashes = json.loads(served.find(store, "models:/convoy@champion").tags[tracking.HASHES])
+    with open_store(root, "convoy") as store:
+        hashes = json.loads(model_loader.find(store, "models:/convoy@champion").tags[runs.HASHES])
     assert "artifacts/weights.safetensors" in hashes
     assert "artifacts/model.onnx" not in hashes
 
@@ -189,8 +196,8 @@ def test_an_onnx_file_that_does_not_answer_as_evaluated_is_not_kept(
     result = sync.find_result(Stage(end_in(root, "good"), "register"), "lenet")
     names = {"record": result.trained, "weights": result.trained, "calibration": result.evaluated}
     files = {name: next(folder.glob(f"{name}.*")) for name, folder in names.items()}
-    monkeypatch.setattr(export, "export", lambda *_: None)
-    monkeypatch.setattr(export, "agreement", lambda *_: difference)
+    monkeypatch.setattr(onnx_export, "export", lambda *_: None)
+    monkeypatch.setattr(onnx_export, "max_difference", lambda *_: difference)
     found = exported("lenet", files, result, root / "artifacts/preprocess", tmp_path)
     assert (list(found) == ["onnx"]) == kept
     refusal = f"lenet is registered without model.onnx: its probabilities differ by up to {difference:.2g}, more than"
@@ -201,7 +208,7 @@ def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     differences = iter([0.0, 2e-4])  # as it is registered, and before the champion is moved
-    monkeypatch.setattr(export, "agreement", lambda *_: next(differences))
+    monkeypatch.setattr(onnx_export, "max_difference", lambda *_: next(differences))
     with pytest.raises(ConvoyError, match=r"models:/convoy/1 by model\.onnx does not answer as it was evaluated"):
         night("good")
     assert aliases(root) == {}
@@ -210,7 +217,7 @@ def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
 def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     night("good")
     first = night("alike")
-    monkeypatch.setattr(promote, "judge", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(promote, "run_gate", lambda *_: pytest.fail("judged again"))
     assert "HOLD" in night("alike")
     assert first.splitlines()[-2:] == night("alike").splitlines()[-2:]
 
@@ -229,8 +236,8 @@ def test_where_the_code_has_changed_the_champion_is_asked_again(
     night("good")
     night("alike")
     asked = []
-    real = promote.judge
-    monkeypatch.setattr(promote, "judge", lambda *given: (asked.append(given), real(*given))[1])
+    real = promote.run_gate
+    monkeypatch.setattr(promote, "run_gate", lambda *given: (asked.append(given), real(*given))[1])
     night("alike")
     assert not asked
     monkeypatch.setattr(promote, "sha256", lambda file: file.name == "comparison.py" or sha256(file))
@@ -245,10 +252,10 @@ def test_the_best_champion_ever_is_a_champion_however_it_was_judged_since(root: 
     night("alike", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
     verdict = (root / "artifacts/verdict.md").read_text()
     assert "than the best champion ever, lenet (version 2)" in verdict
-    with tracking.store(root, "convoy") as store:
-        champions = {event.after for event in champion.events(store, "convoy")}
+    with open_store(root, "convoy") as store:
+        champions = {event.after for event in champion.promotion_events(store, "convoy")}
         assert {1, 2} <= champions
-        assert registry.best_ever(store, "convoy", {1}) == 1
+        assert versions.best_ever(store, "convoy", {1}) == 1
 
 
 def test_too_few_test_images_hold_even_on_the_first_night(root: Path, night: Night) -> None:
@@ -268,7 +275,7 @@ def test_better_on_average_with_one_class_ruined_is_rejected(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("poor")
-    real = promote.answers
+    real = promote.predict_test_images
 
     def doctored(*arguments: Any) -> pd.DataFrame:
         """The champion gets all of one class right that the challenger misses, and little else."""
@@ -285,7 +292,7 @@ def test_better_on_average_with_one_class_ruined_is_rejected(
             table.loc[row, "predicted"] = named
         return table
 
-    monkeypatch.setattr(promote, "answers", doctored)
+    monkeypatch.setattr(promote, "predict_test_images", doctored)
     evaluated = root / "kept/good/evaluate/lenet/predictions.parquet"
     table = pd.read_parquet(evaluated)
     ruined = table["actual"] == "leaning"
@@ -305,7 +312,7 @@ def _instead(read: Callable[..., pd.DataFrame], name: str, table: pd.DataFrame) 
 
 def test_a_deleted_champion_is_an_error_and_not_a_first_night(root: Path, night: Night) -> None:
     night("poor")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
         night("good")
@@ -326,9 +333,9 @@ def test_an_alias_moved_by_hand_meanwhile_is_left_where_it_is(
 ) -> None:
     night("poor")
     night("alike")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         store.client.set_registered_model_alias("convoy", CHAMPION, "1")
-    monkeypatch.setattr(promote, "judge", _moving(promote.judge, root, to="2"))
+    monkeypatch.setattr(promote, "run_gate", _moving(promote.run_gate, root, to="2"))
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now"):
         night("good")
     assert aliases(root)[CHAMPION] == 2
@@ -337,7 +344,7 @@ def test_an_alias_moved_by_hand_meanwhile_is_left_where_it_is(
 def _moving(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any]:
     def judged(*arguments: Any) -> Any:
         verdict = judge(*arguments)
-        with tracking.store(root, "convoy") as store:
+        with open_store(root, "convoy") as store:
             store.client.set_registered_model_alias("convoy", CHAMPION, to)
         return verdict
 
@@ -388,7 +395,7 @@ def test_a_champion_that_was_trained_with_a_test_image_is_an_error(root: Path, n
 def test_a_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
     """It was trained on other data first, which some of today's test images were among."""
     night("poor")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
         store.client.set_tag(version.run_id, "data", "pictures@before")
     started_from(root, "good", "before")
@@ -397,12 +404,12 @@ def test_a_champion_that_began_with_a_test_image_is_an_error(root: Path, night: 
     prepared = root / "artifacts/preprocess"
     with pytest.MonkeyPatch.context() as patch:
         tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
-        real = served.seen
+        real = model_loader.training_hashes
         more = {1: [tested.iloc[0]]}
-        patch.setattr(served, "seen", lambda found: [*real(found), *more.get(int(found.version), [])])
+        patch.setattr(model_loader, "training_hashes", lambda found: [*real(found), *more.get(int(found.version), [])])
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
             night("alike")
-        with tracking.store(root, "convoy") as store:
+        with open_store(root, "convoy") as store:
             found = check_champion.describe(store, "convoy")
         assert found is not None
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
@@ -439,7 +446,7 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night("good")
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
     end_in(root, "alike")
     monkeypatch.chdir(root)
@@ -489,7 +496,7 @@ def test_a_champion_that_is_lost_is_told_before_training(
 ) -> None:
     night("good")
     if lost == "version":
-        with tracking.store(root, "convoy") as store:
+        with open_store(root, "convoy") as store:
             store.client.delete_model_version("convoy", "1")
         said = "had a champion and has none now"
     elif lost == "weights":
@@ -571,8 +578,8 @@ def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
         assert aliases(root)[CHAMPION] in (1, 2)
         night("good")
         assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
-        with tracking.store(root, "convoy") as store:
-            assert champion.trail(store, "convoy")["after"].tolist() == [1, 2]
+        with open_store(root, "convoy") as store:
+            assert champion.audit_log(store, "convoy")["after"].tolist() == [1, 2]
             assert [model.name for model in store.client.search_registered_models()] == ["convoy"]
             assert len(store.client.search_model_versions("name = 'convoy'")) == 2
         assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
@@ -591,7 +598,7 @@ def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
     monkeypatch.setattr("sys.argv", ["sync"])
     for _ in range(2):
         sync.main()
-    with tracking.store(lost, "convoy") as store:
+    with open_store(lost, "convoy") as store:
         (run,) = store.client.search_runs([store.experiment.experiment_id])
         assert run.info.status == "FINISHED"
         assert len(store.client.get_metric_history(run.info.run_id, "val/loss")) == 4
@@ -630,7 +637,7 @@ def test_where_the_images_or_the_champion_are_others_it_is_judged_again(
     renew_mark(root / "artifacts/preprocess")
     night("alike")
     assert len(asked) == 1
-    with tracking.store(root, "convoy") as store:
+    with open_store(root, "convoy") as store:
         champion.roll_back(store, "convoy", "it fails at night", "ada", "0" * 40)
     night("alike")
     assert len(asked) == 2
@@ -639,8 +646,8 @@ def test_where_the_images_or_the_champion_are_others_it_is_judged_again(
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What is judged from now on."""
     asked: list[tuple] = []
-    real = promote.judge
-    monkeypatch.setattr(promote, "judge", lambda *given: (asked.append(given), real(*given))[1])
+    real = promote.run_gate
+    monkeypatch.setattr(promote, "run_gate", lambda *given: (asked.append(given), real(*given))[1])
     return asked
 
 
@@ -648,7 +655,7 @@ def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, mo
     told: list[dict[str, Any]] = []
     real = promote.gate.judge
 
-    def noted(challenger: Contender, old: Contender | None, params: Gate, **more: Any) -> Verdict:
+    def noted(challenger: ModelEvidence, old: ModelEvidence | None, params: GateConfig, **more: Any) -> Verdict:
         told.append({"challenger": challenger, "old": old, **more})
         return real(challenger, old, params, **more)
 

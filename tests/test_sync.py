@@ -17,11 +17,14 @@ from mlflow.entities import Metric, ViewType
 from mlflow.exceptions import MlflowException
 from PIL import Image
 from project import REAL, SMALL
-from tracked import client, copied, curve, make_road, runs, sync
+from tracked import all_runs, client, copied, curve, make_road, sync
 
-from convoy import config, database, report, tracking
-from convoy.config import ConvoyError
-from convoy.hashes import sha256
+from convoy import config
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.reporting import report
+from convoy.tracking import database, provenance, runs
+from convoy.tracking.store import open_store
 from pipeline.evaluate import evaluate
 from pipeline.stage import MARK, Stage
 from pipeline.sync import find_result, main
@@ -59,12 +62,12 @@ def record_of(root: Path, name: str) -> dict[str, Any]:
 
 def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> None:
     """Every run once, each point of its curves once, and all files."""
-    found = runs(root)
+    found = all_runs(root)
     assert [run.info.run_name for run in found] == list(names)
     for run in found:
         history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
         assert run.info.status == "FINISHED"
-        assert run.data.tags[tracking.IDENTITY] == record_of(root, run.info.run_name)["identity"]
+        assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["identity"]
         for name in CURVES:
             points = curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
@@ -79,7 +82,7 @@ def test_runs_come_whole_and_a_second_time_changes_no_byte(road: Path, tmp_path:
     root = copied(road, tmp_path / "project")
     ids = sync(root)
     assert_whole(root)
-    assert ids == {run.info.run_name: run.info.run_id for run in runs(root)}
+    assert ids == {run.info.run_name: run.info.run_id for run in all_runs(root)}
     before = (root / "mlflow.db").read_bytes()
     assert sync(root) == ids
     assert (root / "mlflow.db").read_bytes() == before
@@ -89,7 +92,7 @@ def test_runs_compare_by_few_parameters_with_the_same_names_and_by_tags(road: Pa
     root = copied(road, tmp_path / "project")
     (root / "requirements.lock").write_text("torch==1\n")
     sync(root)
-    lenet, resnet = runs(root)
+    lenet, resnet = all_runs(root)
     assert set(lenet.data.params) == set(resnet.data.params)
     assert len(lenet.data.params) <= 12
     assert lenet.data.params["recipe.lr"] == str(record_of(root, "lenet")["settings"]["recipe"]["lr"])
@@ -157,8 +160,8 @@ def test_whenever_it_dies_the_next_one_completes_the_run(
             died += 1
         sync(root)
         assert_whole(root, ("lenet",))
-        (run,) = runs(root)
-        client(root).delete_tag(run.info.run_id, tracking.IDENTITY)  # as if there had been none
+        (run,) = all_runs(root)
+        client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
         client(root).delete_run(run.info.run_id)
     assert died > 20
 
@@ -175,7 +178,7 @@ def test_a_finished_training_is_finished_before_all_of_it_is_there(
     with monkeypatch.context() as patch, pytest.raises(ConvoyError, match="the server has died"):
         patch.setattr(MlflowClient, where, fail)
         sync(root)
-    (run,) = runs(root)
+    (run,) = all_runs(root)
     assert run.info.status == "FINISHED"
     assert run.info.end_time
     sync(root)
@@ -204,7 +207,7 @@ def test_a_first_sync_killed_at_its_writes_is_completed_by_the_next(
 @pytest.mark.slow
 def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp_path: Path) -> None:
     def create() -> None:
-        with tracking.store(tmp_path, "convoy"):
+        with open_store(tmp_path, "convoy"):
             pass
 
     # the first writes and every twentieth; what one kill leaves, the next process finds
@@ -222,17 +225,17 @@ def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp
 def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_has(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     record = record_of(root, "lenet")
-    with tracking.store(root, "convoy") as store:
-        run = tracking.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
-        begun = tracking.begin(store, run, "elsewhere 1", 1_000)
+    with open_store(root, "convoy") as store:
+        run = runs.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
+        begun = runs.start_run(store, run, "elsewhere 1", 1_000)
         assert begun
         first = pd.read_csv(root / "artifacts/train/lenet/history.csv").to_dict("records")[0]
-        tracking.log_points(store.client, begun, tracking.curve_points(first, 2_000))  # type: ignore[arg-type]
-    assert runs(root)[0].info.status == "RUNNING"
+        runs.log_points(store.client, begun, runs.curve_points(first, 2_000))  # type: ignore[arg-type]
+    assert all_runs(root)[0].info.status == "RUNNING"
     assert sync(root) == {"lenet": begun}
     assert_whole(root, ("lenet",))
     assert [point.timestamp for point in client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
-    (found,) = runs(root)
+    (found,) = all_runs(root)
     assert found.info.start_time == 1_000
     assert found.info.end_time == int((root / "artifacts/train/lenet" / MARK).stat().st_mtime * 1000)
     assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
@@ -247,7 +250,7 @@ def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Pa
     marks = json.loads((folder / MARK).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
     (folder / MARK).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
-    (found,) = runs(root)
+    (found,) = all_runs(root)
     assert found.data.metrics["test/accuracy"] == 0.125
     assert "0.1250 on test images" in found.data.tags["mlflow.note.content"]
     assert_whole(root, ("lenet",))
@@ -266,28 +269,28 @@ def test_weights_that_came_out_otherwise_replace_those_that_were_there(short: Pa
     assert list(sync(root).values()) == [run_id]
     stored = Path(client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
     assert (stored / weights.name).read_bytes() == weights.read_bytes()
-    assert tracking.hashes_of(runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
+    assert runs.hashes_of(all_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
 
 
 def test_a_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
-    client(root).delete_tag(run_id, tracking.HASHES)
+    client(root).delete_tag(run_id, runs.HASHES)
     assert list(sync(root).values()) == [run_id]
-    assert tracking.hashes_of(runs(root)[0])["weights.safetensors"]
+    assert runs.hashes_of(all_runs(root)[0])["weights.safetensors"]
 
 
 def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     client(root).delete_run(run_id)
-    assert runs(root) == []
+    assert all_runs(root) == []
     assert list(sync(root).values()) == [run_id]
     # another machine with the same results made one at the same moment
-    client(root).create_run("1", tags={tracking.IDENTITY: record_of(root, "lenet")["identity"]})
+    client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["identity"]})
     assert list(sync(root).values()) == [run_id]
     assert_whole(root, ("lenet",))
-    assert len(runs(root, ViewType.ALL)) == 2
+    assert len(all_runs(root, ViewType.ALL)) == 2
 
 
 @pytest.mark.slow
@@ -310,10 +313,10 @@ def test_a_run_whose_process_has_gone_was_killed_and_another_machines_is_left_al
     asked = client(root)
     here, there = os.uname().nodename, "another-machine"
     for name, process in (("1 gone", f"{here} {gone.pid}"), ("2 alive", f"{here} {os.getpid()}")):
-        asked.create_run("1", run_name=name, tags={tracking.PROCESS: process})
-    asked.create_run("1", run_name="3 elsewhere", tags={tracking.PROCESS: f"{there} {gone.pid}"})
+        asked.create_run("1", run_name=name, tags={runs.PROCESS: process})
+    asked.create_run("1", run_name="3 elsewhere", tags={runs.PROCESS: f"{there} {gone.pid}"})
     sync(root)
-    assert [run.info.status for run in runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
+    assert [run.info.status for run in all_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
 
 
 def test_an_evaluation_of_an_earlier_training_is_not_shown_as_the_new_ones(short: Path, tmp_path: Path) -> None:
@@ -351,20 +354,23 @@ def test_a_training_that_failed_is_shown_so_with_the_same_parameters(road: Path,
     Stage(root, "train", "lenet").run(train)
     Stage(root, "evaluate", "lenet").run(evaluate)
     sync(root)
-    lenet, resnet = runs(root)
+    lenet, resnet = all_runs(root)
     assert (lenet.info.status, resnet.info.status) == ("FAILED", "FINISHED")
     assert set(lenet.data.params) == set(resnet.data.params)
     assert "failed in epoch " in lenet.data.tags["mlflow.note.content"]
 
 
 def test_why_a_run_was_made_is_told_by_what_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tracking.origin(tmp_path)["why"] == "manual"
+    assert provenance.provenance_tags(tmp_path)["why"] == "manual"
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
-    assert tracking.origin(tmp_path)["why"] == "tuning"
-    assert tracking.origin(tmp_path)["experiment"] == "bold-idea"
+    assert provenance.provenance_tags(tmp_path)["why"] == "tuning"
+    assert provenance.provenance_tags(tmp_path)["experiment"] == "bold-idea"
     monkeypatch.setenv("GITHUB_EVENT_NAME", "schedule")
     monkeypatch.setenv("GITHUB_ACTOR", "someone")
-    assert (tracking.origin(tmp_path)["why"], tracking.origin(tmp_path)["who"]) == ("scheduled", "someone")
+    assert (provenance.provenance_tags(tmp_path)["why"], provenance.provenance_tags(tmp_path)["who"]) == (
+        "scheduled",
+        "someone",
+    )
 
 
 def test_the_commit_says_whether_code_or_settings_were_changed_since(tmp_path: Path) -> None:
@@ -372,24 +378,24 @@ def test_the_commit_says_whether_code_or_settings_were_changed_since(tmp_path: P
         person = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
         subprocess.run(["git", *person, *command], cwd=tmp_path, check=True, capture_output=True)
 
-    assert tracking.commit(tmp_path) == ""
+    assert provenance.git_commit(tmp_path) == ""
     git("init")
     (tmp_path / "conf").mkdir()
     for name in ("conf/config.yaml", "dvc.lock"):
         (tmp_path / name).write_text("seed: 1\n")
     git("add", ".")
     git("commit", "--message", "first")
-    clean = tracking.commit(tmp_path)
+    clean = provenance.git_commit(tmp_path)
     assert len(clean) == 12
     (tmp_path / "dvc.lock").write_text("seed: 2\n")
-    assert tracking.commit(tmp_path) == clean
+    assert provenance.git_commit(tmp_path) == clean
     (tmp_path / "conf/config.yaml").write_text("seed: 2\n")
-    assert tracking.commit(tmp_path) == f"{clean} with changes"
+    assert provenance.git_commit(tmp_path) == f"{clean} with changes"
 
 
 def test_the_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     for _ in range(2):
-        tracking.log_points(client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])
-    assert curve(root, runs(root)[0], "extra") == [(7, 0.5)]
+        runs.log_points(client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])
+    assert curve(root, all_runs(root)[0], "extra") == [(7, 0.5)]

@@ -13,9 +13,9 @@ from given import PETS, content, faults, png, read, rows, tarred, write, zipped
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.config import ConvoyError
-from convoy.datasets.folders import read_folder
-from convoy.images import BadImage
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.folder import read_folder
+from convoy.errors import ConvoyError
 
 LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
 AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]
@@ -276,7 +276,7 @@ def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: P
         f"/export/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS]
     )
     members = read(write(data, PETS | {"labels.csv": table}))
-    assert sum(not isinstance(member.content, BadImage) for member in members) == len(PETS)
+    assert sum(not isinstance(member.content, InvalidImageError) for member in members) == len(PETS)
 
 
 @pytest.mark.parametrize(("column", "noted"), [("subset", True), ("split", False)])

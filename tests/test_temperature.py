@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.temperature import fit_temperature, log_losses, tempered
+from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -30,8 +30,10 @@ def test_a_planted_temperature_is_found(planted: float) -> None:
 def test_it_is_that_of_the_logits() -> None:
     _, logits = drawn(0, 50, 7)
     for temperature in (0.1, 1.0, 7.0):
-        np.testing.assert_allclose(tempered(softmax(logits), temperature), softmax(logits / temperature), atol=1e-12)
-        back = tempered(tempered(softmax(logits), temperature), 1 / temperature)
+        np.testing.assert_allclose(
+            apply_temperature(softmax(logits), temperature), softmax(logits / temperature), atol=1e-12
+        )
+        back = apply_temperature(apply_temperature(softmax(logits), temperature), 1 / temperature)
         np.testing.assert_allclose(back, softmax(logits), atol=1e-9)
 
 
@@ -44,9 +46,9 @@ def test_it_never_makes_its_images_worse_nor_changes_an_answer(
     probabilities = softmax((logits * sharpness).astype(np.float32).astype(float))
     labels = labels[::-1] if shuffled else labels
     temperature = fit_temperature(labels, probabilities)
-    after = tempered(probabilities, temperature)
+    after = apply_temperature(probabilities, temperature)
     assert 0.05 <= temperature <= 20
-    assert log_losses(labels, after).mean() <= log_losses(labels, probabilities).mean()
+    assert per_image_log_loss(labels, after).mean() <= per_image_log_loss(labels, probabilities).mean()
     assert (after.argmax(axis=1) == probabilities.argmax(axis=1)).all()
     assert after.sum(axis=1) == pytest.approx(np.ones(images))
 
@@ -56,8 +58,8 @@ def test_few_images_that_are_all_right_prove_no_certainty() -> None:
     probabilities = np.array([[0.9, 0.1]] * 30)
     temperature = fit_temperature(labels, probabilities)
     assert 0.2 < temperature < 1
-    assert tempered(probabilities, temperature).max() < 0.9999
+    assert apply_temperature(probabilities, temperature).max() < 0.9999
 
 
 def test_one_image_that_is_quite_wrong_does_not_outweigh_all_others() -> None:
-    assert log_losses(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx([23 * np.log(2)])
+    assert per_image_log_loss(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx([23 * np.log(2)])

@@ -13,9 +13,11 @@ from mlflow.entities import Metric
 from mlflow.entities import Run as Found
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
-from convoy import tracking
-from convoy.config import ConvoyError
-from convoy.tracking import DataVersion, Run, Store
+from convoy.errors import ConvoyError
+from convoy.tracking import runs
+from convoy.tracking import store as tracking
+from convoy.tracking.runs import DataVersion, RunRecord
+from convoy.tracking.store import TrackingStore
 
 DIGITS = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797, "train": 1132, "val": 302, "test": 363})
 RECORD = {
@@ -46,7 +48,7 @@ RECORD = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A store in a new folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -54,21 +56,21 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             yield store
 
 
-def bring(store: Store, name: str, data: DataVersion) -> Found:
-    run = Run(
+def bring(store: TrackingStore, name: str, data: DataVersion) -> Found:
+    run = RunRecord(
         name=name,
         params={"model": name},
-        tags={tracking.IDENTITY: f"{name} {data.digest}"},
+        tags={runs.IDENTITY: f"{name} {data.digest}"},
         origin={},
         data=data,
         history=[{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.6}],
         metrics={"test/accuracy": 0.6, "test/f1": float("nan")},
         status="FINISHED",
     )
-    return store.client.get_run(tracking.level(store, run, "results", moment=0))
+    return store.client.get_run(runs.sync_run(store, run, "results", moment=0))
 
 
-def test_a_run_names_the_data_that_its_model_saw(store: Store) -> None:
+def test_a_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
     (found,) = bring(store, "lenet", DIGITS).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("digits", "a99769f9303d")
     assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
@@ -76,7 +78,7 @@ def test_a_run_names_the_data_that_its_model_saw(store: Store) -> None:
     assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
 
 
-def test_runs_are_found_by_the_version_of_their_data(store: Store) -> None:
+def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> None:
     newer = DataVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
     older = bring(store, "lenet", DIGITS).info.run_id
     runs = {bring(store, name, newer).info.run_id for name in ("lenet", "resnet")}
@@ -86,9 +88,9 @@ def test_runs_are_found_by_the_version_of_their_data(store: Store) -> None:
 
 
 def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, later = MlflowClient.log_batch, tracking._now() + 60_000
+    write, later = MlflowClient.log_batch, runs._now() + 60_000
 
     def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
         if metrics:  # all is read by now; here the other one does the whole of it
@@ -104,17 +106,17 @@ def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
         assert [(point.step, point.value) for point in history] == points
 
 
-def test_an_experiment_that_another_machine_makes_at_this_moment_is_the_same_one(store: Store) -> None:
+def test_an_experiment_that_another_machine_makes_at_this_moment_is_the_same_one(store: TrackingStore) -> None:
     ours = store.experiment
     assert tracking._create_experiment(store.client, ours.name, None).experiment_id == ours.experiment_id
 
 
-def test_figures_that_are_no_number_are_left_out(store: Store) -> None:
+def test_figures_that_are_no_number_are_left_out(store: TrackingStore) -> None:
     assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 
 
 def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
-    run = tracking.run_in_training(RECORD, {}, {})
+    run = runs.run_in_training(RECORD, {}, {})
     assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
     assert run.params["recipe.augment"] == "flip=false"
     assert run.params["recipe.others"] == "warmup=0.1"
@@ -126,7 +128,7 @@ def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
     ("value", "shown"), [(0.123456789, 0.1234568), (1.23456789e-7, 1.234568e-7), (12345678, 12345678), (2.0, 2.0)]
 )
 def test_figures_are_shown_with_seven_digits_and_counts_whole(value: float, shown: float) -> None:
-    assert tracking.rounded(value) == shown
+    assert runs.rounded(value) == shown
 
 
 def test_an_address_is_shown_without_user_name_and_password() -> None:
@@ -226,10 +228,12 @@ def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == before < 60
 
 
-def test_more_points_than_a_server_takes_at_a_time_come_in_parts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_points_than_a_server_takes_at_a_time_come_in_parts(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, metrics: sizes.append(len(metrics)))
-    tracking.log_points(store.client, "run", [Metric("loss", 0.5, 0, step) for step in range(2500)])
+    runs.log_points(store.client, "run", [Metric("loss", 0.5, 0, step) for step in range(2500)])
     assert sizes == [1000, 1000, 500]
 
 
@@ -238,4 +242,4 @@ def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError
 
     monkeypatch.setattr(tracking.os, "kill", not_ours)
-    assert tracking._is_alive(1)
+    assert runs._is_alive(1)

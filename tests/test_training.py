@@ -18,20 +18,20 @@ import yaml
 from project import REAL
 from torch import Tensor
 
-from convoy import models, training
-from convoy.augmentation import Augment
-from convoy.batches import Images
-from convoy.checkpoint import Checkpoint
-from convoy.classifier import Classifier, predict
-from convoy.config import ConvoyError
-from convoy.datamodule import ImageData
-from convoy.hardware import Choice
-from convoy.recipe import Train
-from convoy.task import Task
-from convoy.training import Trained, fit, warm_cosine
+from convoy import models
+from convoy.data.arrays import Images
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.models.base import Classifier, predict
+from convoy.recipe import AugmentConfig, TrainConfig
+from convoy.training import module
+from convoy.training.checkpoint import Checkpoint
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import ResolvedTrainer
+from convoy.training.module import TrainResult, fit, warm_cosine
 
-BARS = Task("bars", ["column", "row"], 32, 1, [0.3], [0.2])
-CPU = Choice("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
+BARS = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
+CPU = ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
 
 
 def bars(count: int, seed: int) -> Images:
@@ -53,11 +53,15 @@ def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = N
 
 
 def train(
-    classifier: Classifier, seed: int = 0, checkpoint: Checkpoint | None = None, choice: Choice = CPU, **params: Any
-) -> Trained:
+    classifier: Classifier,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    choice: ResolvedTrainer = CPU,
+    **params: Any,
+) -> TrainResult:
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, seed)
     settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
-    return fit(classifier, data, Train(**settings), choice, checkpoint)
+    return fit(classifier, data, TrainConfig(**settings), choice, checkpoint)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -77,7 +81,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
 def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
     trained = train(build(), max_epochs=6)
     assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
-    assert list(trained.history[0]) == training.COLUMNS
+    assert list(trained.history[0]) == module.COLUMNS
     assert trained.best == max(trained.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
     assert trained.stopped == "max_epochs"
 
@@ -85,7 +89,7 @@ def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> N
 @pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_kept_weights_score_what_the_history_says_of_the_best_epoch(recipe: dict, precision: str) -> None:
-    choice = Choice("cpu", 1, 1, precision, False, 1)
+    choice = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
     trained = train(build(**recipe), max_epochs=6, choice=choice)
     classifier = build()
     classifier.load_state_dict(trained.weights)
@@ -131,7 +135,7 @@ def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
 def test_norms_and_biases_do_not_decay_and_the_body_has_a_rate_of_its_own() -> None:
     classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    groups = training.make_optimizer(classifier).param_groups
+    groups = module.make_optimizer(classifier).param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
     for group in groups:
         for parameter in group["params"]:
@@ -176,11 +180,11 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_step_and_rate_and_w
 
 
 def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode_later(self: training.Training, number: int) -> None:
+    def explode_later(self: module.ClassifierModule, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 7 else 1e30
 
-    monkeypatch.setattr(training.Training, "_set_rate", explode_later)
+    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode_later)
     trained = train(build(), max_epochs=5)
     assert [row["epoch"] for row in trained.history] == [1, 2]
     assert trained.failure is not None
@@ -208,8 +212,10 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypa
 
 def test_no_piece_of_a_batch_is_much_smaller_than_the_others() -> None:
     classifier = build(batch_size=7, accumulate=3)
-    once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
-    begun = training.Training(classifier, ImageData(bars(14, 1), bars(8, 2), classifier.recipe, 0), once, CPU, None)
+    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    begun = module.ClassifierModule(
+        classifier, ImageData(bars(14, 1), bars(8, 2), classifier.recipe, 0), once, CPU, None
+    )
     rows = torch.arange(7)
     assert [labels.tolist() for _, labels in begun.pieces(rows, rows)] == [[0, 1, 2], [3, 4], [5, 6]]
 
@@ -224,11 +230,11 @@ def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.Monkey
 def test_images_are_changed_in_full_precision_whatever_the_network_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     low: list[bool] = []
 
-    def watched(pixels: Tensor, params: Augment) -> Tensor:
+    def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
         low.append(torch.is_autocast_enabled("cpu"))
         return pixels
 
-    monkeypatch.setattr(training, "augment", watched)
+    monkeypatch.setattr(module, "augment", watched)
     train(build(), choice=dataclasses.replace(CPU, precision="bfloat16"), max_epochs=1)
     assert low
     assert not any(low)
@@ -254,9 +260,9 @@ def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkey
 
 def test_of_two_processes_and_pieces_each_it_is_told_what_fits_into_one(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build(batch_size=50, accumulate=2)
-    monkeypatch.setattr(training, "fits_in_memory", lambda *_: _[-1] <= 6)
+    monkeypatch.setattr(module, "fits_in_memory", lambda *_: _[-1] <= 6)
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
-    said = training.too_large(classifier, data, dataclasses.replace(CPU, devices=2))
+    said = module.too_large(classifier, data, dataclasses.replace(CPU, devices=2))
     assert "a batch of 13 images does not fit" in said
     assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
 
@@ -306,7 +312,7 @@ def test_a_compiled_training_goes_on_to_the_same_bits_too(tmp_path: Path) -> Non
     interrupt_and_compare(tmp_path / "last.pt", dataclasses.replace(CPU, compile=True), "alexnet")
 
 
-def interrupt_and_compare(file: Path, choice: Choice, name: str, **recipe: Any) -> None:
+def interrupt_and_compare(file: Path, choice: ResolvedTrainer, name: str, **recipe: Any) -> None:
     undisturbed = train(build(name=name, **recipe), choice=choice)
     for after in (1, 1, 2, 3, 1):  # of 3 epochs of 3 steps; at an epoch's end two saves follow each other
         with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -447,16 +453,16 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
 ) -> None:
     undisturbed = train(build())
     checkpoint = Checkpoint(tmp_path / "last.pt")
-    original = getattr(training.Training, where)
+    original = getattr(module.ClassifierModule, where)
     calls = []
 
-    def terminated(self: training.Training, *arguments: Any) -> Any:
+    def terminated(self: module.ClassifierModule, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
         return original(self, *arguments)
 
-    monkeypatch.setattr(training.Training, where, terminated)
+    monkeypatch.setattr(module.ClassifierModule, where, terminated)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as raised:
         train(build(), checkpoint=checkpoint)
@@ -477,15 +483,15 @@ def test_sigterm_ends_a_step_that_does_not_end_and_swallows_exceptions(monkeypat
         def __del__(self) -> None:
             time.sleep(60)  # Python drops what is raised here
 
-    def hang(self: training.Training, step: int) -> None:
+    def hang(self: module.ClassifierModule, step: int) -> None:
         signal.raise_signal(signal.SIGTERM)
         Endless()
         time.sleep(60)
 
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-    monkeypatch.setattr(training, "GRACE", 1.5)
-    monkeypatch.setattr(training.Training, "_step", hang)
+    monkeypatch.setattr(module, "GRACE", 1.5)
+    monkeypatch.setattr(module.ClassifierModule, "_step", hang)
     begun = time.monotonic()
     with pytest.raises(SystemExit) as raised:
         train(build())
@@ -535,11 +541,11 @@ def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkey
 def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     sure: list[bool] = []
 
-    def watched(pixels: Tensor, params: Augment) -> Tensor:
+    def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
         sure.append(torch.are_deterministic_algorithms_enabled())
         return pixels
 
-    monkeypatch.setattr(training, "augment", watched)
+    monkeypatch.setattr(module, "augment", watched)
     torch.use_deterministic_algorithms(False)
     train(build(), max_epochs=1)
     assert sure
@@ -547,12 +553,12 @@ def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: p
 
 
 def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() -> None:
-    once = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     drawn = set()
     for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
         classifier = build()
         data = ImageData(bars(14, 1), bars(8, 2), classifier.recipe, seed)
-        begun = training.Training(classifier, data, once, CPU, None)
+        begun = module.ClassifierModule(classifier, data, once, CPU, None)
         data.rank = rank
         begun.seed(step)
         drawn.add(float(torch.rand(())))
@@ -562,12 +568,12 @@ def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() 
 # What the recipe says is done
 
 
-def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> training.Training:
+def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
     """A training before its first step."""
     classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
-    params = Train(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
-    made = training.Training(classifier, data, params, CPU, None)
+    params = TrainConfig(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
+    made = module.ClassifierModule(classifier, data, params, CPU, None)
     made.configure_optimizers()
     return made
 
@@ -614,30 +620,30 @@ def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
 
 def test_the_running_mean_begins_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     decays: list[float] = []
-    monkeypatch.setattr(training, "draw_near", lambda average, classifier, decay: decays.append(decay))
+    monkeypatch.setattr(module, "update_ema", lambda average, classifier, decay: decays.append(decay))
     train(build(ema=0.3), max_epochs=2)
     assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
 
 
 def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode(self: training.Training, number: int) -> None:
+    def explode(self: module.ClassifierModule, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 3 else 1e30
 
-    monkeypatch.setattr(training.Training, "_set_rate", explode)
+    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode)
     failure = train(build(), max_epochs=3).failure
     assert failure is not None
     assert (failure.epoch, failure.step) == (2, 5)
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training.figures
+    real = module.batch_metrics
 
     def spoiled(logits: Tensor, labels: Tensor, *loss: Any) -> Tensor:
         found = real(logits, labels, *loss)
         return found if loss else found * torch.tensor([math.nan, 1, 1])
 
-    monkeypatch.setattr(training, "figures", spoiled)
+    monkeypatch.setattr(module, "batch_metrics", spoiled)
     trained = train(build())
     assert trained.failure is not None
     assert trained.failure.reason == "the validation loss is no number"
@@ -651,8 +657,8 @@ def test_the_budget_of_minutes_counts_those_before_a_restart_and_those_of_the_ne
 
 
 def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = training.Training.loss
-    monkeypatch.setattr(training.Training, "loss", lambda self, *given: 1e4 * real(self, *given))
+    real = module.ClassifierModule.loss
+    monkeypatch.setattr(module.ClassifierModule, "loss", lambda self, *given: 1e4 * real(self, *given))
     trained = train(build(lr=1e-9))
     assert trained.failure is not None
     assert trained.failure.step == 1
@@ -661,7 +667,7 @@ def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.
 def test_the_running_mean_has_the_running_means_of_batch_norm_as_they_are() -> None:
     average, classifier = build(0, "resnet"), build(1, "resnet")
     classifier.heads(torch.rand(8, 1, 32, 32))
-    training.draw_near(average, classifier, 0.9)
+    module.update_ema(average, classifier, 0.9)
     assert all(map(torch.equal, average.buffers(), classifier.buffers()))
     assert not any(
         torch.equal(*pair)

@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 import convoy
-from convoy import config, models, registry, served, tracking, transfer
-from convoy.classifier import Classifier
-from convoy.config import ConvoyError, typed
-from convoy.hashes import sha256
-from convoy.task import Task
-from convoy.tracking import DataVersion, Run, Store
+from convoy import config, models
+from convoy.config import typed
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.hashing import sha256
+from convoy.models.base import Classifier
+from convoy.registry import model_loader, versions
+from convoy.tracking import runs
+from convoy.tracking.runs import DataVersion, RunRecord
+from convoy.tracking.store import TrackingStore, open_store
+from convoy.training import init_weights
 
 Publish = Callable[[str, Path], Path]
 CONF = Path(__file__).parents[1] / "conf"
@@ -37,14 +42,14 @@ SOME = ["cat", "dog", "owl"]
 def settings(name: str, init: str = "scratch", twin: str = "") -> dict:
     """Of conf/model, or with the numbers of torchvision's `twin`."""
     values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())[name] | {"init": init}
-    return values | dict(models.twins(name).settings[twin]) if twin else values
+    return values | dict(models.equivalents(name).settings[twin]) if twin else values
 
 
-def task(classes: list[str] = SOME, channels: int = 3, size: int = 32) -> Task:
-    return Task("test", classes, size, channels, [0.4] * channels, [0.2] * channels)
+def task(classes: list[str] = SOME, channels: int = 3, size: int = 32) -> DatasetInfo:
+    return DatasetInfo("test", classes, size, channels, [0.4] * channels, [0.2] * channels)
 
 
-def build(name: str, values: dict, task: Task, seed: int = 0) -> Classifier:
+def build(name: str, values: dict, task: DatasetInfo, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     return models.build(name, values, task)
 
@@ -54,7 +59,7 @@ def not_called(init: str, folder: Path) -> str:
 
 
 def start(classifier: Classifier, name: str, values: dict) -> dict[str, str]:
-    return transfer.start(classifier, name, values, not_called)
+    return init_weights.init_weights(classifier, name, values, not_called)
 
 
 def copies(classifier: Classifier) -> dict[str, Tensor]:
@@ -174,9 +179,9 @@ def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, publish: Pu
 
 def test_every_twin_has_the_layers_of_ours_in_their_order() -> None:
     for name in models.names():
-        for twin in models.twins(name).settings:
+        for twin in models.equivalents(name).settings:
             with torch.device("meta"):
-                theirs = models.twins(name).translate(transfer._blank(twin, 1000).state_dict())
+                theirs = models.equivalents(name).translate(init_weights._blank(twin, 1000).state_dict())
                 ours = models.build(name, settings(name, twin=twin), task(NAMES, size=224)).state_dict()
             shapes = [value.shape for key, value in ours.items() if key not in ("mean", "std")]
             assert [value.shape for value in theirs.values()] == shapes, twin
@@ -291,12 +296,12 @@ def test_settings_unlike_any_of_torchvision_are_refused_with_what_to_set() -> No
         r"widths: \[64, 128, 256, 512\], stem_kernel: 7, stem_stride: 2"
     )
     with pytest.raises(ConvoyError, match=message):
-        transfer.check("resnet", settings("resnet", "pretrained"))
+        init_weights.check("resnet", settings("resnet", "pretrained"))
 
 
 def test_lenet_has_no_weights_from_imagenet() -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init: torchvision has no lenet .* set init: scratch"):
-        transfer.check("lenet", settings("lenet", "pretrained"))
+        init_weights.check("lenet", settings("lenet", "pretrained"))
 
 
 def test_grey_images_are_refused_before_anything_is_downloaded(cache: Path) -> None:
@@ -366,18 +371,18 @@ def test_a_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("init", ["pretraind", "0123abc", "", "weights"])
 def test_a_mistyped_init_is_refused_with_what_it_may_be(init: str) -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init='.*': it may be scratch, pretrained, champion"):
-        transfer.check("lenet", settings("lenet", init))
+        init_weights.check("lenet", settings("lenet", init))
 
 
 def test_a_file_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init: there is no file old/weights\.safetensors"):
-        transfer.check("lenet", settings("lenet", "old/weights.safetensors"))
+        init_weights.check("lenet", settings("lenet", "old/weights.safetensors"))
 
 
 # From our own files
 
 
-def leave(folder: Path, name: str, values: dict, task: Task, seed: int = 7) -> Classifier:
+def leave(folder: Path, name: str, values: dict, task: DatasetInfo, seed: int = 7) -> Classifier:
     """A trained classifier's weights and record, as the train stage leaves them."""
     classifier = build(name, values, task, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -419,7 +424,7 @@ def test_of_other_classes_all_but_the_head_is_taken(name: str, classes: list[str
 
 
 def test_normalisation_comes_with_the_weights(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), Task("old", SOME, 32, 3, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    leave(tmp_path, "lenet", settings("lenet"), DatasetInfo("old", SOME, 32, 3, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     classifier = build("lenet", values, task(["a", "b"]))
     start(classifier, "lenet", values)
@@ -445,17 +450,17 @@ def test_missing_and_unknown_names_are_refused() -> None:
     weights = copies(classifier)
     weights["extra"] = weights.pop("c1.weight")
     with pytest.raises(ConvoyError, match=r"c1\.weight is missing; extra is unknown here"):
-        transfer.adopt(classifier, weights, same_classes=False)
+        init_weights.load_matching(classifier, weights, same_classes=False)
     headless = {key: value for key, value in copies(classifier).items() if not key.startswith("output")}
-    transfer.adopt(classifier, headless, same_classes=False)
+    init_weights.load_matching(classifier, headless, same_classes=False)
     with pytest.raises(ConvoyError, match=r"output\.weight is missing"):
-        transfer.adopt(classifier, headless, same_classes=True)
+        init_weights.load_matching(classifier, headless, same_classes=True)
 
 
 def test_of_many_misfits_the_first_are_named() -> None:
     classifier = build("resnet", settings("resnet"), task())
     with pytest.raises(ConvoyError, match=r"mean is missing; .* and \d+ more$"):
-        transfer.adopt(classifier, {}, same_classes=False)
+        init_weights.load_matching(classifier, {}, same_classes=False)
 
 
 def test_weights_for_grey_images_are_refused_for_colour(tmp_path: Path) -> None:
@@ -497,22 +502,22 @@ VERSIONS = ["lenet", "resnet", "lenet"]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A store with three versions of a model: a lenet, a resnet and another lenet."""
     root = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with tracking.store(root, "convoy") as store:
+        with open_store(root, "convoy") as store:
             package = Path(convoy.__file__).parent
             for number, name in enumerate(VERSIONS, start=1):
                 folder = root / str(number)
                 leave(folder, name, settings(name), task(), seed=number)
-                registry.register(
+                versions.register(
                     store,
                     name="convoy",
                     run_id=bring(store, name, folder),
                     identity=str(number),
-                    model=package / "serving.py",
+                    model=package / "inference/pyfunc_model.py",
                     files={"record": folder / "record.json", "weights": folder / "weights.safetensors"},
                     code=package / "models",
                     step=1,
@@ -521,29 +526,29 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 
 def bring(
-    store: Store, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
+    store: TrackingStore, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
 ) -> str:
     data = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
-    run = Run(
+    run = RunRecord(
         name=name,
         params={"model": name},
-        tags={tracking.IDENTITY: str(folder)},
+        tags={runs.IDENTITY: str(folder)},
         origin={},
         data=data,
         history=[{"epoch": 1, "val_accuracy": 0.5}],
         files=[folder / file for file in files],
         status="FINISHED",
     )
-    return tracking.level(store, run, "results", moment=0)
+    return runs.sync_run(store, run, "results", moment=0)
 
 
-def from_store(store: Store, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
+def from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
     classifier = build(name, values, task(["a", "b"]))
-    record = transfer.start(
+    record = init_weights.init_weights(
         classifier,
         name,
         values,
-        lambda init, folder: served.fetch_weights(store, "convoy", name, init, folder),
+        lambda init, folder: model_loader.fetch_weights(store, "convoy", name, init, folder),
     )
     return classifier, record
 
@@ -552,7 +557,7 @@ def from_store(store: Store, name: str, values: dict) -> tuple[Classifier, dict[
     ("name", "champion", "version"), [("lenet", None, 3), ("lenet", 1, 1), ("lenet", 2, 3), ("resnet", 1, 2)]
 )
 def test_champion_means_the_champion_or_else_the_newest_version_of_the_architecture(
-    store: Store, name: str, champion: int | None, version: int
+    store: TrackingStore, name: str, champion: int | None, version: int
 ) -> None:
     store.client.delete_registered_model_alias("convoy", "champion")
     if champion:
@@ -565,18 +570,18 @@ def test_champion_means_the_champion_or_else_the_newest_version_of_the_architect
     assert record["source"].startswith(f"version {version} of model convoy, of run ")
 
 
-def test_an_architecture_that_was_never_registered_is_refused_with_those_that_were(store: Store) -> None:
+def test_an_architecture_that_was_never_registered_is_refused_with_those_that_were(store: TrackingStore) -> None:
     message = r"model\.alexnet\.init: .* no version of model convoy of architecture alexnet \(there are lenet, resnet\)"
     with pytest.raises(ConvoyError, match=message):
         from_store(store, "alexnet", settings("alexnet", "champion"))
 
 
-def test_before_any_model_is_registered_there_is_no_champion(store: Store, tmp_path: Path) -> None:
+def test_before_any_model_is_registered_there_is_no_champion(store: TrackingStore, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"\(there is none at all\): set init: scratch"):
-        served.fetch_weights(store, "another", "lenet", "champion", tmp_path)
+        model_loader.fetch_weights(store, "another", "lenet", "champion", tmp_path)
 
 
-def test_a_run_gives_its_weights(store: Store, tmp_path: Path) -> None:
+def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
     left = leave(tmp_path, "lenet", settings("lenet"), task(["a", "b"]), seed=9)
     run = bring(store, "lenet", tmp_path)
     classifier, record = from_store(store, "lenet", settings("lenet", run))
@@ -585,13 +590,13 @@ def test_a_run_gives_its_weights(store: Store, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
 
 
-def test_a_run_of_another_architecture_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), task())
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
         from_store(store, "resnet", settings("resnet", bring(store, "lenet", tmp_path)))
 
 
-def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: Store, tmp_path: Path) -> None:
+def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: MLflow has no run {'0' * 32}"):
         from_store(store, "lenet", settings("lenet", "0" * 32))
     leave(tmp_path, "lenet", settings("lenet"), task())
@@ -604,7 +609,9 @@ def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: Store, tm
 
 
 @pytest.mark.parametrize("file", ["record.json", "weights.safetensors", "calibration.json"])
-@pytest.mark.parametrize("use", [served.load, lambda version: served.verify(version, np.empty(0), np.empty(0))])
+@pytest.mark.parametrize(
+    "use", [model_loader.load, lambda version: model_loader.verify(version, np.empty(0), np.empty(0))]
+)
 def test_a_broken_registered_model_is_named_by_its_uri(
     use: Callable[[ModelVersion], object], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,7 +621,7 @@ def test_a_broken_registered_model_is_named_by_its_uri(
 
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(served, "fetch", fetch_broken)
+    monkeypatch.setattr(model_loader, "fetch", fetch_broken)
     with pytest.raises(ConvoyError) as refusal:
         use(ModelVersion("convoy", "3", 0))
     assert str(refusal.value).startswith(f"models:/convoy/3/artifacts/{file}")
@@ -636,7 +643,7 @@ def test_broken_weights_of_a_run_are_named_by_the_run(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     values = settings(architecture, "0" * 32)
     with pytest.raises(ConvoyError) as refusal:
-        transfer.start(build(architecture, values, task()), architecture, values, bring_broken)
+        init_weights.init_weights(build(architecture, values, task()), architecture, values, bring_broken)
     assert f"of run {'0' * 32}" in str(refusal.value)
     assert "scratch/" not in str(refusal.value)
 
@@ -663,6 +670,6 @@ def test_the_experiment_finetune_composes_to_what_its_weights_fit(way: str, tmp_
     values = params["model"]["resnet"]
     recipe = typed(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
     assert recipe.body_lr < 1
-    transfer.check("resnet", values)
+    init_weights.check("resnet", values)
     assert values["init"] == "pretrained"
-    assert models.twin("resnet", values) == "resnet18"
+    assert models.torchvision_name("resnet", values) == "resnet18"

@@ -9,16 +9,16 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from project import make_project, run_stages
 
-from convoy import tracking
+from convoy.tracking.store import open_store
 from pipeline.stage import Stage
-from pipeline.sync import bring_level, find_result
+from pipeline.sync import find_result, sync_runs
 
 
 def make_road(root: Path, overrides: list[str], *, until: str = "evaluate") -> Path:
     """A project whose stages have run, with a database that has no run yet."""
     make_project(root, overrides)
     run_stages(root, until=until)
-    with tracking.store(root, "convoy"):
+    with open_store(root, "convoy"):
         return root
 
 
@@ -35,7 +35,7 @@ def client(root: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
 
 
-def runs(root: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+def all_runs(root: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
     """By their names."""
     asked = client(root)
     experiment = asked.get_experiment_by_name("convoy")
@@ -52,5 +52,5 @@ def curve(root: Path, run: Run, name: str) -> list[tuple[int, float]]:
 def sync(root: Path) -> dict[str, str]:
     stage = Stage(root, "register")
     names = list(stage.section("model"))
-    with tracking.store(root, "convoy") as store:
-        return bring_level(store, root, names, {name: find_result(stage, name) for name in names})
+    with open_store(root, "convoy") as store:
+        return sync_runs(store, root, names, {name: find_result(stage, name) for name in names})

@@ -1,7 +1,6 @@
 """Settings: the one door to Hydra and OmegaConf, and to the types that settings must have."""
 
 import dataclasses
-import difflib
 import io
 import json
 import tempfile
@@ -12,6 +11,8 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 
 import pydantic
 from pydantic import AfterValidator, Field
+
+from convoy.errors import ConvoyError, _hint
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -54,10 +55,6 @@ def schema(table: type[Schema]) -> type[Schema]:
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(table)  # type: ignore[return-value]
 
 
-class ConvoyError(Exception):
-    """What a user can mend. The message names the file or key, what is wrong with it, and the mend."""
-
-
 def compose(
     root: Path, overrides: Sequence[str] = (), check: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
@@ -97,11 +94,6 @@ def composed(root: Path, overrides: Sequence[str] = ()) -> str:
     except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(f"conf/ does not compose: {said}") from error
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"it may be one of {', '.join(known)}"
 
 
 def load(params: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convoy.config import ConvoyError
+from convoy.errors import ConvoyError
 
 Checksums = Mapping[str, str]  # path within a folder -> md5; of a single file, the one path is ""
 

@@ -2,13 +2,25 @@
 
 from typing import Literal
 
-from convoy.augmentation import Augment
-from convoy.batches import Balance
 from convoy.config import Count, Decay, NotNegative, Positive, Share, Whole, schema
+
+Balance = Literal["none", "loss", "sampler"]
 
 
 @schema
-class Train:
+class AugmentConfig:
+    """Random changes to training images: of pixels (`augment`), and of pairs of images with their labels (`mix`)."""
+
+    shift: Whole  # pixels: moved by up to this far each way, the edge repeated into the gap
+    flip: bool  # left to right, every second image; not for digits or letters
+    policy: Literal["none", "trivial", "rand"]  # one, or two, of 14 changes of place or colour
+    erase: Share  # probability that a rectangle of an image is erased
+    mixup: NotNegative  # alpha of the Beta distribution; 0: none
+    cutmix: NotNegative  # likewise; with both, each batch takes one of them
+
+
+@schema
+class TrainConfig:
     """What all architectures have in common when they are trained."""
 
     max_epochs: Count
@@ -18,7 +30,7 @@ class Train:
 
 
 @schema
-class Recipe:
+class RecipeConfig:
     """How one architecture is trained."""
 
     batch_size: Count  # images in an optimizer step, over all devices
@@ -34,4 +46,4 @@ class Recipe:
     clip_norm: NotNegative  # the gradient's norm is cut to this; 0: never
     ema: Decay  # decay, in a step, of the running mean of the weights that is judged and kept; 0: none
     balance: Balance  # of classes: none, weights in the loss, or a sampler that draws each class as often
-    augment: Augment
+    augment: AugmentConfig

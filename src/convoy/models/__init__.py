@@ -16,13 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convoy.classifier import Classifier
-from convoy.config import ConvoyError, typed
-from convoy.task import Task
+from convoy.config import typed
+from convoy.data.dataset_info import DatasetInfo
+from convoy.errors import ConvoyError
+from convoy.models.base import Classifier
+
+# modules of this folder that are no architectures
+SHARED = ("base", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
-class Twins:
+class TorchvisionEquivalent:
     """The networks of torchvision that an architecture is equal to, and what makes their weights ours.
 
     A module that has some holds them as `TWINS`. The layers stand in the same order on both sides.
@@ -35,8 +39,8 @@ class Twins:
 
 
 def names() -> list[str]:
-    """The architectures there are, none of them imported."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """Return the names of all architectures, without importing any."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def schema(name: str) -> type:
@@ -44,7 +48,7 @@ def schema(name: str) -> type:
     return _module(name).Params
 
 
-def build(name: str, values: Mapping[str, Any], task: Task) -> Classifier:
+def build(name: str, values: Mapping[str, Any], task: DatasetInfo) -> Classifier:
     """Architecture `name` with `values` from `conf/model/<name>.yaml`, its weights from torch's global generator.
 
     Raises ConvoyError for an unknown name, a wrong setting, or settings that the images are too small for.
@@ -54,7 +58,7 @@ def build(name: str, values: Mapping[str, Any], task: Task) -> Classifier:
     return _class(name)(task, params)
 
 
-def restore(name: str, values: Mapping[str, Any], task: Task, weights: Path) -> Classifier:
+def restore(name: str, values: Mapping[str, Any], task: DatasetInfo, weights: Path) -> Classifier:
     """A built classifier with the `weights` of a safetensors file, in evaluation mode."""
     classifier = build(name, values, task)
     try:
@@ -64,19 +68,19 @@ def restore(name: str, values: Mapping[str, Any], task: Task, weights: Path) -> 
     return classifier.eval()
 
 
-def twins(name: str) -> Twins:
+def equivalents(name: str) -> TorchvisionEquivalent:
     """What torchvision has of architecture `name`."""
-    return getattr(_module(name), "TWINS", Twins({}))
+    return getattr(_module(name), "TWINS", TorchvisionEquivalent({}))
 
 
-def twin(name: str, values: Mapping[str, Any]) -> str:
+def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
     """Torchvision's name of the network that architecture `name` is with `values`.
 
     Raises ConvoyError that says what to set for the nearest one.
     """
     wanted = {
         twin: {key: value for key, value in settings.items() if values[key] != value}
-        for twin, settings in twins(name).settings.items()
+        for twin, settings in equivalents(name).settings.items()
     }
     if not wanted:
         raise ConvoyError(f"model.{name}.init: torchvision has no {name} with weights from ImageNet; set init: scratch")
@@ -108,7 +112,7 @@ def _class(name: str) -> type:
     return found
 
 
-def _rehearse(name: str, params: Any, task: Task) -> None:
+def _rehearse(name: str, params: Any, task: DatasetInfo) -> None:
     """One batch through every head on the meta device, which has shapes and no numbers.
 
     Raises ConvoyError with the smallest images that do fit, if these don't.

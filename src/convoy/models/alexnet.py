@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier
 from convoy.config import Count, Share, Whole, schema
-from convoy.models import Twins
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models import TorchvisionEquivalent
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig
 
 
 @schema
@@ -27,10 +27,10 @@ class Params:
     hidden: Count  # units of each of the two hidden full layers; paper 4096
     dropout: Share  # probability that an input of a hidden full layer is dropped; paper 0.5
     init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
-    recipe: Recipe
+    recipe: RecipeConfig
 
 
-TWINS = Twins(
+TWINS = TorchvisionEquivalent(
     {
         "alexnet": {
             "widths": [64, 192, 384, 256, 256],
@@ -56,7 +56,7 @@ class AlexNet(Classifier):
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
-    def __init__(self, task: Task, params: Params) -> None:
+    def __init__(self, task: DatasetInfo, params: Params) -> None:
         super().__init__(task, params.recipe)
         self.pool = params.pool
         one, two, three, four, five = params.widths

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier
 from convoy.config import Count, Positive, Share, schema
-from convoy.models import Twins
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models import TorchvisionEquivalent
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig
 
 
 @schema
@@ -25,7 +25,7 @@ class Params:
     dropout: Share  # probability that an input of the last layer is dropped; paper 0.4
     auxiliary_dropout: Share  # the same in the auxiliary classifiers; paper 0.7
     init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
-    recipe: Recipe
+    recipe: RecipeConfig
 
 
 class Channels(NamedTuple):
@@ -57,7 +57,7 @@ TABLE = {
 }
 
 
-TWINS = Twins(
+TWINS = TorchvisionEquivalent(
     {"googlenet": {"width": 1, "third_kernel": 3, "stem_kernel": 7, "stem_stride": 2, "stem_pools": True}},
     mean=(0.5, 0.5, 0.5),  # the weights came from TensorFlow, whose images are in [-1, 1]
     std=(0.5, 0.5, 0.5),
@@ -77,7 +77,7 @@ class GoogLeNet(Classifier):
     # the auxiliary classifiers as a whole: torchvision's are not trained, and they serve nothing but training
     head: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
 
-    def __init__(self, task: Task, params: Params) -> None:
+    def __init__(self, task: DatasetInfo, params: Params) -> None:
         super().__init__(task, params.recipe)
 
         def scaled(channels: int) -> int:

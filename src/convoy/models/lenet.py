@@ -6,10 +6,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier
 from convoy.config import Count, schema
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig
 
 
 @schema
@@ -21,7 +21,7 @@ class Params:
     c5: Count  # units of the third, which sees all of its 5x5 input at once; paper 120
     f6: Count  # units of the full layer; paper 84
     init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
-    recipe: Recipe
+    recipe: RecipeConfig
 
 
 class LeNet(Classifier):
@@ -35,7 +35,7 @@ class LeNet(Classifier):
 
     head: ClassVar[tuple[str, ...]] = ("output",)
 
-    def __init__(self, task: Task, params: Params) -> None:
+    def __init__(self, task: DatasetInfo, params: Params) -> None:
         super().__init__(task, params.recipe)
         self.c1 = nn.Conv2d(task.channels, params.c1, kernel_size=5)
         self.c3 = nn.Conv2d(params.c1, params.c3, kernel_size=5)

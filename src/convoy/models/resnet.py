@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from convoy.classifier import Classifier
 from convoy.config import Count, schema
-from convoy.models import Twins
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models import TorchvisionEquivalent
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig
 
 FourStages = Annotated[list[Count], Field(min_length=4, max_length=4)]  # conv2_x to conv5_x
 
@@ -26,7 +26,7 @@ class Params:
     stem_stride: Count  # pixels; paper 2
     stem_pool: bool  # 3x3 max pooling with stride 2 after it; paper true
     init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
-    recipe: Recipe
+    recipe: RecipeConfig
 
 
 DEPTHS = {  # the paper's table 1
@@ -37,7 +37,7 @@ DEPTHS = {  # the paper's table 1
     "resnet152": ("bottleneck", [3, 8, 36, 3]),
 }
 STEM = {"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}
-TWINS = Twins(
+TWINS = TorchvisionEquivalent(
     {
         name: {"block": block, "blocks": blocks, "widths": [64, 128, 256, 512], **STEM}
         for name, (block, blocks) in DEPTHS.items()
@@ -54,7 +54,7 @@ class ResNet(Classifier):
     starts as the identity (both Goyal et al. 2017).
     """
 
-    def __init__(self, task: Task, params: Params) -> None:
+    def __init__(self, task: DatasetInfo, params: Params) -> None:
         super().__init__(task, params.recipe)
         block = {"basic": basic, "bottleneck": bottleneck}[params.block]
         channels = params.widths[0]

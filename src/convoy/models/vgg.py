@@ -6,11 +6,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.classifier import Classifier
 from convoy.config import Count, Share, schema
-from convoy.models import Twins
-from convoy.recipe import Recipe
-from convoy.task import Task
+from convoy.data.dataset_info import DatasetInfo
+from convoy.models import TorchvisionEquivalent
+from convoy.models.base import Classifier
+from convoy.recipe import RecipeConfig
 
 Stack = Annotated[list[Count], Field(min_length=2, max_length=2)]  # [convolutions, channels]
 
@@ -27,7 +27,7 @@ class Params:
     hidden: Count  # units of each of the two hidden full layers; paper 4096
     dropout: Share  # probability that an output of a hidden full layer is dropped; paper 0.5
     init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
-    recipe: Recipe
+    recipe: RecipeConfig
 
 
 def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ STACKS = {  # the paper's table 1: columns A, B, D and E
     "vgg16": [[2, 64], [2, 128], [3, 256], [3, 512], [3, 512]],
     "vgg19": [[2, 64], [2, 128], [4, 256], [4, 512], [4, 512]],
 }
-TWINS = Twins(
+TWINS = TorchvisionEquivalent(
     {
         name + ending: {"stacks": stacks, "batch_norm": bool(ending), "pool": 7, "hidden": 4096}
         for name, stacks in STACKS.items()
@@ -66,7 +66,7 @@ class VGG(Classifier):
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
-    def __init__(self, task: Task, params: Params) -> None:
+    def __init__(self, task: DatasetInfo, params: Params) -> None:
         super().__init__(task, params.recipe)
         self.pool = params.pool
         layers: list[nn.Module] = []

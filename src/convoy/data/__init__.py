@@ -1,0 +1,1 @@
+"""Data: from labelled images of any source to packed, checked and split data sets."""

@@ -1,0 +1,266 @@
+"""The intake: every image of a source judged, and packed or put in quarantine."""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from tqdm import tqdm
+
+from convoy.config import Share, schema
+from convoy.data.cache import CacheDir, snapshot
+from convoy.data.data_lock import DataLock, extended
+from convoy.data.decode_pool import decode_all
+from convoy.data.decode_worker import RECORD, RECORDS, DecodeCache, keep
+from convoy.data.packed_dataset import COLUMN, DESCRIPTION, TABLE, ImageTable, PackedDataset
+from convoy.data.pixel_shards import PIXELS, LostShard, ShardWriter
+from convoy.data.sources.archive import ARCHIVES
+from convoy.data.sources.base import DatasetConfig, Source
+from convoy.errors import ConvoyError
+
+TOLD = 50  # bad images, by name in a message
+
+
+@schema
+class FetchConfig:
+    """When fetch gives up."""
+
+    max_bad_fraction: Share  # of all images: those that can't be used, or whose labels contradict each other
+
+
+@dataclasses.dataclass(frozen=True)
+class IngestResult:
+    """What a source came to."""
+
+    packed: PackedDataset
+    quarantine: pd.DataFrame  # path, label, reason: left out
+    merged: pd.DataFrame  # path, kept: exact copies of files, and the one that stands for them
+    notes: list[str]  # what may not be as it was meant, in sentences
+
+
+class TooManyInvalidImages(ConvoyError):
+    """More images than are allowed can't be used: path, label and reason of each are in `quarantine`."""
+
+    def __init__(self, quarantine: pd.DataFrame, count: int, params: FetchConfig) -> None:
+        self.quarantine = quarantine
+        first = quarantine.head(TOLD).itertuples(index=False)
+        super().__init__(
+            f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction="
+            f"{params.max_bad_fraction} allows; mend or remove them:"
+            + "".join(f"\n  {path} {reason}" for path, _, reason in first)
+            + (f"\n  {len(quarantine) - TOLD} more" if len(quarantine) > TOLD else "")
+        )
+
+
+def ingest(
+    source: Source, dataset: DatasetConfig, params: FetchConfig, history: DataLock, folder: Path, earlier: CacheDir
+) -> IngestResult:
+    """Decode and judge every image of a source, and pack the sound ones into `folder`.
+
+    Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
+    again, and what this one decodes is left there.
+    Raises TooManyBad where more images are bad than `params` allows; ConvoyError where fewer than two classes have
+    images, and where a pattern of groups finds none.
+    """
+    try:
+        with snapshot(earlier, folder / "earlier") as known:
+            faulty = _decode(source, dataset, folder, known)
+    except LostShard as lost:
+        raise ConvoyError(str(lost)) from lost
+    rows = ImageTable(folder / TABLE)
+    shared = rows.columns("picture")["picture"].duplicated(keep=False)
+    several = rows.at(np.flatnonzero(shared))  # the few that can contradict or repeat each other
+    contradictions = _contradictions(several)
+    quarantine = pd.concat([faulty, contradictions], ignore_index=True)
+    if len(quarantine) > params.max_bad_fraction * source.count:
+        raise TooManyInvalidImages(quarantine, source.count, params)
+    copies = _copies(several.drop(index=contradictions.index))
+    if len(contradictions) + len(copies):
+        rows.drop(np.union1d(contradictions.index, copies.index))
+    labels = set(rows.columns("label")["label"].unique())
+    _check_classes(dataset.name, labels, source.notes)
+
+    classes = extended(history.classes, [label for label in source.classes if label in labels])
+    given = set(rows.columns("split")["split"].unique())
+    drawn = history.draws(given)
+    described = {
+        "name": dataset.name,
+        "origin": dataset.origin,
+        "longest_side": dataset.longest_side,
+        "classes": classes,
+        "drawn": drawn,
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
+    keep(folder / RECORDS, folder / PIXELS, earlier.folder)
+    notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]
+    notes += [
+        f"{split} images are given now, and some of those given for training stay {split} images as well, as they were"
+        " before: data.lock says so under drawn, and may be mended there"
+        for split in drawn
+        if split in given
+    ]
+    return IngestResult(PackedDataset.load(folder), quarantine, copies.reset_index(drop=True), notes)
+
+
+def group_in(path: str, label: str, pattern: str | None) -> str:
+    """The name of a path's group: "" for None, the folder for "folder", else what the regular expression finds.
+
+    Of the expression its first bracket counts. A path in which it finds nothing is in no group. What the data folder
+    and an archive are called does not belong to the path: next week's archive has another name. Nor does to the folder
+    what is around the one of the class, which is no group itself.
+    """
+    if pattern is None:
+        return ""
+    path = _AROUND.sub("", path)
+    if pattern == "folder":
+        folders = path.split("/")[:-1]
+        inside = folders[folders.index(label) :] if label in folders else folders
+        return "/".join(inside) if inside != [label] else ""
+    match = re.search(pattern, path)
+    return (match[min(1, match.re.groups)] or "") if match else ""
+
+
+_AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/:]*[/:])", re.IGNORECASE | re.DOTALL)
+
+
+def _ungrouped(rows: ImageTable, pattern: str | None) -> list[str]:
+    """What is said of images in which a pattern of groups finds nothing."""
+    if pattern is None:
+        return []
+    there = rows.columns("group")["group"] == ""
+    if not there.any():
+        return []
+    first = rows.at(np.flatnonzero(there)[:1])["path"].iloc[0]
+    if there.all():
+        raise ConvoyError(
+            f"dataset.group={pattern!r} finds a group in no path, such as {first}: mend it in conf/dataset/, or set it"
+            " to null"
+        )
+    return [
+        f"dataset.group={pattern!r} finds no group in the paths of {there.sum()} of {len(there)} images, such as"
+        f" {first}: each of them is split on its own"
+    ]
+
+
+def _twins(classes: Sequence[str]) -> list[str]:
+    """What is said of classes whose names look the same."""
+    named = collections.defaultdict(list)
+    for name in classes:
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+        named[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)  # as pandas writes whole numbers where one is missing
+    return [
+        f"the classes {' and '.join(map(repr, names))} are learned apart: give them one name if they are one class"
+        for names in named.values()
+        if len(names) > 1
+    ]
+
+
+def _decode(source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir) -> pd.DataFrame:
+    """Write the pixels, the table and the records of the images that can be used; path, label and reason of the others.
+
+    All goes to the disk batch by batch, so that memory does not grow with the number of images.
+    """
+    faults: list[tuple[str, str, str]] = []
+    ImageTable(folder / TABLE).write(_tables(source, dataset, folder, earlier, faults))
+    return pd.DataFrame(faults, columns=["path", "label", "reason"], dtype="str")
+
+
+def _tables(
+    source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir, faults: list[tuple[str, str, str]]
+) -> Iterator[pa.Table]:
+    """The rows of the images that can be used, a batch at a time; the others are added to `faults`."""
+    schema, unsaid = _schema(source.more), ("",) * len(source.more)
+    yield schema.empty_table()
+    offset = 0
+    with (
+        contextlib.closing(DecodeCache.load(earlier)) as known,
+        contextlib.closing(ShardWriter(folder / PIXELS, known.pixels)) as pixels,
+        (folder / RECORDS).open("wb") as records,
+        tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
+    ):
+        for members, batch in decode_all(source, dataset.longest_side, earlier):
+            sizes = batch.sizes
+            pixels.write(batch.records["picture"], sizes, batch.records["offset"], batch.pixels)
+            batch.records["offset"] = offset + np.cumsum(sizes) - sizes
+            offset += int(sizes.sum())
+            records.write(batch.records.tobytes())
+
+            sound = []
+            for member, fault in zip(members, batch.faults, strict=True):
+                if fault:
+                    faults.append((member.path, member.label, fault))
+                else:
+                    group = member.group or group_in(member.path, member.label, dataset.group)
+                    sound.append((member.path, member.label, member.split, group, *(member.more or unsaid)))
+            yield pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(source.more)), schema=schema)
+            bar.update(len(members))
+
+
+RECORDED = [name for name in RECORD.names or () if name not in ("sha256", "stamp")]
+
+
+def _schema(more: Sequence[str]) -> pa.Schema:
+    """As pandas writes it, so that it reads the same back."""
+    texts = ["path", "label", "split", "group", "sha256"]
+    fields = [(name, pa.large_string()) for name in texts]
+    fields += [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORDED]
+    fields += [(f"{COLUMN}{name}", pa.large_string()) for name in more]
+    return pa.Table.from_pandas(pa.schema(fields).empty_table().to_pandas(), preserve_index=False).schema
+
+
+def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
+    """path, label, split and group; what is recorded of each image, the sha256 in hexadecimal; and what else is said.
+
+    `width` texts are said of each image.
+    """
+    texts = _strings(said, width)
+    digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.large_string())
+    recorded = [pa.array(records[name]) for name in RECORDED]
+    return [*texts[:4], digests, *recorded, *texts[4:]]
+
+
+def _strings(rows: list[tuple], width: int) -> list[pa.Array]:
+    return [pa.array([row[column] for row in rows], pa.large_string()) for column in range(width)]
+
+
+def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
+    """path, label and reason of the rows whose picture is there under another label as well, by their index."""
+    codes = pd.Series(pd.factorize(table["label"])[0], index=table.index).groupby(table["picture"])
+    several = table[codes.transform("min") != codes.transform("max")]
+    reasons = {}
+    for _, same in several.groupby("picture", sort=False):
+        first = same.drop_duplicates("label")
+        others = {label: first[first["label"] != label].iloc[0] for label in first["label"]}
+        for row, label in same["label"].items():
+            other = others[label]
+            same_file = other["path"] == table.at[row, "path"]
+            picture = "" if same_file else f"shows the same picture as {other['path']}, which "
+            reasons[row] = f"{picture}is labelled {other['label']!r}{' as well' * same_file}"
+    return several[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
+
+
+def _copies(table: pd.DataFrame) -> pd.DataFrame:
+    """path and kept of the rows whose file is there already, by their index.
+
+    In another group or split, or in none, it may stand on another side: that is left to preprocess, which knows them.
+    """
+    same = table["sha256"] + " " + table["split"] + " " + table["group"]
+    again = same.duplicated()
+    kept = dict(zip(same[~again], table["path"][~again], strict=True))
+    return pd.DataFrame({"path": table["path"][again], "kept": same[again].map(kept)})
+
+
+def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        have = f"images of one class, {next(iter(classes))!r}" if classes else "no images that can be used"
+        raise ConvoyError(
+            f"{name} has {have}, and a classifier needs two classes or more: give each class a folder of its own"
+            + "".join(f"\n  {note}" for note in notes)
+        )

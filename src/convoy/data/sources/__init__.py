@@ -1,0 +1,1 @@
+"""Sources: where labelled images come from, and the labels and splits that they bring."""

@@ -1,0 +1,191 @@
+"""Archives: the files in a zip or tar archive, read one after the other and never unpacked to the disk."""
+
+import contextlib
+import functools
+import lzma
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.base import FileContent
+from convoy.data.sources.file_listing import FileSet, PackedPaths, below, is_junk
+from convoy.errors import ConvoyError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# an archive that unpacks to more than both of these is a bomb
+MAX_UNPACKED = 1 << 30  # bytes
+MAX_RATIO = 1000  # times the archive's own size; deflate at its best reaches 1032
+MAX_HEADER = 1 << 20  # bytes of a long name in a tar archive
+UTF_8 = 0x800  # of the flags of an entry in a zip archive: what its name is written in
+CHUNK = 4096  # bytes; bzip2 and LZMA make up to 90 MB of as many
+
+# what Python's archive modules raise of broken bytes
+BROKEN = (OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
+          zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
+
+
+def open_archive(archive: Path, name: str) -> FileSet:
+    """The files in an archive, in its order; `name` is what messages call it.
+
+    Raises ConvoyError for what is not a whole archive, and for one that is out to do harm: with paths that lead out
+    of it, links, or far more in it than images would be.
+    """
+    with archive.open("rb") as file:
+        is_zip = archive.suffix.lower() == ".zip" or file.read(4) in (b"PK\3\4", b"PK\5\6")
+    kind, list_files = ("zip", _zip_files) if is_zip else ("tar", _tar_files)
+    try:
+        return list_files(archive, name)
+    except BROKEN as error:
+        said = " ".join(str(error).split())  # tarfile's word may have several lines
+        raise ConvoyError(f"{name} is not a whole {kind} archive ({said}): put a sound copy there") from error
+
+
+def _zip_files(archive: Path, name: str) -> FileSet:
+    with zipfile.ZipFile(archive) as file:
+        entries = file.infolist()
+    _refuse_bomb(archive, name, sum(entry.file_size for entry in entries))
+    paths, rows, doubtful = [], array("L"), ""
+    for row, entry in enumerate(entries):
+        named, sure = _name(entry)
+        written = named.replace("\\", "/")  # which is what stands in some archives from Windows
+        path = _checked(name, written)
+        if is_junk(path):
+            continue
+        if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise _not_plain(name, path)
+        if path and not written.endswith("/"):
+            paths.append(path)
+            rows.append(row)
+            doubtful = doubtful or ("" if sure else path)
+    wrong = f"{name} does not say how it writes {doubtful}: if that looks wrong, pack it anew with names in UTF-8"
+    return FileSet(
+        f"{name}:", PackedPaths(paths), functools.partial(_opened_zip, archive, rows), [wrong] if doubtful else []
+    )
+
+
+def _name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
+    """As it was meant, and whether that is sure: some tools, macOS's among them, write UTF-8 and do not say so.
+
+    Others write what their system speaks, such as GBK, of which `zipfile` makes code page 437.
+    """
+    if entry.flag_bits & UTF_8 or entry.filename.isascii():
+        return entry.filename, True
+    try:
+        return entry.filename.encode("cp437").decode(), True
+    except UnicodeError:
+        return entry.filename, False
+
+
+@contextlib.contextmanager
+def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], FileContent]]:
+    with zipfile.ZipFile(archive) as file:
+        entries = file.infolist()
+        yield lambda index, _: _read(lambda: _zip_content(file, entries[rows[index]]))
+
+
+def _zip_content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    chunks, size = [], 0
+    with file.open(entry) as opened:
+        while chunk := opened.read(CHUNK):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise InvalidImageError(TOO_LARGE)
+    return b"".join(chunks)
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry of a tar archive. `tarfile` alone takes a broken one for the end, and loses all that come after it;
+    and of a long name it reads as much as is promised."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Entry":
+        entry = super().frombuf(buf, encoding, errors)
+        is_header = entry.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)
+        if entry.size < 0 or (is_header and entry.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header of {entry.size} bytes")
+        return entry
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Entry":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _tar_files(archive: Path, name: str) -> FileSet:
+    paths, offsets, sizes, place = [], array("q"), array("q"), 0
+    with tarfile.open(archive, tarinfo=_Entry) as file:
+        for entry in iter(file.next, None):
+            file.members.clear()  # type: ignore[attr-defined]  # which would hold every entry
+            if file.offset <= place:
+                raise tarfile.ReadError("an entry of less than no bytes")
+            place = file.offset
+            _refuse_bomb(archive, name, place)
+            path = _checked(name, entry.name)
+            if is_junk(path):
+                continue
+            if not (entry.isdir() or entry.isreg()) or entry.issparse():
+                raise _not_plain(name, path)
+            if not entry.isdir():
+                paths.append(path)
+                offsets.append(entry.offset_data)
+                sizes.append(entry.size)
+        while file.fileobj.read(1 << 16):  # type: ignore[union-attr]  # at whose end is the checksum
+            _refuse_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
+    return FileSet(f"{name}:", PackedPaths(paths), functools.partial(_opened_tar, archive, offsets, sizes))
+
+
+@contextlib.contextmanager
+def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], FileContent]]:
+    with tarfile.open(archive, tarinfo=_Entry) as file:
+        yield lambda index, _: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
+
+
+def _tar_content(file: tarfile.TarFile, offset: int, size: int) -> bytes:
+    """By way of the file below, which goes only forward: a step back in a .gz would unpack it anew."""
+    if size > MAX_BYTES:
+        raise InvalidImageError(TOO_LARGE)
+    file.fileobj.seek(offset)  # type: ignore[union-attr]
+    return file.fileobj.read(size)  # type: ignore[union-attr]
+
+
+def _read(content: Callable[[], bytes]) -> bytes | InvalidImageError:
+    try:
+        return content()
+    except InvalidImageError as fault:
+        return fault
+    except BROKEN as error:
+        return InvalidImageError(f"can't be read: {str(error) or type(error).__name__}")
+
+
+def _checked(name: str, entry: str) -> str:
+    path = below(entry)
+    if path is None:
+        raise ConvoyError(
+            f"{name}:{entry} points out of the archive, which may be meant to do harm: make it anew of what is in it"
+        )
+    return path
+
+
+def _not_plain(name: str, path: str) -> ConvoyError:
+    return ConvoyError(f"{name}:{path} is no plain file: put the file itself into the archive")
+
+
+def _refuse_bomb(archive: Path, name: str, unpacked: int) -> None:
+    size = archive.stat().st_size
+    if unpacked > max(MAX_UNPACKED, MAX_RATIO * size):
+        raise ConvoyError(
+            f"{name} has {size} bytes and would unpack to {unpacked} or more, which images do not do: "
+            "make it anew of the images alone"
+        )

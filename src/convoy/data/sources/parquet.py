@@ -1,0 +1,194 @@
+"""Parquet: images with their labels in one file, as data hubs export them; or a table of labels alone."""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.image_io import InvalidImageError
+from convoy.data.packed_dataset import SPLITS
+from convoy.data.sources.base import SPLIT_WORDS, FileContent, Sample
+from convoy.errors import ConvoyError
+
+ROWS = 16  # images that are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet:
+    """A Parquet file whose schema has been read, and nothing else."""
+
+    name: str  # as messages call it: data/train-00000-of-00002.parquet
+    file: str | bytes  # its name, or what was in it
+    schema: pa.Schema
+    classes: dict[str, list[str]]  # column -> what its numbers stand for
+    count: int  # rows
+    split: str  # of all rows, where no column says it
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple]:
+        """The values of some columns, row by row, a few rows in memory at once."""
+        count = 0
+        with _refused_if_broken(self.name), _opened(self.file) as file:
+            for batch in file.iter_batches(ROWS, columns=list(columns), use_threads=False):
+                count += len(batch)
+                yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+            if count != self.count:
+                raise ValueError(f"{count} of {self.count} rows")
+
+
+def open_parquet(name: str, file: str | bytes, split: str) -> Parquet:
+    with _refused_if_broken(name), _opened(file) as opened:
+        schema = opened.schema_arrow
+        if len(set(schema.names)) < len(schema.names):
+            raise ConvoyError(f"{name} has two columns of the same name: rename one of them")
+        return Parquet(name, file, schema, _classes(schema), opened.metadata.num_rows, split)
+
+
+def image_column(table: Parquet) -> str | None:
+    """The column with the bytes of the images; None in a table of labels alone."""
+    columns = [field.name for field in table.schema if _is_bytes(field.type) or _has_bytes(field.type)]
+    named = [column for column in columns if column in ("image", "img")] or columns
+    if len(named) > 1:
+        raise ConvoyError(
+            f"{table.name} has several columns of bytes, {', '.join(named)}: rename the one of the images to image, or"
+            " take the others away"
+        )
+    return named[0] if named else None
+
+
+def label_column(table: Parquet) -> str:
+    classes = [column for column in table.classes if column not in ("split", "group")]
+    if "label" in table.schema.names:
+        column = "label"
+    elif len(classes) == 1:
+        column = classes[0]
+    elif classes:
+        raise ConvoyError(
+            f"{table.name} has several columns of classes, {', '.join(classes)}, and none called label: rename the one"
+            " to be learned to label"
+        )
+    else:
+        raise ConvoyError(
+            f"{table.name} has no column called label, but {', '.join(table.schema.names)}: rename the one with the"
+            " classes to label"
+        )
+    if pa.types.is_nested(table.schema.field(column).type):
+        raise ConvoyError(
+            f"{table.name} has several labels for an image in the column {column}, and convoy learns one: make it a"
+            " column of words or whole numbers"
+        )
+    return column
+
+
+def classes_in(tables: Sequence[Parquet]) -> list[str]:
+    """The names that the schemas give to the numbers of classes, in that order; then other numbers; then words."""
+    names: dict[str, None] = {}
+    numbers, words = set(), set()
+    for table in tables:
+        column = label_column(table)
+        names |= dict.fromkeys(table.classes.get(column, []))
+        for value in set() if column in table.classes else {value for (value,) in table.rows([column])}:
+            if text := _text(value):
+                numbers.add((value, text)) if isinstance(value, int | float) else words.add(text)
+    return list(dict.fromkeys([*names, *(text for _, text in sorted(numbers)), *sorted(words)]))
+
+
+def members(table: Parquet) -> Iterator[Sample]:
+    label, image = label_column(table), image_column(table)
+    others = [column for column in ("split", "group") if column in table.schema.names]
+    columns = [label, str(image), *others]
+    for row, values in enumerate(table.rows(columns)):
+        said = dict(zip(columns, values, strict=True))
+        text, fault = _label(table, label, said[label])
+        word = _category(table, "split", said.get("split"))
+        if word and word.lower() not in SPLIT_WORDS:
+            fault = fault or f"has the split {word!r}, which is none of {', '.join(SPLITS)}"
+        yield Sample(
+            path=f"{table.name}:{row}",
+            label=text,
+            split=SPLIT_WORDS.get(word.lower(), "") if "split" in said else table.split,
+            group=_category(table, "group", said.get("group")),
+            content=InvalidImageError(fault) if fault else _content(said[str(image)]),
+        )
+
+
+def texts(table: Parquet, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """As `rows`, but in words: numbers of classes by their names, and "" where there is nothing."""
+    for values in table.rows(columns):
+        yield tuple(_category(table, column, value) for column, value in zip(columns, values, strict=True))
+
+
+def _label(table: Parquet, column: str, value: Any) -> tuple[str, str]:
+    """The name of a class, and what is wrong with the label."""
+    text = _category(table, column, value)
+    if text:
+        return text, ""
+    if _text(value):
+        return "", f"has the label {value}, and its file has names for 0 to {len(table.classes[column]) - 1}"
+    return "", "has no label"
+
+
+def _category(table: Parquet, column: str, value: Any) -> str:
+    text, names = _text(value), table.classes.get(column)
+    if names is None or not text:
+        return text
+    return names[value] if 0 <= value < len(names) else ""
+
+
+def _text(value: Any) -> str:
+    """In words, and "" for no label: null, not a number, or -1."""
+    if value is None or value != value or value == -1:
+        return ""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers where one is missing
+        value = int(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _content(value: Any) -> FileContent:
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if content is None:
+        return InvalidImageError("has no bytes in its row")
+    return content if len(content) <= MAX_BYTES else InvalidImageError(TOO_LARGE)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+
+
+def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """What Hugging Face's `datasets` has written into the schema: the names of the numbers in some columns."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        named = {column: feature.get("names") for column, feature in features.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+    return {
+        field.name: [str(name) for name in names]
+        for field in schema
+        if pa.types.is_integer(field.type) and isinstance(names := named.get(field.name), list) and names
+    }
+
+
+def _opened(file: str | bytes) -> pq.ParquetFile:
+    source = io.BytesIO(file) if isinstance(file, bytes) else Path(file)
+    # a part of a column at a time, where the default would take a whole row group into memory
+    return pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _refused_if_broken(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        said = " ".join(str(error).split())
+        raise ConvoyError(f"{name} is not a whole Parquet file ({said}): put a sound copy there") from error

@@ -1,0 +1,1 @@
+"""Evaluation: metrics with intervals, calibration and latency of trained classifiers."""

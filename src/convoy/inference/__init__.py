@@ -1,0 +1,1 @@
+"""Inference: trained classifiers that predict, in Python, in MLflow and as ONNX files."""

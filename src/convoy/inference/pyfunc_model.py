@@ -1,0 +1,114 @@
+"""Serving: a trained classifier as the MLflow model that takes plain images."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
+
+from convoy.data import image_io
+from convoy.inference import predictor
+
+
+class ImageClassifier(PythonModel):
+    """Images in, a table out: label, its probability, and the probabilities of all classes."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Rebuild the network from its record and weights; nothing is unpickled."""
+        folder = Path(context.artifacts["record"]).parent
+        predictor.check(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
+        self.predictor = predictor.restore(folder)
+
+    # model_input has no type hint: MLflow would take one for a schema, and refuse what is documented here
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+        """A row for each image: `label`, `probability`, and `probabilities` in the order of the model's classes.
+
+        `model_input` is a uint8 array (H, W), (H, W, C), (N, H, W) or (N, H, W, C) with 1 to 4 channels (grey, grey
+        and alpha, RGB, RGBA); a PIL image; the bytes of an image file, or their base64 text; or images in any of
+        these forms in a list or in the first column of a table. Raises MlflowException for anything else, such as
+        channels that come first, (3, H, W).
+        """
+        task = self.predictor.task
+        shape = (0, task.size, task.size, task.channels)
+        plain = [self._fitted(image) for image in _each(model_input)]
+        probabilities = self.predictor.probabilities(np.stack(plain) if plain else np.empty(shape, np.uint8))
+        best = probabilities.argmax(axis=1)
+        return pd.DataFrame(
+            {
+                "label": [task.classes[label] for label in best],
+                "probability": probabilities[np.arange(len(best)), best],
+                "probabilities": probabilities.tolist(),
+            }
+        )
+
+    def _fitted(self, image: Any) -> np.ndarray:
+        task = self.predictor.task
+        try:
+            if isinstance(image, str):
+                image = _decoded(image)
+            if isinstance(image, bytes):
+                return self.predictor.fitted(image)
+            if isinstance(image, Image.Image):
+                pixels = image_io.to_grey_or_rgb(image, task.longest_side)
+            else:
+                pixels = _plain(image, task.longest_side)
+            return image_io.center_crop_resize(pixels, task.size, task.channels)
+        except image_io.InvalidImageError as fault:
+            raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
+
+
+def _each(model_input: Any) -> list[Any]:
+    if isinstance(model_input, pd.DataFrame):
+        return model_input.iloc[:, 0].tolist()
+    if isinstance(model_input, bytes | str | Image.Image):
+        return [model_input]
+    if hasattr(model_input, "__array__"):
+        pixels = np.asarray(model_input)
+        if pixels.dtype != object:
+            return _each_of_array(pixels)
+    return list(model_input)
+
+
+def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
+    """Three axes without a last one of channels are N grey images."""
+    if pixels.ndim == 3 and pixels.shape[2] > 4 and pixels.shape[0] in (3, 4):
+        channels = pixels.shape[0]
+        raise MlflowException.invalid_parameter_value(
+            f"an array of the shape {pixels.shape} is refused: channels come last, (H, W, {channels}), as in "
+            f"array.transpose(1, 2, 0). For {channels} grey images pass ({channels}, H, W, 1), or a list of arrays"
+        )
+    one = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] <= 4)
+    return [pixels] if one else list(pixels)
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)  # such text often comes in lines
+    except ValueError:  # of which binascii.Error is one, and text that is not ASCII another
+        raise image_io.InvalidImageError("is text, but not the base64 of an image file") from None
+
+
+def _plain(image: Any, longest_side: int) -> np.ndarray:
+    """(H, W, 1 or 3) of pixels in any of the documented forms, no side above `longest_side`."""
+    pixels = np.asarray(image)
+    if pixels.size == 0:
+        raise image_io.InvalidImageError("has no pixels")
+    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 255:
+        raise image_io.InvalidImageError(f"has pixels of type {pixels.dtype}; they must be whole numbers from 0 to 255")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    mode = {(2, 1): "L", (3, 2): "LA", (3, 3): "RGB", (3, 4): "RGBA"}
+    if (pixels.ndim, pixels.shape[2] if pixels.ndim == 3 else 1) not in mode:
+        raise image_io.InvalidImageError(
+            f"has the shape {pixels.shape}; it must be (H, W) or (H, W, 1 to 4), channels last"
+        )
+    return image_io.to_grey_or_rgb(Image.fromarray(pixels.astype(np.uint8)), longest_side)
+
+
+set_model(ImageClassifier())  # MLflow runs this file to make the model ("models from code"), and takes what is set here

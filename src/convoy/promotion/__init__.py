@@ -1,0 +1,1 @@
+"""Promotion: when a version may become the champion, and how it does."""

@@ -1,0 +1,199 @@
+"""Moving: everything in an embedded store brought to a server, each run and each version once, as it was there."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param, Run, ViewType
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from convoy.errors import ConvoyError
+from convoy.inference import predictor
+from convoy.promotion import champion
+from convoy.tracking import database, runs
+from convoy.tracking.runs import HASHES, IDENTITY, RESULTS
+from convoy.tracking.store import TrackingStore, local, uploading
+
+FROM = "convoy.moved_from"  # tag of what was brought: the id or the number that it had where it was
+MOVED = "convoy.moved"  # tag of what is whole: of a run "true", of the registered model its last version then
+
+
+def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStore:
+    """The store in `root/mlflow.db`, while `server` is open in the same folder."""
+    file, artifacts = root / "mlflow.db", (root / "mlartifacts" / experiment).as_uri()
+    if not file.exists():
+        raise ConvoyError(f"there is no mlflow.db in {root}, and so nothing to move")
+    database.prepare(file)
+    client = MlflowClient(f"sqlite:///{file}", f"sqlite:///{file}")
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise ConvoyError(f"mlflow.db has no experiment {experiment}, which is what params.yaml calls register.name")
+    if found.artifact_location != artifacts:
+        raise ConvoyError(f"the files of mlflow.db are in {found.artifact_location}, not in {artifacts}: put them back")
+    return TrackingStore(client, found, server.address, server.locks, server.champions)
+
+
+def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator[str]:
+    """Bring all runs and all versions of the model `name` to the server; a line for each that was not there yet.
+
+    Run ids are new, FROM has the old ones; numbers of versions stay. Whatever ends this, to do it again goes on.
+    """
+    champion.complete_pending(source, name)
+    runs.mark_killed_runs(source)
+    _check_free(source, server, name)
+    there = {run.data.tags[FROM]: run for run in _runs(server, ViewType.ALL) if FROM in run.data.tags}
+    own = {run.data.tags[IDENTITY]: run for run in _runs(server) if run.data.tags.keys() >= {IDENTITY, RESULTS}}
+    ids = {}
+    for run in _runs(source):
+        found = there.get(run.info.run_id) or own.get(run.data.tags.get(IDENTITY, ""))
+        if run.info.status == "RUNNING":
+            yield f"run {run.info.run_name} is left out, it is training on another machine: move again afterwards"
+        elif found and (MOVED in found.data.tags or FROM not in found.data.tags):
+            ids[run.info.run_id] = found.info.run_id
+        else:
+            ids[run.info.run_id] = _bring_run(source, server, run, found)
+            yield f"run {run.info.run_name} of {run.data.tags.get('data', 'unknown data')}"
+    yield from _bring_versions(source, server, name, ids)
+
+
+def _runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Run]:
+    """The oldest first."""
+    token = None
+    while token != "":
+        experiment = [store.experiment.experiment_id]
+        page = store.client.search_runs(experiment, "", view, 1000, ["attributes.start_time"], token)
+        yield from page
+        token = page.token or ""
+
+
+def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Run | None) -> str:
+    """A run, or what is missing of it."""
+    client, old = server.client, run.info.run_id
+    if found is None:
+        tags = {**run.data.tags, FROM: old}
+        found = client.create_run(server.experiment.experiment_id, run.info.start_time, tags, run.info.run_name)
+    new = found.info.run_id
+    # its training is over, also where this is stopped before all of it is there
+    client.set_terminated(new, run.info.status, run.info.end_time)
+    params = [Param(key, value) for key, value in run.data.params.items()]
+    for start in range(0, len(params), 100):  # what a server takes at a time
+        client.log_batch(new, params=params[start : start + 100])
+    points = [point for key in run.data.metrics for point in source.client.get_metric_history(old, key)]
+    runs.log_points(client, new, [Metric(each.key, each.value, each.timestamp, each.step) for each in points])
+    if run.inputs and run.inputs.dataset_inputs:
+        client.log_inputs(new, datasets=run.inputs.dataset_inputs)
+    if (folder := local(run.info.artifact_uri)).is_dir():
+        with uploading():
+            client.log_artifacts(new, str(folder))
+    client.set_tag(new, MOVED, "true")
+    return new
+
+
+# Versions
+
+
+def _versions(store: TrackingStore, name: str) -> dict[int, ModelVersion]:
+    """By their numbers, in order."""
+    found = {int(each.version): each for each in store.client.search_model_versions(f"name = '{name}'")}
+    return dict(sorted(found.items()))
+
+
+def _check_free(source: TrackingStore, server: TrackingStore, name: str) -> None:
+    """Raises ConvoyError where the server has versions of its own, so that ours could not keep their numbers."""
+    if MOVED in _tags(server, name) or not _versions(source, name):
+        return
+    if own := [number for number, each in _versions(server, name).items() if FROM not in each.tags]:
+        raise ConvoyError(
+            f"{server.address} has a model {name} already, with a version {own[0]} of its own, and the versions here "
+            "would not keep their numbers: nothing was moved. Rename or delete it there, and run this again"
+        )
+
+
+def _tags(store: TrackingStore, name: str) -> Mapping[str, str]:
+    found = store.client.search_registered_models(f"name = '{name}'")
+    return found[0].tags if found else {}
+
+
+def _bring_versions(source: TrackingStore, server: TrackingStore, name: str, runs: Mapping[str, str]) -> Iterator[str]:
+    client, ours = server.client, _versions(source, name)
+    if not ours:
+        return
+    if last := _tags(server, name).get(MOVED):
+        if later := [number for number in ours if number > int(last)]:
+            yield f"model {name} was moved before: its versions from {later[0]} on were made here since, and stay here"
+        return
+    model = source.client.get_registered_model(name)
+    with contextlib.suppress(MlflowException):  # it is there: what else is wrong, the next call says
+        client.create_registered_model(name, description=model.description)
+    for number, theirs in _versions(server, name).items():
+        if theirs.tags[FROM] != str(number):  # it kept a number free when this was killed
+            client.delete_model_version(name, str(number))
+    there = _versions(server, name)
+    for number, version in ours.items():
+        if number not in there:
+            _bring_version(source, server, version, runs.get(version.run_id or ""))
+            yield f"version {number} of {name}"
+    for tag, value in model.tags.items():
+        client.set_registered_model_tag(name, tag, value)
+    for alias, number in model.aliases.items():
+        client.set_registered_model_alias(name, alias, str(number))
+    client.set_registered_model_tag(name, MOVED, str(max(ours)))
+
+
+def _bring_version(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> None:
+    """A version under its own number; those before it that were deleted are made, and deleted again."""
+    client, name, number, made = server.client, version.name, int(version.version), 0
+    model, tags = _bring_model(source, server, version, run), {**version.tags, FROM: str(version.version)}
+    words = version.description
+    while made < number:
+        created = client.create_model_version(name, f"models:/{model}", run, tags, None, words, model_id=model)
+        made = int(created.version)
+        if made != number:
+            client.delete_model_version(name, str(made))
+    if made > number:
+        raise ConvoyError(
+            f"{server.address} gave the number {number} of model {name} away before: delete that model there, and run "
+            "this again"
+        )
+
+
+def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> str:
+    """The files of a version, checked against its hashes here and there, as a model of its run; returns its id."""
+    client, experiment = server.client, server.experiment.experiment_id
+    kind, _, old = (version.source or "").partition(":/")
+    if (kind, old[:2]) != ("models", "m-"):
+        raise ConvoyError(f"version {version.version} is not of this pipeline: delete it here, and run this again")
+    model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(HASHES, "{}"))
+    folder = local(model.artifact_location)
+    try:
+        predictor.check(folder, hashes)
+    except ConvoyError as error:
+        raise ConvoyError(f"version {version.version}: {error}. Find out who changed it, or delete it here") from None
+    made = next(iter(client.search_logged_models([experiment], f"tags.`{FROM}` = '{old}'")), None)
+    if made is None:
+        tags = {**model.tags, FROM: old}
+        made = client.create_logged_model(experiment, model.name, run, tags, model.params, model.model_type)
+    if made.status == LoggedModelStatus.READY:
+        return made.model_id
+    with uploading():
+        client.log_model_artifacts(made.model_id, str(folder))
+    with tempfile.TemporaryDirectory(dir=server.scratch) as scratch:
+        uri = f"models:/{made.model_id}"
+        predictor.check(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
+    if run and version.run_id and made.model_id not in _outputs(server, run):
+        points = [Metric(one.key, one.value, one.timestamp, one.step, made.model_id) for one in model.metrics or []]
+        runs.log_points(client, run, points)
+        client.log_outputs(run, [LoggedModelOutput(made.model_id, _outputs(source, version.run_id)[old])])
+    client.finalize_logged_model(made.model_id, LoggedModelStatus.READY)
+    return made.model_id
+
+
+def _outputs(store: TrackingStore, run: str) -> dict[str, int]:
+    """The models of a run by their ids, and each one's step."""
+    outputs = store.client.get_run(run).outputs
+    return {each.model_id: each.step for each in outputs.model_outputs} if outputs else {}

@@ -1,0 +1,1 @@
+"""Registry: versions of the registered model, and loading them."""

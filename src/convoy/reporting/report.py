@@ -1,0 +1,126 @@
+"""The report: the compared architectures as tables and pictures."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from convoy.fonts import font_families, missing_letters
+
+if TYPE_CHECKING:  # who only prints a table waits for no statistics
+    from convoy.promotion.gate import Verdict
+
+NAMED = 100  # classes, up to which a picture has their names
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+
+
+def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+    """A row for each architecture, in their order: its best epoch, its test figures and its size.
+
+    Of one whose training failed there is only the name and the size.
+    """
+    rows = [
+        {
+            "model": name,
+            **{column: record["best"].get(column) for column in ("val_accuracy", "val_loss", "epoch")},
+            **{f"test_{figure}": value for figure, value in figures[name].items()},
+            "parameters": record["parameters"],
+        }
+        for name, record in records.items()
+    ]
+    return pd.DataFrame(rows).astype({"epoch": "Int64"})
+
+
+# of the leaderboard, what a terminal has room for
+SHOWN = ["model", "val_accuracy", "val_loss", "epoch", "test_accuracy", "test_macro_f1", "test_log_loss",
+         "test_calibration_error", "parameters"]  # fmt: skip
+
+
+def print_table(table: pd.DataFrame, title: str) -> None:
+    """On the terminal, with four digits of each fraction."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column, values in table.items():
+        numeric = pd.api.types.is_numeric_dtype(values)
+        shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(escape, map(_shown, row)))
+    console = Console()
+    Console(width=max(console.width, 100)).print(shown)  # a log file has no width of its own
+
+
+def _shown(value: object) -> str:
+    if pd.isna(value):  # type: ignore[call-overload]
+        return "failed"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, file: Path) -> None:
+    """Actual against predicted classes, as a picture; `predictions` has the columns actual and predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    named = len(classes) <= NAMED
+    side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches, of which each takes 10,000 pixels
+    if missing := missing_letters(classes):
+        letters = " ".join(sorted(missing)[:10])
+        print(f"{file.name} shows boxes for letters that no installed font has ({letters}): install one, such as Noto")
+    # not as this user has set it: the picture is part of an output
+    settings = {"font.family": font_families(classes), "text.parse_math": False}
+    with pyplot.style.context(["default", settings]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure, axes = pyplot.subplots(figsize=(side + 1, side))
+        ConfusionMatrixDisplay.from_predictions(
+            predictions["actual"],
+            predictions["predicted"],
+            labels=classes,
+            ax=axes,
+            cmap="Blues",
+            xticks_rotation="vertical",
+            include_values=len(classes) <= 30,
+        )
+        axes.set(title=title, xlabel="predicted", ylabel="actual")
+        if not named:
+            axes.set(xticks=[], yticks=[])
+        figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None) -> str:
+    """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
+    against = f"the champion, version {compared}" if compared else "no champion, as there never was one"
+    table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
+    return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
+
+
+def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
+    """The loss against the learning rate, with a line at `guess` and one where it is lowest.
+
+    `table` has the columns lr and loss.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(table["lr"], table["loss"], color=COLOURS[0])
+    lowest = float(table["lr"].to_numpy()[table["loss"].argmin()])
+    for rate, what, colour in ((guess, "falls fastest", COLOURS[1]), (lowest, "is lowest", COLOURS[2])):
+        axes.axvline(rate, color=colour, linestyle="--", label=f"{what} at {rate:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, smoothed", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    pyplot.close(figure)

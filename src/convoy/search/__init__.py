@@ -1,0 +1,1 @@
+"""Search: better settings than the first ones, outside of what a training depends on."""

@@ -1,0 +1,268 @@
+"""The embedded database: MLflow's SQLite file, which is created and upgraded beside its place and then renamed.
+
+MLflow creates its tables, and upgrades them for a newer version, in some seventy transactions. Where it is stopped in
+between, it never opens that database again.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlparse
+
+import mlflow
+import mlflow.db
+import psutil
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+
+from convoy.disk import explain_full_disk
+from convoy.errors import ConvoyError
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
+
+SIDECARS = ("-journal", "-wal", "-shm")  # files of SQLite's beside a database
+LOCK_TIMEOUT_S = 20.0
+MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}  # of the table `experiments`, in every version
+POOL = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+START_OVER = (
+    "move mlflow.db, mlartifacts/ and artifacts/.champions/ away; then `make sync` brings back every run of the "
+    "results, and `make repro` makes a champion"
+)
+# what every new database holds: rows beside these are a user's
+INITIAL_ROWS = {"alembic_version": "false", "workspaces": "false", "experiments": "experiment_id != 0"}
+
+
+def prepare(file: Path) -> None:
+    """Create the database where there is none, and upgrade one of an older MLflow, so that MLflow need not.
+
+    A file that is no SQLite database, and one that is damaged, is left to MLflow to report.
+
+    Raises:
+        ConvoyError: where it is no database of MLflow, of a newer MLflow, of another folder, or can't be upgraded; it
+            is then as it was.
+    """
+    file = file.resolve()  # it may be a link, which stays one
+    try:
+        if _is_current(file):
+            return
+        with _only_here(file):
+            if not _is_current(file):  # another process may have made it
+                _create_or_upgrade(file)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        return
+
+
+def check_owner(file: Path) -> None:
+    """Raises ConvoyError where the experiments of a database have their files elsewhere, and none has them beside it:
+    it was copied from another project, which this one would write into.
+    """
+    file = file.resolve()
+    with _open(file) as database:
+        rows = database.execute("select artifact_location from experiments where experiment_id != 0").fetchall()
+    local = [
+        Path(unquote(urlparse(location).path)) for (location,) in rows if urlparse(location).scheme in ("", "file")
+    ]
+    here = [folder for folder in local if folder.resolve().is_relative_to(file.parent)]
+    if local and not here:
+        raise ConvoyError(
+            f"{file} is of another project: it has its files in {local[0]}. Nothing was changed in it. Move it "
+            f"away, or let MLFLOW_TRACKING_URI name another file, such as sqlite:///{file.with_name('runs.db')}"
+        )
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database that is there, and roll back what a killed process left half written."""
+    uri = f"{file.as_uri()}?mode=rw"
+    with contextlib.closing(sqlite3.connect(uri, LOCK_TIMEOUT_S, isolation_level=None, uri=True)) as database:
+        yield database
+
+
+@contextlib.contextmanager
+def _only_here(file: Path) -> Iterator[None]:
+    """One process at a time creates or upgrades a database, which projects may share."""
+    lock = file.with_name(f"{file.name}.new.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # a process that waits for it notices
+
+
+# The schema and its versions
+
+
+@functools.cache
+def _versions() -> "ScriptDirectory":
+    """Return the versions of the schema that this MLflow knows."""
+    from alembic.script import ScriptDirectory  # a server needs none of this
+
+    return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+
+
+def _version(database: sqlite3.Connection) -> str | None:
+    if not database.execute("select 1 from sqlite_master where name = 'alembic_version'").fetchone():
+        return None
+    found = database.execute("select version_num from alembic_version").fetchone()
+    return found[0] if found else None
+
+
+def _is_current(file: Path) -> bool:
+    """Whether MLflow will open the database as it is. Each migration writes its version last."""
+    if not file.exists():
+        return False
+    with _open(file) as database:
+        return _version(database) == _versions().get_current_head()
+
+
+def _is_known(version: str | None) -> bool:
+    from alembic.util import CommandError
+
+    try:
+        return version is None or _versions().get_revision(version) is not None
+    except CommandError:
+        return False
+
+
+def _tables(database: sqlite3.Connection) -> list[str]:
+    found = database.execute("select name from sqlite_master where type = 'table' and name not like 'sqlite_%'")
+    return [name for (name,) in found]
+
+
+def _is_of_mlflow(database: sqlite3.Connection) -> bool:
+    """Whether it has MLflow's tables, or the first of them. MLflow creates the experiments before all others."""
+    columns = {row[1] for row in database.execute("pragma table_info(experiments)")}
+    return columns >= MLFLOW_COLUMNS or set(_tables(database)) <= {"alembic_version"}
+
+
+def _is_empty(database: sqlite3.Connection) -> bool:
+    """Whether nobody has written anything into it: no run, model or experiment, not even half of a migrated table."""
+    return not any(
+        database.execute(f'select 1 from "{table}" where {INITIAL_ROWS.get(table, "true")} limit 1').fetchone()
+        for table in _tables(database)
+    )
+
+
+# Creating and upgrading
+
+
+def _create_or_upgrade(file: Path) -> None:
+    if not file.exists():
+        _create(file)
+        return
+    with _open(file) as database:
+        version = _version(database)
+        if not _is_of_mlflow(database):
+            raise ConvoyError(
+                f"{file} is a database, but not MLflow's (its tables are {', '.join(_tables(database)[:5])}): it was "
+                "left as it is. Move it elsewhere, or let MLFLOW_TRACKING_URI name another file, such as "
+                f"sqlite:///{file.with_name('runs.db')}"
+            )
+        if not _is_known(version):
+            raise ConvoyError(
+                f"{file} is of a newer MLflow than {mlflow.__version__} (its schema is {version}): it was left as it "
+                "is. Install that version, as `make install` does where requirements.lock names it"
+            )
+        is_empty = _is_empty(database)
+    _check_unused(file)
+    if is_empty:
+        _create(file)
+    else:
+        _upgrade(file)
+
+
+def _create(file: Path) -> None:
+    """Put a new database in place; one that holds nothing and that MLflow can't open is moved aside."""
+    new = _discard(file.with_name(f"{file.name}.new"))
+    try:
+        _migrate(new)
+        if file.exists() and file.stat().st_size:
+            aside = file.with_name(f"{file.name}.incomplete-{int(time.time())}")
+            file.rename(aside)
+            print(f"{file.name} was incomplete, as its creation was stopped, and held no run: moved to {aside.name}")
+        # SQLite would apply the journal of a database that was removed to the one in its place
+        _discard(file)
+        new.replace(file)
+    finally:
+        _discard(new)
+
+
+def _upgrade(file: Path) -> None:
+    """Put an upgraded copy in place; the database as it was is kept beside it."""
+    check_owner(file)
+    new = _discard(file.with_name(f"{file.name}.new"))
+    kept = file.with_name(f"{file.name}.before-{int(time.time())}")
+    with _open(file) as database:
+        (mode,) = database.execute("pragma journal_mode").fetchone()
+        try:
+            # in WAL mode the last changes are in a file beside it, which would be taken for changes of the new one
+            database.execute("pragma journal_mode = delete")
+            # from here on nobody writes what the copy would not have
+            database.execute("begin immediate")
+            with _open(file) as source, contextlib.closing(sqlite3.connect(new)) as copy:
+                source.backup(copy)
+            _migrate(new)
+            with _open(new) as copy:
+                copy.execute(f"pragma journal_mode = {mode}")
+            shutil.copymode(file, new)
+            os.link(file, kept)
+            new.replace(file)
+        except Exception as error:
+            database.rollback()
+            database.execute(f"pragma journal_mode = {mode}")
+            if isinstance(error, sqlite3.OperationalError) or explain_full_disk(error, file.parent):
+                raise
+            raise ConvoyError(
+                f"{file.name} can't be upgraded for MLflow {mlflow.__version__} ({_first_line(error)}), perhaps as an "
+                "earlier upgrade was stopped: it was left as it is. Put a copy from before that upgrade in its place; "
+                f"or {START_OVER}"
+            ) from error
+        finally:
+            _discard(new)
+    print(f"{file.name} was upgraded for MLflow {mlflow.__version__}; as it was before, it is kept in {kept.name}")
+
+
+def _migrate(file: Path) -> None:
+    """Create or upgrade all tables, as MLflow's own command `mlflow db upgrade` does."""
+    before = os.environ.get(POOL)
+    os.environ[POOL] = "NullPool"  # else connections would stay open
+    try:
+        mlflow.db.upgrade.main([f"sqlite:///{file}"], standalone_mode=False)
+    finally:
+        os.environ.pop(POOL)
+        if before is not None:
+            os.environ[POOL] = before
+    if not _is_current(file):
+        raise MlflowException(f"{file.name} has not become complete")
+
+
+def _discard(file: Path) -> Path:
+    """Remove a database with what SQLite has beside it, if they are there."""
+    for name in (file.name, *(file.name + end for end in SIDECARS)):
+        file.with_name(name).unlink(missing_ok=True)
+    return file
+
+
+def _check_unused(file: Path) -> None:
+    """Raises ConvoyError where another process, such as MLflow's server, has the database open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and any(opened.path == str(file) for opened in process.open_files()):
+                command = " ".join(process.cmdline()[:6])
+                raise ConvoyError(
+                    f"{file.name} is incomplete or of an older MLflow, and process {process.pid} ({command}) has it "
+                    "open: wait until it has created it, or end it, and run this again"
+                )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]

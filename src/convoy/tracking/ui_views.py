@@ -1,0 +1,167 @@
+"""Views: ready-made pages of an experiment in MLflow's interface; each is an experiment tag, opened by one link.
+
+Undocumented, read from the interface of MLflow 3.17: one that cannot read the tag shows a notice and the
+experiment's first page, so nothing else may depend on a view. Its id comes from its name alone: saving again
+keeps the link, and writes the tag only if the content differs.
+"""
+
+import base64
+import hashlib
+import json
+import time
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from mlflow import MlflowClient
+
+from convoy.tracking import ui_views
+from convoy.tracking.store import TrackingStore
+
+COLUMNS = [
+    "metrics.best/val_accuracy",
+    "metrics.best/val_loss",
+    "metrics.best/epoch",
+    "metrics.test/accuracy",
+    "metrics.test/balanced_accuracy",
+    "metrics.test/macro_f1",
+    "metrics.test/log_loss",
+    "metrics.parameters",
+    "attributes.Models",
+    "params.dataset",
+    "params.init",
+    "params.recipe.optimizer",
+    "params.recipe.lr",
+    "params.recipe.batch_size",
+    "params.train.max_epochs",
+    "params.seed",
+    "tags.reproduction",
+]
+
+
+CURVES = ["val/accuracy", "val/loss", "train/loss"]
+
+
+BARS = ["best/val_accuracy", "test/accuracy"]
+
+
+SCATTERS = [("parameters", "test/accuracy")]
+
+
+def save_views(store: TrackingStore) -> tuple[str, str]:
+    """The links to two views of the experiment in MLflow's UI: the leaderboard, and the curves of all runs."""
+    client, experiment = store.client, store.experiment.experiment_id
+    best_first = "metrics.best/val_accuracy"
+    table = ui_views.save_table(client, experiment, "leaderboard", COLUMNS, best_first)
+    charts = ui_views.save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, best_first)
+    note = f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all trained architectures, best in validation first"
+    if store.experiment.tags.get("mlflow.note.content") != note:
+        client.set_experiment_tag(experiment, "mlflow.note.content", note)
+    return store.address + table, store.address + charts
+
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TAG = "mlflow.sharedViewState."
+LINE = {
+    "type": "LINE",
+    "lineSmoothness": 0,
+    "scaleType": "linear",
+    "xAxisScaleType": "linear",
+    "range": {},
+    "xAxisKey": "step",
+    "yAxisKey": "metric",
+    "useGlobalXaxisKey": True,
+    "useGlobalLineSmoothing": True,
+}
+
+
+def _uid(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _key(column: str) -> str:
+    kind, _, field = column.partition(".")
+    return f"{kind}.`{field}`"
+
+
+def _save(client: "MlflowClient", experiment_id: str, name: str, mode: str, state: dict[str, Any]) -> str:
+    """Write the view's tag unless it holds this very content already; return the link's path."""
+    view = _uid(experiment_id, name)
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    try:
+        old = json.loads(client.get_experiment(experiment_id).tags.get(TAG + view, ""))
+        known = {"name": name, "createdAt": int(old["createdAt"]), "state": old["state"]}
+    except (ValueError, KeyError, TypeError):
+        known = {"createdAt": int(time.time() * 1000)}  # no such view yet, or a damaged one
+    if known.get("state") != packed:
+        tag = known | {"name": name, "updatedAt": int(time.time() * 1000), "state": packed}
+        client.set_experiment_tag(experiment_id, TAG + view, json.dumps(tag))
+    page = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode={mode}"
+    return f"{page}&viewStateShareKey={view}"
+
+
+def save_table(client: "MlflowClient", experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
+    """Save a runs table with `columns` in this order, the highest `order_by` first, and return its link's path.
+
+    Columns are like "metrics.val/accuracy", "params.model", "tags.candidate", "attributes.Models" (Dataset,
+    Source, User, Version, Description). Run Name, Created, Duration always show; what no run has never does.
+    """
+    widths = {"attributes.`Run Name`": 140, "runDateAndNestInfo": 140}
+    for column in columns:  # 7 pixels a letter, and room for the arrow in the sorted column's header
+        width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 40)
+        widths[_key(column)] = min(220, max(80, width))
+    return _save(
+        client,
+        experiment_id,
+        name,
+        "TABLE",
+        {
+            "selectedColumns": [_key(c) for c in columns],
+            "columnOrder": list(widths),
+            "columnWidths": widths,
+            "orderByKey": _key(order_by),
+            "orderByAsc": False,
+        },
+    )
+
+
+def save_charts(
+    client: "MlflowClient",
+    experiment_id: str,
+    name: str,
+    curves: list[str],
+    bars: list[str],
+    scatters: list[tuple[str, str]],
+    order_by: str,
+) -> str:
+    """Save a charts page of metrics over all runs (by step; last values; y over x), return its link's path.
+
+    Metrics are named as logged ("val/accuracy"); `order_by` is a column as in `save_table`. Below these charts
+    the interface puts its own for the metrics that no line or bar chart draws.
+    """
+    top = _uid(experiment_id, name, "section")
+    charts: list[dict[str, Any]] = [
+        LINE | {"metricKey": m, "selectedMetricKeys": [m], "scaleType": "log" if m.endswith("loss") else "linear"}
+        for m in curves
+    ]
+    charts += [{"type": "BAR", "metricKey": m} for m in bars]
+    for x, y in scatters:
+        axes = (("xaxis", x), ("yaxis", y))
+        charts.append({"type": "SCATTER"} | {axis: {"key": m, "type": "METRIC"} for axis, m in axes})
+    for i, chart in enumerate(charts):
+        chart |= {"uuid": f"{top}-{i}", "metricSectionId": top, "runsCountToCompare": 100, "deleted": False}
+    return _save(
+        client,
+        experiment_id,
+        name,
+        "CHART",
+        {
+            "compareRunCharts": charts,
+            "isAccordionReordered": True,
+            "runsHiddenMode": "SHOW_ALL",
+            "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
+            "orderByKey": _key(order_by),
+            "orderByAsc": False,
+        },
+    )

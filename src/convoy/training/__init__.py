@@ -1,0 +1,1 @@
+"""Training: all that a training runs, and no more."""

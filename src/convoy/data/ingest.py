@@ -1,4 +1,4 @@
-"""The intake: every image of a source judged, and packed or put in quarantine."""
+"""Ingestion of a source: every image is decoded and validated, then packed or put in quarantine."""
 
 import collections
 import contextlib
@@ -25,28 +25,29 @@ from convoy.data.sources.archive import ARCHIVES
 from convoy.data.sources.base import DatasetConfig, Source
 from convoy.errors import ConvoyError
 
-TOLD = 50  # bad images, by name in a message
+# An error message lists this many invalid images by name, and counts the rest.
+TOLD = 50  # images
 
 
 @schema
 class FetchConfig:
-    """When fetch gives up."""
+    """Limits beyond which the fetch stage fails."""
 
-    max_bad_fraction: Share  # of all images: those that can't be used, or whose labels contradict each other
+    max_bad_fraction: Share  # in [0, 1], of all images: those that are unusable or have contradictory labels
 
 
 @dataclasses.dataclass(frozen=True)
 class IngestResult:
-    """What a source came to."""
+    """The result of ingesting a source."""
 
     packed: PackedDataset
-    quarantine: pd.DataFrame  # path, label, reason: left out
-    merged: pd.DataFrame  # path, kept: exact copies of files, and the one that stands for them
-    notes: list[str]  # what may not be as it was meant, in sentences
+    quarantine: pd.DataFrame  # path, label, reason of each excluded image
+    merged: pd.DataFrame  # path, kept: each exact copy of a file, and the file kept in its place
+    notes: list[str]  # warnings about what may be unintended, in sentences
 
 
 class TooManyInvalidImages(ConvoyError):
-    """More images than are allowed can't be used: path, label and reason of each are in `quarantine`."""
+    """Error raised when more images are unusable than allowed; `quarantine` has path, label and reason of each."""
 
     def __init__(self, quarantine: pd.DataFrame, count: int, params: FetchConfig) -> None:
         self.quarantine = quarantine
@@ -62,12 +63,23 @@ class TooManyInvalidImages(ConvoyError):
 def ingest(
     source: Source, dataset: DatasetConfig, params: FetchConfig, history: DataLock, folder: Path, earlier: CacheDir
 ) -> IngestResult:
-    """Decode and judge every image of a source, and pack the sound ones into `folder`.
+    """Decode and validate every image of a source, and pack the valid ones into `folder`.
 
-    Classes that are not in `history` come after those that are. What an earlier run left in `earlier` is not decoded
-    again, and what this one decodes is left there.
-    Raises TooManyBad where more images are bad than `params` allows; ConvoyError where fewer than two classes have
-    images, and where a pattern of groups finds none.
+    Args:
+        source: The labelled images; its samples are consumed.
+        dataset: Name, group pattern and maximum image size of the data set.
+        params: The limits beyond which ingestion fails.
+        history: The lock of the data set. Classes that are not in it are placed after those that are.
+        folder: Where the packed data set is written.
+        earlier: The cache. Images that an earlier run decoded are not decoded again, and the images decoded by this
+            run are added.
+
+    Returns:
+        The packed data set, the excluded images, the merged copies and warnings.
+
+    Raises:
+        TooManyInvalidImages: If more images are invalid than `params` allows.
+        ConvoyError: If fewer than two classes have images, or if the group pattern matches no path.
     """
     try:
         with snapshot(earlier, folder / "earlier") as known:
@@ -76,7 +88,8 @@ def ingest(
         raise ConvoyError(str(lost)) from lost
     rows = ImageTable(folder / TABLE)
     shared = rows.columns("picture")["picture"].duplicated(keep=False)
-    several = rows.at(np.flatnonzero(shared))  # the few that can contradict or repeat each other
+    # Only images with the same pixels can contradict or repeat each other, and these are few.
+    several = rows.at(np.flatnonzero(shared))
     contradictions = _contradictions(several)
     quarantine = pd.concat([faulty, contradictions], ignore_index=True)
     if len(quarantine) > params.max_bad_fraction * source.count:
@@ -110,11 +123,21 @@ def ingest(
 
 
 def group_in(path: str, label: str, pattern: str | None) -> str:
-    """The name of a path's group: "" for None, the folder for "folder", else what the regular expression finds.
+    """Return the name of the group that an image belongs to.
 
-    Of the expression its first bracket counts. A path in which it finds nothing is in no group. What the data folder
-    and an archive are called does not belong to the path: next week's archive has another name. Nor does to the folder
-    what is around the one of the class, which is no group itself.
+    The name of the data folder or of an archive is not part of the path that is searched, because next week's archive
+    has another name.
+
+    Args:
+        path: The path of the image, as in `Sample.path`.
+        label: The class of the image.
+        pattern: None for no groups; "folder" for the folder of the image, beginning with the class folder, if there
+            is one, and without any folder around it; else a regular expression, whose first capturing group (without
+            one, the complete match) is the name.
+
+    Returns:
+        The group, or "" if `pattern` is None, if the regular expression does not match, or if the folder is the class
+        folder itself.
     """
     if pattern is None:
         return ""
@@ -131,7 +154,7 @@ _AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/:]*[
 
 
 def _ungrouped(rows: ImageTable, pattern: str | None) -> list[str]:
-    """What is said of images in which a pattern of groups finds nothing."""
+    """Return a warning if the group pattern matches only some paths; raise an error if it matches none."""
     if pattern is None:
         return []
     there = rows.columns("group")["group"] == ""
@@ -150,11 +173,12 @@ def _ungrouped(rows: ImageTable, pattern: str | None) -> list[str]:
 
 
 def _twins(classes: Sequence[str]) -> list[str]:
-    """What is said of classes whose names look the same."""
+    """Return warnings about classes whose names look the same."""
     named = collections.defaultdict(list)
     for name in classes:
         plain = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
-        named[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)  # as pandas writes whole numbers where one is missing
+        # pandas writes integers as 1.0 in a column with missing values.
+        named[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)
     return [
         f"the classes {' and '.join(map(repr, names))} are learned apart: give them one name if they are one class"
         for names in named.values()
@@ -163,9 +187,9 @@ def _twins(classes: Sequence[str]) -> list[str]:
 
 
 def _decode(source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir) -> pd.DataFrame:
-    """Write the pixels, the table and the records of the images that can be used; path, label and reason of the others.
+    """Write pixels, table and records of the usable images, and return path, label and reason of the others.
 
-    All goes to the disk batch by batch, so that memory does not grow with the number of images.
+    Everything is written to disk batch by batch, so that memory does not grow with the number of images.
     """
     faults: list[tuple[str, str, str]] = []
     ImageTable(folder / TABLE).write(_tables(source, dataset, folder, earlier, faults))
@@ -175,7 +199,7 @@ def _decode(source: Source, dataset: DatasetConfig, folder: Path, earlier: Cache
 def _tables(
     source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir, faults: list[tuple[str, str, str]]
 ) -> Iterator[pa.Table]:
-    """The rows of the images that can be used, a batch at a time; the others are added to `faults`."""
+    """Yield the table rows of the usable images batch by batch, and append the other images to `faults`."""
     schema, unsaid = _schema(source.more), ("",) * len(source.more)
     yield schema.empty_table()
     offset = 0
@@ -207,7 +231,7 @@ RECORDED = [name for name in RECORD.names or () if name not in ("sha256", "stamp
 
 
 def _schema(more: Sequence[str]) -> pa.Schema:
-    """As pandas writes it, so that it reads the same back."""
+    """Return the schema of the image table as pandas writes it, so that pandas reads back the same types."""
     texts = ["path", "label", "split", "group", "sha256"]
     fields = [(name, pa.large_string()) for name in texts]
     fields += [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORDED]
@@ -216,9 +240,12 @@ def _schema(more: Sequence[str]) -> pa.Schema:
 
 
 def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
-    """path, label, split and group; what is recorded of each image, the sha256 in hexadecimal; and what else is said.
+    """Return the columns of a batch in the order of `_schema`, with the SHA-256 in hexadecimal.
 
-    `width` texts are said of each image.
+    Args:
+        said: For each image: path, label, split and group, then the additional columns of the source.
+        records: (N,) `RECORD`, one for each image.
+        width: The number of strings for each image in `said`.
     """
     texts = _strings(said, width)
     digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.large_string())
@@ -231,7 +258,7 @@ def _strings(rows: list[tuple], width: int) -> list[pa.Array]:
 
 
 def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
-    """path, label and reason of the rows whose picture is there under another label as well, by their index."""
+    """Return path, label and reason of the rows whose pixels also occur under another label, by their index."""
     codes = pd.Series(pd.factorize(table["label"])[0], index=table.index).groupby(table["picture"])
     several = table[codes.transform("min") != codes.transform("max")]
     reasons = {}
@@ -247,9 +274,10 @@ def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _copies(table: pd.DataFrame) -> pd.DataFrame:
-    """path and kept of the rows whose file is there already, by their index.
+    """Return path and kept of the rows whose file already occurs in an earlier row, by their index.
 
-    In another group or split, or in none, it may stand on another side: that is left to preprocess, which knows them.
+    A copy with another group or split is not listed: the two may belong to different splits, and only the preprocess
+    stage knows the splits.
     """
     same = table["sha256"] + " " + table["split"] + " " + table["group"]
     again = same.duplicated()

@@ -1,4 +1,4 @@
-"""The source: labelled images that are about to be read, wherever they lie."""
+"""Source: labelled images from any storage that are about to be read, and the settings that select them."""
 
 import dataclasses
 import re
@@ -14,10 +14,10 @@ from convoy.data.image_io import InvalidImageError
 
 @schema
 class TorchvisionSet:
-    """A data set that torchvision knows."""
+    """Settings of a data set that torchvision provides."""
 
-    name: str  # of the class in torchvision.datasets
-    # split -> the arguments that select it; "all" for a set without splits
+    name: str  # class in torchvision.datasets
+    # Maps each split to the constructor arguments that select it; "all" is for a data set without splits.
     splits: Annotated[dict[Literal["train", "val", "test", "all"], dict[str, Any]], Field(min_length=1)]
 
 
@@ -31,48 +31,49 @@ def _is_pattern(text: str) -> str:
 
 @schema
 class DatasetConfig:
-    """Where labelled images come from."""
+    """Settings that say where labelled images come from."""
 
-    name: Name  # what reports, folders that are made, and by default the experiment and the model in MLflow call it
-    longest_side: Count  # pixels; a larger image is reduced when it is decoded, which bounds the disk
-    # "folder", or a regular expression that finds the group's name in a path
+    name: Name  # used in reports, folder names and, by default, for the experiment and the model in MLflow
+    longest_side: Count  # pixels; larger images are downscaled when decoded, which bounds the disk usage
+    # "folder", a regular expression that finds the name of the group in a path, or None for no groups.
     group: Annotated[str, AfterValidator(_is_pattern)] | None
-    torchvision: TorchvisionSet | None = None  # None: the folders and archives in data/
+    torchvision: TorchvisionSet | None = None  # None for the folders and archives in data/
 
     @property
     def origin(self) -> str:
-        """What says which version of the data it is."""
+        """The name of what determines the version of the data."""
         return f"torchvision {self.torchvision.name}" if self.torchvision else "data.dvc"
 
 
-# as written -> as meant; the words that Hugging Face's `datasets` knows, too
+# Maps accepted names of a split to the split. Hugging Face's `datasets` accepts the same names.
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 
-FileContent = str | bytes | InvalidImageError  # the name of a file; what was in one; or why it is no use
+# The name of a file, the bytes of one, or the reason why it can't be used.
+FileContent = str | bytes | InvalidImageError
 Content = FileContent | np.ndarray  # (H, W, 1 or 3) uint8
 
 
 class Sample(NamedTuple):
-    """One labelled image, not decoded yet."""
+    """One labelled image that is not decoded yet."""
 
-    path: str  # as reports name it: data/cats/1.jpg, data/pets.zip:cats/1.jpg, MNIST/train/17
-    label: str  # the name of its class; "" where that is unknown, which `content` then says
-    split: str  # train, val or test where the source says so, else ""
-    group: str  # images of one group stay on one side of the split; "" where the source names none
+    path: str  # as shown in reports: data/cats/1.jpg, data/pets.zip:cats/1.jpg, MNIST/train/17
+    label: str  # class name; "" if it is unknown, in which case `content` is the error
+    split: str  # train, val or test if the source assigns one, else ""
+    group: str  # images of one group are kept in the same split; "" if the source names none
     content: Content
-    more: tuple[str, ...] = ()  # what `Source.more` names; nothing where nothing is said
+    more: tuple[str, ...] = ()  # values of the columns in `Source.more`; empty if the source has none for this image
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Labelled images, to be gone through once."""
+    """Labelled images that can be iterated over once."""
 
-    classes: list[str]  # every label of a member, in the order of the source
-    count: int  # of the members
-    members: Iterator[Sample]  # in an order that does not change from run to run
-    more: Sequence[str] = ()  # names of the other columns of the tables of labels
-    notes: Sequence[str] = ()  # what may not be as it was meant, in sentences
+    classes: list[str]  # every label that occurs, in the order of the source
+    count: int  # number of samples in `members`
+    members: Iterator[Sample]  # in the same order in every run
+    more: Sequence[str] = ()  # names of the additional columns of the label tables
+    notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences

@@ -1,4 +1,4 @@
-"""The history of a data set: its class list, which only ever grows, and its last two versions."""
+"""Data lock: the class list of a data set, which only grows, and the last two versions of the data."""
 
 import collections
 import dataclasses
@@ -29,30 +29,34 @@ DRAWN: tuple[Drawn, Drawn] = ("val", "test")
 
 @schema
 class LockedVersion:
-    """What a data set held at one time."""
+    """One version of a data set."""
 
-    digest: str  # of all images, their labels and splits, in whatever order and under whatever names
-    images: dict[str, Whole]  # class -> how many
-    quarantine: Whole  # images left out
+    digest: str  # of all images with their labels and splits, independent of order and file names
+    images: dict[str, Whole]  # class -> number of images
+    quarantine: Whole  # number of excluded images
 
 
 @schema
 class DataLock:
-    """A data set through time."""
+    """The history of a data set, as recorded in data.lock."""
 
-    source: str | None = None  # where its images come from, see `check_source`; None: nobody has written it down
+    source: str | None = None  # where the images come from, see `check_source`; None if not recorded
     classes: list[str]
-    versions: Annotated[list[LockedVersion], Field(max_length=2)]  # the newest last
-    drawn: list[Drawn] = dataclasses.field(default_factory=list)  # from images given for training
+    versions: Annotated[list[LockedVersion], Field(max_length=2)]  # newest last
+    drawn: list[Drawn] = dataclasses.field(default_factory=list)  # splits drawn from training images
 
     @classmethod
     def load(cls, file: Path, name: str) -> "DataLock":
-        """What `file` tells of the data set `name`: nothing where it is new. Raises ConvoyError for a damaged file."""
+        """Load the lock of the data set `name` from `file`; it is empty if the data set is new.
+
+        Raises:
+            ConvoyError: If the file is damaged.
+        """
         values = _sections(file).get(name, {"classes": [], "versions": []})
         return typed(cls, values, f"{file.name}: {name}")
 
     def save(self, file: Path, name: str) -> None:
-        """Put it into `file`, beside other data sets."""
+        """Save the lock to `file`, keeping the locks of other data sets."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         sections = _sections(file) | {name: values}
         text = HEADER + yaml.safe_dump(sections, sort_keys=False)
@@ -61,7 +65,11 @@ class DataLock:
         arriving.replace(file)
 
     def check(self, name: str, classes: Sequence[str]) -> None:
-        """Raises ConvoyError where no class is left of those that are known: that is not the same data set any more."""
+        """Check that at least one known class is still present; otherwise this is a different data set.
+
+        Raises:
+            ConvoyError: If none of the known classes is in `classes`.
+        """
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
                 f"none of the classes that data.lock knows of {name} ({truncate_names(self.classes)}) is there, but"
@@ -70,9 +78,16 @@ class DataLock:
             )
 
     def draws(self, given: Set[str]) -> list[Drawn]:
-        """The splits to draw from images given for training: those that are not given, or were not at one time."""
+        """Return the splits to draw from the images that the source assigns to training.
+
+        These are the splits that the source does not assign, or did not assign in an earlier version.
+
+        Args:
+            given: The splits that the source assigns now; "" is for images without one.
+        """
+        # If the source assigns no splits, it may assign these images to training later.
         if given <= {""}:
-            return [*DRAWN]  # as these images may be given for training later
+            return [*DRAWN]
         if "train" not in given:
             return self.drawn
         return [split for split in DRAWN if split in self.drawn or split not in given]
@@ -80,14 +95,23 @@ class DataLock:
     def grown(
         self, classes: Sequence[str], version: LockedVersion, drawn: Collection[str] = (), source: str | None = None
     ) -> "DataLock":
-        """With the classes that are new at the end, and this version as the newest. The same twice is the same."""
+        """Return a copy with new classes appended and `version` as the newest version.
+
+        Adding the newest version again changes nothing.
+
+        Args:
+            classes: The classes of this version, known or new.
+            version: The version to add.
+            drawn: The splits drawn from training images, added to those drawn before.
+            source: Where the images come from; None keeps the recorded source.
+        """
         versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]
         ever = [split for split in DRAWN if split in self.drawn or split in drawn]
         source = source or self.source
         return DataLock(source=source, classes=extended(self.classes, classes), versions=versions, drawn=ever)
 
     def changes(self) -> list[str]:
-        """From the version before to the newest, in words."""
+        """Describe the changes from the previous version to the newest, one message for each change."""
         if len(self.versions) < 2:
             return []
         before, now = self.versions
@@ -109,17 +133,24 @@ class DataLock:
         return words
 
 
-NEW = DataLock(classes=[], versions=[])  # that of a data set which was never seen
+# The lock of a data set that has never been fetched.
+NEW = DataLock(classes=[], versions=[])
 
 
 def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """The class list `known` with those that are new at its end, so that no label ever shifts."""
+    """Return the class list `known` with new classes appended, so that the index of a class never changes."""
     return list(dict.fromkeys([*known, *classes]))
 
 
 def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> LockedVersion:
-    """Of the images in tables: sha256, label and split."""
-    total, counts = 0, collections.Counter[str]()  # a sum does not depend on the order, and needs no memory
+    """Return the version that consists of the given images.
+
+    Args:
+        pieces: Tables with a row for each image and the columns sha256, label and split.
+        quarantine: The number of excluded images.
+    """
+    # The digest is a sum of hashes, because a sum does not depend on the order and needs no memory.
+    total, counts = 0, collections.Counter[str]()
     for piece in pieces:
         for row in zip(*(piece[name].tolist() for name in ("sha256", "label", "split")), strict=True):
             total += int.from_bytes(hashlib.sha256("\t".join(row).encode()).digest())
@@ -132,9 +163,17 @@ def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> LockedVersion
 
 
 def check_source(root: Path, dataset: DatasetConfig) -> str | None:
-    """Return where the images of a data set come from, as data.dvc in `root` has it; None where there is no such file.
+    """Return where the images of a data set come from, and check it against data.lock.
 
-    Raises ConvoyError where data.lock has another source for the data set of this name.
+    Args:
+        root: The project folder, with data.dvc and data.lock.
+        dataset: The settings of the data set.
+
+    Returns:
+        The torchvision data set if the settings name one, else the source in data.dvc; None if there is no such file.
+
+    Raises:
+        ConvoyError: If data.lock records another source for the data set of this name.
     """
     source = _source(root / "data.dvc", dataset)
     known = DataLock.load(root / "data.lock", dataset.name).source

@@ -1,4 +1,4 @@
-"""The data folder: images in class folders, archives and Parquet, or beside a table of their labels."""
+"""Data folder: images in class folders, archives or Parquet files, or next to a table of their labels."""
 
 import collections
 import contextlib
@@ -32,18 +32,29 @@ from convoy.text import truncate_names
 UNREAD = (".7z", ".rar", ".zip", ".z01", ".001", ".tar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma",
           ".arrow", ".feather", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".pkl", ".tfrec", ".tfrecord",
           ".json", ".jsonl", ".xls", ".xlsx")  # fmt: skip
-FOUND = 5  # files that are named where none has a label
+# An error message lists this many files if no file has a label.
+FOUND = 5  # files
 
-AnnotateFn = Callable[[str], Sequence[Annotation]]  # of the file at a path; nothing where it is none of the images
+# Returns the annotations of the file at a path; none if the file is not one of the images.
+AnnotateFn = Callable[[str], Sequence[Annotation]]
 
 
 def read_folder(data: Path) -> Source:
-    """The images in `data`, a folder or one file; nothing of them is read before `members` comes to it.
+    """Find the labelled images in a folder or file; each image is read only when iteration reaches it.
 
-    Labels are those of `<class>/...` or `<train|val|test>/<class>/...`, in folders or archives, where folders around
-    all of it are looked through; those in Parquet files that hold the images too; or, where there are tables of
-    labels, what these say alone.
-    Raises ConvoyError where no label is found, and for links and for broken archives, tables and Parquet files.
+    If there are label tables, only these determine the labels. Otherwise the labels come from Parquet files that hold
+    the images as well, and from class folders: `<class>/...` or `<train|val|test>/<class>/...`, in folders or
+    archives. Outer folders that contain everything else are descended into.
+
+    Args:
+        data: The data folder, or a single archive, table or Parquet file.
+
+    Returns:
+        The source of all images, including those whose label is unknown.
+
+    Raises:
+        ConvoyError: If no label is found, if there are links that point to anything but a file in the folder, or if
+            an archive, table or Parquet file is broken.
     """
     places = _places(data)
     tables, shards, others, looked = _tables(places)
@@ -89,15 +100,18 @@ def read_folder(data: Path) -> Source:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ConvoyError that lists every link below a folder, in hidden folders too, but for links to files in it.
+    """Check that a folder, including hidden folders, has no links except links to files in it.
 
-    Quick, for it goes before a copy that would follow them.
+    This is fast, because it runs before a copy that would follow the links.
+
+    Raises:
+        ConvoyError: If there are such links; the message lists all of them.
     """
     collections.deque(_scan(folder), maxlen=0)
 
 
 def _places(data: Path) -> list[FileSet]:
-    """The loose files, then those of each archive."""
+    """Return the file set of the files outside archives, followed by one for each archive."""
     if data.is_file():
         with data.open("rb") as file:
             is_table = file.read(4) == b"PAR1" or data.suffix.lower() in TABLES
@@ -114,8 +128,10 @@ def _places(data: Path) -> list[FileSet]:
 
 
 def _loose(data: Path, archives: list[str], hidden: list[str]) -> Iterator[str]:
-    """The files that are neither junk nor archives; those go into `archives`, and images in hidden folders into
-    `hidden`."""
+    """Yield the files that are neither junk nor archives.
+
+    Archives are appended to `archives`, and images in hidden folders to `hidden`.
+    """
     for path in _scan(data):
         if is_junk(path):
             if is_image(path) and any(folder.startswith(".") for folder in path.split("/")[:-1]):
@@ -128,10 +144,11 @@ def _loose(data: Path, archives: list[str], hidden: list[str]) -> Iterator[str]:
 
 
 def _scan(folder: Path) -> Iterator[str]:
-    """The paths of all files below a folder, in order, of one folder after the other: there may be very many."""
+    """Yield the sorted paths of all files below a folder, one folder at a time, as there may be very many."""
     inside = folder.resolve()
     faults: list[str] = []
-    waiting = ["/"] if folder.is_dir() else []  # folders, with a slash at the end, and files; the next one last
+    # A stack of folders, which end with a slash, and files; the next one is last.
+    waiting = ["/"] if folder.is_dir() else []
     while waiting:
         path = waiting.pop()
         if not path.endswith("/"):
@@ -164,7 +181,8 @@ def _fault(entry: os.DirEntry, inside: Path) -> str:
         target = link.resolve(strict=True)
         if target.is_file() and target.is_relative_to(inside):
             return ""
-    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+    # The link is broken or circular.
+    except (OSError, RuntimeError):
         pass
     return (
         f"is a link to {link.readlink()}, which would bring in what is no file in the data: put the file itself there"
@@ -172,10 +190,10 @@ def _fault(entry: os.DirEntry, inside: Path) -> str:
 
 
 def _tables(places: list[FileSet]) -> tuple[list[Table], list[Parquet], list[str], set[str]]:
-    """The tables of labels; the Parquet files with images; what other tables there are; and the names of all these."""
+    """Return the label tables, the Parquet files with images, messages about other tables, and the names of all."""
     tables, shards, others, looked = [], [], [], set()
     for files in places:
-        # without a name it is one file, a table
+        # A file set without a name is a single file, which is a table.
         found = list(may_be_tables(files.paths) if files.name else enumerate(files.paths))
         if not found:
             continue
@@ -211,7 +229,7 @@ def _tables(places: list[FileSet]) -> tuple[list[Table], list[Parquet], list[str
 
 
 def _by_table(tables: list[Table], places: list[FileSet], more: list[str]) -> tuple[list[AnnotateFn], list[Sample]]:
-    """What tables say of the images in each place; and members for what they say of no file."""
+    """Return the annotations from tables for each file set, and samples for table rows that match no file."""
     unnamed = (Annotation(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
 
     def says(said: dict[str, tuple[Annotation, ...]], path: str) -> Sequence[Annotation]:
@@ -224,10 +242,11 @@ def _by_table(tables: list[Table], places: list[FileSet], more: list[str]) -> tu
 
 
 def _with_splits(told: dict[str, tuple[Annotation, ...]]) -> dict[str, tuple[Annotation, ...]]:
-    """As the folders are named after splits, where tables say nothing of them."""
+    """Return the annotations with splits taken from folder names, for tables that assign no splits."""
     layout = find_layout(dict.fromkeys(path.rpartition("/")[0] for path in told if "/" in path))
 
-    @functools.cache  # one object for all images of which the same is said
+    # The cache makes images with the same annotations share one object, which saves memory.
+    @functools.cache
     def rows_in(folder: str, rows: tuple[Annotation, ...]) -> tuple[Annotation, ...]:
         return tuple(row._replace(split=layout.said(folder)[1]) for row in rows)
 
@@ -235,9 +254,9 @@ def _with_splits(told: dict[str, tuple[Annotation, ...]]) -> dict[str, tuple[Ann
 
 
 def _by_folder(places: list[FileSet], shards: list[Parquet]) -> tuple[list[AnnotateFn], list[str]]:
-    """What class folders say of the images in each place; and what may not be meant so.
+    """Return the annotations from class folders for each file set, and warnings about ambiguous folders.
 
-    `shards` lie there too, and are no images themselves. Archives may be named after splits.
+    The Parquet files in `shards` are among the files and are skipped. Archives may be named after splits.
     """
     apart = {shard.name for shard in shards}
     splits = [split_in(files.name.removesuffix(":").partition("/")[2]) for files in places]
@@ -252,7 +271,7 @@ def _by_folder(places: list[FileSet], shards: list[Parquet]) -> tuple[list[Annot
 
 
 def _layout(files: FileSet, apart: set[str]) -> FolderLayout:
-    """Of the folders with images, or where there are none, of all that have files: those may be images, too."""
+    """Find the layout of the folders with images, or of all folders with files if no file looks like an image."""
     has_images: dict[str, bool] = {}
     for path in files.paths:
         folder = path.rpartition("/")[0]
@@ -269,7 +288,8 @@ def _by_folder_in(files: FileSet, apart: set[str], layout: FolderLayout, split: 
     @functools.lru_cache(maxsize=1024)
     def says_folder(folder: str) -> Sequence[Annotation]:
         label, given = layout.said(folder)
-        if split and label == archive:  # test_images/1.jpg in test_images.zip
+        # For example test_images/1.jpg in test_images.zip: the folder repeats the name of the archive.
+        if split and label == archive:
             return ()
         return (Annotation(label, given or split),) if label else ()
 

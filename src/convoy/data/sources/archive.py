@@ -1,4 +1,4 @@
-"""Archives: the files in a zip or tar archive, read one after the other and never unpacked to the disk."""
+"""Archives: files in a zip or tar archive, read one after the other without unpacking the archive to disk."""
 
 import contextlib
 import functools
@@ -19,23 +19,34 @@ from convoy.data.sources.file_listing import FileSet, PackedPaths, below, is_jun
 from convoy.errors import ConvoyError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-# an archive that unpacks to more than both of these is a bomb
+# An archive that unpacks to more than both of these limits is refused as a decompression bomb.
 MAX_UNPACKED = 1 << 30  # bytes
-MAX_RATIO = 1000  # times the archive's own size; deflate at its best reaches 1032
-MAX_HEADER = 1 << 20  # bytes of a long name in a tar archive
-UTF_8 = 0x800  # of the flags of an entry in a zip archive: what its name is written in
-CHUNK = 4096  # bytes; bzip2 and LZMA make up to 90 MB of as many
+MAX_RATIO = 1000  # times the size of the archive; deflate reaches at most 1032
+# The maximum size of a header, such as that of a long name, in a tar archive.
+MAX_HEADER = 1 << 20  # bytes
+# The flag of a zip entry that says that its name is in UTF-8.
+UTF_8 = 0x800
+# Small, because bzip2 and LZMA can expand this many bytes to up to 90 MB.
+CHUNK = 4096  # bytes
 
-# what Python's archive modules raise of broken bytes
+# The errors that Python's archive modules raise for broken data.
 BROKEN = (OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
           zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
 
 
 def open_archive(archive: Path, name: str) -> FileSet:
-    """The files in an archive, in its order; `name` is what messages call it.
+    """List the files in an archive, in the order of the archive.
 
-    Raises ConvoyError for what is not a whole archive, and for one that is out to do harm: with paths that lead out
-    of it, links, or far more in it than images would be.
+    Args:
+        archive: The path of a zip or tar archive.
+        name: The name of the archive in messages.
+
+    Returns:
+        The files, without junk. Their content is read only when requested.
+
+    Raises:
+        ConvoyError: If the archive is incomplete or broken, or possibly malicious: if it has paths that point out of
+            it, links, or far more data than images would have.
     """
     with archive.open("rb") as file:
         is_zip = archive.suffix.lower() == ".zip" or file.read(4) in (b"PK\3\4", b"PK\5\6")
@@ -43,7 +54,8 @@ def open_archive(archive: Path, name: str) -> FileSet:
     try:
         return list_files(archive, name)
     except BROKEN as error:
-        said = " ".join(str(error).split())  # tarfile's word may have several lines
+        # A message of tarfile may have several lines.
+        said = " ".join(str(error).split())
         raise ConvoyError(f"{name} is not a whole {kind} archive ({said}): put a sound copy there") from error
 
 
@@ -54,7 +66,8 @@ def _zip_files(archive: Path, name: str) -> FileSet:
     paths, rows, doubtful = [], array("L"), ""
     for row, entry in enumerate(entries):
         named, sure = _name(entry)
-        written = named.replace("\\", "/")  # which is what stands in some archives from Windows
+        # Some archives from Windows use backslashes as separators.
+        written = named.replace("\\", "/")
         path = _checked(name, written)
         if is_junk(path):
             continue
@@ -71,9 +84,10 @@ def _zip_files(archive: Path, name: str) -> FileSet:
 
 
 def _name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
-    """As it was meant, and whether that is sure: some tools, macOS's among them, write UTF-8 and do not say so.
+    """Return the intended name of an entry, and whether its encoding is certain.
 
-    Others write what their system speaks, such as GBK, of which `zipfile` makes code page 437.
+    Some tools, including those of macOS, write UTF-8 without setting the flag. Others use the encoding of their
+    system, such as GBK, which `zipfile` decodes as code page 437.
     """
     if entry.flag_bits & UTF_8 or entry.filename.isascii():
         return entry.filename, True
@@ -102,8 +116,11 @@ def _zip_content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 class _Entry(tarfile.TarInfo):
-    """An entry of a tar archive. `tarfile` alone takes a broken one for the end, and loses all that come after it;
-    and of a long name it reads as much as is promised."""
+    """An entry of a tar archive that raises an error if its header is broken or too large.
+
+    `tarfile` by itself takes a broken header for the end of the archive and loses all entries after it, and it reads a
+    long name of whatever size the header declares.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Entry":
@@ -117,7 +134,8 @@ class _Entry(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Entry":
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark at the end
+        # This is the regular end of the archive.
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
@@ -127,7 +145,8 @@ def _tar_files(archive: Path, name: str) -> FileSet:
     paths, offsets, sizes, place = [], array("q"), array("q"), 0
     with tarfile.open(archive, tarinfo=_Entry) as file:
         for entry in iter(file.next, None):
-            file.members.clear()  # type: ignore[attr-defined]  # which would hold every entry
+            # Otherwise `members` would keep every entry in memory.
+            file.members.clear()  # type: ignore[attr-defined]
             if file.offset <= place:
                 raise tarfile.ReadError("an entry of less than no bytes")
             place = file.offset
@@ -141,7 +160,8 @@ def _tar_files(archive: Path, name: str) -> FileSet:
                 paths.append(path)
                 offsets.append(entry.offset_data)
                 sizes.append(entry.size)
-        while file.fileobj.read(1 << 16):  # type: ignore[union-attr]  # at whose end is the checksum
+        # Compressed data is read to its end, because the checksum is there.
+        while file.fileobj.read(1 << 16):  # type: ignore[union-attr]
             _refuse_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
     return FileSet(f"{name}:", PackedPaths(paths), functools.partial(_opened_tar, archive, offsets, sizes))
 
@@ -153,7 +173,10 @@ def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callabl
 
 
 def _tar_content(file: tarfile.TarFile, offset: int, size: int) -> bytes:
-    """By way of the file below, which goes only forward: a step back in a .gz would unpack it anew."""
+    """Read the content of an entry directly from the underlying file, which only moves forward.
+
+    A step backward in a .gz file would decompress it again from the start.
+    """
     if size > MAX_BYTES:
         raise InvalidImageError(TOO_LARGE)
     file.fileobj.seek(offset)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Files: those of one folder or one archive, and what the source says of each."""
+"""File listings: the files of one folder or archive, and the annotations of each file."""
 
 import dataclasses
 import itertools
@@ -9,20 +9,21 @@ from typing import NamedTuple
 
 from convoy.data.sources.base import SPLIT_WORDS, FileContent
 
-# the last of them are told by name that they can't be read
+# The last of these formats can't be decoded; they are listed so that such files are reported by name.
 IMAGES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
           ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm")  # fmt: skip
-# what systems leave in folders, in any case; so do names that begin with a dot
+# Lower-case names of files and folders that operating systems create. Names that begin with a dot are junk as well.
 JUNK = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
         "system volume information", "thumbs.db"}  # fmt: skip
 
-PIECE = 2**10  # paths in one text
+PIECE = 2**10  # paths in one string
 
 
 class PackedPaths(Iterable[str]):
-    """Very many paths, in long texts: as objects of Python they would take three times the memory.
+    """A compact list of very many paths, stored in long strings.
 
-    No path begins or ends with a slash or has two in a row, so two can stand between them.
+    As separate Python objects, the paths would take three times the memory. No path begins or ends with a slash or
+    has two in a row, so two slashes can separate them.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -35,27 +36,28 @@ class PackedPaths(Iterable[str]):
 
 @dataclasses.dataclass(frozen=True)
 class FileSet:
-    """The files of a folder or an archive, but for junk."""
+    """The files of a folder or an archive, without junk."""
 
-    name: str  # what stands before their paths in messages: data/, data/pets.zip:
-    paths: Iterable[str]  # below the folder or in the archive, with slashes; in an order that does not change
-    # gives a function that gives the content of the i-th file, which has this path; at little cost if i only grows
+    name: str  # prefix of their paths in messages: data/, data/pets.zip:
+    paths: Iterable[str]  # relative to the folder or archive, with slashes, in a stable order
+    # Opens the files for reading and yields a function from the index and path of a file to its content. Reading is
+    # cheap as long as the index only increases.
     opened: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
-    notes: Sequence[str] = ()  # what may not be as it was meant, in sentences
+    notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences
 
 
 class Annotation(NamedTuple):
-    """What the source says of one image."""
+    """The labels that the source assigns to one image."""
 
     label: str = ""
     split: str = ""
     group: str = ""
-    fault: str = ""  # why the image is no use, where what is said of it shows that
-    more: tuple[str, ...] = ()  # the other columns of a table
+    fault: str = ""  # why the image can't be used, if its annotation shows that; else ""
+    more: tuple[str, ...] = ()  # values of the additional columns of a table
 
 
 def below(name: str) -> str | None:
-    """A path as plain names with slashes between them; None where it is absolute or climbs up."""
+    """Normalize a relative path to names separated by slashes; return None if it is absolute or contains `..`."""
     parts = name.split("/")
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in name.replace("\\", "/").split("/"):
         return None
@@ -71,13 +73,16 @@ def is_image(path: str) -> bool:
 
 
 def split_in(path: str) -> str:
-    """The split that a file is named after (train.csv, test-00000-of-00002.parquet), or else its folder, or else ""."""
+    """Return the split that a file or else its folder is named after; "" for none.
+
+    Examples of such files are train.csv and test-00000-of-00002.parquet.
+    """
     *folders, name = path.split("/")
     return split_word(name) or (SPLIT_WORDS.get(folders[-1].lower(), "") if folders else "")
 
 
 def split_word(name: str) -> str:
-    """The split whose name stands in another as a word of its own, the first of several; "" for none."""
+    """Return the first split whose name occurs as a separate word in `name`; "" for none."""
     word = _WORDS.search(name.lower())
     return SPLIT_WORDS[word[1]] if word else ""
 

@@ -1,4 +1,4 @@
-"""The layout of a data set: which of its folders are named after classes, and which after splits."""
+"""Folder layout of a data set: which folders are named after classes, and which after splits."""
 
 import collections
 import dataclasses
@@ -9,26 +9,26 @@ from convoy.data.sources.base import SPLIT_WORDS
 from convoy.data.sources.file_listing import split_word
 from convoy.text import truncate_names
 
-Names = tuple[str, ...]  # of folders, from the outermost on
+Names = tuple[str, ...]  # folder names, outermost first
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassRoot:
-    """A folder in which those named after classes are; or one named after a split, with images and no more folders."""
+    """A folder that contains the class folders, or a split folder that has images but no folders."""
 
-    split: str  # of all images in it; "" where none is given
-    inner: Mapping[str, Mapping[str, str]]  # class -> what splits the folders in its folder are named after
+    split: str  # split of all images in it; "" for none
+    inner: Mapping[str, Mapping[str, str]]  # class -> folder in the class folder -> split it is named after
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderLayout:
-    """Where the classes and the splits of some files stand in their paths."""
+    """The positions of classes and splits in the paths of a data set."""
 
     roots: dict[Names, ClassRoot]
-    notes: list[str]  # what may not be meant so, in sentences
+    notes: list[str]  # warnings about ambiguous folders, in sentences
 
     def said(self, folder: str) -> tuple[str, str]:
-        """The class and the split of what lies in a folder; "" for none."""
+        """Return the class and the split of the files in a folder; "" for none."""
         names = tuple(folder.split("/")) if folder else ()
         for depth in self._depths:
             if len(names) >= depth and (root := self.roots.get(names[:depth])):
@@ -43,23 +43,24 @@ class FolderLayout:
 
 @dataclasses.dataclass
 class _FolderNode:
-    """A folder that has images somewhere below it."""
+    """A folder that has images at some level below it."""
 
     inside: dict[str, "_FolderNode"] = dataclasses.field(default_factory=dict)
-    has_images: bool = False  # itself
+    has_images: bool = False  # directly in it
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A folder that may be a root."""
+    """A folder that may be a class root."""
 
     path: Names
     folder: _FolderNode
     split: str
-    counts: bool  # what lies beside folders of splits does not, but where it is divided into such itself
+    # A folder next to split folders does not count, unless it is divided into split folders itself.
+    counts: bool
 
     def inner(self, splits: Mapping[str, str], counts: bool) -> "list[_Candidate]":
-        """The folders in it."""
+        """Return the folders in this one as candidates."""
         return [
             _Candidate((*self.path, name), inner, splits.get(name, self.split), counts or name in splits)
             for name, inner in self.folder.inside.items()
@@ -67,10 +68,16 @@ class _Candidate:
 
 
 def find_layout(folders: Iterable[str]) -> FolderLayout:
-    """What the folders that have images of their own tell.
+    """Infer the layout of a data set from the folders that contain its images.
 
-    Those around all others are looked through. Splits may stand around the classes (train/cat), in them (cat/train),
-    or around them in parts of the whole (site/train/cat).
+    Outer folders that contain all others are descended into. Split folders may be around the classes (train/cat),
+    inside them (cat/train), or around them in each part of the data set (site/train/cat).
+
+    Args:
+        folders: The paths of the folders that have images directly in them.
+
+    Returns:
+        The layout, with warnings about ambiguous folders.
     """
     top = _FolderNode()
     for folder in folders:
@@ -79,7 +86,8 @@ def find_layout(folders: Iterable[str]) -> FolderLayout:
             here = here.inside.setdefault(name, _FolderNode())
         here.has_images = True
     places = [_Candidate((), top, "", True)]
-    while deeper := _deeper(places):  # all of them at a time: the classes are as deep in one as in another
+    # All candidates move one level deeper at a time, because classes are at the same depth in each of them.
+    while deeper := _deeper(places):
         places = deeper
     places = [place for place in places if place.counts and (place.folder.inside or place.split)]
     roots = {place.path: ClassRoot(place.split, _inner_splits(place.folder)) for place in places}
@@ -88,7 +96,7 @@ def find_layout(folders: Iterable[str]) -> FolderLayout:
 
 
 def _deeper(places: list[_Candidate]) -> list[_Candidate]:
-    """The places one folder further down, where these are not roots yet."""
+    """Return the candidates one level deeper, or an empty list if the current ones are the class roots."""
     splits = [_splits_among(place.folder) for place in places]
     if any(splits):
         pairs = zip(places, splits, strict=True)
@@ -102,14 +110,14 @@ def _deeper(places: list[_Candidate]) -> list[_Candidate]:
 
 
 def _splits_among(folder: _FolderNode) -> dict[str, str]:
-    """Which folders in one are named after splits, where the images are divided so; else nothing."""
+    """Map the folders in `folder` that are named after splits to these, if they divide the images; else return {}."""
     exact = {name: SPLIT_WORDS[name.lower()] for name in folder.inside if name.lower() in SPLIT_WORDS}
     if len(exact) == len(folder.inside) or _divide(exact.values()):
         return exact
-    named = {name: split for name in folder.inside if (split := split_word(name))}  # train_images
+    named = {name: split for name in folder.inside if (split := split_word(name))}  # e.g. train_images
     if not _divide(named.values()):
         return {}
-    # a class, too, may have such a word in its name: test tube
+    # The name of a class may contain the name of a split as well: test tube.
     trains = [folder.inside[name] for name, split in named.items() if split == "train"]
     sure = len(named) == len(folder.inside) or all(train.inside and not train.has_images for train in trains)
     return named if sure else {}
@@ -120,13 +128,13 @@ def _divide(splits: Collection[str]) -> bool:
 
 
 def _inner_splits(folder: _FolderNode) -> dict[str, dict[str, str]]:
-    """Of each folder in one, those in it that are named after splits, where the images are divided so."""
+    """Map each folder in `folder` to its split folders, if these divide the images; else return {}."""
     splits = {name: there for name, inner in folder.inside.items() if (there := _splits_among(inner))}
     return splits if _divide([split for there in splits.values() for split in there.values()]) else {}
 
 
 def _is_in_parts(folder: _FolderNode) -> bool:
-    """Whether folders of splits stand in each part of the whole, which can be told by classes that several have."""
+    """Return whether parts of the data set have split folders of their own, recognized by classes that they share."""
     splits = _inner_splits(folder)
     kinds = []
     for name, inner in folder.inside.items():
@@ -138,7 +146,7 @@ def _is_in_parts(folder: _FolderNode) -> bool:
 
 
 def _doubts(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """What is said of folders that look as if they were not meant for classes."""
+    """Return warnings about folders that are taken for classes but look like something else."""
     notes, words = [], {name: split_word(name) for name in folder.inside}
     divided = _divide(words.values())
     splits = [
@@ -165,7 +173,7 @@ def _doubts(folder: _FolderNode, root: ClassRoot) -> list[str]:
 
 
 def _holds_splits(folder: _FolderNode) -> bool:
-    """Whether the images in it, or in a folder further in, are divided into splits with folders in them."""
+    """Return whether split folders with folders in them divide the images here or at a deeper level."""
     splits = _splits_among(folder)
     if _divide(splits.values()) and any(folder.inside[name].inside for name in splits):
         return True
@@ -173,7 +181,7 @@ def _holds_splits(folder: _FolderNode) -> bool:
 
 
 def _doubts_of_parts(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """What is said where the folders in the class folders look as if they were the classes."""
+    """Return a warning if the folders in the class folders look like the actual classes."""
     shared = sorted(_shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images]))
     if root.inner or len(shared) < 2:
         return []
@@ -185,5 +193,5 @@ def _doubts_of_parts(folder: _FolderNode, root: ClassRoot) -> list[str]:
 
 
 def _shared(kinds: Iterable[Collection[str]]) -> list[str]:
-    """What is in more than one."""
+    """Return the names that are in more than one collection."""
     return [name for name, count in collections.Counter(name for kind in kinds for name in kind).items() if count > 1]

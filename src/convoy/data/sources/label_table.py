@@ -1,4 +1,4 @@
-"""Tables of labels: a row for each image, in CSV or Parquet."""
+"""Label tables: CSV or Parquet files with a row for each image."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ from convoy.text import truncate_names
 
 TEXTS = (".csv", ".tsv")
 TABLES = (*TEXTS, ".parquet")
-# what is used of a table, and the names its column may have, in any case: the first one that is there
+# Maps each column that is used to the names it may have in a table, in any case. The first one present is taken.
 USED = {
     "path": ("path", "file_name", "filename", "file", "file_path", "filepath", "image_path", "image", "image_id"),
     "label": ("label", "class", "class_name", "category"),
@@ -30,29 +30,30 @@ USED = {
     "group": ("group",),
 }
 SEPARATORS = ",;\t|"
-TRIED = 100  # rows, of which one at least should lead to a file
+# At least one of this many first rows should lead to a file.
+TRIED = 100  # rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of labels that lies among files."""
+    """A label table found among the files of a file set."""
 
-    title: str  # as messages call it: labels.csv
-    files: FileSet  # among which it lies
-    folder: str  # below which its paths are: "" or pets/
-    split: str  # of all rows, where no column says it
-    rows: pd.DataFrame  # text; path, label, and perhaps split, group and others
+    title: str  # name in messages: labels.csv
+    files: FileSet  # the file set that contains the table
+    folder: str  # folder to which its paths are relative: "" or pets/
+    split: str  # split of all rows if there is no split column
+    rows: pd.DataFrame  # strings; columns path, label, and optionally split, group and others
 
     @property
     def beside(self) -> str:
-        """What stands before its paths in messages."""
+        """The prefix of its paths in messages."""
         return f"{self.files.name}{self.folder}"
 
 
 def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Which of some files, by number and path, may be tables: those at the top, or in folders of splits there.
+    """Yield index and path of the files that may be label tables, at the top or in split folders at the top.
 
-    Folders around all of them are looked through.
+    Outer folders that contain everything else are descended into.
     """
     around = _around(paths)
     for index, path in enumerate(paths):
@@ -63,9 +64,13 @@ def may_be_tables(paths: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def _around(paths: Iterable[str]) -> str:
-    """The folder, with a slash at its end, around which there are only other folders; "" for none."""
-    chain: list[str] = []  # the folders that are looked through, as far as is known
-    most = sys.maxsize  # of them
+    """Return the innermost folder, with a trailing slash, that contains everything; "" if there is none.
+
+    Files directly in the folders around it are ignored unless they may be tables.
+    """
+    # The folders that contain everything seen so far, outermost first, of which at most `most` count.
+    chain: list[str] = []
+    most = sys.maxsize
     seen = ""
     for path in paths:
         folder, _, name = path.rpartition("/")
@@ -88,7 +93,18 @@ def holds_labels(columns: Collection[str]) -> bool:
 
 
 def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
-    """The rows of a table of labels as they are written; of another table the columns alone."""
+    """Read a CSV file as text: all rows of a label table, but only the column names of any other table.
+
+    Args:
+        name: The name of the table in messages.
+        file: The path of the file, or its content.
+
+    Returns:
+        Strings, with the columns in `USED` renamed to its keys; "" for an empty field.
+
+    Raises:
+        ConvoyError: If the file is not valid CSV in UTF-8.
+    """
     try:
         headers = []
         for separator in SEPARATORS:
@@ -113,15 +129,16 @@ def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
 def _csv(file: str | bytes, separator: str, nrows: int | None = None) -> pd.DataFrame:
     source = io.BytesIO(file) if isinstance(file, bytes) else Path(file)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # of fields that would be left out
-        # NA, 007 and true are labels like others; and the first column is never an index
+        # pandas only warns about rows with too many fields, and drops the extra ones.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        # NA, 007 and true are ordinary labels, and the first column is never an index.
         return pd.read_csv(
             source, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False, nrows=nrows
         ).fillna("")
 
 
 def read_parquet(table: Parquet) -> pd.DataFrame:
-    """As `read_csv`."""
+    """Read a Parquet table as text, in the same form as `read_csv`."""
     meant = _meant(table.schema.names)
     if not holds_labels(meant.values()):
         return pd.DataFrame(columns=table.schema.names)
@@ -130,10 +147,11 @@ def read_parquet(table: Parquet) -> pd.DataFrame:
 
 
 def _meant(columns: Iterable[str]) -> dict[str, str]:
-    """What is used, by the names of its columns."""
+    """Map the columns of a table that are used to the keys of `USED`."""
     plain: dict[str, str] = {}
+    # An exact match takes precedence over one that ignores case and separators.
     for column in columns:
-        plain.setdefault(column, column)  # as it is written goes before what is like it
+        plain.setdefault(column, column)
     for column in columns:
         plain.setdefault("_".join(column.lower().replace("-", " ").split()), column)
     found = {meant: next((plain[name] for name in names if name in plain), None) for meant, names in USED.items()}
@@ -141,7 +159,7 @@ def _meant(columns: Iterable[str]) -> dict[str, str]:
 
 
 def more_columns(tables: Sequence[Table]) -> list[str]:
-    """The columns that convoy makes no use of, where they have few values: images can be told apart by them."""
+    """Return the unused columns with at most `FEW` different values, by which images can be divided into slices."""
     values: dict[str, set[str]] = {}
     for table in tables:
         for column in table.rows.columns.difference(list(USED), sort=False):
@@ -150,7 +168,7 @@ def more_columns(tables: Sequence[Table]) -> list[str]:
 
 
 def hidden_splits(tables: Sequence[Table]) -> list[str]:
-    """What is said of columns that look like splits and are called something else."""
+    """Return warnings about columns that look like splits but have another name."""
     notes = []
     for table in tables:
         for column in () if "split" in table.rows else table.rows.columns.difference(list(USED), sort=False):
@@ -171,15 +189,22 @@ def hidden_splits(tables: Sequence[Table]) -> list[str]:
 def labels_in(
     tables: Sequence[Table], places: Sequence[FileSet], more: Sequence[str] = ()
 ) -> tuple[list[dict[str, tuple[Annotation, ...]]], list[Sample]]:
-    """What the tables say of the files in each place, by path; and members for the rows that lead to no file.
+    """Match the rows of label tables to files.
 
-    `more` are the columns that are told too; of several rows for one file those of the first.
+    Args:
+        tables: The label tables.
+        places: The file sets in which the files are looked up.
+        more: Additional columns to include in the annotations. If several rows name the same file, the values of the
+            first row are used.
+
+    Returns:
+        For each file set, the annotations of its files by path; and a sample with an error for each row that leads to
+        no file.
     """
     there = [set(files.paths) for files in places]
     said: list[dict[str, tuple[Annotation, ...]]] = [{} for _ in places]
-    shared: dict[
-        tuple[Annotation, ...], tuple[Annotation, ...]
-    ] = {}  # one object for all images of which the same is said
+    # Images with the same annotations share one object, which saves memory.
+    shared: dict[tuple[Annotation, ...], tuple[Annotation, ...]] = {}
     astray: dict[tuple[str, Annotation], None] = {}
     for table in tables:
         near = _FilePathResolver(table, places, there)
@@ -197,17 +222,22 @@ def labels_in(
                 astray[f"{table.beside}{path}", row._replace(fault=fault)] = None
             else:
                 (place, name), *others_so_called = files
-                for elsewhere, same in others_so_called:  # in an archive beside what was unpacked from it
+                # The same path occurs again if an archive is next to the files unpacked from it.
+                for elsewhere, same in others_so_called:
                     fault = f"has the path of {places[place].name}{name}, for which {table.title} is taken: keep one"
                     said[elsewhere].setdefault(same, (Annotation(fault=fault),))
-                row = row._replace(more=tuple(sys.intern(value) for value in others))  # few, of many images
+                # There are few different values for many images, so interning them saves memory.
+                row = row._replace(more=tuple(sys.intern(value) for value in others))
                 rows = _with(said[place].get(name, ()), row)
                 said[place][name] = shared.setdefault(rows, rows)
     return said, [Sample(path, row.label, row.split, row.group, InvalidImageError(row.fault)) for path, row in astray]
 
 
 def _with(rows: tuple[Annotation, ...], row: Annotation) -> tuple[Annotation, ...]:
-    """What is said of a file already, and this where it says more: a split, where all else was said without one."""
+    """Add an annotation to those of a file, unless it adds nothing new.
+
+    An annotation with a split replaces one that is the same except for the missing split.
+    """
     plain = row._replace(split="", more=())
     alike = [known for known in rows if known._replace(split="", more=()) == plain]
     if any(known.split == row.split or not row.split for known in alike):
@@ -216,11 +246,13 @@ def _with(rows: tuple[Annotation, ...], row: Annotation) -> tuple[Annotation, ..
 
 
 class _FilePathResolver:
-    """The files that the rows of a table may name.
+    """A resolver from the paths in a label table to files.
 
-    By their path below the table's folder, or in an archive there. Where no row leads to a file so, by their path
-    without the first folders, in which the table was made; else by names that stand in whatever folders, with their
-    endings or without.
+    It uses the first of these rules by which a row leads to a file:
+
+    1. The path is relative to the folder of the table, or to an archive in that folder.
+    2. The same without the first folders of the path, which are those in which the table was created.
+    3. The path is only the name of an image in any folder, with or without its extension.
     """
 
     def __init__(self, table: Table, places: Sequence[FileSet], there: Sequence[set[str]]) -> None:
@@ -233,13 +265,14 @@ class _FilePathResolver:
         ]
         self.names: dict[str, list[tuple[int, str]]] = {}
         self.composed = [_composed(paths) for paths in there]
-        self.skipped = 0  # of the folders in a path, the first
+        # The number of folders at the beginning of a path that are ignored.
+        self.skipped = 0
         if not any(map(self.find, table.rows["path"])):
             self._skip(table.rows["path"].head(TRIED).tolist())
             self.names = {} if self.skipped else self._names(places)
 
     def find(self, path: str) -> list[tuple[int, str]]:
-        """The place and the path of the file, or of several with this name."""
+        """Return the index of the file set and the path of the file, or of each file with this name."""
         written = dict.fromkeys((below(path), below(path.replace("\\", "/"))))
         names = [name.split("/", self.skipped)[-1] for name in written if name]
         exact = [(k, folder + name) for name in names for k, folder in self.folders if folder + name in self.there[k]]
@@ -249,7 +282,7 @@ class _FilePathResolver:
         return exact or self.names.get(path, [])
 
     def _skip(self, paths: Sequence[str]) -> None:
-        """The fewest folders at the beginning without which a path leads to a file; none where none ever does."""
+        """Set `skipped` to the fewest leading folders without which a path leads to a file, or to 0 if none does."""
         for self.skipped in range(1, max((path.replace("\\", "/").count("/") for path in paths), default=0) + 1):
             if any(map(self.find, paths)):
                 return
@@ -267,9 +300,9 @@ class _FilePathResolver:
 
 
 def _composed(paths: Collection[str]) -> dict[str, str]:
-    """The files whose names have more than ASCII, by what they are in another writing of the same letters.
+    """Map the Unicode-composed form (NFC) of each non-ASCII path to the path as it is written.
 
-    macOS writes an accent apart from its letter.
+    macOS writes an accent as a separate character after its letter.
     """
     return {_nfc(path): path for path in paths if not path.isascii()}
 
@@ -279,7 +312,7 @@ def _nfc(path: str) -> str:
 
 
 def _rows(table: Table, more: Sequence[str]) -> Iterator[tuple[str, Annotation, list[str]]]:
-    """The path in each row that is not empty, what it says, and what the columns `more` say."""
+    """Yield the path, the annotation and the values of the columns `more` for each row that is not empty."""
     columns = [*USED, *more]
     empty = pd.Series("", index=table.rows.index)
     for path, label, word, group, *others in zip(*(table.rows.get(column, empty) for column in columns), strict=True):

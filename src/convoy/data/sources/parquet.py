@@ -1,4 +1,4 @@
-"""Parquet: images with their labels in one file, as data hubs export them; or a table of labels alone."""
+"""Parquet files: images with their labels in one file, as data hubs export them, or a label table only."""
 
 import contextlib
 import dataclasses
@@ -17,22 +17,23 @@ from convoy.data.packed_dataset import SPLITS
 from convoy.data.sources.base import SPLIT_WORDS, FileContent, Sample
 from convoy.errors import ConvoyError
 
-ROWS = 16  # images that are in memory at once
+# The number of rows, each with an image, that are in memory at once.
+ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Parquet:
-    """A Parquet file whose schema has been read, and nothing else."""
+    """A Parquet file of which only the schema has been read."""
 
-    name: str  # as messages call it: data/train-00000-of-00002.parquet
-    file: str | bytes  # its name, or what was in it
+    name: str  # name in messages: data/train-00000-of-00002.parquet
+    file: str | bytes  # path or content of the file
     schema: pa.Schema
-    classes: dict[str, list[str]]  # column -> what its numbers stand for
-    count: int  # rows
-    split: str  # of all rows, where no column says it
+    classes: dict[str, list[str]]  # column -> class names, indexed by the numbers in the column
+    count: int  # number of rows
+    split: str  # split of all rows if there is no split column
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple]:
-        """The values of some columns, row by row, a few rows in memory at once."""
+        """Yield the values of some columns row by row, with only a few rows in memory at once."""
         count = 0
         with _refused_if_broken(self.name), _opened(self.file) as file:
             for batch in file.iter_batches(ROWS, columns=list(columns), use_threads=False):
@@ -51,7 +52,11 @@ def open_parquet(name: str, file: str | bytes, split: str) -> Parquet:
 
 
 def image_column(table: Parquet) -> str | None:
-    """The column with the bytes of the images; None in a table of labels alone."""
+    """Return the name of the column with the encoded images, or None if there is none, as in a label table.
+
+    Raises:
+        ConvoyError: If several columns could be meant.
+    """
     columns = [field.name for field in table.schema if _is_bytes(field.type) or _has_bytes(field.type)]
     named = [column for column in columns if column in ("image", "img")] or columns
     if len(named) > 1:
@@ -87,7 +92,10 @@ def label_column(table: Parquet) -> str:
 
 
 def classes_in(tables: Sequence[Parquet]) -> list[str]:
-    """The names that the schemas give to the numbers of classes, in that order; then other numbers; then words."""
+    """Return all classes of some files.
+
+    First come the class names in the schemas, in the order of their numbers; then other numbers; then other words.
+    """
     names: dict[str, None] = {}
     numbers, words = set(), set()
     for table in tables:
@@ -119,13 +127,13 @@ def members(table: Parquet) -> Iterator[Sample]:
 
 
 def texts(table: Parquet, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """As `rows`, but in words: numbers of classes by their names, and "" where there is nothing."""
+    """Yield rows as strings, with class names in place of class numbers, and "" for a missing value."""
     for values in table.rows(columns):
         yield tuple(_category(table, column, value) for column, value in zip(columns, values, strict=True))
 
 
 def _label(table: Parquet, column: str, value: Any) -> tuple[str, str]:
-    """The name of a class, and what is wrong with the label."""
+    """Return the class name of a label and an error message, one of which is ""."""
     text = _category(table, column, value)
     if text:
         return text, ""
@@ -142,10 +150,11 @@ def _category(table: Parquet, column: str, value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """In words, and "" for no label: null, not a number, or -1."""
+    """Convert a value to text; null, NaN and -1 mean that there is none and become ""."""
     if value is None or value != value or value == -1:
         return ""
-    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers where one is missing
+    # pandas writes integers as floats in a column with missing values.
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
@@ -166,7 +175,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 
 def _classes(schema: pa.Schema) -> dict[str, list[str]]:
-    """What Hugging Face's `datasets` has written into the schema: the names of the numbers in some columns."""
+    """Return the class names of integer columns that Hugging Face's `datasets` has stored in the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         named = {column: feature.get("names") for column, feature in features.items()}
@@ -181,7 +190,7 @@ def _classes(schema: pa.Schema) -> dict[str, list[str]]:
 
 def _opened(file: str | bytes) -> pq.ParquetFile:
     source = io.BytesIO(file) if isinstance(file, bytes) else Path(file)
-    # a part of a column at a time, where the default would take a whole row group into memory
+    # Read a part of a column at a time; by default a complete row group is loaded into memory.
     return pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
 
 

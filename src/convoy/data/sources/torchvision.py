@@ -1,4 +1,4 @@
-"""Published sets: those that torchvision knows, fetched and checked by it."""
+"""Torchvision data sets: published data sets that torchvision downloads and verifies."""
 
 import difflib
 import functools
@@ -21,10 +21,18 @@ from convoy.errors import ConvoyError
 
 
 def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
-    """A data set that torchvision knows, from `folder`, into which torchvision fetches it where it is not there yet.
+    """Read a torchvision data set, downloading it first if it is not in `folder` yet.
 
-    Raises ConvoyError for a name that torchvision does not know, for arguments that the set does not take or that
-    select images without labels, and for a download that fails.
+    Args:
+        params: The name of the data set and the arguments that select its splits.
+        folder: The root folder of the data set, as torchvision expects it.
+
+    Returns:
+        The source of all images in the selected splits.
+
+    Raises:
+        ConvoyError: If torchvision does not have the data set, if the arguments are invalid for it or select images
+            without labels, if its images are not each of one class, or if the download fails.
     """
     import torchvision
 
@@ -36,15 +44,18 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
         )
     make = getattr(torchvision.datasets, params.name)
     if "loader" in inspect.signature(make).parameters:
-        # its images are files, which are left as they are; so are those of OxfordIIITPet, which opens them itself but
-        # lists them (see `Unopened`). A set that does neither is decoded by torchvision, here and one by one
+        # The images are files, and only their names are taken here. The same holds for OxfordIIITPet, which opens its
+        # files itself but lists them (see `Unopened`). All other data sets are decoded here by torchvision, one image
+        # at a time.
         make = functools.partial(make, loader=str)
-    _keep_others(folder)  # of a process that was killed
+    # Complete the replacement of the folder if an earlier process was killed during it.
+    _keep_others(folder)
     try:
         parts = _parts(make, params, folder)
     except (TypeError, ValueError) as error:
         raise ConvoyError(f"dataset.torchvision.splits={params.splits} is not for {params.name}: {error}") from error
-    except (OSError, RuntimeError):  # torchvision's words for a set that is not there, or not whole
+    # torchvision raises these if the data set is missing or incomplete.
+    except (OSError, RuntimeError):
         parts = _downloaded(make, params, folder)
     try:
         classes = _classes(parts.values())
@@ -70,7 +81,10 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
 
 
 class Unopened:
-    """A set that opens its files itself, as their names: only the intake is proof against what a file may hold."""
+    """A data set that returns file names in place of the images that torchvision would open.
+
+    Only ingestion is protected against what a file may contain.
+    """
 
     def __init__(self, part: Any) -> None:
         targets = getattr(part, "_target_types", ["category"])
@@ -89,10 +103,11 @@ class Unopened:
 
 
 def _member(part: Any, row: int, path: str, split: str, classes: dict[int, str], folder: Path) -> Sample:
-    """One image of a part: under the name of its file where it has one of its own, else under `path`."""
+    """Return one image of a split as a sample, named after its file if it has its own, else `path`."""
     try:
         image, label = part[row]
-    except Exception as error:  # of a set that opens its files itself: Pillow raises whatever comes up
+    # For a data set that opens its files itself, Pillow may raise any error.
+    except Exception as error:
         return Sample(path, "", split, "", InvalidImageError(f"can't be decoded: {str(error) or type(error).__name__}"))
     if isinstance(image, str):
         path = str(Path(image).relative_to(folder.parent))
@@ -100,7 +115,7 @@ def _member(part: Any, row: int, path: str, split: str, classes: dict[int, str],
 
 
 def _content(image: str | Image.Image) -> str | np.ndarray | InvalidImageError:
-    """A file as it is; a picture that torchvision has in memory, as pixels."""
+    """Return a file name unchanged, and an image in memory as pixels, (H, W, 1 or 3) uint8."""
     if isinstance(image, str):
         return image
     try:
@@ -110,9 +125,9 @@ def _content(image: str | Image.Image) -> str | np.ndarray | InvalidImageError:
 
 
 def _classes(parts: Collection[Any]) -> dict[int, str]:
-    """Label -> the name of its class; of a set that names none, the label itself.
+    """Map each label to its class name, or to the label itself if the data set has no class names.
 
-    A class that no image has is left out, such as EMNIST's "N/A", unless the images would have to be decoded for it.
+    A class without images, such as "N/A" in EMNIST, is left out, unless the images would have to be decoded to know.
     """
     names = getattr(next(iter(parts)), "classes", None)
     listed = [_listed_labels(part) for part in parts]
@@ -122,13 +137,13 @@ def _classes(parts: Collection[Any]) -> dict[int, str]:
         used = sorted(
             {label for part, labels in zip(parts, listed, strict=True) for label in labels or _sought_labels(part)}
         )
-    # a class of Imagenette has several names
+    # Each class of Imagenette has several names.
     named = {label: name if isinstance(name, str) else name[0] for label, name in enumerate(names or [])}
     return {label: named.get(label, str(label)) for label in used}
 
 
 def _listed_labels(part: Any) -> list[int]:
-    """The labels of all images where the set has them in a row, else none."""
+    """Return the labels of all images if the data set stores them as one array, else an empty list."""
     for name in ("targets", "labels"):
         labels = np.asarray(getattr(part, name, ()))
         if labels.shape == (len(part),) and np.issubdtype(labels.dtype, np.integer):
@@ -137,12 +152,12 @@ def _listed_labels(part: Any) -> list[int]:
 
 
 def _sought_labels(part: Any) -> Iterator[int]:
-    """The labels of all images, each opened for it."""
+    """Yield the labels of all images, opening each image."""
     return (int(part[row][1]) for row in range(len(part)))
 
 
 def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
-    """Split -> its torchvision data set."""
+    """Map each selected split to its torchvision data set."""
     parts = {split: make(folder, download=False, **chosen) for split, chosen in params.splits.items()}
     return {
         split: Unopened(part) if hasattr(part, "_images") and hasattr(part, "_labels") else part
@@ -151,20 +166,23 @@ def _parts(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, An
 
 
 def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[str, Any]:
-    """The parts of a set that torchvision fetches and checks; they appear in `folder` when all of them are whole.
+    """Download and verify the selected splits with torchvision, and move them to `folder` when all are complete.
 
-    Whatever else is in `folder`, or comes there meanwhile, stays, also where this process is killed.
+    Other files in `folder`, including those added meanwhile, are kept, even if this process is killed.
     """
     arriving = folder.with_name(f"{folder.name}.arriving")
     shutil.rmtree(arriving, ignore_errors=True)
     if folder.exists():
-        shutil.copytree(folder, arriving)  # what is there already need not come again
+        # Files that are already present need not be downloaded again.
+        shutil.copytree(folder, arriving)
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds; torchvision itself would wait for ever on a server that is silent
+    # Without a timeout, torchvision would wait forever for a server that does not respond.
+    socket.setdefaulttimeout(60)  # seconds
     try:
         for chosen in params.splits.values():
             make(arriving, download=True, **chosen)
-    except Exception as error:  # of urllib, of an archive that is not whole, or torchvision's own
+    # The error may come from urllib, from an incomplete archive or from torchvision itself.
+    except Exception as error:
         shutil.rmtree(arriving, ignore_errors=True)
         if explain_full_disk(error, folder.parent):
             raise
@@ -183,12 +201,12 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
 
 
 def _before(folder: Path) -> Path:
-    """Where the last version of a folder is, for a moment."""
+    """Return the path of the previous version of a folder while it is being replaced."""
     return folder.with_name(f"{folder.name}.before")
 
 
 def _keep_others(folder: Path) -> None:
-    """Move what only the last version of a folder holds into the new one, and remove that version."""
+    """Move files that only the previous version of a folder has into the new one, and remove the previous version."""
     before = _before(folder)
     if before.exists() and not folder.exists():
         before.rename(folder)
@@ -202,7 +220,7 @@ def _keep_others(folder: Path) -> None:
 
 
 def _address(error: BaseException) -> str:
-    """The address that a download was at when it failed: torchvision's errors do not always tell."""
+    """Return the URL at which a download failed, taken from the traceback as torchvision's errors may not name it."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     addresses = [frame.f_locals["url"] for frame in frames if isinstance(frame.f_locals.get("url"), str)]
     return addresses[-1] if addresses else "its address"

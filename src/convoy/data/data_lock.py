@@ -85,7 +85,7 @@ class DataLock:
         Args:
             given: The splits that the source assigns now; "" is for images without one.
         """
-        # If the source assigns no splits, it may assign these images to training later.
+        # A source that assigns no splits now may assign these images to training later.
         if given <= {""}:
             return [*DRAWN]
         if "train" not in given:

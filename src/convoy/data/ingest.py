@@ -71,14 +71,14 @@ def ingest(
         params: The limits beyond which ingestion fails.
         history: The lock of the data set. Classes that are not in it are placed after those that are.
         folder: Where the packed data set is written.
-        earlier: The cache. Images that an earlier run decoded are not decoded again, and the images decoded by this
-            run are added.
+        earlier: The cache. Images that an earlier run decoded are not decoded again, and what this run decodes is
+            cached for the next one.
 
     Returns:
         The packed data set, the excluded images, the merged copies and warnings.
 
     Raises:
-        TooManyInvalidImages: If more images are invalid than `params` allows.
+        TooManyInvalidImages: If more images are invalid or contradictory than `params` allows.
         ConvoyError: If fewer than two classes have images, or if the group pattern matches no path.
     """
     try:

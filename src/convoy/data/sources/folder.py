@@ -42,8 +42,8 @@ AnnotateFn = Callable[[str], Sequence[Annotation]]
 def read_folder(data: Path) -> Source:
     """Find the labelled images in a folder or file; each image is read only when iteration reaches it.
 
-    If there are label tables, only these determine the labels. Otherwise the labels come from Parquet files that hold
-    the images as well, and from class folders: `<class>/...` or `<train|val|test>/<class>/...`, in folders or
+    If there are label tables, only these determine the labels. Otherwise the labels come from Parquet files with images
+    and labels, and from class folders: `<class>/...` or `<train|val|test>/<class>/...`, in folders or
     archives. Outer folders that contain everything else are descended into.
 
     Args:

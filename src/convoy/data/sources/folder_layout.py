@@ -114,7 +114,8 @@ def _splits_among(folder: _FolderNode) -> dict[str, str]:
     exact = {name: SPLIT_WORDS[name.lower()] for name in folder.inside if name.lower() in SPLIT_WORDS}
     if len(exact) == len(folder.inside) or _divide(exact.values()):
         return exact
-    named = {name: split for name in folder.inside if (split := split_word(name))}  # e.g. train_images
+    # For example train_images.
+    named = {name: split for name in folder.inside if (split := split_word(name))}
     if not _divide(named.values()):
         return {}
     # The name of a class may contain the name of a split as well: test tube.

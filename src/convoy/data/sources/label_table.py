@@ -30,7 +30,7 @@ USED = {
     "group": ("group",),
 }
 SEPARATORS = ",;\t|"
-# At least one of this many first rows should lead to a file.
+# The first rows that are tried without their first folders; at least one of them should lead to a file.
 TRIED = 100  # rows
 
 
@@ -178,7 +178,8 @@ def hidden_splits(tables: Sequence[Table]) -> list[str]:
                     f"the column {column} of {table.title} says {truncate_names(sorted(words))}: call it split if the"
                     " images are to be split so"
                 )
-            elif split_word(column) and len(words) == 2:  # is_test: 0 or 1
+            elif split_word(column) and len(words) == 2:
+                # For example a column is_test with the values 0 and 1.
                 notes.append(
                     f"the column {column} of {table.title} is not used: if the images are to be split so, give the"
                     f" table a column split that says {', '.join(SPLITS)}"

@@ -1,4 +1,4 @@
-"""The task: what the data tells a model about itself."""
+"""Description of a preprocessed data set: the facts about it that a model needs."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What a classifier of K classes sees and says, measured on the training images."""
+    """Inputs and classes of a classifier, with channel statistics measured on the training images."""
 
     dataset: str  # name of the data set
     classes: list[str]  # K names; a label is a position in this list
@@ -18,7 +18,8 @@ class DatasetInfo:
     channels: int  # 1 grey or 3 RGB
     mean: list[float]  # of each channel, in [0, 1]
     std: list[float]  # of each channel, in (0, 1]
-    longest_side: int = 4096  # pixels, to which a larger image is reduced first; this for tasks from before it was told
+    # pixels; larger images are first reduced to it. The default serves files written before this field existed.
+    longest_side: int = 4096
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -28,14 +29,19 @@ class DatasetInfo:
         return cls(**json.loads(file.read_text()))
 
 
-SMALL = 2**14  # bytes, of an image
-EXACT = 256  # rows whose squares float32 adds up exactly: 256 * 255**2 < 2**24
+# Images of up to this many bytes are summed as one vector, larger ones row by row.
+SMALL = 2**14
+# The number of values whose squares float32 sums exactly: 256 * 255**2 < 2**24.
+EXACT = 256
 
 
 class ChannelMoments:
-    """The mean and the spread of each of C channels, over images that come a few at a time.
+    """Running mean and standard deviation of each of C channels, updated a batch of images at a time.
 
-    The sums are whole numbers, so the result does not depend on the order of the images.
+    The sums are integers, so the result does not depend on the order of the images.
+
+    Args:
+        channels: Number of channels C.
     """
 
     def __init__(self, channels: int) -> None:
@@ -44,7 +50,14 @@ class ChannelMoments:
         self.squares = np.zeros(channels, np.uint64)
 
     def add(self, pixels: np.ndarray) -> None:
-        """(N, H, W, C) uint8. Whole images are added up first, or the rows of large ones, as that is done fastest."""
+        """Add a batch of images to the sums.
+
+        Images, or the rows of large images, are first added elementwise and only then over their pixels, which is
+        the fastest order.
+
+        Args:
+            pixels: (N, H, W, C) uint8.
+        """
         channels, size = len(self.sums), math.prod(pixels.shape[1:])
         rows = pixels.reshape(-1, size if size <= SMALL else size // pixels.shape[1])
         self.count += pixels.size // channels
@@ -54,7 +67,10 @@ class ChannelMoments:
                 total += sums.astype(np.uint64).reshape(-1, channels).sum(0)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Of each channel, in units of [0, 1]. One that never varies is given the deviation of one grey level."""
+        """Return the mean and standard deviation of each channel, in units of [0, 1].
+
+        The standard deviation is at least one grey level (1/255), so that constant channels can be normalised.
+        """
         mean = self.sums / self.count
         std = np.sqrt(np.maximum(self.squares / self.count - mean**2, 1.0))
         return [round(float(m) / 255, 6) for m in mean], [round(float(s) / 255, 6) for s in std]

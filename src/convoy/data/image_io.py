@@ -1,4 +1,4 @@
-"""Images: from the bytes of a file to pixels, and from pixels to the shape that a network wants."""
+"""Image decoding and resizing: from the bytes of a file to pixels, and to the shape that a network expects."""
 
 import contextlib
 import dataclasses
@@ -12,12 +12,19 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImageError
 
-FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]  # only these decoders ever see a file
-MAX_PIXELS = 100_000_000  # read from the header; a larger image is taken for a decompression bomb
-NEARLY = 0.95  # of the longest side: where 256 pixels are asked for, the half of an image of 500 will do, with its 250
-JPEG = b"\xff\xd8\xff"  # how its files begin
-REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)  # of the format, in a JPEG: a byte that should be 1
-EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"  # one of these is in a JPEG that may lie on its side
+# Only these decoders ever see a file.
+FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]
+# By its header, an image with more pixels is rejected as a decompression bomb.
+MAX_PIXELS = 100_000_000
+# A JPEG may be decoded to this fraction of the longest side: for 256 pixels, an image of 500 is decoded to 250.
+NEARLY = 0.95
+# The first bytes of a JPEG file.
+JPEG = b"\xff\xd8\xff"
+# The byte of a JPEG with the major revision of its format, which should be 1.
+REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)
+# A JPEG with an orientation contains one of these.
+EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"
+# EXIF orientation -> the transposition that turns the image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,29 +33,42 @@ UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # EXIF orientation -> what turns the picture upright
-SIXTEEN = (";16B", ";16L", ";16N")  # how Pillow names an order of bytes in which a channel has two
-PHOTOMETRIC = 262  # a TIFF's tag for what its numbers mean; 0 where they count from white down
+}
+# The ends of Pillow's names for raw modes with two bytes a channel, by byte order.
+SIXTEEN = (";16B", ";16L", ";16N")
+# The TIFF tag PhotometricInterpretation; its value is 0 if 0 is white.
+PHOTOMETRIC = 262
 
 
 class InvalidImageError(Exception):
-    """Why an image can't be used, in a few words."""
+    """Error for an image that can't be used; its message is the reason, in a few words."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decoded:
-    """A file's image."""
+    """Decoded image of a file."""
 
-    pixels: np.ndarray  # (H, W, 1) grey or (H, W, 3) RGB uint8: upright, transparent parts white
-    height: int  # pixels, as the file has them, before turning and reducing
+    pixels: np.ndarray  # (H, W, 1) grey or (H, W, 3) RGB uint8; upright, on a white background
+    height: int  # pixels, in the file, before the image is turned and reduced
     width: int
 
 
 def decode(data: bytes, longest_side: int) -> Decoded:
-    """The image in a file's bytes, no side above `longest_side` pixels. Of an animation, the first frame.
+    """Decode the bytes of an image file.
 
-    Raises BadImage for what is not a whole image of a known format: an early end, a checksum that does not agree
-    (PNG), and whatever a decoder only warns of (JPEG), but for the revision of the format.
+    Of an animation, the first frame is decoded.
+
+    Args:
+        data: Bytes of the file.
+        longest_side: Larger images are reduced to this many pixels on their longest side.
+
+    Returns:
+        The image, upright and on a white background.
+
+    Raises:
+        InvalidImageError: If the bytes are not a complete image of a supported format. This includes truncated files,
+            wrong checksums (PNG), and everything that the decoder only warns of (JPEG), except for an unknown revision
+            of the format.
     """
     if not data:
         raise InvalidImageError("is empty")
@@ -60,21 +80,26 @@ def decode(data: bytes, longest_side: int) -> Decoded:
         raise InvalidImageError(f"is not an image in {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise InvalidImageError(f"has more than the limit of {MAX_PIXELS} pixels") from None
-    except Exception as error:  # of broken bytes Pillow's decoders raise whatever comes up, even OverflowError
+    # For broken bytes, Pillow's decoders raise all kinds of errors, even OverflowError.
+    except Exception as error:
+        # Cats vs Dogs has files with the revisions 0 and 2, which mean the same as 1.
         if "unknown JFIF revision" in str(error) and data != (known := REVISION.sub(b"\1", data)):
-            return decode(known, longest_side)  # Cats vs Dogs has files with 0 and 2, which mean the same
+            return decode(known, longest_side)
         raise InvalidImageError(f"can't be decoded: {str(error) or type(error).__name__}") from None
 
 
 def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
-    """By libjpeg-turbo, six times as fast as by way of Pillow, and what it warns of is an error."""
+    """Decode a JPEG with libjpeg-turbo, six times as fast as with Pillow, treating warnings as errors."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)  # which comes again
-    except KeyError:  # of colours that it does not find
+        # Not strict, because decoding the pixels repeats the same checks.
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    # simplejpeg raises KeyError if it can't find the colour space.
+    except KeyError:
         raise InvalidImageError("can't be decoded: its header is not whole") from None
     _check_size(height, width)
     if colours in ("CMYK", "YCCK"):
-        simplejpeg.decode_jpeg(data, "CMYK")  # for its strictness: these colours are for Pillow to translate
+        # Decoding checks the file strictly; the pixels come from Pillow, which converts these colours.
+        simplejpeg.decode_jpeg(data, "CMYK")
         return _decode_other(data, longest_side)
     space = "GRAY" if colours == "Gray" else "RGB"
     if height <= longest_side and width <= longest_side:
@@ -84,12 +109,14 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     else:
         scale = NEARLY * longest_side / max(height, width)
         least = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
-        # it can decode at a half, a quarter, an eighth for less
+        # Decoding to a half, a quarter or an eighth of the size is cheaper.
         pixels = simplejpeg.decode_jpeg(data, space, **least, min_factor=2)
     image = as_image(pixels)
     with _quiet():
-        with contextlib.suppress(Exception):  # Pillow stops at some broken EXIF; the picture is whole
-            image.info = _open(data).info  # EXIF and XMP, where the orientation stands
+        # Pillow raises for some broken EXIF although the pixels are complete.
+        with contextlib.suppress(Exception):
+            # EXIF and XMP contain the orientation.
+            image.info = _open(data).info
         return Decoded(to_grey_or_rgb(image, longest_side), height, width)
 
 
@@ -97,16 +124,19 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
     image = _open(data)
     height, width = image.height, image.width
     _check_size(height, width)
-    if image.format == "PNG":  # whose checksums Pillow looks at only when asked to
+    # Pillow checks the checksums of a PNG only in `verify`.
+    if image.format == "PNG":
         image.verify()
         image = _open(data)
     with _quiet():
-        if image.format == "TIFF":  # Pillow follows these tags when it loads one, and stops where they lead to nowhere
+        # When it loads a TIFF, Pillow follows the tags that point to other directories, and raises if one is broken.
+        if image.format == "TIFF":
             with contextlib.suppress(Exception):
                 exif = image.getexif()
                 for tag in exif.keys() & TiffTags.TAGS_V2_GROUPS.keys():
                     del exif[tag]
-        rawmode = _rawmode(image)  # which is gone when it is loaded
+        # Loading the image drops its raw mode.
+        rawmode = _rawmode(image)
         image.draft(None, (longest_side, longest_side))
         image.load()
         if rawmode.endswith(SIXTEEN) and not image.mode.startswith("I;16"):
@@ -115,19 +145,28 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
-    """What Pillow calls the pixels as the file has them."""
-    if not image.tile:  # WebP, which has but one kind
+    """Return Pillow's name for the format of the pixels in the file, "" for WebP."""
+    # Images in WebP have no tiles, and only one format of pixels.
+    if not image.tile:
         return ""
     args = image.tile[0].args or ("",)
     return args if isinstance(args, str) else str(args[0])
 
 
 def _higher_8_bits(image: Image.Image, rawmode: str) -> Image.Image:
-    """Of 16 bits a channel, of which Pillow has kept no others: grey as grey, which it makes RGBA."""
+    """Adapt an image with 16 bits a channel, of which Pillow has kept the higher 8.
+
+    Grey images with an alpha channel, which Pillow loads as RGBA, become LA again.
+
+    Raises:
+        InvalidImageError: If all values are so small that the image would be nearly black.
+    """
     bands = zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True)
-    if max(high for band, (low, high) in bands if (band, low) != ("A", 255)) < 16:  # all is as good as black
+    # An opaque alpha channel does not count.
+    if max(high for band, (low, high) in bands if (band, low) != ("A", 255)) < 16:
         raise InvalidImageError("has 16 bits a channel and uses few of them: save it with 8")
-    if "transparency" in image.info:  # a colour with its 16 bits, of which Pillow would seek the lower 8
+    # The transparent colour still has 16 bits, and Pillow would compare its lower 8.
+    if "transparency" in image.info:
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
     return image.convert("LA") if rawmode.startswith("LA") else image
 
@@ -139,7 +178,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings: what it only warns of is decided here."""
+    """Suppress Pillow's warnings, because this module decides what makes an image invalid."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -151,28 +190,48 @@ def _check_size(height: int, width: int) -> None:
 
 
 def to_grey_or_rgb(image: Image.Image, longest_side: int | None = None) -> np.ndarray:
-    """(H, W, 1) grey or (H, W, 3) RGB uint8: upright, transparent parts white, no side above `longest_side` pixels."""
+    """Convert an image to grey or RGB pixels, upright and on a white background.
+
+    Args:
+        image: Image of any mode, with 8 or 16 bits a channel.
+        longest_side: Larger images are reduced to this many pixels on their longest side.
+
+    Returns:
+        (H, W, 1) grey or (H, W, 3) RGB uint8.
+
+    Raises:
+        InvalidImageError: If the pixels have 32 bits.
+    """
     turn = _turn(image)
     image = _grey_or_rgb(image)
     if turn is not None:
         image = image.transpose(turn)
     if longest_side and max(image.size) > longest_side:
-        image.thumbnail(
-            (longest_side, longest_side), Image.Resampling.BILINEAR
-        )  # as `center_crop_resize`; 0.6 of the time of bicubic
+        # Bilinear, as in `center_crop_resize`, takes 0.6 of the time of bicubic.
+        image.thumbnail((longest_side, longest_side), Image.Resampling.BILINEAR)
     return _pixels(image)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns it upright; an orientation that can't be read is no reason to lose a sound picture."""
+    """Return the transposition that turns an image upright, None if there is none or the EXIF is broken."""
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # of broken EXIF Pillow raises whatever comes up, even TypeError
+    # For broken EXIF, Pillow raises all kinds of errors, even TypeError; the image itself can still be used.
+    except Exception:
         return None
 
 
 def center_crop_resize(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """(H, W, 1 or 3) uint8 -> (size, size, channels) uint8: the middle square, resized with anti-aliasing."""
+    """Crop the central square of an image and resize it with anti-aliasing.
+
+    Args:
+        pixels: (H, W, 1 or 3) uint8.
+        size: Height and width of the result, in pixels.
+        channels: 1 for grey or 3 for RGB.
+
+    Returns:
+        (size, size, channels) uint8; `pixels` itself if it already has this shape.
+    """
     if pixels.shape == (size, size, channels):
         return pixels
     image = as_image(pixels)
@@ -182,7 +241,7 @@ def center_crop_resize(pixels: np.ndarray, size: int, channels: int) -> np.ndarr
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
-    """(H, W, 1 or 3) uint8 -> an image, grey or RGB."""
+    """Convert pixels (H, W, 1 or 3) uint8 to a grey or RGB Pillow image."""
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -194,7 +253,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
 def _grey_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InvalidImageError(f"has {image.mode} pixels (32 bits), whose range is unknown: save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip nearly all of it to white
+    # Pillow's own conversion would clip nearly all of the image to white.
+    if image.mode.startswith("I;16"):
         return _grey_of_16_bits(image)
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
@@ -203,16 +263,18 @@ def _grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_16_bits(image: Image.Image) -> Image.Image:
-    """The highest 8 of the bits in use, taken for 8, 12 or 16: the fewest that hold the largest value.
+    """Reduce a grey image of 16 bits to the highest 8 of the bits that it uses.
 
-    A file does not tell how many they are. Many cameras and scanners give 12 of them, and tools write 8 as 16: by the
-    highest 8 of 16 such images would be nearly black, and all alike. 14 bits are taken for 16, and keep 6.
+    A file does not say how many bits it uses, so the fewest of 8, 12 and 16 that hold the largest value are assumed.
+    Many cameras and scanners use 12 bits, and some tools save 8 bits as 16: with the highest 8 of 16 bits, such images
+    would be nearly black and all similar. Images of 14 bits are treated as 16 bits, and keep 6.
     """
     values = np.asarray(image).astype(np.uint16)
     hidden = values == image.info.get("transparency", -1)
     largest = values.max(initial=0, where=~hidden)
     bits = next(bits for bits in (8, 12, 16) if largest < 2**bits)
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:  # which Pillow minds for 8 bits only
+    # Pillow inverts images in which 0 is white only if they have 8 bits.
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
         values = 2**bits - 1 - values
     pixels = (values >> bits - 8).astype(np.uint8)
     pixels[hidden] = 255

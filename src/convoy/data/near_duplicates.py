@@ -1,4 +1,4 @@
-"""Likeness: how alike two pictures look, by a perceptual hash first and then by their thumbnails."""
+"""Near-duplicate search: candidate pairs by perceptual hash, confirmed by the correlation of thumbnails."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -8,21 +8,28 @@ from PIL import Image
 
 from convoy.data.image_io import as_image
 
-SIDE = 32  # pixels, of a thumbnail
-LOW = 8  # of its frequencies each way, which make the hash
-# how far two hashes of near duplicates may lie apart: recompressed, resized, blurred and grey copies stay within it
-DISTANCE = 4  # bits of 64
-# how many a hash is compared with, of those that agree with it in the same two bands: many, but few if there are enough
+# Height and width of a thumbnail, in pixels.
+SIDE = 32
+# The hash is made of this many of the lowest frequencies in each direction.
+LOW = 8
+# Largest Hamming distance between the hashes of near-duplicates, in bits of 64. Recompressed, resized, blurred and grey
+# copies are within it.
+DISTANCE = 4
+# A hash is compared with less than `MANY` of those that agree with it in the same two bands, and with `FEW` of them
+# once `ENOUGH` pairs are found.
 FEW, MANY, ENOUGH = 32, 2048, 2**22
-BLOCK = 2**15  # thumbnails, of 1 KB
+# Thumbnails in one block; a grey one has 1 KB.
+BLOCK = 2**15
+# The bits of a hash, in six bands.
 BANDS = [range(0, 11), range(11, 22), range(22, 33), range(33, 44), range(44, 54), range(54, 64)]
 
-# of a discrete cosine transform. Whole numbers: all sums below are exact in float64, so the hash is the same anywhere
+# (8, 32) coefficients of a discrete cosine transform. They are integers, so that all sums below are exact in float64
+# and the hash is the same on every machine.
 COSINES = np.round(4096 * np.cos(np.pi * np.arange(LOW)[:, None] * (2 * np.arange(SIDE) + 1) / (2 * SIDE)))
 
 
 def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
-    """N images (H, W, 1 or 3) uint8 of any sizes -> (N, 32, 32, 3) uint8."""
+    """Resize N images (H, W, 1 or 3) uint8 of any size to thumbnails (N, 32, 32, 3) uint8."""
     small = np.empty((len(images), SIDE, SIDE, 3), np.uint8)
     for place, pixels in enumerate(images):
         if pixels.shape[:2] != (SIDE, SIDE):
@@ -33,16 +40,23 @@ def thumbnails(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _grey(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 -> (N, 32, 32) uint8"""
-    mixed = as_image(thumbnails.reshape(-1, SIDE, 3)).convert("L")  # all in one tall image, which is quicker
+    """Convert thumbnails (N, 32, 32, 3) uint8 to grey (N, 32, 32) uint8."""
+    # Converting all of them as one tall image is faster.
+    mixed = as_image(thumbnails.reshape(-1, SIDE, 3)).convert("L")
     return np.asarray(mixed).reshape(-1, SIDE, SIDE)
 
 
 def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 -> (N,) uint64: which of the 8x8 lowest frequencies are above their median.
+    """Compute the perceptual hash of thumbnails.
 
-    This is pHash (Zauner 2010), in the form that the library imagehash gave it; 0 for an even picture, which has
-    nothing to be recognised by.
+    Each bit says whether one of the 8x8 lowest frequencies is above their median. This is pHash (Zauner 2010), in the
+    variant of the library imagehash.
+
+    Args:
+        thumbnails: (N, 32, 32, 3) uint8.
+
+    Returns:
+        (N,) uint64; 0 for constant images, which have nothing to be recognised by.
     """
     grey = _grey(thumbnails)
     rows = grey.reshape(-1, SIDE).astype(np.float64) @ COSINES.T
@@ -54,12 +68,18 @@ def perceptual_hash(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def candidate_pairs(hashes: np.ndarray) -> np.ndarray:
-    """(N,) uint64 -> (P, 2): pairs of rows whose hashes differ in `DISTANCE` bits or less; that of even pictures apart.
+    """Find pairs of hashes that differ in at most `DISTANCE` bits.
 
-    Of six bands of bits two at least are equal in such a pair, as four different bits reach four bands at most. So
-    only hashes that agree in two bands are compared: for a million random ones some four million comparisons. Where
-    very many look alike, as the images of a camera that stands still, each is compared with `FEW` of them at least and
-    as many with it, but not with all.
+    In such a pair, at least two of the six bands of bits are equal, as four different bits are in at most four bands.
+    So only hashes that agree in two bands are compared: about four million comparisons for a million random hashes. If
+    very many images are similar, such as those of a fixed camera, each is compared with at least the `FEW` before and
+    after it, but not with all.
+
+    Args:
+        hashes: (N,) uint64 perceptual hashes; 0, that of constant images, is ignored.
+
+    Returns:
+        (P, 2) row numbers, sorted, the smaller one of a pair first.
     """
     rows = np.flatnonzero(hashes)
     hashes = hashes[rows]
@@ -76,7 +96,8 @@ def candidate_pairs(hashes: np.ndarray) -> np.ndarray:
             left, right = order[same], order[same + step]
             apart = hashes[left] ^ hashes[right]
             fresh = np.bitwise_count(apart) <= DISTANCE
-            for first, second in both_of[:number]:  # found by these already
+            # Skip pairs that two earlier bands have already found.
+            for first, second in both_of[:number]:
                 fresh &= (_bits(apart, first) | _bits(apart, second)) != 0
             left, right = left[fresh], right[fresh]
             count += len(left)
@@ -90,9 +111,17 @@ def _bits(hashes: np.ndarray, band: range) -> np.ndarray:
 
 
 def confirm_pairs(image: Callable[[int], np.ndarray], pairs: np.ndarray, least: float) -> np.ndarray:
-    """(P, 2) rows -> (P,): whether the thumbnails of the two correlate by `least` or more.
+    """Check for each pair whether the thumbnails of its images correlate by at least `least`.
 
-    `image` gives a row's (H, W, 1 or 3) uint8. Colours count where both images have any.
+    The grey thumbnails are compared, and if both images are coloured, those in colour too.
+
+    Args:
+        image: Function from a row number to its image (H, W, 1 or 3) uint8.
+        pairs: (P, 2) row numbers.
+        least: Least correlation, in (0, 1].
+
+    Returns:
+        (P,) bool.
     """
     near = np.zeros(len(pairs), bool)
     for here, rows, local in _blocks(pairs, BLOCK):
@@ -109,7 +138,11 @@ def confirm_pairs(image: Callable[[int], np.ndarray], pairs: np.ndarray, least: 
 
 
 def _blocks(pairs: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The pairs by parts: which pairs, what rows they have (2 * `size` at most), and the pairs as places in those."""
+    """Divide pairs into blocks with at most 2 * `size` different rows.
+
+    Yields:
+        The indices of the pairs of a block, the rows that they contain, and the pairs as indices into these rows.
+    """
     rows, places = np.unique(pairs, return_inverse=True)
     places = places.reshape(-1, 2)
     blocks = places // size
@@ -120,16 +153,22 @@ def _blocks(pairs: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 
 def _coloured(thumbnails: np.ndarray) -> np.ndarray:
-    """(N, 32, 32, 3) uint8 -> (N,): whether the channels differ by more than a JPEG rounds."""
+    """Check for each thumbnail whether its channels differ by more than the rounding of a JPEG."""
     red, green, blue = np.moveaxis(thumbnails.reshape(len(thumbnails), -1, 3).astype(np.int16), 2, 0)
     return np.maximum(abs(red - green), abs(green - blue)).max(axis=1) > 16
 
 
 def correlation(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """(N, ...) uint8, (P, 2) rows of it -> (P,): of each pair, whatever their brightness and contrast.
+    """Compute the correlation of pairs of images, which ignores brightness and contrast.
 
-    1 is the same picture, 0 nothing in common. An even picture has nothing to be recognised by: it correlates with
-    none. The sums are whole numbers, the same on any machine.
+    The sums are integers, so the result is the same on every machine.
+
+    Args:
+        images: (N, ...) uint8.
+        pairs: (P, 2) indices into `images`.
+
+    Returns:
+        (P,) float64 in [-1, 1]; 1 for identical images, and 0 if one of the two is constant.
     """
     flat = images.reshape(len(images), -1)
     size = flat.shape[1]
@@ -138,7 +177,8 @@ def correlation(images: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     products = [np.empty(0, np.int64)]
     for start in range(0, len(pairs), 4096):
         one, other = pairs[start : start + 4096].T
-        products.append(np.einsum("pd,pd->p", flat[one], flat[other], dtype=np.int32))  # below 2**31
+        # The products are below 2**31.
+        products.append(np.einsum("pd,pd->p", flat[one], flat[other], dtype=np.int32))
     one, other = pairs.T
     scale = np.sqrt(spreads[one].astype(np.float64) * spreads[other])
     shared = size * np.concatenate(products) - totals[one] * totals[other]

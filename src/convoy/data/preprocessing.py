@@ -1,4 +1,4 @@
-"""Preprocessing: from a packed data set to images of one size, split for training, validation and test."""
+"""Preprocessing: split a packed data set into training, validation and test images of one size."""
 
 import collections
 import dataclasses
@@ -22,50 +22,66 @@ from convoy.data.resize import EXCLUDED, write_resized
 from convoy.errors import ConvoyError
 from convoy.text import FEW, truncate_names
 
-LISTED = 10_000  # pairs of near duplicates
-MANY = 0.1  # of all images, withheld for their looks
-ALIKE = "nearly equals"  # is how their reasons begin
+LISTED = 10_000  # pairs of near-duplicates
+# The fraction of all images, excluded as near-duplicates, from which a note recommends to use groups.
+MANY = 0.1
+# The start of the reason of every image that is excluded as a near-duplicate.
+ALIKE = "nearly equals"
 
 
 @schema
 class PreprocessConfig:
-    """What every network is given."""
+    """Settings of the images and splits that all networks share."""
 
     size: Annotated[int, Field(ge=32, le=1024)]  # pixels; height and width
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
-    test_fraction: Fraction  # of images without a split of their own, and of those for training where none is for test
-    val_fraction: Fraction  # of the others of these, and of those for training where none is for val
-    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # correlation of thumbnails from which two images count as one
+    # Fraction of the images without a given split; also of the given training images if no test images are given.
+    test_fraction: Fraction
+    # Fraction of the remaining such images; also of the given training images if no validation images are given.
+    val_fraction: Fraction
+    # Correlation of their thumbnails from which two images are near-duplicates.
+    near_duplicate: Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the networks are given, and what was kept from them."""
+    """Result of preprocessing: the prepared images, near-duplicates and excluded images."""
 
     task: DatasetInfo
-    rows: np.ndarray  # of the packed data set, in the order of the arrays
-    near: pd.DataFrame  # path, label, other, other_label: images that nearly equal each other, the first `LISTED` pairs
-    pairs: int  # of such images, in all
-    doubtful: int  # those under two labels, which are listed first
-    withheld: pd.DataFrame  # path, label, reason: images that would have shown a network what it is judged by
-    alike: pd.DataFrame  # test, other: sha256 of test images, and of files on other sides that show the same or nearly
-    notes: list[str]  # what is worth knowing about the split, in words
+    rows: np.ndarray  # (N,) row numbers in the packed data set, in the order of the arrays
+    near: pd.DataFrame  # path, label, other, other_label: near-duplicates, at most `LISTED` pairs
+    pairs: int  # number of near-duplicate pairs in total
+    doubtful: int  # number of pairs with two different labels, which come first in `near`
+    withheld: pd.DataFrame  # path, label, reason: images excluded because they would leak between splits
+    alike: pd.DataFrame  # test, other: sha256 of test images and of their (near-)duplicates in other splits
+    notes: list[str]  # remarks about the splits for the user
 
 
 def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: Path, earlier: CacheDir) -> Prepared:
     """Write `task.json`, `images.parquet` and, for each split, `<split>_pixels.npy` and `<split>_labels.npy`.
 
-    `folder` is not the one of `packed`, whose table has the same name and is read as it is needed. What an earlier run
-    left in `earlier` is not resized again; where this one has put what is left there.
-
     `images.parquet` has a row for each image in the order of the arrays: path, label, sha256, group, split, and the
-    other columns of a table of labels.
-    Raises ConvoyError where no image is left to train, validate or test with.
+    other columns of a label table.
+
+    Args:
+        packed: The data set to prepare.
+        params: Size, channels and splits of the images.
+        seed: Seed of the random splits.
+        folder: Folder to write to. It must not be the one of `packed`, whose table has the same name and is read
+            while this function runs.
+        earlier: Cache of resized images of an earlier run, which are not resized again. It is updated to this run.
+
+    Returns:
+        The description of the prepared data and of the images that were excluded.
+
+    Raises:
+        ConvoyError: If no image is left for training, validation or test.
     """
     sides, groups = _sides(packed, params, seed)
     near = near_duplicates(packed, params.near_duplicate)
     shared = packed.rows.columns("picture")["picture"].duplicated(keep=False)
-    involved = np.union1d(np.flatnonzero(shared | (groups > sides)), near)  # few of all rows
+    # Only the few rows that may be excluded are loaded completely.
+    involved = np.union1d(np.flatnonzero(shared | (groups > sides)), near)
     some, near = packed.rows.at(involved), np.searchsorted(involved, near)
     alike = cross_split_duplicates(some, sides[involved], near)
     withheld = exclude_leaks(some, sides[involved], groups[involved], near)
@@ -100,7 +116,7 @@ def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: 
 
 
 def _sides(packed: PackedDataset, params: PreprocessConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `assign_groups`, of the split that is given or drawn."""
+    """Return the result of `assign_groups` for the given or drawn splits."""
     places = {name: place for place, name in enumerate(SPLITS)}
     pieces = packed.rows.pieces("sha256", "group", "split")
     sides = [split_ids(piece, params, seed, packed.drawn).map(places).to_numpy(np.int8) for piece in pieces]
@@ -108,10 +124,18 @@ def _sides(packed: PackedDataset, params: PreprocessConfig, seed: int) -> tuple[
 
 
 def assign_groups(said: pd.DataFrame, sides: np.ndarray, drawn: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) and (N,), places in `SPLITS`: each row's own, and the one of its group that is the furthest from training.
+    """Move the rows of a group to one split, the furthest from training that any of its rows is in.
 
-    `said` are the groups and splits of the source. To the furthest side go all of a group that the source gives no
-    split; a row to which it gives another stays where it is, below the furthest. In no group, both are the same.
+    Only rows whose split is drawn are moved. A row to which the source gives another split keeps it.
+
+    Args:
+        said: Columns group and split (N rows) as the source gives them; "" means none.
+        sides: (N,) indices into `SPLITS`, the split of each row by itself.
+        drawn: Splits that are drawn from images given for training, too.
+
+    Returns:
+        Two (N,) arrays of indices into `SPLITS`: the split of each row, and the split of its group that is the furthest
+        from training. For rows without a group both are the same.
     """
     groups = said["group"].astype("category").array
     furthest = np.zeros(len(groups.categories), np.int8)
@@ -123,13 +147,13 @@ def assign_groups(said: pd.DataFrame, sides: np.ndarray, drawn: Collection[str])
 
 
 def _labels(packed: PackedDataset) -> np.ndarray:
-    """(N,): each row's place in the list of classes."""
+    """Return the (N,) int32 index of each row's label in the list of classes."""
     labels = packed.rows.columns("label")["label"].array
     return np.array([packed.classes.index(name) for name in labels.categories], np.int32)[labels.codes]
 
 
 def _tables(packed: PackedDataset, sides: np.ndarray) -> Iterator[pa.Table]:
-    """The rows of `images.parquet`, some at a time."""
+    """Yield the rows of `images.parquet` in chunks."""
     more = [name for name in pq.read_schema(packed.rows.file).names if name.startswith(COLUMN)]
     said = ["path", "label", "sha256", "group", "split"]
     for side, name in enumerate(SPLITS):
@@ -140,7 +164,7 @@ def _tables(packed: PackedDataset, sides: np.ndarray) -> Iterator[pa.Table]:
 
 
 def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
-    """path, label, other and other_label of each pair; those under two labels first, and at most `LISTED`."""
+    """Return path, label, other and other_label of at most `LISTED` pairs, those with two different labels first."""
     labels = pd.factorize(table["label"])[0]
     one, other = near[np.argsort(labels[near[:, 0]] == labels[near[:, 1]], kind="stable")][:LISTED].T
     names = ["path", "label"]
@@ -149,10 +173,19 @@ def _named(table: pd.DataFrame, near: np.ndarray) -> pd.DataFrame:
 
 
 def split_ids(table: pd.DataFrame, params: PreprocessConfig, seed: int, drawn: Collection[str]) -> pd.Series:
-    """train, val or test for each row. A split that the source gives stands; else it follows from the image's file.
+    """Assign each row to train, val or test.
 
-    From the name of its group, where it has one. So new images never move an old one. `drawn` are the splits that are
-    drawn from images given for training, too.
+    A split that the source gives is kept. Otherwise the split follows from a hash of the seed and the name of the
+    image's group, or the checksum of its file if it has no group. So new images never move an old one.
+
+    Args:
+        table: Columns sha256, group and split; "" means no group and no given split.
+        params: Fractions of the validation and test images.
+        seed: Seed of the random splits.
+        drawn: Splits that are drawn from images given for training, too.
+
+    Returns:
+        The name of the split of each row, with the index of `table`.
     """
     keys = zip(table["sha256"].tolist(), table["group"].tolist(), strict=True)
     key = _uniform([f"{seed}:group:{group}" if group else f"{seed}:{digest}" for digest, group in keys])
@@ -166,13 +199,16 @@ def split_ids(table: pd.DataFrame, params: PreprocessConfig, seed: int, drawn: C
 
 
 def _uniform(texts: list[str]) -> np.ndarray:
-    """(N,) numbers in [0, 1) that follow from the texts."""
+    """Hash N texts to (N,) float64 numbers, uniform in [0, 1)."""
     starts = b"".join([hashlib.sha256(text.encode()).digest()[:8] for text in texts])
     return np.frombuffer(starts, ">u8") / 2.0**64
 
 
 def digests_of(rows: ImageTable, splits: Collection[str]) -> np.ndarray:
-    """(N,) S32: the sha256 of each image on these sides, in their order; a text would take 113 bytes for each."""
+    """Return the sorted sha256 of all images of the given splits.
+
+    The checksums are (N,) S32, 32 bytes each; as text each would take 113 bytes.
+    """
     found = bytearray()
     for piece in rows.pieces("sha256", "split"):
         found += bytes.fromhex("".join(piece["sha256"][piece["split"].isin(splits)]))
@@ -180,7 +216,10 @@ def digests_of(rows: ImageTable, splits: Collection[str]) -> np.ndarray:
 
 
 def tested_in(folder: Path) -> np.ndarray:
-    """As `digests_of`, the test images that `prepare` wrote into a folder; none where it is gone or damaged."""
+    """Return the sorted sha256 of the test images that `prepare` wrote into a folder.
+
+    The result is (N,) S32, and empty if the table is missing or damaged.
+    """
     try:
         return digests_of(ImageTable(folder / TABLE), ["test"])
     except (OSError, pa.ArrowException):
@@ -188,24 +227,42 @@ def tested_in(folder: Path) -> np.ndarray:
 
 
 def near_duplicates(packed: PackedDataset, least: float) -> np.ndarray:
-    """(P, 2): the pairs of rows that nearly equal each other, the same picture in another file among them.
+    """Find the pairs of near-duplicate images, including identical images in different files.
 
-    Those whose perceptual hashes are near are looked at: the thumbnails of near duplicates correlate by `least`.
+    Pairs with similar perceptual hashes are candidates; those whose thumbnails correlate by at least `least` are kept.
+
+    Args:
+        packed: The data set to search.
+        least: Least correlation of the thumbnails, in (0, 1].
+
+    Returns:
+        (P, 2) row numbers.
     """
     starts = (int(digest[:16], 16) for piece in packed.rows.pieces("sha256") for digest in piece["sha256"].tolist())
-    order = np.fromiter(starts, np.uint64, len(packed.rows)).argsort(kind="stable")  # so that names decide nothing
+    # Sorted by checksum, the rows give the same pairs whatever the files are called.
+    order = np.fromiter(starts, np.uint64, len(packed.rows)).argsort(kind="stable")
     pairs = order[candidate_pairs(packed.rows.columns("phash")["phash"].to_numpy()[order])]
     return pairs[confirm_pairs(packed.image, pairs, least)]
 
 
 def exclude_leaks(table: pd.DataFrame, sides: np.ndarray, together: np.ndarray, near: np.ndarray) -> pd.DataFrame:
-    """path, label and reason of the images that must not be used on their side, by their index.
+    """Find the images that must be excluded because they would leak between splits.
 
-    `sides` (N,) are places in `SPLITS`, and so are `together`, those of their groups that are the furthest from
-    training: where the source gives one group several, only those images of it are used. Of two near duplicates, rows
-    in `near` (P, 2), on different sides the one that is nearer to training is left out. To move it instead would mean
-    that new images move old ones: no rule that looks at the images alone can keep both where they are. Of two files
-    with the same picture one is enough.
+    Three kinds of images are excluded:
+
+    * images of a group to which the source gives several splits, except those in its split furthest from training;
+    * the image nearer to training of two near-duplicates in different splits. Moving it to the other split instead
+      would mean that new images move old ones: no rule that sees only the images can keep both where they are;
+    * all but one of the files with identical pixels.
+
+    Args:
+        table: N rows with the columns path, label, sha256, group and picture (the pixel hash).
+        sides: (N,) indices into `SPLITS`, the split of each row.
+        together: (N,) indices into `SPLITS`, the split of each row's group that is the furthest from training.
+        near: (P, 2) row positions of near-duplicates.
+
+    Returns:
+        path, label and reason of each excluded image, with its index in `table`.
     """
     apart = sides < together
     reasons: dict[Any, str] = {
@@ -222,7 +279,8 @@ def exclude_leaks(table: pd.DataFrame, sides: np.ndarray, together: np.ndarray, 
     swapped = sides[one] > sides[other]
     lower, upper = np.where(swapped, other, one), np.where(swapped, one, other)
     across = np.flatnonzero(sides[lower] < sides[upper])
-    across = across[np.unique(lower[across], return_index=True)[1]]  # one of those that it is like is enough
+    # One near-duplicate is enough as the reason for an image.
+    across = across[np.unique(lower[across], return_index=True)[1]]
     for row, like in zip(lower[across], upper[across], strict=True):
         reasons.setdefault(table.index[row], f"{ALIKE} the {SPLITS[sides[like]]} image {table['path'].iat[like]}")
     rows = sorted(reasons)
@@ -231,10 +289,17 @@ def exclude_leaks(table: pd.DataFrame, sides: np.ndarray, together: np.ndarray, 
 
 
 def cross_split_duplicates(table: pd.DataFrame, sides: np.ndarray, near: np.ndarray) -> pd.DataFrame:
-    """test and other, categories of sha256: each test image, and each file on another side that nearly equals it or
-    has the same picture.
+    """List the test images that have a duplicate or near-duplicate in another split.
 
-    Of such a file an earlier model may have learned what this image shows.
+    An earlier model may have been trained on such a duplicate, and so know the test image.
+
+    Args:
+        table: N rows with the columns sha256 and picture (the pixel hash).
+        sides: (N,) indices into `SPLITS`, the split of each row.
+        near: (P, 2) row positions of near-duplicates.
+
+    Returns:
+        Categorical columns test and other: the sha256 of a test image, and of its duplicate in another split.
     """
     is_test = sides == SPLITS.index("test")
     rows = pd.DataFrame({"row": np.arange(len(table)), "picture": table["picture"].to_numpy()})
@@ -248,7 +313,8 @@ def cross_split_duplicates(table: pd.DataFrame, sides: np.ndarray, near: np.ndar
 
 def _notes(packed: PackedDataset, labels: np.ndarray, sides: np.ndarray) -> list[str]:
     counts = np.zeros((len(packed.classes), len(SPLITS) + 1), np.int64)
-    np.add.at(counts, (labels, sides), 1)  # NOWHERE is the last
+    # `EXCLUDED` is -1 and thus counts in the last column.
+    np.add.at(counts, (labels, sides), 1)
     for name, images in zip(SPLITS, counts.sum(axis=0), strict=False):
         if not images:
             groups = set(packed.rows.columns("group")["group"].unique()) - {""}
@@ -266,7 +332,8 @@ def _notes(packed: PackedDataset, labels: np.ndarray, sides: np.ndarray) -> list
                 + (f", {withheld} of them withheld for what is on another side" if withheld else "")
                 + f": {mend}"
             )
-    notes: dict[str, dict[str, str]] = collections.defaultdict(dict)  # what is missing -> class -> the note on it
+    # Description of what is missing -> class -> note.
+    notes: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):
         missing = [name for name, images in zip(SPLITS, here, strict=True) if not images]
         left = f", and {withheld} withheld: withheld.csv says why" if withheld else ""
@@ -286,7 +353,7 @@ def _notes(packed: PackedDataset, labels: np.ndarray, sides: np.ndarray) -> list
 
 
 def _alike(withheld: pd.DataFrame, count: int) -> list[str]:
-    """What is said where very many images are withheld for their looks."""
+    """Recommend groups if very many images are excluded as near-duplicates."""
     alike = int(withheld["reason"].str.startswith(ALIKE).sum())
     if alike < MANY * count:
         return []
@@ -297,7 +364,7 @@ def _alike(withheld: pd.DataFrame, count: int) -> list[str]:
 
 
 def _enlarged(packed: PackedDataset, size: int) -> list[str]:
-    """What is said of images of which fetch kept less than is asked for, though there was more."""
+    """Report images that fetch reduced below `size` although their files are larger."""
     count = 0
     for piece in packed.rows.pieces("source_height", "source_width", "height", "width"):
         given, kept = piece[["source_height", "source_width"]].min(axis=1), piece[["height", "width"]].min(axis=1)

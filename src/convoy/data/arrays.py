@@ -1,4 +1,4 @@
-"""Arrays: images and labels of a split, mapped from files or in memory."""
+"""Image and label arrays of a split, memory-mapped from files or in memory."""
 
 from pathlib import Path
 
@@ -6,7 +6,12 @@ import numpy as np
 
 
 class Images:
-    """One split: pixels (N, H, W, C) uint8, which may be a memory map, and labels (N,) int64."""
+    """Images and labels of one split.
+
+    Args:
+        pixels: (N, H, W, C) uint8; may be a memory map.
+        labels: (N,) int64 class indices.
+    """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels = pixels
@@ -14,7 +19,7 @@ class Images:
 
     @classmethod
     def load(cls, folder: Path, split: str) -> "Images":
-        """The split that preprocessing wrote into `folder`; its pixels stay on disk until they are asked for."""
+        """Load a split that preprocessing wrote into `folder`, with its pixels memory-mapped."""
         pixels = np.load(folder / f"{split}_pixels.npy", mmap_mode="r")
         return cls(pixels, np.load(folder / f"{split}_labels.npy"))
 

@@ -1,4 +1,4 @@
-"""What an earlier run made and a later one need not make again, kept as what the run published and how to find it."""
+"""Caches of a stage's results: the output of an earlier run, and a folder with the index to find results in it."""
 
 import contextlib
 import hashlib
@@ -12,14 +12,23 @@ from typing import NamedTuple
 
 
 class CacheDir(NamedTuple):
-    """What an earlier run left. It may be gone, and `folder` and `output` may be of two runs."""
+    """Location of an earlier run's results. Either may be missing, and the two may belong to different runs."""
 
-    folder: Path  # notes of what stands where in its output
-    output: Path  # of the stage, which stays until there is another
+    folder: Path  # index of the results in `output`
+    output: Path  # output of the stage, which is kept until it is replaced by the next one
 
 
 def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *settings: int) -> str:
-    """Of all that decides what comes out: code, libraries and settings."""
+    """Hash everything that determines a result: code, libraries and settings.
+
+    Args:
+        modules: Modules whose source code determines the result.
+        packages: Names of installed packages whose version determines the result.
+        *settings: Settings that determine the result.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     code = [Path(module.__file__ or "").read_bytes() for module in modules]
     told = [*(f"{package} {version(package)}" for package in packages), *map(str, settings)]
     return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
@@ -27,9 +36,12 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
 
 @contextlib.contextmanager
 def snapshot(earlier: CacheDir, folder: Path) -> Iterator[CacheDir]:
-    """With the notes as they are now, in `folder` for as long: whatever another run writes meanwhile, all processes
-    that read them find one version."""
-    with contextlib.suppress(OSError):  # not every file system can link
+    """Keep a snapshot of the index in `folder` while the context is active.
+
+    All processes that read it see the same version, whatever another run writes in the meantime.
+    """
+    # Not every file system supports hard links; then the snapshot is empty.
+    with contextlib.suppress(OSError):
         shutil.copytree(earlier.folder, folder, copy_function=os.link)
     try:
         yield CacheDir(folder, earlier.output)
@@ -38,9 +50,14 @@ def snapshot(earlier: CacheDir, folder: Path) -> Iterator[CacheDir]:
 
 
 def write_cache(folder: Path, describe: Callable[[Path], None]) -> None:
-    """Have `describe` write into `folder`, beside which nothing is left: one folder for each way to make something.
+    """Write a cache index into `folder`, removing all other folders beside it.
 
-    Where that can't be done, or another process does it too, nothing is found.
+    The parent folder belongs to one kind of result, and `folder` to one fingerprint of it. If writing fails, or another
+    process writes at the same time, the cache is left empty.
+
+    Args:
+        folder: Folder to create.
+        describe: Function that writes the index into the folder.
     """
     shutil.rmtree(folder.parent, ignore_errors=True)
     with contextlib.suppress(OSError):

@@ -1,16 +1,20 @@
-"""The C library's memory, which it hands back to the system and asks for anew at a price."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 
-TRIM, MAP = -1, -3  # of mallopt: bytes that are free from which it gives memory back, or asks for a piece of its own
+# Parameters of mallopt: M_TRIM_THRESHOLD, the free bytes from which memory is returned to the system, and
+# M_MMAP_THRESHOLD, the size in bytes from which an allocation gets a memory map of its own.
+TRIM, MAP = -1, -3
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed, for the next: to ask the system anew took 6 to 11 % of a training step.
+    """Make the C library keep freed memory for later allocations.
 
-    So with glibc, for pieces of up to 32 MB; elsewhere nothing changes.
+    Requesting memory from the system again took 6 to 11 % of a training step. This works with glibc, for allocations of
+    up to 32 MB; with other C libraries nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(MAP, 2**25)  # the most that it takes
+        # This is the largest threshold that mallopt accepts.
+        mallopt(MAP, 2**25)
         mallopt(TRIM, 2**31 - 1)

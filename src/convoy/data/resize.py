@@ -1,4 +1,4 @@
-"""Fitted images: those of a packed data set, brought to one size; none again that an earlier run brought to it."""
+"""Resizing of a packed data set to one size, which reuses the resized images of an earlier run."""
 
 import collections
 import contextlib
@@ -22,15 +22,18 @@ from convoy.data.image_io import center_crop_resize
 from convoy.data.packed_dataset import PackedDataset
 from convoy.data.pixel_shards import contiguous_ranges
 
-TRAIN, EXCLUDED = 0, -1  # sides; what is withheld is on none
-CHUNK = 2**24  # bytes of pixels at a time
+# Indices of splits; images that are in no split have `EXCLUDED`.
+TRAIN, EXCLUDED = 0, -1
+# Bytes of pixels that are resized at a time.
+CHUNK = 2**24
 INDEX = "index.npy"
+# A resized image in the cache: the pixel hash of the original, a hash of the resized pixels, and where these are.
 ENTRY = np.dtype(
     [
-        ("picture", np.uint64),  # what was fitted, by its hash
-        ("check", np.uint64),  # a hash of what came of it
+        ("picture", np.uint64),
+        ("check", np.uint64),
         ("side", np.int8),
-        ("row", np.int64),  # among the images of this side
+        ("row", np.int64),
     ]
 )
 Shape = tuple[int, int, int]  # height, width, channels
@@ -39,9 +42,20 @@ Shape = tuple[int, int, int]  # height, width, channels
 def write_resized(
     packed: PackedDataset, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: CacheDir
 ) -> ChannelMoments:
-    """Write (N, H, W, C) uint8 for each side, and return the sums over the training images.
+    """Resize images to a fixed size, reusing cached results.
 
-    As plain files, front to back: of a memory map all that was written would count as memory in use.
+    Each split is written as an array (N, H, W, C) uint8. The files are written sequentially, because everything written
+    to a memory map would count as memory in use.
+
+    Args:
+        packed: The data set with the images.
+        sides: The index of each image's file in `files`, or `EXCLUDED`.
+        shape: Height, width and channels of the resized images.
+        files: The `.npy` file to write for each split.
+        earlier: Cache of an earlier run. It is replaced by one for this run.
+
+    Returns:
+        The channel sums of the training images.
     """
     sums = ChannelMoments(shape[-1])
     folder = earlier.folder / fingerprint([images, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
@@ -66,7 +80,8 @@ def write_resized(
             sums.add(parts[TRAIN])
             index["check"][here] = checks
             bar.update(len(fitted))
-    if (packed.places[:, :3] != shape).any():  # else nothing was done that is worth keeping
+    # If all images have the right shape already, there is nothing worth caching.
+    if (packed.places[:, :3] != shape).any():
         index = index[index["side"] != EXCLUDED]
         index = index[index["picture"].argsort(kind="stable")]
         write_cache(folder, lambda folder: np.save(folder / INDEX, index))
@@ -74,16 +89,22 @@ def write_resized(
 
 
 class ResizeCache:
-    """What an earlier run fitted, found by the hash of the picture that it was fitted from."""
+    """Resized images of an earlier run, found by the pixel hash of the original image.
+
+    Args:
+        index: (N,) `ENTRY`, sorted by pixel hash.
+        files: Open files of the splits, each positioned at its first pixel.
+        shape: Height, width and channels of the resized images.
+    """
 
     def __init__(self, index: np.ndarray, files: Sequence[IO[bytes]], shape: Shape) -> None:
         self.index, self.files, self.shape = index, files, shape
         self.pictures = np.ascontiguousarray(index["picture"])
-        self.starts = [file.tell() for file in files]  # of the first pixels
+        self.starts = [file.tell() for file in files]
 
     @classmethod
     def load(cls, folder: Path, files: Sequence[Path], shape: Shape) -> "ResizeCache":
-        """What `write_resized` left in a folder and in files; nothing is known where they are missing."""
+        """Open the index in a folder and the files that `write_resized` wrote; the cache is empty if one is missing."""
         with contextlib.ExitStack() as stack:
             try:
                 opened = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
@@ -91,7 +112,8 @@ class ResizeCache:
                     np.lib.format.read_magic(file)
                     np.lib.format.read_array_header_1_0(file)
                 known = cls(np.load(folder / INDEX), opened, shape)
-            except (OSError, ValueError, EOFError):  # gone, or never whole
+            # The files are missing or incomplete.
+            except (OSError, ValueError, EOFError):
                 return cls(np.empty(0, ENTRY), [], shape)
             stack.pop_all()
             return known
@@ -101,7 +123,14 @@ class ResizeCache:
             file.close()
 
     def find(self, pictures: np.ndarray) -> list[tuple[np.ndarray, int] | None]:
-        """(N,) uint64 -> N times (H, W, C) uint8 and its check, or None where the disk has lost or spoiled it."""
+        """Look up images by their pixel hashes.
+
+        Args:
+            pictures: (N,) uint64 pixel hashes.
+
+        Returns:
+            For each hash the resized image (H, W, C) uint8 and its hash, or None if it is not cached or is damaged.
+        """
         if not len(self.index):
             return [None] * len(pictures)
         entries = self.index[np.minimum(self.pictures.searchsorted(pictures), len(self.index) - 1)]
@@ -122,11 +151,12 @@ class ResizeCache:
 def _fitted(
     packed: PackedDataset, pictures: np.ndarray, shape: Shape, known: ResizeCache
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All images in their order as (N, H, W, C) uint8, some at a time, and the check of each."""
+    """Yield chunks of all images in order, as resized pixels (N, H, W, C) uint8 and their (N,) uint64 hashes."""
     at = packed.places
     sizes = at[:, 0] * at[:, 1] * at[:, 2]
     step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
-    ahead: collections.deque[Future] = collections.deque()  # so that no more than these are in memory
+    # Only the chunks in this queue are in memory.
+    ahead: collections.deque[Future] = collections.deque()
     workers = cpu_count()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(at), step):
@@ -141,9 +171,21 @@ def _fitted(
 def _fit(
     packed: PackedDataset, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: ResizeCache
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, H, W, C) uint8 and (N,) checks, of the images at `at` (N, 4): height, width, channels, offset."""
+    """Read or resize a chunk of images.
+
+    Args:
+        packed: The data set with the images.
+        at: (N, 4) height, width, channels and offset of each image.
+        pictures: (N,) uint64 pixel hashes.
+        shape: Height, width and channels of the resized images.
+        known: Cache of resized images.
+
+    Returns:
+        Pixels (N, H, W, C) uint8 and their hashes (N,) uint64. The hashes are 0 if no image had to be resized.
+    """
     sizes = at[:, 0] * at[:, 1] * at[:, 2]
-    if (at[:, :3] == shape).all() and (at[1:, 3] == at[:-1, 3] + sizes[:-1]).all():  # nothing to fit, and no gaps
+    # If no image has to be resized and there are no gaps between them, one read is enough.
+    if (at[:, :3] == shape).all() and (at[1:, 3] == at[:-1, 3] + sizes[:-1]).all():
         pixels = packed.pixels.read(int(at[0, 3]), int(sizes.sum()))
         return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint64)
     found = known.find(pictures)

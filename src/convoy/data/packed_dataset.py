@@ -129,12 +129,12 @@ class PackedDataset:
 
     @functools.cached_property
     def table(self) -> pd.DataFrame:
-        """The complete table, which takes some hundred bytes of memory for each row."""
+        """Complete table, which takes some hundred bytes of memory for each row."""
         return pd.read_parquet(self.rows.file)
 
     @functools.cached_property
     def places(self) -> np.ndarray:
-        """(N, 4) int64: the height, width, channels and pixel offset of each image."""
+        """Height, width, channels and pixel offset of each image, as (N, 4) int64."""
         places, start = np.empty((len(self.rows), 4), np.int64), 0
         for piece in self.rows.pieces("height", "width", "channels", "offset"):
             places[start : start + len(piece)] = piece

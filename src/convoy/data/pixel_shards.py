@@ -1,4 +1,4 @@
-"""Shards: the pixels of all images, end to end, in files that stay as they are where their images do."""
+"""Pixel shards: the pixels of all images, end to end, in files that stay the same as long as their images do."""
 
 import dataclasses
 import itertools
@@ -11,41 +11,65 @@ from typing import IO
 import numpy as np
 import xxhash
 
-PIXELS, LIST = "pixels", "shards.json"  # the folder, and in it the name and the bytes of each shard, in their order
+# The folder of the shards, and the file in it with the name and size in bytes of each shard, in order.
+PIXELS, LIST = "pixels", "shards.json"
 ARRIVING = "arriving"
-# bytes of a shard, on average: of few images, most shards are untouched as others come; of many, there are few files
+# Average and largest size of a shard, in bytes. With small shards, most are unchanged when images are added; with large
+# ones, there are few files.
 MEAN, MOST = 2**24, 2**26
-RUN = 2**23  # bytes that are in memory at a time
-NEW = -1  # in place of an offset
+# Bytes that are in memory at a time.
+RUN = 2**23
+# Offset of an image whose pixels are not in an earlier version of the shards.
+NEW = -1
 
 
 class LostShard(Exception):
-    """What was there a moment ago is not there any more."""
+    """Error for pixels of an earlier run that disappear while they are being copied."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """One long row of bytes, which lies in several files. Nothing stays open, and nothing is in memory."""
+    """Sequence of bytes that is stored in several files, of which none stays open or in memory."""
 
     folder: Path
-    names: list[str]
-    ends: np.ndarray  # (S,) int64: where each of them ends in the row
+    names: list[str]  # S file names, in order
+    ends: np.ndarray  # (S,) int64, bytes; the offset at which each shard ends
 
     @classmethod
     def load(cls, folder: Path, listed: Path | None = None) -> "Shards":
-        """Those in a folder, by its own list or another. Raises OSError and ValueError where there is none."""
+        """Load the list of the shards in a folder.
+
+        Args:
+            folder: Folder of the shards.
+            listed: File with the list of shards, by default the one in `folder`.
+
+        Raises:
+            OSError: If there is no list.
+            ValueError: If the list is damaged or empty.
+        """
         names, sizes = zip(*json.loads((listed or folder / LIST).read_text()), strict=True)
         return cls(folder, list(names), np.cumsum(sizes, dtype=np.int64))
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) uint8, from `start` on; fewer where the disk has lost some. Raises OSError where a file is gone.
+        """Read bytes from the shards.
 
-        Not as a memory map, of which all that was read would count as memory in use.
+        The files are not memory-mapped, because everything read from a memory map would count as memory in use.
+
+        Args:
+            start: Offset of the first byte.
+            count: Number of bytes.
+
+        Returns:
+            (count,) uint8, or fewer if a file is shorter than it should be.
+
+        Raises:
+            OSError: If a file is missing.
         """
         stop, parts = start + count, []
         for shard in range(self._at(start), len(self.names)):
             begin, end = self._extent(shard)
-            here = max(min(stop, end) - start, 0)  # to NumPy -1 would mean all that there is
+            # A count of -1 would make NumPy read the rest of the file.
+            here = max(min(stop, end) - start, 0)
             parts.append(np.fromfile(self.folder / self.names[shard], np.uint8, here, offset=start - begin))
             start += here
             if start >= stop:
@@ -53,7 +77,7 @@ class Shards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def file_of(self, part: range) -> Path | None:
-        """The shard that is this part of the row, neither more nor less."""
+        """Return the file of the shard that contains exactly this range of bytes, None if there is none."""
         shard = self._at(part.start)
         return self.folder / self.names[shard] if self._extent(shard) == (part.start, part.stop) else None
 
@@ -65,10 +89,14 @@ class Shards:
 
 
 class ShardWriter:
-    """Writes shards into a new folder.
+    """Writer of shards into a new folder.
 
-    Which images come into one follows from the images themselves, and its name from those that are in it. So images
-    that are added, changed or taken away leave most shards as they were: they are linked from `earlier`.
+    The images themselves determine where a shard ends, and the images in a shard determine its name. So most shards
+    stay the same when images are added, changed or removed: these are hard-linked from `earlier`.
+
+    Args:
+        folder: Folder to create.
+        earlier: Shards of an earlier run, None if there are none.
     """
 
     def __init__(self, folder: Path, earlier: Shards | None) -> None:
@@ -79,14 +107,23 @@ class ShardWriter:
 
     def _begin(self) -> None:
         self.name, self.size = xxhash.xxh3_128(), 0
-        self.known = range(0)  # of `earlier`: with what this shard begins, as long as that is not written
+        # The range of bytes of `earlier` with which this shard begins, and which is not written yet.
+        self.known = range(0)
         self.file: IO[bytes] | None = None
 
     def write(self, pictures: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, pixels: bytes) -> None:
-        """Add N images: their hashes, their bytes, where they lie in `earlier`, and the `pixels` that are `NEW`."""
+        """Append N images.
+
+        Args:
+            pictures: (N,) uint64 pixel hashes.
+            sizes: (N,) sizes of the images, in bytes.
+            offsets: (N,) offsets of the images in `earlier`; `NEW` for those that are not there.
+            pixels: Pixels of the `NEW` images, end to end.
+        """
         new = offsets == NEW
         starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
-        last = pictures / 2.0**64 < sizes / MEAN  # of its shard: a hash is a number drawn for each image
+        # An image is the last of its shard with a probability of its size / `MEAN`; its hash is the random number.
+        last = pictures / 2.0**64 < sizes / MEAN
         begin = 0
         while begin < len(sizes):
             ends = np.flatnonzero(last[begin:] | (self.size + np.cumsum(sizes[begin:]) > MOST))
@@ -102,7 +139,7 @@ class ShardWriter:
             begin = end
 
     def _add(self, part: range, new: memoryview | None) -> None:
-        """Bytes that are new, or this part of `earlier`."""
+        """Append new bytes, or a range of bytes of `earlier` if `new` is None."""
         if new is not None:
             self._opened().write(new)
         elif self.file is None and (not self.known or self.known.stop == part.start):
@@ -127,7 +164,8 @@ class ShardWriter:
             count = min(RUN, part.stop - start)
             try:
                 read = self.earlier.read(start, count)
-            except OSError:  # it is gone
+            # A missing file is treated like one that is too short.
+            except OSError:
                 read = np.empty(0, np.uint8)
             if len(read) < count:
                 raise LostShard(f"{self.earlier.folder} was changed while it was gone on from: run this again")
@@ -143,21 +181,32 @@ class ShardWriter:
         self._begin()
 
     def _linked(self, shard: Path) -> bool:
-        """Whether it was there, and could be linked."""
+        """Hard-link the shard from `earlier`, and return whether it exists there and could be linked."""
         there = self.earlier.file_of(self.known) if self.earlier else None
         try:
             if there is None or there.name != shard.name or there.stat().st_size != self.size:
                 return False
             os.link(there, shard)
-        except FileExistsError:  # the same images once more
+        # An earlier shard of this folder has the same images.
+        except FileExistsError:
             return True
-        except OSError:  # not every file system can
+        # Not every file system supports hard links.
+        except OSError:
             return False
         return True
 
 
 def contiguous_ranges(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> Iterator[slice]:
-    """Of pieces, those of one kind that lie end to end, about `RUN` bytes together."""
+    """Group chunks that are of one kind and end to end into ranges of about `RUN` bytes.
+
+    Args:
+        starts: (N,) offsets of the chunks.
+        sizes: (N,) sizes of the chunks.
+        kinds: (N,) kinds of the chunks; by default, all are of one kind.
+
+    Returns:
+        Slices of the N chunks, in order.
+    """
     blocks = np.cumsum(sizes) // RUN
     apart = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
     if kinds is not None:

@@ -27,13 +27,13 @@ TRAIN, EXCLUDED = 0, -1
 # Bytes of pixels that are resized at a time.
 CHUNK = 2**24
 INDEX = "index.npy"
-# A resized image in the cache: the pixel hash of the original, a hash of the resized pixels, and where these are.
+# A resized image in the cache.
 ENTRY = np.dtype(
     [
-        ("picture", np.uint64),
-        ("check", np.uint64),
-        ("side", np.int8),
-        ("row", np.int64),
+        ("picture", np.uint64),  # pixel hash of the original image
+        ("check", np.uint64),  # hash of the resized pixels
+        ("side", np.int8),  # index of the split
+        ("row", np.int64),  # position among the images of the split
     ]
 )
 Shape = tuple[int, int, int]  # height, width, channels

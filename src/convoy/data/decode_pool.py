@@ -1,4 +1,4 @@
-"""Decoding: members of a source to pixels, side by side in processes that a broken image may crash or hold up."""
+"""Decode pool: decodes the samples of a source in parallel processes, which a broken image may crash or block."""
 
 import collections
 import contextlib
@@ -21,15 +21,24 @@ from convoy.data.cache import CacheDir
 from convoy.data.decode_worker import BATCH_BYTES, RECORD, Batch, decode_batch, init_worker
 from convoy.data.sources.base import Content, Sample, Source
 
-FIRST_BATCH, LARGEST_BATCH = 16, 512  # images; between them, as many as come to `BATCH_BYTES`
-THREADS = "OMP_NUM_THREADS"  # what tells OpenBLAS and MKL, when they are loaded
-PATIENCE = 60  # seconds for an image, and twice that for a batch
+# Number of images in the first and in the largest batch; other batches have about `BATCH_BYTES` of pixels.
+FIRST_BATCH, LARGEST_BATCH = 16, 512
+# Environment variable with the number of threads, which OpenBLAS and MKL read when they are loaded.
+THREADS = "OMP_NUM_THREADS"
+# Time limit for one image in seconds; a batch gets twice as much.
+PATIENCE = 60
 
 
 def decode_all(source: Source, longest_side: int, earlier: CacheDir) -> Iterator[tuple[list[Sample], Batch]]:
-    """The members of a source and what became of them, a batch at a time, in their order.
+    """Decode all samples of a source in parallel processes.
 
-    Images whose bytes are known from `earlier`, which `keep` wrote, are not decoded again.
+    Args:
+        source: The source of the samples.
+        longest_side: Larger images are reduced to this many pixels on their longest side.
+        earlier: Cache that `decode_worker.keep` wrote. Images whose bytes it contains are not decoded again.
+
+    Yields:
+        Batches of samples and their results, in the order of the source.
     """
     workers = cpu_count()
     judging = functools.partial(decode_batch, longest_side=longest_side, earlier=earlier)
@@ -59,20 +68,25 @@ def _pool(workers: int) -> Iterator[ProcessPool]:
 
 
 def get_ready() -> BaseContext:
-    """How the processes are made that decode: as copies of one that is started here and imports what they need.
+    """Start the server process from which the decode workers are forked.
 
-    They share no lock, file or thread with this process. To call it early saves the time of the imports.
+    The server imports what the workers need, and shares no lock, file or thread with this process. Calling this
+    function early hides the time of the imports.
+
+    Returns:
+        The multiprocessing context of the workers.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([decode_batch.__module__, ProcessPool.__module__])
-    with _threads("1"):  # those of NumPy would only wait for each other
+    # More NumPy threads per worker would only wait for each other.
+    with _threads("1"):
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
 def _threads(number: str) -> Iterator[None]:
-    """In processes that start meanwhile."""
+    """Set the number of threads of processes that start while the context is active."""
     before = os.environ.get(THREADS)
     os.environ[THREADS] = number
     try:
@@ -85,9 +99,9 @@ def _threads(number: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """Processes that start meanwhile do not import the main module anew, with pandas and all else that it brings in.
+    """Prevent processes that start in this context from importing the main module, and with it pandas and others.
 
-    To import what judging needs took 0.3 s, and all that the intake needs 1.0 s.
+    Importing what decoding needs took 0.3 s, and everything that ingesting needs 1.0 s.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -98,7 +112,10 @@ def _without_main() -> Iterator[None]:
 
 
 def _taken(members: Iterator[Sample], most: int) -> list[Sample]:
-    """The next of them, but no more in memory than one above `BATCH_BYTES`: small images may come before large ones."""
+    """Take the next samples, at most `most`, and stop once those in memory have `BATCH_BYTES`.
+
+    Without this limit, large images that follow small ones would make a batch too large.
+    """
     taken, size = [], 0
     for member in itertools.islice(members, most):
         taken.append(member)
@@ -113,7 +130,10 @@ def _taken(members: Iterator[Sample], most: int) -> list[Sample]:
 
 
 def _next_size(members: list[Sample], batch: Batch) -> int:
-    """So many images that their pixels come to `BATCH_BYTES`: a task costs time, and what is under way memory."""
+    """Return the number of images whose pixels have about `BATCH_BYTES`.
+
+    Small batches cost time because each is a task of its own, and large ones cost memory.
+    """
     return int(np.clip(BATCH_BYTES * len(members) // (batch.sizes.sum() + 1), 4, LARGEST_BATCH))
 
 
@@ -128,7 +148,8 @@ def _outcomes(
             if members:
                 rest = [member.content for member in members]
                 whole = pool.schedule(judging, [rest], timeout=2 * PATIENCE)
-        except (ProcessExpired, TimeoutError):  # each by itself shows which of them it was
+        # Decoding each image by itself shows which of them is broken.
+        except (ProcessExpired, TimeoutError):
             for member in members:
                 yield [member], _alone(pool, judging, member.content)
             return

@@ -1,4 +1,7 @@
-"""Judging: images read, hashed and decoded, in a process of its own that needs nothing else, as imports take time."""
+"""Decode worker: reads, hashes and decodes images in a separate process.
+
+The module imports only what the worker needs, because imports take time.
+"""
 
 import dataclasses
 import functools
@@ -29,50 +32,57 @@ if TYPE_CHECKING:
 
     from convoy.data.sources.base import Content
 
-BATCH_BYTES = 2**23  # of pixels and of files
-MAX_BYTES = 256 << 20  # of one file: what is larger is not taken into memory
+# Target size of a batch, in bytes of pixels and of files.
+BATCH_BYTES = 2**23
+# Larger files are rejected, in bytes, and not read into memory.
+MAX_BYTES = 256 << 20
 TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
 
-# what is known of an image
+# The facts about an image that are kept for later runs.
 RECORD = np.dtype(
     [
-        ("sha256", "V32"),  # of the file, or of the shape and pixels where there is none
-        ("stamp", "V16"),  # a hash of the file's path, size and times; zeros where it may change unseen
-        ("picture", np.uint64),  # a hash of the shape and the pixels
-        ("phash", np.uint64),  # perceptual
+        ("sha256", "V32"),  # checksum of the file, or of the shape and pixels if there is no file
+        ("stamp", "V16"),  # hash of the file's path, size and times; zeros if changes could go unnoticed
+        ("picture", np.uint64),  # hash of the shape and the pixels
+        ("phash", np.uint64),  # perceptual hash
         ("source_height", np.int32),  # pixels, in the file
-        ("source_width", np.int32),
-        ("height", np.int32),  # as kept
-        ("width", np.int32),
+        ("source_width", np.int32),  # pixels, in the file
+        ("height", np.int32),  # pixels, as stored
+        ("width", np.int32),  # pixels, as stored
         ("channels", np.int32),
-        ("offset", np.int64),  # of the first of its pixels
+        ("offset", np.int64),  # bytes; offset of the image's pixels
     ]
 )
 UNSTAMPED = bytes(16)
-TIMES = struct.Struct("<3qQ")  # and size and number of a file
-SETTLED = 3_000_000_000  # ns after which another change to a file gives it another time, on any file system
-NOTHING = -1  # in place of an open file
-PIECE = 2**13  # records that are in memory at a time
-RECORDS, INDEX = "records.bin", "index.npy"  # what `keep` leaves beside a list of shards
+# Size, modification time, change time and inode number of a file.
+TIMES = struct.Struct("<3qQ")
+# Time in ns after which another change to a file gives it another time stamp, on any file system.
+SETTLED = 3_000_000_000
+# File descriptor of a cache without files.
+NOTHING = -1
+# Records that are in memory at a time.
+PIECE = 2**13
+# The files that `keep` writes beside a list of shards.
+RECORDS, INDEX = "records.bin", "index.npy"
 
 
 def decoding_fingerprint(longest_side: int) -> str:
-    """What stands for all that decides what a file is decoded to."""
+    """Hash everything that determines the decoded pixels of a file: code, libraries and settings."""
     libraries = ["numpy", "pillow", "simplejpeg", "xxhash"]
     return fingerprint([image_io, near_duplicates, pixel_shards, sys.modules[__name__]], libraries, longest_side)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What became of images, in their order."""
+    """Result of decoding a batch of images, in their order."""
 
-    faults: list[str]  # why an image can't be used; "" where it can
-    records: np.ndarray  # of those that can; their offsets are in what an earlier run left, or `NEW`
-    pixels: bytes  # of those that are new, end to end
+    faults: list[str]  # the reason why each image can't be used; "" for valid images
+    records: np.ndarray  # (N,) `RECORD` of the valid images, with offsets in an earlier run's pixels or `NEW`
+    pixels: bytes  # pixels of the `NEW` images, end to end
 
     @property
     def sizes(self) -> np.ndarray:
-        """(N,): the bytes of each image's pixels."""
+        """Size of each valid image's pixels in bytes, as (N,) int64."""
         return _sizes(self.records)
 
 
@@ -81,22 +91,33 @@ def _sizes(records: np.ndarray) -> np.ndarray:
 
 
 def init_worker() -> None:
-    """In a process that does nothing but judge."""
+    """Set up a process that only decodes images."""
     keep_memory()
-    gc.freeze()  # what was imported stays
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its complaints there; Pillow's errors tell enough
+    # Imported modules stay until the process ends, so the garbage collector need not scan them.
+    gc.freeze()
+    # Silence stderr, where libtiff writes its warnings; Pillow's errors are sufficient.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def decode_batch(contents: list["Content"], longest_side: int, earlier: CacheDir) -> Batch:
-    """Read, hash and decode images: all of them, or the first whose new pixels come to four times `BATCH_BYTES`.
+    """Read, hash and decode images.
 
-    A file is not read again that has the size and the times with which an earlier run read it.
+    A file whose size and times are the same as when an earlier run read it is not read again.
+
+    Args:
+        contents: The images: paths, bytes of files, pixels, or errors.
+        longest_side: Larger images are reduced to this many pixels on their longest side.
+        earlier: Cache of an earlier run.
+
+    Returns:
+        The result for all images, or only for the first ones if their new pixels exceed four times `BATCH_BYTES`.
     """
     known = _known(earlier)
     faults, records, new = [""] * len(contents), np.zeros(len(contents), RECORD), {}
     places, told = known.find([_name(content) for content in contents] if known else [])
     records[places] = told
-    count = 0  # bytes of pixels
+    # Bytes of new pixels.
+    count = 0
     for place in sorted({*range(len(contents))}.difference(places.tolist())):
         if count > 4 * BATCH_BYTES:
             del faults[place:]
@@ -105,7 +126,8 @@ def decode_batch(contents: list["Content"], longest_side: int, earlier: CacheDir
             data, stamp = _read(contents[place])
             sha256 = _digest(data)
             _, told = known.find([sha256])
-            if len(told):  # it is in another place by now
+            # The image is known, but its file was moved or touched.
+            if len(told):
                 records[place] = told[0]
                 records[place]["stamp"] = stamp
             else:
@@ -123,17 +145,19 @@ def decode_batch(contents: list["Content"], longest_side: int, earlier: CacheDir
 
 
 def _name(content: "Content") -> bytes:
-    """By which an earlier run may know an image without its being read: the stamp of a file, the sha256 of all else."""
+    """Return the key by which the cache finds an image without reading it: a file's stamp, or the sha256."""
     try:
         if isinstance(content, str):
-            return _stamp(content, os.stat(content))  # noqa: PTH116 a third
-    except OSError:  # which to read it will tell
+            # `os.stat` takes a third of the time of `Path.stat`.
+            return _stamp(content, os.stat(content))  # noqa: PTH116
+    # Reading the file will report the error.
+    except OSError:
         return UNSTAMPED
     return UNSTAMPED if isinstance(content, InvalidImageError) else _digest(content)
 
 
 def _stamp(path: str, told: os.stat_result) -> bytes:
-    """What changes as soon as the file does; `UNSTAMPED` where it may just be changing."""
+    """Return a hash that changes when the file does, `UNSTAMPED` if the file has changed just now."""
     modified, changed = told.st_mtime_ns, told.st_ctime_ns
     if time.time_ns() - max(modified, changed) < SETTLED:
         return UNSTAMPED
@@ -141,13 +165,14 @@ def _stamp(path: str, told: os.stat_result) -> bytes:
 
 
 def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
-    """An image as it came, and the stamp of its file."""
+    """Read an image, and return its bytes or pixels and the stamp of its file."""
     if isinstance(content, InvalidImageError):
         raise content
     if not isinstance(content, str):
         return content, UNSTAMPED
     try:
-        file = os.open(content, os.O_RDONLY)  # which costs half of what `open` does, and that counts for small files
+        # `os.open` takes half of the time of `open`, which matters for small files.
+        file = os.open(content, os.O_RDONLY)
         try:
             told = os.fstat(file)
             if told.st_size > MAX_BYTES:
@@ -160,7 +185,7 @@ def _read(content: "Content") -> tuple[bytes | np.ndarray, bytes]:
 
 
 def _read_whole(file: int, size: int) -> bytes:
-    """A file's bytes, or as many as there are: one read may give fewer."""
+    """Read `size` bytes of a file, or fewer if it ends early; a single read may return fewer bytes."""
     parts, left = [], size
     while left and (part := os.read(file, left)):
         parts.append(part)
@@ -177,7 +202,7 @@ def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:
 
 
 def _digest(data: bytes | np.ndarray) -> bytes:
-    """sha256, of an image (H, W, C) with its shape."""
+    """Return the sha256 of the bytes of a file, or of the shape and pixels of an image (H, W, C)."""
     if isinstance(data, bytes):
         return hashlib.sha256(data).digest()
     height, width, channels = data.shape
@@ -187,32 +212,48 @@ def _digest(data: bytes | np.ndarray) -> bytes:
 
 
 class DecodeCache:
-    """What an earlier run decoded, found by the sha256 or the stamp of a file."""
+    """Decoded images of an earlier run, found by the sha256 or the stamp of a file.
+
+    Args:
+        index: (2, M) uint64: the first eight bytes of each sha256 and stamp, sorted, and the rows of their records.
+        descriptor: File descriptor of the records, `NOTHING` if there are none.
+        pixels: Shards with the pixels of the images.
+    """
 
     def __init__(self, index: np.ndarray, descriptor: int, pixels: Shards | None) -> None:
-        self.starts, self.rows = np.asarray(index)  # (2, names)
-        self.descriptor, self.pixels = descriptor, pixels  # of the records' file, and what they tell of
+        self.starts, self.rows = np.asarray(index)
+        self.descriptor, self.pixels = descriptor, pixels
 
     @classmethod
     def load(cls, earlier: CacheDir) -> "DecodeCache":
-        """What `keep` wrote, and the shards that were published then; nothing is known where it is missing."""
+        """Open what `keep` wrote and the shards published with it; the cache is empty if either is missing."""
         try:
-            index = np.load(earlier.folder / INDEX, mmap_mode="r")  # which the processes share
+            # The processes share the memory map.
+            index = np.load(earlier.folder / INDEX, mmap_mode="r")
             pixels = Shards.load(earlier.output / PIXELS, earlier.folder / LIST)
             return cls(index, os.open(earlier.folder / RECORDS, os.O_RDONLY), pixels)
-        except (OSError, ValueError, EOFError, TypeError):  # gone, or never whole
+        # The files are missing or incomplete.
+        except (OSError, ValueError, EOFError, TypeError):
             return cls(np.empty((2, 0), np.uint64), NOTHING, None)
 
     def __bool__(self) -> bool:
         return len(self.starts) > 0
 
     def find(self, names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the files with these sha256s or stamps are there, pixels and all, and their records."""
+        """Look up images by the sha256 or stamp of their files.
+
+        Args:
+            names: The sha256 or stamp of each image.
+
+        Returns:
+            The indices in `names` of the images that are cached with undamaged pixels, and their records.
+        """
         if not self:
             return np.empty(0, np.int64), np.empty(0, RECORD)
         starts = np.frombuffer(b"".join([name[:8] for name in names]), np.uint64)
         at = np.minimum(self.starts.searchsorted(starts), len(self.starts) - 1)
-        places = np.flatnonzero((self.starts[at] == starts) & (starts != 0))  # which those of `UNSTAMPED` are
+        # `UNSTAMPED` begins with zeros, and is never found.
+        places = np.flatnonzero((self.starts[at] == starts) & (starts != 0))
         rows = self.rows[at[places]].astype(np.int64)
         records = np.zeros(len(rows), RECORD)
         for some in contiguous_ranges(rows, np.ones_like(rows)):
@@ -223,7 +264,7 @@ class DecodeCache:
         return places[same], records[same]
 
     def _whole(self, records: np.ndarray) -> np.ndarray:
-        """(N,): whether the pixels are still those that they were: a disk may forget."""
+        """Check for each record whether its pixels on disk are complete and undamaged."""
         whole = np.zeros(len(records), bool)
         sizes = _sizes(records)
         shapes = zip(*(records[name].tolist() for name in ("picture", "height", "width", "channels")), strict=True)
@@ -239,7 +280,8 @@ class DecodeCache:
         assert self.pixels is not None
         try:
             return self.pixels.read(offset, count)
-        except OSError:  # it is gone
+        # A missing file is treated like one that is too short.
+        except OSError:
             return np.empty(0, np.uint8)
 
     def close(self) -> None:
@@ -249,17 +291,23 @@ class DecodeCache:
 
 @functools.cache
 def _known(earlier: CacheDir) -> DecodeCache:
-    """For as long as the process lives."""
+    """Open the cache once per process."""
     return DecodeCache.load(earlier)
 
 
 def _picture(pixels: "ReadableBuffer", height: int, width: int, channels: int) -> int:
-    """A hash of the shape and the pixels, in a thirtieth of the time of sha256."""
+    """Hash the shape and the pixels of an image, in a thirtieth of the time of sha256."""
     return xxhash.xxh3_64_intdigest(pixels, seed=height << 34 | width << 2 | channels)
 
 
 def keep(records: Path, pixels: Path, folder: Path) -> None:
-    """Leave in `folder` what is known of the images in the shards in `pixels`. `records` is taken from where it is."""
+    """Write the decode cache of a run.
+
+    Args:
+        records: File with the `RECORD` of each image. It is moved into the cache.
+        pixels: Folder of the shards with the pixels of the images.
+        folder: Folder of the cache to write.
+    """
 
     def describe(folder: Path) -> None:
         np.save(folder / INDEX, _index(records))
@@ -271,7 +319,7 @@ def keep(records: Path, pixels: Path, folder: Path) -> None:
 
 
 def _index(records: Path) -> np.ndarray:
-    """(2, names) uint64: the first eight bytes of each sha256 and stamp, in order, and the rows that have them."""
+    """Return the (2, M) uint64 index: the first eight bytes of each sha256 and stamp, sorted, and their row numbers."""
     count = records.stat().st_size // RECORD.itemsize
     index = np.empty((2, 2 * count), np.uint64)
     for start in range(0, count, PIECE):

@@ -1,4 +1,4 @@
-"""The data card: what is in the data, in words and pictures."""
+"""Data card: a Markdown description of a data set, with tables, plots and sample images."""
 
 import contextlib
 import math
@@ -20,42 +20,54 @@ from convoy.fonts import font_families, missing_letters
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALL = 200  # classes; of more than these, only so many of the largest and of the smallest are shown:
+# If there are more than `ALL` classes, only the `EXTREMES` largest and the `EXTREMES` smallest are shown.
+ALL = 200
 EXTREMES = 50
-SHORT = 20  # rows; a longer table of classes stands at the end of the card
-LONG = 4  # times as long as wide: an image that is longer is cut to it where it is shown
-LISTED = 50  # rows of a list in the card; the stage writes the whole list as a CSV file beside it
-SHEET = 20  # classes on one contact sheet
-ACROSS = 10  # images of a class on it
-PAIRS = 12  # near duplicates in a picture
-LONGEST = 80  # characters of a name in the card; the middle of a longer one is left out
+# A table of classes with more rows is at the end of the card.
+SHORT = 20
+# Images with a larger aspect ratio are cropped to it where they are shown.
+LONG = 4
+# Rows of a list in the card; the stage writes the complete list to a CSV file beside it.
+LISTED = 50
+# Classes on one contact sheet.
+SHEET = 20
+# Images of each class on a contact sheet.
+ACROSS = 10
+# Pairs of near-duplicates in one plot.
+PAIRS = 12
+# Characters of a name in the card; the middle of a longer one is left out.
+LONGEST = 80
 
-WIDTH = 860  # pixels, what a page on GitHub shows without shrinking it
+# Width of a plot in pixels, which a page on GitHub shows without shrinking it.
+WIDTH = 860
+# Pixels per inch.
 DPI = 100
 INK, PALE, BACKDROP = "#24292f", "#6e7781", (240, 242, 244)
 COLOURS = {"train": "#4c78a8", "val": "#f2b56b", "test": "#6bb3a6", "no split": "#9fb3c8", "images": "#4c78a8"}
 
-Images = Callable[[int], np.ndarray]  # number of a row -> (H, W, 1 or 3) uint8
+# Function from a row number to an image (H, W, 1 or 3) uint8.
+Images = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class FetchSummary:
-    """What fetch found."""
+    """Result of the fetch stage, as shown in its card."""
 
     name: str
-    classes: list[str]  # K names, of which some may have no image (any more)
-    table: pd.DataFrame  # of images: path, label, split ("", train, val or test, as the source gives it), group,
-    # height, width, channels (as stored), source_height, source_width (as found)
+    classes: list[str]  # K names; some classes may have no images (any more)
+    # A row for each image: path, label, split ("", train, val or test, as the source gives it), group, height, width,
+    # channels (as stored), source_height, source_width (as found).
+    table: pd.DataFrame
     images: Images
     quarantine: pd.DataFrame  # path, label, reason
-    merged: pd.DataFrame  # path, kept: an exact copy, and the path of the image that stands for it
-    changes: list[str]  # sentences: what is new since the last version of the data; [] where this is the first
+    merged: pd.DataFrame  # path, kept: an exact copy, and the path of the image that is kept instead
+    changes: list[str]  # sentences: the changes since the last version of the data; [] for the first version
     notes: list[str]  # sentences
 
 
 @contextlib.contextmanager
 def _plain_style() -> Iterator[None]:
-    """As matplotlib comes, and not as this user has set it: the pictures are part of an output."""
+    """Use matplotlib's default style instead of the user's, because the plots are part of a stage's output."""
     from matplotlib import style
 
     with style.context("default"):
@@ -64,7 +76,14 @@ def _plain_style() -> Iterator[None]:
 
 @_plain_style()
 def write_fetch_card(found: FetchSummary, folder: Path) -> None:
-    """Write `card.md` and its pictures. The lists that it cuts short are in `quarantine.csv` and `merged.csv`."""
+    """Write `card.md` of the fetch stage, and its plots.
+
+    Where the card truncates a list, it refers to `quarantine.csv` or `merged.csv`.
+
+    Args:
+        found: Result of the fetch stage.
+        folder: Folder to write to.
+    """
     table, labels = found.table, _labels(found.table)
     counts = _counts(table, found.classes)
     headline = {
@@ -91,7 +110,7 @@ def write_fetch_card(found: FetchSummary, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What preprocess made."""
+    """Result of the preprocess stage, as shown in its card."""
 
     name: str
     classes: list[str]  # K names
@@ -99,19 +118,26 @@ class PreprocessSummary:
     channels: int  # 1 grey or 3 RGB
     mean: list[float]  # of each channel, in [0, 1]
     std: list[float]  # of each channel, in (0, 1]
-    table: pd.DataFrame  # of images, in the order of the arrays: path, label, split
-    images: Images  # as the networks see them: (size, size, channels)
-    found: Callable[[str], np.ndarray]  # path -> (H, W, 1 or 3) uint8, of any image that is near another
-    near: pd.DataFrame  # pairs that are nearly equal: path, other, label, other_label; those under two labels first
-    pairs: int  # in all, of which `near` may list only the first
-    doubtful: int  # those under two labels
-    withheld: pd.DataFrame  # path, label, reason: left out because it nearly equals an image that judges
+    table: pd.DataFrame  # path, label, split; a row for each image, in the order of the arrays
+    images: Images  # (size, size, channels) uint8; the inputs of the networks
+    found: Callable[[str], np.ndarray]  # path -> (H, W, 1 or 3) uint8, for any image that has a near-duplicate
+    near: pd.DataFrame  # path, other, label, other_label: near-duplicates; pairs with two different labels first
+    pairs: int  # number of pairs in total, of which `near` may list only the first
+    doubtful: int  # number of pairs with two different labels
+    withheld: pd.DataFrame  # path, label, reason: images excluded because they would leak between splits
     notes: list[str]  # sentences
 
 
 @_plain_style()
 def write_preprocess_card(prepared: PreprocessSummary, folder: Path) -> None:
-    """Write `card.md` and its pictures. The lists that it cuts short are in `near.csv` and `withheld.csv`."""
+    """Write `card.md` of the preprocess stage, and its plots.
+
+    Where the card truncates a list, it refers to `near.csv` or `withheld.csv`.
+
+    Args:
+        prepared: Result of the preprocess stage.
+        folder: Folder to write to.
+    """
     table, labels = prepared.table, _labels(prepared.table)
     counts = _counts(table, prepared.classes)
     headline = {
@@ -143,18 +169,22 @@ def write_preprocess_card(prepared: PreprocessSummary, folder: Path) -> None:
     _write(f"{_text(prepared.name)}: the images as prepared", sections, folder)
 
 
-# Words
+# Sections
 
 
 def _write(title: str, sections: Sequence[tuple[str, str]], folder: Path) -> None:
-    """The sections that are not empty, each under its heading."""
+    """Write the sections that are not empty to `card.md`, each under its heading."""
     written = [f"## {heading}\n\n{body}" if heading else body for heading, body in sections if body]
     text = _paragraphs(f"# {title}", *written) + "\n"
     (folder / "card.md").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _balance(counts: pd.Series) -> str:
-    """How unequal the classes are, in a sentence or two. `counts`: of images, by class, the largest first."""
+    """Describe the class balance in a few sentences.
+
+    Args:
+        counts: Number of images by class, the largest first.
+    """
     some = counts[counts > 0]
     if some.empty:
         return ""
@@ -177,7 +207,7 @@ def _balance(counts: pd.Series) -> str:
 
 
 def _class_bars(counts: pd.DataFrame, folder: Path) -> str:
-    """Bars, the largest class first, and the numbers where they are few."""
+    """Draw a bar chart of the classes, the largest first, and add a table if there are few of them."""
     shown = counts.loc[_shown(counts)]
     said = ""
     if len(shown) < len(counts):
@@ -211,7 +241,7 @@ def _measures(prepared: PreprocessSummary) -> str:
 
 
 def _sizes(table: pd.DataFrame, folder: Path) -> str:
-    """Sizes as found, what was made smaller, and the share of grey images."""
+    """Describe the sizes as found, the images that were reduced, and the fraction of grey images."""
     if table.empty:
         return ""
     sizes = table[["source_width", "source_height"]].value_counts().sort_index().reset_index(name="images")
@@ -245,14 +275,15 @@ def _sizes(table: pd.DataFrame, folder: Path) -> str:
 def _contact_sheets(
     chosen: Sequence[str], classes: Sequence[str], labels: Mapping[str, np.ndarray], images: Images, folder: Path
 ) -> str:
-    """A row of images for each chosen class that has any, in the order of `classes`."""
+    """Draw a row of images for each chosen class that has any, in the order of `classes`."""
     rows = {label: labels[label] for label in classes if label in set(chosen) and label in labels}
     if not rows:
         return ""
     of = "each class" if len(rows) == len(classes) else f"{len(rows):,} of the {len(classes):,} classes"
     said = [f"A row for {of}: up to {ACROSS} of its images, spread evenly over all of them."]
     names = list(rows)
-    margin = 30 + 7 * max(_columns(_line(label, 22)) for label in names)  # pixels, for the names
+    # Width of the class names, in pixels.
+    margin = 30 + 7 * max(_columns(_line(label, 22)) for label in names)
     for number, start in enumerate(range(0, len(names), SHEET), start=1):
         part = names[start : start + SHEET]
         _draw_contact_sheet({label: rows[label] for label in part}, images, margin, folder / f"contact_{number}.png")
@@ -292,7 +323,7 @@ def _withheld(withheld: pd.DataFrame) -> str:
 
 
 def _near(near: pd.DataFrame, count: int, listed: int, prepared: PreprocessSummary, picture: Path) -> str:
-    """Some of the pairs, `count` in all, side by side, and a list that begins with these."""
+    """Draw some of the `count` near-duplicates side by side, and list them first in a table of pairs."""
     if near.empty:
         return ""
     near = near.reset_index(drop=True)
@@ -312,18 +343,24 @@ def _near(near: pd.DataFrame, count: int, listed: int, prepared: PreprocessSumma
 
 
 def _listed(table: pd.DataFrame, file: str, of: int = 0) -> str:
-    """The first rows, `of` so many (by default: as the table has); the others are in `file`."""
+    """Format the first rows of a table, and refer to `file` for the rest.
+
+    Args:
+        table: The rows.
+        file: Name of the file with all rows.
+        of: Total number of rows, if `table` does not contain all of them.
+    """
     shown, of = table.head(LISTED), of or len(table)
     return _paragraphs(f"{len(shown)} of {of:,}; more are in {file}:" if len(shown) < of else "", _table(shown))
 
 
 def _labels(table: pd.DataFrame) -> Mapping[str, np.ndarray]:
-    """For each label the positions of its rows."""
+    """Return the row positions of each label."""
     return {str(label): np.asarray(rows) for label, rows in table.groupby("label", observed=True).indices.items()}
 
 
 def _counts(table: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
-    """Images of each class, the largest first: a column for each split there is, and "images" for all of them."""
+    """Count the images of each class, the largest first, with a column for each split and "images" for the total."""
     counts = table.groupby(["label", "split"], observed=True).size().unstack(fill_value=0)
     counts = counts.set_axis(counts.columns.astype(str), axis=1).rename(columns={"": "no split"})
     counts = counts.set_axis(counts.index.astype(str)).reindex(classes, fill_value=0)
@@ -339,7 +376,7 @@ def _shown(counts: pd.DataFrame) -> list[str]:
 
 
 def _spread(items: Sequence[Any] | np.ndarray, most: int) -> list[Any]:
-    """At most so many of the items, evenly from the first to the last."""
+    """Select at most `most` items, evenly spaced from the first to the last."""
     positions = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[position] for position in positions]
 
@@ -357,14 +394,14 @@ def _bullets(sentences: Sequence[str]) -> str:
 
 
 def _table(table: pd.DataFrame) -> str:
-    """Numbers to the right, with separators; anything else as text."""
+    """Format a table as Markdown, with numbers right-aligned and with thousands separators."""
     numeric = {column: pd.api.types.is_numeric_dtype(values) for column, values in table.items()}
     cells = {
         column: [_number(value, str(column)) if numeric[column] else _text(value) for value in values]
         for column, values in table.items()
     }
     align = ["right" if right else "left" for right in numeric.values()]
-    # without disable_numparse a class called 007 would become 7
+    # Without disable_numparse, a class called 007 would become 7.
     return pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
@@ -377,19 +414,21 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _name(label: str) -> str:
-    """A label, as part of a sentence."""
+    """Format a label as part of a sentence."""
     return f"'{_text(label)}'"
 
 
 def _text(value: object, longest: int = LONGEST) -> str:
-    """Any text, on one line and as it is: nothing in it is taken for Markdown, HTML or a formula."""
-    special = r"[&<>|`*\[\]~$\\#]|(?<![^\W_])_|_(?![^\W_])"  # an underscore inside a word is itself
+    """Format any value as one line of text in which nothing is interpreted as Markdown, HTML or a formula."""
+    # Underscores inside a word need no escape.
+    special = r"[&<>|`*\[\]~$\\#]|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(special, lambda found: f"&#{ord(found[0])};", _line(value, longest))
 
 
 def _line(value: object, longest: int) -> str:
-    """On one line: what does not print is spelled out (\\n), and the middle of a long text is left out."""
-    joiners = "\u200c\u200d"  # inside words of some scripts, and inside emoji
+    """Format a value as one line, with unprintable characters escaped (\\n) and the middle of long texts left out."""
+    # Zero-width characters inside words of some scripts, and inside emoji.
+    joiners = "\u200c\u200d"
     text = "".join(
         letter if letter.isprintable() or letter in joiners else letter.encode("unicode_escape").decode()
         for letter in str(value)
@@ -399,20 +438,21 @@ def _line(value: object, longest: int) -> str:
 
 
 def _columns(text: str) -> int:
-    """Its width, in columns of a terminal."""
+    """Return the width of a text in columns of a terminal."""
     return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
 
 
-# Pictures
+# Plots
 
 
 def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
-    """A bar for each class, of one piece for each split; many classes stand in several columns."""
+    """Draw a bar for each class, stacked by split, with many classes in several columns."""
     columns = math.ceil(len(counts) / EXTREMES)
     rows = math.ceil(len(counts) / columns)
     parts = [split for split in counts if split != "images"] or ["images"]
     usual, end = counts["images"].median(), max(1, counts["images"].max())
-    if end > 20 * usual > 0:  # of all other classes one would see nothing
+    # Cut very long bars, because all others would be invisible beside them.
+    if end > 20 * usual > 0:
         end = 5 * usual
     edge = 1.02 * end
     figure = _figure(WIDTH, 70 + 20 * max(rows, 3))
@@ -444,7 +484,12 @@ def _draw_bars(counts: pd.DataFrame, file: Path) -> None:
 
 
 def _draw_sizes(sizes: pd.DataFrame, file: Path) -> None:
-    """How often each size occurs, on logarithmic axes. `sizes`: source_width, source_height, images."""
+    """Draw a histogram of the image sizes on logarithmic axes.
+
+    Args:
+        sizes: Columns source_width and source_height (pixels), and images (number of images of this size).
+        file: File to write.
+    """
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     sides = sizes[["source_width", "source_height"]].to_numpy()
@@ -452,7 +497,8 @@ def _draw_sizes(sizes: pd.DataFrame, file: Path) -> None:
     powers = [2**power for power in range(lowest, highest + 1)]
     figure = _figure(WIDTH // 2, WIDTH // 2)
     axes = figure.subplots()
-    axes.plot(powers, powers, color="#d0d7de", linewidth=1, zorder=0)  # the squares
+    # Square images are on the diagonal.
+    axes.plot(powers, powers, color="#d0d7de", linewidth=1, zorder=0)
     axes.hist2d(
         sides[:, 0],
         sides[:, 1],
@@ -476,7 +522,14 @@ def _draw_sizes(sizes: pd.DataFrame, file: Path) -> None:
 
 
 def _draw_contact_sheet(rows: Mapping[str, np.ndarray], images: Images, margin: int, file: Path) -> None:
-    """A line for each class: its name and number of images, then some of these. `rows`: positions, by class."""
+    """Draw a row for each class, with its name, its number of images and some of them.
+
+    Args:
+        rows: Positions of the images of each class.
+        images: Function from a position to an image.
+        margin: Width of the names, in pixels.
+        file: File to write.
+    """
     side, gap = 64, 3
     canvas = np.full((len(rows) * (side + gap) - gap, margin + ACROSS * (side + gap) - gap, 3), 255, np.uint8)
     figure = _figure(canvas.shape[1], canvas.shape[0], layout=None)
@@ -492,7 +545,7 @@ def _draw_contact_sheet(rows: Mapping[str, np.ndarray], images: Images, margin: 
 
 
 def _draw_pairs(pairs: Sequence[tuple[np.ndarray, ...]], names: Sequence[str], file: Path) -> None:
-    """Two images side by side for each pair, and its number and name below."""
+    """Draw the two images of each pair side by side, with the number and name of the pair below."""
     across, side, gap, below, between = 4, 96, 3, 32, 21
     width, height = 2 * side + gap + between, side + below
     lines = math.ceil(len(pairs) / across)
@@ -509,9 +562,10 @@ def _draw_pairs(pairs: Sequence[tuple[np.ndarray, ...]], names: Sequence[str], f
 
 
 def _tile(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 1 or 3) -> (side, side, 3): a small image enlarged so that one sees its pixels, a large one reduced.
+    """Fit an image (H, W, 1 or 3) uint8 into a tile (side, side, 3) uint8.
 
-    Of a very long one, which would be a line, the middle.
+    Small images are enlarged by an integer factor so that their pixels are visible, and large ones are reduced. Very
+    long ones are cropped to their middle, because they would be only a line.
     """
     image = as_image(pixels).convert("RGB")
     longest = LONG * min(image.size)
@@ -523,34 +577,36 @@ def _tile(pixels: np.ndarray, side: int) -> np.ndarray:
         image = ImageOps.scale(image, side // max(image.size), Image.Resampling.NEAREST)
     tile = Image.new("RGB", (side, side), BACKDROP)
     tile.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(tile.point([level // 8 * 255 // 31 for level in range(256)] * 3))  # a third of the bytes
+    # With 32 levels a channel, the PNG has a third of the bytes.
+    return np.asarray(tile.point([level // 8 * 255 // 31 for level in range(256)] * 3))
 
 
 def _figure(width: int, height: int, layout: Literal["constrained"] | None = "constrained") -> "Figure":
-    """Of so many pixels."""
+    """Create a figure of the given size in pixels."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout=layout, facecolor="white")
 
 
 def _write_at(figure: "Figure", left: float, top: float, text: str, colour: str, ha: str) -> None:
-    """In pixels from the upper left corner."""
+    """Write text at a position in pixels from the upper left corner."""
     width, height = figure.get_size_inches() * DPI
     place = {"x": left / width, "y": 1 - top / height, "ha": ha, "va": "center"}
     figure.text(**place, s=text, color=colour, fontsize=9, parse_math=False, fontfamily=font_families([text]))
 
 
 def _save(figure: "Figure", file: Path) -> None:
-    """As a PNG without metadata, so that the same picture gives the same bytes."""
+    """Save a figure as a PNG without metadata, so that the same plot gives the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # it is drawn as a box
+        # A missing glyph is drawn as a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[:, :, :3]).save(file)
 
 
 def _can_be_drawn(label: str) -> bool:
-    """Whether a picture can show this name, all of it."""
+    """Check whether a plot can show the complete name of a class."""
     return label == _line(label, 22) and not missing_letters([label])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Target size of a batch, in bytes of pixels and of files.
 BATCH_BYTES = 2**23
-# Larger files are rejected, in bytes, and not read into memory.
+# Files with more bytes are rejected and not read into memory.
 MAX_BYTES = 256 << 20
 TOO_LARGE = f"is larger than {MAX_BYTES >> 20} MiB"
 

@@ -15,7 +15,7 @@ LOW = 8
 # Largest Hamming distance between the hashes of near-duplicates, in bits of 64. Recompressed, resized, blurred and grey
 # copies are within it.
 DISTANCE = 4
-# A hash is compared with less than `MANY` of those that agree with it in the same two bands, and with `FEW` of them
+# A hash is compared with fewer than `MANY` of those that agree with it in the same two bands, and with `FEW` of them
 # once `ENOUGH` pairs are found.
 FEW, MANY, ENOUGH = 32, 2048, 2**22
 # Thumbnails in one block; a grey one has 1 KB.

@@ -1,4 +1,4 @@
-"""The recipe: how networks are trained."""
+"""The schema of a training recipe: the settings that control how a network is trained."""
 
 from typing import Literal
 
@@ -9,41 +9,51 @@ Balance = Literal["none", "loss", "sampler"]
 
 @schema
 class AugmentConfig:
-    """Random changes to training images: of pixels (`augment`), and of pairs of images with their labels (`mix`)."""
+    """Settings of the random changes to training images.
 
-    shift: Whole  # pixels: moved by up to this far each way, the edge repeated into the gap
-    flip: bool  # left to right, every second image; not for digits or letters
-    policy: Literal["none", "trivial", "rand"]  # one, or two, of 14 changes of place or colour
-    erase: Share  # probability that a rectangle of an image is erased
-    mixup: NotNegative  # alpha of the Beta distribution; 0: none
-    cutmix: NotNegative  # likewise; with both, each batch takes one of them
+    `shift`, `flip`, `policy` and `erase` change the pixels of single images. `mixup` and `cutmix` combine pairs of
+    images and their labels.
+    """
+
+    shift: Whole  # pixels; largest translation in each direction, gaps are filled by repeating the edge
+    flip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
+    policy: Literal[
+        "none", "trivial", "rand"
+    ]  # TrivialAugment or RandAugment: one or two of 14 geometric or colour changes
+    erase: Share  # probability that a rectangle of the image is replaced by noise
+    mixup: NotNegative  # alpha of the Beta distribution; 0 disables MixUp
+    cutmix: (
+        NotNegative  # alpha of the Beta distribution; 0 disables CutMix; if both are set, each batch uses one of them
+    )
 
 
 @schema
 class TrainConfig:
-    """What all architectures have in common when they are trained."""
+    """Training settings that all architectures share."""
 
     max_epochs: Count
-    patience: Whole  # epochs without a better one after which to stop; 0: never
-    max_minutes: NotNegative  # of training after which no epoch begins; 0: no limit
-    checkpoint_minutes: Positive  # between checkpoints within an epoch; there is one at the end of each anyway
+    patience: Whole  # epochs without improvement before training stops; 0 disables early stopping
+    max_minutes: NotNegative  # time limit; no epoch starts that is expected to exceed it; 0 means no limit
+    checkpoint_minutes: Positive  # interval between checkpoints within an epoch; each epoch's end also writes one
 
 
 @schema
 class RecipeConfig:
-    """How one architecture is trained."""
+    """Training settings of one architecture."""
 
-    batch_size: Count  # images in an optimizer step, over all devices
-    accumulate: Count  # pieces that a batch is computed in, one after the other: less memory
-    optimizer: Literal["sgd", "adamw"]  # sgd is with Nesterov momentum
-    schedule: Literal["cosine", "one_cycle"]  # after the warm-up; one_cycle moves momentum against the learning rate
-    lr: Positive  # the highest learning rate, reached after the warm-up
-    body_lr: Share  # of lr, for all layers but the heads; 0 freezes them
-    momentum: Decay  # of sgd; beta1 of adamw
-    weight_decay: NotNegative  # on weights; never on biases and norms
-    warmup: Share  # of all steps: linear from 0 to lr, then a cosine to 0
+    batch_size: Count  # images per optimizer step, over all devices
+    accumulate: Count  # micro-batches that a batch is split into to save memory
+    optimizer: Literal["sgd", "adamw"]  # sgd uses Nesterov momentum
+    schedule: Literal[
+        "cosine", "one_cycle"
+    ]  # both decay the learning rate by a cosine; one_cycle also varies momentum inversely
+    lr: Positive  # peak learning rate, reached after the warm-up
+    body_lr: Share  # fraction of lr for all layers except the heads; 0 freezes these layers
+    momentum: Decay  # momentum of sgd, beta1 of adamw
+    weight_decay: NotNegative  # applied to weights, never to biases and normalisation layers
+    warmup: Share  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
     label_smoothing: Share  # probability mass moved from the true class to all classes
-    clip_norm: NotNegative  # the gradient's norm is cut to this; 0: never
-    ema: Decay  # decay, in a step, of the running mean of the weights that is judged and kept; 0: none
-    balance: Balance  # of classes: none, weights in the loss, or a sampler that draws each class as often
+    clip_norm: NotNegative  # maximum norm of the gradient; 0 disables clipping
+    ema: Decay  # decay per step of the weight average that is validated and saved; 0 disables it
+    balance: Balance  # class balancing: none, loss weights, or a sampler that draws all classes equally often
     augment: AugmentConfig

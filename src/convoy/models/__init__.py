@@ -1,4 +1,4 @@
-"""The architectures. The folder is the registry: `models/resnet.py` is what `conf/model/resnet.yaml` configures."""
+"""The architectures, found by module name: `conf/model/resnet.yaml` configures `models/resnet.py`."""
 
 import bisect
 import dataclasses
@@ -21,37 +21,49 @@ from convoy.data.dataset_info import DatasetInfo
 from convoy.errors import ConvoyError
 from convoy.models.base import Classifier
 
-# modules of this folder that are no architectures
+# Modules of this package that do not define an architecture.
 SHARED = ("base", "layers")
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchvisionEquivalent:
-    """The networks of torchvision that an architecture is equal to, and what makes their weights ours.
+    """The torchvision networks that equal an architecture, and how to convert their weights.
 
-    A module that has some holds them as `TWINS`. The layers stand in the same order on both sides.
+    An architecture's module stores its equivalents in the constant `TWINS`. The layers have the same order in both
+    implementations.
     """
 
-    settings: Mapping[str, Mapping[str, Any]]  # under torchvision's name of each: those that the weights depend on
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the images that the weights were trained with
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # to as many tensors as ours, in our order
+    settings: Mapping[str, Mapping[str, Any]]  # torchvision name -> settings that the weights depend on
+    mean: tuple[float, float, float] = (
+        0.485,
+        0.456,
+        0.406,
+    )  # per channel, of the images that the weights were trained on
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # per channel
+    # Converts torchvision's state dict to one with as many tensors as ours, in our order.
+    translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 
 def names() -> list[str]:
-    """Return the names of all architectures, without importing any."""
+    """Return the names of all architectures without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def schema(name: str) -> type:
-    """The `Params` of architecture `name`: what `conf/model/<name>.yaml` must hold."""
+    """Return the `Params` class of architecture `name`, the schema of `conf/model/<name>.yaml`."""
     return _module(name).Params
 
 
 def build(name: str, values: Mapping[str, Any], task: DatasetInfo) -> Classifier:
-    """Architecture `name` with `values` from `conf/model/<name>.yaml`, its weights from torch's global generator.
+    """Build a classifier with initial weights drawn from torch's global random generator.
 
-    Raises ConvoyError for an unknown name, a wrong setting, or settings that the images are too small for.
+    Args:
+        name: Name of the architecture.
+        values: Settings, as in `conf/model/<name>.yaml`.
+        task: Classes, image size and channel statistics of the data set.
+
+    Raises:
+        ConvoyError: If the name is unknown, a setting is invalid, or the images are too small for the settings.
     """
     params: Any = typed(schema(name), values, f"model.{name}")
     _rehearse(name, params, task)
@@ -59,7 +71,17 @@ def build(name: str, values: Mapping[str, Any], task: DatasetInfo) -> Classifier
 
 
 def restore(name: str, values: Mapping[str, Any], task: DatasetInfo, weights: Path) -> Classifier:
-    """A built classifier with the `weights` of a safetensors file, in evaluation mode."""
+    """Build a classifier, load its weights from a safetensors file and switch it to evaluation mode.
+
+    Args:
+        name: Name of the architecture.
+        values: Settings that the weights were trained with.
+        task: Classes, image size and channel statistics of the data set.
+        weights: Path of the safetensors file.
+
+    Raises:
+        ConvoyError: If `build` raises it, or the file does not contain the weights of this classifier.
+    """
     classifier = build(name, values, task)
     try:
         classifier.load_state_dict(load_file(weights), strict=True)
@@ -69,14 +91,15 @@ def restore(name: str, values: Mapping[str, Any], task: DatasetInfo, weights: Pa
 
 
 def equivalents(name: str) -> TorchvisionEquivalent:
-    """What torchvision has of architecture `name`."""
+    """Return the torchvision equivalents of architecture `name`, which may be empty."""
     return getattr(_module(name), "TWINS", TorchvisionEquivalent({}))
 
 
 def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
-    """Torchvision's name of the network that architecture `name` is with `values`.
+    """Return torchvision's name for architecture `name` with the settings `values`.
 
-    Raises ConvoyError that says what to set for the nearest one.
+    Raises:
+        ConvoyError: If torchvision has no such network; the message lists the settings of the most similar one.
     """
     wanted = {
         twin: {key: value for key, value in settings.items() if values[key] != value}
@@ -102,7 +125,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _class(name: str) -> type:
-    """The one classifier that the module defines."""
+    """Return the single `Classifier` subclass that the module of `name` defines."""
     module = _module(name)
     (found,) = (
         value
@@ -113,9 +136,10 @@ def _class(name: str) -> type:
 
 
 def _rehearse(name: str, params: Any, task: DatasetInfo) -> None:
-    """One batch through every head on the meta device, which has shapes and no numbers.
+    """Check the settings by passing one batch through every head on the meta device, which computes only shapes.
 
-    Raises ConvoyError with the smallest images that do fit, if these don't.
+    Raises:
+        ConvoyError: If the images are too small; the message gives the smallest size that fits.
     """
 
     def refusal(size: int) -> str:

@@ -1,4 +1,4 @@
-"""The classifier: what every architecture is, an abstract network from pixels to classes."""
+"""The abstract base class of all architectures."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -12,14 +12,19 @@ from convoy.recipe import RecipeConfig
 
 
 class Classifier(nn.Module, ABC):
-    """Maps images, uint8 (N, H, W, C), to logits (N, K). A network defines `logits` and nothing else.
+    """Abstract network that maps images (N, H, W, C) uint8 to logits (N, K).
 
-    Normalisation is part of the module (mean and std are buffers, saved with the weights), so that training
-    and serving can't differ. It does not know that it is trained: `convoy.training.module` makes a Lightning module
-    of it, and whoever only predicts imports no Lightning.
+    A subclass must define `logits`. Normalisation is part of the module (`mean` and `std` are buffers that are saved
+    with the weights), so training and serving cannot differ. The class knows nothing about training:
+    `convoy.training.module` wraps it in a Lightning module, so code that only predicts does not import Lightning.
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        recipe: Training settings of the architecture.
     """
 
-    head: ClassVar[tuple[str, ...]] = ("classifier",)  # names of the layers that other classes need anew
+    # Names of the layers that must be re-initialised when the classes change.
+    head: ClassVar[tuple[str, ...]] = ("classifier",)
     mean: Tensor
     std: Tensor
 
@@ -32,19 +37,26 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W) -> logits (N, K)."""
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
 
     def heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
-        """The weight in the loss and the logits (N, K) of every head that is trained, the main one first."""
+        """Compute the logits of every head that is trained, the main head first.
+
+        Args:
+            x: Normalised images (N, C, H, W).
+
+        Returns:
+            One pair per head: its weight in the loss and its logits (N, K).
+        """
         return [(1.0, self.logits(x))]
 
     def is_head(self, name: str) -> bool:
-        """Whether a layer, a parameter or a buffer, by its name, belongs to a head and not to the body."""
+        """Return whether the layer, parameter or buffer called `name` belongs to a head and not to the backbone."""
         return f"{name}.".startswith(tuple(f"{layer}." for layer in self.head))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, H, W, C) uint8 -> (N, C, H, W) float, of mean 0 and standard deviation 1 in the training set."""
-        # whole rows at a time: over channels that lie side by side, the loops would be three values long
+        """Scale pixels (N, H, W, C) uint8 to mean 0 and std 1 over the training set, as (N, C, H, W) float32."""
+        # Work on complete image rows: with the channels innermost in memory, the inner loops would have a length of 3.
         width = pixels.shape[2]
         scale, offset = (
             values.flatten().repeat(width) for values in (1 / (255 * self.std), self.mean / self.std)
@@ -53,16 +65,25 @@ class Classifier(nn.Module, ABC):
         return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, H, W, C) uint8 -> logits (N, K)."""
+        """Compute the logits (N, K) of images (N, H, W, C) uint8."""
         return self.logits(self.normalise(pixels))
 
 
 @torch.inference_mode()
 def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int) -> np.ndarray:
-    """Probabilities (N, K) float64 of images (N, H, W, C) uint8, in evaluation mode, on the classifier's device."""
+    """Predict class probabilities in evaluation mode on the classifier's device.
+
+    Args:
+        classifier: The classifier; it is left in evaluation mode.
+        pixels: Images (N, H, W, C) uint8.
+        batch_size: Number of images per forward pass.
+
+    Returns:
+        Probabilities (N, K) float64.
+    """
     classifier.eval()
     device = classifier.mean.device
-    # cuDNN would round to the 10 bits of TF32 on a GPU, and then no CPU would answer alike
+    # On a GPU, cuDNN would otherwise round to the 10 mantissa bits of TF32, and a CPU would predict something else.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         batches = [
             classifier(torch.tensor(pixels[start : start + batch_size], device=device)).double().softmax(dim=1)

@@ -1,4 +1,4 @@
-"""AlexNet (Krizhevsky et al. 2012): five convolutions, three overlapping poolings, three full layers."""
+"""AlexNet (Krizhevsky et al. 2012): five convolutions, three overlapping poolings, three fully connected layers."""
 
 from typing import Annotated, ClassVar
 
@@ -16,17 +16,19 @@ from convoy.recipe import RecipeConfig
 
 @schema
 class Params:
-    """AlexNet's numbers."""
+    """Settings of AlexNet."""
 
-    widths: Annotated[list[Count], Field(min_length=5, max_length=5)]  # channels; paper 96, 256, 384, 384, 256
-    stem_kernel: Count  # pixels, of the first convolution; paper 11
-    stem_stride: Count  # pixels; paper 4
-    stem_padding: Whole  # pixels; 2 for the paper's 224 px and 55x55 maps
+    widths: Annotated[
+        list[Count], Field(min_length=5, max_length=5)
+    ]  # channels of each convolution; paper 96, 256, 384, 384, 256
+    stem_kernel: Count  # pixels; kernel size of the first convolution; paper 11
+    stem_stride: Count  # pixels; stride of the first convolution; paper 4
+    stem_padding: Whole  # pixels; 2 yields the paper's 55x55 feature maps for images of 224 px
     response_norm: bool  # local response normalisation after the first two convolutions; paper true
-    pool: Count  # height and width of the maps that the full layers see; paper 6
-    hidden: Count  # units of each of the two hidden full layers; paper 4096
-    dropout: Share  # probability that an input of a hidden full layer is dropped; paper 0.5
-    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
+    pool: Count  # pixels; height and width of the fully connected layers' input; paper 6
+    hidden: Count  # units of each of the two hidden fully connected layers; paper 4096
+    dropout: Share  # probability that an input of a hidden fully connected layer is zeroed; paper 0.5
+    init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 
 
@@ -46,12 +48,23 @@ TWINS = TorchvisionEquivalent(
 
 
 class AlexNet(Classifier):
-    """Krizhevsky, Sutskever & Hinton 2012, "ImageNet classification with deep convolutional neural networks".
+    """AlexNet from Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks".
 
-    Kept: five convolutions with ReLU, 3x3 max pooling with stride 2, local response normalisation, dropout.
-    Changed: one tower, not two on two GPUs; the stem is a setting; maps are averaged down to `pool`; weights start
-    from He et al. 2015. Without response_norm and at widths 64, 192, 384, 256, 256 it is Krizhevsky 2014, "One
-    weird trick for parallelizing convolutional neural networks", the form that torchvision has.
+    As in the paper: five convolutions with ReLU, 3x3 max pooling with stride 2, local response normalisation, dropout.
+
+    Differences from the paper:
+
+    * There is one tower instead of two on two GPUs.
+    * The stem is configurable.
+    * Feature maps are average-pooled to `pool` x `pool` before the fully connected layers.
+    * Weights are initialised as in He et al. 2015.
+
+    Without `response_norm` and with widths 64, 192, 384, 256, 256 this is the network of Krizhevsky 2014, "One weird
+    trick for parallelizing convolutional neural networks", which torchvision implements.
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
@@ -90,35 +103,45 @@ class AlexNet(Classifier):
         )
         for layer in (*self.features, *self.classifier):
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                # the paper's deviation, 0.01 everywhere, fades out in narrow layers
+                # With the paper's std of 0.01 in every layer, the signal would vanish in narrow layers.
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.normal_(output.weight, std=0.01)  # as in the paper: a fresh net prefers no class
+        # As in the paper: an untrained network prefers no class.
+        nn.init.normal_(output.weight, std=0.01)
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, 256, 6, 6)
-        x = average_to(x, self.pool)  # (N, 256, 6, 6) of larger images too
+        x = average_to(x, self.pool)  # (N, 256, 6, 6) for larger images too
         return self.classifier(x.flatten(1))
 
 
 class LocalResponse(nn.Module):
-    """Divides by (2 + 1e-4 * the sum of squares over 5 neighbouring channels) ** 0.75 (section 3.3 of the paper).
+    """Local response normalisation across channels (section 3.3 of the paper).
 
-    Not torch's local_response_norm, which divides 1e-4 by 5, and whose backward pass on CUDA is not deterministic.
+    Divides each value by (2 + 1e-4 * s) ** 0.75, where s is the sum of squares over 5 neighbouring channels. Unlike this
+    layer, torch's `local_response_norm` divides 1e-4 by 5, and its backward pass on CUDA is not deterministic.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         channel = torch.arange(x.shape[1], device=x.device)
         neighbours = ((channel[:, None] - channel).abs() <= 2).to(x.dtype)  # (C, C)
-        # the sum as a 1x1 convolution: 3 times as fast on a CPU as average pooling across channels
+        # Summing with a 1x1 convolution is 3 times as fast on a CPU as average pooling across channels.
         squares = functional.conv2d(x.square(), neighbours[:, :, None, None])
         return x * (2 + 1e-4 * squares) ** -0.75
 
 
 def average_to(x: Tensor, size: int) -> Tensor:
-    """Means of equal windows, `size` by `size` of them; maps of that size stay as they are.
+    """Average-pool feature maps to `size` x `size` using windows of equal size.
 
-    Not adaptive_avg_pool2d, whose backward pass on CUDA is not deterministic.
+    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
+    deterministic on CUDA.
+
+    Args:
+        x: Feature maps (N, C, H, H), with H >= size.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Feature maps (N, C, size, size).
     """
     stride = x.shape[-1] // size
     return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

@@ -1,4 +1,4 @@
-"""GoogLeNet (Szegedy et al. 2014): nine inception modules, two auxiliary classifiers."""
+"""GoogLeNet (Szegedy et al. 2014): nine Inception modules and two auxiliary classifiers."""
 
 from typing import ClassVar, NamedTuple
 
@@ -15,21 +15,21 @@ from convoy.recipe import RecipeConfig
 
 @schema
 class Params:
-    """GoogLeNet's numbers."""
+    """Settings of GoogLeNet."""
 
-    width: Positive  # times the channels of the paper's table; paper 1
-    third_kernel: Count  # pixels, odd: of the third branch of a module; paper 5, torchvision 3
-    stem_kernel: Count  # pixels, odd: of the first convolution; paper 7
-    stem_stride: Count  # pixels; paper 2
-    stem_pools: bool  # 3x3 max pooling with stride 2 after the first and the third convolution; paper true
-    dropout: Share  # probability that an input of the last layer is dropped; paper 0.4
-    auxiliary_dropout: Share  # the same in the auxiliary classifiers; paper 0.7
-    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
+    width: Positive  # factor on the channels of the paper's table 1; paper 1
+    third_kernel: Count  # pixels, odd; kernel size of a module's third branch; paper 5, torchvision 3
+    stem_kernel: Count  # pixels, odd; kernel size of the first convolution; paper 7
+    stem_stride: Count  # pixels; stride of the first convolution; paper 2
+    stem_pools: bool  # 3x3 max pooling with stride 2 after the first and third convolutions; paper true
+    dropout: Share  # probability that an input of the last layer is zeroed; paper 0.4
+    auxiliary_dropout: Share  # the same probability in the auxiliary classifiers; paper 0.7
+    init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 
 
 class Channels(NamedTuple):
-    """The output channels of an inception module's convolutions: a line of the paper's table 1."""
+    """Output channels of the convolutions in an Inception module, a row of table 1 of the paper."""
 
     one: int  # 1x1
     three_reduce: int  # 1x1 before the 3x3
@@ -59,22 +59,33 @@ TABLE = {
 
 TWINS = TorchvisionEquivalent(
     {"googlenet": {"width": 1, "third_kernel": 3, "stem_kernel": 7, "stem_stride": 2, "stem_pools": True}},
-    mean=(0.5, 0.5, 0.5),  # the weights came from TensorFlow, whose images are in [-1, 1]
+    # The weights were converted from TensorFlow, which scales images to [-1, 1].
+    mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
 
 
 class GoogLeNet(Classifier):
-    """Szegedy et al. 2014, "Going deeper with convolutions".
+    """GoogLeNet from Szegedy et al. 2014, "Going deeper with convolutions".
 
-    Kept: table 1 of the paper, and two auxiliary classifiers on 4a and 4d, of weight 0.3 and only while training.
-    Changed: batch norm after each convolution (Ioffe & Szegedy 2015), no local response normalisation; the last
-    pooling is 2x2; the stem, the third branch's kernel and a factor on all widths are settings; auxiliary
-    classifiers average any maps down to 4x4, with the paper's 5x5 windows at 224 px; weights start from
-    He et al. 2015.
+    As in the paper: the layers of table 1, and two auxiliary classifiers after 4a and 4d, which have a weight of 0.3 in
+    the loss and are used only in training.
+
+    Differences from the paper:
+
+    * Batch norm follows each convolution (Ioffe & Szegedy 2015), and there is no local response normalisation.
+    * The last pooling is 2x2.
+    * The stem, the kernel of the third branch and a factor on all widths are configurable.
+    * Auxiliary classifiers average-pool feature maps of any size to 4x4, at 224 px with the paper's 5x5 windows.
+    * Weights are initialised as in He et al. 2015.
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        params: Settings of the architecture.
     """
 
-    # the auxiliary classifiers as a whole: torchvision's are not trained, and they serve nothing but training
+    # The auxiliary classifiers are heads with all their layers: torchvision's are untrained, and they are used only in
+    # training.
     head: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
 
     def __init__(self, task: DatasetInfo, params: Params) -> None:
@@ -84,7 +95,8 @@ class GoogLeNet(Classifier):
             return max(1, round(channels * params.width))
 
         table = {name: Channels(*map(scaled, line)) for name, line in TABLE.items()}
-        inputs = [scaled(192), *(line.depth for line in table.values())]  # of each module: the depth before it
+        # The input channels of each module are the output channels of the one before it.
+        inputs = [scaled(192), *(line.depth for line in table.values())]
         module = {
             name: Inception(depth, line, params.third_kernel)
             for depth, (name, line) in zip(inputs, table.items(), strict=False)
@@ -121,7 +133,7 @@ class GoogLeNet(Classifier):
     def heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
         x_4a = self.to_4a(x)  # (N, 512, 14, 14)
         x_4d = self.to_4d(x_4a)  # (N, 528, 14, 14)
-        # 0.3: section 5 of the paper
+        # The weight of 0.3 is from section 5 of the paper.
         return [(1.0, self.end(x_4d)), (0.3, self.auxiliary_4a(x_4a)), (0.3, self.auxiliary_4d(x_4d))]
 
     def end(self, x: Tensor) -> Tensor:
@@ -130,16 +142,26 @@ class GoogLeNet(Classifier):
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution as this network has them, which keeps height and width at stride 1."""
+    """Create a padded convolution followed by batch norm and ReLU.
+
+    At stride 1 and with an odd kernel, the output has the height and width of the input.
+    """
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs, eps=0.001),  # Szegedy et al. 2015, as in torchvision
+        # The eps is from Szegedy et al. 2015, as in torchvision.
+        nn.BatchNorm2d(outputs, eps=0.001),
         nn.ReLU(inplace=True),
     )
 
 
 class Inception(nn.Module):
-    """Four looks at the same maps, side by side (figure 2b of the paper)."""
+    """Inception module: four parallel branches whose feature maps are concatenated (figure 2b of the paper).
+
+    Args:
+        inputs: Number of input channels.
+        channels: Output channels of the module's convolutions.
+        third_kernel: Kernel size of the third branch, in pixels.
+    """
 
     def __init__(self, inputs: int, channels: Channels, third_kernel: int) -> None:
         super().__init__()
@@ -159,7 +181,15 @@ class Inception(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A classifier on maps halfway, so that a strong gradient reaches the layers below (section 5)."""
+    """Auxiliary classifier on intermediate feature maps, which strengthens the gradient in lower layers (section 5).
+
+    Args:
+        inputs: Number of input channels.
+        channels: Output channels of the 1x1 convolution.
+        hidden: Units of the hidden fully connected layer.
+        classes: Number of classes.
+        dropout: Probability that an input of the output layer is zeroed.
+    """
 
     def __init__(self, inputs: int, channels: int, hidden: int, classes: int, dropout: float) -> None:
         super().__init__()
@@ -178,9 +208,17 @@ class Auxiliary(nn.Module):
 
 
 def average_to(x: Tensor, size: int) -> Tensor:
-    """Means of equal windows, `size` by `size` of them; maps of that size stay as they are.
+    """Average-pool feature maps to `size` x `size` using windows of equal size.
 
-    Not adaptive_avg_pool2d, whose backward pass on CUDA is not deterministic.
+    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
+    deterministic on CUDA.
+
+    Args:
+        x: Feature maps (N, C, H, H), with H >= size.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Feature maps (N, C, size, size).
     """
     stride = x.shape[-1] // size
     return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

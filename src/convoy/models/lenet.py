@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998): two rounds of convolution and averaging, then three full layers."""
+"""LeNet-5 (LeCun et al. 1998): convolutions with average pooling, then fully connected layers."""
 
 import math
 from typing import ClassVar
@@ -14,23 +14,32 @@ from convoy.recipe import RecipeConfig
 
 @schema
 class Params:
-    """LeNet's numbers, under the paper's names of the layers."""
+    """Settings of LeNet; the layers are named as in the paper."""
 
-    c1: Count  # maps of the first 5x5 convolution; paper 6
-    c3: Count  # maps of the second; paper 16
-    c5: Count  # units of the third, which sees all of its 5x5 input at once; paper 120
-    f6: Count  # units of the full layer; paper 84
-    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
+    c1: Count  # feature maps of the first 5x5 convolution; paper 6
+    c3: Count  # feature maps of the second 5x5 convolution; paper 16
+    c5: Count  # units of the third 5x5 convolution, which covers its complete 5x5 input; paper 120
+    f6: Count  # units of the fully connected layer; paper 84
+    init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 
 
 class LeNet(Classifier):
-    """LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition".
+    """LeNet-5 from LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition".
 
-    Kept: the layers C1 to F6 for 32x32 images, the scaled tanh, subsampling by averages of 2x2.
-    Changed: a subsampling map has no coefficient and bias of its own, nor a tanh; C3 sees every map of S2; the
-    output is linear, not radial basis functions; images above 32x32 are averaged down to 5x5 before C5; weights
-    start from LeCun et al. 1998, "Efficient BackProp".
+    As in the paper: layers C1 to F6 for 32x32 images, the scaled tanh, and subsampling by 2x2 averages.
+
+    Differences from the paper:
+
+    * The subsampling layers have no trainable coefficients or biases, and no tanh.
+    * C3 is connected to every feature map of S2.
+    * The output layer is linear instead of using radial basis functions.
+    * For images larger than 32x32, feature maps are average-pooled to 5x5 before C5.
+    * Weights are initialised as in LeCun et al. 1998, "Efficient BackProp".
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("output",)
@@ -43,7 +52,7 @@ class LeNet(Classifier):
         self.f6 = nn.Linear(params.c5, params.f6)
         self.output = nn.Linear(params.f6, len(task.classes))
         for layer in (self.c1, self.c3, self.c5, self.f6, self.output):
-            # a weighted sum of inputs of variance 1 has variance 1, for which the scaled tanh was made
+            # With this std, a weighted sum of inputs of variance 1 has variance 1, as the scaled tanh expects.
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
@@ -52,21 +61,29 @@ class LeNet(Classifier):
         x = functional.avg_pool2d(x, 2)  # (N, 6, 14, 14)
         x = squash(self.c3(x))  # (N, 16, 10, 10)
         x = functional.avg_pool2d(x, 2)  # (N, 16, 5, 5)
-        x = average_to(x, 5)  # (N, 16, 5, 5) of any image from 32x32 up
+        x = average_to(x, 5)  # (N, 16, 5, 5) for any image of 32x32 or larger
         x = squash(self.c5(x)).flatten(1)  # (N, 120)
         x = squash(self.f6(x))  # (N, 84)
         return self.output(x)
 
 
 def squash(x: Tensor) -> Tensor:
-    """The paper's tanh, which maps 1 to 1 and -1 to -1 (its appendix A)."""
+    """Apply the scaled tanh of the paper's appendix A, which maps 1 to 1 and -1 to -1."""
     return 1.7159 * (x * (2 / 3)).tanh()
 
 
 def average_to(x: Tensor, size: int) -> Tensor:
-    """Means of equal windows, `size` by `size` of them; maps of that size stay as they are.
+    """Average-pool feature maps to `size` x `size` using windows of equal size.
 
-    Not adaptive_avg_pool2d, whose backward pass on CUDA is not deterministic.
+    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
+    deterministic on CUDA.
+
+    Args:
+        x: Feature maps (N, C, H, H), with H >= size.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Feature maps (N, C, size, size).
     """
     stride = x.shape[-1] // size
     return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

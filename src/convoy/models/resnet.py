@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2015): blocks that add what they learn to what they were given."""
+"""ResNet (He et al. 2015): residual blocks, each of which adds its output to its input."""
 
 from typing import Annotated, Literal
 
@@ -16,20 +16,21 @@ FourStages = Annotated[list[Count], Field(min_length=4, max_length=4)]  # conv2_
 
 @schema
 class Params:
-    """ResNet's numbers: a column of the paper's table 1."""
+    """Settings of ResNet, which correspond to a column of table 1 of the paper."""
 
-    block: Literal["basic", "bottleneck"]  # paper: basic to 34 layers, bottleneck from 50
-    # paper: 18 layers [2, 2, 2, 2], 34 and 50 layers [3, 4, 6, 3], 101 layers [3, 4, 23, 3]
+    block: Literal["basic", "bottleneck"]  # paper: basic up to 34 layers, bottleneck from 50 layers
+    # Blocks per stage in the paper: 18 layers [2, 2, 2, 2], 34 and 50 layers [3, 4, 6, 3], 101 layers [3, 4, 23, 3]
     blocks: FourStages
-    widths: FourStages  # channels of the 3x3 convolutions; paper 64, 128, 256, 512
-    stem_kernel: Count  # pixels, odd: of the first convolution; paper 7
-    stem_stride: Count  # pixels; paper 2
-    stem_pool: bool  # 3x3 max pooling with stride 2 after it; paper true
-    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
+    widths: FourStages  # channels of each stage's 3x3 convolutions; paper 64, 128, 256, 512
+    stem_kernel: Count  # pixels, odd; kernel size of the first convolution; paper 7
+    stem_stride: Count  # pixels; stride of the first convolution; paper 2
+    stem_pool: bool  # 3x3 max pooling with stride 2 after the first convolution; paper true
+    init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 
 
-DEPTHS = {  # the paper's table 1
+# Table 1 of the paper: the block and the number of blocks per stage.
+DEPTHS = {
     "resnet18": ("basic", [2, 2, 2, 2]),
     "resnet34": ("basic", [3, 4, 6, 3]),
     "resnet50": ("bottleneck", [3, 4, 6, 3]),
@@ -46,12 +47,20 @@ TWINS = TorchvisionEquivalent(
 
 
 class ResNet(Classifier):
-    """He, Zhang, Ren & Sun 2015, "Deep residual learning for image recognition".
+    """ResNet from He, Zhang, Ren & Sun 2015, "Deep residual learning for image recognition".
 
-    Kept: table 1 of the paper, batch norm after each convolution, identity shortcuts where the shape stays and
-    projections where it changes (option B).
-    Changed: the stem is a setting; a bottleneck halves its maps in the 3x3, not in the first 1x1, and each block
-    starts as the identity (both Goyal et al. 2017).
+    As in the paper: the layers of table 1, batch norm after each convolution, identity shortcuts where the shape is
+    unchanged and projections where it changes (option B).
+
+    Differences from the paper:
+
+    * The stem is configurable.
+    * A bottleneck block halves its feature maps in the 3x3 convolution instead of the first 1x1 convolution, and each
+      block is initialised to the identity (both Goyal et al. 2017).
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        params: Settings of the architecture.
     """
 
     def __init__(self, task: DatasetInfo, params: Params) -> None:
@@ -75,7 +84,8 @@ class ResNet(Classifier):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier.weight, std=0.01)  # Goyal et al. 2017
+        # The std is from Goyal et al. 2017.
+        nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -85,7 +95,16 @@ class ResNet(Classifier):
 
 
 class Residual(nn.Module):
-    """A block: its body added to its input, (N, inputs, H, W) -> (N, outputs, H / stride, W / stride)."""
+    """Residual block that adds the output of its body to its input.
+
+    The input is (N, inputs, H, W), the output (N, outputs, H / stride, W / stride).
+
+    Args:
+        body: Layers of the block, which must end in a batch norm.
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        stride: Stride of the block, in pixels.
+    """
 
     def __init__(self, body: nn.Sequential, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -94,14 +113,15 @@ class Residual(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
-        nn.init.zeros_(body[-1].weight)  # type: ignore[arg-type]  # a block starts as the identity (Goyal et al. 2017)
+        # Initialise the block to the identity (Goyal et al. 2017).
+        nn.init.zeros_(body[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) + self.shortcut(x)).relu()
 
 
 def basic(inputs: int, width: int, stride: int) -> Residual:
-    """Two 3x3 convolutions (figure 5, left)."""
+    """Create a block of two 3x3 convolutions (figure 5 of the paper, left)."""
     body = nn.Sequential(
         convolution(inputs, width, 3, stride),
         nn.BatchNorm2d(width),
@@ -113,7 +133,10 @@ def basic(inputs: int, width: int, stride: int) -> Residual:
 
 
 def bottleneck(inputs: int, width: int, stride: int) -> Residual:
-    """A 3x3 convolution between two 1x1, the last four times as wide (figure 5, right)."""
+    """Create a block with a 3x3 convolution between two 1x1 convolutions (figure 5 of the paper, right).
+
+    The last convolution has `4 * width` output channels.
+    """
     outputs = 4 * width
     body = nn.Sequential(
         convolution(inputs, width, 1),
@@ -129,5 +152,8 @@ def bottleneck(inputs: int, width: int, stride: int) -> Residual:
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution as this network has them: it keeps height and width at stride 1, and batch norm is its bias."""
+    """Create a padded convolution without bias, because a batch norm with its own bias follows.
+
+    At stride 1 and with an odd kernel, the output has the height and width of the input.
+    """
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)

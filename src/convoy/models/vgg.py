@@ -1,4 +1,4 @@
-"""VGG (Simonyan & Zisserman 2014): stacks of 3x3 convolutions, each halved by max pooling, then three full layers."""
+"""VGG (Simonyan & Zisserman 2014): stacks of 3x3 convolutions with max pooling, then fully connected layers."""
 
 from typing import Annotated, ClassVar
 
@@ -17,30 +17,41 @@ Stack = Annotated[list[Count], Field(min_length=2, max_length=2)]  # [convolutio
 
 @schema
 class Params:
-    """VGG's numbers."""
+    """Settings of VGG."""
 
-    # paper: A [1, 64], [1, 128], [2, 256], [2, 512], [2, 512]
+    # Paper: A [1, 64], [1, 128], [2, 256], [2, 512], [2, 512]
     #        D [2, 64], [2, 128], [3, 256], [3, 512], [3, 512], known as VGG-16
     stacks: Annotated[list[Stack], Field(min_length=1)]
-    batch_norm: bool  # after each convolution; paper false
-    pool: Count  # height and width of the maps that the full layers see; paper 7
-    hidden: Count  # units of each of the two hidden full layers; paper 4096
-    dropout: Share  # probability that an output of a hidden full layer is dropped; paper 0.5
-    init: str  # where the weights come from: scratch, pretrained, champion, a run's id or a file
+    batch_norm: bool  # batch norm after each convolution; paper false
+    pool: Count  # pixels; height and width of the fully connected layers' input; paper 7
+    hidden: Count  # units of each of the two hidden fully connected layers; paper 4096
+    dropout: Share  # probability that an output of a hidden fully connected layer is zeroed; paper 0.5
+    init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 
 
 def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the biases that torchvision's convolutions have before a batch norm: taken off its mean instead."""
+    """Fold the biases of convolutions before a batch norm into the running mean of that batch norm.
+
+    Torchvision's convolutions have such biases, ours do not. The network computes the same function.
+
+    Args:
+        weights: State dict of the torchvision network.
+
+    Returns:
+        A state dict without these biases; `weights` is unchanged.
+    """
     folded = dict(weights)
     for name, mean in weights.items():
         if name.endswith("running_mean"):
-            _, norm, _ = name.split(".")  # features.1.running_mean, after features.0.bias
+            # For example, features.1.running_mean follows features.0.bias.
+            _, norm, _ = name.split(".")
             folded[name] = mean - folded.pop(f"features.{int(norm) - 1}.bias")
     return folded
 
 
-STACKS = {  # the paper's table 1: columns A, B, D and E
+# Table 1 of the paper, columns A, B, D and E.
+STACKS = {
     "vgg11": [[1, 64], [1, 128], [2, 256], [2, 512], [2, 512]],
     "vgg13": [[2, 64], [2, 128], [2, 256], [2, 512], [2, 512]],
     "vgg16": [[2, 64], [2, 128], [3, 256], [3, 512], [3, 512]],
@@ -57,11 +68,19 @@ TWINS = TorchvisionEquivalent(
 
 
 class VGG(Classifier):
-    """Simonyan & Zisserman 2014, "Very deep convolutional networks for large-scale image recognition".
+    """VGG from Simonyan & Zisserman 2014, "Very deep convolutional networks for large-scale image recognition".
 
-    Kept: nothing but 3x3 convolutions and 2x2 max pooling before the full layers, dropout.
-    Changed: batch norm (Ioffe & Szegedy 2015) is a setting; maps are averaged down to `pool`; weights start from
-    He et al. 2015, where the paper trained a shallow net first.
+    As in the paper: only 3x3 convolutions and 2x2 max pooling before the fully connected layers, and dropout.
+
+    Differences from the paper:
+
+    * Batch norm (Ioffe & Szegedy 2015) is optional.
+    * Feature maps are average-pooled to `pool` x `pool` before the fully connected layers.
+    * Weights are initialised as in He et al. 2015, whereas the paper trained a shallow network first.
+
+    Args:
+        task: Classes, image size and channel statistics of the data set.
+        params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
@@ -73,7 +92,7 @@ class VGG(Classifier):
         channels = task.channels
         for convolutions, width in params.stacks:
             for _ in range(convolutions):
-                # batch norm brings a bias of its own
+                # A batch norm has its own bias.
                 layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=not params.batch_norm))
                 layers.extend([nn.BatchNorm2d(width)] if params.batch_norm else [])
                 layers.append(nn.ReLU(inplace=True))
@@ -95,18 +114,27 @@ class VGG(Classifier):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.normal_(output.weight, std=0.01)  # as in the paper: a fresh net prefers no class
+        # As in the paper: an untrained network prefers no class.
+        nn.init.normal_(output.weight, std=0.01)
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, 512, 7, 7)
-        x = average_to(x, self.pool)  # (N, 512, 7, 7) of larger images too
+        x = average_to(x, self.pool)  # (N, 512, 7, 7) for larger images too
         return self.classifier(x.flatten(1))
 
 
 def average_to(x: Tensor, size: int) -> Tensor:
-    """Means of equal windows, `size` by `size` of them; maps of that size stay as they are.
+    """Average-pool feature maps to `size` x `size` using windows of equal size.
 
-    Not adaptive_avg_pool2d, whose backward pass on CUDA is not deterministic.
+    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
+    deterministic on CUDA.
+
+    Args:
+        x: Feature maps (N, C, H, H), with H >= size.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Feature maps (N, C, size, size).
     """
     stride = x.shape[-1] // size
     return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

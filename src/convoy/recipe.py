@@ -17,14 +17,12 @@ class AugmentConfig:
 
     shift: Whole  # pixels; largest translation in each direction, gaps are filled by repeating the edge
     flip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
-    policy: Literal[
-        "none", "trivial", "rand"
-    ]  # TrivialAugment or RandAugment: one or two of 14 geometric or colour changes
+    # TrivialAugment applies one of 14 geometric or colour changes, RandAugment two.
+    policy: Literal["none", "trivial", "rand"]
     erase: Share  # probability that a rectangle of the image is replaced by noise
     mixup: NotNegative  # alpha of the Beta distribution; 0 disables MixUp
-    cutmix: (
-        NotNegative  # alpha of the Beta distribution; 0 disables CutMix; if both are set, each batch uses one of them
-    )
+    # If both mixup and cutmix are set, each batch uses one of them.
+    cutmix: NotNegative  # alpha of the Beta distribution; 0 disables CutMix
 
 
 @schema
@@ -44,9 +42,8 @@ class RecipeConfig:
     batch_size: Count  # images per optimizer step, over all devices
     accumulate: Count  # micro-batches that a batch is split into to save memory
     optimizer: Literal["sgd", "adamw"]  # sgd uses Nesterov momentum
-    schedule: Literal[
-        "cosine", "one_cycle"
-    ]  # both decay the learning rate by a cosine; one_cycle also varies momentum inversely
+    # Both decay the learning rate by a cosine; one_cycle also varies the momentum inversely to the learning rate.
+    schedule: Literal["cosine", "one_cycle"]
     lr: Positive  # peak learning rate, reached after the warm-up
     body_lr: Share  # fraction of lr for all layers except the heads; 0 freezes these layers
     momentum: Decay  # momentum of sgd, beta1 of adamw

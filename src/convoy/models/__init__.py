@@ -34,12 +34,9 @@ class TorchvisionEquivalent:
     """
 
     settings: Mapping[str, Mapping[str, Any]]  # torchvision name -> settings that the weights depend on
-    mean: tuple[float, float, float] = (
-        0.485,
-        0.456,
-        0.406,
-    )  # per channel, of the images that the weights were trained on
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)  # per channel
+    # The normalisation, per channel, that the weights were trained with.
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     # Converts torchvision's state dict to one with as many tensors as ours, in our order.
     translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 

@@ -18,9 +18,8 @@ from convoy.recipe import RecipeConfig
 class Params:
     """Settings of AlexNet."""
 
-    widths: Annotated[
-        list[Count], Field(min_length=5, max_length=5)
-    ]  # channels of each convolution; paper 96, 256, 384, 384, 256
+    # Channels of each convolution; paper 96, 256, 384, 384, 256.
+    widths: Annotated[list[Count], Field(min_length=5, max_length=5)]
     stem_kernel: Count  # pixels; kernel size of the first convolution; paper 11
     stem_stride: Count  # pixels; stride of the first convolution; paper 4
     stem_padding: Whole  # pixels; 2 yields the paper's 55x55 feature maps for images of 224 px
@@ -118,8 +117,8 @@ class AlexNet(Classifier):
 class LocalResponse(nn.Module):
     """Local response normalisation across channels (section 3.3 of the paper).
 
-    Divides each value by (2 + 1e-4 * s) ** 0.75, where s is the sum of squares over 5 neighbouring channels. Unlike this
-    layer, torch's `local_response_norm` divides 1e-4 by 5, and its backward pass on CUDA is not deterministic.
+    Divides each value by (2 + 1e-4 * s) ** 0.75, where s is the sum of squares over 5 neighbouring channels.
+    In contrast, torch's `local_response_norm` divides 1e-4 by 5, and its backward pass on CUDA is not deterministic.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training: a classifier and its data through Lightning, the best epoch by validation kept."""
+"""The Lightning module that trains a classifier, and the function that runs the training."""
 
 import contextlib
 import copy
@@ -35,27 +35,34 @@ from convoy.training.hardware import ResolvedTrainer
 from convoy.training.progress import Progress
 from convoy.training.sampler import class_weights
 
-TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell says it
-GRACE = 8  # seconds from SIGTERM until the process ends, whether a step has ended or not
-MEET = 0.5  # seconds, after which processes that train together agree on whether to save and to end
-ONE_VALUE = "Expected more than 1 value per channel"  # is what torch says of a mean over one number
-EXPLODED = 1000  # times the loss of a guess among all classes
-COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]  # of the history
+# Exit code of a process that SIGTERM ended, as shells report it.
+TERMINATED = 128 + signal.SIGTERM
+# Time from SIGTERM until the process ends, even if the current step has not finished.
+GRACE = 8  # seconds
+# Interval at which processes that train together agree on whether to save and whether to end.
+MEET = 0.5  # seconds
+# Start of torch's error message for a batch norm over a single value.
+ONE_VALUE = "Expected more than 1 value per channel"
+# The loss is considered exploded above this multiple of the loss of random guessing.
+EXPLODED = 1000
+# Keys of a row of the training history.
+COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]
 
-Tell = Callable[[dict[str, float]], None]  # is given each row of the history
+# Callback that receives each row of the training history.
+Tell = Callable[[dict[str, float]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class FailureInfo:
-    """Why a training came to nothing."""
+    """Why and where a training failed."""
 
     reason: str
     epoch: int  # from 1
-    step: int  # of the whole training, from 1
+    step: int  # of the complete training, from 1
     lr: float  # of that step
 
     def words(self, architecture: str) -> str:
-        """What to tell the user."""
+        """Return the message for the user, which suggests how to fix the failure."""
         return (
             f"{architecture} failed in epoch {self.epoch}, step {self.step}, at a learning rate of {self.lr:.3g}: "
             f"{self.reason}. Lower model.{architecture}.recipe.lr, lengthen its warmup or set its clip_norm to 1.0"
@@ -64,12 +71,12 @@ class FailureInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What training leaves. Of one that failed: the epochs before, and the failure."""
+    """Result of a training; if it failed, it covers the epochs before the failure."""
 
-    weights: dict[str, Tensor]  # of the best epoch, on the CPU
-    history: list[dict[str, float]]  # for each epoch, from 1: epoch, lr, and loss and accuracy on train and val
+    weights: dict[str, Tensor]  # state dict of the best epoch, on the CPU
+    history: list[dict[str, float]]  # one row per epoch, with the keys `COLUMNS`; epochs count from 1
     best: dict[str, float]  # the row of `history` with the highest val_accuracy, then the lowest val_loss
-    stopped: str  # the setting that ended it: max_epochs, patience or max_minutes; or failure
+    stopped: str  # setting that ended the training (max_epochs, patience or max_minutes), or "failure"
     failure: FailureInfo | None
 
 
@@ -81,25 +88,44 @@ def fit(
     checkpoint: Checkpoint | None = None,
     tell: Tell = lambda row: None,
 ) -> TrainResult:
-    """Train `classifier` on `data`: the same bits for the same settings, data, versions, instruction set and threads.
+    """Train a classifier and keep the weights of the epoch with the best validation metrics.
 
-    It begins where `checkpoint` was left, and ends in the same bits as if it had never been interrupted. `tell` is
-    called when an epoch ends, and at once for those before the checkpoint. SIGTERM saves and exits with 143. Raises
-    ConvoyError where a batch does not fit into the GPU's memory, or is too small for batch norm.
+    The result is bit-identical for equal settings, data, package versions, instruction set and number of threads. A
+    training that resumes from a checkpoint ends bit-identical to one that was never interrupted. On SIGTERM, the state
+    is saved and the process exits with status 143.
+
+    Args:
+        classifier: The network; it is trained in place.
+        data: Training and validation images.
+        params: Settings that limit the length of the training.
+        choice: Hardware, precision and number of threads.
+        checkpoint: Where the state is saved, and resumed from if it exists. None disables checkpoints.
+        tell: Called with the history's row at the end of each epoch, and immediately for epochs before the checkpoint.
+
+    Returns:
+        The best weights, the history and the reason why the training stopped. A diverged training is returned with
+        its failure instead of raised.
+
+    Raises:
+        ConvoyError: If a batch does not fit into the memory of the GPU, or is too small for batch norm.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # Lightning 2.6 on torch 2.15
+    # Lightning 2.6 emits this warning on torch 2.15.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     torch.set_num_threads(choice.threads)
     keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # what is said to be float32 is, as where it will answer
-    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the pixels come
+    # Compute float32 in full precision, as inference does.
+    torch.backends.cudnn.allow_tf32 = False
+    # The images are stored with the channels last.
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     training = ClassifierModule(classifier, data, params, choice, checkpoint, tell)
     trainer = lightning.Trainer(
         accelerator="gpu" if choice.accelerator == "gpu" else "cpu",
         devices=choice.devices,
         num_nodes=choice.nodes,
         strategy="ddp" if choice.devices * choice.nodes > 1 else "auto",
-        max_epochs=-1,  # Training says when it is enough
+        # `ClassifierModule.reason_to_stop` decides when to stop.
+        max_epochs=-1,
         deterministic=True,
         logger=False,
         enable_checkpointing=False,
@@ -108,7 +134,8 @@ def fit(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read none, and it costs time
+    # We never read uninitialised memory, and filling it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     fits = True
     if training.reason_to_stop(training.minutes) == "":
         with terminated_softly(training, trainer):
@@ -124,27 +151,31 @@ def fit(
                 raise ConvoyError(too_small(classifier)) from None
             finally:
                 training.progress.close()
-    if not fits:  # only here, where the error no longer holds what has filled the memory
+    # Not in the except block, where the error still references the tensors that fill the memory.
+    if not fits:
         raise ConvoyError(too_large(classifier, data, choice))
     return training.trained()
 
 
 @contextlib.contextmanager
 def terminated_softly(training: "ClassifierModule", trainer: lightning.Trainer) -> Iterator[None]:
-    """SIGTERM lets the step under way end and its outcome be saved, and then ends all processes of the training."""
+    """Handle SIGTERM by finishing the current step, saving the state and ending all processes of the training."""
 
     def soften(number: int, frame: FrameType | None) -> None:
         if training.terminated:
             return
         training.terminated = True
         if training.rank == 0:
-            with contextlib.suppress(OSError):  # not by print, which it may have interrupted
+            # The signal may have interrupted a call of print, which is not reentrant.
+            with contextlib.suppress(OSError):
                 os.write(2, b"SIGTERM: the training saves its state and ends; run again, it goes on from there\n")
         signal.signal(signal.SIGALRM, force)
-        # again each second: what is raised in a destructor or the callback of a weak reference, Python drops
+        # Repeat the alarm each second, because Python drops exceptions that are raised in a destructor or in the
+        # callback of a weak reference.
         signal.setitimer(signal.ITIMER_REAL, GRACE, 1)
         if trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(number)  # the processes that were started from here are told, too
+            # Pass the signal on to the processes that this process started.
+            trainer.strategy.launcher.kill(number)
 
     def force(number: int, frame: FrameType | None) -> None:
         forced.append(time.monotonic())
@@ -155,13 +186,15 @@ def terminated_softly(training: "ClassifierModule", trainer: lightning.Trainer) 
     forced: list[float] = []
     try:
         before = signal.signal(signal.SIGTERM, soften)
-    except ValueError:  # not in the main thread, which alone is told of signals
+    # Only the main thread can set a signal handler.
+    except ValueError:
         yield
         return
     training.soften = soften
     try:
         yield
-    except SIGTERMException:  # of Lightning, in the moment before `on_train_start`
+    # Lightning raises this if the signal arrives just before `on_train_start`.
+    except SIGTERMException:
         training.exit()
     finally:
         if training.terminated:
@@ -172,14 +205,22 @@ def terminated_softly(training: "ClassifierModule", trainer: lightning.Trainer) 
 
 
 class TrainingDiverged(Exception):
-    """The training came to nothing; `Training.failure` says why."""
+    """Raised when the training diverges; `ClassifierModule.failure` holds the details."""
 
 
 class ClassifierModule(lightning.LightningModule):
-    """A classifier in training: what Lightning calls, and all that a checkpoint must hold.
+    """Lightning module that trains a classifier and holds the complete state of the training.
 
-    It takes optimizer steps by itself, some in each call of Lightning's. Loss and accuracy are summed on the device,
-    and read once an epoch (once a second for a terminal).
+    It optimizes manually and takes several optimizer steps per call of `training_step`. Loss and accuracy are summed on
+    the device and read once per epoch, or once per second if progress is shown in a terminal.
+
+    Args:
+        classifier: The network; it is trained in place.
+        data: Training and validation images.
+        params: Settings that limit the length of the training.
+        choice: Hardware, precision and number of threads.
+        checkpoint: Where the state is saved, and resumed from if it exists. None disables checkpoints.
+        tell: Called with the history's row at the end of each epoch, and immediately for epochs before the checkpoint.
     """
 
     class_weights: Tensor
@@ -205,7 +246,8 @@ class ClassifierModule(lightning.LightningModule):
         if self.recipe.body_lr == 0:
             for name, parameter in classifier.named_parameters():
                 parameter.requires_grad_(classifier.is_head(name))
-        self.average: Classifier | None = None  # the running mean of the weights, where the recipe wants one
+        # The exponential moving average of the weights, if the recipe asks for one.
+        self.average: Classifier | None = None
         if self.recipe.ema:
             self.average = copy.deepcopy(classifier).requires_grad_(False)
         self.heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.heads
@@ -218,16 +260,21 @@ class ClassifierModule(lightning.LightningModule):
         self.total = params.max_epochs * data.steps
 
         self.rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
-        self.soften: Callable[[int, FrameType | None], None] | None = None  # what SIGTERM does
+        # The handler of SIGTERM.
+        self.soften: Callable[[int, FrameType | None], None] | None = None
         self.terminated = False
-        self.stopped = ""  # the setting that ended the training
+        # The setting that ended the training.
+        self.stopped = ""
         self.failure: FailureInfo | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}
-        self.sums = torch.zeros(3)  # of the epoch under way: loss, right answers, images
-        self.bad_step = torch.tensor(-1)  # the first with a loss that is no number or too large
-        self.minutes = 0.0  # trained by processes before this one
+        # Sums over the current epoch: loss, correct predictions, images.
+        self.sums = torch.zeros(3)
+        # The first step with a loss that is NaN or too large; -1 if there is none.
+        self.bad_step = torch.tensor(-1)
+        # Training time of earlier processes.
+        self.minutes = 0.0
         self.optimizer_state: dict[str, Any] | None = None
         self.began = self.saved = self.looked = time.monotonic()
         if state := checkpoint.load(self._check) if checkpoint else None:
@@ -244,10 +291,10 @@ class ClassifierModule(lightning.LightningModule):
             silent=self.rank > 0,
         )
 
-    # What is kept
+    # State and result
 
     def state(self) -> dict[str, Any]:
-        """All that the training depends on from here, as tensors and plain values."""
+        """Return the state that the rest of the training depends on, as tensors and plain values."""
         return {
             "epoch": self.data.epoch,
             "step": self.data.step,
@@ -263,11 +310,11 @@ class ClassifierModule(lightning.LightningModule):
         }
 
     def _check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where a checkpoint holds what can't be a state of this training."""
+        """Raise ValueError if the contents of a checkpoint cannot be a state of this training."""
         found = State(**state)
         if (found.average is None) != (self.average is None):
             raise ValueError("average: this training keeps one, or none")
-        # as many images in a step as later, when the processes that train together share a batch
+        # Divide the batch among the processes as in training, so that a step has the same number of images.
         ranks = self.choice.devices * self.choice.nodes
         batch_size = self.data.batches.batch_size // ranks * ranks
         found.check(
@@ -287,37 +334,43 @@ class ClassifierModule(lightning.LightningModule):
         if self.average:
             self.average.load_state_dict(state["average"])
         self.optimizer_state = state["optimizer"]
-        if self.rank == 0:  # they are the sums of all processes
+        # The saved sums are over all processes, so only one process may restore them.
+        if self.rank == 0:
             self.sums = state["sums"]
         self.bad_step = state["bad_step"]
         self.history, self.best, self.weights = state["history"], state["best"], state["weights"]
         print(f"going on after {self.data.epoch} epochs and {self.data.step} steps", flush=True)
 
     def trained(self) -> TrainResult:
-        """What has come of it."""
+        """Return the result of the training."""
         stopped = "failure" if self.failure else self.stopped or self.reason_to_stop(self.minutes)
         return TrainResult(self.weights, self.history, self.best, stopped, self.failure)
 
     def reason_to_stop(self, spent: float) -> str:
-        """The setting that says so after so many minutes, or ""."""
+        """Return the setting that ends the training after the current epoch, or an empty string.
+
+        Args:
+            spent: Training time so far, in minutes.
+        """
         since = self.data.epoch - int(self.best.get("epoch", 0))
         if self.data.epoch >= self.params.max_epochs:
             return "max_epochs"
         if self.params.patience and since >= self.params.patience:
             return "patience"
         if self.params.max_minutes and self.data.epoch and spent * (1 + 1 / self.data.epoch) > self.params.max_minutes:
-            return "max_minutes"  # another epoch as long as those before would pass it
+            # Another epoch as long as the average epoch so far would exceed the limit.
+            return "max_minutes"
         return ""
 
     def _minutes(self) -> float:
         return self.minutes + (time.monotonic() - self.began) / 60
 
-    # What Lightning calls
+    # Hooks of Lightning
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.optimizer = make_optimizer(self.classifier)
         if self.optimizer_state:
-            # the groups follow from the settings and the step
+            # The checkpoint has no parameter groups, because they follow from the settings and the step.
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": self.optimizer_state, "param_groups": groups})
         return self.optimizer
@@ -328,7 +381,7 @@ class ClassifierModule(lightning.LightningModule):
         self.sums, self.bad_step = self.sums.to(self.device), self.bad_step.to(self.device)
 
     def _check_level(self) -> None:
-        """Raises ConvoyError where processes that train together begin at different steps."""
+        """Raise ConvoyError if processes that train together start at different steps."""
         done = self.data.epoch * self.data.steps + self.data.step
         ends = torch.tensor([done, -done], device=self.device)
         last, first = self.trainer.strategy.reduce(ends, reduce_op="max").tolist()
@@ -339,13 +392,15 @@ class ClassifierModule(lightning.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        if self.soften:  # Lightning has put a handler of its own before it, which ends all at once and saves nothing
+        # Lightning has replaced our handler by its own, which ends the process immediately without saving.
+        if self.soften:
             signal.signal(signal.SIGTERM, self.soften)
 
     def on_train_epoch_start(self) -> None:
         self.met, self.meeting = (time.monotonic(), self.data.step), self.data.step + 1
         self.classifier.train()
-        if self.recipe.body_lr == 0:  # a frozen body stays as it is, its running means too
+        # The batch norms of a frozen backbone must not update their running statistics.
+        if self.recipe.body_lr == 0:
             for name, layer in self.classifier.named_modules():
                 if isinstance(layer, torch.nn.BatchNorm2d) and not self.classifier.is_head(name):
                     layer.eval()
@@ -359,16 +414,17 @@ class ClassifierModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = torch.zeros(3, device=self.device)
-        if self.trainer.world_size > 1:  # what is kept are the running means of the first process
+        # Validate with the running statistics of the first process, which are the ones that are saved.
+        if self.trainer.world_size > 1:
             for buffer in (self.average or self.classifier).buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, rows: np.ndarray) -> None:
         pixels, labels = self.data.held_val.take(rows)
-        self.val_sums += batch_metrics(
-            (self.average or self.classifier)(pixels), labels
-        )  # in float32, as it will be used
-        if self.terminated and self.trainer.world_size == 1:  # all steps of the epoch are done, and it will begin again
+        # In float32, as in inference.
+        self.val_sums += batch_metrics((self.average or self.classifier)(pixels), labels)
+        # All training steps of the epoch are done, so a resumed training only repeats the validation.
+        if self.terminated and self.trainer.world_size == 1:
             self._save()
             self.exit()
 
@@ -402,13 +458,14 @@ class ClassifierModule(lightning.LightningModule):
         self._save()
         if self.trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
             self.exit()
-        self.stopped = self.trainer.strategy.broadcast(self.reason_to_stop(self._minutes()))  # as the first clock says
+        # The clock of the first process decides for all processes.
+        self.stopped = self.trainer.strategy.broadcast(self.reason_to_stop(self._minutes()))
         self.trainer.should_stop = self.stopped != ""
 
-    # A step
+    # Optimizer step
 
     def lr(self, step: int) -> float:
-        """The learning rate of the heads in `step` of the whole training, from 0."""
+        """Return the learning rate of the heads at `step`, counted from 0 over the complete training."""
         return self.recipe.lr * warm_cosine(step, self.total, self.recipe.warmup)
 
     def _step(self, step: int) -> None:
@@ -433,14 +490,35 @@ class ClassifierModule(lightning.LightningModule):
         self.data.step = step + 1
 
     def pieces(self, pixels: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """A batch in as many parts as the recipe says, as equal as may be: batch norm would fail on one image."""
+        """Split a batch into the micro-batches that `accumulate` asks for.
+
+        Their sizes differ by one image at most, because batch norm would fail on a leftover of one image.
+
+        Args:
+            pixels: Images (N, H, W, C) uint8.
+            labels: Labels (N,) int64.
+
+        Returns:
+            The pixels and labels of each micro-batch.
+        """
         count = min(self.recipe.accumulate, len(labels))
         return zip(pixels.tensor_split(count), labels.tensor_split(count), strict=True)
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """The sum of what is minimised over images (N, H, W, C) uint8 with labels (N,), changed as the recipe says."""
+        """Augment images as the recipe asks, and compute their training loss.
+
+        The batch's metrics are added to `sums`.
+
+        Args:
+            pixels: Images (N, H, W, C) uint8.
+            labels: Labels (N,) int64.
+
+        Returns:
+            The loss, a scalar, summed over the images and weighted over the heads.
+        """
         recipe = self.recipe
-        pixels = augment(pixels, recipe.augment)  # not in bfloat16, whose 8 bits are too few for a place in an image
+        # Outside of autocast, because the 8 significant bits of bfloat16 are too few for a coordinate in an image.
+        pixels = augment(pixels, recipe.augment)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.choice.precision == "bfloat16"):
             x = self.classifier.normalise(pixels)
             x, targets = mix(x, labels, len(self.class_weights), recipe.augment)
@@ -455,7 +533,11 @@ class ClassifierModule(lightning.LightningModule):
         return torch.stack([weight * loss for (weight, _), loss in zip(heads, losses, strict=True)]).sum()
 
     def seed(self, number: int) -> None:
-        """Make all that is drawn in this step of the whole training, from 0, a function of it."""
+        """Seed torch's random generators for one step, so that a resumed training draws the same numbers.
+
+        Args:
+            number: Step, counted from 0 over the complete training.
+        """
         state = np.random.SeedSequence([self.data.seed, number, self.data.rank]).generate_state(1, np.uint64)
         seed = int(state[0] >> 1)
         torch.default_generator.manual_seed(seed)
@@ -473,7 +555,7 @@ class ClassifierModule(lightning.LightningModule):
                 else:
                     group["betas"] = (momentum, 0.999)
 
-    # Between steps
+    # Checkpoints, SIGTERM and failures
 
     def _between_steps(self) -> None:
         if self.trainer.world_size == 1:
@@ -491,8 +573,10 @@ class ClassifierModule(lightning.LightningModule):
             self.exit()
 
     def _agree(self) -> tuple[bool, bool]:
-        """Whether one of the processes wants to save, or was told to end. They meet after the same step, twice a second
-        by the slowest."""
+        """Return whether any process wants to save, and whether any process has received SIGTERM.
+
+        All processes call this after the same step, every `MEET` seconds as measured by the slowest one.
+        """
         now, (before, step) = time.monotonic(), self.met
         asked = [self._save_is_due(), self.terminated, (now - before) / (self.data.step - step)]
         said = self.trainer.strategy.reduce(torch.tensor(asked, device=self.device), reduce_op="max")
@@ -502,11 +586,14 @@ class ClassifierModule(lightning.LightningModule):
 
     @property
     def exit_status(self) -> int:
-        """Of this process after SIGTERM; 0 of one that another has started, or Lightning would kill that one."""
+        """The exit status of this process after SIGTERM.
+
+        It is 0 in a process that another one has started; otherwise Lightning would kill the one that started it.
+        """
         return TERMINATED if os.environ.get("LOCAL_RANK", "0") == "0" else 0
 
     def exit(self) -> NoReturn:
-        """End this process as SIGTERM does."""
+        """End this process with the exit status of a process that SIGTERM ended."""
         sys.exit(self.exit_status)
 
     def _save_is_due(self) -> bool:
@@ -514,7 +601,7 @@ class ClassifierModule(lightning.LightningModule):
 
     def _save(self) -> None:
         self.saved = time.monotonic()
-        # one process writes for all, and after a restart goes on from the sums of all
+        # One process writes the checkpoint for all, and after a restart it resumes from the sums over all.
         sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
         if self.checkpoint and self.global_rank == 0:
             try:
@@ -538,7 +625,16 @@ class ClassifierModule(lightning.LightningModule):
 
 
 def batch_metrics(logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> Tensor:
-    """The summed loss (`loss`, where it is known), right answers and images of a batch: (3,) on its device."""
+    """Compute the metrics of a batch as sums over its images.
+
+    Args:
+        logits: Logits (N, K).
+        labels: Labels (N,) int64.
+        loss: The summed cross-entropy, if it is already known.
+
+    Returns:
+        The loss, the number of correct predictions and the number of images, as (3,) float32 on the batch's device.
+    """
     if loss is None:
         loss = functional.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(dim=1) == labels).sum()
@@ -546,8 +642,18 @@ def batch_metrics(logits: Tensor, labels: Tensor, loss: Tensor | None = None) ->
 
 
 def warm_cosine(step: int, steps: int, warmup: float) -> float:
-    """The share of the highest learning rate at `step` of `steps`: linear for `warmup` of them, then a cosine to 0
-    (Loshchilov & Hutter 2017, without restarts)."""
+    """Compute the learning rate at a step, as a fraction of the peak learning rate.
+
+    It rises linearly during the warm-up and then follows a cosine to 0 (Loshchilov & Hutter 2017, without restarts).
+
+    Args:
+        step: Step, from 0.
+        steps: Number of steps of the complete training.
+        warmup: Fraction of the steps used for the warm-up, in [0, 1].
+
+    Returns:
+        The fraction, in [0, 1].
+    """
     warm = warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)
@@ -555,7 +661,11 @@ def warm_cosine(step: int, steps: int, warmup: float) -> float:
 
 
 def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Norms and biases do not decay; `share` of a group is its part of the learning rate."""
+    """Create the optimizer of the classifier's recipe.
+
+    Biases and normalisation layers have no weight decay. Each parameter group's entry `share` is its fraction of the
+    learning rate.
+    """
     recipe = classifier.recipe
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
@@ -571,7 +681,7 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
 
 
 def kept_by_optimizer(recipe: RecipeConfig) -> set[str]:
-    """The names of what the recipe's optimizer keeps of each parameter from its first step on."""
+    """Return the keys of the state that the recipe's optimizer has for each parameter after its first step."""
     if recipe.optimizer == "adamw":
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if recipe.momentum else set()
@@ -579,19 +689,26 @@ def kept_by_optimizer(recipe: RecipeConfig) -> set[str]:
 
 @torch.no_grad()
 def update_ema(average: Classifier, classifier: Classifier, decay: float) -> None:
-    """Move `average` towards the weights of `classifier`, by 1 - decay of the way; its buffers become the same."""
+    """Update the exponential moving average of a classifier's weights in place.
+
+    Args:
+        average: The classifier that holds the average; its buffers become copies of those of `classifier`.
+        classifier: The classifier that is trained.
+        decay: Weight of the old average, in [0, 1).
+    """
     torch._foreach_lerp_(list(average.parameters()), list(classifier.parameters()), 1 - decay)
     for kept, current in zip(average.buffers(), classifier.buffers(), strict=True):
         kept.copy_(current)
 
 
 def too_large(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> str:
-    """What to say of a batch that does not fit into the memory of the GPU: which one does."""
+    """Return the error message for a batch that exceeds the GPU's memory, with settings that fit."""
     gc.collect()
     name, processes = type(classifier).__name__.lower(), choice.devices * choice.nodes
     part = math.ceil(classifier.recipe.batch_size / processes)
     size = math.ceil(part / classifier.recipe.accumulate)
-    classifier.to(data.held_train.device)  # from where Lightning has put it
+    # Lightning may have moved it to another device.
+    classifier.to(data.held_train.device)
     fits = size // 2
     while fits and not fits_in_memory(classifier, data, choice, fits):
         fits //= 2
@@ -606,7 +723,7 @@ def too_large(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) 
 
 
 def too_small(classifier: Classifier) -> str:
-    """What to say of a batch that comes to one image at a time, and that to one pixel."""
+    """Return the error message for a batch norm that gets one image at a time, reduced to one pixel."""
     name = type(classifier).__name__.lower()
     return (
         f"{name}: batch norm can't be trained on one image at a time: raise model.{name}.recipe.batch_size, or lower "
@@ -615,7 +732,7 @@ def too_small(classifier: Classifier) -> str:
 
 
 def fits_in_memory(classifier: Classifier, data: ImageData, choice: ResolvedTrainer, size: int) -> bool:
-    """Whether the gradients of a batch of `size` images can be had."""
+    """Return whether computing the gradients of a batch of `size` images fits into memory."""
     classifier.zero_grad()
     rows = np.arange(size) % len(data.train)
     try:

@@ -1,4 +1,4 @@
-"""Augmentation: random changes to whole batches of images, on the device that trains."""
+"""Random augmentation of image batches on the device that trains."""
 
 import math
 from typing import Literal
@@ -9,13 +9,21 @@ from torch.distributions import Beta
 
 from convoy.recipe import AugmentConfig
 
-GROUPS = 16  # that share a batch's draws of a policy: 64 would take twice as long
+# Number of groups in a batch that each share one draw of a policy; 64 groups would take twice as long.
+GROUPS = 16
 
 
 def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
-    """`pixels` (N, H, W, C) uint8 with random changes, drawn from torch's global generator on the host.
+    """Apply the pixel augmentations of the settings to a batch of images.
 
-    The tensor given stays as it is, and nothing is read back from its device.
+    Random numbers are drawn from torch's global generator on the host, and nothing is read back from the device.
+
+    Args:
+        pixels: Images (N, H, W, C) uint8; not modified.
+        params: Settings of the augmentation.
+
+    Returns:
+        The augmented images, with the shape and dtype of `pixels`.
     """
     count = len(pixels)
     if params.shift:
@@ -33,11 +41,21 @@ def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
 
 
 def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
-    """Each image as seen from `down` and `right` of it, on the host, (N, 1) pixels in -shift..shift."""
+    """Translate each image, repeating the pixels at its edges to fill the gaps.
+
+    Args:
+        pixels: Images (N, H, W, C) uint8.
+        shift: Largest translation, in pixels.
+        down: Vertical offset (N, 1) of the visible window in pixels, in [-shift, shift], on the host.
+        right: Horizontal offset (N, 1) of the visible window in pixels, in [-shift, shift], on the host.
+
+    Returns:
+        The translated images, (N, H, W, C) uint8.
+    """
     count, height, width, channels = pixels.shape
     wide = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
-    # A row of the result lies in `wide` in one piece, so whole rows are copied: an index of every pixel takes
-    # four times as long.
+    # Each row of the result is contiguous in `wide`, so complete rows are copied; indexing every pixel takes four times
+    # as long.
     pieces = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
     row = (torch.arange(height) + down).clamp(0, height - 1) + height * torch.arange(count)[:, None]  # (N, H)
     piece = row * (width + 2 * shift) + shift + right
@@ -45,13 +63,21 @@ def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
 
 
 def follow(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
-    """`pixels` (N, H, W, 1 or 3) uint8, changed by a published policy as torchvision has it; black fills the gaps.
+    """Apply an augmentation policy of torchvision, filling gaps with black.
 
-    "trivial" is TrivialAugment, its wide space (Müller & Hutter 2021): one change of a random strength. "rand" is
-    RandAugment (Cubuk et al. 2019): two changes, each of strength 9 of 30. A batch is cut into up to 16 groups, and
-    the images of a group share a draw: batches are shuffled, so it is others that share one in the next epoch.
+    The batch is split into up to `GROUPS` groups, and the images of a group share one draw. Because batches are
+    shuffled, other images share a draw in the next epoch.
+
+    Args:
+        policy: "trivial" is TrivialAugment with its wide search space (Müller & Hutter 2021), one change of random
+            strength. "rand" is RandAugment (Cubuk et al. 2019), two changes of strength 9 of 30.
+        pixels: Images (N, H, W, 1 or 3) uint8.
+
+    Returns:
+        The changed images, with the shape and dtype of `pixels`.
     """
-    from torchvision.transforms.v2 import InterpolationMode, RandAugment, TrivialAugmentWide  # takes seconds
+    # Imported here because the import takes seconds.
+    from torchvision.transforms.v2 import InterpolationMode, RandAugment, TrivialAugmentWide
 
     smooth = InterpolationMode.BILINEAR
     change = TrivialAugmentWide(interpolation=smooth) if policy == "trivial" else RandAugment(interpolation=smooth)
@@ -60,29 +86,44 @@ def follow(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
 
 
 def erase(pixels: Tensor, probability: float) -> Tensor:
-    """`pixels` (N, H, W, C) uint8, each with a rectangle of noise in it at this probability.
+    """Replace a random rectangle of each image by noise (random erasing, Zhong et al. 2017).
 
-    Random erasing (Zhong et al. 2017) of 2 to 33 % of the area, 0.3 to 3.3 times as high as wide, cut to what fits in
-    the image. The images of a batch share one pattern of noise, and each shows it where its rectangle lies.
+    The rectangle covers 2 to 33 % of the area, has an aspect ratio (height over width) of 0.3 to 3.3, and is clipped to
+    the image size. The images of a batch share one pattern of noise, and each shows the part inside its rectangle.
+
+    Args:
+        pixels: Images (N, H, W, C) uint8.
+        probability: Probability that an image is changed, in [0, 1].
+
+    Returns:
+        The images with erased rectangles, (N, H, W, C) uint8.
     """
     count, height, width, channels = pixels.shape
     chance, area, ratio, down, right = torch.rand(5, count, 1)
     area = height * width * (0.02 + (0.33 - 0.02) * area)  # pixels
-    ratio = 0.3 * (3.3 / 0.3) ** ratio  # high over wide; upright as often as lying
+    # Height over width, log-uniform, so that tall and wide rectangles are equally frequent.
+    ratio = 0.3 * (3.3 / 0.3) ** ratio
     high, wide = (area * ratio).sqrt(), (area / ratio).sqrt()
     erased = chance < probability
     rows = within(height, high, down) & erased
     columns = within(width, wide, right).repeat_interleave(channels, dim=1)
     noise = torch.randint(256, (height, width * channels), dtype=torch.uint8)
     rows, columns, noise = (each.to(pixels.device, non_blocking=True) for each in (rows, columns, noise))
-    # whole rows at a time: over channels that lie side by side, the loops would be three values long
+    # Work on complete image rows: with the channels innermost in memory, the inner loops would have a length of 3.
     return torch.where(rows[:, :, None] & columns[:, None, :], noise, pixels.flatten(2)).view(pixels.shape)
 
 
 def within(size: int, length: Tensor, place: Tensor) -> Tensor:
-    """Which of `size` pixels lie in a stretch of `length` (N, 1) pixels, at least one: (N, size) bool.
+    """Compute a mask of the pixels inside an interval along one axis.
 
-    `place` (N, 1) in [0, 1) says where it lies, from the low end to the high, each whole pixel as likely.
+    Args:
+        size: Number of pixels along the axis.
+        length: Lengths (N, 1) of the intervals in pixels, rounded and clamped to [1, size].
+        place: Positions (N, 1) in [0, 1), from the lowest possible start to the highest; uniform positions make all
+            starts equally likely.
+
+    Returns:
+        The mask, (N, size) bool.
     """
     length = length.round().clamp(1, size)
     start = (place * (size - length + 1)).floor()
@@ -91,11 +132,20 @@ def within(size: int, length: Tensor, place: Tensor) -> Tensor:
 
 
 def mix(x: Tensor, labels: Tensor, classes: int, params: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Each image mixed with the one before it in the batch, and its target likewise; batches are shuffled.
+    """Mix each image and its target with the previous image of the batch by MixUp or CutMix.
 
-    `x` (N, C, H, W) float and `labels` (N,) int64 -> x and targets (N, K) float, the share of each class; both as they
-    were given where `params` asks for no mixing. One share for a batch, drawn from torch's global generator on the
-    host; the tensors given stay as they are, and nothing is read back from their device.
+    The batch must be shuffled. All its images share one mixing weight, which is drawn from torch's global generator on
+    the host. Nothing is read back from the device.
+
+    Args:
+        x: Images (N, C, H, W) float; not modified.
+        labels: Labels (N,) int64; not modified.
+        classes: Number of classes K.
+        params: Settings of the augmentation.
+
+    Returns:
+        The mixed images and their targets (N, K) float, the fraction of each class. If mixing is disabled, `x` and
+        `labels` are returned unchanged.
     """
     if not (params.mixup or params.cutmix):
         return x, labels
@@ -107,18 +157,35 @@ def mix(x: Tensor, labels: Tensor, classes: int, params: AugmentConfig) -> tuple
 
 
 def mixup(x: Tensor, alpha: float) -> tuple[Tensor, float]:
-    """A weighted mean of each image and the one before it, and its own weight, of Beta(alpha) (Zhang et al. 2018)."""
+    """Average each image with the previous one of the batch (MixUp, Zhang et al. 2018).
+
+    Args:
+        x: Images (N, C, H, W) float.
+        alpha: Both parameters of the Beta distribution that the weight is drawn from.
+
+    Returns:
+        The mixed images and the weight of the original image, in [0, 1].
+    """
     share = float(Beta(alpha, alpha).sample())
     return torch.lerp(before(x), x, share), share
 
 
 def cutmix(x: Tensor, alpha: float) -> tuple[Tensor, float]:
-    """Each image with a rectangle of the one before it, and the share of its own pixels left (Yun et al. 2019).
+    """Paste a rectangle of the previous image of the batch into each image (CutMix, Yun et al. 2019).
 
-    1 - Beta(alpha) of the area, as high to wide as the image, the centre anywhere: cut where it leaves the image.
+    The rectangle has the image's aspect ratio and a random centre, and is clipped to the image. Before clipping, it
+    covers a fraction 1 - b of the area, where b is drawn from Beta(alpha, alpha).
+
+    Args:
+        x: Images (N, C, H, W) float.
+        alpha: Both parameters of the Beta distribution.
+
+    Returns:
+        The mixed images and the fraction of pixels that remain from the original image, in [0, 1].
     """
     height, width = x.shape[2:]
-    side = math.sqrt(1 - float(Beta(alpha, alpha).sample()))  # of the image's
+    # Fraction of the image's height and width.
+    side = math.sqrt(1 - float(Beta(alpha, alpha).sample()))
     down, right = torch.rand(2).tolist()
     top, bottom = stretch(height, side, down)
     left, end = stretch(width, side, right)
@@ -128,12 +195,21 @@ def cutmix(x: Tensor, alpha: float) -> tuple[Tensor, float]:
 
 
 def stretch(size: int, share: float, centre: float) -> tuple[int, int]:
-    """First and one past the last of `size` pixels in a stretch of `share` of them about `centre`, in [0, 1)."""
+    """Compute the start and end of an interval along one axis, clipped to the axis.
+
+    Args:
+        size: Number of pixels along the axis.
+        share: Length of the interval as a fraction of `size`.
+        centre: Centre of the interval as a fraction of `size`, in [0, 1).
+
+    Returns:
+        The first pixel and one past the last.
+    """
     length = round(share * size)
     first = int(centre * size) - length // 2
     return max(first, 0), min(first + length, size)
 
 
 def before(values: Tensor) -> Tensor:
-    """Of each of N entries, the one before it; of the first, the last. Channels that lie last in memory stay there."""
+    """Roll entries by one along the batch dimension, preserving a channels-last memory format."""
     return torch.cat([values[-1:], values[:-1]])

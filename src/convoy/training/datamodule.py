@@ -1,4 +1,4 @@
-"""The data module: says which steps are due, and takes their images by the batch where they lie."""
+"""The Lightning data module, whose loaders yield indices of images that are gathered in batches."""
 
 import math
 import mmap
@@ -13,19 +13,30 @@ from convoy.data.arrays import Images
 from convoy.recipe import RecipeConfig
 from convoy.training.sampler import Batches
 
-STEPS_PER_CALL = 16  # steps that Lightning is told of at a time: around each time it spends 1 ms
-VAL_BATCH = 512  # images at the most; without gradients twice as many as in training come to less memory
-UPLOAD_BYTES = 2**26  # bytes that go to a GPU at a time
-ON_DEVICE = 0.5  # share of the free GPU memory that images may take
-MMAP_PREFETCH_BYTES = 2**30  # bytes of a memory map from which it is read image by image, each ahead of its use
+# Steps per call of `training_step`: Lightning's overhead is 1 ms per call.
+STEPS_PER_CALL = 16  # steps
+# Largest validation batch. Without gradients, twice as many images as in training need less memory than in training.
+VAL_BATCH = 512  # images
+# Amount of data that is copied to a GPU at a time.
+UPLOAD_BYTES = 2**26  # bytes
+# Largest fraction of the free GPU memory that the images may occupy.
+ON_DEVICE = 0.5
+# Size from which a memory map is read image by image, with each image prefetched.
+MMAP_PREFETCH_BYTES = 2**30  # bytes
+# Number of steps that images are prefetched ahead of their use.
 PREFETCH_STEPS = 2  # steps
 
 
 class ImageStore:
-    """The images of a split, held where they are used: in GPU memory where they fit, else where they are.
+    """The images of a split, kept in GPU memory if they fit and otherwise where they are.
 
-    A large memory map that is read in another order than it lies in (`shuffled`) is read ahead: with memory for a
-    fifth of the images a training is then as fast as with memory for all (benchmarks/README.md).
+    Images of a large memory map that is read in shuffled order are prefetched: with memory for a fifth of the images,
+    training is then as fast as with memory for all of them (benchmarks/README.md).
+
+    Args:
+        images: Pixels and labels of the split.
+        device: Device that the batches are used on.
+        shuffled: Whether the images are read in another order than they are stored in.
     """
 
     def __init__(self, images: Images, device: torch.device, shuffled: bool = False) -> None:
@@ -34,16 +45,22 @@ class ImageStore:
         self.resident: tuple[Tensor, Tensor] | None = None
         if device.type == "cuda" and images.pixels.nbytes < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
             self.resident = uploaded(images.pixels, device), torch.from_numpy(images.labels).to(device)
-        self.first = 0  # byte of the file at which the pixels begin
+        # Offset of the pixels in the file, in bytes.
+        self.first = 0
         self.file: mmap.mmap | None = None
         pixels = images.pixels
         large = isinstance(pixels, np.memmap) and pixels.nbytes >= MMAP_PREFETCH_BYTES
         if large and shuffled and self.resident is None and isinstance(pixels.base, mmap.mmap):
             self.file, self.first = pixels.base, pixels.offset
-            self.file.madvise(mmap.MADV_RANDOM)  # else what lies beside an image would be read with it
+            # Without this, the kernel would also read the data around each image.
+            self.file.madvise(mmap.MADV_RANDOM)
 
     def expect(self, rows: np.ndarray) -> None:
-        """Have these rows read from the disk, if they must be, while the network is at work on others."""
+        """Start reading images from the disk in the background, if they have to be prefetched.
+
+        Args:
+            rows: Indices (N,) int64 of the images.
+        """
         if self.file is None:
             return
         size = self.images.pixels[0].nbytes
@@ -52,7 +69,14 @@ class ImageStore:
             self.file.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
     def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pixels (N, H, W, C) uint8 and labels (N,) int64 of these rows, on the device; the host waits for nothing."""
+        """Gather images on the device without blocking the host on the device.
+
+        Args:
+            rows: Indices (N,) int64 of the images.
+
+        Returns:
+            Pixels (N, H, W, C) uint8 and labels (N,) int64.
+        """
         if self.resident is not None:
             index = torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)
             pixels, labels = self.resident
@@ -65,7 +89,7 @@ class ImageStore:
 
 
 def uploaded(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """All of (N, H, W, C) uint8 on a device, by way of `UPLOAD_BYTES` bytes of the host's memory."""
+    """Copy pixels (N, H, W, C) uint8 to a device, using only `UPLOAD_BYTES` bytes of host memory at a time."""
     there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     step = max(1, UPLOAD_BYTES // pixels[0].nbytes)
     for start in range(0, len(pixels), step):
@@ -74,10 +98,17 @@ def uploaded(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 
 class ImageData(LightningDataModule):
-    """Feeds a training from `train` and `val`, in an order that follows from `seed` and the epoch alone.
+    """Lightning data module whose order of images depends only on the seed and the epoch.
 
-    `epoch` and `step` are where the training stands: epochs done, and steps done in the one under way. What the loaders
-    hand out are not images but which: the steps of the epoch that are left, some at a time, and rows to validate.
+    The attributes `epoch` and `step` hold the position of the training: the number of completed epochs, and of
+    completed steps in the current epoch. The loaders yield indices instead of images: the training loader yields ranges
+    of the remaining steps of the epoch, the validation loader yields the rows of each batch.
+
+    Args:
+        train: Images to train on.
+        val: Images to validate on.
+        recipe: Training settings of the architecture.
+        seed: Seed of the order of the training images.
     """
 
     def __init__(self, train: Images, val: Images, recipe: RecipeConfig, seed: int) -> None:
@@ -91,22 +122,36 @@ class ImageData(LightningDataModule):
         self.share(torch.device("cpu"), 0, 1)
 
     def share(self, device: torch.device, rank: int, ranks: int) -> None:
-        """Hold the images for `device`, and take the part of `rank` among `ranks` processes that train together."""
+        """Place the images for a device, and select this process's part of each batch.
+
+        Args:
+            device: Device that the batches are used on.
+            rank: Index of this process, in [0, ranks).
+            ranks: Number of processes that train together.
+        """
         self.rank, self.ranks = rank, ranks
         balanced = self.recipe.balance == "sampler"
         self.batches = Batches(
             self.train.labels, self.recipe.batch_size, self.seed, balanced=balanced, rank=rank, ranks=ranks
         )
-        self.order: tuple[int, list[np.ndarray]] = (-1, [])  # an epoch and the rows of its steps
+        # An epoch and the rows of each of its steps.
+        self.order: tuple[int, list[np.ndarray]] = (-1, [])
         self.held_train, self.held_val = ImageStore(self.train, device, shuffled=True), ImageStore(self.val, device)
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps in an epoch."""
         return len(self.batches)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The pixels and labels of a step of the epoch under way: this process' part of the batch."""
+        """Return this process's part of the batch of a step in the current epoch, and prefetch a later one.
+
+        Args:
+            step: Step, from 0 in the epoch.
+
+        Returns:
+            Pixels (N, H, W, C) uint8 and labels (N,) int64, on the device.
+        """
         if self.order[0] != self.epoch:
             self.order = self.epoch, self.batches.epoch(self.epoch)
         _, rows = self.order
@@ -116,7 +161,7 @@ class ImageData(LightningDataModule):
 
     @property
     def piece(self) -> int:
-        """Images that this process computes the gradient of at a time."""
+        """Return the micro-batch size, the number of images that this process computes the gradient of at a time."""
         return math.ceil(self.batches.batch_size / self.ranks / self.recipe.accumulate)
 
     def train_dataloader(self) -> "StepLoader":
@@ -126,11 +171,18 @@ class ImageData(LightningDataModule):
         return ValLoader(np.arange(self.rank, len(self.val), self.ranks), min(VAL_BATCH, 2 * self.piece))
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
-        return batch  # only which, not the images
+        # The batch consists of indices that are used on the host.
+        return batch
 
 
 class StepLoader:
-    """The steps that are left of the epoch under way, some at a time; where none is, an empty range comes once."""
+    """Loader that yields ranges of the remaining steps of the current epoch.
+
+    If no step is left, it yields a single empty range.
+
+    Args:
+        data: The data module, which holds the position of the training.
+    """
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -143,7 +195,12 @@ class StepLoader:
 
 
 class ValLoader:
-    """Rows to validate, a batch at a time."""
+    """Loader that yields the rows of each validation batch.
+
+    Args:
+        rows: Indices (N,) int64 of the images to validate.
+        batch_size: Largest number of images in a batch.
+    """
 
     def __init__(self, rows: np.ndarray, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size

@@ -41,7 +41,7 @@ TERMINATED = 128 + signal.SIGTERM
 GRACE = 8  # seconds
 # Interval at which processes that train together agree on whether to save and whether to end.
 MEET = 0.5  # seconds
-# Start of torch's error message for a batch norm over a single value.
+# Part of torch's error message for a batch norm over a single value.
 ONE_VALUE = "Expected more than 1 value per channel"
 # The loss is considered exploded above this multiple of the loss of random guessing.
 EXPLODED = 1000
@@ -586,7 +586,7 @@ class ClassifierModule(lightning.LightningModule):
 
     @property
     def exit_status(self) -> int:
-        """The exit status of this process after SIGTERM.
+        """Return the exit status of this process after SIGTERM.
 
         It is 0 in a process that another one has started; otherwise Lightning would kill the one that started it.
         """

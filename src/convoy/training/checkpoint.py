@@ -1,4 +1,4 @@
-"""The checkpoint: the state of a training on disk, always whole, from which it goes on to the same bits."""
+"""The checkpoint file, from which a training resumes with bit-identical results."""
 
 import math
 import os
@@ -18,38 +18,58 @@ Tensors = dict[str, InstanceOf[Tensor]]
 
 
 class Checkpoint:
-    """One file, replaced in one step: whoever reads it finds the last state that was written whole, or none."""
+    """Checkpoint file that is replaced atomically, so that it always holds the last completely written state.
+
+    Args:
+        file: Path of the checkpoint.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write tensors and plain values. Raises OSError where it can't; then the state before is still there."""
+        """Write a state atomically.
+
+        Args:
+            state: Tensors and plain values.
+
+        Raises:
+            OSError: If the file cannot be written; the previous state is kept.
+        """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(f".{os.getpid()}")  # on the same file system, so that it can take the name
+        # Write to the same file system, so that the file can be renamed.
+        beside = self.file.with_suffix(f".{os.getpid()}")
         try:
             with beside.open("wb") as opened:
                 torch.save(state, opened)
                 opened.flush()
                 os.fsync(opened.fileno())
             beside.replace(self.file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        # Torch raises this if the disk is full.
+        except RuntimeError as error:
             raise OSError(*getattr(error.__context__, "args", (str(error),))) from error
         finally:
             beside.unlink(missing_ok=True)
         folder = os.open(self.file.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name, too
+            # The rename must be on disk, too.
+            os.fsync(folder)
         finally:
             os.close(folder)
 
     def load(self, check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
-        """Return the last state, its tensors on the CPU; None where there is none.
+        """Load the last state, with its tensors on the CPU.
 
-        Where it can't be read, or `check` raises, one line says so, and None is returned as well.
+        Args:
+            check: Called with the state; it raises an exception if the state is invalid.
+
+        Returns:
+            The state, or None if there is none. If the file cannot be read or is invalid, the reason is printed, and
+            None is returned.
         """
         try:
-            with zipfile.ZipFile(self.file) as archive:  # which has a checksum for each tensor, that torch ignores
+            # The archive has a checksum for each tensor, which torch does not verify.
+            with zipfile.ZipFile(self.file) as archive:
                 if spoiled := archive.testzip():
                     raise ValueError(f"{spoiled} is damaged")
             state = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -59,16 +79,17 @@ class Checkpoint:
             return state
         except FileNotFoundError:
             return None
-        # torch raises whatever a broken file leads it to, and so may a check of what such a file holds
+        # Torch may raise any exception for a broken file, and so may the check of its contents.
         except Exception as error:
             print(f"{self.file} can't be used, so the training starts from the beginning: {_reason(error)}", flush=True)
             return None
 
     def remove(self) -> None:
-        """Remove the file, and its folder where nothing else is in it."""
+        """Remove the file, and its folder if that is then empty."""
         self.file.unlink(missing_ok=True)
         for left in self.file.parent.glob(f"{self.file.stem}.*"):
-            left.unlink()  # of a process that was killed while it wrote
+            # Left by a process that was killed while writing.
+            left.unlink()
         if self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
             self.file.parent.rmdir()
 
@@ -83,19 +104,19 @@ def _reason(error: Exception) -> str:
 
 @schema
 class State:
-    """What a checkpoint of a training holds: all that the training depends on from there on."""
+    """Contents of a checkpoint: the state that the rest of the training depends on."""
 
-    epoch: Whole  # epochs done
-    step: Whole  # steps done in the epoch under way
-    minutes: NotNegative  # trained so far
-    classifier: Tensors
-    average: Tensors | None  # the running mean of the weights
-    optimizer: dict[int, Tensors]  # of each parameter, by its number
-    sums: InstanceOf[Tensor]  # (3,) of the epoch under way: loss, correct predictions, images
-    bad_step: InstanceOf[Tensor]  # () the first step with a loss that is NaN or too large; -1
-    history: list[dict[str, int | float]]
-    best: dict[str, int | float]
-    weights: Tensors  # of the best epoch
+    epoch: Whole  # completed epochs
+    step: Whole  # completed steps in the current epoch
+    minutes: NotNegative  # training time so far
+    classifier: Tensors  # state dict of the trained weights
+    average: Tensors | None  # state dict of the exponential moving average of the weights
+    optimizer: dict[int, Tensors]  # index of a parameter -> its optimizer state
+    sums: InstanceOf[Tensor]  # (3,); sums over the current epoch: loss, correct predictions, images
+    bad_step: InstanceOf[Tensor]  # (); first step with a loss that is NaN or too large, or -1
+    history: list[dict[str, int | float]]  # one row per completed epoch
+    best: dict[str, int | float]  # row of the best epoch
+    weights: Tensors  # state dict of the best epoch
 
     def check(
         self,
@@ -108,10 +129,19 @@ class State:
         parameters: Sequence[Tensor],
         kept: set[str],
     ) -> None:
-        """Raise ValueError where a training of so many epochs of so many steps can't be in this state.
+        """Check that a training can be in this state.
 
-        `columns` are those of its history, `weights` the classifier's at any moment, `parameters` those that the
-        optimizer trains, in its order, and `kept` the names of what it keeps of each.
+        Args:
+            epochs: Largest number of epochs of the training.
+            steps: Steps per epoch.
+            batch_size: Images per step.
+            columns: Keys of a row of the history.
+            weights: State dict of the classifier, for names, shapes and dtypes.
+            parameters: Parameters that the optimizer trains, in its order.
+            kept: Keys of the optimizer state of each parameter.
+
+        Raises:
+            ValueError: If the training cannot be in this state.
         """
         done = self.epoch * steps + self.step
         if self.step > steps or done > epochs * steps:
@@ -131,7 +161,7 @@ class State:
         _check_tensors("weights", self.weights, weights if self.epoch else {})
         _check_tensors("sums", {"": self.sums, "bad": self.bad_step}, {"": torch.zeros(3), "bad": torch.tensor(-1)})
         _, correct, images = self.sums.tolist()
-        # in float32, where more than 16 million images are no longer counted one by one
+        # The sums are float32, which counts exactly only up to 16 million images.
         if not 0 <= correct <= images or not math.isclose(images, self.step * batch_size, rel_tol=1e-3):
             raise ValueError(f"sums of {self.sums.tolist()} after {self.step} steps of {batch_size} images")
         if not -1 <= self.bad_step < epochs * steps:
@@ -146,12 +176,12 @@ class State:
 
 
 def merit(epoch: Mapping[str, float]) -> tuple[float, float]:
-    """By which epochs are compared: accuracy, then loss."""
+    """Return the sort key that ranks epochs by validation accuracy, then by validation loss."""
     return epoch["val_accuracy"], -epoch["val_loss"]
 
 
 def _check_tensors(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where names, shapes or types are not as in `own`, or a number is NaN or infinite."""
+    """Raise ValueError if names, shapes or dtypes differ from `own`, or if a value is NaN or infinite."""
     if set(tensors) != set(own):
         raise ValueError(f"{name}: other names than those of this network")
     for key, tensor in tensors.items():

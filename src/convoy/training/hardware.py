@@ -1,4 +1,4 @@
-"""The hardware: what trains, in which precision and with how many threads, as it was measured to be best."""
+"""The choice of hardware, precision and number of threads for a training."""
 
 import copy
 import dataclasses
@@ -15,40 +15,49 @@ from convoy.config import Count, schema
 from convoy.errors import ConvoyError
 from convoy.models.base import Classifier
 
-MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")  # what multiplies matrices in half precision
-PER_THREAD = 4e9  # multiply-adds of a training step from which one more thread pays: some 0.1 s of work
-Threads = Annotated[int, Field(ge=1, le=1024)]  # of some ten thousand torch crashes
+# Instruction sets that multiply matrices in half precision.
+MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+# Work in a training step for which one more thread is worthwhile: about 0.1 s.
+PER_THREAD = 4e9  # MACs
+# Torch crashes with about ten thousand threads.
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 @schema
 class TrainerConfig:
-    """What the training runs on; `auto` is what was measured to be best (benchmarks/README.md)."""
+    """Hardware settings; `auto` selects what was measured to be fastest (benchmarks/README.md)."""
 
-    accelerator: Literal["auto", "cpu", "gpu"]  # auto: a GPU where there is one
-    devices: Count | Literal["all"]  # of each machine: GPUs, or processes on the CPU; more than one train by DDP
+    accelerator: Literal["auto", "cpu", "gpu"]  # auto uses a GPU if there is one
+    devices: Count | Literal["all"]  # GPUs or CPU processes per machine; more than one use DDP
     nodes: Count  # machines
-    precision: Literal["auto", "float32", "bfloat16"]  # of the arithmetic in training; weights are float32
-    compile: bool  # by torch.compile: minutes at the start, for runs of hours
-    threads: Threads | Literal["auto"]  # of each process; part of what makes the same bits
+    precision: Literal["auto", "float32", "bfloat16"]  # precision of the computation; weights are float32
+    compile: bool  # torch.compile takes minutes at the start, which pays off in runs of hours
+    threads: Threads | Literal["auto"]  # per process; results are bit-identical only for the same number
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedTrainer:
-    """What `auto` came to; all of it is part of what makes the same bits."""
+    """Hardware settings without `auto`; results are bit-identical only if all of them are equal."""
 
     accelerator: str  # cpu or gpu
-    devices: int
-    nodes: int
+    devices: int  # GPUs or CPU processes per machine
+    nodes: int  # machines
     precision: str  # float32 or bfloat16
     compile: bool
-    threads: int
+    threads: int  # per process
 
 
 def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
-    """The settings with every `auto` decided, by the hardware and the size of the network alone.
+    """Replace each `auto` by a value that depends only on the hardware and the size of the network.
 
-    Nothing is tried out: two runs on one machine must choose alike, however busy it is. Raises ConvoyError where a GPU
-    is asked for and there is none, or too few.
+    Nothing is measured, so that all runs on a machine make the same choice, regardless of its load.
+
+    Args:
+        trainer: Settings, which may be `auto`.
+        classifier: The network to train.
+
+    Raises:
+        ConvoyError: If the settings ask for a GPU and there is none, or for more GPUs than there are.
     """
     there = gpus()
     if trainer.accelerator == "gpu" and not there:
@@ -60,12 +69,13 @@ def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
         raise ConvoyError(f"trainer.devices={devices}: this machine has {there} GPUs")
     precision = trainer.precision
     if precision == "auto":
-        # 1.3 times as fast for small networks and twice for large ones, with the instructions; slower without
+        # With hardware support, bfloat16 is 1.3 times as fast for small networks and twice as fast for large ones;
+        # without it, bfloat16 is slower than float32.
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_bfloat16()
         precision = "bfloat16" if fast else "float32"
     if trainer.threads == "auto":
         work = 3 * count_macs(classifier) * classifier.recipe.batch_size / devices / trainer.nodes
-        # threads of a small step wait for each other longer than they work, most of all on a busy machine
+        # In a small step, threads wait for each other longer than they work, especially on a busy machine.
         threads = 1 if gpu else max(1, min(cores // devices, int(work / PER_THREAD)))
     else:
         threads = trainer.threads
@@ -73,12 +83,16 @@ def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
 
 
 def device(accelerator: str) -> torch.device:
-    """What works where `Trainer.accelerator`, or what was chosen of it, is this: the CPU, or the first GPU."""
+    """Return the device for an accelerator setting: the CPU or the first GPU.
+
+    Args:
+        accelerator: The `accelerator` of a `TrainerConfig` or a `ResolvedTrainer`.
+    """
     return torch.device("cuda" if accelerator != "cpu" and gpus() else "cpu")
 
 
 def gpus() -> int:
-    """How many torch can use: none where the driver, or one of them, is too old for it."""
+    """Return the number of GPUs that torch can use, which is 0 if the driver or any GPU is too old for it."""
     if not torch.cuda.is_available():
         return 0
     built_for = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
@@ -88,13 +102,13 @@ def gpus() -> int:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 numbers itself."""
+    """Return whether the processor has instructions that multiply bfloat16 numbers."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def count_macs(classifier: Classifier) -> int:
-    """Of the main logits of one image, in its convolutions and full layers."""
+    """Count the MACs of the convolutions and fully connected layers that compute the main logits of one image."""
     task = classifier.task
     x = torch.empty(1, task.channels, task.size, task.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -103,7 +117,7 @@ def count_macs(classifier: Classifier) -> int:
 
 
 def environment(choice: ResolvedTrainer) -> dict[str, str | int]:
-    """The versions and the hardware that decide the bits, beside code, settings and data."""
+    """Return the package versions and hardware that results depend on, besides code, settings and data."""
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in ("numpy", "pytorch-lightning", "torch")},
@@ -116,6 +130,6 @@ def environment(choice: ResolvedTrainer) -> dict[str, str | int]:
 
 
 def instructions() -> str:
-    """Those of the processor by which it rounds otherwise than others: "AVX512 avx512_bf16"."""
+    """Return the instruction sets that affect the processor's rounding, such as "AVX512 avx512_bf16"."""
     can = torch.cpu.get_capabilities()
     return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in MATRICES if can.get(name))])

@@ -1,4 +1,4 @@
-"""Progress: one calm line on a terminal, one line for each epoch in a log."""
+"""The progress display: a progress bar in a terminal, one line per epoch in a log."""
 
 import datetime
 import sys
@@ -7,13 +7,22 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
-WIDE = 100  # columns, from which a terminal has room for a drawn bar
+# Width from which a terminal has room for a bar.
+WIDE = 100  # columns
 
 
 class Progress:
-    """Tells how far a training has come: standard error where it is a terminal, and standard output where it is none.
+    """Display of the progress of a training.
 
-    `images` and `epochs` are those of the whole training, `seen` the images before this process went on with it.
+    It shows a progress bar on standard error if that is a terminal. It prints one line per epoch on standard output if
+    that is not a terminal, or if there is no bar.
+
+    Args:
+        name: Name of the architecture.
+        images: Images in the complete training, over all epochs.
+        epochs: Epochs of the complete training.
+        seen: Images that earlier processes have trained on.
+        silent: Whether to display nothing.
     """
 
     def __init__(self, name: str, images: int, epochs: int, seen: int, *, silent: bool = False) -> None:
@@ -23,7 +32,8 @@ class Progress:
         self.seen = self.first = seen
         self.silent = silent
         self.began = self.told = time.monotonic()
-        self.known: dict[str, str] = {}  # the figures that the bar shows
+        # Metrics that the bar shows.
+        self.known: dict[str, str] = {}
         self.bar: tqdm | None = None
         if sys.stderr.isatty() and not silent:
             self.bar = tqdm(
@@ -32,13 +42,19 @@ class Progress:
             )  # fmt: skip
 
     def advance(self, epoch: int, images: int, loss: Callable[[], float]) -> None:
-        """So many images more, in `epoch` from 1. `loss` is asked once a second: it makes the host wait."""
+        """Advance the progress by a number of images.
+
+        Args:
+            epoch: Current epoch, from 1.
+            images: Images that were trained on since the last call.
+            loss: Returns the current loss. It is called at most once a second, because it blocks the host.
+        """
         self.seen += images
         if self.bar is not None and time.monotonic() > self.told + 1:
             self._show(epoch, loss=loss())
 
     def end(self, row: Mapping[str, float]) -> None:
-        """An epoch has ended with this row of the history."""
+        """Report the end of an epoch, given its row of the history."""
         if self.bar is not None:
             self._show(int(row["epoch"]), loss=row["train_loss"], val_accuracy=row["val_accuracy"])
         if not self.silent and (self.bar is None or not sys.stdout.isatty()):
@@ -52,7 +68,7 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -65,7 +81,7 @@ class Progress:
         self.bar.update(self.seen - self.bar.n)
 
     def _format(self, columns: int | None) -> str:
-        # 80 columns hold the numbers alone; what a terminal is too narrow for is cut off at the end
+        # A terminal of 80 columns has room only for the numbers. tqdm cuts off what exceeds the width.
         drawn = "|{bar}|" if columns is None or columns >= WIDE else ""
         figures = "".join(f" {name}={figure}" for name, figure in self.known.items())
         return f"{{desc}}{{percentage:3.0f}}%{drawn}{figures} {{remaining}} left {{rate_noinv_fmt}}"

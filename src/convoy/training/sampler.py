@@ -1,4 +1,4 @@
-"""Batches: which images an optimizer step sees, in an order that follows from the seed and the epoch alone."""
+"""The batch sampler, whose order of images depends only on the seed and the epoch, and class weights."""
 
 import numpy as np
 
@@ -6,11 +6,22 @@ from convoy.errors import ConvoyError
 
 
 class Batches:
-    """The rows of each optimizer step: a function of (seed, epoch), whatever else has drawn random numbers.
+    """Batch sampler whose order depends only on the seed and the epoch, not on any other random numbers.
 
-    Every row comes at most once in an epoch; with `balanced`, rows are drawn anew, each class as often as any other.
-    The last batch is left out where it is not full: batch norm can't train on a batch of one. Of `ranks` processes
-    that train together, each takes every `ranks`-th row of a batch, from its `rank` on.
+    Each row occurs at most once in an epoch, unless `balanced` is set. An incomplete last batch is dropped, because
+    batch norm cannot train on a batch of one image.
+
+    Args:
+        labels: Labels (N,) int64 of all images.
+        batch_size: Images per optimizer step, over all processes; limited to N and rounded down to a multiple of
+            `ranks`.
+        seed: Seed of the order.
+        balanced: Whether to sample rows with replacement so that all classes are equally frequent on average.
+        rank: Index of this process, in [0, ranks). It gets every `ranks`-th row of a batch, starting at `rank`.
+        ranks: Number of processes that train together.
+
+    Raises:
+        ConvoyError: If a batch has fewer images than there are processes.
     """
 
     def __init__(
@@ -26,11 +37,18 @@ class Batches:
         self.ranks = ranks
 
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps in an epoch."""
         return len(self.labels) // self.batch_size
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        """The rows of each step of epoch `number`, from 0: (batch_size / ranks,) int64 each."""
+        """Return the rows of this process for each step of an epoch.
+
+        Args:
+            number: Index of the epoch, from 0.
+
+        Returns:
+            One array (batch_size / ranks,) int64 of row indices per step.
+        """
         random = np.random.default_rng([self.seed, number])
         if self.balanced:
             shares = 1 / np.bincount(self.labels)[self.labels]
@@ -42,7 +60,15 @@ class Batches:
 
 
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
-    """A weight for each class (K,), 1 on average over the images, inversely as frequent as the class; 0 if absent."""
+    """Compute class weights that are inversely proportional to the class frequencies.
+
+    Args:
+        labels: Labels (N,) int64.
+        classes: Number of classes K.
+
+    Returns:
+        Weights (K,) float64 whose mean over the images is 1; the weight of a class without images is 0.
+    """
     counts = np.bincount(labels, minlength=classes)
     present = counts > 0
     weights = np.zeros(classes)

@@ -1,4 +1,4 @@
-"""The finder: a first guess of the learning rate, from one short training in which it grows (Smith 2017)."""
+"""The learning-rate finder: a short training with an increasing learning rate (Smith 2017)."""
 
 import numpy as np
 import pandas as pd
@@ -11,23 +11,36 @@ from convoy.training.datamodule import ImageData
 from convoy.training.hardware import ResolvedTrainer
 from convoy.training.module import ClassifierModule, too_large
 
+# Range of the learning rates.
 LOWEST, HIGHEST = 1e-5, 10.0
+# Number of learning rates, each tried for one step.
 STEPS = 150
-SMOOTH = 0.9  # decay, in a step, of the running mean of the loss
-HOPELESS = 4  # times the lowest loss so far
+# Decay per step of the moving average of the loss.
+SMOOTH = 0.9
+# The sweep ends when the smoothed loss reaches this multiple of its minimum so far.
+HOPELESS = 4
 
 
 def sweep_learning_rates(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> pd.DataFrame:
-    """The smoothed loss at each learning rate: a row for each step, with the columns lr and loss.
+    """Train with an exponentially increasing learning rate until the loss diverges, and record the smoothed loss.
 
-    The rate grows by the same factor from step to step until the loss has left all hope; the weights are spoilt.
-    Raises ConvoyError as `training.fit` does.
+    Args:
+        classifier: The classifier; its weights are not usable afterwards.
+        data: Images to train on.
+        choice: Hardware, precision and number of threads.
+
+    Returns:
+        A table with one row per step and the columns `lr` and `loss`.
+
+    Raises:
+        ConvoyError: If a batch does not fit into the memory of the GPU.
     """
     try:
         return _tried(classifier, data, choice)
     except torch.OutOfMemoryError:
         pass
-    raise ConvoyError(too_large(classifier, data, choice))  # here, where the error no longer holds what is in memory
+    # Not in the except block, where the error still references the tensors that fill the memory.
+    raise ConvoyError(too_large(classifier, data, choice))
 
 
 def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> pd.DataFrame:
@@ -63,9 +76,13 @@ def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> 
 
 
 def suggest_learning_rate(table: pd.DataFrame) -> float:
-    """The learning rate at which the loss falls fastest, of those before its lowest.
+    """Return the learning rate with the steepest decrease of the loss, among those up to its minimum.
 
-    Raises ConvoyError where the loss was a number too seldom to tell.
+    Args:
+        table: The result of `sweep_learning_rates`.
+
+    Raises:
+        ConvoyError: If the loss is finite for fewer than two learning rates.
     """
     falling = table[np.isfinite(table["loss"])].reset_index(drop=True)
     if len(falling) < 2:

@@ -1,1 +1,1 @@
-"""Training: all that a training runs, and no more."""
+"""The code that runs during training."""

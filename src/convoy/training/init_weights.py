@@ -1,4 +1,4 @@
-"""Transfer: a classifier that starts from weights which another training left."""
+"""Transfer learning: initialise a classifier with the weights of an earlier training."""
 
 import dataclasses
 import json
@@ -23,31 +23,43 @@ from convoy.errors import ConvoyError
 from convoy.hashing import sha256
 from convoy.models.base import Classifier
 
-RUN = re.compile("[0-9a-f]{32}")  # the id of an MLflow run
+# The ID of an MLflow run.
+RUN = re.compile("[0-9a-f]{32}")
 WEIGHTS = "weights.safetensors"
-RECORD = "record.json"  # beside it, of the training that left the weights: architecture, settings, task
+# The record of the training that produced the weights, in the same folder: architecture, settings and task.
+RECORD = "record.json"
 PICKLED = (".pth", ".pt")
 IMAGENET = 1000  # classes
 
-# (init, folder): brings the weights and the record of the champion or of a run into the folder, and says whose they are
+# Called with `init` and a folder: it copies the weights and the record of the champion or of a run into the folder, and
+# returns a description of their source.
 FetchWeights = Callable[[str, Path], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceWeights:
-    """Weights to start from."""
+    """Weights to initialise a classifier with."""
 
-    source: str  # whose they are, in words
-    weights: Mapping[str, Tensor]  # under the names of our own classifier
-    classes: Sequence[str]  # of the head, in its order; none where nobody knows them
-    settings: Mapping[str, Any]  # that they were trained with, as far as they are known
-    sha256: str  # of the file
-    verified: bool  # whether somebody vouches for that sha256: torchvision in the file's name, or MLflow
-    lineage: Sequence[str] = ()  # digests of all data of ours that led to them, "" for data that nobody wrote down
+    source: str  # description for messages and the record
+    weights: Mapping[str, Tensor]  # state dict with the names of our classifier
+    classes: Sequence[str]  # classes of the head, in its order; empty if unknown
+    settings: Mapping[str, Any]  # settings that they were trained with, as far as known
+    sha256: str  # checksum of the file
+    verified: bool  # whether the file name of torchvision or MLflow confirms the checksum
+    # Digests of all our data sets that contributed to the weights, "" for data that was not recorded.
+    lineage: Sequence[str] = ()
 
 
 def check(architecture: str, settings: Mapping[str, Any]) -> None:
-    """Raises ConvoyError where the settings alone tell that their `init` can't be followed."""
+    """Check the setting `init` without reading any weights.
+
+    Args:
+        architecture: Name of the architecture.
+        settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
+
+    Raises:
+        ConvoyError: If `init` is invalid, its file does not exist, or torchvision has no network with these settings.
+    """
     init = settings["init"]
     if init in ("scratch", "champion") or RUN.fullmatch(init):
         return
@@ -69,13 +81,24 @@ def init_weights(
     bring: FetchWeights,
     scratch: Path | None = None,
 ) -> dict[str, Any]:
-    """Give a fresh `classifier` the weights that `settings` (of conf/model/x.yaml) name in `init`.
+    """Initialise a classifier with the weights that the setting `init` names.
 
-    Its head stays fresh, unless the weights are of the same classes in the same order. Normalisation comes with
-    the weights. Returns what a run's record says of it: init, and unless it is scratch source, sha256, verified
-    (whether torchvision or MLflow vouches for that sha256), head ("kept" or "new") and lineage. `bring` is called only
-    for the champion or a run, with a temporary folder in `scratch`. Raises ConvoyError for weights that aren't there,
-    that don't fit, or that are no plain numbers.
+    The head keeps its random weights, unless the weights have the same classes in the same order. The normalisation is
+    copied with the weights.
+
+    Args:
+        classifier: A newly built classifier; it is modified in place.
+        architecture: Name of the architecture.
+        settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
+        bring: Fetches the weights of the champion or a run; not called for other sources.
+        scratch: Folder for the temporary folder that is passed to `bring`; the system's default if None.
+
+    Returns:
+        The entry of the run's record: "init", and unless that is scratch, also "source", "sha256", "verified" (whether
+        torchvision or MLflow confirms the checksum), "head" ("kept" or "new") and "lineage".
+
+    Raises:
+        ConvoyError: If the weights do not exist, do not fit the classifier, or the file holds more than tensors.
     """
     check(architecture, settings)
     init = settings["init"]
@@ -83,11 +106,13 @@ def init_weights(
     if init == "scratch":
         return {"init": init}
     if init == "pretrained":
-        _check_channels(architecture, 3, channels)  # before anything is downloaded
+        # Check before anything is downloaded.
+        _check_channels(architecture, 3, channels)
         donor = pretrained(classifier, architecture, settings)
     elif init == "champion" or RUN.fullmatch(init):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            source = bring(init, Path(folder))  # which has checked both files
+            # This also verifies the checksums of both files.
+            source = bring(init, Path(folder))
             donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings, source)
             donor = dataclasses.replace(donor, verified=True)
     else:
@@ -117,11 +142,18 @@ def init_weights(
 
 
 def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
-    """Copy `weights`, a state dict, into `classifier`: without the head, unless they are of the same classes.
+    """Copy the weights of a state dict into a classifier.
 
-    Raises ConvoyError, with the classifier untouched, where a name is missing or unknown, or has another shape.
+    Args:
+        classifier: The classifier; it is modified in place.
+        weights: State dict to copy from.
+        same_classes: Whether the weights have the same classes, so that the head is copied, too.
+
+    Raises:
+        ConvoyError: If a name is missing or unknown, or a shape differs; the classifier is then unchanged.
     """
-    own = classifier.state_dict()  # which shares its numbers with the classifier
+    # The tensors share their memory with the classifier.
+    own = classifier.state_dict()
     taken = [name for name in own if same_classes or not classifier.is_head(name)]
     if wrong := list(_misfits(own, taken, weights)):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -140,9 +172,15 @@ def _misfits(own: Mapping[str, Tensor], taken: Sequence[str], weights: Mapping[s
 
 
 def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> SourceWeights:
-    """The network of these settings as torchvision has it, trained on ImageNet.
+    """Load torchvision's ImageNet weights for these settings, downloading them into torchvision's cache if needed.
 
-    From torchvision's cache, or downloaded into it. Raises ConvoyError that names the file, where neither goes.
+    Args:
+        classifier: The classifier whose names the weights are converted to.
+        architecture: Name of the architecture.
+        settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
+
+    Raises:
+        ConvoyError: If torchvision has no such network, or the file can be neither read nor downloaded.
     """
     from torchvision.models import get_model_weights
 
@@ -151,7 +189,7 @@ def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str,
     file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
     if not file.exists():
         try:
-            # its defaults would unpickle anything, and ask for no checksum
+            # By default, torchvision would unpickle any object and verify no checksum.
             published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
         except (OSError, HTTPException, RuntimeError) as error:
             said = textwrap.shorten(str(error), 200)
@@ -166,11 +204,18 @@ def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str,
 def from_file(
     file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any], source: str = ""
 ) -> SourceWeights:
-    """The weights in a .safetensors file of ours, with its record.json beside it, or in a .pth file of torchvision.
+    """Load weights from a file without running any code that it contains.
 
-    `source` is what messages call it where the file is a temporary copy. Nothing in it is run. Raises ConvoyError for
-    another architecture, for what is no file of weights, and for a file that is not what torchvision published under
-    its name.
+    Args:
+        file: A .safetensors file of ours with its record.json in the same folder, or a .pth file of torchvision.
+        classifier: The classifier whose names the weights are converted to.
+        architecture: Name of the architecture.
+        settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
+        source: Description of the source for messages, if the file is a temporary copy.
+
+    Raises:
+        ConvoyError: If the file is of another architecture, does not contain weights, or differs from the file that
+            torchvision published under its name.
     """
     try:
         digest = sha256(file)
@@ -187,9 +232,12 @@ def from_file(
 
 
 def _is_published(file: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> bool:
-    """Whether `file` has a name of torchvision's weights, which ends in the first 8 digits of the file's sha256.
+    """Return whether torchvision published the file, judging by its name and checksum.
 
-    Raises ConvoyError where it has such a name and another sha256.
+    The names of torchvision's files end in the first 8 digits of their sha256.
+
+    Raises:
+        ConvoyError: If the file has such a name but another checksum.
     """
     from torchvision.models import get_model_weights
 
@@ -209,7 +257,7 @@ def _is_published(file: Path, digest: str, architecture: str, settings: Mapping[
     return True
 
 
-# weights, classes, settings and lineage of a Donor
+# Weights, classes, settings and lineage of `SourceWeights`.
 LoadedWeights = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any], Sequence[str]]
 
 
@@ -233,7 +281,7 @@ def _of_ours(file: Path, architecture: str, source: str) -> LoadedWeights:
 
 
 def _lineage(record: Mapping[str, Any]) -> list[str]:
-    """Of the weights that a training with this record left."""
+    """Return the lineage of the weights of a training with this record."""
     start = record.get("init", {"init": "unknown"})
     before = start.get("lineage", [] if start["init"] == "scratch" else [""])
     return sorted({*before, record.get("data", {}).get("digest", "")})
@@ -247,11 +295,12 @@ def _of_torchvision(
     twin = models.torchvision_name(architecture, settings)
     weights = _plain(file, architecture)
     theirs = _blank(twin, IMAGENET)
-    *_, last = theirs.state_dict()  # the bias of the output layer
+    # The last name is the bias of the output layer.
+    *_, last = theirs.state_dict()
     outputs = weights[last].numel() if last in weights else IMAGENET
     theirs = _blank(twin, outputs)
     try:
-        # By torchvision's own module: an old file has another order, and counts no batches
+        # Load with torchvision's own module, because old files have another order and no batch counters.
         theirs.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         said = textwrap.shorten(str(error), 300)
@@ -260,25 +309,28 @@ def _of_torchvision(
     norm = {"mean": torch.tensor(twins.mean).view(1, -1, 1, 1), "std": torch.tensor(twins.std).view(1, -1, 1, 1)}
     names = [name for name in classifier.state_dict() if name not in norm]
     layers = zip(names, twins.translate(theirs.state_dict()).values(), strict=True)
-    # such a file names no classes: a thousand are taken for those of ImageNet
+    # The file does not name its classes; a thousand classes are assumed to be those of ImageNet.
     classes = get_model_weights(twin).IMAGENET1K_V1.meta["categories"] if outputs == IMAGENET else []
     return {**norm, **dict(layers)}, classes, settings, []
 
 
 def _blank(twin: str, classes: int) -> nn.Module:
-    """Torchvision's network, with shapes and no numbers."""
+    """Create torchvision's network on the meta device, with shapes but no values."""
     from torchvision.models import get_model
 
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of GoogLeNet, about first weights that are not used here
+        # GoogLeNet warns about its initial weights, which are not used here.
+        warnings.simplefilter("ignore", FutureWarning)
         return get_model(twin, weights=None, num_classes=classes)
 
 
 def _plain(file: Path, architecture: str) -> Mapping[str, Tensor]:
     try:
-        whole = not zipfile.is_zipfile(file)  # in the old form, which can't be mapped
+        # Files in the old format cannot be memory-mapped.
+        whole = not zipfile.is_zipfile(file)
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
-    except Exception as error:  # broken and hostile files fail in many ways
+    # Broken and malicious files raise many kinds of exceptions.
+    except Exception as error:
         said = textwrap.shorten(str(error), 200)
         raise ConvoyError(
             f"model.{architecture}.init: {file} is no file of plain weights, and nothing in it was run ({said})"

@@ -1,1 +1,1 @@
-"""The code that runs during training."""
+"""Training: all that a training runs, and no more."""

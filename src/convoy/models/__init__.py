@@ -77,7 +77,7 @@ def restore(name: str, values: Mapping[str, Any], task: DatasetInfo, weights: Pa
         weights: Path of the safetensors file.
 
     Raises:
-        ConvoyError: If `build` raises it, or the file does not contain the weights of this classifier.
+        ConvoyError: If `build` rejects the settings, or the file does not contain the weights of this classifier.
     """
     classifier = build(name, values, task)
     try:

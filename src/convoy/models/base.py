@@ -83,7 +83,7 @@ def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int) -> np.n
     """
     classifier.eval()
     device = classifier.mean.device
-    # On a GPU, cuDNN would otherwise round to the 10 mantissa bits of TF32, and a CPU would predict something else.
+    # On a GPU, cuDNN would otherwise round to the 10 mantissa bits of TF32, and predictions would differ from a CPU's.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         batches = [
             classifier(torch.tensor(pixels[start : start + batch_size], device=device)).double().softmax(dim=1)

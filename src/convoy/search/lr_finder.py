@@ -30,7 +30,7 @@ def sweep_learning_rates(classifier: Classifier, data: ImageData, choice: Resolv
         choice: Hardware, precision and number of threads.
 
     Returns:
-        A table with one row per step and the columns `lr` and `loss`.
+        A table with one row per step, `STEPS` rows at most, and the columns `lr` and `loss`.
 
     Raises:
         ConvoyError: If a batch does not fit into the memory of the GPU.

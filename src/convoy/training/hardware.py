@@ -25,7 +25,7 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 
 @schema
 class TrainerConfig:
-    """Hardware settings; `auto` selects what was measured to be fastest (benchmarks/README.md)."""
+    """Hardware settings; `auto` selects what was measured to be best (benchmarks/README.md)."""
 
     accelerator: Literal["auto", "cpu", "gpu"]  # auto uses a GPU if there is one
     devices: Count | Literal["all"]  # GPUs or CPU processes per machine; more than one use DDP

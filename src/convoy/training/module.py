@@ -54,7 +54,7 @@ Tell = Callable[[dict[str, float]], None]
 
 @dataclasses.dataclass(frozen=True)
 class FailureInfo:
-    """Why and where a training failed."""
+    """Reason and position of the failure of a training."""
 
     reason: str
     epoch: int  # from 1
@@ -103,8 +103,8 @@ def fit(
         tell: Called with the history's row at the end of each epoch, and immediately for epochs before the checkpoint.
 
     Returns:
-        The best weights, the history and the reason why the training stopped. A diverged training is returned with
-        its failure instead of raised.
+        The best weights, the history and the reason why the training stopped. If the training
+        diverged, the result holds the failure.
 
     Raises:
         ConvoyError: If a batch does not fit into the memory of the GPU, or is too small for batch norm.

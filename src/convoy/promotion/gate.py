@@ -1,6 +1,7 @@
-"""The gate: whether a challenger may take the champion's place, both judged now on the same test images.
+"""The promotion gate, which decides whether a challenger may replace the champion.
 
-Why the rule is what it is, and how often it errs: docs/promotion.md.
+Both models are evaluated on the same, current test images. `docs/promotion.md` explains the rule and reports its
+measured error rates.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from scipy import sparse
-from scipy.special import bdtrc, ndtri  # scipy.stats takes a second to import
+
+# `scipy.special` instead of `scipy.stats`, which takes a second to import.
+from scipy.special import bdtrc, ndtri
 
 from convoy.config import Count, Fraction, NotNegative, Share, Whole, schema
 from convoy.errors import ConvoyError
@@ -22,9 +25,13 @@ from convoy.evaluation.calibration import MIN_PROBABILITY
 from convoy.evaluation.metrics import PREFIX, calibration, calibration_noise, resampled, resampling_units
 from convoy.text import truncate_names
 
-REGRESSION_ALPHA = 0.05  # level of the tests that speak against a challenger: a stricter `alpha` must not soften them
-POWER = 0.8  # with which the smallest gain that counts as visible would be seen
-SUM_TOLERANCE = 1e-3  # of the probabilities of an image around 1
+# Significance level of the tests that speak against a challenger. It is separate from `GateConfig.alpha`, because a
+# stricter `alpha` must not weaken these tests.
+REGRESSION_ALPHA = 0.05
+# Statistical power at which `visible_gain` reports the smallest detectable gain.
+POWER = 0.8
+# Largest allowed deviation from 1 of the sum of an image's probabilities.
+SUM_TOLERANCE = 1e-3
 DIGEST = re.compile("[0-9a-f]{64}")
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
@@ -33,71 +40,74 @@ Outcome = Literal["pass", "shown", "warn", "hold", "reject"]
 
 @schema
 class GateConfig:
-    """What a challenger must show."""
+    """Criteria that a challenger must meet to be promoted."""
 
-    mode: Literal["better", "non_inferior"]  # non_inferior: for a refresh on newer data, or a smaller or faster net
-    alpha: Annotated[float, Field(gt=0, lt=0.5)]  # chance to take an equal challenger for a better one, at one look
-    margin: Fraction  # accuracy that a non-inferior challenger may lack at most, with confidence 1 - alpha; in (0, 1)
-    min_test_images: Count  # fewer decide nothing; 1 or more
-    floor: Share  # test accuracy below which nothing is promoted; in [0, 1]
-    class_drop: Share  # of the recall of a class: a larger one, where significant, blocks; in [0, 1]
-    min_class_images: Count  # test images of a class, below which its recall is not guarded; 1 or more
-    max_parameters: Whole  # numbers in the network; 0: no budget
-    max_latency_ratio: NotNegative  # to the champion's latency; 0: no budget
-    max_looks: Count  # at one set of test images, past which fresh ones are asked for; 1 or more
-    acknowledge: list[str]  # names of the classes whose coming, going or falling silent is intended
+    mode: Literal["better", "non_inferior"]  # non_inferior: for newer data, or a smaller or faster network
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]  # (0, 0.5): risk per evaluation of promoting an equally good model
+    margin: Fraction  # (0, 1): largest accuracy loss accepted in mode non_inferior, with confidence 1 - alpha
+    min_test_images: Count  # >= 1: with fewer test images the decision is always HOLD
+    floor: Share  # [0, 1]: minimum test accuracy
+    class_drop: Share  # [0, 1]: largest accepted drop in the recall of a class; only a significant drop blocks
+    min_class_images: Count  # >= 1: minimum number of test images of a class for its recall to be checked
+    max_parameters: Whole  # maximum number of parameters of the network; 0: no limit
+    max_latency_ratio: NotNegative  # maximum latency, as a multiple of the champion's; 0: no limit
+    max_looks: Count  # >= 1: evaluations on one set of test images, after which the gate warns
+    acknowledge: list[str]  # names of classes that were added, removed or are no longer predicted on purpose
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelEvidence:
-    """A trained model, its answers for the test images, and what is known of it."""
+    """A trained model with its test set predictions and its measured properties."""
 
     name: str
-    predictions: pd.DataFrame  # sha256, actual, predicted, a probability_<class> for each class; group where there is
-    trained_on: Collection[str] | None  # sha256 of the images it was trained or chosen with; None: not known
-    parameters: int | None = None  # None: not counted
-    latency: float | None = None  # of one image, as a multiple of the champion's, whose own is 1; None: not measured
+    predictions: pd.DataFrame  # columns sha256, actual, predicted, probability_<class>, and optionally group
+    trained_on: Collection[str] | None  # sha256 of the images used to train or select it; None: unknown
+    parameters: int | None = None  # number of parameters; None: not counted
+    latency: float | None = None  # for one image, as a multiple of the champion's (1.0); None: not measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What decides, before it is asked anything, whether a model can be judged by some test images."""
+    """The classes and training images of a model, which determine the test images it can be evaluated on."""
 
     name: str
     classes: Collection[str]
-    trained_on: Collection[str] | None  # as in `ModelEvidence`
+    trained_on: Collection[str] | None  # sha256 of the images used to train or select it; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """One check: a number beside its limit, and both in words."""
+    """The result of one check: its outcome, its value, its limit and a message."""
 
     check: str
-    outcome: Outcome  # shown and warn block nothing
-    value: float | None  # None: not known
+    outcome: Outcome  # shown and warn never block a promotion
+    value: float | None  # None: unknown
     limit: str
-    words: str
+    words: str  # message for the user
 
     @property
     def passed(self) -> bool | None:
-        """None where it was not judged."""
+        """Whether the check passed, or `None` if it is only informative."""
         return {"pass": True, "hold": False, "reject": False}.get(self.outcome)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """PROMOTE, HOLD (not enough evidence) or REJECT (evidence against the challenger), with every reason."""
+    """The decision of the gate and the results of all checks.
+
+    The decision is PROMOTE, HOLD (there is not enough evidence) or REJECT (there is evidence against the challenger).
+    """
 
     decision: Decision
     reasons: list[CheckResult]
 
     def table(self) -> pd.DataFrame:
-        """A row for each reason: check, value, limit, outcome and words, all of them text."""
+        """Return the check results as a table with the text columns check, value, limit, outcome and words."""
         rows = [(r.check, _text(r.value), r.limit, r.outcome, r.words) for r in self.reasons]
         return pd.DataFrame(rows, columns=["check", "value", "limit", "outcome", "words"])
 
     def summary(self) -> str:
-        """The decision, what decided it, the warnings, and the smallest gain that could have been seen."""
+        """Return one line with the decision, its reasons, the warnings and the smallest detectable gain."""
         kinds = ("reject", "hold") if self.decision == "REJECT" else ("hold", "reject")
         blocking = [r.words for kind in kinds for r in self.reasons if r.outcome == kind]
         decisive = [r.words for r in self.reasons if r.check in DECISIVE]
@@ -106,7 +116,8 @@ class Verdict:
         return f"{self.decision}: " + "; ".join([*(blocking or decisive), *warnings, *gain])
 
 
-DECISIVE = ("better", "non-inferior", "first")  # one of these checks must have passed
+# A promotion requires that one of these checks passed.
+DECISIVE = ("better", "non-inferior", "first")
 
 
 def decide(
@@ -121,14 +132,28 @@ def decide(
     paths: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Whether the challenger may take the champion's place.
+    """Decide whether the challenger may replace the champion.
 
-    `looks` at these test images (see `fingerprint`) include this one. `first` says that there never was a champion, for
-    `champion=None` alone doesn't. `best` is the best champion ever, for mode non_inferior; it may be the champion.
-    `alike` has the columns test and other, sha256 both: test images, and other files that show the same or nearly. A
-    test image is left out where a model was trained on such a file. `paths` name images, by their sha256, in messages.
-    `seed` is of the bootstrap. The order of rows and columns plays no part.
-    Raises ConvoyError where the tables can't be compared, or a model was trained on test images.
+    The result does not depend on the order of rows and columns in the predictions.
+
+    Args:
+        challenger: The model that is proposed for promotion.
+        champion: The model that is currently in use, or `None` for the first promotion.
+        params: The criteria to apply.
+        looks: The number of models evaluated on these test images (see `fingerprint`), including this one.
+        first: Whether there has never been a champion. Must be given explicitly together with `champion=None`, so
+            that a champion that is missing by mistake is not skipped.
+        best: The best champion so far, which mode `non_inferior` also compares with. It may be the champion itself.
+        alike: Pairs of near-duplicate images, with the columns `test` and `other` (both sha256). A test image is
+            excluded if one of the models was trained on a near-duplicate of it.
+        paths: The path of each image by its sha256, used in messages.
+        seed: The seed of the bootstrap.
+
+    Returns:
+        The decision and the result of every check.
+
+    Raises:
+        ConvoyError: If the predictions are invalid or not comparable, or a model was trained on test images.
     """
     if first and champion is not None:
         raise ConvoyError(f"{champion.name} is the champion: judge without first=True")
@@ -136,7 +161,8 @@ def decide(
         raise ConvoyError("the champion is missing or unreadable: mend it, or say that there never was one, first=True")
     if champion is None and best is not None:
         raise ConvoyError(f"{best.name} was the best champion: judge without first=True")
-    if not looks >= 1:  # nan too
+    # Written as `not >=` to reject NaN as well.
+    if not looks >= 1:
         raise ConvoyError(f"{looks} looks at the test images: this one counts too")
     known = [contender for contender in (challenger, champion, best) if contender is not None]
     paths = paths or {}
@@ -167,7 +193,8 @@ def decide(
 def _decide(reasons: Sequence[CheckResult]) -> Decision:
     outcomes = {reason.outcome for reason in reasons}
     if any(reason.check == "test images" and reason.outcome != "pass" for reason in reasons):
-        return "HOLD"  # of so few images nothing follows, in either direction
+        # With so few images there is no evidence in either direction.
+        return "HOLD"
     if "reject" in outcomes:
         return "REJECT"
     shown = any(reason.check in DECISIVE and reason.outcome == "pass" for reason in reasons)
@@ -175,64 +202,99 @@ def _decide(reasons: Sequence[CheckResult]) -> Decision:
 
 
 def fingerprint(predictions: pd.DataFrame) -> str:
-    """The name of a set of test images, to count the looks at it by: a hash of their hashes, in any order."""
+    """Return a hash that identifies a set of test images, used to count the evaluations on it.
+
+    It is the SHA-256 of the images' sorted sha256, and so does not depend on the order of rows.
+    """
     return hashlib.sha256("".join(sorted(predictions["sha256"])).encode()).hexdigest()
 
 
-# The statistics; wins and losses may be numbers or arrays of any shape
+# Statistics. Wins and losses may be integers or arrays of any shape.
 
 
 def p_better(wins: np.ndarray | int, losses: np.ndarray | int) -> np.ndarray:
-    """McNemar's exact one-sided test (1947): the chance of so many wins if both models were equal.
+    """Return the p-value of McNemar's exact one-sided test (1947) that the challenger is better.
 
-    Wins are images that the challenger alone gets right, losses those that the champion alone gets right.
+    Args:
+        wins: Number of images that only the challenger classifies correctly.
+        losses: Number of images that only the champion classifies correctly.
+
+    Returns:
+        The probability of at least this many wins if both models were equally good.
     """
     return bdtrc(np.asarray(wins) - 1, np.asarray(wins) + losses, 0.5)
 
 
 def lower_bound(wins: np.ndarray | int, losses: np.ndarray | int, images: np.ndarray | int, alpha: float) -> np.ndarray:
-    """The accuracy that the challenger gains at least, with confidence 1 - alpha: Tango's score interval (1998).
+    """Return a lower confidence bound of the challenger's gain in accuracy, by Tango's score interval (1998).
 
-    It holds for few discordant pairs too, and none. The upper bound is `-lower_bound(losses, wins, ...)`.
+    The interval is also valid for few discordant pairs, or none. The upper bound is
+    `-lower_bound(losses, wins, images, alpha)`.
+
+    Args:
+        wins: Number of images that only the challenger classifies correctly.
+        losses: Number of images that only the champion classifies correctly.
+        images: Number of all test images.
+        alpha: One minus the confidence of this one-sided bound.
+
+    Returns:
+        The bound, in [-1, 1].
     """
     wins, losses, images = np.broadcast_arrays(*(np.asarray(n, float) for n in (wins, losses, images)))
     limit = ndtri(1 - alpha)
     low, high = np.full(wins.shape, -1.0), (wins - losses) / images
-    with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where all are won or lost: then high moves
+    # If all images are wins or all are losses, the score is 0 / 0 = NaN. The comparison is then false, so `high` moves.
+    with np.errstate(invalid="ignore", divide="ignore"):
         for _ in range(50):
             middle = (low + high) / 2
             b = (2 * images - wins + losses) * middle - wins - losses
             spread = middle * (1 - middle)
-            lost = (np.sqrt(b**2 + 8 * images * losses * spread) - b) / (4 * images)  # likeliest share, given middle
+            # Maximum likelihood estimate of the fraction of losses, given a gain of `middle`.
+            lost = (np.sqrt(b**2 + 8 * images * losses * spread) - b) / (4 * images)
             score = (wins - losses - images * middle) / np.sqrt(images * (2 * lost + spread))
             low, high = np.where(score > limit, middle, low), np.where(score > limit, high, middle)
     return low
 
 
 def better(wins: np.ndarray | int, losses: np.ndarray | int, alpha: float) -> np.ndarray:
-    """Whether the challenger is shown to be better."""
+    """Return whether the challenger is significantly better."""
     return p_better(wins, losses) < alpha
 
 
 def non_inferior(
     wins: np.ndarray | int, losses: np.ndarray | int, images: np.ndarray | int, alpha: float, margin: float
 ) -> np.ndarray:
-    """Whether the challenger lacks less than the margin, and nothing on the sample."""
+    """Return whether the challenger is non-inferior.
+
+    The lower bound of its gain in accuracy must be above `-margin`, and it must have at least as many wins as losses.
+    """
     return (lower_bound(wins, losses, images, alpha) > -margin) & (np.asarray(wins) >= losses)
 
 
 def visible_gain(disagreement: float, images: int, alpha: float) -> float:
-    """The gain in accuracy that these images would show with a chance of `POWER`; at alpha 0.05 2.5 * sqrt(d / n).
+    """Return the smallest gain in accuracy that the test would detect with a probability of `POWER`.
 
-    `disagreement` is the share of images that one of the two models alone gets right.
+    At `alpha=0.05` it is about `2.5 * sqrt(disagreement / images)`.
+
+    Args:
+        disagreement: Fraction of images that only one of the two models classifies correctly, in [0, 1].
+        images: Number of test images.
+        alpha: Significance level of the test.
     """
     return float((ndtri(1 - alpha) + ndtri(POWER)) * math.sqrt(disagreement / images))
 
 
 def bootstrap(differences: np.ndarray, groups: np.ndarray | None, alpha: float, seed: int) -> tuple[float, float]:
-    """Bounds of the mean difference (N,), each with confidence 1 - alpha: percentiles (Efron and Tibshirani 1993).
+    """Return bootstrap bounds of a mean difference (percentile method, Efron and Tibshirani 1993).
 
-    Images are drawn anew, or whole groups (N,) of them.
+    Args:
+        differences: (N,) difference of each image.
+        groups: (N,) group names of the images. If given, complete groups are resampled instead of single images.
+        alpha: One minus the confidence of each of the two bounds.
+        seed: Seed of the resampling.
+
+    Returns:
+        The lower and the upper bound.
     """
     columns = sparse.csr_array(np.stack([differences, np.ones(len(differences))], axis=1))
     sums, sizes = resampled(columns, resampling_units(groups, len(differences)), seed).T
@@ -240,27 +302,27 @@ def bootstrap(differences: np.ndarray, groups: np.ndarray | None, alpha: float, 
     return float(low), float(high)
 
 
-# Reading
+# Reading and validating predictions
 
 
 @dataclasses.dataclass(frozen=True)
 class _AlignedPredictions:
-    """Checked predictions, by the order of sha256 and of class names."""
+    """Validated predictions, with images sorted by sha256 and classes sorted by name."""
 
     name: str
-    classes: list[str]  # K
+    classes: list[str]  # K class names
     digests: np.ndarray  # (N,) sha256
-    actual: np.ndarray  # (N,) names
-    predicted: np.ndarray  # (N,) names
-    probabilities: np.ndarray  # (N, K)
-    groups: np.ndarray | None  # (N,) names
+    actual: np.ndarray  # (N,) class names
+    predicted: np.ndarray  # (N,) class names
+    probabilities: np.ndarray  # (N, K) float64
+    groups: np.ndarray | None  # (N,) group names
 
     @property
     def right(self) -> np.ndarray:
         return self.actual == self.predicted
 
     def without(self, digests: Collection[str]) -> "_AlignedPredictions":
-        """The images but these."""
+        """Return a copy without the given images."""
         kept = ~np.isin(self.digests.astype(str), list(digests))
         groups = None if self.groups is None else self.groups[kept]
         return dataclasses.replace(
@@ -273,7 +335,10 @@ class _AlignedPredictions:
         )
 
     def loss(self, of: np.ndarray) -> np.ndarray:
-        """The log loss of each of these images (N,) booleans, whose classes it must know."""
+        """Return the log loss of each image selected by the mask `of`, (N,) booleans.
+
+        The model must know the actual classes of the selected images.
+        """
         column = np.searchsorted(self.classes, self.actual[of].astype(str))
         return -np.log(np.maximum(self.probabilities[of, column], MIN_PROBABILITY))
 
@@ -340,12 +405,24 @@ def check_comparable(
     alike: pd.DataFrame | None,
     paths: Mapping[str, str],
 ) -> set[str]:
-    """Return which test images models can't be judged by, as one of them was trained on a file that nearly equals it.
+    """Check that models can be compared, and return the test images that must be excluded.
 
-    `digests` (N,) are the sha256 of the test images, `actual` (N,) their classes; `models` are the challenger, the
-    champion if there is one, and others; `alike` and `paths` are as in `decide`. No predictions are needed, so that it
-    can be asked before anything is trained.
-    Raises ConvoyError where a model was trained on test images, where none are left, and where no class is shared.
+    A test image is excluded if one of the models was trained on a near-duplicate of it. The check needs no
+    predictions, so it can run before anything is trained.
+
+    Args:
+        digests: (N,) sha256 of the test images.
+        actual: (N,) actual classes of the test images.
+        models: The challenger, the champion if there is one, and any other models.
+        alike: Pairs of near-duplicate images, as in `decide`.
+        paths: The path of each image by its sha256, used in messages.
+
+    Returns:
+        The sha256 of the test images to exclude.
+
+    Raises:
+        ConvoyError: If a model was trained on test images, no test image remains, a test image has a class that
+            neither the challenger nor the champion knows, or no test image has a class that both know.
     """
     for model in models:
         _check_unseen(model, digests, paths)
@@ -376,7 +453,7 @@ def _named(digest: str, paths: Mapping[str, str]) -> str:
 
 
 def _seen_in_other_files(models: Sequence[Origin], alike: pd.DataFrame | None) -> set[str]:
-    """The test images of which one of the models saw another file in training."""
+    """Return the test images that have a near-duplicate among the training images of any of the models."""
     if alike is None:
         return set()
     trained = {digest for model in models for digest in model.trained_on or ()}
@@ -409,7 +486,10 @@ def _check_classes(actual: np.ndarray, new: Origin, old: Origin | None = None) -
 
 
 def _groups(scored: Sequence[_AlignedPredictions]) -> np.ndarray | None:
-    """(N,) names; an image without a group is one of its own."""
+    """Return the group name of each image, (N,), or `None` if every image is its own group.
+
+    An image without a group becomes a group of its own.
+    """
     given = [table.groups for table in scored if table.groups is not None]
     if not given:
         return None
@@ -419,7 +499,7 @@ def _groups(scored: Sequence[_AlignedPredictions]) -> np.ndarray | None:
     return groups if len(set(groups)) < len(groups) else None
 
 
-# The checks
+# Checks
 
 
 def _evidence(
@@ -430,13 +510,14 @@ def _evidence(
     looks: int,
     params: GateConfig,
 ) -> Iterator[CheckResult]:
-    """Whether there is enough to judge by."""
+    """Check the number of test images, possible leakage into training, and the number of evaluations."""
     images = len(new.digests)
     enough = images >= params.min_test_images
     words = f"{images} test images, and {params.min_test_images} are needed"
     yield CheckResult("test images", "pass" if enough else "hold", images, f"at least {params.min_test_images}", words)
 
-    # of a next challenger only this is known: it can hardly disagree more often than both of them err
+    # Without a champion the disagreement is unknown. Two models can hardly disagree more often than they err, so the
+    # error rate of the new champion stands in for its disagreement with a later challenger.
     disagreement = (new.right != old.right).mean() if old else 1 - new.right.mean()
     gain = visible_gain(max(float(disagreement), 1 / images), images, params.alpha)
     words = f"{images} test images can show a gain of about {gain:.4f} in accuracy"
@@ -485,7 +566,7 @@ def _against(
     params: GateConfig,
     seed: int,
 ) -> Iterator[CheckResult]:
-    """What needs a champion to compare with."""
+    """Run all checks that compare the challenger with a champion."""
     yield from _accuracy(new, old, groups, params, seed)
     if params.mode == "non_inferior":
         yield _best_ever(new, best)
@@ -551,7 +632,8 @@ def _class_changes(new: _AlignedPredictions, old: _AlignedPredictions, params: G
     if came or went:
         told = [f"{_quoted(names)} {verb}" for names, verb in ((came, "came"), (went, "went")) if names]
         words = f"since {old.name} {' and '.join(told)}"
-        missing = ", ".join(map(repr, open_))  # all of them, as the setting must name them
+        # Not truncated: the user must copy every name into the setting.
+        missing = ", ".join(map(repr, open_))
         words += f": if that is intended, add {missing} to acknowledge" if open_ else ", as acknowledged"
     limit = "each acknowledged"
     yield CheckResult("classes", "hold" if open_ else "pass", len(came) + len(went), limit, words)
@@ -576,7 +658,8 @@ def _silent(new: _AlignedPredictions, old: _AlignedPredictions, params: GateConf
     words = f"{new.name} never predicts {_quoted(open_)}, and {old.name} does"
     if not open_:
         words = f"{new.name} predicts every class that {old.name} predicts" + (", or it is acknowledged" * bool(silent))
-    elif not many:  # of the few images that there are, a few fewer may be chance
+    # A class with few test images may be missing from the predictions by chance.
+    elif not many:
         words += ": too few test images to say more, bring some or acknowledge it"
     return CheckResult("silent classes", "reject" if many else "hold" if open_ else "pass", len(silent), "0", words)
 
@@ -586,7 +669,7 @@ def _silenced(new: _AlignedPredictions, old: _AlignedPredictions) -> list[str]:
 
 
 def _class_drops(new: _AlignedPredictions, old: _AlignedPredictions, params: GateConfig) -> Iterator[CheckResult]:
-    """Recall, class by class, of those that both know."""
+    """Check that the recall of no shared class drops significantly and by more than the limit."""
     shared = _shared(new, old)
     rows = np.isin(new.actual.astype(str), shared)
     codes = np.searchsorted(shared, new.actual[rows].astype(str))
@@ -600,7 +683,8 @@ def _class_drops(new: _AlignedPredictions, old: _AlignedPredictions, params: Gat
         index=shared,
     )
     guarded = counts[counts["images"] >= params.min_class_images]
-    level = REGRESSION_ALPHA / max(len(guarded), 1)  # Bonferroni
+    # Bonferroni correction for testing every class.
+    level = REGRESSION_ALPHA / max(len(guarded), 1)
     drop = (guarded["losses"] - guarded["wins"]) / guarded["images"]
     p = pd.Series(p_better(guarded["losses"].to_numpy(), guarded["wins"].to_numpy()), index=guarded.index)
     hurt = drop[(drop > params.class_drop) & (p < level)].sort_values(ascending=False, kind="stable")
@@ -674,7 +758,7 @@ def _latency(challenger: ModelEvidence, champion: ModelEvidence | None, params: 
 
 
 def _pairs(new: _AlignedPredictions, old: _AlignedPredictions) -> tuple[int, int]:
-    """Images that the one alone gets right, and that the other alone gets right."""
+    """Return the number of wins and losses: images that only `new`, or only `old`, classifies correctly."""
     return int((new.right & ~old.right).sum()), int((old.right & ~new.right).sum())
 
 

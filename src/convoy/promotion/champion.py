@@ -1,4 +1,4 @@
-"""The champion: which version of the registered model is used, how it came to be, and the way back."""
+"""The champion, which is the version of the registered model in use, with its audit trail and rollback."""
 
 import contextlib
 import dataclasses
@@ -20,31 +20,38 @@ from mlflow.exceptions import MlflowException
 from convoy.errors import ConvoyError
 from convoy.tracking.store import ABSENT, TrackingStore
 
-# aliases: the version in use, the one that a rollback goes to, and the one that is compared or waits for more evidence
+# Aliases of the version in use, of the version that the next rollback restores, and of the version that is being
+# evaluated or waits for more evidence.
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
-EVENT = "convoy.event."  # before the time, in a tag of both versions that a move of the champion concerns
-MOVING = "convoy.moving"  # tag of the registered model: the event that is under way
-HAD_CHAMPION = "convoy.crowned"  # tag of the registered model: there has been a champion
-TRAIL = "promotions.csv"  # in the run of the version that became the champion: every move until then
-STALE = 15 * 60  # seconds after which a lock is taken for one of a process that was killed
-PATIENCE = 60  # seconds to wait for another that moves the champion
+# Prefix of the tag, followed by the time, that records an event on both versions it concerns.
+EVENT = "convoy.event."
+# Tag of the registered model that holds the event in progress.
+MOVING = "convoy.moving"
+# Tag of the registered model that is set once there has been a champion.
+HAD_CHAMPION = "convoy.crowned"
+# Artifact in the run of a new champion that lists all events up to its promotion.
+TRAIL = "promotions.csv"
+# Age at which a lock is considered to be left by a killed process.
+STALE = 15 * 60  # seconds
+# Time to wait for another process that is changing the champion.
+PATIENCE = 60  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class PromotionEvent:
-    """A move of the champion."""
+    """A change of the champion, either a promotion or a rollback."""
 
     time: str  # UTC, ISO 8601
     kind: Literal["promotion", "rollback"]
-    before: int | None  # the version that was the champion; None: there was none
-    after: int  # the version that became it
-    who: str
-    commit: str
-    reason: str  # the verdict's summary, or why it was rolled back
+    before: int | None  # version of the old champion; None: there was none
+    after: int  # version of the new champion
+    who: str  # user
+    commit: str  # Git commit
+    reason: str  # summary of the verdict, or the reason for the rollback
 
 
 def version_of(store: TrackingStore, name: str, alias: str) -> ModelVersion | None:
-    """The version that an alias points to; None where there is no such alias, or no such model."""
+    """Return the version that an alias points to, or `None` if the alias or the model does not exist."""
     try:
         return store.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
@@ -54,9 +61,13 @@ def version_of(store: TrackingStore, name: str, alias: str) -> ModelVersion | No
 
 
 def current(store: TrackingStore, name: str) -> int | None:
-    """The champion's version; None before the first. Raises ConvoyError where there was one and it is gone.
+    """Return the champion's version, or `None` before the first promotion.
 
-    That there is one is noted in the project too, for a store that is lost takes along that there was one.
+    The existence of a champion is also noted in a file of the project, so that the loss of the MLflow store does not
+    go unnoticed.
+
+    Raises:
+        ConvoyError: If there was a champion and it is missing now.
     """
     champion = version_of(store, name, CHAMPION)
     if champion is not None:
@@ -74,7 +85,12 @@ def current(store: TrackingStore, name: str) -> int | None:
 
 
 def check_note(champions: Path, name: str) -> None:
-    """Raises ConvoyError where the project remembers a champion of which MLflow knows nothing."""
+    """Raise `ConvoyError` if the project's note names a champion that MLflow does not know.
+
+    Args:
+        champions: The folder of the notes.
+        name: The name of the registered model.
+    """
     note = champions / f"{name}.txt"
     if note.exists():
         raise ConvoyError(
@@ -85,7 +101,7 @@ def check_note(champions: Path, name: str) -> None:
 
 
 def _tags(store: TrackingStore, name: str) -> dict[str, str]:
-    """Of the registered model; none where there is no such model."""
+    """Return the tags of the registered model, or an empty dictionary if it does not exist."""
     try:
         return store.client.get_registered_model(name).tags
     except MlflowException as error:
@@ -95,10 +111,13 @@ def _tags(store: TrackingStore, name: str) -> dict[str, str]:
 
 
 def set_champion(store: TrackingStore, name: str, event: PromotionEvent) -> None:
-    """Make `event.after` the champion instead of `event.before`, which must still be it.
+    """Make `event.after` the champion in place of `event.before`, which must still be the champion.
 
-    The move itself is one step; whatever dies before or after it leaves the old or the new champion, and
-    `complete_pending` does the rest. Raises ConvoyError where another has moved the champion meanwhile.
+    The alias is moved in one atomic step. A process that is killed before or after it leaves either the old or the
+    new champion, and `complete_pending` completes what is missing.
+
+    Raises:
+        ConvoyError: If the champion was changed by another process in the meantime.
     """
     with registry_lock(store, name):
         _finish(store, name)
@@ -111,7 +130,7 @@ def set_champion(store: TrackingStore, name: str, event: PromotionEvent) -> None
 
 
 def complete_pending(store: TrackingStore, name: str) -> None:
-    """Complete a move that a killed process began, if there is one, and correct the alias `previous`."""
+    """Complete a change of the champion that a killed process left unfinished, and correct the alias `previous`."""
     _break_stale(store, f"{name}.moving")
     if MOVING in _tags(store, name) or _is_previous_wrong(store, name):
         with registry_lock(store, name):
@@ -125,11 +144,12 @@ def _finish(store: TrackingStore, name: str) -> None:
         return
     event = PromotionEvent(**json.loads(tags[MOVING]))
     champion, versions = version_of(store, name, CHAMPION), _versions(store, name)
-    # had the alias not been moved, it would still be on the version before
+    # The champion is missing. If the alias had not been moved, it would still point to the existing version `before`,
+    # so it was moved to `after`, which was deleted since.
     deleted_since = champion is None and event.after not in versions and event.before in versions
     if deleted_since or (champion is not None and int(champion.version) == event.after):
         store.client.set_registered_model_tag(name, HAD_CHAMPION, "true")
-        # it is in the tags of both versions, as each of them may be deleted: what happened to the other stays known
+        # Record the event on both versions, so that it survives if one of them is deleted.
         for version in versions & {event.before, event.after}:
             store.client.set_model_version_tag(name, str(version), f"{EVENT}{event.time}", tags[MOVING])
         _correct_previous(store, name)
@@ -139,12 +159,12 @@ def _finish(store: TrackingStore, name: str) -> None:
 
 
 def _versions(store: TrackingStore, name: str) -> set[int]:
-    """The versions of the model that were not deleted."""
+    """Return the existing versions of the model."""
     return {int(version.version) for version in store.client.search_model_versions(f"name = '{name}'")}
 
 
 def _correct_previous(store: TrackingStore, name: str) -> None:
-    """Let the alias `previous` name what the next rollback goes to; remove it where there is nothing to go back to."""
+    """Point the alias `previous` to the version that the next rollback restores, or remove it if there is none."""
     target, previous = _target(store, name), version_of(store, name, PREVIOUS)
     if target is None:
         if previous is not None:
@@ -159,12 +179,13 @@ def _is_previous_wrong(store: TrackingStore, name: str) -> bool:
 
 
 def _show_trail(store: TrackingStore, name: str, version: ModelVersion) -> None:
-    """Write the audit trail into the run of a version, as the file TRAIL, where there is that run."""
+    """Write the audit trail to the artifact `TRAIL` of the version's run, if that run exists."""
     if not version.run_id:
         return
     try:
         store.client.log_text(version.run_id, audit_log(store, name).to_csv(index=False), TRAIL)
-    except MlflowException as error:  # that run may have been deleted for good; the tags hold all of it
+    except MlflowException as error:
+        # The run may have been deleted permanently. Nothing is lost, as the tags hold the complete audit trail.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
 
@@ -181,7 +202,7 @@ def _check_unmoved(store: TrackingStore, name: str, compared: int | None) -> Non
 
 
 def promotion_events(store: TrackingStore, name: str) -> list[PromotionEvent]:
-    """All moves of the champion, the oldest first: the audit trail."""
+    """Return all changes of the champion, oldest first."""
     found = {
         PromotionEvent(**json.loads(value))
         for version in store.client.search_model_versions(f"name = '{name}'")
@@ -192,7 +213,7 @@ def promotion_events(store: TrackingStore, name: str) -> list[PromotionEvent]:
 
 
 def audit_log(store: TrackingStore, name: str) -> pd.DataFrame:
-    """The audit trail as a table, a row for each event."""
+    """Return the audit trail as a table with one row per event."""
     return pd.DataFrame(
         [dataclasses.asdict(event) for event in promotion_events(store, name)],
         columns=[field.name for field in dataclasses.fields(PromotionEvent)],
@@ -200,9 +221,20 @@ def audit_log(store: TrackingStore, name: str) -> pd.DataFrame:
 
 
 def roll_back(store: TrackingStore, name: str, reason: str, who: str, commit: str) -> PromotionEvent:
-    """Make the champion before this one the champion again; the next rollback goes one further back.
+    """Restore the previous champion; each further rollback goes back by one more.
 
-    Raises ConvoyError where there is none to go back to.
+    Args:
+        store: The MLflow store.
+        name: The name of the registered model.
+        reason: The reason for the rollback, kept in the audit trail.
+        who: The user who requests it.
+        commit: The Git commit of the project.
+
+    Returns:
+        The recorded event.
+
+    Raises:
+        ConvoyError: If there is no earlier champion to restore.
     """
     champion, target = version_of(store, name, CHAMPION), _target(store, name)
     if target is None:
@@ -220,7 +252,7 @@ def roll_back(store: TrackingStore, name: str, reason: str, who: str, commit: st
 
 
 def _target(store: TrackingStore, name: str) -> int | None:
-    """The version that the next rollback goes to; None where there is none."""
+    """Return the version that the next rollback restores, or `None` if there is none."""
     champion = version_of(store, name, CHAMPION)
     return rollback_target(
         promotion_events(store, name), int(champion.version) if champion else None, _versions(store, name)
@@ -228,12 +260,16 @@ def _target(store: TrackingStore, name: str) -> int | None:
 
 
 def rollback_target(events: Sequence[PromotionEvent], champion: int | None, there: Container[int]) -> int | None:
-    """The last champion before this one that was neither rolled back nor deleted; None where there is no such version.
+    """Return the latest earlier champion that was neither rolled back nor deleted, or `None` if there is none.
 
-    `events` are all moves that are known, the oldest first, and `there` the versions that were not deleted. Where
-    `champion` is None, the last one was deleted or lost its alias, and the one before that is wanted.
+    Args:
+        events: All known changes of the champion, oldest first.
+        champion: The current champion's version. `None` means that the last champion was deleted or lost its alias;
+            the champion before it is returned.
+        there: The existing versions.
     """
-    line: list[int] = []  # the champions that led to the present one, which is the last
+    # The champions that led to the current one, which comes last.
+    line: list[int] = []
     for event in events:
         if event.before is not None:
             _step_to(line, event.before)
@@ -249,7 +285,10 @@ def rollback_target(events: Sequence[PromotionEvent], champion: int | None, ther
 
 
 def _step_to(line: list[int], version: int) -> None:
-    """Let the line end in this version: a person may have moved the alias, back or to a version that is new to it."""
+    """Make `version` the end of the line, truncating the line if it contains the version already.
+
+    This covers an alias that was moved by hand, to an earlier champion or to a version that never was one.
+    """
     if version in line:
         del line[line.index(version) + 1 :]
     else:
@@ -257,7 +296,7 @@ def _step_to(line: list[int], version: int) -> None:
 
 
 def rolled_back(events: Sequence[PromotionEvent]) -> dict[int, PromotionEvent]:
-    """The versions that were rolled back and did not become the champion again, each with the event that did it."""
+    """Return the versions that were rolled back and not promoted again, each with the event of its rollback."""
     found: dict[int, PromotionEvent] = {}
     for event in events:
         found.pop(event.after, None)
@@ -267,27 +306,31 @@ def rolled_back(events: Sequence[PromotionEvent]) -> dict[int, PromotionEvent]:
 
 
 def was_rolled_back(store: TrackingStore, name: str, version: int) -> PromotionEvent | None:
-    """The event by which this version was rolled back, unless it became the champion again."""
+    """Return the event that rolled this version back, or `None` if there is none or it became the champion again."""
     return rolled_back(promotion_events(store, name)).get(version)
 
 
 def drop_challenger(store: TrackingStore, name: str, version: int) -> None:
-    """Take the alias `challenger` from this version, which was refused."""
+    """Remove the alias `challenger` if it points to this version."""
     challenger = version_of(store, name, CHALLENGER)
     if challenger is not None and int(challenger.version) == version:
         store.client.delete_registered_model_alias(name, CHALLENGER)
 
 
 def now() -> str:
-    """UTC, to the microsecond, in ISO 8601."""
+    """Return the current time in UTC as an ISO 8601 string with microseconds."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
 
 
 @contextlib.contextmanager
 def registry_lock(store: TrackingStore, name: str) -> Iterator[None]:
-    """One at a time, on all machines: MLflow has no lock, but two models can't have one name.
+    """Hold a lock on the registered model that works across machines.
 
-    Raises ConvoyError where another is at it for longer than a minute.
+    MLflow offers no locks, but the names of its registered models are unique. The lock is therefore a registered model
+    with a name of its own.
+
+    Raises:
+        ConvoyError: If another process holds the lock for longer than `PATIENCE` seconds.
     """
     lock, owner = f"{name}.moving", f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
     until = time.monotonic() + PATIENCE
@@ -316,7 +359,7 @@ def _acquire(store: TrackingStore, lock: str, owner: str) -> bool:
 
 
 def _break_stale(store: TrackingStore, lock: str) -> None:
-    """Remove the lock, if there is one, of a process that can't do it any more."""
+    """Remove the lock if the process that holds it no longer runs, or it is older than `STALE` seconds."""
     with contextlib.suppress(MlflowException):
         held = store.client.get_registered_model(lock)
         if time.time() - held.creation_timestamp / 1000 > STALE or _is_dead(held.tags.get("owner", "")):
@@ -324,7 +367,7 @@ def _break_stale(store: TrackingStore, lock: str) -> None:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether the process was on this machine, and is gone."""
+    """Return whether the lock's owner was a process on this machine that no longer exists."""
     host, _, rest = owner.partition(" ")
     pid = rest.partition(" ")[0]
     return host == socket.gethostname() and pid.isdigit() and not psutil.pid_exists(int(pid))

@@ -1,4 +1,4 @@
-"""Promotion: which of the trained architectures is the challenger, and what it must show to become the champion."""
+"""Promotion settings, and the ranking that selects the challenger among the trained architectures."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,18 @@ from convoy.promotion.gate import GateConfig
 
 @schema
 class RegisterConfig:
-    """Where runs and models go, and what a model must show."""
+    """Where runs and models are registered, and the criteria for a promotion."""
 
-    name: Name  # of the MLflow experiment and of the registered model
+    name: Name  # name of the MLflow experiment and of the registered model
     gate: GateConfig
 
 
 def rank(best: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The architectures, best first: by highest validation accuracy, then by lowest validation loss, then by name.
+    """Rank architectures, best first, by validation accuracy, then by validation loss, then by name.
 
-    `best` holds the best epoch of each architecture. Test figures take no part: a model that is chosen by them
-    looks better than it is.
+    Test metrics are excluded on purpose: the test metrics of a model that was selected by them are biased upwards.
+
+    Args:
+        best: The metrics of each architecture's best epoch, with the keys `val_accuracy` and `val_loss`.
     """
     return sorted(best, key=lambda name: (-best[name]["val_accuracy"], best[name]["val_loss"], name))

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 from scipy import sparse
 
-# `scipy.special` instead of `scipy.stats`, which takes a second to import.
+# `scipy.stats` would have the same functions, but takes a second to import.
 from scipy.special import bdtrc, ndtri
 
 from convoy.config import Count, Fraction, NotNegative, Share, Whole, schema

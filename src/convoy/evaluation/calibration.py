@@ -1,15 +1,27 @@
-"""Temperature: one number that makes the probabilities of a trained classifier believable (Guo et al. 2017)."""
+"""Calibration of a classifier's probabilities by temperature scaling (Guo et al. 2017)."""
 
 import numpy as np
 
-RANGE = (0.05, 20.0)  # of temperatures that are looked at
-SPREAD = 0.5  # of log T before any image is seen: few networks need less than 0.4 or more than 2.7
-TINY = 1e-300  # probability, so that its logarithm is a number
-MIN_PROBABILITY = 2.0**-23  # probability, in the log loss: of float32; 0 would make one image outweigh all others
+# Search range of the temperature.
+RANGE = (0.05, 20.0)
+# Standard deviation of the prior of log T. Few networks need a temperature below 0.4 or above 2.7.
+SPREAD = 0.5
+# Smallest probability in the fit, so that its logarithm is finite.
+TINY = 1e-300
+# Smallest probability in the log loss, the resolution of float32. With 0 a single image could outweigh all others.
+MIN_PROBABILITY = 2.0**-23
 
 
 def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(logits / temperature) of the probabilities (N, K) that are softmax(logits). The likeliest stays so."""
+    """Apply temperature scaling to probabilities, which does not change the predicted class.
+
+    Args:
+        probabilities: (N, K) probabilities, equal to `softmax(logits)`.
+        temperature: The temperature, greater than 0; 1 leaves the probabilities unchanged.
+
+    Returns:
+        (N, K) probabilities, equal to `softmax(logits / temperature)`.
+    """
     if temperature == 1:
         return probabilities
     scaled = (probabilities / probabilities.max(axis=1, keepdims=True)) ** (1 / temperature)
@@ -17,9 +29,14 @@ def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarr
 
 
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """That with the least log loss on validation images: labels (N,) of K classes, probabilities (N, K).
+    """Fit the temperature that minimizes the log loss on validation images.
 
-    1 where no other has less.
+    Args:
+        labels: (N,) class indices in [0, K).
+        probabilities: (N, K) uncalibrated probabilities.
+
+    Returns:
+        The temperature, or 1 if no other temperature reduces the log loss.
     """
     from scipy.optimize import minimize_scalar
 
@@ -29,7 +46,8 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
     def loss(log_t: float) -> float:
         scale = np.exp(-log_t)
-        # where every image is right the log loss alone falls for ever, to a T that is sure of everything
+        # If every image is classified correctly, the log loss alone keeps falling as T approaches 0, where every
+        # prediction is certain. The prior prevents that.
         prior = (log_t / SPREAD) ** 2 / 2 / len(labels)
         return float(np.log(np.exp(logs * scale).sum(axis=1)).mean() - actual * scale + prior)
 
@@ -43,5 +61,5 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def per_image_log_loss(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """(N,), of each image."""
+    """Return the log loss of each image, (N,), from labels (N,) and probabilities (N, K)."""
     return -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], MIN_PROBABILITY))

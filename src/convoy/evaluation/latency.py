@@ -1,6 +1,6 @@
-"""Timing: how long a classifier takes for an image and for a batch, on the hardware at hand and as it is now.
+"""Latency measurements of a classifier, for a single image and for a batch, on the current hardware.
 
-No cached output holds such figures: they would make equal results look changed.
+Latencies are never part of a cached output, because their noise would make equal results look different.
 """
 
 import platform
@@ -13,15 +13,20 @@ import torch
 from convoy.models.base import Classifier, predict
 
 BATCH = 64  # images
-WARM = 5  # calls before the first that counts: caches fill, clocks rise, and kernels are chosen
-LEAST, MOST = 10, 100  # calls that count
-PATIENCE = 1.5  # seconds, after which no more calls than `LEAST` are made
+# Number of warm-up calls, in which caches fill, clocks speed up and kernels are selected.
+WARM = 5
+# Minimum and maximum number of measured calls.
+LEAST, MOST = 10, 100
+# Time per measured function, after which measuring stops once `LEAST` calls were made.
+PATIENCE = 1.5  # seconds
 
 
 def measure_latency(classifier: Classifier) -> dict[str, float]:
-    """Milliseconds from uint8 pixels to probabilities: `image_ms` and `batch_ms`, each `_median` and `_p95`.
+    """Measure the time from uint8 pixels to probabilities, on the classifier's device.
 
-    On the device where the classifier is.
+    Returns:
+        The metrics `image_ms_median`, `image_ms_p95`, `batch_ms_median` and `batch_ms_p95`, in milliseconds per call,
+        for a single image and for a batch of `BATCH` images.
     """
     figures = {}
     for name, count in (("image", 1), ("batch", BATCH)):
@@ -32,7 +37,7 @@ def measure_latency(classifier: Classifier) -> dict[str, float]:
 
 
 def hardware(device: torch.device) -> str:
-    """What the figures are of: the GPU, or the processor, its instructions and threads."""
+    """Describe the hardware of a device: the GPU, or the processor with its instruction set and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " + (
@@ -41,16 +46,28 @@ def hardware(device: torch.device) -> str:
 
 
 def latency_ratio(classifier: Classifier, other: Classifier, count: int = 1) -> float:
-    """How many times as long as `other` this one takes for `count` images, by the medians of calls in turn.
+    """Measure the latency of a classifier as a multiple of another's.
 
-    What else the machine does while they are measured meets both alike.
+    The calls of both alternate, so that other load on the machine affects both equally.
+
+    Args:
+        classifier: The classifier to measure.
+        other: The classifier to compare with.
+        count: Number of images per call.
+
+    Returns:
+        The ratio of the median latencies.
     """
     times, others = alternately([_call(classifier, count), _call(other, count)])
     return float(np.median(times) / np.median(others))
 
 
 def alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
-    """(calls, repeats): milliseconds of each call, when they are made in turn, each round in the other direction."""
+    """Measure functions in turn, reversing the order in every round.
+
+    Returns:
+        Times in milliseconds, of shape (functions, rounds).
+    """
     for _ in range(WARM):
         for call in calls:
             call()
@@ -70,4 +87,5 @@ def _call(classifier: Classifier, count: int) -> Callable[[], object]:
     task = classifier.task
     shape = (count, task.size, task.size, task.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return lambda: predict(classifier, pixels, count)  # waits for a GPU, as it gives an array
+    # `predict` returns a NumPy array and so waits for the GPU.
+    return lambda: predict(classifier, pixels, count)

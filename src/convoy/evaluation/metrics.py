@@ -1,7 +1,8 @@
-"""Evaluation: from probabilities and true labels to figures that can be compared, each with its interval.
+"""Classification metrics with confidence intervals, computed from probabilities and true labels.
 
-An interval holds the truth with a confidence of 95%. For it images are drawn anew, or whole groups of them where there
-are some: percentiles of the bootstrap (Efron and Tibshirani 1993), the same at each call.
+All intervals have a confidence of 95%. They are percentile bootstrap intervals (Efron and Tibshirani 1993), for which
+images are resampled, or complete groups of images if there are groups. The seed is fixed, so that repeated calls return
+identical results.
 """
 
 from collections.abc import Mapping
@@ -15,35 +16,52 @@ from convoy.config import Count, schema
 from convoy.data.packed_dataset import COLUMN, FEW
 from convoy.evaluation.calibration import per_image_log_loss
 
-ALPHA = 0.05  # chance that an interval misses the truth
+# Probability that an interval does not contain the true value.
+ALPHA = 0.05
 QUANTILES = (ALPHA / 2, 1 - ALPHA / 2)
 RESAMPLES = 2000
-BLOCK = 2**18  # numbers drawn at a time; as many as stay in the processor's cache
-BINS = 15  # of confidence (Guo et al. 2017)
+# Random numbers drawn at a time, chosen so that they stay in the processor's cache.
+BLOCK = 2**18
+# Number of confidence bins of the calibration error (Guo et al. 2017).
+BINS = 15
 TOP = 5
-MANY = 10  # classes, from which on `TOP` guesses mean something
-PREFIX = "probability_"  # before the name of a class
+# Number of classes from which on the top-`TOP` accuracy is meaningful.
+MANY = 10
+# Prefix of the columns with class probabilities, followed by the class name.
+PREFIX = "probability_"
 COLUMNS = ["metric", "value", "low", "high"]
 ERROR = "calibration_error"
-CALIBRATION_SUFFIXES = ("", "_uncalibrated")  # of probabilities, in the names of the figures
+# Suffixes of metric names, for calibrated and uncalibrated probabilities.
+CALIBRATION_SUFFIXES = ("", "_uncalibrated")
 
-Sums = Mapping[str, np.ndarray]  # (..., columns of a part), summed over images
+# Quantities summed over images, by name, each of shape (..., columns of the part).
+Sums = Mapping[str, np.ndarray]
 
 
 @schema
 class EvaluateConfig:
-    """How test images are judged."""
+    """Settings of the evaluation on test images."""
 
-    batch_size: Count  # images at a time; bounds the memory
+    batch_size: Count  # images per batch; limits the memory use
 
 
 def metrics_with_ci(
     labels: np.ndarray, probabilities: np.ndarray, uncalibrated: np.ndarray, groups: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """metric, value, low and high: labels (N,) of K classes, both kinds of probabilities (N, K), names of groups (N,).
+    """Compute all metrics with their confidence intervals.
 
-    `balanced_accuracy` and `macro_f1` are means over the classes that are there, `top_5` is there from ten classes on,
+    `balanced_accuracy` and `macro_f1` are means over the classes that occur, `top_5` is included from ten classes on,
     and `brier` is a sum over the classes, in [0, 2] (Brier 1950).
+
+    Args:
+        labels: (N,) class indices in [0, K).
+        probabilities: (N, K) calibrated probabilities.
+        uncalibrated: (N, K) probabilities before calibration.
+        groups: (N,) group names of the images; an empty name means that the image is its own group.
+
+    Returns:
+        A table with one row per metric and the columns metric, value, low and high. It has no rows if there are no
+        images.
     """
     if not len(labels):
         return pd.DataFrame(columns=COLUMNS)
@@ -58,7 +76,8 @@ def metrics_with_ci(
 
     classes = _effective(parts["actual"], units)
     there = classes[classes > 0]
-    even = len(there) ** 2 / (1 / there).sum()  # images of one proportion as sure as the mean of these
+    # The number of images with which a single proportion is as certain as the mean of the classes' proportions.
+    even = len(there) ** 2 / (1 / there).sum()
     images = _effective(parts["images"], units)[0]
     counts = {"accuracy": images, "top_5": images, "balanced_accuracy": even, "macro_f1": even}
     rows = []
@@ -75,9 +94,19 @@ def metrics_with_ci(
 def per_class(
     classes: list[str], labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None = None
 ) -> pd.DataFrame:
-    """A row for each class: its test images, precision, recall and F1, each of these with `_low` and `_high`.
+    """Compute precision, recall and F1 of each class with their confidence intervals.
 
-    What can't be said, as there is no image, is 0, from 0 to 1. No rows where there are no images at all.
+    A metric that is undefined because there are no images is 0, with the interval from 0 to 1.
+
+    Args:
+        classes: The K class names.
+        labels: (N,) class indices in [0, K).
+        probabilities: (N, K) probabilities.
+        groups: (N,) group names of the images; an empty name means that the image is its own group.
+
+    Returns:
+        A table with one row per class and the columns class, images (number of test images), and each metric with its
+        bounds, such as recall, recall_low and recall_high. It has no rows if there are no images.
     """
     names = [f"{rate}{end}" for rate in ("precision", "recall", "f1") for end in ("", "_low", "_high")]
     if not len(labels):
@@ -94,9 +123,12 @@ def per_class(
 
 
 def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
-    """column, value, images, accuracy, low and high: a row for each value of each column that has few of them.
+    """Compute the accuracy of each slice of the test set, which is the set of images with the same value in a column.
 
-    The columns are those of the labels table, and the group.
+    Slices are made by the group and by each column of the label table that has at most `FEW` different values.
+
+    Returns:
+        A table with one row per slice and the columns column, value, images, accuracy, low and high.
     """
     tables = [pd.DataFrame(columns=["column", "value", "images", "accuracy", "low", "high"])]
     right = (predictions["actual"] == predictions["predicted"]).to_numpy(float)
@@ -108,7 +140,7 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
             continue
         images = _one_hot(codes, len(names))
         parts = {"images": images, "right": _one_hot(codes, len(names), right)}
-        # within a group nothing but images is left to draw
+        # If the slices are the groups themselves, single images are resampled within them.
         units = resampling_units(None if column == "group" else predictions.get("group"), len(codes))
         sums, drawn = _sums(parts), _drawn(parts, units)
         accuracy = sums["right"] / sums["images"]
@@ -120,10 +152,16 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np.ndarray) -> pd.DataFrame:
-    """A row for each image: its sha256, the actual and the predicted class, and the probability of each class.
+    """Build the table of predictions with one row per image.
 
-    `images` has the columns sha256 and label, in the order of `probabilities` (N, K). Of its other columns the group,
-    where there are groups, and those of the labels table come with it.
+    Args:
+        classes: The K class names.
+        images: The images, with the columns sha256 and label and N rows in the order of `probabilities`. Its columns
+            of the label table are copied, and its group column too if any image has a group.
+        probabilities: (N, K) probabilities.
+
+    Returns:
+        A table with the columns sha256, actual, predicted, the copied columns and the probability of each class.
     """
     table = pd.DataFrame({"sha256": images["sha256"].to_numpy(), "actual": images["label"].to_numpy()})
     table["predicted"] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
@@ -132,7 +170,7 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
     return pd.concat([table, images[more].reset_index(drop=True), numbers], axis=1)
 
 
-# Figures of sums
+# Metrics from sums
 
 
 def _figures(sums: Sums) -> dict[str, np.ndarray]:
@@ -153,14 +191,22 @@ def _figures(sums: Sums) -> dict[str, np.ndarray]:
 
 
 def _rates(sums: Sums) -> dict[str, np.ndarray]:
-    """Of each class; nan where it has no image."""
+    """Return precision, recall and F1 of each class, NaN where a class has no images."""
     hits, actual, predicted = sums["hits"], sums["actual"], sums["predicted"]
     with np.errstate(invalid="ignore"):
         return {"precision": hits / predicted, "recall": hits / actual, "f1": 2 * hits / (actual + predicted)}
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Expected calibration error: confidence (N,) in [0, 1], right (..., N) booleans, to (...)."""
+    """Compute the expected calibration error.
+
+    Args:
+        confidence: (N,) probability of the predicted class, in [0, 1].
+        right: (..., N) booleans, whether the prediction is correct.
+
+    Returns:
+        The calibration errors, of shape (...), in [0, 1].
+    """
     bins = _bins(confidence)
     order = np.argsort(bins, kind="stable")
     starts = np.unique(bins[order], return_index=True)[1]
@@ -169,7 +215,13 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def calibration_noise(confidence: np.ndarray, seed: int, simulations: int = 200) -> float:
-    """The calibration error that so many images show on average where the probabilities are perfect."""
+    """Estimate the mean calibration error that perfectly calibrated probabilities would show, by simulation.
+
+    Args:
+        confidence: (N,) probability of the predicted class, in [0, 1].
+        seed: Seed of the simulation.
+        simulations: Number of simulated test sets.
+    """
     random = np.random.default_rng(seed)
     step = max(1, BLOCK // len(confidence))
     parts = [
@@ -183,7 +235,7 @@ def _bins(confidence: np.ndarray) -> np.ndarray:
     return np.minimum((confidence * BINS).astype(int), BINS - 1)
 
 
-# Parts: what is summed over images, (N, columns of the part)
+# Parts: quantities that are summed over images, each of shape (N, columns of the part)
 
 
 def _counts(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
@@ -209,7 +261,10 @@ def _losses(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.c
 
 
 def _rank(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """(N,): classes that are likelier than the actual one; of equals the first, as with the predicted class."""
+    """Return the rank of each image's actual class, (N,), which is the number of classes with a higher probability.
+
+    Of classes with equal probabilities the first ranks higher, as in the choice of the predicted class.
+    """
     actual = probabilities[np.arange(len(labels)), labels][:, None]
     before = np.arange(probabilities.shape[1]) < labels[:, None]
     return ((probabilities > actual) | (before & (probabilities == actual))).sum(axis=1)
@@ -228,7 +283,16 @@ def _one_hot(codes: np.ndarray, width: int, values: np.ndarray | float = 1.0) ->
 
 
 def resampled(columns: sparse.csr_array, units: sparse.csr_array | None, seed: int = 0) -> np.ndarray:
-    """(RESAMPLES, M): the sums of columns (N, M) over as many images as there are, or `units` of them, drawn anew."""
+    """Return bootstrap sums of columns over resampled images, or over resampled groups of images.
+
+    Args:
+        columns: (N, M) values of each image.
+        units: (U, N) membership of images in groups, as from `resampling_units`. `None` resamples single images.
+        seed: Seed of the resampling.
+
+    Returns:
+        (RESAMPLES, M) sums, each over as many draws as there are images or groups.
+    """
     turned = (columns if units is None else units @ columns).T.tocsr()
     count = turned.shape[1]
     random = np.random.default_rng(seed)
@@ -237,13 +301,19 @@ def resampled(columns: sparse.csr_array, units: sparse.csr_array | None, seed: i
     for start in range(0, RESAMPLES, step):
         here = min(step, RESAMPLES - start)
         drawn = random.integers(0, count, (here, count)) * here + np.arange(here)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=count * here).reshape(count, here)  # each is drawn
+        # How often each unit is drawn in each resample.
+        times = np.bincount(drawn.ravel(), minlength=count * here).reshape(count, here)
         sums[start : start + here] = (turned @ times.astype(float)).T
     return sums
 
 
 def resampling_units(groups: np.ndarray | pd.Series | None, count: int) -> sparse.csr_array | None:
-    """(U, N): which image is in which group; one without a name is a group of its own. None where each is."""
+    """Return a (U, N) matrix that assigns each image to its group, or `None` if every image is its own group.
+
+    Args:
+        groups: (N,) group names; an image with an empty name becomes a group of its own.
+        count: Number of images N.
+    """
     if groups is None:
         return None
     names = np.asarray(groups, object)
@@ -265,17 +335,17 @@ def _drawn(parts: Mapping[str, sparse.csr_array], units: sparse.csr_array | None
 
 
 def _effective(part: sparse.csr_array, units: sparse.csr_array | None) -> np.ndarray:
-    """Images that tell as much as the groups do, were those of each group all alike (Kish 1965)."""
+    """Return the effective number of images if all images of a group carried the same information (Kish 1965)."""
     sums = part if units is None else units @ part
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(np.asarray(sums.sum(axis=0)) ** 2 / np.asarray(sums.power(2).sum(axis=0)))
 
 
 def _interval(value: np.ndarray, drawn: np.ndarray, count: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """low and high of each value (...), from as many resamples (R, ...) of it.
+    """Return the lower and upper bounds of values (...), from R resamples (R, ...) of each.
 
-    Where all of these are alike, as where every image is right, they tell nothing: there it is Wilson's interval
-    (1927) of a proportion in `count` images.
+    If the bounds are equal, for example because every image is correct, the resamples carry no information. The
+    interval is then Wilson's (1927) for a proportion in `count` images.
     """
     drawn = np.where(np.isnan(drawn).all(axis=0), 0.0, drawn)
     low, high = np.nanquantile(drawn, QUANTILES, axis=0)
@@ -289,10 +359,16 @@ def _interval(value: np.ndarray, drawn: np.ndarray, count: np.ndarray | float) -
 
 
 def _calibration_interval(error: np.ndarray, drawn: np.ndarray, away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """low and high of a calibration error, from resamples (R,) of it and how far their bins are from its own (R,).
+    """Return the lower and upper bounds of a calibration error.
 
-    Noise makes it larger, in a resample once more, so that the percentiles may all lie above the truth. The lower bound
-    is therefore the error less what noise can add, by the triangle inequality; the upper one is reflected.
+    Noise increases a calibration error, and resampling adds noise once more, so that all percentiles may be above the
+    true value. The lower bound is therefore the error minus the most that noise can add, by the triangle inequality.
+    The upper bound is a percentile reflected at the error.
+
+    Args:
+        error: The calibration error.
+        drawn: (R,) calibration errors of the resamples.
+        away: (R,) distances between the bin gaps of each resample and those of all images.
     """
     low, high = error - np.quantile(away, QUANTILES[1]), 2 * error - np.quantile(drawn, QUANTILES[0])
     return np.maximum(low, 0), np.clip(high, error, 1)

@@ -1,4 +1,4 @@
-"""The comparison: what a model answers to today's test images, whatever size of images it was trained with."""
+"""Predictions of a registered model for the current test images, also if it was trained on another image size."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,24 @@ from convoy.data.packed_dataset import PackedDataset
 from convoy.evaluation.metrics import prediction_table
 from convoy.inference.predictor import Predictor
 
-PIECE = 256  # images that are in memory at a time
+PIECE = 256  # images in memory at a time
 
 
 def predict_test_images(
     predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, task: DatasetInfo, packed: PackedDataset
 ) -> pd.DataFrame:
-    """The predictions of a model for `images`, with the columns path, sha256, label and group, as they were prepared.
+    """Predict the current test images with a model.
 
-    `pixels` (N, H, W, C) uint8 are those of `task`; for a model of images of another size they are taken from `packed`.
+    Args:
+        predictor: The model.
+        images: The N test images, with the columns path, sha256, label and group.
+        pixels: (N, H, W, C) uint8 pixels of `images`, preprocessed for `task`.
+        task: The current data set.
+        packed: The packed data set, from which the images are resized if the model takes another size or number of
+            channels than `task`.
+
+    Returns:
+        The table of predictions, as from `prediction_table`.
     """
     own = predictor.task
     pieces = [pixels] if (own.size, own.channels) == (task.size, task.channels) else _fitted_anew(images, packed, own)
@@ -27,7 +36,10 @@ def predict_test_images(
 
 
 def _fitted_anew(images: pd.DataFrame, packed: PackedDataset, task: DatasetInfo) -> Iterator[np.ndarray]:
-    """(at most `PIECE`, size, size, C) uint8: `images`, by their column path, in the size and channels of `task`."""
+    """Resize images to the size and channels of `task`, in chunks of shape (at most `PIECE`, size, size, C) uint8.
+
+    The images are identified by their column path.
+    """
     row_of = pd.Series(np.arange(len(packed.rows)), index=packed.rows.columns("path")["path"])
     rows = row_of[images["path"]].tolist()
     for start in range(0, len(rows), PIECE):

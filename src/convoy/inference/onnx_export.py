@@ -1,4 +1,4 @@
-"""Export: a predictor as an ONNX file, for whoever has neither this library nor torch."""
+"""ONNX export of a predictor, for use without this library and without PyTorch."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from convoy.errors import ConvoyError
 from convoy.inference.predictor import Predictor
 
 FILE = "model.onnx"
-BATCH = 32  # images that it answers at a time here
+BATCH = 32  # images per call of onnxruntime
 MEANING = (
     "pixels (N, {size}, {size}, {channels}) uint8: the middle square of an upright {colours} image, reduced to "
     "{longest_side} pixels at most and then resized, both with anti-aliasing (Pillow's thumbnail and ImageOps.fit, "
@@ -27,7 +27,7 @@ MEANING = (
 
 
 class OnnxWrapper(nn.Module):
-    """All of a predictor as one network: images (N, H, W, C) uint8 -> probabilities (N, K) float."""
+    """A complete predictor as one network, from images (N, H, W, C) uint8 to probabilities (N, K) float."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
@@ -39,17 +39,26 @@ class OnnxWrapper(nn.Module):
 
 
 def export(predictor: Predictor, file: Path) -> None:
-    """Write a predictor into one ONNX file, which says itself what goes in and comes out; its bytes are reproducible.
+    """Write a predictor to a single ONNX file.
 
-    Raises ConvoyError that says why, where torch can't.
+    The file contains the weights, and its metadata describes the input and the output. Repeated exports are
+    bit-identical.
+
+    Args:
+        predictor: The predictor to export.
+        file: The file to write.
+
+    Raises:
+        ConvoyError: If PyTorch can't export the network; the message contains the reason.
     """
     task = predictor.task
-    # two images: torch would take a one for a constant
+    # A batch of two images, because torch would treat a size of one as a constant.
     pixels = torch.zeros(2, task.size, task.size, task.channels, dtype=torch.uint8)
     colours = "RGB" if task.channels == 3 else "grey"
     try:
         with _quiet():
-            from onnxscript import ir  # seconds, and nobody else needs it
+            # Imported here, because the import takes seconds and only this function needs it.
+            from onnxscript import ir
 
             program = torch.onnx.export(
                 OnnxWrapper(predictor).eval(),
@@ -59,11 +68,13 @@ def export(predictor: Predictor, file: Path) -> None:
                 dynamic_shapes=({0: torch.export.Dim("N")},),
                 verbose=False,
             )
-            assert program is not None  # as it would be, were it told the file
+            # `torch.onnx.export` returns `None` only if it is given a file.
+            assert program is not None
             model = program.model
+            # Remove the metadata about source lines, which contains paths of this machine.
             model.graph.metadata_props.clear()
             for node in model.graph.all_nodes():
-                node.metadata_props.clear()  # lines of our source, with the paths of this machine
+                node.metadata_props.clear()
             model.doc_string = MEANING.format(**vars(task), colours=colours, k=len(task.classes))
             explained = {
                 "architecture": predictor.architecture,
@@ -73,17 +84,28 @@ def export(predictor: Predictor, file: Path) -> None:
                 "channels": str(task.channels),
             }
             model.metadata_props.update(explained)
-            ir.save(model, file)  # weights inside; of more than 2 GB, ONNX's limit, it refuses
+            # Saves the weights inside the file. Raises an error above 2 GB, the limit of ONNX.
+            ir.save(model, file)
     except OSError:
         raise
-    except Exception as error:  # of the network or of torch: it fails in many ways
+    except Exception as error:
+        # Both the network and torch can raise errors of many types.
         raise ConvoyError(f"torch can't export it ({_reason(error)})") from error
 
 
 def max_difference(file: Path, pixels: np.ndarray, expected: np.ndarray) -> float:
-    """The `difference` between what `file` answers to images (N, H, W, C) uint8 and `expected` (N, K).
+    """Compare the predictions of an ONNX file with the expected ones.
 
-    Raises ConvoyError where onnxruntime can't run the file.
+    Args:
+        file: The ONNX file.
+        pixels: (N, H, W, C) uint8 images.
+        expected: (N, K) expected probabilities.
+
+    Returns:
+        The largest absolute difference of a probability, as computed by `difference`.
+
+    Raises:
+        ConvoyError: If onnxruntime can't run the file.
     """
     try:
         with _quiet():
@@ -91,25 +113,27 @@ def max_difference(file: Path, pixels: np.ndarray, expected: np.ndarray) -> floa
 
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 4
-            options.intra_op_num_threads = torch.get_num_threads()  # its own choice is a thread pinned to each core
+            # By default onnxruntime pins one thread to each core.
+            options.intra_op_num_threads = torch.get_num_threads()
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
             batches = [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
             answered = np.concatenate([session.run(["probabilities"], {"pixels": batch})[0] for batch in batches])
     except OSError:
         raise
-    except Exception as error:  # its errors have no type of their own
+    except Exception as error:
+        # The errors of onnxruntime have no common base class.
         raise ConvoyError(f"onnxruntime can't run {file.name} ({_reason(error)})") from error
     return difference(answered, expected)
 
 
 def difference(answered: np.ndarray, expected: np.ndarray) -> float:
-    """The largest of two tables of probabilities (N, K); inf where the shapes differ."""
+    """Return the largest absolute difference of two (N, K) tables of probabilities, or inf if the shapes differ."""
     return float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what others print, log and warn of on their way: what matters is in their error."""
+    """Suppress printed output, log records and warnings of other libraries, whose errors are reported anyway."""
     before = logging.root.manager.disable
     logging.disable()
     try:
@@ -124,7 +148,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first lines of what began it."""
+    """Return the message of the original cause of an error, shortened to 200 characters."""
     while error.__cause__:
         error = error.__cause__
     return textwrap.shorten(str(error) or repr(error), 200)

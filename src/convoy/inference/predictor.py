@@ -1,4 +1,4 @@
-"""The predictor: a trained classifier as it answers images, with its task and its temperature."""
+"""The predictor, which is a trained classifier with its data set information and its calibration temperature."""
 
 import dataclasses
 import json
@@ -19,12 +19,16 @@ from convoy.hashing import sha256
 from convoy.models.base import Classifier, predict
 
 RECORD, WEIGHTS, CALIBRATION = "record.json", "weights.safetensors", "calibration.json"
-FILES = (RECORD, WEIGHTS, CALIBRATION)  # all that a predictor is made of
+# The files that a predictor is restored from.
+FILES = (RECORD, WEIGHTS, CALIBRATION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Answers images with the probabilities that evaluation saw: a file comes to the same pixels."""
+    """A trained classifier that predicts calibrated class probabilities.
+
+    Image files are preprocessed as in the pipeline, so that predictions match those of the evaluation.
+    """
 
     architecture: str
     task: DatasetInfo
@@ -32,13 +36,31 @@ class Predictor:
     temperature: float
 
     def fitted(self, file: bytes) -> np.ndarray:
-        """(H, W, C) uint8 as the network takes it, of the bytes of an image file. Raises images.BadImage."""
+        """Decode an image file and resize it to the network's input.
+
+        Args:
+            file: The content of an image file.
+
+        Returns:
+            (H, W, C) uint8 pixels.
+
+        Raises:
+            InvalidImageError: If the file is not a valid image.
+        """
         return image_io.center_crop_resize(
             image_io.decode(file, self.task.longest_side).pixels, self.task.size, self.task.channels
         )
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 256) -> np.ndarray:
-        """(N, K) float64, of images (N, H, W, C) uint8 as the network takes them."""
+        """Predict class probabilities.
+
+        Args:
+            pixels: (N, H, W, C) uint8 images of the network's input size.
+            batch_size: Number of images per forward pass.
+
+        Returns:
+            (N, K) float64 calibrated probabilities.
+        """
         if not len(pixels):
             return np.empty((0, len(self.task.classes)))
         return apply_temperature(predict(self.classifier, pixels, batch_size), self.temperature)
@@ -46,7 +68,7 @@ class Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class _Described:
-    """What a predictor needs to know of a training, of all that its record holds, and of its evaluation."""
+    """The fields of a training record and its calibration file that a predictor needs."""
 
     architecture: str
     settings: dict[str, Any]
@@ -55,9 +77,12 @@ class _Described:
 
 
 def restore(folder: Path) -> Predictor:
-    """Of record.json, weights.safetensors and calibration.json in `folder`: plain values and numbers, nothing to run.
+    """Restore a predictor from record.json, weights.safetensors and calibration.json in `folder`.
 
-    Raises ConvoyError for a file that is missing, or is not what training and evaluation leave.
+    The files hold plain values and tensors only. Loading them never executes code.
+
+    Raises:
+        ConvoyError: If a file is missing, or was not written by training and evaluation.
     """
     found = {**_table(folder / RECORD), **_table(folder / CALIBRATION)}
     names = [field.name for field in dataclasses.fields(_Described)]
@@ -83,7 +108,12 @@ def _table(file: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Raises ConvoyError where a file in `folder` is missing, or has another sha256 than `hashes` says."""
+    """Raise `ConvoyError` if a file in `folder` is missing or differs from its checksum.
+
+    Args:
+        folder: The folder of the files.
+        hashes: The expected sha256 of each file, by its path in `folder`.
+    """
     for file, digest in hashes.items():
         if not (folder / file).is_file():
             raise ConvoyError(f"{file} of the model is missing; nothing of the model was used")

@@ -1,4 +1,4 @@
-"""Serving: a trained classifier as the MLflow model that takes plain images."""
+"""The MLflow pyfunc model, which serves a trained classifier for plain images."""
 
 import base64
 import json
@@ -17,22 +17,35 @@ from convoy.inference import predictor
 
 
 class ImageClassifier(PythonModel):
-    """Images in, a table out: label, its probability, and the probabilities of all classes."""
+    """An MLflow model that predicts a label, its probability and the probabilities of all classes for each image."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Rebuild the network from its record and weights; nothing is unpickled."""
+        """Restore the classifier from its verified record, weights and calibration, without unpickling anything."""
         folder = Path(context.artifacts["record"]).parent
         predictor.check(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
         self.predictor = predictor.restore(folder)
 
-    # model_input has no type hint: MLflow would take one for a schema, and refuse what is documented here
+    # `model_input` has no type hint, because MLflow would use it as a schema and reject the inputs documented here.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-        """A row for each image: `label`, `probability`, and `probabilities` in the order of the model's classes.
+        """Predict the class of each image.
 
-        `model_input` is a uint8 array (H, W), (H, W, C), (N, H, W) or (N, H, W, C) with 1 to 4 channels (grey, grey
-        and alpha, RGB, RGBA); a PIL image; the bytes of an image file, or their base64 text; or images in any of
-        these forms in a list or in the first column of a table. Raises MlflowException for anything else, such as
-        channels that come first, (3, H, W).
+        Args:
+            context: The MLflow context, which is not used.
+            model_input: One of the following, where integer pixels are in [0, 255]:
+
+                - an integer array (H, W), (H, W, C), (N, H, W) or (N, H, W, C), with 1 to 4 channels (grey, grey and
+                  alpha, RGB, RGBA);
+                - a PIL image;
+                - the bytes of an image file, or their base64 text;
+                - images in any of these forms, in a list or in the first column of a table.
+            params: MLflow inference parameters, which are not used.
+
+        Returns:
+            A table with one row per image and the columns `label`, `probability` and `probabilities`, the last in the
+            order of the model's classes.
+
+        Raises:
+            MlflowException: If the input has any other form, such as an array with the channels first, (3, H, W).
         """
         task = self.predictor.task
         shape = (0, task.size, task.size, task.channels)
@@ -76,7 +89,7 @@ def _each(model_input: Any) -> list[Any]:
 
 
 def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
-    """Three axes without a last one of channels are N grey images."""
+    """Split an array into images, where three axes without a channel axis at the end are N grey images."""
     if pixels.ndim == 3 and pixels.shape[2] > 4 and pixels.shape[0] in (3, 4):
         channels = pixels.shape[0]
         raise MlflowException.invalid_parameter_value(
@@ -89,13 +102,15 @@ def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
 
 def _decoded(text: str) -> bytes:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)  # such text often comes in lines
-    except ValueError:  # of which binascii.Error is one, and text that is not ASCII another
+        # Base64 text is often broken into lines.
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        # Includes `binascii.Error`, and the error for text that is not ASCII.
         raise image_io.InvalidImageError("is text, but not the base64 of an image file") from None
 
 
 def _plain(image: Any, longest_side: int) -> np.ndarray:
-    """(H, W, 1 or 3) of pixels in any of the documented forms, no side above `longest_side`."""
+    """Convert the pixels of one image to (H, W, 1 or 3) uint8, with no side longer than `longest_side`."""
     pixels = np.asarray(image)
     if pixels.size == 0:
         raise image_io.InvalidImageError("has no pixels")
@@ -111,4 +126,5 @@ def _plain(image: Any, longest_side: int) -> np.ndarray:
     return image_io.to_grey_or_rgb(Image.fromarray(pixels.astype(np.uint8)), longest_side)
 
 
-set_model(ImageClassifier())  # MLflow runs this file to make the model ("models from code"), and takes what is set here
+# MLflow creates the model by running this file ("models from code") and uses the object that is set here.
+set_model(ImageClassifier())

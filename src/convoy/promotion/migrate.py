@@ -1,4 +1,4 @@
-"""Moving: everything in an embedded store brought to a server, each run and each version once, as it was there."""
+"""Migration of runs and model versions from an embedded MLflow store to a server, each of them exactly once."""
 
 import contextlib
 import json
@@ -19,12 +19,23 @@ from convoy.tracking import database, runs
 from convoy.tracking.runs import HASHES, IDENTITY, RESULTS
 from convoy.tracking.store import TrackingStore, local, uploading
 
-FROM = "convoy.moved_from"  # tag of what was brought: the id or the number that it had where it was
-MOVED = "convoy.moved"  # tag of what is whole: of a run "true", of the registered model its last version then
+# Tag of a copied run, model or version that holds its original id or number.
+FROM = "convoy.moved_from"
+# Tag of what was copied completely: "true" for a run, the last copied version for the registered model.
+MOVED = "convoy.moved"
 
 
 def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStore:
-    """The store in `root/mlflow.db`, while `server` is open in the same folder."""
+    """Open the embedded store in `root/mlflow.db`, while `server` is open in the same project.
+
+    Args:
+        root: The folder of the project.
+        experiment: The name of the MLflow experiment.
+        server: The open store of the server.
+
+    Raises:
+        ConvoyError: If there is no `mlflow.db`, it does not contain the experiment, or its artifacts are elsewhere.
+    """
     file, artifacts = root / "mlflow.db", (root / "mlartifacts" / experiment).as_uri()
     if not file.exists():
         raise ConvoyError(f"there is no mlflow.db in {root}, and so nothing to move")
@@ -39,9 +50,21 @@ def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStor
 
 
 def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator[str]:
-    """Bring all runs and all versions of the model `name` to the server; a line for each that was not there yet.
+    """Copy all runs, and all versions of the model `name`, to the server.
 
-    Run ids are new, FROM has the old ones; numbers of versions stay. Whatever ends this, to do it again goes on.
+    Runs get new ids, with the old ones in the tag `FROM`. Versions keep their numbers. An interrupted migration
+    continues when it is run again.
+
+    Args:
+        source: The embedded store.
+        server: The store of the server.
+        name: The name of the registered model.
+
+    Yields:
+        A message for each run and version that was copied, and for each that was skipped for a reason to report.
+
+    Raises:
+        ConvoyError: If the versions can't keep their numbers on the server, or the files of a version were changed.
     """
     champion.complete_pending(source, name)
     runs.mark_killed_runs(source)
@@ -62,7 +85,7 @@ def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator
 
 
 def _runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Run]:
-    """The oldest first."""
+    """Iterate over the runs of a store, oldest first."""
     token = None
     while token != "":
         experiment = [store.experiment.experiment_id]
@@ -72,16 +95,17 @@ def _runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Ru
 
 
 def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Run | None) -> str:
-    """A run, or what is missing of it."""
+    """Copy a run, or what is missing of it on the server, and return its id there."""
     client, old = server.client, run.info.run_id
     if found is None:
         tags = {**run.data.tags, FROM: old}
         found = client.create_run(server.experiment.experiment_id, run.info.start_time, tags, run.info.run_name)
     new = found.info.run_id
-    # its training is over, also where this is stopped before all of it is there
+    # Set the status first: the training has ended even if the copy is interrupted.
     client.set_terminated(new, run.info.status, run.info.end_time)
     params = [Param(key, value) for key, value in run.data.params.items()]
-    for start in range(0, len(params), 100):  # what a server takes at a time
+    # A server accepts at most 100 parameters per request.
+    for start in range(0, len(params), 100):
         client.log_batch(new, params=params[start : start + 100])
     points = [point for key in run.data.metrics for point in source.client.get_metric_history(old, key)]
     runs.log_points(client, new, [Metric(each.key, each.value, each.timestamp, each.step) for each in points])
@@ -98,13 +122,13 @@ def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Ru
 
 
 def _versions(store: TrackingStore, name: str) -> dict[int, ModelVersion]:
-    """By their numbers, in order."""
+    """Return the versions of the model by their numbers, in ascending order."""
     found = {int(each.version): each for each in store.client.search_model_versions(f"name = '{name}'")}
     return dict(sorted(found.items()))
 
 
 def _check_free(source: TrackingStore, server: TrackingStore, name: str) -> None:
-    """Raises ConvoyError where the server has versions of its own, so that ours could not keep their numbers."""
+    """Raise `ConvoyError` if the server has versions of its own, so that the copied ones can't keep their numbers."""
     if MOVED in _tags(server, name) or not _versions(source, name):
         return
     if own := [number for number, each in _versions(server, name).items() if FROM not in each.tags]:
@@ -128,10 +152,12 @@ def _bring_versions(source: TrackingStore, server: TrackingStore, name: str, run
             yield f"model {name} was moved before: its versions from {later[0]} on were made here since, and stay here"
         return
     model = source.client.get_registered_model(name)
-    with contextlib.suppress(MlflowException):  # it is there: what else is wrong, the next call says
+    # Suppresses the error for a model that exists already. Any other problem is raised by the next call.
+    with contextlib.suppress(MlflowException):
         client.create_registered_model(name, description=model.description)
     for number, theirs in _versions(server, name).items():
-        if theirs.tags[FROM] != str(number):  # it kept a number free when this was killed
+        # An interrupted migration may leave a placeholder that reserved the number of a deleted version.
+        if theirs.tags[FROM] != str(number):
             client.delete_model_version(name, str(number))
     there = _versions(server, name)
     for number, version in ours.items():
@@ -146,7 +172,10 @@ def _bring_versions(source: TrackingStore, server: TrackingStore, name: str, run
 
 
 def _bring_version(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> None:
-    """A version under its own number; those before it that were deleted are made, and deleted again."""
+    """Copy a version under its own number.
+
+    Deleted versions before it are created and deleted again, so that the server reaches that number.
+    """
     client, name, number, made = server.client, version.name, int(version.version), 0
     model, tags = _bring_model(source, server, version, run), {**version.tags, FROM: str(version.version)}
     words = version.description
@@ -163,7 +192,7 @@ def _bring_version(source: TrackingStore, server: TrackingStore, version: ModelV
 
 
 def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> str:
-    """The files of a version, checked against its hashes here and there, as a model of its run; returns its id."""
+    """Copy the files of a version as a model of its run, verify them in both stores, and return the model's id."""
     client, experiment = server.client, server.experiment.experiment_id
     kind, _, old = (version.source or "").partition(":/")
     if (kind, old[:2]) != ("models", "m-"):
@@ -194,6 +223,6 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
 
 
 def _outputs(store: TrackingStore, run: str) -> dict[str, int]:
-    """The models of a run by their ids, and each one's step."""
+    """Return the step of each model of a run, by the model's id."""
     outputs = store.client.get_run(run).outputs
     return {each.model_id: each.step for each in outputs.model_outputs} if outputs else {}

@@ -1,6 +1,7 @@
-"""Served models: registered versions as they are used, each file first checked by the hash in MLflow's database.
+"""Loading of registered versions, with each file first verified by its sha256 in MLflow's database.
 
-Who can write where the files lie, but not into MLflow's database, can't change an answer and can't have code run.
+Somebody who can write to the artifact storage, but not to MLflow's database, can neither change a prediction nor run
+code.
 """
 
 import base64
@@ -31,13 +32,24 @@ from convoy.tracking.runs import HASHES, hashes_of
 from convoy.tracking.store import ABSENT, TrackingStore
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
-START = (predictor.RECORD, predictor.WEIGHTS)  # of a training, for another to start from
-AGREEMENT = 1e-4  # of probabilities: what machines and batch sizes may differ by
-SECONDS = 600  # for a process that answers some hundred images
+# Files of a training that another training can start from.
+START = (predictor.RECORD, predictor.WEIGHTS)
+# Largest accepted difference of a probability between machines and batch sizes.
+AGREEMENT = 1e-4
+# Time limit of the process that predicts a few hundred images.
+SECONDS = 600  # seconds
 
 
 def find(store: TrackingStore, uri: str) -> ModelVersion:
-    """The version that models:/NAME/VERSION or models:/NAME@ALIAS means. Raises ConvoyError where there is none."""
+    """Find a registered version.
+
+    Args:
+        store: The MLflow store.
+        uri: models:/NAME/VERSION or models:/NAME@ALIAS.
+
+    Raises:
+        ConvoyError: If the URI is malformed or the version does not exist.
+    """
     match = URI.fullmatch(uri)
     if not match:
         raise ConvoyError(f"{uri}: no registered model; name one as models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -52,9 +64,15 @@ def find(store: TrackingStore, uri: str) -> ModelVersion:
 
 
 def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> None:
-    """Bring files of a version into `folder`, all of them where none is named, and check them there.
+    """Download files of a version and verify their checksums, before anything parses their content.
 
-    Raises ConvoyError, before anything in them was read as more than bytes, where one is missing or was changed.
+    Args:
+        version: The registered version.
+        folder: The folder to download to.
+        files: The paths of the files within the model; all files if empty.
+
+    Raises:
+        ConvoyError: If a file is missing or was changed.
     """
     uri = f"models:/{version.name}/{version.version}"
     try:
@@ -71,7 +89,7 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
 
 
 class NotFetched(ConvoyError):
-    """A file of a model is missing, or what keeps it can't be reached."""
+    """A file of a model is missing, or its storage can't be reached."""
 
 
 def _download(uri: str, target: Path) -> None:
@@ -86,7 +104,12 @@ def _download(uri: str, target: Path) -> None:
 
 @contextlib.contextmanager
 def temporary(name: str, parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder with files of `name`, which a ConvoyError that is raised meanwhile names in its place."""
+    """Create a temporary folder, and replace its path by `name` in the message of any `ConvoyError`.
+
+    Args:
+        name: The origin of the files in the folder, such as a model URI.
+        parent: The folder to create it in; the system's default if `None`.
+    """
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         try:
             yield Path(folder)
@@ -95,9 +118,11 @@ def temporary(name: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def load(version: ModelVersion, folder: Path | None = None) -> Predictor:
-    """A version, rebuilt by the library at hand; of the model's own code nothing is brought here.
+    """Load a version with the installed library, without downloading the code stored in the model.
 
-    `folder` is for temporary files of the model's size.
+    Args:
+        version: The registered version.
+        folder: The folder for temporary files, with room for a complete model.
     """
     with temporary(f"models:/{version.name}/{version.version}", folder) as scratch:
         fetch(version, scratch, [f"artifacts/{file}" for file in predictor.FILES])
@@ -105,11 +130,21 @@ def load(version: ModelVersion, folder: Path | None = None) -> Predictor:
 
 
 def fetch_weights(store: TrackingStore, name: str, architecture: str, init: str, folder: Path) -> str:
-    """Bring record.json and weights.safetensors of a training into `folder`; returns whose they are, in words.
+    """Download record.json and weights.safetensors of a training, to start another training from.
 
-    `init` is the id of a run, or "champion": the champion among the versions of the registered model `name`, where it
-    is of this architecture, else the newest version that is. Raises ConvoyError, with nothing in `folder`, where there
-    is none, and where a file was changed.
+    Args:
+        store: The MLflow store.
+        name: The name of the registered model.
+        architecture: The architecture to initialize.
+        init: The id of a run, or "champion" for the champion if it has this architecture, otherwise the newest version
+            that has.
+        folder: The folder to download to. It remains empty if an error is raised.
+
+    Returns:
+        A description of the origin of the weights.
+
+    Raises:
+        ConvoyError: If there is no such run or version, or a file is missing or was changed.
     """
     with temporary(init, parent=folder) as scratch:
         try:
@@ -167,7 +202,7 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
 
 
 def read_record(version: ModelVersion) -> dict[str, Any]:
-    """The record of the training of a version."""
+    """Download and return the training record of a version."""
     with tempfile.TemporaryDirectory() as scratch:
         file = f"artifacts/{predictor.RECORD}"
         fetch(version, Path(scratch), [file])
@@ -175,8 +210,11 @@ def read_record(version: ModelVersion) -> dict[str, Any]:
 
 
 def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
-    """The sha256 of the images of the training of a version and of all that led to its first weights; None where it is
-    not known of one of them."""
+    """Return the sha256 of all images that a version, or any training its initial weights come from, was trained on.
+
+    Returns:
+        The sha256 of the images, or `None` if they are unknown for one of the trainings.
+    """
     record, own = read_record(version), training_hashes(version)
     data, lineage = record.get("data", {}).get("digest"), record.get("init", {}).get("lineage", [])
     before = training_hashes_of(store, version.name, [digest for digest in lineage if digest != data])
@@ -184,7 +222,7 @@ def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
 
 
 def training_hashes(version: ModelVersion) -> list[str] | None:
-    """The sha256 of the images that a version was trained and chosen with; None where nobody wrote them down."""
+    """Return the sha256 of the images used to train and select a version, or `None` if they were not recorded."""
     file = "artifacts/seen.txt"
     if file not in json.loads(version.tags.get(HASHES, "{}")):
         return None
@@ -194,9 +232,17 @@ def training_hashes(version: ModelVersion) -> list[str] | None:
 
 
 def training_hashes_of(store: TrackingStore, name: str, data: Sequence[str]) -> list[str] | None:
-    """The same of all trainings on some data, given by their digests; None where it is not known of one of them.
+    """Return the sha256 of the training images of several preprocessed data sets.
 
-    It is known of data that a version of the model `name` was trained on.
+    They are known for data sets that a version of the model `name` was trained on.
+
+    Args:
+        store: The MLflow store.
+        name: The name of the registered model.
+        data: The digests of the data sets.
+
+    Returns:
+        The sha256 of the images, or `None` if they are unknown for one of the data sets.
     """
     found: dict[str, list[str] | None] = {}
     for version in store.client.search_model_versions(f"name = '{name}'"):
@@ -208,12 +254,23 @@ def training_hashes_of(store: TrackingStore, name: str, data: Sequence[str]) -> 
 
 
 def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, folder: Path | None = None) -> float:
-    """The largest difference between recorded probabilities and those that a version answers, in every way it can.
+    """Compare the predictions of a version with the recorded ones, in every way that the model can be run.
 
-    By the library at hand; by its ONNX file, if it has one; and as `mlflow models serve` would: in a fresh process,
-    with the model's own code, from image files as text. `pixels` (N, H, W, C) uint8 are as preprocessing left them,
-    `expected` is (N, K). `folder` is for temporary files of the model's size.
-    Raises ConvoyError where a file was changed, no answer comes, or an answer is not the recorded one.
+    The model is run with the installed library, with its ONNX file if it has one, and as `mlflow models serve` would:
+    in a fresh process, with the code stored in the model, on image files encoded as text.
+
+    Args:
+        version: The registered version.
+        pixels: (N, H, W, C) uint8 preprocessed images.
+        expected: (N, K) recorded probabilities.
+        folder: The folder for temporary files, with room for a complete model.
+
+    Returns:
+        The largest absolute difference of a probability.
+
+    Raises:
+        ConvoyError: If a file was changed, the model can't be run, or its predictions differ from the recorded ones by
+            more than `AGREEMENT`.
     """
     uri = f"models:/{version.name}/{version.version}"
     with temporary(uri, folder) as model, temporary(uri, folder) as scratch:
@@ -243,7 +300,7 @@ def _check(uri: str, difference: float) -> float:
 
 
 def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: Path) -> np.ndarray:
-    """(N, K) of MLflow's own command, in a process where this library is what the model has brought with it."""
+    """Predict with MLflow's command line in a process that uses the library stored in the model; return (N, K)."""
     request, answer = scratch / "request.json", scratch / "answer.json"
     request.write_text(json.dumps({"inputs": [_as_text(each) for each in pixels]}))
     command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
@@ -265,7 +322,7 @@ def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: P
 
 
 def _as_text(pixels: np.ndarray) -> str:
-    """The base64 of a PNG, which loses nothing."""
+    """Encode pixels losslessly as the base64 text of a PNG file."""
     file = io.BytesIO()
     images.as_image(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The registry: versions of the registered model, and the aliases that say which of them is used."""
+"""Versions of the registered model, and the verdicts of the gate that are stored with them."""
 
 import base64
 import contextlib
@@ -24,10 +24,13 @@ from convoy.inference import predictor
 from convoy.tracking.runs import HASHES, IDENTITY
 from convoy.tracking.store import TrackingStore, uploading
 
-VERDICT, JUDGED = "convoy.verdict", "convoy.judged"  # tags of a version: what the gate said, and of what
+# Tags of a version with the verdict of the gate, and the hash of the inputs of that verdict.
+VERDICT, JUDGED = "convoy.verdict", "convoy.judged"
+# Tags of a version with the fingerprint of the test images of that verdict, and the accuracy on them.
 TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
+# Packages that a registered model requires.
 SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg", "torch")
-# the part of this library that a model brings with it, files and packages
+# Files and packages of this library that are stored inside a registered model.
 SERVED_BY = (
     "__init__.py",
     "config.py",
@@ -46,7 +49,7 @@ SERVED_BY = (
 
 
 def find_version(store: TrackingStore, name: str, identity: str) -> ModelVersion | None:
-    """The version of a registered model that was made from these results."""
+    """Return the version of a registered model that was created from the results `identity`, or `None`."""
     found = store.client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'")
     return found[0] if found else None
 
@@ -62,15 +65,28 @@ def register(
     code: Path,
     step: int,
 ) -> ModelVersion:
-    """Log a model and make a version of it, whose tag HASHES says what each of its files must be.
+    """Log a model and create a version of it, with the sha256 of each of its files in the tag `HASHES`.
 
-    It is the Python file `model`, of the package `code` what SERVED_BY names, and `files`: record, weights and
-    calibration of a training. No pickle. Raises ConvoyError where the store does not hold what was brought.
+    Nothing is pickled: the model consists of Python code and of the given files.
+
+    Args:
+        store: The MLflow store.
+        name: The name of the registered model.
+        run_id: The MLflow run of the training.
+        identity: The identity of the training's results, by which `find_version` finds the version.
+        model: The Python file that defines the model ("models from code").
+        files: The artifacts of the model by their keys, such as the record, weights and calibration of a training.
+        code: The folder of this library, of which the parts in `SERVED_BY` are stored with the model.
+        step: The step of the run that the model belongs to.
+
+    Raises:
+        ConvoyError: If the files in the store differ from those that were uploaded.
     """
     artifacts = {file.name: sha256(file) for file in files.values()}
-    # MLflow asks for type hints that would bar most of the forms which serving takes, and no filter can stop it
+    # MLflow warns about missing type hints, which would rule out most of the accepted inputs. Filters can't silence it.
     with _temporary_folder(store) as scratch, warnings.catch_warnings(record=True):
-        hashes_file = Path(scratch, "hashes.json")  # by which the model checks itself where it is served
+        # The checksums by which the served model verifies its own files.
+        hashes_file = Path(scratch, "hashes.json")
         hashes_file.write_text(json.dumps(artifacts))
         brought = Path(scratch, code.name)
         for part in SERVED_BY:
@@ -80,7 +96,7 @@ def register(
             else:
                 shutil.copyfile(code / part, brought / part)
         _end_lost_models(store, run_id)
-        # `mlflow.pyfunc.log_model` would need an active run, and so change the status of a training that is over
+        # `mlflow.pyfunc.log_model` would need an active run and so change the status of a training that has ended.
         made = mlflow.initialize_logged_model(
             "model",
             source_run_id=run_id,
@@ -110,7 +126,10 @@ def register(
 
 
 def _end_lost_models(store: TrackingStore, run_id: str) -> None:
-    """Models of a run that are still pending are of a process that was killed: one at a time registers."""
+    """Mark the pending models of a run as failed.
+
+    Only one process registers models at a time, so that a pending model was left by a killed process.
+    """
     experiment = [store.experiment.experiment_id]
     for model in store.client.search_logged_models(experiment, f"source_run_id = '{run_id}'"):
         if model.status == LoggedModelStatus.PENDING:
@@ -119,7 +138,7 @@ def _end_lost_models(store: TrackingStore, run_id: str) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(store: TrackingStore) -> Iterator[str]:
-    """A folder in the project for files of a model's size, and for those that MLflow itself makes meanwhile."""
+    """Create a temporary folder with room for a complete model, which MLflow's own temporary files use as well."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(dir=store.scratch) as folder:
         tempfile.tempdir = folder
@@ -130,29 +149,29 @@ def _temporary_folder(store: TrackingStore) -> Iterator[str]:
 
 
 def _signature() -> ModelSignature:
-    """Base64 texts of image files in, as HTTP brings them; a row for each out."""
+    """Return the signature, from the base64 texts of image files, as sent by HTTP, to one row per image."""
     label, probability = ColSpec("string", "label"), ColSpec("double", "probability")
     probabilities = ColSpec(Array(DataType.double), "probabilities")
     signature = ModelSignature(Schema([ColSpec("string")]), Schema([label, probability, probabilities]))
-    # else MLflow would make a table of every input, and arrays of pixels could not come from Python any more
+    # Without this MLflow converts every input to a table, so that arrays of pixels could not be passed from Python.
     signature._is_signature_from_type_hint = True
     return signature
 
 
 def _example() -> list[str]:
-    """A grey square as a PNG. Not an image of the data, which whoever uses the model may not be allowed to see."""
+    """Return the base64 text of a grey square as a PNG, as the data's own images may be confidential."""
     file = io.BytesIO()
     Image.new("L", (32, 32), 128).save(file, "PNG")
     return [base64.b64encode(file.getvalue()).decode()]
 
 
 def _files(folder: Path) -> list[Path]:
-    # MLflow writes a note of its own into what it downloads
+    # MLflow adds the file `registered_model_meta` to its downloads.
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "registered_model_meta")
 
 
 def cached_verdict(store: TrackingStore, name: str, version: int, key: str) -> str | None:
-    """What the gate said of a version when all that a verdict depends on, hashed as `key`, was as it is now."""
+    """Return the stored verdict of a version, or `None` if it was not reached with the inputs hashed as `key`."""
     tags = store.client.get_model_version(name, str(version)).tags
     return tags.get(VERDICT) if tags.get(JUDGED) == key else None
 
@@ -160,21 +179,36 @@ def cached_verdict(store: TrackingStore, name: str, version: int, key: str) -> s
 def save_verdict(
     store: TrackingStore, name: str, version: int, key: str, said: str, test_images: str, accuracy: float
 ) -> None:
-    """Write a verdict into the tags of the version, with the test images (their fingerprint) and its accuracy there."""
+    """Store the verdict of the gate in the tags of a version.
+
+    Args:
+        store: The MLflow store.
+        name: The name of the registered model.
+        version: The evaluated version.
+        key: The hash of all inputs of the verdict.
+        said: The summary of the verdict.
+        test_images: The fingerprint of the test images.
+        accuracy: The accuracy on the test images, in [0, 1].
+    """
     told = [(VERDICT, said[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
-    for tag, value in [(JUDGED, ""), *told, (JUDGED, key)]:  # without the key the rest does not count
+    # The key is cleared first and written last, so that an interrupted update leaves no valid verdict.
+    for tag, value in [(JUDGED, ""), *told, (JUDGED, key)]:
         store.client.set_model_version_tag(name, str(version), tag, value)
-    store.client.update_model_version(name, str(version), said[:5000])  # which the version's page shows
+    # The description is shown on the version's page.
+    store.client.update_model_version(name, str(version), said[:5000])
 
 
 def count_test_set_uses(store: TrackingStore, name: str, version: int, test_images: str) -> int:
-    """How many versions were judged by these test images, this one included."""
+    """Return how many versions were evaluated on these test images, including `version`."""
     versions = store.client.search_model_versions(f"name = '{name}' and tags.`{TEST_IMAGES}` = '{test_images}'")
     return len({int(found.version) for found in versions} | {version})
 
 
 def best_ever(store: TrackingStore, name: str, champions: Collection[int]) -> int | None:
-    """Of these versions, as far as they are there and were judged, the one with the highest test accuracy then."""
+    """Return the version with the highest recorded test accuracy among `champions`, or `None` if there is none.
+
+    Versions that were deleted or never evaluated are ignored.
+    """
     there = store.client.search_model_versions(f"name = '{name}'")
     judged = [found for found in there if int(found.version) in champions and TEST_ACCURACY in found.tags]
     best = max(judged, key=lambda found: float(found.tags[TEST_ACCURACY]), default=None)
@@ -182,12 +216,12 @@ def best_ever(store: TrackingStore, name: str, champions: Collection[int]) -> in
 
 
 def log_file(store: TrackingStore, run_id: str, name: str, content: str) -> None:
-    """A text among the artifacts of a run."""
+    """Write a text file to the artifacts of a run."""
     store.client.log_text(run_id, content, name)
 
 
 def read_file(store: TrackingStore, run_id: str, name: str) -> str | None:
-    """A text among the artifacts of a run; None where it is not there."""
+    """Read a text file from the artifacts of a run, or return `None` if it does not exist."""
     if name not in {file.path for file in store.client.list_artifacts(run_id)}:
         return None
     with tempfile.TemporaryDirectory(dir=store.scratch) as folder:

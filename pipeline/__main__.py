@@ -1,4 +1,4 @@
-"""The main job: compose and check the settings, run every stage, and show what came of it."""
+"""Run the complete pipeline: compose and check the settings, run every stage, and print the leaderboard."""
 
 import argparse
 import contextlib
@@ -57,14 +57,16 @@ def main() -> None:
         commands.append(["repro", *(["--pull"] if options.pull else [])])
         before = leaderboard_time(root)
         status = run_all(commands)
-        # by this status DVC says that it failed itself; where its own databases were damaged, they are new now
+        # DVC exits with 255 on an internal error. If its own databases were damaged, they are removed here, and DVC
+        # creates them again.
         if status == 255 and dvc_state.remove_damaged_databases(root):
             status = run_all(commands)
         if status == 0:
             print_summary(root, params)
         else:
             dvc_state.repair(root)
-            if leaderboard_time(root) not in (None, before):  # the register stage wrote it, and then refused
+            # The register stage may write the leaderboard before it fails.
+            if leaderboard_time(root) not in (None, before):
                 show_leaderboard(root)
     except ConvoyError as error:
         sys.exit(f"convoy: {error}")
@@ -76,7 +78,14 @@ def main() -> None:
 
 
 def check(params: dict[str, Any]) -> None:
-    """Raises ConvoyError where a key is unknown, missing, of a wrong type or out of range, before anything runs."""
+    """Check the composed settings before anything runs.
+
+    Args:
+        params: The sections of `params.yaml`.
+
+    Raises:
+        ConvoyError: If a key is unknown, missing, of the wrong type or out of range.
+    """
     from convoy.data.ingest import FetchConfig
     from convoy.data.preprocessing import PreprocessConfig
     from convoy.evaluation.metrics import EvaluateConfig
@@ -94,9 +103,10 @@ def check(params: dict[str, Any]) -> None:
     for name, schema in light.items():
         typed(schema, params[name], name)
 
+    # These modules import torch, which takes seconds, so they are imported after the checks that need no torch.
     from convoy import models
     from convoy.recipe import TrainConfig
-    from convoy.training import init_weights  # these import torch, which takes seconds
+    from convoy.training import init_weights
     from convoy.training.hardware import TrainerConfig
 
     typed(TrainConfig, params["train"], "train")
@@ -107,7 +117,7 @@ def check(params: dict[str, Any]) -> None:
 
 
 def check_repository(root: Path) -> None:
-    """Raise ConvoyError where DVC would find no git repository, as in a source archive."""
+    """Raise ConvoyError if DVC would find no git repository, as in an unpacked source archive."""
     if any((folder / ".git").exists() for folder in (root, *root.parents)):
         return
     settings = [file.read_text() for file in (root / ".dvc").glob("config*") if file.is_file()]
@@ -119,7 +129,7 @@ def check_repository(root: Path) -> None:
 
 
 def run_all(commands: Sequence[Sequence[str]]) -> int:
-    """Run DVC with each of these arguments, until one fails; return the exit status of the last."""
+    """Run DVC commands in order until one fails, and return the exit status of the last one that ran."""
     status = 0
     for command in commands:
         status = status or dvc(*command)
@@ -127,10 +137,13 @@ def run_all(commands: Sequence[Sequence[str]]) -> int:
 
 
 def dvc(*command: str) -> int:
-    """Run DVC, and return its exit status.
+    """Run DVC with the given arguments and return its exit status.
 
-    A signal that would end this process ends DVC and the stage at work, by SIGTERM, so that a training saves its state.
-    This process waits until all of them are gone. Then the status says which signal it was, as a shell does.
+    A signal that would end this process is forwarded as SIGTERM to DVC and the running stage, so that a training can
+    save its state. This process waits until all of them have ended.
+
+    Returns:
+        The exit status of DVC, or 128 + the signal number, as in a shell, if a signal ended the run.
     """
     received: list[int] = []
     running: subprocess.Popen | None = None
@@ -146,10 +159,12 @@ def dvc(*command: str) -> int:
 
     with signals.handled(forward):
         running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
-        if received:  # before DVC was there to be told
+        # The signal arrived before DVC was started.
+        if received:
             terminate(running.pid)
         status = running.wait()
-        if status < 0:  # it was killed, perhaps alone
+        # DVC was killed by a signal that its stage may not have received.
+        if status < 0:
             terminate(running.pid)
         while (received or status < 0) and is_alive(running.pid):
             time.sleep(0.05)
@@ -159,15 +174,16 @@ def dvc(*command: str) -> int:
 
 
 def terminate(group: int) -> None:
-    """Send SIGTERM to a process group, if it is still there."""
+    """Send SIGTERM to a process group if it still exists."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGTERM)
 
 
 def is_alive(group: int) -> bool:
-    """Return whether a process of the group still runs.
+    """Return whether any process of a process group is still running.
 
-    One that has ended stays in it as a zombie where nobody asks for its status, as in many containers.
+    Zombies do not count: an ended process stays in its group as a zombie if no parent collects its exit status, as in
+    many containers.
     """
     for process in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
@@ -177,7 +193,7 @@ def is_alive(group: int) -> bool:
 
 
 def leaderboard_time(root: Path) -> int | None:
-    """When the leaderboard was written, in nanoseconds; None where there is none."""
+    """Return the modification time of the leaderboard in nanoseconds, or None if there is no leaderboard."""
     file = root / LEADERBOARD
     return file.stat().st_mtime_ns if file.exists() else None
 
@@ -196,7 +212,7 @@ def show_leaderboard(root: Path) -> None:
 
 
 def print_summary(root: Path, params: dict[str, Any]) -> None:
-    """Print the leaderboard, and what to type next."""
+    """Print the leaderboard and the links to the MLflow views."""
     from convoy.tracking.store import open_store
 
     show_leaderboard(root)

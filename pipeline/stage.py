@@ -1,4 +1,4 @@
-"""The stage: what all stages share, from the settings they may see to outputs that appear only when whole."""
+"""The base of all stages: access to declared settings and inputs, and atomic publication of complete outputs."""
 
 import argparse
 import contextlib
@@ -24,36 +24,53 @@ from convoy.hashing import sha256
 from pipeline import signals
 
 Schema = TypeVar("Schema")
-# where torchrun, Lightning and Slurm say a process' number; a shell in Slurm says 0 to all that Lightning starts in it
+# Environment variables in which torchrun, Lightning and Slurm set the rank of a process. Slurm's comes last, because
+# in an interactive Slurm shell it is 0 for every process that Lightning starts.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-SAID = 20  # sentences of a kind, on the terminal
+SAID = 20  # messages of one kind that are printed at most
 AGAIN = "run `dvc repro` again"
-MARK = "complete.json"  # in every output folder: the sha256 of each file in it, written last
+# Manifest in every output folder: maps each file name to its sha256 checksum. It is written last.
+MARK = "complete.json"
 
 
 class Stage:
-    """A stage at work in the project folder `root`, as `dvc.yaml` describes it."""
+    """A running stage of the pipeline, with the settings, inputs and output folder that `dvc.yaml` declares.
+
+    Args:
+        root: The project folder.
+        name: The name of the stage in `dvc.yaml`, such as "train".
+        item: The key of a foreach stage, such as "lenet" in `train@lenet`; "" for other stages.
+    """
 
     def __init__(self, root: Path, name: str, item: str = "") -> None:
         self.root = root
         self.home = project_root(root)
-        self.params = config.load(root / "params.yaml")  # first, as it says so where there is no project
-        self.item = item  # of a foreach stage: "lenet" in train@lenet, else ""
+        # This is read first because its error message explains that `root` is not a project folder.
+        self.params = config.load(root / "params.yaml")
+        self.item = item
         self.name = f"{name}@{item}" if item else name
         described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
         watched = described.get("do", described).get("params", [])
         self.watched = [section.replace("${key}", item) for section in watched]
         self.deps = [dep.replace("${key}", item) for dep in described.get("do", described).get("deps", [])]
         self.folder = root / "artifacts" / name / item
-        # processes that train together each run the stage; the first alone, of rank 0, has its outputs published
+        # In distributed training every process runs the stage. Only the process of rank 0 publishes its outputs.
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
         self.scratch = root / "artifacts" / ".scratch" / (f"{self.name}.{self.rank}" if self.rank else self.name)
-        self.before = self.scratch.with_name(f"{self.scratch.name}.before")  # the folder's last version, for a moment
-        self.checked: set[str] = set()  # inputs that were found untouched
-        self.afterwards: list[Callable[[], None]] = []  # called when the outputs are in place
+        # Holds the previous version of the output folder while the new one is moved into place.
+        self.before = self.scratch.with_name(f"{self.scratch.name}.before")
+        self.checked: set[str] = set()  # inputs whose checksums were verified
+        self.afterwards: list[Callable[[], None]] = []  # called after the outputs are published
 
     def section(self, name: str) -> Any:
-        """A section of params.yaml, by its dotted name. Only what dvc.yaml says the stage watches can be read."""
+        """Return a section of params.yaml by its dotted name.
+
+        Args:
+            name: The dotted name of the section, such as "model.lenet".
+
+        Raises:
+            ConvoyError: If dvc.yaml does not list the section in the params of this stage, or params.yaml lacks it.
+        """
         if name not in self.watched:
             raise ConvoyError(f"stage {self.name} reads {name!r}: add it to the stage's params in dvc.yaml")
         values: Any = self.params
@@ -64,11 +81,18 @@ class Stage:
         return values
 
     def typed(self, schema: type[Schema], name: str) -> Schema:
-        """A section as its checked schema."""
+        """Return a section of params.yaml, validated as an instance of `schema`."""
         return config.typed(schema, self.section(name), name)
 
     def input(self, name: str) -> Path:
-        """The output folder of an earlier stage ("preprocess", "train/lenet"), its files found untouched."""
+        """Return the output folder of an earlier stage after verifying the checksums of its files.
+
+        Args:
+            name: The folder relative to artifacts/, such as "preprocess" or "train/lenet".
+
+        Raises:
+            ConvoyError: If the folder is missing, incomplete or was modified.
+        """
         folder = self.root / "artifacts" / name
         if name in self.checked:
             return folder
@@ -83,7 +107,7 @@ class Stage:
         return folder
 
     def _fault(self, folder: Path) -> str:
-        """What is wrong with an output folder, by its mark; "" for nothing."""
+        """Return a description of how an output folder deviates from its manifest, or "" if it does not."""
         shown = _shown(folder, self.root)
         try:
             hashes = json.loads((folder / MARK).read_text())
@@ -97,20 +121,34 @@ class Stage:
         return ""
 
     def identity(self, *more: object) -> str:
-        """The hash of what defines this run: its settings, the data and code that dvc.yaml names, and `more`."""
+        """Return the fingerprint of this run, as a hexadecimal sha256.
+
+        It covers the settings, data and code that dvc.yaml declares for the stage.
+
+        Args:
+            *more: Further JSON-serializable values that define the run.
+        """
         settings = {name: self.section(name) for name in self.watched}
-        # an output folder is known by the hashes in its mark
+        # An output folder is represented by its manifest, which holds the checksums of its files.
         inputs = [file for dep in self.deps for file in _hashed_files(self.root / dep)]
         files = {str(file.relative_to(self.root)): sha256(file) for file in inputs}
         return hashlib.sha256(json.dumps([self.name, settings, files, more], sort_keys=True).encode()).hexdigest()
 
     def run(self, work: Callable[["Stage"], None]) -> None:
-        """Let `work` write into `self.scratch`, then put that folder in place, whole and marked."""
+        """Run the stage and publish its outputs atomically.
+
+        Args:
+            work: A function that writes the outputs into `self.scratch`.
+
+        Raises:
+            ConvoyError: If another process is running the same stage.
+        """
         self.scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # an orphan of a killed `dvc repro` may still be writing here
+            # A stage process that outlived a killed `dvc repro` may still be writing here.
             with FileLock(f"{self.scratch}.lock", timeout=0):
-                if self.before.exists() and not self.folder.exists():  # it was stopped in that moment
+                # An earlier run was stopped while it was replacing the output folder.
+                if self.before.exists() and not self.folder.exists():
                     self.before.rename(self.folder)
                 _remove(self.scratch)
                 self.scratch.mkdir()
@@ -140,21 +178,29 @@ class Stage:
 
 
 def _hashed_files(dep: Path) -> list[Path]:
-    """Return the files that tell what a dependency holds: itself, its mark, or the modules of a package."""
+    """Return the files whose checksums identify a dependency: the file, its manifest or the modules of a package."""
     if dep.is_file():
         return [dep]
     return [dep / MARK] if (dep / MARK).is_file() else sorted(dep.rglob("*.py"))
 
 
 def project_root(root: Path) -> Path:
-    """Where what outlives an experiment belongs: DVC may run one in a temporary copy of the project."""
+    """Return the project folder for files that outlive an experiment.
+
+    DVC may run an experiment in a temporary copy of the project; `DVC_ROOT` then names the original folder.
+    """
     return Path(os.environ.get("DVC_ROOT", root))
 
 
 def damaged_objects(root: Path, stage: str) -> list[Path]:
-    """The files in DVC's cache that hold the outputs of `stage` ("train@lenet") and are not what their names say.
+    """Return the damaged files in DVC's cache that belong to the outputs of a stage.
 
-    The name of such a file is the MD5 of its content. DVC does not hash it again, and would check it out each time.
+    The name of a file in the cache is the MD5 checksum of its content. DVC does not verify it on checkout, so a damaged
+    file would be checked out every time.
+
+    Args:
+        root: The project folder.
+        stage: The name of the stage in dvc.lock, such as "train@lenet".
     """
     try:
         locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"][stage]["outs"]
@@ -162,14 +208,15 @@ def damaged_objects(root: Path, stage: str) -> list[Path]:
             [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, capture_output=True, text=True, check=True
         )
         outputs = [out["md5"] for out in locked if isinstance(out.get("md5"), str)]
-    # no DVC here, or no such stage in its lock
+    # DVC is not installed, or dvc.lock does not contain the stage.
     except (OSError, subprocess.CalledProcessError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return []
     cache = root / asked.stdout.strip() / "files" / "md5"
     names = set(outputs)
     for output in outputs:
         if output.endswith(".dir"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or not there
+            # The listing of the folder may be damaged or missing.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 names |= {entry["md5"] for entry in json.loads((cache / output[:2] / output[2:]).read_text())}
     files = {cache / name[:2] / name[2:]: name.removesuffix(".dir") for name in names}
     return sorted(file for file, digest in files.items() if file.is_file() and _md5(file) != digest)
@@ -181,7 +228,7 @@ def _md5(file: Path) -> str:
 
 
 def _shown(path: Path, root: Path) -> str:
-    """As a user types it in the project's folder."""
+    """Return a path as a user types it in the project folder."""
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
@@ -191,7 +238,8 @@ def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as error:
-        error.filename = str(folder)  # it names no more than the file in it
+        # The error names only the entry inside the folder.
+        error.filename = str(folder)
         raise
 
 
@@ -199,12 +247,19 @@ def _move(folder: Path, elsewhere: Path) -> None:
     try:
         folder.rename(elsewhere)
     except OSError as error:
-        error.filename2 = None  # it is the folder that has to be mended
+        # The folder to be fixed is the source, not the destination.
+        error.filename2 = None
         raise
 
 
 def print_limited(what: str, sentences: Sequence[str], listed: str) -> None:
-    """Print the first `SAID` of them, and how many more there are in `listed`."""
+    """Print the first `SAID` messages and the number of those left out.
+
+    Args:
+        what: The kind of the messages, printed in front of each.
+        sentences: The messages.
+        listed: The file that holds all of them.
+    """
     for sentence in sentences[:SAID]:
         print(f"{what}: {sentence}")
     if len(sentences) > SAID:
@@ -212,16 +267,20 @@ def print_limited(what: str, sentences: Sequence[str], listed: str) -> None:
 
 
 def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
-    """Run a stage as a command: what the user can mend ends in one clear message and exit code 1.
+    """Run a stage as a command; errors that the user can fix end in one message and exit status 1.
 
-    `item` names the argument of a foreach stage: "architecture".
+    Args:
+        name: The name of the stage in dvc.yaml.
+        work: The function that runs the stage. Its docstring is the description in the command's help.
+        item: The name of the command-line argument of a foreach stage, such as "architecture"; "" for other stages.
     """
     parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=work.__doc__)
     if item:
         parser.add_argument(item)
     chosen = vars(parser.parse_args())
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of names that a terminal can't show
-    # without a handler Lightning would catch SIGTERM, stop training early and let the stage end as if it were whole
+    # File names may contain characters that the terminal can't encode.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # Without this handler Lightning would catch SIGTERM, stop the training early and let the stage end as if complete.
     signals.install()
     try:
         Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
@@ -230,16 +289,17 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     except OSError as error:
         sys.exit(f"convoy: {name}: {_mend(error)}")
     except Exception as error:
-        # libraries wrap what the system says
+        # Libraries may wrap an error of the operating system in their own exceptions.
         if full := explain_full_disk(error, Path.cwd(), AGAIN):
             sys.exit(f"convoy: {name}: {full}")
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which few stages import
+        # This is `torch.OutOfMemoryError`. It is compared by name because few stages import torch.
+        if type(error).__name__ != "OutOfMemoryError":
             raise
         sys.exit(f"convoy: {name}: the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})")
 
 
 def _mend(error: OSError) -> str:
-    """What to tell the user of a disk that is full or can't be written; any other error is raised again."""
+    """Return the message for a disk that is full or not writable, and re-raise any other error."""
     if full := explain_full_disk(error, Path.cwd(), AGAIN):
         return full
     match error.errno:

@@ -1,4 +1,4 @@
-"""evaluate: one trained architecture on the test images, which no training saw."""
+"""The evaluate stage, which evaluates one trained architecture on the test images, which no training has used."""
 
 import json
 
@@ -18,20 +18,22 @@ from pipeline.stage import Stage, main
 
 
 def evaluate(stage: Stage) -> None:
-    """Judge one trained architecture."""
+    """Evaluate one trained architecture on the test images."""
     params = stage.typed(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
     record = json.loads((trained / "record.json").read_text())
     task = DatasetInfo(**record["task"])
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
-    if record["failure"]:  # there is nothing to judge, and that is its result
+    # There is no model to evaluate after a failed training, so the tables stay empty.
+    if record["failure"]:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
         uncalibrated = probabilities = np.empty((0, len(task.classes)))
         calibration = {}
     else:
         classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
-        torch.set_num_threads(record["trainer"]["threads"])  # part of what makes the same bits
+        # The results are bit-identical only with the same number of threads.
+        torch.set_num_threads(record["trainer"]["threads"])
         classifier.to(hardware.device(record["trainer"]["accelerator"]))
         try:
             in_val, uncalibrated = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))

@@ -1,4 +1,4 @@
-"""fetch: the labelled images of data/, or a set that torchvision knows, decoded, judged and packed."""
+"""The fetch stage, which decodes, validates and packs the labelled images of data/ or of a torchvision data set."""
 
 import textwrap
 
@@ -15,11 +15,11 @@ from convoy.errors import ConvoyError
 from pipeline.stage import Stage, main, print_limited
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
-NAMED = 100  # columns of the terminal for names of classes
+NAMED = 100  # maximum width of the printed class names, in characters
 
 
 def fetch(stage: Stage) -> None:
-    """Decode, judge and pack the labelled images."""
+    """Decode, validate and pack the labelled images."""
     get_ready()
     params = stage.typed(DatasetConfig, "dataset")
     limits = stage.typed(FetchConfig, "fetch")
@@ -53,12 +53,12 @@ def fetch(stage: Stage) -> None:
     found = FetchSummary(params.name, packed.classes, table, packed.image, quarantine, merged, changes, intake.notes)
     write_fetch_card(found, stage.scratch)
     tell(found)
-    # not before: what never came into an output was never there
+    # data.lock is written only after the output is published, so that it never lists data that no output held.
     stage.afterwards.append(lambda: history.save(lock, params.name))
 
 
 def tell(found: FetchSummary) -> None:
-    """On the terminal, what nobody should miss."""
+    """Print the rejected images, the changes of the data and a summary."""
     bad = [f"{path} {reason}" for path, _, reason in found.quarantine.itertuples(index=False)]
     print_limited("left out", bad, "artifacts/fetch/quarantine.csv")
     print_limited("changed", found.changes, "artifacts/fetch/card.md")

@@ -1,4 +1,4 @@
-"""preprocess: images of one size, split for training, validation and test, and described."""
+"""The preprocess stage, which resizes the images, splits them for training, validation and test, and describes them."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tes
 from convoy.errors import ConvoyError
 from pipeline.stage import Stage, main, print_limited
 
-ASK_TIMEOUT_S = 60  # after which the training begins, whatever MLflow would have said
+# The pipeline goes on to the training if MLflow has not answered in this time.
+ASK_TIMEOUT_S = 60
 REFUSAL = "convoy: check_champion: "
 
 
@@ -61,7 +62,8 @@ def preprocess(stage: Stage) -> None:
     }
     described = {"name": packed.name, "source": packed.origin, "profile": profile}
     (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
-    if moved:  # not in the card: what an output holds does not depend on the last one
+    # This note is printed but not written into the card, because an output must not depend on the previous one.
+    if moved:
         print(
             f"note: of the last run's test images {moved} train or choose among models now, by another seed or fraction"
             " than then, or as folders, tables or groups say now: models are not compared by them any more"
@@ -71,10 +73,14 @@ def preprocess(stage: Stage) -> None:
 
 
 def check_champion(stage: Stage) -> None:
-    """Raises ConvoyError where these images could not tell whether a model is better than today's champion.
+    """Check before the training that the test images allow a comparison with the current champion.
 
-    The gate would refuse after the training. MLflow is asked in a process of its own, as it is no part of what defines
-    the output; not in an experiment, which promotes nothing, nor where there never was a store.
+    Otherwise the gate would refuse the comparison only after the training. MLflow is queried in a separate process,
+    because its code is not part of what defines the output of this stage. The check is skipped in an experiment, which
+    never promotes a model, and where no MLflow store was ever used.
+
+    Raises:
+        ConvoyError: If a model trained on these images could not be compared with the champion.
     """
     known = (stage.home / "mlflow.db").exists() or any((stage.home / "artifacts" / ".champions").glob("*.txt"))
     if os.environ.get("DVC_EXP_NAME") or not (known or os.environ.get("MLFLOW_TRACKING_URI")):

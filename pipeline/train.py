@@ -1,4 +1,4 @@
-"""train: one architecture on the prepared images, with the whole record of the run."""
+"""The train stage, which trains one architecture on the prepared images and records the run."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,8 @@ def train(stage: Stage) -> None:
         classifier, architecture, settings, lambda init, folder: bring(stage, init, folder), stage.scratch
     )
     choice = choose(stage.typed(TrainerConfig, "trainer"), classifier)
-    if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():  # each would take itself for the first
+    # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
+    if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = environment(choice)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
@@ -80,7 +81,7 @@ def train(stage: Stage) -> None:
     }
     (stage.scratch / "record.json").write_text(json.dumps(record, indent=2) + "\n")
     if trained.failure is None:
-        # its save_file hides an OSError, and lets nobody else read the file
+        # `safetensors.torch.save_file` hides an OSError and creates a file that other users can't read.
         (stage.scratch / "weights.safetensors").write_bytes(safetensors.torch.save(trained.weights))
     else:
         print(trained.failure.words(architecture), file=sys.stderr, flush=True)
@@ -88,11 +89,15 @@ def train(stage: Stage) -> None:
 
 
 class Live:
-    """The training as a run in MLflow while it lasts: what `pipeline.live`, a process of its own, is told of it.
+    """Sender of a training's progress to `pipeline.live`, a separate process that shows it as a run in MLflow.
 
-    The training never waits for that process, nor for MLflow: what it does not take is dropped. It ends when the
-    training's process is gone; a training that is gone without a word of its end was killed. Nobody is told where
-    CONVOY_LIVE is 0 in the environment, nor by processes that train together with the first.
+    The training never waits for that process or for MLflow: a message that can't be written at once is dropped. The
+    process ends when the training process has ended; if no final status was sent, it marks the run as killed. Nothing
+    is sent if the environment variable CONVOY_LIVE is 0, or from processes of a rank other than 0.
+
+    Args:
+        stage: The running train stage.
+        record: The training record, which is the first message.
     """
 
     def __init__(self, stage: Stage, record: Mapping[str, Any]) -> None:
@@ -103,21 +108,29 @@ class Live:
         reader, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
-            # in a session of its own, so that it outlives a training that is killed with its whole group
+            # A separate session lets the process outlive a training that is killed with its process group.
             subprocess.Popen(command, cwd=stage.root, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
             print(f"the run can't be shown in MLflow while it trains: {error}", file=sys.stderr, flush=True)
         finally:
             os.close(reader)
-        # of a thousand classes the names would fill the pipe
+        # The names of a thousand classes would fill the pipe, so the classes are left out.
         self._say({"record": dict(record) | {"task": dict(record["task"]) | {"classes": []}}, "process": os.getpid()})
 
     def tell(self, row: Mapping[str, float]) -> None:
-        """An epoch has ended with this row of the history."""
+        """Report the end of an epoch.
+
+        Args:
+            row: The row of the epoch in the history.
+        """
         self._say({"row": row})
 
     def end(self, status: str) -> None:
-        """The training has come to its end, FINISHED or FAILED."""
+        """Report the end of the training.
+
+        Args:
+            status: The status of the run in MLflow, "FINISHED" or "FAILED".
+        """
         self._say({"status": status})
         if self.pipe is not None:
             os.close(self.pipe)
@@ -127,12 +140,25 @@ class Live:
         if self.pipe is None:
             return
         line = json.dumps({**message, "moment": int(time.time() * 1000)}) + "\n"
-        with contextlib.suppress(OSError):  # full, or nobody reads it any more
+        # The pipe may be full or no longer read.
+        with contextlib.suppress(OSError):
             os.write(self.pipe, line.encode())
 
 
 def bring(stage: Stage, init: str, folder: Path) -> str:
-    """Have the champion's or a run's weights brought into `folder`; returns whose they are."""
+    """Fetch the initial weights from MLflow into a folder, in a separate process.
+
+    Args:
+        stage: The running train stage.
+        init: "champion" or the id of a run.
+        folder: The folder to write record.json and weights.safetensors into.
+
+    Returns:
+        A description of the model that the weights belong to.
+
+    Raises:
+        ConvoyError: If the weights can't be fetched.
+    """
     command = [sys.executable, "-m", "pipeline.weights", stage.item, init, str(folder)]
     asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True)
     if asked.returncode:

@@ -1,4 +1,4 @@
-"""Adoption: settings that are only in params.yaml, written into conf/ where they belong, with its comments kept."""
+"""Adoption of settings that only params.yaml has into the files of conf/, which keep their comments."""
 
 import contextlib
 import io
@@ -17,17 +17,26 @@ from ruamel.yaml.tokens import CommentToken
 from convoy import config
 from convoy.errors import ConvoyError
 
-Differences = dict[str, tuple[Any, Any]]  # dotted key -> both values; `...` where one has no such key
+# Maps a dotted key to both values; the value is `...` if a table lacks the key.
+Differences = dict[str, tuple[Any, Any]]
 
 
 def differences(wanted: Mapping[str, Any], composed: Mapping[str, Any], around: str = "") -> Differences:
-    """The keys at which two tables of settings differ, the outermost where one of them lacks a key."""
+    """Return the dotted keys at which two tables of settings differ, with both values.
+
+    Where one table lacks a key, only the outermost missing key is returned.
+
+    Args:
+        wanted: The first table.
+        composed: The second table.
+        around: A prefix for the returned keys.
+    """
     found: Differences = {}
     for key in dict.fromkeys((*wanted, *composed)):
         name, (left, right) = f"{around}{key}", (wanted.get(key, ...), composed.get(key, ...))
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             found |= differences(left, right, f"{name}.")
-            # the order of the architectures is a setting, that of other keys is not
+            # The order of the architectures is a setting; the order of other keys is not.
             if name == "model" and left.keys() == right.keys() and list(left) != list(right):
                 found[name] = (list(left), list(right))
         elif ... in (left, right) or json.dumps(left) != json.dumps(right):
@@ -36,10 +45,17 @@ def differences(wanted: Mapping[str, Any], composed: Mapping[str, Any], around: 
 
 
 def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
-    """Edit `root/conf` so that it composes to `wanted`.
+    """Edit `root/conf` so that it composes to the wanted settings.
 
-    The choices (experiment, data set, trainer, architectures) come first, then the values, each in the file that has
-    the last word on it. Raises ConvoyError for keys that no file sets; then conf/ is left as it was.
+    The choices (experiment, data set, trainer, architectures) are set first, then the values, each in the file that
+    takes precedence for it. If an error is raised, conf/ is left unchanged.
+
+    Args:
+        root: The project folder.
+        wanted: The sections that conf/ is to compose to.
+
+    Raises:
+        ConvoyError: If no file of conf/ sets a key that differs.
     """
     if not _differences(root, wanted):
         return
@@ -82,12 +98,12 @@ def _differences(root: Path, wanted: Mapping[str, Any], *overrides: str) -> Diff
 
 
 def _choose_experiment(root: Path, wanted: Mapping[str, Any]) -> None:
-    """Choose the experiment with which the fewest keys differ; of equals the one that is chosen already."""
+    """Choose the experiment with which the fewest keys differ; in a tie the current choice is kept."""
     models = f"model=[{','.join(wanted['model'])}]"
     now = len(_differences(root, wanted, models))
     counts = {}
     for option in [*_options(root, "experiment"), "null"] if now else []:
-        # one may not compose with the other choices
+        # An experiment may not compose with the other choices.
         with contextlib.suppress(ConvoyError):
             counts[option] = len(_differences(root, wanted, models, f"experiment={option}"))
     best = min(counts, key=counts.__getitem__, default="")
@@ -96,7 +112,7 @@ def _choose_experiment(root: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _choose_file(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
-    """Choose the file of a group that differs in the fewest keys; of equals the one that is chosen already."""
+    """Choose the file of a group that differs in the fewest keys; in a tie the current choice is kept."""
     counts = {}
     for option in _options(root, group):
         table = yaml.safe_load((root / f"conf/{group}/{option}.yaml").read_text())
@@ -122,7 +138,7 @@ def _set_choice(root: Path, group: str, value: Any) -> None:
 
 
 def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
-    """The entries of the lists of defaults that choose from a group, the one with the last word first."""
+    """Yield the entries of the defaults lists that choose from a group, in order of precedence."""
     files = [root / "conf/config.yaml"]
     if group != "experiment" and (experiment := _chosen(root, "experiment")):
         files.insert(0, root / f"conf/experiment/{experiment}.yaml")
@@ -138,7 +154,7 @@ def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
 
 
 def _set_value(root: Path, key: str, value: Any) -> None:
-    """Set a key in the file that has the last word on it, if any file sets it."""
+    """Set a key in the file that takes precedence for it, if any file sets it."""
     for file, path in _places(root, key.split(".")):
         document = table = _yaml().load(file)
         *around, last = path
@@ -150,7 +166,7 @@ def _set_value(root: Path, key: str, value: Any) -> None:
 
 
 def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The files that may set a key, the one with the last word first, and the key's path within each."""
+    """Yield the files that may set a key, in order of precedence, with the path of the key in each."""
     section, *inner = path
     if experiment := _chosen(root, "experiment"):
         yield root / f"conf/experiment/{experiment}.yaml", path
@@ -161,21 +177,22 @@ def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[st
 
 
 def _replace(file: Path, document: Any, table: Any, key: str, value: Any) -> None:
-    """Put a value into a document that was read from `file`, in the style of the one before it, and write the file."""
+    """Replace a value in a document that was read from `file`, keeping its style, and write the file."""
     is_block = isinstance(table[key], CommentedSeq) and table[key].fa.flow_style() is False
     table[key] = _quoted(value)
     if isinstance(value, list) and not is_block:
         table[key].fa.set_flow_style()
     for comment in table.ca.items.get(key) or ():
         if isinstance(comment, CommentToken):
-            comment.column = 0  # right behind the value
+            # Column 0 puts the comment directly after the value.
+            comment.column = 0
     text = io.StringIO()
     _yaml().dump(document, text)
     file.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _quoted(value: Any) -> Any:
-    """A value as a document holds it, with quotes around a text such as no, 010 or null."""
+    """Convert a value for a document, quoting strings that YAML would read as another type, such as no, 010 or null."""
     if isinstance(value, list):
         return CommentedSeq(_quoted(item) for item in value)
     is_plain = not isinstance(value, str) or yaml.safe_load(value) == value
@@ -183,7 +200,7 @@ def _quoted(value: Any) -> Any:
 
 
 def _yaml() -> YAML:
-    """A reader and writer that keeps comments, quotes and the style of conf/."""
+    """Create a YAML reader and writer that keeps comments, quotes and the style of conf/."""
     both = YAML()
     both.preserve_quotes = True
     both.width = 4096

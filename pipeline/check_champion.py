@@ -1,6 +1,7 @@
-"""check_champion: whether the prepared images allow a comparison with today's champion; no stage.
+"""Command that checks whether the prepared images allow a comparison with the current champion.
 
-The preprocess stage calls it, as a process of its own, so that what the gate would refuse is refused before training.
+The preprocess stage runs it as a separate process, so that a comparison that the gate would refuse is refused before
+the training.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from convoy.registry import model_loader
 from convoy.tracking.store import PATIENCE, TrackingStore, open_store
 from pipeline.stage import project_root
 
-REQUEST_TIMEOUT_S, RETRIES = "5", "0"  # of a server: who is slow is asked by the gate
+# For requests to a server. One that is too slow for this check is queried again by the gate.
+REQUEST_TIMEOUT_S, RETRIES = "5", "0"
 
 
 def main() -> None:
-    """Check the images in FOLDER, as preprocessing leaves them."""
+    """Check whether the preprocessed images in FOLDER allow a comparison with the champion."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.check_champion", description=main.__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -41,11 +43,17 @@ def main() -> None:
 
 
 def find_champion(home: Path, name: str) -> Origin | None:
-    """The champion of the registered model `name`; None where there is none, or MLflow can't be asked.
+    """Return the champion of a registered model, or None if there is none or MLflow can't be reached.
 
-    Raises ConvoyError where there was one and it is gone or was changed.
+    Args:
+        home: The project folder.
+        name: The name of the registered model.
+
+    Raises:
+        ConvoyError: If the model had a champion that is missing or was modified.
     """
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():  # it shall not be made here
+    # Opening the store would create mlflow.db, which this check must not do.
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         champion.check_note(home / "artifacts" / ".champions", name)
         return None
     refusal: ConvoyError | None = None
@@ -54,7 +62,7 @@ def find_champion(home: Path, name: str) -> Origin | None:
             try:
                 return describe(store, name)
             except model_loader.NotFetched as error:
-                # of a server this may be an outage, after which it is there again
+                # With a server this may be a temporary outage.
                 refusal = None if os.environ.get("MLFLOW_TRACKING_URI") else error
             except ConvoyError as error:
                 refusal = error
@@ -66,7 +74,7 @@ def find_champion(home: Path, name: str) -> Origin | None:
 
 
 def describe(store: TrackingStore, name: str) -> Origin | None:
-    """What the gate needs to know of the champion, all of whose files are checked."""
+    """Verify the files of the champion and return what the gate needs to know of it, or None if there is none."""
     version = champion.current(store, name)
     if version is None:
         return None
@@ -79,7 +87,15 @@ def describe(store: TrackingStore, name: str) -> Origin | None:
 
 
 def check(folder: Path, old: Origin) -> None:
-    """Raises ConvoyError where a model that is trained on the images in `folder` could not be judged beside `old`."""
+    """Check that a model trained on the preprocessed images could be compared with the champion.
+
+    Args:
+        folder: A folder with the outputs of preprocessing.
+        old: The champion.
+
+    Raises:
+        ConvoyError: If the models could not be compared.
+    """
     images = pd.read_parquet(folder / "images.parquet", columns=["path", "sha256", "label", "split"])
     images = images[images["split"] == "test"]
     seen = (folder / "seen.txt").read_text().split()

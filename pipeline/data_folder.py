@@ -1,4 +1,4 @@
-"""The folder data/: it is brought to what data.dvc names, unless that would cost files that are nowhere else."""
+"""Synchronization of the folder data/ with data.dvc, unless that would lose files that exist nowhere else."""
 
 import re
 import shlex
@@ -10,21 +10,32 @@ from convoy.dvc_files import Import, read_import
 from convoy.errors import ConvoyError
 from convoy.text import truncate_names
 
-MAX_MOVED = 8  # names in a command to type
+MAX_MOVED = 8  # names in a suggested command
 
 
 def commands(root: Path, *, update: bool) -> list[list[str]]:
-    """What DVC must be asked, one after the other, for data/ to hold what data.dvc names.
+    """Return the DVC commands after which data/ holds what data.dvc names.
 
-    With `update` a source that is not on this machine is looked at, too. Nothing is changed here. Raises ConvoyError
-    where files in data/ would be lost or mixed with others, where the source is gone, and for links in either.
+    This function changes nothing itself.
+
+    Args:
+        root: The project folder.
+        update: Whether to check a remote source for new data, too.
+
+    Returns:
+        The arguments of each command, in order.
+
+    Raises:
+        ConvoyError: If files in data/ would be lost or mixed with others, the source is missing, or data/ or the source
+            contains links.
     """
     data = root / "data"
     if data.is_symlink():
         raise ConvoyError(_refuse_link(data))
     refuse_links(data)
     found = read_import(root, "data.dvc")
-    if found is None:  # after `dvc add data`: data/ is the source, and DVC takes up what is in it
+    # After `dvc add data`, data/ itself is the source, and DVC tracks what is in it.
+    if found is None:
         return [] if data.exists() else [["checkout", "data.dvc"]]
     source = root / found.source
     if found.is_local and source.is_dir():
@@ -52,14 +63,14 @@ def commands(root: Path, *, update: bool) -> list[list[str]]:
         return []
     if found.is_local or not found.is_current:
         return bring
-    # of a remote source the recorded version will do
+    # For a remote source the recorded version is sufficient.
     if found.is_cached:
         return [["checkout", "--force", "data.dvc"]]
     return [] if found.present else bring
 
 
 def _refuse_loss(found: Import, root: Path) -> str:
-    """The message about files that would be lost, with what to type to train on them or to do without them."""
+    """Return the message about files that would be lost, with the commands to train on them or to move them away."""
     files = [f"data/{path}" if path else "data" for path in sorted(found.at_stake)]
     count, are, them = (f"{len(files)} files", "are", "them") if len(files) > 1 else ("a file", "is", "it")
     name = _unused_name(root)
@@ -82,10 +93,10 @@ def _refuse_link(data: Path) -> str:
 
 
 def _refuse_mixture(found: Import) -> None:
-    """Raise ConvoyError where the recorded version is not what its recorded source holds.
+    """Raise ConvoyError if the recorded version differs from the content of its recorded source.
 
-    DVC notes the source of a frozen import anew when `dvc repro` finds another `path:` or other files in the folder,
-    but does not import, and then sees no difference any more.
+    When `dvc repro` finds another `path:` or other files in the source of a frozen import, DVC records the source again
+    without importing it, and detects no difference afterwards.
     """
     recorded, offered = found.recorded or {}, found.offered or {}
     paths = sorted({*recorded, *offered})
@@ -101,7 +112,7 @@ def _refuse_mixture(found: Import) -> None:
 
 
 def _move(found: Import, target: str) -> list[str]:
-    """Commands that move the files at stake to `target`, and leave what DVC put into data/."""
+    """Return commands that move the files at stake to `target` and keep what DVC put into data/."""
     ours = {path.partition("/")[0] for path in found.present.keys() - set(found.at_stake)}
     theirs = sorted({path.partition("/")[0] for path in found.at_stake})
     if not ours:
@@ -112,9 +123,9 @@ def _move(found: Import, target: str) -> list[str]:
 
 
 def _point_to(found: Import, name: str) -> list[str]:
-    """Commands that make the folder `name` the source, under a name of its own for the classes."""
+    """Return commands that make the folder `name` the source, under a data set name of its own for the classes."""
     rename = f"sed -i 's/^name: .*/name: {name}/' conf/dataset/folder.yaml"
-    # a name that YAML may quote, and a source elsewhere, which needs other keys, are for DVC to replace
+    # DVC itself must replace a name that YAML may quote, and a remote source, which needs other keys.
     if found.is_local and re.fullmatch(r"[\w./-]+", found.source):
         pattern = found.source.replace(".", r"\.")
         return [f"sed -i 's#path: {pattern}$#path: {name}#' data.dvc", rename]

@@ -1,4 +1,4 @@
-"""DVC's own files: a run that is killed or finds the disk full leaves them torn, and DVC would not start again."""
+"""Repair of DVC's own files, which a killed run or a full disk leaves incomplete, so that DVC would not start again."""
 
 import contextlib
 import json
@@ -15,22 +15,25 @@ import yaml
 
 from convoy.errors import ConvoyError
 
-SIDECARS = ("", "-journal", "-wal", "-shm")  # a SQLite database, and what SQLite has beside it
+# Suffixes of a SQLite database and of the files that SQLite creates next to it.
+SIDECARS = ("", "-journal", "-wal", "-shm")
 
 
 def repair(root: Path) -> None:
-    """Repair what DVC reads and writes at every run: dvc.lock and its list of locked paths.
+    """Repair the files that DVC reads and writes in every run: dvc.lock and the list of locked paths.
 
-    Raises ConvoyError where dvc.lock can't be read, and what it was before is not known.
+    Raises:
+        ConvoyError: If dvc.lock can't be read and there is no copy of its previous version.
     """
     restore_lock_file(root)
     remove_torn_path_locks(root)
 
 
 def restore_lock_file(root: Path) -> None:
-    """Restore dvc.lock as it was before a run that was stopped while DVC wrote it.
+    """Restore dvc.lock if a run was stopped while DVC wrote it; otherwise keep a copy of it.
 
-    Raises ConvoyError where that is not known.
+    Raises:
+        ConvoyError: If dvc.lock can't be read and there is no copy of its previous version.
     """
     lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
     if not lock.exists():
@@ -38,12 +41,13 @@ def restore_lock_file(root: Path) -> None:
     try:
         complete = _is_complete(read_yaml(lock))
     except ConvoyError:
-        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():  # git's, for a person to decide
+        # The markers of a merge conflict are for the user to resolve.
+        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():
             raise
         complete = False
     if complete:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # a copy that is cut short itself would be of no use
+        # Replacing the copy atomically ensures that it is never incomplete itself.
         beside = kept.with_suffix(".new")
         shutil.copyfile(lock, beside)
         beside.replace(kept)
@@ -53,7 +57,7 @@ def restore_lock_file(root: Path) -> None:
 
 
 def _is_complete(lock: dict[str, Any]) -> bool:
-    """Whether every stage in it has the hashes of what it read and wrote."""
+    """Return whether every stage in dvc.lock has the hashes of its dependencies and outputs."""
     try:
         stages = lock.get("stages", {}).values()
         entries = [entry for stage in stages for side in ("deps", "outs") for entry in stage.get(side, [])]
@@ -63,11 +67,16 @@ def _is_complete(lock: dict[str, Any]) -> bool:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a table that DVC keeps. Raises ConvoyError where it can't be read."""
+    """Read a YAML file of DVC that holds a table.
+
+    Raises:
+        ConvoyError: If the file can't be read or holds no table.
+    """
     try:
         table = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())  # of a merge conflict, too
+        # The cause may be the markers of a merge conflict.
+        said = " ".join(str(error).split())
         raise ConvoyError(f"{file.name} can't be read: take one side of it, or git's last version ({said})") from None
     if not isinstance(table, dict):
         raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
@@ -78,15 +87,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def remove_torn_path_locks(root: Path) -> None:
-    """Remove DVC's list of the paths that its processes work on, where it is torn or none of these is alive."""
+    """Remove DVC's list of locked paths if it is incomplete or none of the processes in it is running."""
     folder = root / ".dvc" / "tmp"
     file = folder / "rwlock"
     if not file.exists() or not _is_stale(file):
         return
     with contextlib.ExitStack() as locks:
-        # DVC holds the first while it works, and the second while it writes the file
+        # DVC holds the first lock while it works, and the second while it writes the file. If either is taken, DVC may
+        # be writing the file now; if the file stays incomplete, the next run finds it.
         if not all(_take(locks, folder / name, root) for name in ("lock", "rwlock.lock")):
-            return  # a DVC at work may be writing it; if it stays torn, the next run finds it
+            return
         if file.exists() and _is_stale(file):
             file.unlink()
             print(".dvc/tmp/rwlock was left behind by a run that was stopped: removed")
@@ -106,7 +116,10 @@ def _is_stale(file: Path) -> bool:
 
 
 def _was_running(process: int, moment: float) -> bool:
-    """Whether a process is alive and began before a moment. Later ones get its number, as after a restart."""
+    """Return whether the process with a given id is running and began before `moment` (seconds since the epoch).
+
+    A process that began later has reused the id, as after a restart of the machine.
+    """
     try:
         return psutil.Process(process).create_time() <= moment + 1
     except psutil.NoSuchProcess:
@@ -125,13 +138,13 @@ def _take(locks: contextlib.ExitStack, file: Path, root: Path) -> bool:
         return False
 
 
-# DVC's databases, which are outside of the project
+# DVC's databases, which are outside the project
 
 
 def remove_damaged_databases(root: Path) -> bool:
-    """Remove those of DVC's databases for this project that are damaged; returns whether there were any.
+    """Remove damaged databases of DVC for this project, and return whether there were any.
 
-    They hold nothing but hashes that DVC computes again.
+    The databases hold only hashes, which DVC computes again.
     """
     damaged = [file for file in _databases(root) if _is_damaged(file)]
     for file in damaged:
@@ -142,20 +155,22 @@ def remove_damaged_databases(root: Path) -> bool:
 
 
 def _databases(root: Path) -> Iterator[Path]:
-    """Yield the databases of a project."""
+    """Yield DVC's databases for a project."""
     from dvc import env
     from dvc.dirs import site_cache_dir
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     before = os.environ.get(env.DVC_SITE_CACHE_DIR)
-    # DVC says where they are only once it has opened them: it opens new ones, under the same name, in another folder
+    # DVC reveals their location only after it has opened them. It is therefore made to open new ones, under the same
+    # name, in a temporary folder.
     with tempfile.TemporaryDirectory() as elsewhere:
         os.environ[env.DVC_SITE_CACHE_DIR] = elsewhere
         try:
             with Repo(str(root)) as repo:
                 project, chosen = Path(repo.site_cache_dir).name, repo.config["core"].get("site_cache_dir")
-        except DvcException:  # it has said itself what is wrong with the project
+        # DVC has already reported what is wrong with the project.
+        except DvcException:
             return
         finally:
             os.environ.pop(env.DVC_SITE_CACHE_DIR)
@@ -168,7 +183,8 @@ def _is_damaged(file: Path) -> bool:
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
             return database.execute("pragma quick_check(1)").fetchone() != ("ok",)
-    except sqlite3.OperationalError:  # another process works with it, or it is not ours
+    # Another process is using the database, or this user has no access to it.
+    except sqlite3.OperationalError:
         return False
     except sqlite3.DatabaseError:
         return True

@@ -1,9 +1,9 @@
-"""live: a training as a run in MLflow while it lasts; no stage, but a process that the train stage starts.
+"""Process that shows a running training as a run in MLflow.
 
-It reads JSON lines: {"record": ..., "process": ...} as the training begins, {"row": ...} for each epoch and
-{"status": ...} at its end, each with its "moment" in ms. Lines that end without a status mean a training that was
-killed. MLflow may be slow, down or refuse: the training does not notice, one line says so, and `make sync` brings the
-run there.
+The train stage starts it; it is not a stage itself. It reads JSON lines from standard input: {"record": ...,
+"process": ...} when the training begins, {"row": ...} for each epoch and {"status": ...} at the end, each with its
+"moment" in ms. If the lines end without a status, the training was killed. A slow or failing MLflow does not affect
+the training: one line reports the problem, and `make sync` completes the run in MLflow.
 """
 
 import argparse
@@ -23,18 +23,20 @@ from convoy.tracking import provenance, runs
 from convoy.tracking.store import TrackingStore, describe_error, open_store
 from pipeline.stage import project_root
 
-GRACE = 30  # seconds for MLflow after the training's end
+GRACE = 30  # s, for MLflow to answer after the end of the training
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def main() -> None:
-    """Show the training that standard input tells of as a run in MLflow."""
+    """Show the training that is reported on standard input as a run in MLflow."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.live", description=main.__doc__)
     parser.add_argument("architecture", help="for whoever looks at the list of processes")
     parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the end of the lines is its end
+    # This process ends when its input ends, not by a signal.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)  # the training comes first
+    # The training has priority.
+    os.nice(10)
     os.environ.update(PATIENCE)
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=listen, args=[inbox], daemon=True).start()
@@ -43,16 +45,18 @@ def main() -> None:
 
 
 def listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Take every line as soon as it comes, so that the pipe never fills while MLflow is slow."""
-    with contextlib.suppress(ValueError):  # torn
+    """Read every line as soon as it arrives, so that the pipe does not fill up while MLflow is slow."""
+    # The last line may be cut off.
+    with contextlib.suppress(ValueError):
         for line in sys.stdin:
             inbox.put(json.loads(line))
-    inbox.put({"status": "KILLED"})  # unless a status came before
+    # This has no effect if a status was received before.
+    inbox.put({"status": "KILLED"})
     signal.alarm(GRACE)
 
 
 def give_up(*_: object) -> None:
-    """MLflow has not answered in time after the training's end."""
+    """Exit because MLflow has not answered in time after the end of the training."""
     sys.exit(said(f"MLflow takes more than {GRACE} seconds"))
 
 
@@ -61,19 +65,19 @@ def said(reason: str) -> str:
 
 
 class Reporter:
-    """What a training told, on its way to MLflow: what MLflow does not take is kept and tried again."""
+    """Writer of the messages of a training to MLflow, which keeps and retries those that MLflow does not accept."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store: TrackingStore | None = None
         self.run = ""
         self.over = False
-        self.shown: set[int] = set()  # epochs that the run had before
-        self.rows: list[dict[str, Any]] = []  # not there yet
+        self.shown: set[int] = set()  # epochs that the run already had
+        self.rows: list[dict[str, Any]] = []  # rows that are not in MLflow yet
         self.end: dict[str, Any] = {}
 
     def report(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-        """Bring to MLflow what is in `inbox` and what comes, until the training ends."""
+        """Write the messages in `inbox` to MLflow until the training ends."""
         begun, told = inbox.get(), False
         if "record" not in begun:
             return
@@ -81,7 +85,8 @@ class Reporter:
             while not self.over:
                 try:
                     self.bring(begun, held)
-                except Exception as error:  # whatever it is, the training must go on
+                # No error of MLflow may affect the training.
+                except Exception as error:
                     if not told:
                         print(said(describe_error(error.__cause__ or error)), file=sys.stderr, flush=True)
                     told = True
@@ -90,7 +95,7 @@ class Reporter:
                     self.take(inbox)
 
     def take(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-        """Wait for a message, and take all that are there."""
+        """Wait for a message, then take all that have arrived."""
         while not self.end:
             message = inbox.get()
             if "row" in message:
@@ -101,7 +106,7 @@ class Reporter:
                 break
 
     def bring(self, begun: dict[str, Any], held: contextlib.ExitStack) -> None:
-        """Write what is not there yet."""
+        """Write the rows and the final status that MLflow does not have yet."""
         if not self.run:
             self.begin(begun, held)
         if self.over:
@@ -116,13 +121,13 @@ class Reporter:
             self.over = True
 
     def begin(self, begun: dict[str, Any], held: contextlib.ExitStack) -> None:
-        """Find or make the run. It is over at once where the run shows the whole training already."""
+        """Find or create the run, and finish at once if it already shows the complete training."""
         record = begun["record"]
         params = config.load(self.root / "params.yaml")
         run = runs.run_in_training(record, {}, provenance.provenance_tags(self.root))
         home = project_root(self.root)
         with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
-            # whoever reported this training before it was killed may still be at it
+            # The process that reported this training before it was killed may still be running.
             alone.enter_context(runs.sole_writer(store, record["identity"], 2 * GRACE))
             found = runs.start_run(store, run, f"{platform.node()} {begun['process']}", begun["moment"])
             if found:

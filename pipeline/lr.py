@@ -1,4 +1,4 @@
-"""lr: a first guess of an architecture's learning rate on the prepared images; no stage, and nothing is changed."""
+"""Command that suggests a learning rate for an architecture on the prepared images, without changing any setting."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from pipeline.stage import Stage
 
 
 def lr(stage: Stage) -> None:
-    """Print the guess, and draw how the loss went with the learning rate."""
+    """Print a suggested learning rate for ARCHITECTURE, and plot the loss over the learning rate."""
     seed = stage.typed(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)

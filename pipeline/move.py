@@ -1,4 +1,4 @@
-"""move: every run and version in mlflow.db here brought to the server that MLFLOW_TRACKING_URI names; no stage."""
+"""Command that copies every run and model version in mlflow.db to the server that MLFLOW_TRACKING_URI names."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from convoy.tracking.store import open_store
 
 
 def main() -> None:
-    """Bring all runs, and the registered model with its versions and its champion, from mlflow.db to the server."""
+    """Copy all runs and the registered model, with its versions and its champion, from mlflow.db to the server."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.move", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()

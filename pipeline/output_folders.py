@@ -1,4 +1,4 @@
-"""The folders below artifacts/ that stages own: each is replaced as a whole, so nothing else may be lost with it."""
+"""Checks of the output folders in artifacts/, which stages replace completely and which must hold no other files."""
 
 import json
 import shlex
@@ -15,7 +15,15 @@ PER_MODEL = ("train", "evaluate")
 
 
 def refuse_strays(root: Path, models: list[str]) -> None:
-    """Raise ConvoyError where a folder that DVC or a stage would replace holds files that are nowhere else."""
+    """Check that no folder that DVC or a stage would replace holds files that exist nowhere else.
+
+    Args:
+        root: The project folder.
+        models: The architectures in the settings.
+
+    Raises:
+        ConvoyError: If there are such files.
+    """
     listed = [root / "artifacts" / stage / name for stage in PER_MODEL for name in models]
     folders = {*(root / "artifacts" / name for name in SINGLE), *listed, *_marked(root)}
     others = [
@@ -25,7 +33,7 @@ def refuse_strays(root: Path, models: list[str]) -> None:
         for file in folder.rglob("*")
         if not file.is_dir() and str(file.relative_to(folder)) not in names
     ]
-    # what is left of a checkout that was killed, and results whose mark is damaged, are in the cache
+    # The remains of a killed checkout and results with a damaged manifest are in the cache.
     if strays := uncached(root, others) if others else []:
         paths = sorted(str(file.relative_to(root)) for file in strays)
         raise ConvoyError(
@@ -35,7 +43,7 @@ def refuse_strays(root: Path, models: list[str]) -> None:
 
 
 def remove_unlisted(root: Path, models: list[str]) -> None:
-    """Remove the results of architectures that are no longer on the list; DVC's cache still has them."""
+    """Remove the results of architectures that are not in `models`; they remain in DVC's cache."""
     for folder in _marked(root):
         if folder.name not in models:
             print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
@@ -43,12 +51,15 @@ def remove_unlisted(root: Path, models: list[str]) -> None:
 
 
 def _marked(root: Path) -> list[Path]:
-    """The folders of architectures that a stage wrote: a folder without the mark is the user's own."""
+    """Return the folders of architectures that a stage wrote.
+
+    A folder without a manifest belongs to the user.
+    """
     return [mark.parent for stage in PER_MODEL for mark in sorted((root / "artifacts" / stage).glob(f"*/{MARK}"))]
 
 
 def _written(folder: Path) -> set[str]:
-    """The names of the files that a stage wrote, as far as its mark is there and sound."""
+    """Return the names of the files that a stage wrote, or just the manifest if it is missing or damaged."""
     try:
         return {MARK, *json.loads((folder / MARK).read_text())}
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""predict: label and probability of images, by a registered model; no stage."""
+"""Command that predicts the label and probability of images with a registered model."""
 
 import argparse
 import glob
@@ -22,13 +22,14 @@ from convoy.tracking.store import open_store
 from convoy.training import hardware
 from pipeline.stage import project_root
 
-BATCH = 64  # images that are in memory at a time
+BATCH = 64  # images in memory at a time
 
-Answer = dict[str, str | float]  # image, and either label and probability or error
+# The keys are image and either label and probability, or error.
+Answer = dict[str, str | float]
 
 
 def main() -> None:
-    """Print label and probability of each IMAGE: a file, a folder (with all below it) or a pattern such as '*.png'."""
+    """Print the label and probability of each IMAGE, given as a file, a folder (recursively) or a pattern."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=main.__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; the champion, if not given")
@@ -40,7 +41,8 @@ def main() -> None:
         unread = print_lines(answers) if options.json else print_table(answers, title)
     except ConvoyError as error:
         sys.exit(f"convoy: predict: {error}")
-    except BrokenPipeError:  # whoever reads has seen enough, as `head`
+    # The reader closed the pipe, as `head` does.
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     if unread:
@@ -48,7 +50,18 @@ def main() -> None:
 
 
 def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
-    """The model of a URI, or else the champion, and what it is, in words."""
+    """Load a registered model.
+
+    Args:
+        root: The project folder.
+        uri: models:/NAME@ALIAS or models:/NAME/VERSION, or None for the champion.
+
+    Returns:
+        A description of the model and its predictor.
+
+    Raises:
+        ConvoyError: If there is no MLflow store or no such model.
+    """
     params = config.load(root / "params.yaml")
     name = params["register"]["name"]
     home = project_root(root)
@@ -62,7 +75,14 @@ def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
 
 
 def answer(predictor: Predictor, given: Sequence[str]) -> Iterator[Answer]:
-    """An answer for each image, in the order of the arguments; the images of a folder or a pattern by their names."""
+    """Yield a prediction or an error for each image.
+
+    The order is that of the arguments; images of a folder or a pattern are sorted by name.
+
+    Args:
+        predictor: The model.
+        given: Files, folders or patterns.
+    """
     batch: list[tuple[str, np.ndarray | InvalidImageError]] = []
     for path in found(given):
         batch.append((str(path), read(path, predictor)))
@@ -85,7 +105,7 @@ def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | Invali
 
 
 def found(given: Sequence[str]) -> Iterator[Path]:
-    """The files that the arguments name. What names none comes as it is, and is no image."""
+    """Yield the files that the arguments name; an argument that matches nothing is yielded unchanged."""
     for name in given:
         matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute one)
         for path in map(Path, matches or [name]):
@@ -98,13 +118,14 @@ def found(given: Sequence[str]) -> Iterator[Path]:
 
 
 def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
-    """The image as the network takes it, or why it can't be used."""
+    """Return an image preprocessed for the network, or the error that explains why it can't be used."""
     try:
         if path.is_dir():
             return InvalidImageError("is a folder without images")
         if not path.exists():
             return InvalidImageError("is not there")
-        if not path.is_file():  # a pipe or a device may never end
+        # Reading a pipe or a device might never end.
+        if not path.is_file():
             return InvalidImageError("is not a file")
         if path.stat().st_size > MAX_BYTES:
             return InvalidImageError(TOO_LARGE)
@@ -116,7 +137,7 @@ def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
 
 
 def print_lines(answers: Iterator[Answer]) -> int:
-    """A JSON object a line; returns how many are without an answer."""
+    """Print one JSON object per line, and return the number of images without a prediction."""
     unread = 0
     for each in answers:
         unread += "error" in each
@@ -125,7 +146,7 @@ def print_lines(answers: Iterator[Answer]) -> int:
 
 
 def print_table(answers: Iterator[Answer], title: str) -> int:
-    """The answers as a table, what is wrong with the others on the error stream; returns how many these are."""
+    """Print predictions as a table and errors to standard error, and return the number of errors."""
 
     from convoy.reporting import report
 
@@ -144,7 +165,7 @@ def print_table(answers: Iterator[Answer], title: str) -> int:
 
 
 def printable(name: str) -> str:
-    """A name in which nothing but letters and signs reaches the terminal."""
+    """Escape the unprintable characters of a name, so that none of them reaches the terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 
 

@@ -1,6 +1,6 @@
-"""promote: the challenger judged beside the champion, and moved into its place if the gate says PROMOTE.
+"""Promotion of the challenger to champion if the verdict of the gate is PROMOTE.
 
-Part of the register stage, and of nothing else: there is no other way to promote.
+Only the register stage calls this module: there is no other way to promote a model.
 """
 
 import contextlib
@@ -31,24 +31,34 @@ from convoy.training import hardware
 from pipeline import sync, verify
 from pipeline.stage import MARK, Stage
 
-FILE = "verdict.md"  # in artifacts/ the last verdict, in a run that of its model
+# In artifacts/ this file holds the last verdict, and in a run the verdict on the model of that run.
+FILE = "verdict.md"
 
 
 @dataclasses.dataclass(frozen=True)
 class Challenger:
-    """The best of the architectures by validation."""
+    """The best architecture by validation, with its registered version."""
 
     architecture: str
     version: int  # of the registered model
     result: sync.TrainedResult
-    run: str  # its id in MLflow
+    run: str  # run id in MLflow
 
 
 def promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> None:
-    """Judge the candidate beside version `compared` of the model (None: there never was a champion), and act on it.
+    """Compare a candidate with the champion and promote it if the verdict of the gate is PROMOTE.
 
-    Meanwhile it has the alias `challenger`, which it loses where it is refused: by the gate, by a rollback before, or
-    as it can't be compared.
+    During the comparison the candidate has the alias `challenger`. It loses the alias if it is refused: by the gate,
+    because of an earlier rollback, or because it can't be compared.
+
+    Args:
+        stage: The running register stage.
+        params: The settings of the stage.
+        candidate: The model to compare.
+        compared: The version of the champion, or None if there never was a champion.
+
+    Raises:
+        ConvoyError: If the candidate can't be compared or verified.
     """
     try:
         _promote(stage, params, candidate, compared)
@@ -71,7 +81,8 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
         elif not (said or "").startswith("REJECT"):
             store.client.set_registered_model_alias(name, champion.CHALLENGER, str(version))
     if said is None or written is None:
-        (stage.home / "artifacts" / FILE).unlink(missing_ok=True)  # that of another day is not taken for today's
+        # An old verdict must not be mistaken for the one of this run if the gate fails.
+        (stage.home / "artifacts" / FILE).unlink(missing_ok=True)
         predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
         verdict = run_gate(stage, params, candidate, predictions, compared)
         said = verdict.summary()
@@ -102,7 +113,15 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
 def run_gate(
     stage: Stage, params: RegisterConfig, candidate: Challenger, predictions: pd.DataFrame, compared: int | None
 ) -> Verdict:
-    """The verdict of the gate, on today's test images."""
+    """Return the verdict of the gate on the current test images.
+
+    Args:
+        stage: The running register stage.
+        params: The settings of the stage.
+        candidate: The challenger.
+        predictions: The predictions of the challenger for the test images.
+        compared: The version of the champion, or None if there never was a champion.
+    """
     prepared = stage.input("preprocess")
     task = DatasetInfo.load(prepared / "task.json")
     images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
@@ -114,7 +133,7 @@ def run_gate(
     before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
 
     def contender(version: int) -> tuple[ModelEvidence, Predictor]:
-        """A registered version, its answers made now."""
+        """Return a registered version with its predictions for the current test images, and its predictor."""
         with open_store(stage.home, params.name) as store:
             found = model_loader.find(store, f"models:/{params.name}/{version}")
             predictor, trained_on = model_loader.load(found, store.scratch), model_loader.seen_ever(store, found)
@@ -141,8 +160,8 @@ def run_gate(
 
 
 def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> str:
-    """The hash of what a verdict depends on: where it is as before, the verdict need not be made again."""
-    files = [Path(__file__), *sorted(Path(gate.__file__).parent.rglob("*.py"))]  # all of this library
+    """Return the fingerprint of everything that a verdict depends on, under which the verdict is cached."""
+    files = [Path(__file__), *sorted(Path(gate.__file__).parent.rglob("*.py"))]
     code = [sha256(file) for file in files]
     parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MARK), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

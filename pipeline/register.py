@@ -1,4 +1,4 @@
-"""register: all runs into MLflow, and the best by validation into the champion's place if it is really better."""
+"""The register stage, which syncs all runs to MLflow and promotes the best model if it passes the gate."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PACKAGE = Path(convoy.__file__).parent
 
 
 def register(stage: Stage) -> None:
-    """Write the leaderboard; then bring all runs into MLflow, and let the best by validation be judged."""
+    """Write the leaderboard, sync all runs to MLflow and compare the best model by validation with the champion."""
     params = stage.typed(config.RegisterConfig, "register")
     names = list(stage.section("model"))
     results = {name: sync.find_result(stage, name) for name in names}
@@ -44,16 +44,23 @@ def register(stage: Stage) -> None:
     _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
     for name in ranked[len(best) :]:
         print(f"{name} failed: {records[name]['failure']['reason']}")
-    # when the leaderboard is in place: it is there after a refusal, too
+    # The comparison runs after the leaderboard is published, so that the leaderboard exists after a refusal, too.
     stage.afterwards.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
 
 def compare(
     stage: Stage, params: config.RegisterConfig, results: dict[str, sync.TrainedResult], trained: Sequence[str]
 ) -> None:
-    """Bring the runs of all results into MLflow, and let the first of them be judged beside the champion.
+    """Sync the runs of all results to MLflow and compare the first of them with the champion.
 
-    They are in their order on the leaderboard; `trained` are those whose training did not fail.
+    Args:
+        stage: The running register stage.
+        params: The settings of the stage.
+        results: The result of each architecture, in the order of the leaderboard.
+        trained: The architectures whose training did not fail.
+
+    Raises:
+        ConvoyError: If all trainings failed, or the comparison is refused.
     """
     names, winner = list(stage.section("model")), next(iter(results))
     with open_store(stage.home, params.name) as store:
@@ -75,7 +82,7 @@ def compare(
 
 
 def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: str, prepared: Path) -> int:
-    """The version of the model `name` that is made of this result: the one that is there, or a new one."""
+    """Return the version of the model `name` made from this result, registering it if it does not exist."""
     identity, record = result.mark(), result.record()
     if found := versions.find_version(store, name, identity):
         return int(found.version)
@@ -102,7 +109,19 @@ def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: s
 def exported(
     name: str, files: Mapping[str, Path], result: sync.TrainedResult, prepared: Path, scratch: Path
 ) -> dict[str, Path]:
-    """The model of these files as an ONNX file in `scratch`; none where it does not export or answer as evaluated."""
+    """Export a model to an ONNX file in `scratch` and compare its predictions with the evaluation.
+
+    Args:
+        name: The name of the architecture, for messages.
+        files: The files of the registered model.
+        result: The result that the files belong to.
+        prepared: The output folder of the preprocess stage.
+        scratch: The folder to write into.
+
+    Returns:
+        The ONNX file as `{"onnx": path}`, or an empty dict if the export fails or its predictions differ from the
+        evaluation.
+    """
     for file in files.values():
         (scratch / file.name).symlink_to(file.absolute())
     model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, prepared)
@@ -123,7 +142,7 @@ def exported(
 
 
 def _time(store: TrackingStore, run_ids: Mapping[str, sync.TrainedResult]) -> None:
-    """Measure once for each run, by its id, how long its model takes for an image and for a batch, on this machine."""
+    """Measure the latency of a single image and of a batch on this machine, for each run that lacks it."""
     for run, result in run_ids.items():
         if runs.lacks(store, run, "latency/image_ms_median"):
             record = result.record()
@@ -134,10 +153,10 @@ def _time(store: TrackingStore, run_ids: Mapping[str, sync.TrainedResult]) -> No
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
-    """The rows of this table of every architecture, with a column that names it."""
+    """Concatenate a table of every architecture, with the architecture in the column `model`."""
     tables = []
     for name, folder in folders.items():
-        # a class may be called NA or 007
+        # A class may be named NA or 007, so names are read as strings.
         table = pd.read_csv(folder / file, dtype={"class": str}, keep_default_na=False)
         tables.append(table.assign(model=name))
     return pd.concat(tables, ignore_index=True)

@@ -1,4 +1,4 @@
-"""rollback: the champion before this one becomes the champion again, with the reason on record; no stage."""
+"""Command that makes the previous champion the champion again and records the reason."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from convoy.tracking.store import open_store
 
 
 def main() -> None:
-    """Go back to the champion before."""
+    """Make the previous champion the champion again."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.rollback", description=main.__doc__)
     parser.add_argument("--reason", required=True, help="why; it is kept with the model")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""params.yaml: composed from conf/, unless that would discard settings that came into it in another way."""
+"""Composition of params.yaml from conf/, unless that would discard settings that were put there in another way."""
 
 import hashlib
 import io
@@ -15,20 +15,32 @@ from convoy import config
 from convoy.errors import ConvoyError
 from pipeline.adoption import adopt_settings, differences
 
-RECORD = Path("artifacts/.scratch/params.sha256")  # of what was last composed
+# Checksum of the params.yaml that was last composed.
+RECORD = Path("artifacts/.scratch/params.sha256")
 MAX_COMMITS = 20
 MAX_LISTED = 20  # keys in a message
-MAX_SHOWN = 60  # characters of a value
+MAX_SHOWN = 60  # characters of a value in a message
 
 
 def compose(
     root: Path, check: Callable[[dict[str, Any]], None], *, adopt: bool = False, discard: bool = False
 ) -> dict[str, Any]:
-    """Compose `root/conf` into `root/params.yaml`, and return its sections.
+    """Compose `root/conf` into `root/params.yaml`.
 
-    Settings in params.yaml that are not from conf/ are first written into conf/ with `adopt`, and discarded with
-    `discard`. Raises ConvoyError that names them where neither is asked for, and whatever `check` raises of the
-    composed sections. Then params.yaml is left as it was.
+    If an error is raised, params.yaml is left unchanged.
+
+    Args:
+        root: The project folder.
+        check: A function that validates the composed sections and raises ConvoyError if they are invalid.
+        adopt: Whether to write settings that only params.yaml has into conf/ first.
+        discard: Whether to discard settings that only params.yaml has.
+
+    Returns:
+        The composed sections.
+
+    Raises:
+        ConvoyError: If params.yaml has settings that conf/ does not compose to and neither `adopt` nor `discard` is
+            set, or `check` fails.
     """
     params = root / "params.yaml"
     text = config.composed(root)
@@ -83,7 +95,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-# What params.yaml may be that is safe to replace
+# Cases in which params.yaml is safe to replace
 
 
 def _recorded(root: Path) -> list[str]:
@@ -91,10 +103,10 @@ def _recorded(root: Path) -> list[str]:
 
 
 def _is_left_by_experiment(root: Path, present: bytes) -> bool:
-    """Whether params.yaml is what the last `dvc exp run` in this workspace composed, and nobody has chosen it since.
+    """Return whether params.yaml is what the last `dvc exp run` in this workspace composed and was not chosen since.
 
-    It has been chosen where it was applied, staged or committed afterwards, and where it came back after a later run
-    had composed conf/ again.
+    It was chosen if it was applied, staged or committed afterwards, or if it was restored after a later run had
+    composed conf/ again.
     """
     blob = _git(root, "hash-object", "params.yaml")
     ran, left = next(_experiments(root), (0, None))
@@ -104,17 +116,17 @@ def _is_left_by_experiment(root: Path, present: bytes) -> bool:
     applied = "refs/exps/exec/EXEC_APPLY"
     if _git(root, "rev-parse", "--quiet", "--verify", f"{applied}:./params.yaml") == blob:
         ref = root / str(_git(root, "rev-parse", "--git-path", applied))
-        # git may have packed it, and then its time is not known
+        # If git has packed the ref, its time is unknown.
         if not ref.exists() or ref.stat().st_mtime_ns > ran:
             return False
     return not record.exists() or record.stat().st_mtime_ns < ran
 
 
 def _experiments(root: Path) -> Iterator[tuple[int, str | None]]:
-    """When the experiments in this workspace began, in nanoseconds, and git's hashes of their params.yaml.
+    """Yield the start time (ns) and git's hash of params.yaml of each experiment in this workspace, the latest first.
 
-    The last is first. Those that failed are among them, and those in temporary copies are not. DVC keeps a note of
-    each, named after the commit, on no branch, in which it stored what it composed.
+    Failed experiments are included, those in temporary copies are not. DVC keeps an info file for each experiment,
+    named after the commit, on no branch, in which DVC stored the composed settings.
     """
     notes = [(note.stat().st_mtime_ns, note) for note in (root / ".dvc/tmp/exps/run").glob("*/*.run")]
     for time, note in sorted(notes, reverse=True):
@@ -127,9 +139,10 @@ def _experiments(root: Path) -> Iterator[tuple[int, str | None]]:
 
 
 def _was_composed(root: Path, present: bytes) -> bool:
-    """Whether params.yaml is as committed, and conf/ composed to it at one of the commits that have it.
+    """Return whether params.yaml is unchanged since HEAD and conf/ composed to it at one of the commits that have it.
 
-    Then it is conf/ that was edited, by a commit that did not compose. That of a merged experiment never was composed.
+    If so, conf/ was edited later by a commit that did not compose it. The params.yaml of a merged experiment was never
+    composed from conf/.
     """
     blob = _git(root, "hash-object", "params.yaml")
     if not blob or blob != _git(root, "rev-parse", "--quiet", "--verify", "HEAD:./params.yaml"):
@@ -153,7 +166,7 @@ def _composed_at(root: Path, commit: str) -> str | None:
 
 
 def _git(root: Path, *command: str) -> str | None:
-    """What git answers; None where it can't, as in a folder that is no repository."""
+    """Return the output of a git command; None if it is empty or git fails, as outside a repository."""
     try:
         answer = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
     except FileNotFoundError:
@@ -165,7 +178,7 @@ def _git(root: Path, *command: str) -> str | None:
 
 
 def _write(root: Path, present: bytes, text: str) -> None:
-    """Replace params.yaml and the record, so that a kill at any moment leaves a params.yaml that is recorded."""
+    """Replace params.yaml and its recorded checksum, so that a kill at any moment leaves a recorded params.yaml."""
     (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
     arriving = (root / RECORD).with_name("params.yaml")
     steps = [

@@ -1,4 +1,4 @@
-"""The signals that end a command: SIGINT, SIGTERM and SIGHUP, with one line and a status that says which it was."""
+"""Handling of SIGINT, SIGTERM and SIGHUP, which end a command with one message and an exit status of 128 + signal."""
 
 import atexit
 import contextlib
@@ -10,22 +10,26 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP comes of a terminal that is closed
-CLEANUP_S = 10  # for what is done on the way out, such as removing temporary files
-RETRY_S = 2  # after which the exception is raised again, if the process is still there
+# SIGHUP is sent when the terminal is closed.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Time for cleanup, such as the removal of temporary files.
+CLEANUP_S = 10
+# Interval at which the exception is raised again while the process is still running.
+RETRY_S = 2
 
 Handler = Callable[[int, FrameType | None], object]
 
 
 class Ended(SystemExit):
-    """Raised wherever a signal finds the main thread."""
+    """Exception that a signal raises in the main thread, wherever that is in the code."""
 
 
 class _End:
-    """The handler of the signals that end a process, also where the exception that it raises is swallowed.
+    """Signal handler that ends the process even if the exception that it raises is swallowed.
 
-    Python drops what is raised in a destructor or in the callback of a weak reference, and a library may catch
-    whatever is raised. So it is raised again until the process is gone, at last without any cleanup.
+    Python drops an exception that is raised in a destructor or in the callback of a weak reference, and a library may
+    catch any exception. It is therefore raised again until the process ends; after `CLEANUP_S` seconds the process
+    exits without further cleanup.
     """
 
     def __init__(self) -> None:
@@ -48,7 +52,7 @@ class _End:
 
 
 def install() -> None:
-    """Let the signals end this process, except those that whoever started it wants ignored, as `nohup` does."""
+    """Let the signals end this process, except those that its parent process set to be ignored, as `nohup` does."""
     if any(isinstance(signal.getsignal(number), _End) for number in ENDING):
         return
     end, shown = _End(), sys.unraisablehook
@@ -58,18 +62,20 @@ def install() -> None:
 
     def retry_dropped(dropped: Any) -> None:
         if isinstance(dropped.exc_value, Ended):
-            signal.setitimer(signal.ITIMER_REAL, 0.01)  # when the callback is over
+            # The short delay lets the callback finish first.
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
             shown(dropped)
 
     sys.unraisablehook = retry_dropped
-    # later, Python has given up its handlers, and the timer would end the process with another status
+    # The timer is cancelled at exit. If it fired after Python had removed its signal handlers, it would end the process
+    # with another status.
     atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
 
 
 @contextlib.contextmanager
 def handled(handler: Handler) -> Iterator[None]:
-    """Let `handler` have the signals meanwhile."""
+    """Install `handler` for the signals within the context, except for those that are ignored."""
     before = {number: signal.getsignal(number) for number in ENDING}
     handlers = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     try:
@@ -82,6 +88,9 @@ def handled(handler: Handler) -> Iterator[None]:
 
 
 def write_line(text: str) -> None:
-    """Write to the error stream from a handler, which may have interrupted a `print`, or outlived the terminal."""
+    """Write a line to standard error from a signal handler.
+
+    `print` is not safe here: the handler may have interrupted another `print`, or the terminal may be closed.
+    """
     with contextlib.suppress(OSError):
         os.write(2, f"convoy: {text}\n".encode())

@@ -1,7 +1,8 @@
-"""sync: MLflow brought level with the results in artifacts/: every run there, whole and once; no stage.
+"""Command that syncs the results in artifacts/ to MLflow, so that every run is there completely and exactly once.
 
-Whatever kept a run from MLflow, this mends it: a server that was down or died in the middle, a database that was
-deleted, results that DVC's cache restored on another machine. The register stage does the same.
+It completes runs that are missing in MLflow for any reason: a server that was down or stopped during an upload, a
+deleted database, or results that DVC's cache restored on another machine. The register stage does the same. This
+module is not a stage.
 """
 
 import argparse
@@ -24,18 +25,18 @@ from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from pipeline.stage import MARK, Stage
 
-PATIENCE = 40  # seconds to wait for a process that still reports a training
+PATIENCE = 40  # s, to wait for a process that still reports a training
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedResult:
-    """What the training and the evaluation of one architecture left, both whole and of each other."""
+    """The complete outputs of the training of one architecture and of its evaluation."""
 
     trained: Path
     evaluated: Path
 
     def mark(self) -> str:
-        """The hash of everything that they wrote."""
+        """Return the hash of both manifests, which covers every file of the result."""
         return hashlib.sha256((self.trained / MARK).read_bytes() + (self.evaluated / MARK).read_bytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class TrainedResult:
 
 
 def main() -> None:
-    """Bring every run of the current results to MLflow, whole and once."""
+    """Sync the runs of the current results to MLflow, each completely and exactly once."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.sync", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()
@@ -64,7 +65,11 @@ def main() -> None:
 
 
 def find_result(stage: Stage, name: str) -> TrainedResult:
-    """The result of an architecture. Raises ConvoyError where it is missing, damaged or of two trainings."""
+    """Return the result of an architecture.
+
+    Raises:
+        ConvoyError: If the result is missing or damaged, or the evaluation belongs to another training.
+    """
     result = TrainedResult(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
     stages = _locked(stage.root / "dvc.lock")
     made = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
@@ -75,10 +80,11 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
 
 
 def _locked(file: Path) -> dict[str, Any]:
-    """The stages of dvc.lock; none where there is no such file."""
+    """Return the stages of dvc.lock, or an empty dict if the file does not exist."""
     try:
         return (yaml.safe_load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
-    except (yaml.YAMLError, AttributeError) as error:  # such as the marks of a merge conflict
+    # The file may hold the markers of a merge conflict.
+    except (yaml.YAMLError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise ConvoyError(f"dvc.lock can't be read: take one side of it, and run `dvc repro` ({said})") from None
 
@@ -90,10 +96,19 @@ def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:
 def sync_runs(
     store: TrackingStore, root: Path, names: Sequence[str], results: Mapping[str, TrainedResult]
 ) -> dict[str, str]:
-    """Bring the runs of these results to MLflow, each whole and once; returns their ids.
+    """Sync the runs of results to MLflow, each completely and exactly once.
 
-    `names` are all architectures of params.yaml. A run that shows its result already costs one query. Raises what
-    MLflow raises; to do it again then completes it.
+    A run that already shows its result costs one query. Errors of MLflow are not caught; calling the function again
+    completes the sync.
+
+    Args:
+        store: The open MLflow store.
+        root: The project folder.
+        names: All architectures in params.yaml.
+        results: The results to sync, by architecture.
+
+    Returns:
+        The run id of each architecture. A run that is still being trained and is not in MLflow yet is left out.
     """
     runs.mark_killed_runs(store)
     records = {name: result.record() for name, result in results.items()}
@@ -129,7 +144,7 @@ def sync_runs(
 def describe(
     record: dict[str, Any], result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
 ) -> runs.RunRecord:
-    """All that the run of a result holds; the picture among it is drawn in `scratch`."""
+    """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     figures = json.loads((evaluated / "metrics.json").read_text())
     files = [trained / "record.json", trained / "history.csv"]
@@ -144,7 +159,7 @@ def describe(
 
 
 def colour(names: Sequence[str], name: str) -> dict[str, str]:
-    """The colour of an architecture in MLflow's charts, among all that are trained."""
+    """Return the tag that sets the colour of an architecture in MLflow's charts, by its position in `names`."""
     return {"mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)]}
 
 

@@ -1,4 +1,4 @@
-"""verify: whether a registered model is untouched, loads in a fresh process and answers as evaluated; no stage."""
+"""Command that checks that a registered model is unmodified, loads in a new process and predicts as evaluated."""
 
 import argparse
 import json
@@ -16,11 +16,11 @@ from convoy.registry import model_loader
 from convoy.tracking.store import TrackingStore, open_store
 from pipeline.stage import project_root
 
-IMAGES = 200  # that it answers, at most
+IMAGES = 200  # maximum number of images to predict
 
 
 def main() -> None:
-    """Check the files of MODEL, load it in a fresh process, and compare its answers with the recorded ones."""
+    """Check the files of MODEL, load it in a new process and compare its predictions with the recorded ones."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=main.__doc__)
     parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
     parser.add_argument("evaluated", type=Path, help="folder with predictions.parquet, as artifacts/evaluate/lenet")
@@ -36,14 +36,38 @@ def main() -> None:
 
 
 def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> str:
-    """What was found, in words; raises ConvoyError where the model is not what was evaluated."""
+    """Verify a registered model against its recorded evaluation.
+
+    Args:
+        store: The open MLflow store.
+        uri: models:/NAME@ALIAS or models:/NAME/VERSION.
+        evaluated: The output folder of the evaluate stage for this model.
+        prepared: The output folder of the preprocess stage.
+
+    Returns:
+        A message that describes the result.
+
+    Raises:
+        ConvoyError: If the model is not the one that was evaluated.
+    """
     pixels, expected = sample(evaluated, prepared)
     difference = model_loader.verify(model_loader.find(store, uri), pixels, expected, store.scratch)
     return f"{uri} answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
 
 
 def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Some test images (N, H, W, C) uint8 of every class, and the recorded probabilities (N, K) of each."""
+    """Return a sample of the test images of every class, with their recorded probabilities.
+
+    Args:
+        evaluated: The output folder of the evaluate stage for a model.
+        prepared: The output folder of the preprocess stage.
+
+    Returns:
+        The pixels, (N, H, W, C) uint8, and the probabilities, (N, K), with N <= `IMAGES`.
+
+    Raises:
+        ConvoyError: If a file is missing, or the folders are of different images or classes.
+    """
     for file in (evaluated / "predictions.parquet", prepared / "task.json", prepared / "test_pixels.npy"):
         if not file.is_file():
             raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
@@ -56,7 +80,8 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
     test = Images.load(prepared, "test")
     if len(test) != len(expected):
         raise ConvoyError(f"{evaluated} is of {len(expected)} images and {prepared} of {len(test)}: run `dvc repro`")
-    rows = np.unique(np.linspace(0, len(test) - 1, IMAGES).round().astype(int))  # of every class, as they lie in order
+    # Evenly spaced rows cover every class, because the test images are ordered by class.
+    rows = np.unique(np.linspace(0, len(test) - 1, IMAGES).round().astype(int))
     return test.pixels[rows], expected[rows]
 
 

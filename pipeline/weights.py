@@ -1,6 +1,7 @@
-"""weights: what a registered champion or a run was trained to, from MLflow into a folder, checked; no stage.
+"""Command that fetches the weights of a champion or a run from MLflow into a folder and verifies them.
 
-The train stage calls it as a process of its own: which way leads to MLflow is no part of what defines a training.
+The train stage runs it as a separate process, because the code that accesses MLflow is not part of what defines a
+training.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pipeline.stage import project_root
 
 
 def main() -> None:
-    """Bring record.json and weights.safetensors into FOLDER, and print whose they are."""
+    """Fetch record.json and weights.safetensors into FOLDER, and print which model they belong to."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.weights", description=main.__doc__)
     parser.add_argument("architecture")
     parser.add_argument("init", help="champion, or the id of a run")

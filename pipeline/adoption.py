@@ -1,4 +1,4 @@
-"""Adoption of settings that only params.yaml has into the files of conf/, which keep their comments."""
+"""Adoption of settings: those that only params.yaml has are written into conf/, keeping the comments there."""
 
 import contextlib
 import io

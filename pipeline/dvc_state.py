@@ -23,7 +23,8 @@ def repair(root: Path) -> None:
     """Repair the files that DVC reads and writes in every run: dvc.lock and the list of locked paths.
 
     Raises:
-        ConvoyError: If dvc.lock can't be read and there is no copy of its previous version.
+        ConvoyError: If dvc.lock can't be read, and it holds a merge conflict or there is no copy of its previous
+            version.
     """
     restore_lock_file(root)
     remove_torn_path_locks(root)
@@ -33,7 +34,8 @@ def restore_lock_file(root: Path) -> None:
     """Restore dvc.lock if a run was stopped while DVC wrote it; otherwise keep a copy of it.
 
     Raises:
-        ConvoyError: If dvc.lock can't be read and there is no copy of its previous version.
+        ConvoyError: If dvc.lock can't be read, and it holds a merge conflict or there is no copy of its previous
+            version.
     """
     lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
     if not lock.exists():

@@ -1,4 +1,4 @@
-"""The evaluate stage, which evaluates one trained architecture on the test images, which no training has used."""
+"""The evaluate stage, which evaluates one trained architecture on test images that no training has used."""
 
 import json
 

@@ -29,7 +29,7 @@ Answer = dict[str, str | float]
 
 
 def main() -> None:
-    """Print the label and probability of each IMAGE, given as a file, a folder (recursively) or a pattern."""
+    """Print the label and probability of each IMAGE: a file, a folder (recursively) or a pattern such as '*.png'."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=main.__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; the champion, if not given")

@@ -21,7 +21,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class Ended(SystemExit):
-    """Exception that a signal raises in the main thread, wherever that is in the code."""
+    """Exception that a signal raises in the main thread, whatever code is running there."""
 
 
 class _End:

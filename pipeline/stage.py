@@ -27,7 +27,7 @@ Schema = TypeVar("Schema")
 # Environment variables in which torchrun, Lightning and Slurm set the rank of a process. Slurm's comes last, because
 # in an interactive Slurm shell it is 0 for every process that Lightning starts.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-SAID = 20  # messages of one kind that are printed at most
+SAID = 20  # maximum number of printed messages of one kind
 AGAIN = "run `dvc repro` again"
 # Manifest in every output folder: maps each file name to its sha256 checksum. It is written last.
 MARK = "complete.json"

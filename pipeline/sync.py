@@ -36,7 +36,7 @@ class TrainedResult:
     evaluated: Path
 
     def mark(self) -> str:
-        """Return the hash of both manifests, which covers every file of the result."""
+        """Return the sha256 of both manifests, which covers every file of the result."""
         return hashlib.sha256((self.trained / MARK).read_bytes() + (self.evaluated / MARK).read_bytes()).hexdigest()
 
     def record(self) -> dict[str, Any]:

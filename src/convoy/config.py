@@ -1,4 +1,7 @@
-"""Settings: the one door to Hydra and OmegaConf, and to the types that settings must have."""
+"""Settings: compose them with Hydra, load them, and validate them against typed schemas.
+
+No other module uses Hydra or OmegaConf.
+"""
 
 import dataclasses
 import io
@@ -21,7 +24,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-MAX_NAME_LENGTH = 60  # characters, so that a file can be called by it whatever its letters are
+# Short enough to be a file name even where every character takes four bytes in UTF-8.
+MAX_NAME_LENGTH = 60  # characters
 
 
 def _check_name(name: str) -> str:
@@ -32,24 +36,26 @@ def _check_name(name: str) -> str:
             "it names folders, and MLflow's experiment and model: letters, digits, spaces and '_', '-', '.', "
             f"beginning with a letter, digit or '_', {MAX_NAME_LENGTH} characters at most"
         )
-    # MLflow's own experiment, and how the lock of a model is called
+    # `Default` is MLflow's own experiment; `.moving` ends the name of a model's lock.
     if name == "Default" or name.endswith(".moving"):
         raise ValueError("this name is reserved: choose another")
     return name
 
 
-Name = Annotated[str, AfterValidator(_check_name)]  # of a data set, and of the experiment and model that it is in
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch and NumPy both take
+# The name of a data set, and of its MLflow experiment and registered model.
+Name = Annotated[str, AfterValidator(_check_name)]
+# The range that both torch and NumPy accept.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 Schema = TypeVar("Schema")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def schema(table: type[Schema]) -> type[Schema]:
-    """Class decorator: a frozen dataclass whose values are checked when it is made.
+    """Turn a class into a frozen dataclass that validates its values on construction.
 
-    No key may be missing, unknown or of another type (3.7 is no int, "1" is no number, nan is no float), and no
-    number out of its range.
+    A missing or unknown key, a value of another type and a number out of its range are errors. Types are strict:
+    3.7 is not an int, "1" is not a number, and NaN and infinity are not floats.
     """
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=strict)(table)  # type: ignore[return-value]
@@ -58,10 +64,21 @@ def schema(table: type[Schema]) -> type[Schema]:
 def compose(
     root: Path, overrides: Sequence[str] = (), check: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """Compose `root/conf` into `root/params.yaml`, and return it.
+    """Compose `root/conf`, write the result to `root/params.yaml`, and return its sections.
 
-    Raises ConvoyError for what Hydra can't make sense of, and whatever `check` raises of the composed sections.
-    Then `params.yaml` is left as it was.
+    If an error is raised, `params.yaml` is left unchanged.
+
+    Args:
+        root: Project folder.
+        overrides: Hydra overrides, such as `experiment=finetune`.
+        check: Function that validates the composed sections before they are written.
+
+    Returns:
+        The sections of `params.yaml` by name.
+
+    Raises:
+        ConvoyError: If Hydra can't compose the settings, or the file can't be written. Errors that `check` raises are
+            passed on.
     """
     text = composed(root, overrides)
     sections = parse(text)
@@ -74,7 +91,11 @@ def compose(
 
 
 def composed(root: Path, overrides: Sequence[str] = ()) -> str:
-    """What `root/conf` composes to: the very text that `dvc exp run` writes. Raises ConvoyError as `compose` does."""
+    """Compose `root/conf` and return the text, which is identical to what `dvc exp run` writes.
+
+    Raises:
+        ConvoyError: If Hydra can't compose the settings.
+    """
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException, MissingConfigException
@@ -90,30 +111,40 @@ def composed(root: Path, overrides: Sequence[str] = ()) -> str:
         file = Path(f"conf/{error.missing_cfg_file}.yaml")
         known = sorted(other.stem for other in (root / file.parent).glob("*.yaml"))
         raise ConvoyError(f"{file}: there is no such file; {_hint(file.stem, known)}") from error
-    # OSError is OmegaConf's word for a file that holds no table
+    # OmegaConf raises OSError for a file that does not hold a mapping.
     except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(f"conf/ does not compose: {said}") from error
 
 
 def load(params: Path) -> dict[str, Any]:
-    """The sections of a composed `params.yaml`."""
+    """Load the sections of a composed `params.yaml`.
+
+    Raises:
+        ConvoyError: If the file is missing, can't be read, or does not hold sections.
+    """
     if not params.exists():
         raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `make repro`")
     try:
         return parse(params.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # of bytes that are no text
+    # Bytes that are not UTF-8 raise ValueError.
+    except (ValueError, OSError) as error:
         raise ConvoyError(_unreadable(error)) from error
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The sections in the text of a `params.yaml`. Raises ConvoyError where there are none."""
+    """Parse the text of a `params.yaml` into its sections.
+
+    Raises:
+        ConvoyError: If the text is not valid YAML, or is not a mapping of sections.
+    """
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
     try:
         sections = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    except (YAMLError, ValueError, OSError) as error:  # such as the marks of a merge conflict
+    # The markers of a merge conflict, for example, are not valid YAML.
+    except (YAMLError, ValueError, OSError) as error:
         raise ConvoyError(_unreadable(error)) from error
     if not isinstance(sections, dict):
         raise ConvoyError(
@@ -127,19 +158,29 @@ def _unreadable(error: object) -> str:
 
 
 def typed(schema: type[Schema], values: Any, section: str) -> Schema:
-    """`values` as a checked `schema`; `section` is their dotted name in params.yaml, for the message.
+    """Validate values against a schema, and return an instance of it.
 
-    Raises ConvoyError that lists every wrong key with what it may be.
+    Args:
+        schema: Class made by the `schema` decorator.
+        values: Values of the section, as loaded from params.yaml.
+        section: Dotted name of the section in params.yaml, used in error messages.
+
+    Raises:
+        ConvoyError: If any key is wrong. The message lists every wrong key and what it may be.
     """
     try:
-        # by way of JSON, where strict types still let a table become a dataclass
+        # Strict validation of JSON still converts a mapping to a dataclass; that of Python objects does not.
         return pydantic.TypeAdapter(schema).validate_json(json.dumps(values, default=str), strict=True)
     except pydantic.ValidationError as error:
         raise ConvoyError("\n".join(_complaints(error, schema, values, section))) from None
 
 
 def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises ConvoyError where the composed settings lack a known section, or have another."""
+    """Check that the composed settings have all known sections and no others.
+
+    Raises:
+        ConvoyError: If a section is unknown, missing or empty.
+    """
     for name in params:
         if name not in known:
             raise ConvoyError(f"conf/: {name}: unknown section; {_hint(name, known)}")
@@ -149,7 +190,8 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, section: str) -> Iterator[str]:
-    wrong: dict[str, list[str]] = {}  # of each value, what it should be: several where it may be of several kinds
+    # Messages by value. A value whose type is a union gets one for each member of the union.
+    wrong: dict[str, list[str]] = {}
     for complaint in error.errors():
         *parents, key = complaint["loc"] or ("",)
         name = ".".join(str(part) for part in (section, *complaint["loc"]))
@@ -171,7 +213,7 @@ def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, secti
 
 
 def _quoting_hint(value: Any) -> str:
-    """Say how to write a text that YAML takes for another type where it is not quoted."""
+    """Return a hint on how to quote a string that YAML otherwise reads as another type."""
     match value:
         case bool():
             words = "yes, on and true" if value else "no, off and false"
@@ -184,7 +226,7 @@ def _quoting_hint(value: Any) -> str:
 
 
 def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:
-    """The keys and list places of a location: pydantic also puts there which kind of several did not fit."""
+    """Yield the keys and list indices in pydantic's location of an error, without the names of union members."""
     for part in location:
         if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
             values = values[part]
@@ -194,7 +236,7 @@ def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:
 def _fields(schema: Any, parents: Sequence[Any]) -> list[str]:
     for parent in parents:
         kind = next((field.type for field in dataclasses.fields(schema) if field.name == parent), None)
-        # of `Table | None`, the table
+        # For an optional schema (`Schema | None`), take the schema.
         schema = next((part for part in (kind, *get_args(kind)) if dataclasses.is_dataclass(part)), None)
         if schema is None:
             return []

@@ -1,4 +1,4 @@
-"""Full disks: recognised in the errors of every library that may meet one, and named."""
+"""Full disks: recognise them in the errors of different libraries, and name the folder concerned."""
 
 import errno
 import shutil
@@ -7,26 +7,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# what remains of the error number where a library keeps only the words: of Linux and macOS, and of SQLite
+# Messages of Linux and macOS, and of SQLite, for libraries that keep only the text of the original error.
 WORDS = ("no space left on device", "disk quota exceeded", "database or disk is full")
-# SQLite says no more than this of some writes that found no room; a disk that fails says the same
+# SQLite reports this for some writes to a full disk, but also for a failing disk.
 UNCLEAR = "disk i/o error"
-NO_ROOM = 2**20  # bytes; with fewer free, an unclear error is that of a full disk
+# With less free space than this, an unclear error is attributed to a full disk.
+NO_ROOM = 2**20  # bytes
 
 
 def explain_full_disk(error: BaseException, root: Path, again: str = "run this again") -> str | None:
-    """Return the message for an error that a full disk caused, and None for any other.
+    """Return a message for an error that a full disk caused.
 
     Args:
-        error: as it was caught; what it was raised from, and what it was raised in, is looked at, too.
-        root: the project folder.
-        again: what to do when there is room.
+        error: Error as it was caught. Its causes and contexts are checked, too.
+        root: Project folder.
+        again: What the user should do once there is space, for the message.
+
+    Returns:
+        The message, or None if the disk is not full.
     """
     full = [each for each in _chain(error) if _is_full(each, root)]
     if not full:
         return None
     named = _find_folder(place for each in full for place in _places(each))
-    # most errors of a write name no file: then every file system that we write to may be the one
+    # Most write errors name no file. Then it may be any of the file systems that we write to.
     folders = [named] if named else _distinct([root, Path(tempfile.gettempdir())])
     free = ", ".join(f"{folder} has {_size(shutil.disk_usage(folder).free)} free" for folder in folders)
     hint = ""
@@ -36,12 +40,12 @@ def explain_full_disk(error: BaseException, root: Path, again: str = "run this a
 
 
 def is_disk_error(error: BaseException) -> bool:
-    """Whether SQLite failed to read or write for a reason that lies in the disk and not in the database."""
+    """Return whether SQLite failed to read or write because of the disk, not because of the database."""
     return any(UNCLEAR in str(each).lower() for each in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and all that it was raised from or in."""
+    """Yield an error and all its causes and contexts."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -55,24 +59,28 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _is_full(error: BaseException, root: Path) -> bool:
     if isinstance(error, OSError) and error.errno in FULL:
         return True
-    # shutil.Error holds a list of (source, target, message)
+    # The text of a shutil.Error includes that of the errors in it.
     text = str(error).lower()
     return any(words in text for words in WORDS) or (UNCLEAR in text and shutil.disk_usage(root).free < NO_ROOM)
 
 
 def _places(error: BaseException) -> Iterator[Path]:
-    """Yield the files that an error says it could not write."""
+    """Yield the files that could not be written according to an error."""
+    # A shutil.Error holds a list of (source, target, message).
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         yield from (Path(str(target)) for _, target, *_ in error.args[0])
     elif isinstance(error, OSError):
-        # of two, the second is the target
+        # If there are two file names, the second is the target.
         name = error.filename2 or error.filename
         if isinstance(name, str | bytes):
             yield Path(name if isinstance(name, str) else name.decode(errors="surrogateescape"))
 
 
 def _find_folder(places: Iterable[Path]) -> Path | None:
-    """Return the folder of the first place; where that is gone, as temporary ones are, the one that it was in."""
+    """Return the nearest existing parent folder of the first place.
+
+    The folder that was written to may be gone, as temporary folders are.
+    """
     for place in places:
         for folder in place.absolute().parents:
             if folder.is_dir():
@@ -81,13 +89,13 @@ def _find_folder(places: Iterable[Path]) -> Path | None:
 
 
 def _is_temporary(folder: Path, root: Path) -> bool:
-    """Whether a folder is on the file system of temporary files, and that is not the project's own."""
+    """Return whether a folder is on the file system for temporary files, and the project is on another one."""
     device = Path(tempfile.gettempdir()).stat().st_dev
     return folder.stat().st_dev == device != root.stat().st_dev
 
 
 def _distinct(folders: list[Path]) -> list[Path]:
-    """Return one folder of each file system."""
+    """Return the first of the folders on each file system."""
     return list({folder.stat().st_dev: folder for folder in reversed(folders)}.values())[::-1]
 
 

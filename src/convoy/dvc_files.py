@@ -1,4 +1,4 @@
-"""Files under DVC: what an import records, what its source holds now, and which files are nowhere else."""
+"""Files under DVC: compare an import's recorded version, its source, the workspace and the cache."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,40 @@ from typing import Any
 
 from convoy.errors import ConvoyError
 
-Checksums = Mapping[str, str]  # path within a folder -> md5; of a single file, the one path is ""
+# Relative path within a folder -> MD5. For a single file, the only path is "".
+Checksums = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Import:
     """A `.dvc` file with one dependency and one output, as `dvc import-url` writes it."""
 
-    source: str  # as the file names it
-    is_local: bool  # whether the source is a path of this machine
-    is_frozen: bool  # DVC's default: `dvc repro` never replaces the output
-    is_current: bool  # whether the file records the source that it names, and as it is now where that can be seen
-    present: Checksums  # in the workspace; empty where there is no file
-    recorded: Checksums | None  # of the recorded version; None where no list of its files is at hand
-    offered: Checksums | None  # of the source; None where it is remote, or gone
+    source: str  # as written in the file
+    is_local: bool  # whether the source is a path on this machine
+    is_frozen: bool  # whether `dvc repro` never replaces the output; DVC's default
+    is_current: bool  # whether the file records the source it names, and its present content if that is local
+    present: Checksums  # files in the workspace; empty if there are none
+    recorded: Checksums | None  # files of the recorded version; None if no list of them is available
+    offered: Checksums | None  # files of the source; None if it is remote or missing
     is_recorded: bool  # whether the workspace holds exactly the recorded version
-    is_cached: bool  # whether the cache holds all of the recorded version
-    at_stake: list[str]  # paths in the workspace whose content neither the cache nor the source has
+    is_cached: bool  # whether the cache holds all files of the recorded version
+    at_stake: list[str]  # paths in the workspace whose content would be lost: it is in neither cache nor source
 
 
 def read_import(root: Path, name: str) -> Import | None:
-    """Compare the output of the import `root/name`, such as data.dvc, with what is recorded and with its source.
+    """Compare the output of an import with its recorded version and with its source.
 
-    Files that DVC has seen before and that have kept size and time are not read again. Returns None where the file
-    describes no import, as after `dvc add`. Raises ConvoyError where DVC can't read it or a file.
+    DVC does not read files again whose size and modification time are unchanged since it hashed them.
+
+    Args:
+        root: Project folder.
+        name: Name of the `.dvc` file in it, such as `data.dvc`.
+
+    Returns:
+        The comparison, or None if the file does not describe an import, as after `dvc add`.
+
+    Raises:
+        ConvoyError: If DVC can't read the `.dvc` file or one of the compared files.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -48,7 +58,7 @@ def read_import(root: Path, name: str) -> Import | None:
             present, present_hash = _read(output, cache)
             offered, offered_hash = _read(dependency, cache) if is_local else (None, None)
             recorded, recorded_hash = _list(output.get_obj()), output.hash_info
-            # the list of a folder's files is an object in the cache, which a fresh clone lacks
+            # The list of a folder's files is an object in the cache, which a fresh clone lacks.
             if recorded is None and recorded_hash == present_hash:
                 recorded = present
             elif recorded is None and recorded_hash == offered_hash:
@@ -72,7 +82,7 @@ def read_import(root: Path, name: str) -> Import | None:
 
 
 def uncached(root: Path, files: Sequence[Path]) -> list[Path]:
-    """Those of some files below `root` whose content is not in DVC's cache."""
+    """Return those of the files below `root` whose content is not in DVC's cache."""
     from dvc.repo import Repo
     from dvc_data.hashfile.hash import file_md5
 
@@ -82,7 +92,7 @@ def uncached(root: Path, files: Sequence[Path]) -> list[Path]:
 
 
 def _read(output: Any, cache: Any) -> tuple[Checksums | None, Any]:
-    """The files of an output or a dependency, and the hash of all; None for both where there is nothing."""
+    """Return the files of an output or a dependency and their common hash, or (None, None) if it is missing."""
     from dvc_data.hashfile.build import build
 
     if not os.path.lexists(output.fs_path):

@@ -1,11 +1,14 @@
-"""The error that a user can fix, and hints in its messages."""
+"""The exception for errors that a user can fix, and hints for its messages."""
 
 import difflib
 from collections.abc import Sequence
 
 
 class ConvoyError(Exception):
-    """What a user can mend. The message names the file or key, what is wrong with it, and the mend."""
+    """An error that the user can fix.
+
+    The message names the file or key, what is wrong with it, and how to fix it.
+    """
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -1,19 +1,23 @@
-"""Fonts: the families that together have every letter of the names in a plot."""
+"""Fonts: find installed families that together cover all characters in the text of a plot."""
 
 import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-DEFAULT = "DejaVu Sans"  # matplotlib brings it along
+# The font that comes with matplotlib.
+DEFAULT = "DejaVu Sans"
 
 
 def font_families(texts: Iterable[str]) -> list[str]:
-    """Return matplotlib's default family and, where it lacks letters of `texts`, installed ones that have them."""
+    """Return the font families needed to draw texts.
+
+    The first is matplotlib's default family. Installed families that have the characters it lacks follow.
+    """
     return list(_families(frozenset("".join(texts)))[0])
 
 
 def missing_letters(texts: Iterable[str]) -> set[str]:
-    """Return the letters of `texts` that no installed font has, and that a plot shows as boxes."""
+    """Return the characters of texts that no installed font has, and that a plot shows as boxes."""
     return set(_families(frozenset("".join(texts)))[1])
 
 
@@ -23,14 +27,14 @@ def _families(letters: frozenset[str]) -> tuple[list[str], set[str]]:
 
     families = [DEFAULT]
     missing = {ord(letter) for letter in letters} - get_font(findfont(DEFAULT)).get_charmap().keys()
-    # not from matplotlib's list of fonts, which it keeps in a file and which lacks those that were installed since
+    # Search the system rather than matplotlib's font list: that is cached in a file and lacks newly installed fonts.
     for file in sorted(findSystemFonts(), key=_preference) if missing else []:
         try:
             font = get_font(file)
             has = missing & font.get_charmap().keys()
         except (OSError, RuntimeError):
             continue
-        # matplotlib can't draw fonts of bitmaps, such as those of coloured emoji
+        # matplotlib can't draw bitmap fonts, such as those of coloured emoji.
         if has and font.scalable:
             fontManager.addfont(file)
             families.append(font.family_name)
@@ -41,6 +45,6 @@ def _families(letters: frozenset[str]) -> tuple[list[str], set[str]]:
 
 
 def _preference(file: str) -> tuple[bool, bool, str]:
-    """Put upright fonts without serifs first, and always in the same order."""
+    """Return a sort key that puts upright sans-serif fonts first, in a reproducible order."""
     name = Path(file).name.lower()
     return "sans" not in name, "regular" not in name, name

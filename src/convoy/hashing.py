@@ -1,10 +1,10 @@
-"""Hashes: what a file is known and checked by."""
+"""Checksums of files."""
 
 import hashlib
 from pathlib import Path
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 checksum of a file as a hexadecimal string."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

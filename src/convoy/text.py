@@ -1,4 +1,4 @@
-"""Naming: what a sentence says of many things, the first of them by name."""
+"""Text for messages that list many names."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,6 @@ FEW = 5
 
 
 def truncate_names(names: Sequence[str]) -> str:
-    """The first `FEW` names, and how many more there are."""
+    """Join the first `FEW` names with commas, and add how many more there are."""
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
     return ", ".join(names[:FEW]) + more

@@ -1,4 +1,4 @@
-"""Runs: each training in MLflow, written once, with its curves, results and files."""
+"""MLflow runs: write each training once, with its curves, results and files."""
 
 import contextlib
 import dataclasses
@@ -20,48 +20,59 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from convoy.hashing import sha256
 from convoy.tracking.store import TrackingStore, uploading
 
-IDENTITY = "convoy.identity"  # tag of a run: the hash of the settings, data and code that define its training
+# Tag of a run: the hash of the settings, data and code that define its training.
+IDENTITY = "convoy.identity"
 
 
-RESULTS = "convoy.results"  # tag of a run that is whole: the hash of the results that it shows
+# Tag of a complete run: the hash of the results that it shows.
+RESULTS = "convoy.results"
 
 
-HASHES = "convoy.sha256"  # tag of a run and of a model version: the sha256 of every file of it, as JSON
+# Tag of a run and of a model version: the SHA-256 checksums of all its files, as JSON.
+HASHES = "convoy.sha256"
 
 
-PROCESS = "convoy.process"  # tag of a run that was seen training: the machine and the number of the process
+# Tag of a run that was logged while it trained: the machine name and the process ID.
+PROCESS = "convoy.process"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataVersion:
-    """The data that a model saw, as MLflow shall name it."""
+    """The version of the data that a model was trained on, as shown in MLflow."""
 
     name: str
-    digest: str  # at most 36 characters; name and digest together are the identity of the data in MLflow
-    source: str  # where it came from, such as "data.dvc"
-    profile: Mapping[str, int]  # what was counted: images, classes, train, val, test, ...
+    digest: str  # at most 36 characters; name and digest together identify the data in MLflow
+    source: str  # where it comes from, such as "data.dvc"
+    profile: Mapping[str, int]  # counts of images, classes, train, val, test, ...
 
 
-Row = Mapping[str, float]  # of an epoch: "epoch", from 1, and what the history has of it, such as "val_loss"
+# The metrics of an epoch: "epoch", counted from 1, and those in the history, such as "val_loss".
+Row = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A training as MLflow shall show it, and its evaluation once there is one."""
+    """A training as shown in MLflow, with its evaluation once there is one."""
 
     name: str
     params: Mapping[str, object]  # flat dotted names, the same for all architectures
-    tags: Mapping[str, str]  # what is so now; IDENTITY among them
-    origin: Mapping[str, str]  # tags that stay as they were first written: commit, who, why
+    tags: Mapping[str, str]  # tags that are updated; includes IDENTITY
+    origin: Mapping[str, str]  # tags that are never overwritten: commit, who, why
     data: DataVersion
     history: Sequence[Row] = ()
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     files: Sequence[Path] = ()
-    status: str = "RUNNING"  # or FINISHED or FAILED, as the training did
+    status: str = "RUNNING"  # RUNNING, FINISHED or FAILED
 
 
 def run_in_training(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[str, str]) -> RunRecord:
-    """The run of a training that has begun; of its `record` all that is known by then."""
+    """Create the run of a training that has started.
+
+    Args:
+        record: Training record, with everything known when training starts.
+        tags: Additional tags, which are updated.
+        origin: Tags that are never overwritten.
+    """
     settings, recipe, environment = record["settings"], dict(record["settings"]["recipe"]), record["environment"]
     shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
     augment = recipe.pop("augment")
@@ -105,7 +116,16 @@ def run_with_results(
     origin: Mapping[str, str],
     files: Sequence[Path],
 ) -> RunRecord:
-    """The run that the whole record and the history of a training and its evaluation's figures make."""
+    """Create the run of a training that has ended.
+
+    Args:
+        record: Complete training record.
+        figures: Test metrics; not used if the training failed, except that they are logged.
+        history: Metrics of each epoch.
+        tags: Additional tags, which are updated.
+        origin: Tags that are never overwritten.
+        files: Files to upload as artifacts.
+    """
     best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
     weights = [file for file in files if file.suffix == ".safetensors"]
     if failure:
@@ -133,7 +153,10 @@ def run_with_results(
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    """{"widths": [6, 16], "flip": False} -> "widths=[6,16] flip=false": what is too much for a parameter each."""
+    """Format settings that are too many for one parameter each as one line.
+
+    For example, `{"widths": [6, 16], "flip": False}` becomes "widths=[6,16] flip=false".
+    """
     return " ".join(f"{name}={_short(value)}" for name, value in values.items())
 
 
@@ -143,21 +166,36 @@ def _short(value: object) -> str:
 
 @contextlib.contextmanager
 def sole_writer(store: TrackingStore, identity: str, timeout: float) -> Iterator[None]:
-    """One process at a time in a project folder writes the run of this identity.
+    """Hold the lock with which only one process in a project folder writes a run.
 
-    Who holds it may do without `store`'s lock; nobody waits for that one while holding this. Raises filelock.Timeout
-    after so many seconds.
+    The holder does not need the lock that `open_store` takes. To avoid deadlocks, don't wait for that lock while
+    holding this one.
+
+    Args:
+        store: Tracking store.
+        identity: Value of the run's IDENTITY tag.
+        timeout: Seconds to wait for the lock.
+
+    Raises:
+        filelock.Timeout: If the lock is not free in time.
     """
     file = store.locks / f"run-{identity[:12]}.lock"
     with FileLock(file, timeout):
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # who waits for it notices
+            # A process that waits for the lock notices that the file is gone.
+            file.unlink(missing_ok=True)
 
 
 def find(store: TrackingStore, identity: str) -> Found | None:
-    """The run of this identity. One that was deleted is taken back; of two, by machines that met, the elder stays."""
+    """Find the run with this identity, and restore it if it was deleted.
+
+    If two machines have created the run at the same time, the older one is kept and the other is deleted.
+
+    Returns:
+        The run, or None if there is none.
+    """
     ours = [store.experiment.experiment_id]
     known = store.client.search_runs(ours, f"tags.`{IDENTITY}` = '{identity}'", ViewType.ALL)
     found = sorted(known, key=lambda run: (run.info.lifecycle_stage != "active", run.info.start_time, run.info.run_id))
@@ -173,7 +211,17 @@ def find(store: TrackingStore, identity: str) -> Found | None:
 
 
 def start_run(store: TrackingStore, run: RunRecord, process: str, moment: int) -> str | None:
-    """The id of the run that a training begins at `moment` (ms) or goes on with; None where that is finished."""
+    """Create the run of a training that starts, or continue it if it exists.
+
+    Args:
+        store: Tracking store.
+        run: Contents of the run.
+        process: Value of the PROCESS tag.
+        moment: Start time, in milliseconds since the epoch.
+
+    Returns:
+        The ID of the run, or None if the run has already finished.
+    """
     client, found = store.client, find(store, run.tags[IDENTITY])
     if found is None:
         tags = {**run.origin, **run.tags, PROCESS: process}
@@ -188,26 +236,36 @@ def start_run(store: TrackingStore, run: RunRecord, process: str, moment: int) -
 
 
 def is_synced(found: Found, status: str, results: str) -> bool:
-    """Whether a run shows these very results, and says what its files must be."""
+    """Return whether a run has this status and shows exactly these results, with the checksums of its files."""
     return found.info.status == status and found.data.tags.get(RESULTS) == results and HASHES in found.data.tags
 
 
 def sync_run(store: TrackingStore, run: RunRecord, results: str, moment: int) -> str:
-    """Write all that the store does not have yet of a run that ended at `moment` (ms), and return its id.
+    """Write everything that the store does not have yet of a run that has ended.
 
-    RESULTS is written last, so that whatever ends this, to do it again completes it.
+    The RESULTS tag is written last. After an interruption, calling this again completes the run.
+
+    Args:
+        store: Tracking store.
+        run: Contents of the run.
+        results: Hash of the results, for the RESULTS tag.
+        moment: End time, in milliseconds since the epoch.
+
+    Returns:
+        The ID of the run.
     """
     client, found, now = store.client, find(store, run.tags[IDENTITY]), _now()
     found = found or client.create_run(store.experiment.experiment_id, now, {**run.origin, **run.tags}, run.name)
     run_id = found.info.run_id
-    # the training is over, also where this is stopped before all of it is there
+    # Set the status first: the training has ended even if this function is interrupted.
     if found.info.status != run.status:
         client.set_terminated(run_id, run.status, max(moment, found.info.start_time))
     _define(store, run, found)
     keys = {point.key for row in run.history for point in curve_points(row, 0)} & found.data.metrics.keys()
     known = [point for key in sorted(keys) for point in client.get_metric_history(run_id, key)]
     last = max(known, key=lambda point: point.step, default=None)
-    # of two machines that do this at once each writes the same moments, so that every point is one
+    # Derive timestamps from the run. Two machines that write it at the same time then write identical points, which
+    # MLflow stores once.
     since = last.timestamp - last.step if last else found.info.start_time
     figures = {name: rounded(value) for name, value in run.metrics.items() if math.isfinite(value)}
     changed = {name: value for name, value in figures.items() if found.data.metrics.get(name) != value}
@@ -219,7 +277,7 @@ def sync_run(store: TrackingStore, run: RunRecord, results: str, moment: int) ->
     held = {file.path: file.file_size for file in client.list_artifacts(run_id)}
     hashes, recorded = {file.name: sha256(file) for file in run.files}, hashes_of(found)
     for file in run.files:
-        # weights are large: those which are there, and were these when they came, stay
+        # Weights are large. They are not uploaded again if size and recorded checksum match.
         same = held.get(file.name) == file.stat().st_size and recorded.get(file.name) == hashes[file.name]
         if file.suffix != ".safetensors" or not same:
             with uploading():
@@ -231,7 +289,7 @@ def sync_run(store: TrackingStore, run: RunRecord, results: str, moment: int) ->
 
 
 def hashes_of(found: Found) -> dict[str, str]:
-    """The sha256 of each file of a run, by its name; of none where its tag HASHES does not say."""
+    """Return the SHA-256 checksum of each file of a run by file name; empty if its HASHES tag is missing or invalid."""
     try:
         hashes = json.loads(found.data.tags[HASHES])
     except (KeyError, ValueError):
@@ -240,7 +298,7 @@ def hashes_of(found: Found) -> dict[str, str]:
 
 
 def _define(store: TrackingStore, run: RunRecord, found: Found) -> None:
-    """The parameters and the data of a run, as far as they are not there: MLflow lets nobody change them."""
+    """Log those parameters and the data of a run that are missing, as MLflow does not let them be changed."""
     missing = [Param(name, str(value)) for name, value in run.params.items() if name not in found.data.params]
     if missing:
         store.client.log_batch(found.info.run_id, params=missing)
@@ -260,47 +318,65 @@ def _training_input(data: DataVersion) -> DatasetInput:
 
 
 def set_tags(store: TrackingStore, found: Found, tags: Mapping[str, str]) -> None:
-    """Write those tags that differ."""
+    """Write the tags whose values differ from those of the run."""
     for name, value in tags.items():
         if found.data.tags.get(name) != value:
             store.client.set_tag(found.info.run_id, name, value)
 
 
 def curve_points(row: Row, moment: int) -> list[Metric]:
-    """An epoch's points of the curves, at its step; val_accuracy as val/accuracy: MLflow makes sections of prefixes."""
+    """Return an epoch's points of all curves, with the epoch as their step.
+
+    `val_accuracy` is named val/accuracy, because MLflow groups charts by prefix. Values that are not finite are left
+    out.
+
+    Args:
+        row: Metrics of the epoch.
+        moment: Timestamp of the points, in milliseconds since the epoch.
+    """
     points = {name.replace("_", "/", 1): rounded(value) for name, value in row.items() if name != "epoch"}
     return [Metric(name, value, moment, int(row["epoch"])) for name, value in points.items() if math.isfinite(value)]
 
 
 def shown_epochs(store: TrackingStore, run_id: str) -> set[int]:
-    """The epochs whose points a run has."""
+    """Return the epochs that a run has points of."""
     return {point.step for point in store.client.get_metric_history(run_id, "val/loss")}
 
 
 def log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> None:
-    """Write points; the same one twice, moment included, is one."""
-    for start in range(0, len(points), 1000):  # what a server takes at a time
+    """Log points; MLflow stores a point with the same value, step and timestamp only once."""
+    # A server accepts at most 1,000 points in one request.
+    for start in range(0, len(points), 1000):
         client.log_batch(run_id, metrics=points[start : start + 1000])
 
 
 def rounded(value: float) -> float:
-    """To seven digits, as MLflow's tables show all that there are."""
+    """Round a value to seven significant digits, as MLflow's tables show all digits."""
     return value if float(value).is_integer() else float(f"{value:.7g}")
 
 
 def lacks(store: TrackingStore, run_id: str, metric: str) -> bool:
-    """Whether a run has no such metric."""
+    """Return whether a run lacks a metric."""
     return metric not in store.client.get_run(run_id).data.metrics
 
 
 def add_timings(store: TrackingStore, run_id: str, timings: Mapping[str, float], hardware: str) -> None:
-    """Write into a run how long its model took, as `latency/<name>`, and on which hardware. No output holds that."""
+    """Log the latency of a run's model, and the hardware on which it was measured.
+
+    No output of a stage holds these, because they differ in each measurement.
+
+    Args:
+        store: Tracking store.
+        run_id: ID of the run.
+        timings: Latency by name, logged as `latency/<name>`.
+        hardware: Description of the hardware, for the tag `latency.hardware`.
+    """
     points = [Metric(f"latency/{name}", round(value, 3), _now(), 0) for name, value in timings.items()]
     store.client.log_batch(run_id, metrics=points, tags=[RunTag("latency.hardware", hardware)])
 
 
 def mark_killed_runs(store: TrackingStore) -> None:
-    """Runs that count as running, though their process on this machine has gone, were killed."""
+    """Mark running runs as killed if their process on this machine no longer exists."""
     for run in store.client.search_runs([store.experiment.experiment_id], "attributes.status = 'RUNNING'"):
         machine, _, process = run.data.tags.get(PROCESS, "").rpartition(" ")
         if machine == platform.node() and process.isdecimal() and not _is_alive(int(process)):
@@ -312,7 +388,8 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
+    # The process exists, and belongs to another user.
+    except PermissionError:
         return True
     return True
 

@@ -1,4 +1,4 @@
-"""Tracking: the one door to MLflow, for experiments and runs, each brought there once."""
+"""The MLflow tracking store: open it, find or create the experiment, and explain errors."""
 
 import contextlib
 import dataclasses
@@ -24,55 +24,75 @@ from convoy.errors import ConvoyError
 from convoy.tracking import database
 from convoy.tracking.database import START_OVER
 
-ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")  # codes of errors: no such alias; no such model
-PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"  # seconds
-QUICK, SLOW = "20", "600"  # for what a server answers by itself; for what it may have to pass on
-
-
-# The store
+# MLflow's error codes for a missing alias and for a missing model.
+ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+# The environment variable for MLflow's request timeout, and its values for ordinary requests and for uploads.
+PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+QUICK, SLOW = "20", "600"  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingStore:
-    """An MLflow tracking store, and the experiment in it that is ours."""
+    """An MLflow tracking store and this project's experiment in it."""
 
     client: MlflowClient
     experiment: Experiment
-    address: str  # where its UI answers
-    locks: Path  # the folder of the locks
-    champions: Path  # the folder of what this project itself remembers of its champions
+    address: str  # URL of its UI
+    locks: Path  # folder of the lock files
+    champions: Path  # folder of the project's own records of its champions
 
     @property
     def scratch(self) -> Path:
-        """The folder for temporary files of a model's size: unlike TMPDIR it has as much room as the project."""
+        """Return the folder for large temporary files, such as models.
+
+        Unlike TMPDIR it is on the project's own disk, and has as much space.
+        """
         return self.locks / "mlflow"
 
 
 @contextlib.contextmanager
 def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
-    """The store that MLFLOW_TRACKING_URI names, or `root/mlflow.db` with the artifacts in `root/mlartifacts`.
+    """Open the tracking store, and create the experiment if it does not exist.
 
-    One process at a time in a project folder. Raises ConvoyError where a server can't be reached or refuses.
+    The store is the one that MLFLOW_TRACKING_URI names. If that is not set, it is the embedded store: the database
+    `root/mlflow.db`, with the artifacts in `root/mlartifacts`. A lock lets only one process at a time in a project
+    folder open its store.
+
+    Args:
+        root: Project folder.
+        experiment: Name of the experiment.
+
+    Yields:
+        The store.
+
+    Raises:
+        ConvoyError: If the server can't be reached or refuses, if the database can't be used, or if MLflow fails
+            while the store is open.
     """
-    # MLflow's own defaults would wait for four minutes on a server that is down
+    # With MLflow's defaults, requests to a server that is down fail only after four minutes.
     os.environ.setdefault(PATIENCE, QUICK)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")  # nor for as long as a server may ask
+    # A server may ask to wait for any time with a Retry-After header.
+    os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would print a password that is in it
+    # The URL may contain a password.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     embedded = f"sqlite:///{root / 'mlflow.db'}"
     uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded
+    # The user may have named the embedded store in MLFLOW_TRACKING_URI, as MLflow's own commands need it.
     if uri.startswith("sqlite:///") and root / uri.removeprefix("sqlite:///") == root / "mlflow.db":
-        uri = embedded  # as MLflow's own commands are told where it is
+        uri = embedded
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     mlflow.set_tracking_uri(uri)
-    if uri == embedded:  # MLflow tells processes started from here; another project's store would be taken for a server
+    # `set_tracking_uri` also sets the variable for child processes. There another project would take this store, which
+    # is not its own embedded one, for a shared one.
+    if uri == embedded:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     locks = root / "artifacts" / ".scratch"
     locks.mkdir(parents=True, exist_ok=True)
     try:
-        # to search and then to create is not atomic, and two processes can't make the same database
+        # Searching for an experiment and then creating it is not atomic, nor is creating the database.
         with FileLock(locks / "mlflow.lock"):
             if file := _sqlite_file(uri):
                 database.prepare(file)
@@ -83,20 +103,21 @@ def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
                 if artifacts:
                     database.check_owner(root / "mlflow.db")
                 ours = _create_experiment(client, experiment, artifacts)
-            if ours.lifecycle_stage != "active":  # it was deleted, and would hide every run
+            # A deleted experiment would hide all its runs.
+            if ours.lifecycle_stage != "active":
                 client.restore_experiment(ours.experiment_id)
             if artifacts:
                 _check_place(root, ours)
             address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
             store = TrackingStore(client, ours, address, locks, root / "artifacts" / ".champions")
-            # a process that was killed may have left some
+            # A killed process may have left temporary files.
             shutil.rmtree(store.scratch, ignore_errors=True)
             store.scratch.mkdir()
             yield store
             shutil.rmtree(store.scratch, ignore_errors=True)
     except Exception as error:
         file, is_of_mlflow = _sqlite_file(uri), _is_of_mlflow(error)
-        # what a server says of a full disk is said of its own
+        # If a server reports a full disk, it is the server's disk, not ours.
         if (file or not is_of_mlflow) and (full := explain_full_disk(error, root)):
             raise ConvoyError(full) from error
         if not is_of_mlflow:
@@ -107,9 +128,10 @@ def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
 
 @contextlib.contextmanager
 def uploading() -> Iterator[None]:
-    """For large files, which a server may first pass on to its bucket: it is waited for longer."""
+    """Use a longer request timeout for large files, which a server may first have to pass on to its bucket."""
     before = os.environ[PATIENCE]
-    if before == QUICK:  # the user has not set it
+    # Any other value was set by the user.
+    if before == QUICK:
         os.environ[PATIENCE] = SLOW
     try:
         yield
@@ -118,13 +140,13 @@ def uploading() -> Iterator[None]:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite database; None for a server, and for a URI with more than a path in it."""
+    """Return the file of a SQLite database, or None for a server or a URI with more than a path in it."""
     path = uri.removeprefix("sqlite:///")
     return Path(path).absolute() if path not in (uri, "", ":memory:") and "?" not in path else None
 
 
 def _how_to_fix(error: Exception, file: Path) -> str:
-    """What to do about a database that MLflow can't work with."""
+    """Return how to fix a database that MLflow can't work with, for the message."""
     said = str(error).lower()
     if is_disk_error(error):
         return f"The disk that {file.name} is on fails or is full: see to it (`df -h`), and run this again"
@@ -138,9 +160,10 @@ def _how_to_fix(error: Exception, file: Path) -> str:
 
 
 def _check_place(root: Path, experiment: Experiment) -> None:
-    """Raises ConvoyError where the embedded store was copied or moved: it would write into the files of the first."""
+    """Raise ConvoyError if the embedded store was copied or moved, as it would write into the original's files."""
     there = local(experiment.artifact_location).resolve()
-    here = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name  # the database may be a link
+    # The database may be a symbolic link.
+    here = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name
     if there != here.resolve():
         raise ConvoyError(
             f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
@@ -149,20 +172,22 @@ def _check_place(root: Path, experiment: Experiment) -> None:
 
 
 def local(uri: str) -> Path:
-    """What a file:// address names."""
+    """Return the path that a file:// URI names."""
     return Path(unquote(urlparse(uri).path))
 
 
 def _client() -> MlflowClient:
     try:
         return MlflowClient()
-    except ImportError as error:  # of what speaks with a database
+    # The driver of a database may not be installed.
+    except ImportError as error:
         raise MlflowException(str(error)) from error
 
 
 def _is_of_mlflow(error: Exception) -> bool:
-    """Whether it, its server, its database or its bucket failed; what speaks with these two is slow to import."""
+    """Return whether an error comes from MLflow, its server, its database or its bucket."""
     known = isinstance(error, MlflowException | requests.RequestException | sqlite3.Error)
+    # Compare names of modules, as SQLAlchemy and boto3 are slow to import.
     return known or type(error).__module__.startswith(("sqlalchemy.", "botocore.", "boto3."))
 
 
@@ -173,24 +198,16 @@ def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -
         made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
         if made is None:
             raise
-        return made  # by another machine, at this moment
+        # Another machine has created it in the meantime.
+        return made
 
 
 def describe_error(error: BaseException) -> str:
-    """What to say where MLflow failed with `error`: one line, and no user name and password in it."""
+    """Describe an error of MLflow in one line, without any user name and password."""
     said = str(error).partition("[SQL:")[0] or repr(error)
     return without_login(f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(said, 300)}")
 
 
 def without_login(text: str) -> str:
-    """The addresses in a text without user name and password."""
+    """Remove user names and passwords from the URLs in a text."""
     return re.sub(r"//[^/\s]*@", "//", text)
-
-
-# Runs
-
-
-# Where a run comes from
-
-
-# Views

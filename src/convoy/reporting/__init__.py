@@ -1,1 +1,1 @@
-"""Reporting: results as tables and plots."""
+"""Results as tables and plots."""

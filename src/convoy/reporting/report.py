@@ -1,4 +1,4 @@
-"""The report: the compared architectures as tables and pictures."""
+"""Tables and plots that compare the architectures."""
 
 import warnings
 from collections.abc import Mapping
@@ -9,17 +9,26 @@ import pandas as pd
 
 from convoy.fonts import font_families, missing_letters
 
-if TYPE_CHECKING:  # who only prints a table waits for no statistics
+# The gate's statistics are slow to import, and are not needed to print a table.
+if TYPE_CHECKING:
     from convoy.promotion.gate import Verdict
 
-NAMED = 100  # classes, up to which a picture has their names
+# A plot of more classes does not show their names.
+NAMED = 100  # classes
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
 def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """A row for each architecture, in their order: its best epoch, its test figures and its size.
+    """Make a table with one row for each architecture: its best epoch, test metrics and size.
 
-    Of one whose training failed there is only the name and the size.
+    Rows are in the order of `records`. For a failed training only the name and the size are known.
+
+    Args:
+        records: Training record of each architecture.
+        figures: Test metrics of each architecture.
+
+    Returns:
+        A table with the columns model, val_accuracy, val_loss, epoch, test_<metric> for each metric, and parameters.
     """
     rows = [
         {
@@ -33,13 +42,18 @@ def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, 
     return pd.DataFrame(rows).astype({"epoch": "Int64"})
 
 
-# of the leaderboard, what a terminal has room for
+# The columns of the leaderboard that fit on a terminal.
 SHOWN = ["model", "val_accuracy", "val_loss", "epoch", "test_accuracy", "test_macro_f1", "test_log_loss",
          "test_calibration_error", "parameters"]  # fmt: skip
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
-    """On the terminal, with four digits of each fraction."""
+    """Print a table on the terminal, with four decimal places for floats.
+
+    Args:
+        table: Table to print. Missing values are shown as "failed".
+        title: Title above it.
+    """
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -54,7 +68,8 @@ def print_table(table: pd.DataFrame, title: str) -> None:
     for row in table.itertuples(index=False):
         shown.add_row(*map(escape, map(_shown, row)))
     console = Console()
-    Console(width=max(console.width, 100)).print(shown)  # a log file has no width of its own
+    # A log file has no width of its own.
+    Console(width=max(console.width, 100)).print(shown)
 
 
 def _shown(value: object) -> str:
@@ -64,7 +79,14 @@ def _shown(value: object) -> str:
 
 
 def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, file: Path) -> None:
-    """Actual against predicted classes, as a picture; `predictions` has the columns actual and predicted."""
+    """Plot the confusion matrix of actual against predicted classes.
+
+    Args:
+        predictions: Table with the columns actual and predicted, both names of classes.
+        classes: Names of all classes, in the order of the axes.
+        title: Title of the plot.
+        file: Image file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,11 +94,12 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     from sklearn.metrics import ConfusionMatrixDisplay
 
     named = len(classes) <= NAMED
-    side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches, of which each takes 10,000 pixels
+    # An inch is 100 pixels: see `dpi` below.
+    side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches
     if missing := missing_letters(classes):
         letters = " ".join(sorted(missing)[:10])
         print(f"{file.name} shows boxes for letters that no installed font has ({letters}): install one, such as Noto")
-    # not as this user has set it: the picture is part of an output
+    # The plot is part of an output, so it must not depend on the user's own settings of matplotlib.
     settings = {"font.family": font_families(classes), "text.parse_math": False}
     with pyplot.style.context(["default", settings]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
@@ -98,16 +121,27 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
 
 
 def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None) -> str:
-    """The verdict on a version of the model beside the champion, version `compared`, as Markdown."""
+    """Format the verdict on a version of the model as Markdown.
+
+    Args:
+        verdict: Verdict of the gate.
+        name: Name of the registered model.
+        version: Version that was evaluated.
+        compared: Version of the champion it was compared with, or None if there never was a champion.
+    """
     against = f"the champion, version {compared}" if compared else "no champion, as there never was one"
     table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
     return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
 
 
 def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
-    """The loss against the learning rate, with a line at `guess` and one where it is lowest.
+    """Plot the loss against the learning rate, and mark where it falls fastest and where it is lowest.
 
-    `table` has the columns lr and loss.
+    Args:
+        table: Table with the columns lr and loss.
+        guess: Learning rate at which the loss falls fastest.
+        name: Title of the plot.
+        file: Image file to write.
     """
     import matplotlib
 

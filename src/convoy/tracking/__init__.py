@@ -1,1 +1,1 @@
-"""Tracking: the store of MLflow, the runs in it, and where they come from."""
+"""MLflow tracking: the store, the runs in it, and their provenance."""

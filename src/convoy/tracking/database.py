@@ -1,7 +1,8 @@
-"""The embedded database: MLflow's SQLite file, which is created and upgraded beside its place and then renamed.
+"""The embedded database: create and upgrade MLflow's SQLite file atomically.
 
-MLflow creates its tables, and upgrades them for a newer version, in some seventy transactions. Where it is stopped in
-between, it never opens that database again.
+MLflow creates its tables, and upgrades them for a newer version, in about seventy transactions. If it is stopped in
+between, it can never open that database again. So the database is created or upgraded under another name and then
+renamed.
 """
 
 import contextlib
@@ -27,33 +28,40 @@ from convoy.errors import ConvoyError
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
 
-SIDECARS = ("-journal", "-wal", "-shm")  # files of SQLite's beside a database
+# Suffixes of the files that SQLite keeps beside a database.
+SIDECARS = ("-journal", "-wal", "-shm")
 LOCK_TIMEOUT_S = 20.0
-MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}  # of the table `experiments`, in every version
+# Columns that the table `experiments` has in every version of MLflow.
+MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}
 POOL = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
 START_OVER = (
     "move mlflow.db, mlartifacts/ and artifacts/.champions/ away; then `make sync` brings back every run of the "
     "results, and `make repro` makes a champion"
 )
-# what every new database holds: rows beside these are a user's
+# SQL conditions, by table, for rows that a new database does not have. Such rows were written by a user.
 INITIAL_ROWS = {"alembic_version": "false", "workspaces": "false", "experiments": "experiment_id != 0"}
 
 
 def prepare(file: Path) -> None:
-    """Create the database where there is none, and upgrade one of an older MLflow, so that MLflow need not.
+    """Create the database if it does not exist, or upgrade it if it is of an older MLflow.
 
-    A file that is no SQLite database, and one that is damaged, is left to MLflow to report.
+    MLflow then does neither. A file that is not a SQLite database, or is damaged, is left for MLflow to report.
+
+    Args:
+        file: SQLite file.
 
     Raises:
-        ConvoyError: where it is no database of MLflow, of a newer MLflow, of another folder, or can't be upgraded; it
-            is then as it was.
+        ConvoyError: If the database is not MLflow's, is of a newer MLflow, belongs to another project, is open in
+            another process, or can't be upgraded. It is left unchanged.
     """
-    file = file.resolve()  # it may be a link, which stays one
+    # A symbolic link stays one.
+    file = file.resolve()
     try:
         if _is_current(file):
             return
         with _only_here(file):
-            if not _is_current(file):  # another process may have made it
+            # Another process may have created it in the meantime.
+            if not _is_current(file):
                 _create_or_upgrade(file)
     except sqlite3.OperationalError:
         raise
@@ -62,8 +70,10 @@ def prepare(file: Path) -> None:
 
 
 def check_owner(file: Path) -> None:
-    """Raises ConvoyError where the experiments of a database have their files elsewhere, and none has them beside it:
-    it was copied from another project, which this one would write into.
+    """Check that a database was not copied from another project, into whose files this one would write.
+
+    Raises:
+        ConvoyError: If experiments have their files in local folders, but none has them beside the database.
     """
     file = file.resolve()
     with _open(file) as database:
@@ -81,7 +91,7 @@ def check_owner(file: Path) -> None:
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[sqlite3.Connection]:
-    """Open a database that is there, and roll back what a killed process left half written."""
+    """Open an existing database; SQLite rolls back any transaction that a killed process left incomplete."""
     uri = f"{file.as_uri()}?mode=rw"
     with contextlib.closing(sqlite3.connect(uri, LOCK_TIMEOUT_S, isolation_level=None, uri=True)) as database:
         yield database
@@ -89,13 +99,14 @@ def _open(file: Path) -> Iterator[sqlite3.Connection]:
 
 @contextlib.contextmanager
 def _only_here(file: Path) -> Iterator[None]:
-    """One process at a time creates or upgrades a database, which projects may share."""
+    """Hold the lock with which only one process creates or upgrades a database, which projects may share."""
     lock = file.with_name(f"{file.name}.new.lock")
     with FileLock(lock):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # a process that waits for it notices
+            # A process that waits for the lock notices that the file is gone.
+            lock.unlink(missing_ok=True)
 
 
 # The schema and its versions
@@ -103,8 +114,9 @@ def _only_here(file: Path) -> Iterator[None]:
 
 @functools.cache
 def _versions() -> "ScriptDirectory":
-    """Return the versions of the schema that this MLflow knows."""
-    from alembic.script import ScriptDirectory  # a server needs none of this
+    """Return the schema versions that the installed MLflow knows."""
+    # With a tracking server, alembic is not needed.
+    from alembic.script import ScriptDirectory
 
     return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
 
@@ -117,7 +129,10 @@ def _version(database: sqlite3.Connection) -> str | None:
 
 
 def _is_current(file: Path) -> bool:
-    """Whether MLflow will open the database as it is. Each migration writes its version last."""
+    """Return whether MLflow can open the database without an upgrade.
+
+    The version proves that the schema is complete, as each migration writes it last.
+    """
     if not file.exists():
         return False
     with _open(file) as database:
@@ -139,13 +154,14 @@ def _tables(database: sqlite3.Connection) -> list[str]:
 
 
 def _is_of_mlflow(database: sqlite3.Connection) -> bool:
-    """Whether it has MLflow's tables, or the first of them. MLflow creates the experiments before all others."""
+    """Return whether a database is MLflow's, which may be incomplete."""
+    # MLflow creates the table `experiments` before all its others.
     columns = {row[1] for row in database.execute("pragma table_info(experiments)")}
     return columns >= MLFLOW_COLUMNS or set(_tables(database)) <= {"alembic_version"}
 
 
 def _is_empty(database: sqlite3.Connection) -> bool:
-    """Whether nobody has written anything into it: no run, model or experiment, not even half of a migrated table."""
+    """Return whether a database holds no user data: no run, model or experiment, nor a partly migrated table."""
     return not any(
         database.execute(f'select 1 from "{table}" where {INITIAL_ROWS.get(table, "true")} limit 1').fetchone()
         for table in _tables(database)
@@ -181,7 +197,7 @@ def _create_or_upgrade(file: Path) -> None:
 
 
 def _create(file: Path) -> None:
-    """Put a new database in place; one that holds nothing and that MLflow can't open is moved aside."""
+    """Create a new database, and move an incomplete one that holds no user data aside."""
     new = _discard(file.with_name(f"{file.name}.new"))
     try:
         _migrate(new)
@@ -189,7 +205,7 @@ def _create(file: Path) -> None:
             aside = file.with_name(f"{file.name}.incomplete-{int(time.time())}")
             file.rename(aside)
             print(f"{file.name} was incomplete, as its creation was stopped, and held no run: moved to {aside.name}")
-        # SQLite would apply the journal of a database that was removed to the one in its place
+        # SQLite would apply the journal of a removed database to the one that replaces it.
         _discard(file)
         new.replace(file)
     finally:
@@ -197,16 +213,16 @@ def _create(file: Path) -> None:
 
 
 def _upgrade(file: Path) -> None:
-    """Put an upgraded copy in place; the database as it was is kept beside it."""
+    """Replace a database by an upgraded copy, and keep the original beside it."""
     check_owner(file)
     new = _discard(file.with_name(f"{file.name}.new"))
     kept = file.with_name(f"{file.name}.before-{int(time.time())}")
     with _open(file) as database:
         (mode,) = database.execute("pragma journal_mode").fetchone()
         try:
-            # in WAL mode the last changes are in a file beside it, which would be taken for changes of the new one
+            # In WAL mode the last changes are in a file beside the database. SQLite would apply them to the new database.
             database.execute("pragma journal_mode = delete")
-            # from here on nobody writes what the copy would not have
+            # From here on no other process can write changes that the copy would lack.
             database.execute("begin immediate")
             with _open(file) as source, contextlib.closing(sqlite3.connect(new)) as copy:
                 source.backup(copy)
@@ -232,9 +248,10 @@ def _upgrade(file: Path) -> None:
 
 
 def _migrate(file: Path) -> None:
-    """Create or upgrade all tables, as MLflow's own command `mlflow db upgrade` does."""
+    """Create or upgrade all tables, as the command `mlflow db upgrade` does."""
     before = os.environ.get(POOL)
-    os.environ[POOL] = "NullPool"  # else connections would stay open
+    # With other pools, connections would stay open.
+    os.environ[POOL] = "NullPool"
     try:
         mlflow.db.upgrade.main([f"sqlite:///{file}"], standalone_mode=False)
     finally:
@@ -246,14 +263,14 @@ def _migrate(file: Path) -> None:
 
 
 def _discard(file: Path) -> Path:
-    """Remove a database with what SQLite has beside it, if they are there."""
+    """Remove a database and SQLite's files beside it, where they exist, and return its path."""
     for name in (file.name, *(file.name + end for end in SIDECARS)):
         file.with_name(name).unlink(missing_ok=True)
     return file
 
 
 def _check_unused(file: Path) -> None:
-    """Raises ConvoyError where another process, such as MLflow's server, has the database open."""
+    """Raise ConvoyError if another process, such as MLflow's server, has the database open."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and any(opened.path == str(file) for opened in process.open_files()):

@@ -1,4 +1,4 @@
-"""Provenance: the commit, packages, person and reason that a run comes from."""
+"""Provenance of a run: its commit, packages, user and reason."""
 
 import contextlib
 import getpass
@@ -8,11 +8,15 @@ from pathlib import Path
 
 from convoy.hashing import sha256
 
-CODE = ("src", "pipeline", "conf", "dvc.yaml")  # what a commit must hold for results to be made again
+# The paths that a commit must contain to make results reproducible.
+CODE = ("src", "pipeline", "conf", "dvc.yaml")
 
 
 def provenance_tags(root: Path) -> dict[str, str]:
-    """The tags that say where a run comes from: commit, packages, who and why. None says a secret."""
+    """Return the tags that describe where a run comes from: commit, packages, user and reason.
+
+    The tags contain no secrets. Those without a value are left out.
+    """
     lock, experiment, head = root / "requirements.lock", os.environ.get("DVC_EXP_NAME", ""), git_commit(root)
     scheduled = os.environ.get("GITHUB_EVENT_NAME") == "schedule"
     tags = {
@@ -21,7 +25,8 @@ def provenance_tags(root: Path) -> dict[str, str]:
         "who": user(root),
         "why": "scheduled" if scheduled else "tuning" if experiment else "manual",
         "experiment": experiment,
-        "mlflow.user": user(root),  # as MLflow calls them, for its columns User, Version and Source
+        # The names that MLflow itself uses, for the columns User, Version and Source of its UI.
+        "mlflow.user": user(root),
         "mlflow.source.git.commit": head.partition(" ")[0],
         "mlflow.source.name": "pipeline/train.py",
         "mlflow.source.type": "LOCAL",
@@ -30,15 +35,27 @@ def provenance_tags(root: Path) -> dict[str, str]:
 
 
 def user(root: Path = Path()) -> str:
-    """The name of the person in git, who started the workflow on GitHub, or of the account."""
+    """Return the user's name.
+
+    The name is the first of these that is known: who started the workflow on GitHub, the user name in git, the account.
+    """
     name = os.environ.get("GITHUB_ACTOR") or _git(root, "config", "user.name")
-    with contextlib.suppress(OSError, KeyError):  # an account without a name, as in a container
+    # The account may have no name, as in a container.
+    with contextlib.suppress(OSError, KeyError):
         name = name or getpass.getuser()
     return name or "unknown"
 
 
 def git_commit(root: Path = Path()) -> str:
-    """The commit of the project in `root`, and whether code or settings differ from it; "" where git knows none."""
+    """Return the commit of the project.
+
+    Args:
+        root: Project folder.
+
+    Returns:
+        The first 12 digits of the commit, followed by " with changes" if code or settings differ from it. Empty if
+        there is no commit.
+    """
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     changes = _git(root, "status", "--porcelain", "--", *CODE) if head else ""
     return f"{head} with changes" if changes else head

@@ -120,7 +120,7 @@ def run_with_results(
 
     Args:
         record: Complete training record.
-        figures: Test metrics; not used if the training failed, except that they are logged.
+        figures: Test metrics by name, logged as `test/<name>`.
         history: Metrics of each epoch.
         tags: Additional tags, which are updated.
         origin: Tags that are never overwritten.
@@ -368,7 +368,7 @@ def add_timings(store: TrackingStore, run_id: str, timings: Mapping[str, float],
     Args:
         store: Tracking store.
         run_id: ID of the run.
-        timings: Latency by name, logged as `latency/<name>`.
+        timings: Latencies in milliseconds by name, logged as `latency/<name>`.
         hardware: Description of the hardware, for the tag `latency.hardware`.
     """
     points = [Metric(f"latency/{name}", round(value, 3), _now(), 0) for name, value in timings.items()]

@@ -1,8 +1,9 @@
-"""Views: ready-made pages of an experiment in MLflow's interface; each is an experiment tag, opened by one link.
+"""Saved views of an experiment in MLflow's UI: tables and charts that are opened by a link.
 
-Undocumented, read from the interface of MLflow 3.17: one that cannot read the tag shows a notice and the
-experiment's first page, so nothing else may depend on a view. Its id comes from its name alone: saving again
-keeps the link, and writes the tag only if the content differs.
+A view is stored in a tag of the experiment. The format is undocumented, and was taken from the UI of MLflow 3.17. A UI
+that can't read the tag shows a notice and the experiment's first page, so nothing else may depend on a view. The ID of
+a view depends only on the experiment and the view's name: saving it again keeps the link, and writes the tag only if
+the content differs.
 """
 
 import base64
@@ -48,7 +49,11 @@ SCATTERS = [("parameters", "test/accuracy")]
 
 
 def save_views(store: TrackingStore) -> tuple[str, str]:
-    """The links to two views of the experiment in MLflow's UI: the leaderboard, and the curves of all runs."""
+    """Save two views of the experiment, the leaderboard and the curves of all runs.
+
+    Returns:
+        The URLs of the leaderboard and of the curves.
+    """
     client, experiment = store.client, store.experiment.experiment_id
     best_first = "metrics.best/val_accuracy"
     table = ui_views.save_table(client, experiment, "leaderboard", COLUMNS, best_first)
@@ -86,14 +91,15 @@ def _key(column: str) -> str:
 
 
 def _save(client: "MlflowClient", experiment_id: str, name: str, mode: str, state: dict[str, Any]) -> str:
-    """Write the view's tag unless it holds this very content already; return the link's path."""
+    """Write the tag of a view unless it already holds the same content, and return the path of the view's URL."""
     view = _uid(experiment_id, name)
     packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
     try:
         old = json.loads(client.get_experiment(experiment_id).tags.get(TAG + view, ""))
         known = {"name": name, "createdAt": int(old["createdAt"]), "state": old["state"]}
     except (ValueError, KeyError, TypeError):
-        known = {"createdAt": int(time.time() * 1000)}  # no such view yet, or a damaged one
+        # The view does not exist yet, or its tag is damaged.
+        known = {"createdAt": int(time.time() * 1000)}
     if known.get("state") != packed:
         tag = known | {"name": name, "updatedAt": int(time.time() * 1000), "state": packed}
         client.set_experiment_tag(experiment_id, TAG + view, json.dumps(tag))
@@ -102,13 +108,24 @@ def _save(client: "MlflowClient", experiment_id: str, name: str, mode: str, stat
 
 
 def save_table(client: "MlflowClient", experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
-    """Save a runs table with `columns` in this order, the highest `order_by` first, and return its link's path.
+    """Save a table of runs as a view, sorted by a column in descending order.
 
-    Columns are like "metrics.val/accuracy", "params.model", "tags.candidate", "attributes.Models" (Dataset,
-    Source, User, Version, Description). Run Name, Created, Duration always show; what no run has never does.
+    The UI always shows the columns Run Name, Created and Duration, and never shows a column that no run has.
+
+    Args:
+        client: MLflow client.
+        experiment_id: ID of the experiment.
+        name: Name of the view.
+        columns: Columns in order, such as "metrics.val/accuracy", "params.model", "tags.candidate" or
+            "attributes.Models". Other attributes are Dataset, Source, User, Version and Description.
+        order_by: Column to sort by.
+
+    Returns:
+        The path of the view's URL.
     """
     widths = {"attributes.`Run Name`": 140, "runDateAndNestInfo": 140}
-    for column in columns:  # 7 pixels a letter, and room for the arrow in the sorted column's header
+    # Pixels: 7 for each character, a margin, and space for the arrow in the header of the sorted column.
+    for column in columns:
         width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 40)
         widths[_key(column)] = min(220, max(80, width))
     return _save(
@@ -135,10 +152,22 @@ def save_charts(
     scatters: list[tuple[str, str]],
     order_by: str,
 ) -> str:
-    """Save a charts page of metrics over all runs (by step; last values; y over x), return its link's path.
+    """Save a page of charts of all runs as a view.
 
-    Metrics are named as logged ("val/accuracy"); `order_by` is a column as in `save_table`. Below these charts
-    the interface puts its own for the metrics that no line or bar chart draws.
+    Metrics are named as they were logged, such as "val/accuracy". Below these charts the UI adds its own for metrics
+    that no line or bar chart shows.
+
+    Args:
+        client: MLflow client.
+        experiment_id: ID of the experiment.
+        name: Name of the view.
+        curves: Metrics drawn as line charts over the steps.
+        bars: Metrics whose last values are drawn as bar charts.
+        scatters: Pairs of metrics drawn as scatter plots, (x, y).
+        order_by: Column to sort runs by in descending order, as in `save_table`.
+
+    Returns:
+        The path of the view's URL.
     """
     top = _uid(experiment_id, name, "section")
     charts: list[dict[str, Any]] = [

@@ -220,7 +220,7 @@ def _upgrade(file: Path) -> None:
     with _open(file) as database:
         (mode,) = database.execute("pragma journal_mode").fetchone()
         try:
-            # In WAL mode the last changes are in a file beside the database, and SQLite would apply them to the new one.
+            # In WAL mode the last changes are in a separate file, which SQLite would apply to the new database.
             database.execute("pragma journal_mode = delete")
             # From here on no other process can write changes that the copy would lack.
             database.execute("begin immediate")

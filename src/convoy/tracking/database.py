@@ -45,7 +45,8 @@ INITIAL_ROWS = {"alembic_version": "false", "workspaces": "false", "experiments"
 def prepare(file: Path) -> None:
     """Create the database if it does not exist, or upgrade it if it is of an older MLflow.
 
-    Afterwards MLflow itself has nothing to create or upgrade. A file that is not a SQLite database, or is damaged, is left for MLflow to report.
+    Afterwards MLflow itself has nothing to create or upgrade. A file that is not a SQLite database, or is damaged, is
+    left for MLflow to report.
 
     Args:
         file: SQLite file.

@@ -115,12 +115,22 @@ def test_the_target_of_a_copy_is_the_full_one(small: Path, tmp_path: Path) -> No
         assert "TMPDIR" not in said
 
 
-def test_where_no_file_is_named_each_file_system_is_listed(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuller", ["project", "small"])
+def test_where_no_file_is_named_each_file_system_is_listed(
+    fuller: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    free = {tmp_path: 5_000_000, small: 70_000_000_000}
+    if fuller == "small":
+        free = {tmp_path: 72_000_000_000, small: 20_000_000}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free[folder]))
     said = disk.explain_full_disk(FULL, tmp_path)
     assert said
-    assert f"({tmp_path} has " in said
-    assert f" free, {small} has " in said
-    assert "set TMPDIR" in said
+    sizes = "5.0 MB", "70.0 GB"
+    if fuller == "small":
+        sizes = "72.0 GB", "20.0 MB"
+    assert f"({tmp_path} has {sizes[0]} free, {small} has {sizes[1]} free)" in said
+    assert ("set TMPDIR" in said) == (fuller == "small")
 
 
 # The store

@@ -223,7 +223,8 @@ def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path,
 
     def run_main(root: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "pipeline"]
-        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with (tmp_path / "said").open("a") as said:
+            return subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=said)
 
     project = make_project(tmp_path / "project", OVERRIDES)
     settings = (project / "conf/config.yaml").read_text()
@@ -240,7 +241,7 @@ def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path,
     undisturbed = shutil.copytree(project, tmp_path / "undisturbed")
     begun = time.monotonic()
     process = run_main(undisturbed)
-    assert process.wait() == 0
+    assert process.wait() == 0, (tmp_path / "said").read_text()
     takes = time.monotonic() - begun
     expected = pipeline_results(undisturbed), (undisturbed / "dvc.lock").read_bytes()
 
@@ -253,7 +254,6 @@ def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path,
             kill_all(process.pid)
         process.wait()
     process = run_main(project)
-    _, said = process.communicate()
-    assert process.returncode == 0, said
+    assert process.wait() == 0, (tmp_path / "said").read_text()
     assert (pipeline_results(project), (project / "dvc.lock").read_bytes()) == expected
     assert_no_temporary_files(project)

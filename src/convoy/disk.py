@@ -32,11 +32,12 @@ def explain_full_disk(error: BaseException, root: Path, again: str = "run this a
     named = _find_folder(place for each in full for place in _places(each))
     # Most write errors name no file. Then it may be any of the file systems that we write to.
     folders = [named] if named else _distinct([root, Path(tempfile.gettempdir())])
-    free = ", ".join(f"{folder} has {_size(shutil.disk_usage(folder).free)} free" for folder in folders)
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
     hint = ""
-    if any(_is_temporary(folder, root) for folder in folders):
+    if _is_temporary(min(folders, key=free.__getitem__), root):
         hint = f". {tempfile.gettempdir()} is for temporary files: set TMPDIR to a folder on a larger disk"
-    return f"the disk is full: make room and {again}; what was there is untouched ({free}){hint}"
+    listed = ", ".join(f"{folder} has {_size(free[folder])} free" for folder in folders)
+    return f"the disk is full: make room and {again}; what was there is untouched ({listed}){hint}"
 
 
 def is_disk_error(error: BaseException) -> bool:

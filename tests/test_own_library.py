@@ -43,7 +43,10 @@ def test_stage_runs_the_library_of_its_own_project(project: Path) -> None:
 
 
 def test_decode_workers_run_the_library_of_their_project(project: Path) -> None:
-    edit(project / "src/convoy/data/image_io.py", "def plain(*_):\n    raise BadImage('was decoded by the copy')")
+    edit(
+        project / "src/convoy/data/image_io.py",
+        "def to_grey_or_rgb(*_):\n    raise InvalidImageError('was decoded by the copy')",
+    )
     done = run(project, sys.executable, "-m", "pipeline.fetch")
     assert "was decoded by the copy" in done.stdout + done.stderr
 

@@ -45,7 +45,7 @@ def register(root: Path) -> None:
             name="convoy",
             run_id=run(store.client, store.experiment.experiment_id)[0],
             identity="made here",
-            model=PACKAGE / "serving.py",
+            model=PACKAGE / "inference/pyfunc_model.py",
             files={file.stem: file for file in sorted((root / "left").iterdir())},
             code=PACKAGE,
             step=1,

@@ -136,8 +136,8 @@ def test_where_no_file_is_named_each_file_system_is_listed(
 # The store
 
 
-def store(root: Path) -> AbstractContextManager[tracking.Store]:
-    return tracking.store(root, "convoy")
+def store(root: Path) -> AbstractContextManager[tracking.TrackingStore]:
+    return tracking.open_store(root, "convoy")
 
 
 def test_a_disk_that_fills_up_leaves_no_database_behind(

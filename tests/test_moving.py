@@ -54,12 +54,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         with open_store(root, NAME) as store:
-            runs = [train(store, name) for name in ("lenet", "resnet", "vgg")]
+            trained = [train(store, name) for name in ("lenet", "resnet", "vgg")]
             train(store, "alexnet", status="FAILED", metrics={"test/accuracy": float("nan")}, files=[])
             killed = store.client.create_run(store.experiment.experiment_id, 1_000, {runs.IDENTITY: "k"}, "killed")
             store.client.log_metric(killed.info.run_id, "val/loss", 0.5, 2_000, 1)
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
-            for seed, run in enumerate([runs[0], runs[1], runs[1], runs[2]], start=1):
+            for seed, run in enumerate([trained[0], trained[1], trained[1], trained[2]], start=1):
                 register(store, root, run, seed)
             champion.set_champion(store, NAME, promotion(None, 1))
             champion.set_champion(store, NAME, promotion(1, 3))

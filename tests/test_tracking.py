@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A store in a new folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with tracking.store(tmp_path_factory.mktemp("store"), "convoy") as store:
+        with tracking.open_store(tmp_path_factory.mktemp("store"), "convoy") as store:
             yield store
 
 
@@ -95,7 +95,7 @@ def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
     def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
         if metrics:  # all is read by now; here the other one does the whole of it
             monkeypatch.setattr(MlflowClient, "log_batch", write)
-            monkeypatch.setattr(tracking, "_now", lambda: later)
+            monkeypatch.setattr(runs, "_now", lambda: later)
             bring(store, "googlenet", DIGITS)
         return write(client, run_id, metrics, **named)
 
@@ -137,7 +137,7 @@ def test_an_address_is_shown_without_user_name_and_password() -> None:
 
 
 def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
-    said = tracking.fails(RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ..."))
+    said = tracking.describe_error(RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ..."))
     assert "secret" not in said
     assert "\n" not in said
 
@@ -147,7 +147,7 @@ def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_ta
 ) -> None:
     for uri in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path / 'mlflow.db'}"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with tracking.store(tmp_path, "convoy") as store:
+        with tracking.open_store(tmp_path, "convoy") as store:
             assert store.experiment.artifact_location == (tmp_path / "mlartifacts/convoy").as_uri()
     assert (tmp_path / "mlflow.db").exists()
 
@@ -155,21 +155,21 @@ def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_ta
 def test_a_copied_project_does_not_write_into_the_files_of_the_first(tmp_path: Path, embedded_store: None) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
-    with tracking.store(first, "convoy"):
+    with tracking.open_store(first, "convoy"):
         pass
     shutil.copytree(first, second)
     with (
         pytest.raises(ConvoyError, match=r"first/mlartifacts/convoy, not in .*second/mlartifacts/convoy: MLflow can't"),
-        tracking.store(second, "convoy"),
+        tracking.open_store(second, "convoy"),
     ):
         pass
 
 
 def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
-    with tracking.store(tmp_path, "convoy") as store:
+    with tracking.open_store(tmp_path, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
         store.client.delete_experiment(store.experiment.experiment_id)
-    with tracking.store(tmp_path, "convoy") as store:
+    with tracking.open_store(tmp_path, "convoy") as store:
         assert store.client.get_experiment(store.experiment.experiment_id).lifecycle_stage == "active"
         assert [each.info.run_id for each in store.client.search_runs([store.experiment.experiment_id])] == [
             run.info.run_id
@@ -178,7 +178,7 @@ def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Pa
 
 def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_store: None) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 500)
-    with pytest.raises(ConvoyError) as raised, tracking.store(tmp_path, "convoy"):
+    with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
         pass
     said = str(raised.value)
     assert (
@@ -193,7 +193,7 @@ def test_an_address_that_leads_to_no_store_is_one_line_with_the_mend(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(ConvoyError) as raised, tracking.store(tmp_path, "convoy"):
+    with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
         pass
     assert re.search("MLflow at .* fails: .*mend MLFLOW_TRACKING_URI", str(raised.value))
     assert "secret" not in str(raised.value)
@@ -207,7 +207,7 @@ def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     refused = pytest.raises(ConvoyError, match="fails: Unable to locate credentials")
-    with refused, tracking.store(tmp_path, "convoy") as store:
+    with refused, tracking.open_store(tmp_path, "convoy") as store:
         elsewhere = store.client.create_experiment("elsewhere", "s3://convoy/elsewhere")
         run = store.client.create_run(elsewhere)
         store.client.log_text(run.info.run_id, "text", "file.txt")
@@ -221,7 +221,7 @@ def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
     monkeypatch.delenv(tracking.PATIENCE, raising=False)
     if given:
         monkeypatch.setenv(tracking.PATIENCE, given)
-    with tracking.store(tmp_path, "convoy"):
+    with tracking.open_store(tmp_path, "convoy"):
         before = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
         with tracking.uploading():
             assert int(waits) == MLFLOW_HTTP_REQUEST_TIMEOUT.get()

@@ -519,7 +519,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
                     identity=str(number),
                     model=package / "inference/pyfunc_model.py",
                     files={"record": folder / "record.json", "weights": folder / "weights.safetensors"},
-                    code=package / "models",
+                    code=package,
                     step=1,
                 )
             yield store

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import convoy
 from convoy import models
 from convoy.data.arrays import Images
 from convoy.data.dataset_info import DatasetInfo
@@ -161,7 +162,7 @@ def run_gate(
 
 def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> str:
     """Return the fingerprint of everything that a verdict depends on, under which the verdict is cached."""
-    files = [Path(__file__), *sorted(Path(gate.__file__).parent.rglob("*.py"))]
+    files = [Path(__file__), *sorted(Path(convoy.__file__).parent.rglob("*.py"))]
     code = [sha256(file) for file in files]
     parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MARK), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -169,13 +169,13 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
     root = make_project(tmp_path / "project")
     (root / ".git").mkdir()
     before = (root / "params.yaml").read_bytes()
-    assert_one_line(interrupt(root, interrupting, "pipeline", "convoy.transfer", number, "--compose"), number)
+    assert_one_line(interrupt(root, interrupting, "pipeline", "convoy.training.init_weights", number, "--compose"), number)
     assert (root / "params.yaml").read_bytes() == before
 
 
 def test_a_conclusion_that_is_ended_says_so(interrupting: Path, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
-    done = interrupt(root, interrupting, "pipeline", "convoy.report", signal.SIGINT, "--show")
+    done = interrupt(root, interrupting, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
     assert_one_line(done, signal.SIGINT)
 
 

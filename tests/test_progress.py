@@ -13,7 +13,7 @@ import pytest
 
 TRAINING = """
 import sys, time
-from convoy.progress import Progress
+from convoy.training.progress import Progress
 name, epochs = sys.argv[1], 16
 progress = Progress(name, 1600 * epochs, epochs, 0)
 for epoch in range(1, epochs + 1):

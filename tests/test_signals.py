@@ -169,7 +169,9 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
     root = make_project(tmp_path / "project")
     (root / ".git").mkdir()
     before = (root / "params.yaml").read_bytes()
-    assert_one_line(interrupt(root, interrupting, "pipeline", "convoy.training.init_weights", number, "--compose"), number)
+    assert_one_line(
+        interrupt(root, interrupting, "pipeline", "convoy.training.init_weights", number, "--compose"), number
+    )
     assert (root / "params.yaml").read_bytes() == before
 
 

@@ -22,7 +22,7 @@ from convoy.errors import ConvoyError
 from convoy.models.base import Classifier
 
 # Modules of this package that do not define an architecture.
-SHARED = ("base", "layers")
+SHARED = ("base",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from convoy.config import Count, Share, Whole, schema
 from convoy.data.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
-from convoy.models.base import Classifier
+from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig
 
 
@@ -127,20 +127,3 @@ class LocalResponse(nn.Module):
         # Summing with a 1x1 convolution is 3 times as fast on a CPU as average pooling across channels.
         squares = functional.conv2d(x.square(), neighbours[:, :, None, None])
         return x * (2 + 1e-4 * squares) ** -0.75
-
-
-def average_to(x: Tensor, size: int) -> Tensor:
-    """Average-pool feature maps to `size` x `size` using windows of equal size.
-
-    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
-    deterministic on CUDA.
-
-    Args:
-        x: Feature maps (N, C, H, H), with H >= size.
-        size: Height and width of the result, in pixels.
-
-    Returns:
-        Feature maps (N, C, size, size).
-    """
-    stride = x.shape[-1] // size
-    return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

@@ -1,4 +1,4 @@
-"""The abstract base class of all architectures."""
+"""What all architectures share: the abstract classifier, its prediction, and a deterministic pooling."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from convoy.data.dataset_info import DatasetInfo
 from convoy.recipe import RecipeConfig
@@ -67,6 +68,23 @@ class Classifier(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute the logits (N, K) of images (N, H, W, C) uint8."""
         return self.logits(self.normalise(pixels))
+
+
+def average_to(x: Tensor, size: int) -> Tensor:
+    """Average-pool feature maps to `size` x `size` using windows of equal size.
+
+    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
+    deterministic on CUDA.
+
+    Args:
+        x: Feature maps (N, C, H, H), with H >= size.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        Feature maps (N, C, size, size).
+    """
+    stride = x.shape[-1] // size
+    return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)
 
 
 @torch.inference_mode()

@@ -4,12 +4,11 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from convoy.config import Count, Positive, Share, schema
 from convoy.data.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
-from convoy.models.base import Classifier
+from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig
 
 
@@ -205,20 +204,3 @@ class Auxiliary(nn.Module):
         x = average_to(x, 4)  # (N, 512, 4, 4)
         x = self.convolution(x)  # (N, 128, 4, 4)
         return self.classifier(x.flatten(1))
-
-
-def average_to(x: Tensor, size: int) -> Tensor:
-    """Average-pool feature maps to `size` x `size` using windows of equal size.
-
-    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
-    deterministic on CUDA.
-
-    Args:
-        x: Feature maps (N, C, H, H), with H >= size.
-        size: Height and width of the result, in pixels.
-
-    Returns:
-        Feature maps (N, C, size, size).
-    """
-    stride = x.shape[-1] // size
-    return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

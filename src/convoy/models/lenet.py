@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from convoy.config import Count, schema
 from convoy.data.dataset_info import DatasetInfo
-from convoy.models.base import Classifier
+from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig
 
 
@@ -70,20 +70,3 @@ class LeNet(Classifier):
 def squash(x: Tensor) -> Tensor:
     """Apply the scaled tanh of the paper's appendix A, which maps 1 to 1 and -1 to -1."""
     return 1.7159 * (x * (2 / 3)).tanh()
-
-
-def average_to(x: Tensor, size: int) -> Tensor:
-    """Average-pool feature maps to `size` x `size` using windows of equal size.
-
-    Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is
-    deterministic on CUDA.
-
-    Args:
-        x: Feature maps (N, C, H, H), with H >= size.
-        size: Height and width of the result, in pixels.
-
-    Returns:
-        Feature maps (N, C, size, size).
-    """
-    stride = x.shape[-1] // size
-    return functional.avg_pool2d(x, x.shape[-1] - (size - 1) * stride, stride)

@@ -13,6 +13,7 @@ from typing import Any
 
 from convoy import config
 from convoy.errors import ConvoyError
+from convoy.tracking.provenance import git
 from pipeline.adoption import adopt_settings, differences
 
 # Checksum of the params.yaml that was last composed.
@@ -108,21 +109,21 @@ def _is_left_by_experiment(root: Path, present: bytes) -> bool:
     It was chosen if it was applied, staged or committed afterwards, or if it was restored after a later run had
     composed conf/ again.
     """
-    blob = _git(root, "hash-object", "params.yaml")
-    ran, left = next(_experiments(root), (0, None))
+    blob = git(root, "hash-object", "params.yaml")
+    ran, left = next(_experiments(root), (0, ""))
     record = root / RECORD
-    if not blob or left != blob or blob == _git(root, "rev-parse", "--quiet", "--verify", ":./params.yaml"):
+    if not blob or left != blob or blob == git(root, "rev-parse", "--quiet", "--verify", ":./params.yaml"):
         return False
     applied = "refs/exps/exec/EXEC_APPLY"
-    if _git(root, "rev-parse", "--quiet", "--verify", f"{applied}:./params.yaml") == blob:
-        ref = root / str(_git(root, "rev-parse", "--git-path", applied))
+    if git(root, "rev-parse", "--quiet", "--verify", f"{applied}:./params.yaml") == blob:
+        ref = root / git(root, "rev-parse", "--git-path", applied)
         # If git has packed the ref, its time is unknown.
         if not ref.exists() or ref.stat().st_mtime_ns > ran:
             return False
     return not record.exists() or record.stat().st_mtime_ns < ran
 
 
-def _experiments(root: Path) -> Iterator[tuple[int, str | None]]:
+def _experiments(root: Path) -> Iterator[tuple[int, str]]:
     """Yield the start time (ns) and git's hash of params.yaml of each experiment in this workspace, the latest first.
 
     Failed experiments are included, those in temporary copies are not. DVC keeps an info file for each experiment,
@@ -135,7 +136,7 @@ def _experiments(root: Path) -> Iterator[tuple[int, str | None]]:
         except (OSError, ValueError, AttributeError):
             continue
         if is_here and re.fullmatch("[0-9a-f]{40,}", note.stem):
-            yield time, _git(root, "rev-parse", "--quiet", "--verify", f"{note.stem}:./params.yaml")
+            yield time, git(root, "rev-parse", "--quiet", "--verify", f"{note.stem}:./params.yaml")
 
 
 def _was_composed(root: Path, present: bytes) -> bool:
@@ -144,11 +145,11 @@ def _was_composed(root: Path, present: bytes) -> bool:
     If so, conf/ was edited later by a commit that did not compose it. The params.yaml of a merged experiment was never
     composed from conf/.
     """
-    blob = _git(root, "hash-object", "params.yaml")
-    if not blob or blob != _git(root, "rev-parse", "--quiet", "--verify", "HEAD:./params.yaml"):
+    blob = git(root, "hash-object", "params.yaml")
+    if not blob or blob != git(root, "rev-parse", "--quiet", "--verify", "HEAD:./params.yaml"):
         return False
-    commits = _git(root, "log", f"--max-count={MAX_COMMITS}", "--format=%H", "--", "params.yaml", "conf") or ""
-    having = [name for name in commits.split() if _git(root, "rev-parse", f"{name}:./params.yaml") == blob]
+    commits = git(root, "log", f"--max-count={MAX_COMMITS}", "--format=%H", "--", "params.yaml", "conf")
+    having = [name for name in commits.split() if git(root, "rev-parse", f"{name}:./params.yaml") == blob]
     return any(_composed_at(root, commit) == present.decode() for commit in having)
 
 
@@ -163,15 +164,6 @@ def _composed_at(root: Path, commit: str) -> str | None:
             return config.composed(Path(folder))
         except ConvoyError:
             return None
-
-
-def _git(root: Path, *command: str) -> str | None:
-    """Return the output of a git command; None if it is empty or git fails, as outside a repository."""
-    try:
-        answer = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 # Writing

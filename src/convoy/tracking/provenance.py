@@ -39,7 +39,7 @@ def user(root: Path = Path()) -> str:
 
     The name is the first of these that is known: who started the workflow on GitHub, the user name in git, the account.
     """
-    name = os.environ.get("GITHUB_ACTOR") or _git(root, "config", "user.name")
+    name = os.environ.get("GITHUB_ACTOR") or git(root, "config", "user.name")
     # The account may have no name, as in a container.
     with contextlib.suppress(OSError, KeyError):
         name = name or getpass.getuser()
@@ -56,12 +56,13 @@ def git_commit(root: Path = Path()) -> str:
         The first 12 digits of the commit, followed by " with changes" if code or settings differ from it. Empty if
         there is no commit.
     """
-    head = _git(root, "rev-parse", "--short=12", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--", *CODE) if head else ""
+    head = git(root, "rev-parse", "--short=12", "HEAD")
+    changes = git(root, "status", "--porcelain", "--", *CODE) if head else ""
     return f"{head} with changes" if changes else head
 
 
-def _git(root: Path, *command: str) -> str:
+def git(root: Path, *command: str) -> str:
+    """Return the output of a git command, or "" if git fails, as outside a repository."""
     try:
         asked = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -20,7 +20,8 @@ from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
 from convoy.registry import model_loader
 from convoy.registry import versions as registry
 from convoy.tracking import runs
-from convoy.tracking.store import TrackingStore, local, open_store
+from convoy.tracking.database import local
+from convoy.tracking.store import TrackingStore, open_store
 
 NAME = "convoy"
 

@@ -16,8 +16,9 @@ from convoy.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.promotion import champion
 from convoy.tracking import database, runs
+from convoy.tracking.database import local
 from convoy.tracking.runs import HASHES, IDENTITY, RESULTS
-from convoy.tracking.store import TrackingStore, local, uploading
+from convoy.tracking.store import TrackingStore, uploading
 
 # Tag of a copied run, model or version that holds its original id or number.
 FROM = "convoy.moved_from"

@@ -79,15 +79,18 @@ def check_owner(file: Path) -> None:
     file = file.resolve()
     with _open(file) as database:
         rows = database.execute("select artifact_location from experiments where experiment_id != 0").fetchall()
-    local = [
-        Path(unquote(urlparse(location).path)) for (location,) in rows if urlparse(location).scheme in ("", "file")
-    ]
-    here = [folder for folder in local if folder.resolve().is_relative_to(file.parent)]
-    if local and not here:
+    folders = [local(location) for (location,) in rows if urlparse(location).scheme in ("", "file")]
+    here = [folder for folder in folders if folder.resolve().is_relative_to(file.parent)]
+    if folders and not here:
         raise ConvoyError(
-            f"{file} is of another project: it has its files in {local[0]}. Nothing was changed in it. Move it "
+            f"{file} is of another project: it has its files in {folders[0]}. Nothing was changed in it. Move it "
             f"away, or let MLFLOW_TRACKING_URI name another file, such as sqlite:///{file.with_name('runs.db')}"
         )
+
+
+def local(uri: str) -> Path:
+    """Return the path that a file:// URI names."""
+    return Path(unquote(urlparse(uri).path))
 
 
 @contextlib.contextmanager

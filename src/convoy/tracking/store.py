@@ -10,7 +10,6 @@ import sqlite3
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import mlflow
 import requests
@@ -22,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from convoy.disk import explain_full_disk, is_disk_error
 from convoy.errors import ConvoyError
 from convoy.tracking import database
-from convoy.tracking.database import START_OVER
+from convoy.tracking.database import START_OVER, local
 
 # MLflow's error codes for a missing alias and for a missing model.
 ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
@@ -169,11 +168,6 @@ def _check_place(root: Path, experiment: Experiment) -> None:
             f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
             f"or else {START_OVER}"
         )
-
-
-def local(uri: str) -> Path:
-    """Return the path that a file:// URI names."""
-    return Path(unquote(urlparse(uri).path))
 
 
 def _client() -> MlflowClient:

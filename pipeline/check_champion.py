@@ -5,6 +5,7 @@ the training.
 """
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -79,9 +80,9 @@ def describe(store: TrackingStore, name: str) -> Origin | None:
     if version is None:
         return None
     found = model_loader.find(store, f"models:/{name}/{version}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
         model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
-    record = model_loader.read_record(found)
+        record = json.loads(Path(scratch, "artifacts", predictor.RECORD).read_text())
     named = f"the champion {record['architecture']} (version {version})"
     return Origin(named, record["task"]["classes"], model_loader.seen_ever(store, found))
 

@@ -21,7 +21,6 @@ from convoy.data import data_lock
 from convoy.data.sources.base import DatasetConfig
 from convoy.disk import explain_full_disk
 from convoy.errors import ConvoyError
-from convoy.tracking import ui_views
 from pipeline import data_folder, dvc_state, output_folders, settings, signals
 
 LEADERBOARD = "artifacts/register/leaderboard.csv"
@@ -213,6 +212,8 @@ def show_leaderboard(root: Path) -> None:
 
 def print_summary(root: Path, params: dict[str, Any]) -> None:
     """Print the leaderboard and the links to the MLflow views."""
+    # These modules import MLflow, which takes two seconds.
+    from convoy.tracking import ui_views
     from convoy.tracking.store import open_store
 
     show_leaderboard(root)

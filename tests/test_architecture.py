@@ -77,7 +77,7 @@ def packages(file: Path, inside_functions: bool = True) -> set[str]:
 
 def test_layers_of_the_library_are_kept() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = ["lint-imports", "--no-cache"]
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
     checked = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
@@ -126,6 +126,11 @@ def test_the_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
 def test_data_and_ground_modules_import_no_torch_at_once(file: Path) -> None:
     if file.parent == LIBRARY or file.is_relative_to(LIBRARY / "data"):
         assert not packages(file, inside_functions=False) & {"torch", "torchvision", "pytorch_lightning"}
+
+
+def test_main_command_starts_without_mlflow_and_torch() -> None:
+    code = "import sys, pipeline.__main__; print(sorted({'mlflow', 'torch'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
 @pytest.mark.parametrize("folder", [LIBRARY, ROOT / "pipeline"], ids=lambda folder: folder.name)

@@ -214,13 +214,7 @@ class ClassifierModule(lightning.LightningModule):
     It optimizes manually and takes several optimizer steps per call of `training_step`. Loss and accuracy are summed on
     the device and read once per epoch, or once per second if progress is shown in a terminal.
 
-    Args:
-        classifier: The network; it is trained in place.
-        data: Training and validation images.
-        params: Settings that limit the length of the training.
-        choice: Hardware, precision and number of threads.
-        checkpoint: Where the state is saved, and resumed from if it exists. None disables checkpoints.
-        tell: Called with the history's row at the end of each epoch, and immediately for epochs before the checkpoint.
+    The arguments are those of `fit`.
     """
 
     class_weights: Tensor

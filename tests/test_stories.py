@@ -5,6 +5,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -451,8 +453,9 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     end_in(root, "alike")
     monkeypatch.chdir(root)
     monkeypatch.setattr("sys.argv", ["pipeline"])
-    (root / "data.dvc").write_text("frozen: true\ndeps:\n- path: data\nouts:\n- path: data\n")
-    monkeypatch.setattr("pipeline.__main__.config.compose", lambda root, check: config.load(root / "params.yaml"))
+    for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], check=True)
+    monkeypatch.setattr("pipeline.settings.compose", lambda root, *_, **__: config.load(root / "params.yaml"))
     ended = {"register": lambda: Stage(root, "register").run(register), "fetch": lambda: None}
     shown = {}
     for stage, run in ended.items():

@@ -136,7 +136,8 @@ def test_a_link_to_a_database_stays_a_link(tmp_path: Path) -> None:
 def test_the_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copy(empty, file)
-    if not os.fork():  # killed in a transaction
+    child = os.fork()
+    if not child:  # killed in a transaction
         opened = sqlite3.connect(file)
         opened.execute("pragma cache_spill = 1")
         opened.execute("pragma cache_size = 1")
@@ -144,7 +145,7 @@ def test_the_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty:
         for _ in range(50):
             opened.execute("insert into large values (randomblob(100000))")
         os._exit(0)
-    os.wait()
+    os.waitpid(child, 0)
     assert file.with_name("mlflow.db-journal").stat().st_size
     file.unlink()
     database.prepare(file)
@@ -258,7 +259,7 @@ def test_a_database_that_another_process_has_open_waits(tmp_path: Path, older: P
     with pytest.raises(ConvoyError, match=rf"process {other} \(.*\) has it open: wait until it has created it, or end"):
         database.prepare(tmp_path / "mlflow.db")
     os.write(tell, b".")
-    os.wait()
+    os.waitpid(other, 0)
     database.prepare(tmp_path / "mlflow.db")
     assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
 

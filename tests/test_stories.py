@@ -656,13 +656,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
-    real = promote.gate.judge
+    real = promote.gate.decide
 
     def noted(challenger: ModelEvidence, old: ModelEvidence | None, params: GateConfig, **more: Any) -> Verdict:
         told.append({"challenger": challenger, "old": old, **more})
         return real(challenger, old, params, **more)
 
-    monkeypatch.setattr(promote.gate, "judge", noted)
+    monkeypatch.setattr(promote.gate, "decide", noted)
     night("poor")
     night("good")
     prepared = root / "artifacts/preprocess"

@@ -33,8 +33,8 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.recipe import AugmentConfig, RecipeConfig
 from convoy.training.augmentation import augment

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 ROUNDS = {"with": 3, "without": 2}
 TINY = """
 import os, numpy as np, yaml
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 task = DatasetInfo("tiny", ["a", "b"], 32, 1, [0.5], [0.5])
 images = Images(np.zeros((64, 32, 32, 1), np.uint8), np.arange(64) % 2)
 settings = yaml.safe_load(open("conf/model/lenet.yaml"))["lenet"]

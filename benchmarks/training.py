@@ -45,10 +45,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convoy import models
-from convoy.config import typed
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.data.malloc import keep_memory
+from convoy.core.config import typed
+from convoy.core.malloc import keep_memory
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig, TrainConfig
 from convoy.training.checkpoint import Checkpoint

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from simplejpeg import decode_jpeg
 
 from convoy import models
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import ChannelMoments, DatasetInfo
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
 from convoy.models.base import Classifier, predict
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights

@@ -15,12 +15,12 @@ from typing import Any
 
 import psutil
 
-from convoy import config
-from convoy.config import Seed, typed
+from convoy.core import config
+from convoy.core.config import Seed, typed
+from convoy.core.disk import explain_full_disk
+from convoy.core.errors import ConvoyError
 from convoy.data import data_lock
 from convoy.data.sources.base import DatasetConfig
-from convoy.disk import explain_full_disk
-from convoy.errors import ConvoyError
 from pipeline import data_folder, dvc_state, output_folders, settings, signals
 
 LEADERBOARD = "artifacts/register/leaderboard.csv"

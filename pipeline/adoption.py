@@ -14,8 +14,8 @@ from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ruamel.yaml.tokens import CommentToken
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 
 # Maps a dotted key to both values; the value is `...` if a table lacks the key.
 Differences = dict[str, tuple[Any, Any]]

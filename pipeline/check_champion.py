@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy import config
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.inference import predictor
 from convoy.promotion import champion, gate
 from convoy.promotion.gate import Origin

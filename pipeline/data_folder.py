@@ -4,11 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.data.sources.file_listing import is_junk
 from convoy.data.sources.folder import refuse_links
-from convoy.dvc_files import Import, read_import
-from convoy.errors import ConvoyError
-from convoy.text import truncate_names
+from pipeline.dvc_files import Import, read_import
 
 MAX_MOVED = 8  # names in a suggested command
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 
 # Suffixes of a SQLite database and of the files that SQLite creates next to it.
 SIDECARS = ("", "-journal", "-wal", "-shm")

@@ -7,9 +7,9 @@ import pandas as pd
 import torch
 
 from convoy import models
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
 from convoy.evaluation.metrics import EvaluateConfig, metrics_with_ci, per_class, prediction_table, slice_metrics
 from convoy.models.base import predict

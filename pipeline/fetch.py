@@ -2,6 +2,7 @@
 
 import textwrap
 
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card import FetchSummary, write_fetch_card
 from convoy.data.data_lock import DataLock, check_source, version_of
@@ -11,7 +12,6 @@ from convoy.data.ingest import FetchConfig, TooManyInvalidImages, ingest
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.folder import read_folder
 from convoy.data.sources.torchvision import read_torchvision
-from convoy.errors import ConvoyError
 from pipeline.stage import Stage, main, print_limited
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from convoy import config
+from convoy.core import config
 from convoy.tracking import provenance, runs
 from convoy.tracking.store import TrackingStore, describe_error, open_store
 from pipeline.stage import project_root

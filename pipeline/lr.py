@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from convoy import models
-from convoy.config import Seed
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.config import Seed
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.reporting import report
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData

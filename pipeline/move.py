@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.promotion import migrate
 from convoy.tracking import ui_views
 from convoy.tracking.store import open_store

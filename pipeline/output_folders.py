@@ -5,9 +5,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from convoy.dvc_files import uncached
-from convoy.errors import ConvoyError
-from convoy.text import truncate_names
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
+from pipeline.dvc_files import uncached
 from pipeline.stage import MARK
 
 SINGLE = ("fetch", "preprocess", "register")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from convoy import config
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.file_listing import is_image, is_junk
-from convoy.errors import ConvoyError
 from convoy.inference.predictor import Predictor
 from convoy.registry import model_loader
 from convoy.tracking.store import open_store

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.config import Seed
+from convoy.core.config import Seed
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card import PreprocessSummary, write_preprocess_card
 from convoy.data.image_io import center_crop_resize
-from convoy.data.packed_dataset import TABLE, ImageTable, PackedDataset
+from convoy.data.packed.packed_dataset import TABLE, ImageTable, PackedDataset
 from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
-from convoy.errors import ConvoyError
 from pipeline.stage import Stage, main, print_limited
 
 # The pipeline goes on to the training if MLflow has not answered in this time.

@@ -13,12 +13,12 @@ import pandas as pd
 
 import convoy
 from convoy import models
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.data.packed_dataset import PackedDataset
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.evaluation import latency
-from convoy.hashing import sha256
 from convoy.inference.comparison import predict_test_images
 from convoy.inference.predictor import Predictor
 from convoy.promotion import champion, gate

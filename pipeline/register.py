@@ -9,8 +9,8 @@ import pandas as pd
 
 import convoy
 from convoy import models
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.inference import onnx_export, predictor
 from convoy.promotion import champion, config

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.tracking import provenance
 from convoy.tracking.store import open_store

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import yaml
 from filelock import FileLock, Timeout
 
-from convoy import config
-from convoy.disk import explain_full_disk
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core import config
+from convoy.core.disk import explain_full_disk
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from pipeline import signals
 
 Schema = TypeVar("Schema")

@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.reporting import report
 from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store

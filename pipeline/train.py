@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 
 from convoy import models
-from convoy.config import Seed
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core.config import Seed
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.checkpoint import Checkpoint

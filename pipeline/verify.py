@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from convoy import config
-from convoy.data.arrays import Images
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PREFIX
 from convoy.registry import model_loader
 from convoy.tracking.store import TrackingStore, open_store

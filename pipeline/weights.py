@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.registry import model_loader
 from convoy.tracking.store import open_store
 from pipeline.stage import project_root

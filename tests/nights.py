@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from project import draw_pictures, make_project, run_stages
 
-from convoy import config
+from convoy.core import config
 from convoy.inference import predictor
 
 BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.floor=0.0"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convoy import config
+from convoy.core import config
 from pipeline.evaluate import evaluate
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess

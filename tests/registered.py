@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import convoy
 from convoy import models
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.registry import versions
 from convoy.tracking.store import open_store
 

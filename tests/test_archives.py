@@ -15,10 +15,10 @@ from given import ARCHIVES, PETS, SPLIT_PETS, content, faults, png, read, rows, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources import archive as archives
 from convoy.data.sources.folder import read_folder
-from convoy.errors import ConvoyError
 
 every_archive = pytest.mark.parametrize("kind", ARCHIVES)
 

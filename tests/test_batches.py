@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy.data.arrays import Images
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.arrays import Images
 from convoy.training.sampler import Batches, class_weights
 
 sizes = given(count=st.integers(1, 200), batch_size=st.integers(1, 80), seed=st.integers(0, 2**40))

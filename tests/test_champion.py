@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.model_registry.abstract_store import AbstractStore
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.champion import (
     CHALLENGER,

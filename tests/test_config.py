@@ -14,11 +14,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convoy import config, models
-from convoy.config import Count, Share, Whole, check_sections, typed
+from convoy import models
+from convoy.core import config
+from convoy.core.config import Count, Share, Whole, check_sections, typed
+from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
-from convoy.errors import ConvoyError
 from convoy.promotion.gate import GateConfig
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import pytest
 from dvc.cli import main
 from dvc.repo import Repo
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from pipeline.data_folder import commands
 
 Edit = Callable[[Path], object]

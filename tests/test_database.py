@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.initial_models import Base
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.tracking import database
 from convoy.tracking.store import open_store
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from convoy import fonts
+from convoy.data import fonts
 from convoy.data.card import FetchSummary, PreprocessSummary, _tile, write_fetch_card, write_preprocess_card
 
 RED = (255, 0, 0)

@@ -9,8 +9,8 @@ import torch
 import yaml
 from project import REAL
 
-from convoy.config import typed
-from convoy.data.arrays import Images
+from convoy.core.config import typed
+from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
 from convoy.training import datamodule
 from convoy.training.datamodule import PREFETCH_STEPS, VAL_BATCH, ImageData, ImageStore

@@ -18,8 +18,8 @@ import servers
 from project import REAL, make_project, run_stages
 
 from convoy import models
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import predict
 
 # no random changes to images, which each process draws for its own part of a batch

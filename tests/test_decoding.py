@@ -22,13 +22,14 @@ from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_info
 
 import convoy.data.cache
-from convoy.data import decode_pool, decode_worker, near_duplicates, pixel_shards
+from convoy.data import decode_pool, decode_worker, near_duplicates
 from convoy.data import image_io as images
 from convoy.data.cache import CacheDir
 from convoy.data.decode_pool import _taken, decode_all
 from convoy.data.decode_worker import BATCH_BYTES, INDEX, RECORDS, Batch, DecodeCache, decode_batch, keep
 from convoy.data.image_io import FORMATS, InvalidImageError, decode
-from convoy.data.pixel_shards import LIST, NEW, ShardWriter
+from convoy.data.packed import pixel_shards
+from convoy.data.packed.pixel_shards import LIST, NEW, ShardWriter
 from convoy.data.sources.base import Content, Sample, Source
 
 NOTHING = CacheDir(Path("nothing is remembered here"), Path("or here"))

@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
-from convoy import disk
-from convoy.errors import ConvoyError
+from convoy.core import disk
+from convoy.core.errors import ConvoyError
 from convoy.tracking import database
 from convoy.tracking import store as tracking
 

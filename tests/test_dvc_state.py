@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zc.lockfile
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from pipeline.dvc_state import remove_damaged_databases, remove_torn_path_locks, restore_lock_file
 
 

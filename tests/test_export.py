@@ -14,7 +14,7 @@ from test_transfer import TWINS
 from torch import Tensor, nn
 
 from convoy import models
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.inference import onnx_export
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from test_training import CPU, bars, build, with_room_for_ten
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
 

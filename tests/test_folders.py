@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from given import PETS, SPLIT_PETS, content, faults, png, read, rows, tarred, write, zipped
 
+from convoy.core.errors import ConvoyError
 from convoy.data.sources.folder import read_folder, refuse_links
-from convoy.errors import ConvoyError
 
 AS_ROWS = [("data/cat/1.png", "cat", ""), ("data/cat/2.png", "cat", ""), ("data/dog/1.png", "dog", "")]
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from convoy import fonts
-from convoy.fonts import DEFAULT, font_families, missing_letters
+from convoy.data import fonts
+from convoy.data.fonts import DEFAULT, font_families, missing_letters
 from convoy.reporting.report import draw_confusion
 
 # a letter that matplotlib's default font lacks, and another of the fonts that it brings along has

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from convoy.config import typed
-from convoy.errors import ConvoyError
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
 from convoy.promotion.gate import (
     CheckResult,
     GateConfig,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_training import build
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.training import hardware
 from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose, count_macs, environment
 

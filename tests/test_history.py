@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.config import typed
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
 from convoy.data.data_lock import NEW, DataLock, LockedVersion, check_source, extended, version_of
 from convoy.data.sources.base import DatasetConfig
-from convoy.errors import ConvoyError
 
 names = st.lists(st.text(max_size=5), unique=True, max_size=6)
 

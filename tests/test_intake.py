@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from convoy.config import typed
-from convoy.data import pixel_shards
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import NEW, DataLock, LockedVersion
 from convoy.data.ingest import FetchConfig, IngestResult, group_in, ingest
+from convoy.data.packed import pixel_shards
 from convoy.data.sources.base import DatasetConfig, Sample, Source
 from convoy.data.sources.folder import read_folder
-from convoy.errors import ConvoyError
 
 SIZE = 16
 

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from project import REAL, run_stages
 from tracked import all_runs, client, copied, curve, make_road, sync
 
-from convoy import config
+from convoy.core import config
 from convoy.tracking import runs
 from pipeline.evaluate import evaluate
 from pipeline.live import Reporter

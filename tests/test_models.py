@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convoy import models
-from convoy.config import typed
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import alexnet, googlenet, lenet, vgg
 from convoy.models.base import Classifier
 

@@ -14,7 +14,7 @@ from test_champion import Killed, promotion
 from test_tracking import DIGITS
 
 import pipeline.move
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
 from convoy.registry import model_loader

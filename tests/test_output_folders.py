@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from pipeline.output_folders import refuse_strays, remove_unlisted
 from pipeline.stage import MARK
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from convoy.data import packed_dataset
-from convoy.data.packed_dataset import ImageTable
+from convoy.data.packed import packed_dataset
+from convoy.data.packed.packed_dataset import ImageTable
 from convoy.data.sources.file_listing import PackedPaths
 
 COUNT = 100

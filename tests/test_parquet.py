@@ -13,10 +13,10 @@ from given import PETS, faults, png, read, rows, write, zipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources import parquet
 from convoy.data.sources.folder import read_folder
-from convoy.errors import ConvoyError
 
 CLASSES = {"label": ["dog", "cat", "bird"]}
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from project import REAL, SMALL, make_project, run_stages
 
-from convoy import config
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.tracking.store import open_store
 from pipeline import dvc_state
 from pipeline.__main__ import check, check_repository, print_summary

@@ -21,12 +21,13 @@ from sklearn.datasets import load_sample_images
 import convoy.data.cache
 import convoy.data.image_io
 import convoy.data.resize
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import NEW, LockedVersion
-from convoy.data.dataset_info import ChannelMoments, DatasetInfo
 from convoy.data.image_io import center_crop_resize
 from convoy.data.ingest import FetchConfig, ingest
-from convoy.data.packed_dataset import SPLITS, PackedDataset
+from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
+from convoy.data.packed.packed_dataset import SPLITS, PackedDataset
 from convoy.data.preprocessing import (
     Prepared,
     PreprocessConfig,
@@ -38,7 +39,6 @@ from convoy.data.preprocessing import (
     split_ids,
 )
 from convoy.data.sources.base import DatasetConfig, Sample, Source
-from convoy.errors import ConvoyError
 
 PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from project import REAL
 
-from convoy import config
-from convoy.config import typed
+from convoy.core import config
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
 from convoy.data.sources.base import DatasetConfig
-from convoy.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.config import RegisterConfig, rank
 from convoy.tracking.store import open_store

@@ -24,13 +24,13 @@ import torchvision
 import yaml
 from PIL import Image
 
-from convoy.config import typed
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.decode_pool import decode_all
 from convoy.data.image_io import FORMATS
 from convoy.data.sources.base import Sample, Source, TorchvisionSet
 from convoy.data.sources.torchvision import read_torchvision
-from convoy.errors import ConvoyError
 
 ROOT = Path(__file__).parents[1]
 SETS = {

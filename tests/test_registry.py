@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from registered import PACKAGE, leave
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.registry import model_loader, versions
 from convoy.tracking.store import open_store

@@ -8,7 +8,7 @@ import numpy as np
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import NEW
 from convoy.data.ingest import FetchConfig, ingest
-from convoy.data.packed_dataset import PackedDataset
+from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.folder import read_folder
 

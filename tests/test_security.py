@@ -16,8 +16,8 @@ import torch
 from project import REAL
 from registered import folder_of, leave, register
 
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.inference import predictor
 from convoy.registry import model_loader, versions
 from convoy.tracking import runs

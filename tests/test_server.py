@@ -23,8 +23,8 @@ from nights import BASE, answer, end_in, make_nights
 from project import REAL, make_project
 from test_live import Answer, Server, trained_bytes
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.registry import model_loader

@@ -32,14 +32,14 @@ from project import REAL
 from registered import CLASSES, folder_of, leave, register
 from sklearn.datasets import load_sample_images
 
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import NEW
 from convoy.data.ingest import FetchConfig, ingest
-from convoy.data.packed_dataset import SPLITS
+from convoy.data.packed.packed_dataset import SPLITS
 from convoy.data.preprocessing import PreprocessConfig, prepare
 from convoy.data.sources.base import DatasetConfig, Sample, Source
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
 from convoy.inference import predictor
 from convoy.inference.predictor import Predictor
 from convoy.inference.pyfunc_model import ImageClassifier

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from dvc.cli import main
 
-from convoy import config
-from convoy.errors import ConvoyError
+from convoy.core import config
+from convoy.core.errors import ConvoyError
 from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
 from pipeline.settings import RECORD, compose

@@ -9,8 +9,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.data import pixel_shards
-from convoy.data.pixel_shards import LIST, NEW, LostShard, Shards, ShardWriter
+from convoy.data.packed import pixel_shards
+from convoy.data.packed.pixel_shards import LIST, NEW, LostShard, Shards, ShardWriter
 
 SIZE = 100
 

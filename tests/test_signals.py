@@ -14,7 +14,7 @@ import psutil
 import pytest
 from project import REAL, make_project
 
-from convoy import config
+from convoy.core import config
 from pipeline.__main__ import dvc, is_alive
 from pipeline.signals import ENDING
 
@@ -159,7 +159,7 @@ def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -
 def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting: Path) -> None:
     name = "pipeline" if command == "__main__" else f"pipeline.{command}"
     number = ENDING[len(command) % len(ENDING)]
-    assert_one_line(interrupt(REAL, interrupting, name, "convoy.config", number), number)
+    assert_one_line(interrupt(REAL, interrupting, name, "convoy.core.config", number), number)
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)

@@ -13,10 +13,10 @@ import pytest
 from filelock import FileLock
 from project import REAL, SMALL, make_project
 
-from convoy import config
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.data.preprocessing import PreprocessConfig
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
 from pipeline.stage import MARK, RANKS, Stage, print_limited
 
 

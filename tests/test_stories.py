@@ -18,9 +18,9 @@ from nights import BASE, SETTINGS, answer, end_in, make_nights
 from project import REAL
 from test_champion import WRITES, Killed
 
-from convoy import config
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.inference import onnx_export
 from convoy.promotion import champion
 from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS

@@ -19,9 +19,9 @@ from PIL import Image
 from project import REAL, SMALL
 from tracked import all_runs, client, copied, curve, make_road, sync
 
-from convoy import config
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.reporting import report
 from convoy.tracking import database, provenance, runs
 from convoy.tracking.store import open_store

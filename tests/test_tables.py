@@ -13,9 +13,9 @@ from given import PETS, content, faults, png, read, rows, tarred, write, zipped
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.folder import read_folder
-from convoy.errors import ConvoyError
 
 LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
 AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from convoy import models
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.models.base import Classifier
 

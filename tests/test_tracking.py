@@ -13,7 +13,7 @@ from mlflow.entities import Metric
 from mlflow.entities import Run as Found
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.tracking import runs
 from convoy.tracking import store as tracking
 from convoy.tracking.runs import DataVersion, RunRecord

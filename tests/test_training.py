@@ -19,9 +19,9 @@ from project import REAL
 from torch import Tensor
 
 from convoy import models
-from convoy.data.arrays import Images
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier, predict
 from convoy.recipe import AugmentConfig, TrainConfig
 from convoy.training import module

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 import convoy
-from convoy import config, models
-from convoy.config import typed
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy import models
+from convoy.core import config
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.registry import model_loader, versions
 from convoy.tracking import runs

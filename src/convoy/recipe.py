@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from convoy.config import Count, Decay, NotNegative, Positive, Share, Whole, schema
+from convoy.core.config import Count, Decay, NotNegative, Positive, Share, Whole, schema
 
 Balance = Literal["none", "loss", "sampler"]
 

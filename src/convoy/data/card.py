@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from convoy.data.fonts import font_families, missing_letters
 from convoy.data.image_io import as_image
-from convoy.fonts import font_families, missing_letters
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,10 +11,10 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from convoy.config import Whole, schema, typed
+from convoy.core.config import Whole, schema, typed
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.data.sources.base import DatasetConfig
-from convoy.errors import ConvoyError
-from convoy.text import truncate_names
 
 HEADER = """\
 # What the fetch stage has seen of each data set: where its images come from (data.dvc says so; if the same images have

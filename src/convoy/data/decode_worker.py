@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from convoy.data import image_io, near_duplicates, pixel_shards
+from convoy.core.malloc import keep_memory
+from convoy.data import image_io, near_duplicates
 from convoy.data.cache import CacheDir, fingerprint, write_cache
 from convoy.data.image_io import Decoded, InvalidImageError, as_image, decode, to_grey_or_rgb
-from convoy.data.malloc import keep_memory
 from convoy.data.near_duplicates import perceptual_hash, thumbnails
-from convoy.data.pixel_shards import LIST, NEW, PIXELS, Shards, contiguous_ranges
+from convoy.data.packed import pixel_shards
+from convoy.data.packed.pixel_shards import LIST, NEW, PIXELS, Shards, contiguous_ranges
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -14,16 +14,16 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
-from convoy.config import Share, schema
+from convoy.core.config import Share, schema
+from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
 from convoy.data.data_lock import DataLock, extended
 from convoy.data.decode_pool import decode_all
 from convoy.data.decode_worker import RECORD, RECORDS, DecodeCache, keep
-from convoy.data.packed_dataset import COLUMN, DESCRIPTION, TABLE, ImageTable, PackedDataset
-from convoy.data.pixel_shards import PIXELS, LostShard, ShardWriter
+from convoy.data.packed.packed_dataset import COLUMN, DESCRIPTION, TABLE, ImageTable, PackedDataset
+from convoy.data.packed.pixel_shards import PIXELS, LostShard, ShardWriter
 from convoy.data.sources.archive import ARCHIVES
 from convoy.data.sources.base import DatasetConfig, Source
-from convoy.errors import ConvoyError
 
 # An error message lists this many invalid images by name, and counts the rest.
 TOLD = 50  # images

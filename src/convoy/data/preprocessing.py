@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from convoy.config import Fraction, schema
+from convoy.core.config import Fraction, schema
+from convoy.core.errors import ConvoyError
+from convoy.core.text import FEW, truncate_names
 from convoy.data.cache import CacheDir
-from convoy.data.dataset_info import DatasetInfo
 from convoy.data.near_duplicates import candidate_pairs, confirm_pairs
-from convoy.data.packed_dataset import COLUMN, SPLITS, TABLE, ImageTable, PackedDataset
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.data.packed.packed_dataset import COLUMN, SPLITS, TABLE, ImageTable, PackedDataset
 from convoy.data.resize import EXCLUDED, write_resized
-from convoy.errors import ConvoyError
-from convoy.text import FEW, truncate_names
 
 LISTED = 10_000  # pairs of near-duplicates
 # The fraction of all images, excluded as near-duplicates, from which a note recommends to use groups.

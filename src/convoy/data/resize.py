@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from convoy.data import image_io as images
 from convoy.data.cache import CacheDir, fingerprint, write_cache
-from convoy.data.dataset_info import ChannelMoments
 from convoy.data.image_io import center_crop_resize
-from convoy.data.packed_dataset import PackedDataset
-from convoy.data.pixel_shards import contiguous_ranges
+from convoy.data.packed.dataset_info import ChannelMoments
+from convoy.data.packed.packed_dataset import PackedDataset
+from convoy.data.packed.pixel_shards import contiguous_ranges
 
 # Indices of splits; images that are in no split have `EXCLUDED`.
 TRAIN, EXCLUDED = 0, -1

@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import ndtri
 
-from convoy.config import Count, schema
-from convoy.data.packed_dataset import COLUMN, FEW
+from convoy.core.config import Count, schema
+from convoy.data.packed.packed_dataset import COLUMN, FEW
 from convoy.evaluation.calibration import per_image_log_loss
 
 # Probability that an interval does not contain the true value.

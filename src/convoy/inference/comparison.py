@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from convoy.data.dataset_info import DatasetInfo
 from convoy.data.image_io import center_crop_resize
-from convoy.data.packed_dataset import PackedDataset
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.evaluation.metrics import prediction_table
 from convoy.inference.predictor import Predictor
 

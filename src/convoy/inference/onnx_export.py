@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.inference.predictor import Predictor
 
 FILE = "model.onnx"

@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from convoy import models
-from convoy.config import Positive
+from convoy.core.config import Positive
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.data import image_io
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature
-from convoy.hashing import sha256
 from convoy.models.base import Classifier, predict
 
 RECORD, WEIGHTS, CALIBRATION = "record.json", "weights.safetensors", "calibration.json"

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convoy.config import typed
-from convoy.data.dataset_info import DatasetInfo
-from convoy.errors import ConvoyError
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 
 # Modules of this package that do not define an architecture.

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.config import Count, Share, Whole, schema
-from convoy.data.dataset_info import DatasetInfo
+from convoy.core.config import Count, Share, Whole, schema
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig

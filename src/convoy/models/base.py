@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.data.dataset_info import DatasetInfo
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.recipe import RecipeConfig
 
 

@@ -5,8 +5,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convoy.config import Count, Positive, Share, schema
-from convoy.data.dataset_info import DatasetInfo
+from convoy.core.config import Count, Positive, Share, schema
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig

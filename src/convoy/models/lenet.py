@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.config import Count, schema
-from convoy.data.dataset_info import DatasetInfo
+from convoy.core.config import Count, schema
+from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier, average_to
 from convoy.recipe import RecipeConfig
 

@@ -17,7 +17,7 @@ import psutil
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.tracking.store import ABSENT, TrackingStore
 
 # Aliases of the version in use, of the version that the next rollback restores, and of the version that is being

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from convoy.config import Name, schema
+from convoy.core.config import Name, schema
 from convoy.promotion.gate import GateConfig
 
 

@@ -19,11 +19,11 @@ from scipy import sparse
 # `scipy.stats` would have the same functions, but takes a second to import.
 from scipy.special import bdtrc, ndtri
 
-from convoy.config import Count, Fraction, NotNegative, Share, Whole, schema
-from convoy.errors import ConvoyError
+from convoy.core.config import Count, Fraction, NotNegative, Share, Whole, schema
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.evaluation.calibration import MIN_PROBABILITY
 from convoy.evaluation.metrics import PREFIX, calibration, calibration_noise, resampled, resampling_units
-from convoy.text import truncate_names
 
 # Significance level of the tests that speak against a challenger. It is separate from `GateConfig.alpha`, because a
 # stricter `alpha` must not weaken these tests.

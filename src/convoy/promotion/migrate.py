@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric, Param,
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.promotion import champion
 from convoy.tracking import database, runs

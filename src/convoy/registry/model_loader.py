@@ -23,9 +23,9 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.data import image_io as images
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
 from convoy.inference import onnx_export, predictor
 from convoy.inference.predictor import Predictor
 from convoy.tracking.runs import HASHES, hashes_of

@@ -19,7 +19,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 from PIL import Image
 
-from convoy.hashing import sha256
+from convoy.core.hashing import sha256
 from convoy.inference import predictor
 from convoy.tracking.runs import HASHES, IDENTITY
 from convoy.tracking.store import TrackingStore, uploading

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from convoy.fonts import font_families, missing_letters
+from convoy.data.fonts import font_families, missing_letters
 
 # The gate's statistics are slow to import, and are not needed to print a table.
 if TYPE_CHECKING:

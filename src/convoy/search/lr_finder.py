@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training.datamodule import ImageData

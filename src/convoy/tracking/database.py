@@ -22,8 +22,8 @@ import psutil
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
-from convoy.disk import explain_full_disk
-from convoy.errors import ConvoyError
+from convoy.core.disk import explain_full_disk
+from convoy.core.errors import ConvoyError
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from convoy.hashing import sha256
+from convoy.core.hashing import sha256
 
 # The paths that a commit must contain to make results reproducible.
 CODE = ("src", "pipeline", "conf", "dvc.yaml")

@@ -17,7 +17,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.entities import Run as Found
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from convoy.hashing import sha256
+from convoy.core.hashing import sha256
 from convoy.tracking.store import TrackingStore, uploading
 
 # Tag of a run: the hash of the settings, data and code that define its training.

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
-from convoy.disk import explain_full_disk, is_disk_error
-from convoy.errors import ConvoyError
+from convoy.core.disk import explain_full_disk, is_disk_error
+from convoy.core.errors import ConvoyError
 from convoy.tracking import database
 from convoy.tracking.database import START_OVER, local
 

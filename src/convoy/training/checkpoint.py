@@ -12,7 +12,7 @@ import torch
 from pydantic import InstanceOf, ValidationError
 from torch import Tensor
 
-from convoy.config import NotNegative, Whole, schema
+from convoy.core.config import NotNegative, Whole, schema
 
 Tensors = dict[str, InstanceOf[Tensor]]
 

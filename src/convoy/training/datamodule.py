@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from convoy.data.arrays import Images
+from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
 from convoy.training.sampler import Batches
 

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from convoy.config import Count, schema
-from convoy.errors import ConvoyError
+from convoy.core.config import Count, schema
+from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
 
 # Instruction sets that multiply matrices in half precision.

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convoy import models
-from convoy.errors import ConvoyError
-from convoy.hashing import sha256
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
 
 # The ID of an MLflow run.

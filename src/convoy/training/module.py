@@ -24,8 +24,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.nn import functional
 
-from convoy.data.malloc import keep_memory
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
+from convoy.core.malloc import keep_memory
 from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig, TrainConfig
 from convoy.training.augmentation import augment, mix

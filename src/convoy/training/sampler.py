@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 
 
 class Batches:

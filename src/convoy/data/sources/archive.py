@@ -12,11 +12,11 @@ from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from convoy.core.errors import ConvoyError
 from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.base import FileContent
 from convoy.data.sources.file_listing import FileSet, PackedPaths, below, is_junk
-from convoy.errors import ConvoyError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # An archive that unpacks to more than both of these limits is refused as a decompression bomb.

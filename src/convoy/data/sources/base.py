@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from convoy.config import Count, Name, schema
+from convoy.core.config import Count, Name, schema
 from convoy.data.image_io import InvalidImageError
 
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.archive import ARCHIVES, open_archive
 from convoy.data.sources.base import Sample, Source
@@ -26,8 +28,6 @@ from convoy.data.sources.label_table import (
     read_parquet,
 )
 from convoy.data.sources.parquet import Parquet, classes_in, image_column, label_column, members, open_parquet
-from convoy.errors import ConvoyError
-from convoy.text import truncate_names
 
 UNREAD = (".7z", ".rar", ".zip", ".z01", ".001", ".tar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma",
           ".arrow", ".feather", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".pkl", ".tfrec", ".tfrecord",

@@ -5,9 +5,9 @@ import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Mapping
 
+from convoy.core.text import truncate_names
 from convoy.data.sources.base import SPLIT_WORDS
 from convoy.data.sources.file_listing import split_word
-from convoy.text import truncate_names
 
 Names = tuple[str, ...]  # folder names, outermost first
 

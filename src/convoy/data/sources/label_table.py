@@ -12,13 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
+from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
-from convoy.data.packed_dataset import FEW, SPLITS
+from convoy.data.packed.packed_dataset import FEW, SPLITS
 from convoy.data.sources.base import SPLIT_WORDS, Sample
 from convoy.data.sources.file_listing import Annotation, FileSet, below, is_image, split_word
 from convoy.data.sources.parquet import Parquet, texts
-from convoy.errors import ConvoyError
-from convoy.text import truncate_names
 
 TEXTS = (".csv", ".tsv")
 TABLES = (*TEXTS, ".parquet")

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from convoy.core.errors import ConvoyError
 from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
-from convoy.data.packed_dataset import SPLITS
+from convoy.data.packed.packed_dataset import SPLITS
 from convoy.data.sources.base import SPLIT_WORDS, FileContent, Sample
-from convoy.errors import ConvoyError
 
 # The number of rows, each with an image, that are in memory at once.
 ROWS = 16

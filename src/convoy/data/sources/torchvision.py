@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from convoy.core.disk import explain_full_disk
+from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError, to_grey_or_rgb
 from convoy.data.sources.base import SPLIT_WORDS, Sample, Source, TorchvisionSet
-from convoy.disk import explain_full_disk
-from convoy.errors import ConvoyError
 
 
 def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convoy.data.pixel_shards import PIXELS, Shards
+from convoy.data.packed.pixel_shards import PIXELS, Shards
 
 # Each split is further from training than the one before.
 SPLITS = ("train", "val", "test")

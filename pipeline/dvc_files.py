@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convoy.errors import ConvoyError
+from convoy.core.errors import ConvoyError
 
 # Relative path within a folder -> MD5. For a single file, the only path is "".
 Checksums = Mapping[str, str]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 import pydantic
 from pydantic import AfterValidator, Field
 
-from convoy.errors import ConvoyError, _hint
+from convoy.core.errors import ConvoyError, _hint
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

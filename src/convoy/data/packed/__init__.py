@@ -1,0 +1,1 @@
+"""The prepared data set, as training and evaluation read it."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 
 # Relative path within a folder -> MD5. For a single file, the only path is "".
 Checksums = Mapping[str, str]
@@ -78,7 +78,7 @@ def read_import(root: Path, name: str) -> Import | None:
                 at_stake=[path for path, md5 in unknown.items() if not cache.exists(md5)],
             )
     except (DvcException, ObjectFormatError, OSError) as error:
-        raise ConvoyError(f"{name}: DVC can't compare it with what is there: {' '.join(str(error).split())}") from error
+        raise ConvoyError(f"{name}: DVC can't compare it with what is there: {describe_error(error)}") from error
 
 
 def uncached(root: Path, files: Sequence[Path]) -> list[Path]:

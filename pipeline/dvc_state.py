@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 
 # Suffixes of a SQLite database and of the files that SQLite creates next to it.
 SIDECARS = ("", "-journal", "-wal", "-shm")
@@ -78,8 +78,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         table = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         # The cause may be the markers of a merge conflict.
-        said = " ".join(str(error).split())
-        raise ConvoyError(f"{file.name} can't be read: take one side of it, or git's last version ({said})") from None
+        raise ConvoyError(
+            f"{file.name} can't be read: take one side of it, or git's last version ({describe_error(error)})"
+        ) from None
     if not isinstance(table, dict):
         raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
     return table

@@ -20,7 +20,7 @@ from typing import Any
 
 from convoy.core import config
 from convoy.tracking import provenance, runs
-from convoy.tracking.store import TrackingStore, describe_error, open_store
+from convoy.tracking.store import TrackingStore, describe_mlflow_error, open_store
 from pipeline.stage import project_root
 
 GRACE = 30  # s, for MLflow to answer after the end of the training
@@ -88,7 +88,7 @@ class Reporter:
                 # No error of MLflow may affect the training.
                 except Exception as error:
                     if not told:
-                        print(said(describe_error(error.__cause__ or error)), file=sys.stderr, flush=True)
+                        print(said(describe_mlflow_error(error.__cause__ or error)), file=sys.stderr, flush=True)
                     told = True
                     self.over = bool(self.end)
                 if not self.over:

@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.reporting import report
 from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
@@ -85,8 +85,9 @@ def _locked(file: Path) -> dict[str, Any]:
         return (yaml.safe_load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
     # The file may hold the markers of a merge conflict.
     except (yaml.YAMLError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise ConvoyError(f"dvc.lock can't be read: take one side of it, and run `dvc repro` ({said})") from None
+        raise ConvoyError(
+            f"dvc.lock can't be read: take one side of it, and run `dvc repro` ({describe_error(error)})"
+        ) from None
 
 
 def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:

@@ -553,7 +553,9 @@ def test_a_server_that_is_silent_is_not_waited_for_for_ever(tmp_path: Path, monk
 
 
 def test_a_name_that_torchvision_does_not_know_is_refused_with_one_like_it(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"dataset\.torchvision\.name='MINST': torchvision has no such set.*'MNIST'"):
+    with pytest.raises(
+        ConvoyError, match=r"dataset\.torchvision\.name='MINST': torchvision has no such data set; did you mean MNIST\?"
+    ):
         read_torchvision(TorchvisionSet(name="MINST", splits={"train": {}}), tmp_path)
 
 

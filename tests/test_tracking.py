@@ -137,7 +137,9 @@ def test_an_address_is_shown_without_user_name_and_password() -> None:
 
 
 def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
-    said = tracking.describe_error(RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ..."))
+    said = tracking.describe_mlflow_error(
+        RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ...")
+    )
     assert "secret" not in said
     assert "\n" not in said
 

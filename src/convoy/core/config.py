@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
 import pydantic
 from pydantic import AfterValidator, Field
 
-from convoy.core.errors import ConvoyError, _hint
+from convoy.core.errors import ConvoyError, describe_error, suggest
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -110,11 +110,10 @@ def composed(root: Path, overrides: Sequence[str] = ()) -> str:
     except MissingConfigException as error:
         file = Path(f"conf/{error.missing_cfg_file}.yaml")
         known = sorted(other.stem for other in (root / file.parent).glob("*.yaml"))
-        raise ConvoyError(f"{file}: there is no such file; {_hint(file.stem, known)}") from error
+        raise ConvoyError(f"{file}: there is no such file; {suggest(file.stem, known)}") from error
     # OmegaConf raises OSError for a file that does not hold a mapping.
     except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ConvoyError(f"conf/ does not compose: {said}") from error
+        raise ConvoyError(f"conf/ does not compose: {describe_error(error)}") from error
 
 
 def load(params: Path) -> dict[str, Any]:
@@ -183,7 +182,7 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
     """
     for name in params:
         if name not in known:
-            raise ConvoyError(f"conf/: {name}: unknown section; {_hint(name, known)}")
+            raise ConvoyError(f"conf/: {name}: unknown section; {suggest(name, known)}")
     for name in known:
         if not params.get(name) and params.get(name) != 0:
             raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
@@ -198,7 +197,7 @@ def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, secti
         match complaint["type"]:
             case "unexpected_keyword_argument":
                 known = _fields(schema, parents)
-                yield f"{name}: unknown key; {_hint(str(key), known)}"
+                yield f"{name}: unknown key; {suggest(str(key), known)}"
             case "missing" | "missing_argument":
                 yield f"{name}: missing; set it in conf/"
             case _:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.inference.predictor import Predictor
 
 FILE = "model.onnx"
@@ -151,4 +150,4 @@ def _reason(error: BaseException) -> str:
     """Return the message of the original cause of an error, shortened to 200 characters."""
     while error.__cause__:
         error = error.__cause__
-    return textwrap.shorten(str(error) or repr(error), 200)
+    return describe_error(error, 200)

@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import difflib
 import importlib
 import json
 import pkgutil
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from convoy.core.config import typed
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, suggest
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 
@@ -115,9 +114,7 @@ def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
 
 def _module(name: str) -> ModuleType:
     if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConvoyError(f"model.{name}: no such architecture; {hint}There are {', '.join(names())}")
+        raise ConvoyError(f"model.{name}: no such architecture; {suggest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

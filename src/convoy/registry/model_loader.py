@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.data import image_io as images
 from convoy.inference import onnx_export, predictor
@@ -98,8 +97,9 @@ def _download(uri: str, target: Path) -> None:
         try:
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(target)
         except (MlflowException, OSError) as error:
-            said = textwrap.shorten(str(error), 200)
-            raise NotFetched(f"{uri} is missing or can't be fetched ({said}); nothing of the model was used") from None
+            raise NotFetched(
+                f"{uri} is missing or can't be fetched ({describe_error(error, 200)}); nothing of the model was used"
+            ) from None
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
         if not is_of_mlflow:
             raise
         fix = _how_to_fix(error, file) if file else "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
-        raise ConvoyError(f"{describe_error(error)}. {fix}") from error
+        raise ConvoyError(f"{describe_mlflow_error(error)}. {fix}") from error
 
 
 @contextlib.contextmanager
@@ -196,7 +196,7 @@ def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -
         return made
 
 
-def describe_error(error: BaseException) -> str:
+def describe_mlflow_error(error: BaseException) -> str:
     """Describe an error of MLflow in one line, without any user name and password."""
     said = str(error).partition("[SQL:")[0] or repr(error)
     return without_login(f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(said, 300)}")

@@ -2,7 +2,6 @@
 
 import math
 import os
-import textwrap
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import InstanceOf, ValidationError
 from torch import Tensor
 
 from convoy.core.config import NotNegative, Whole, schema
+from convoy.core.errors import describe_error
 
 Tensors = dict[str, InstanceOf[Tensor]]
 
@@ -98,8 +98,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    said = textwrap.shorten(str(error), 200)
-    return said if type(error) is ValueError else f"{type(error).__name__}: {said}"
+    message = describe_error(error, 200)
+    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
 
 
 @schema

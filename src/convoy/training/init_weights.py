@@ -5,7 +5,6 @@ import json
 import re
 import sys
 import tempfile
-import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convoy import models
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
 
@@ -192,9 +191,8 @@ def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str,
             # By default, torchvision would unpickle any object and verify no checksum.
             published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
         except (OSError, HTTPException, RuntimeError) as error:
-            said = textwrap.shorten(str(error), 200)
             raise ConvoyError(
-                f"model.{architecture}.init: {published.url} can't be downloaded ({said}); "
+                f"model.{architecture}.init: {published.url} can't be downloaded ({describe_error(error, 200)}); "
                 f"put that file into {file.parent} by hand, or set init: scratch"
             ) from error
     donor = from_file(file, classifier, architecture, settings)
@@ -303,8 +301,9 @@ def _of_torchvision(
         # Load with torchvision's own module, because old files have another order and no batch counters.
         theirs.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        said = textwrap.shorten(str(error), 300)
-        raise ConvoyError(f"model.{architecture}.init: {file} is not of torchvision's {twin} ({said})") from error
+        raise ConvoyError(
+            f"model.{architecture}.init: {file} is not of torchvision's {twin} ({describe_error(error, 300)})"
+        ) from error
     twins = models.equivalents(architecture)
     norm = {"mean": torch.tensor(twins.mean).view(1, -1, 1, 1), "std": torch.tensor(twins.std).view(1, -1, 1, 1)}
     names = [name for name in classifier.state_dict() if name not in norm]
@@ -331,9 +330,9 @@ def _plain(file: Path, architecture: str) -> Mapping[str, Tensor]:
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
     # Broken and malicious files raise many kinds of exceptions.
     except Exception as error:
-        said = textwrap.shorten(str(error), 200)
         raise ConvoyError(
-            f"model.{architecture}.init: {file} is no file of plain weights, and nothing in it was run ({said})"
+            f"model.{architecture}.init: {file} is no file of plain weights, and nothing in it was run "
+            f"({describe_error(error, 200)})"
         ) from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ConvoyError(f"model.{architecture}.init: {file} holds more than tensors: save a state_dict() in it")

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.base import FileContent
@@ -54,9 +54,9 @@ def open_archive(archive: Path, name: str) -> FileSet:
     try:
         return list_files(archive, name)
     except BROKEN as error:
-        # A message of tarfile may have several lines.
-        said = " ".join(str(error).split())
-        raise ConvoyError(f"{name} is not a whole {kind} archive ({said}): put a sound copy there") from error
+        raise ConvoyError(
+            f"{name} is not a whole {kind} archive ({describe_error(error)}): put a sound copy there"
+        ) from error
 
 
 def _zip_files(archive: Path, name: str) -> FileSet:

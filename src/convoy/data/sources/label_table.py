@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
 from convoy.data.packed.packed_dataset import FEW, SPLITS
@@ -119,10 +119,9 @@ def read_csv(name: str, file: str | bytes) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise ConvoyError(f"{name} is not in UTF-8 ({error}): save it as CSV in UTF-8") from error
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
-        said = " ".join(str(error).split())
         raise ConvoyError(
-            f"{name} is not whole CSV ({said}): put commas between the fields, and quotes around a field that has"
-            ' a comma or a quote in it, which is then written ""'
+            f"{name} is not whole CSV ({describe_error(error)}): put commas between the fields, and quotes around a"
+            ' field that has a comma or a quote in it, which is then written ""'
         ) from error
 
 

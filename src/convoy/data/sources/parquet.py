@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error
 from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.packed.packed_dataset import SPLITS
@@ -199,5 +199,6 @@ def _refused_if_broken(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        said = " ".join(str(error).split())
-        raise ConvoyError(f"{name} is not a whole Parquet file ({said}): put a sound copy there") from error
+        raise ConvoyError(
+            f"{name} is not a whole Parquet file ({describe_error(error)}): put a sound copy there"
+        ) from error

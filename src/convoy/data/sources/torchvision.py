@@ -1,6 +1,5 @@
 """Torchvision data sets: published data sets that torchvision downloads and verifies."""
 
-import difflib
 import functools
 import inspect
 import os
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from convoy.core.disk import explain_full_disk
-from convoy.core.errors import ConvoyError
+from convoy.core.errors import ConvoyError, describe_error, suggest
 from convoy.data.image_io import InvalidImageError, to_grey_or_rgb
 from convoy.data.sources.base import SPLIT_WORDS, Sample, Source, TorchvisionSet
 
@@ -38,9 +37,8 @@ def read_torchvision(params: TorchvisionSet, folder: Path) -> Source:
 
     known = [name for name in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, name))]
     if params.name not in known:
-        close = difflib.get_close_matches(params.name, known)
         raise ConvoyError(
-            f"dataset.torchvision.name={params.name!r}: torchvision has no such set; it has {close or known}"
+            f"dataset.torchvision.name={params.name!r}: torchvision has no such data set; {suggest(params.name, known)}"
         )
     make = getattr(torchvision.datasets, params.name)
     if "loader" in inspect.signature(make).parameters:
@@ -186,10 +184,10 @@ def _downloaded(make: Callable, params: TorchvisionSet, folder: Path) -> dict[st
         shutil.rmtree(arriving, ignore_errors=True)
         if explain_full_disk(error, folder.parent):
             raise
-        said = " ".join(str(error).split()) or type(error).__name__
         raise ConvoyError(
-            f"{params.name} could not be fetched from {_address(error)}: {said}. Try again when that address answers,"
-            f" or put the files that torchvision looks for into {folder}/, byte for byte as it would fetch them"
+            f"{params.name} could not be fetched from {_address(error)}: {describe_error(error)}. Try again when that"
+            f" address answers, or put the files that torchvision looks for into {folder}/, byte for byte as it would"
+            " fetch them"
         ) from error
     finally:
         socket.setdefaulttimeout(patience)

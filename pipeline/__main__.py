@@ -22,6 +22,7 @@ from convoy.core.errors import ConvoyError
 from convoy.data import data_lock
 from convoy.data.sources.base import DatasetConfig
 from pipeline import data_folder, dvc_state, output_folders, settings, signals
+from pipeline.errors import exit_on_error
 
 LEADERBOARD = "artifacts/register/leaderboard.csv"
 
@@ -39,41 +40,57 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="run nothing; show the leaderboard and the links")
     options = parser.parse_args()
     root = Path.cwd()
-    try:
-        if options.show:
-            print_summary(root, config.load(root / "params.yaml"))
-            sys.exit()
-        check_repository(root)
-        dvc_state.repair(root)
-        print("composing conf/ into params.yaml")
-        params = settings.compose(root, check, adopt=options.adopt, discard=options.compose)
-        models = list(params["model"])
-        output_folders.refuse_strays(root, models)
-        output_folders.remove_unlisted(root, models)
-        dvc_state.read_yaml(root / "data.dvc")
-        data_lock.check_source(root, typed(DatasetConfig, params["dataset"], "dataset"))
-        commands = data_folder.commands(root, update=options.update)
-        commands.append(["repro", *(["--pull"] if options.pull else [])])
-        before = leaderboard_time(root)
-        status = run_all(commands)
-        # DVC exits with 255 on an internal error. If its own databases were damaged, they are removed here, and DVC
-        # creates them again.
-        if status == 255 and dvc_state.remove_damaged_databases(root):
-            status = run_all(commands)
-        if status == 0:
-            print_summary(root, params)
-        else:
-            dvc_state.repair(root)
-            # The register stage may write the leaderboard before it fails.
-            if leaderboard_time(root) not in (None, before):
-                show_leaderboard(root)
-    except ConvoyError as error:
-        sys.exit(f"convoy: {error}")
-    except OSError as error:
-        if full := explain_full_disk(error, root):
-            sys.exit(f"convoy: {full}")
-        raise
+    with exit_on_error():
+        try:
+            status = run(root, options)
+        except OSError as error:
+            if full := explain_full_disk(error, root):
+                raise ConvoyError(full) from error
+            raise
     sys.exit(status)
+
+
+def run(root: Path, options: argparse.Namespace) -> int:
+    """Compose and check the settings, run every stage and print the leaderboard.
+
+    Args:
+        root: The project folder.
+        options: The parsed command line.
+
+    Returns:
+        The exit status of DVC, or 0 if nothing was to be run.
+
+    Raises:
+        ConvoyError: If the settings, the data or DVC's files can't be used.
+    """
+    if options.show:
+        print_summary(root, config.load(root / "params.yaml"))
+        return 0
+    check_repository(root)
+    dvc_state.repair(root)
+    print("composing conf/ into params.yaml")
+    params = settings.compose(root, check, adopt=options.adopt, discard=options.compose)
+    models = list(params["model"])
+    output_folders.refuse_strays(root, models)
+    output_folders.remove_unlisted(root, models)
+    dvc_state.read_yaml(root / "data.dvc")
+    data_lock.check_source(root, typed(DatasetConfig, params["dataset"], "dataset"))
+    commands = data_folder.commands(root, update=options.update)
+    commands.append(["repro", *(["--pull"] if options.pull else [])])
+    before = leaderboard_time(root)
+    status = run_all(commands)
+    # DVC exits with 255 on an internal error. If its own databases were damaged, they are removed here, and DVC
+    # creates them again.
+    if status == 255 and dvc_state.remove_damaged_databases(root):
+        status = run_all(commands)
+    if status == 0:
+        print_summary(root, params)
+        return status
+    dvc_state.repair(root)
+    # The register stage may write the leaderboard before it fails.
+    if leaderboard_time(root) not in (None, before):
+        show_leaderboard(root)
+    return status
 
 
 def check(params: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ the training.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from convoy.promotion import champion, gate
 from convoy.promotion.gate import Origin
 from convoy.registry import model_loader
 from convoy.tracking.store import PATIENCE, TrackingStore, open_store
+from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 # For requests to a server. One that is too slow for this check is queried again by the gate.
@@ -35,12 +35,10 @@ def main() -> None:
     root = Path.cwd()
     os.environ.setdefault(PATIENCE, REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
-    try:
+    with exit_on_error("check_champion"):
         name = config.load(root / "params.yaml")["register"]["name"]
         if found := find_champion(project_root(root), name):
             check(folder, found)
-    except ConvoyError as error:
-        sys.exit(f"convoy: check_champion: {error}")
 
 
 def find_champion(home: Path, name: str) -> Origin | None:

@@ -1,20 +1,19 @@
 """Command that suggests a learning rate for an architecture on the prepared images, without changing any setting."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from convoy import models
 from convoy.core.config import Seed
-from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.reporting import report
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose
+from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
 
@@ -44,7 +43,5 @@ def lr(stage: Stage) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m pipeline.lr", description=lr.__doc__)
     parser.add_argument("architecture")
-    try:
+    with exit_on_error("lr"):
         lr(Stage(Path.cwd(), "train", parser.parse_args().architecture))
-    except ConvoyError as error:
-        sys.exit(f"convoy: lr: {error}")

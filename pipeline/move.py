@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from convoy.core import config
@@ -10,6 +9,7 @@ from convoy.core.errors import ConvoyError
 from convoy.promotion import migrate
 from convoy.tracking import ui_views
 from convoy.tracking.store import open_store
+from pipeline.errors import exit_on_error
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.move", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()
-    try:
+    with exit_on_error("move"):
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
             raise ConvoyError("say where to: export MLFLOW_TRACKING_URI=http://server:5000")
         name = config.load(root / "params.yaml")["register"]["name"]
@@ -29,8 +29,6 @@ def main() -> None:
             table, curves = ui_views.save_views(server)
         print("everything is there:" if lines else "everything was there already:")
         print(f"  leaderboard  {table}\n  curves       {curves}")
-    except ConvoyError as error:
-        sys.exit(f"convoy: move: {error}")
 
 
 if __name__ == "__main__":

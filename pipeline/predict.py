@@ -20,6 +20,7 @@ from convoy.inference.predictor import Predictor
 from convoy.registry import model_loader
 from convoy.tracking.store import open_store
 from convoy.training import hardware
+from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 BATCH = 64  # images in memory at a time
@@ -36,11 +37,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a JSON object a line, instead of a table")
     options = parser.parse_args()
     try:
-        title, predictor = registered(Path.cwd(), options.model)
-        answers = answer(predictor, options.images)
-        unread = print_lines(answers) if options.json else print_table(answers, title)
-    except ConvoyError as error:
-        sys.exit(f"convoy: predict: {error}")
+        with exit_on_error("predict"):
+            title, predictor = registered(Path.cwd(), options.model)
+            answers = answer(predictor, options.images)
+            unread = print_lines(answers) if options.json else print_table(answers, title)
     # The reader closed the pipe, as `head` does.
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

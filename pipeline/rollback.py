@@ -1,7 +1,6 @@
 """Command that makes the previous champion the champion again and records the reason."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from convoy.core import config
@@ -9,6 +8,7 @@ from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.tracking import provenance
 from convoy.tracking.store import open_store
+from pipeline.errors import exit_on_error
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--reason", required=True, help="why; it is kept with the model")
     options = parser.parse_args()
     root = Path.cwd()
-    try:
+    with exit_on_error("rollback"):
         if not options.reason.strip():
             raise ConvoyError('say why: make rollback REASON="it mistakes wolves for dogs"')
         name = config.load(root / "params.yaml")["register"]["name"]
@@ -26,8 +26,6 @@ def main() -> None:
             event = champion.roll_back(store, name, options.reason, provenance.user(), provenance.git_commit())
         gone = f"version {event.before}" if event.before else "none"
         print(f"version {event.after} is the champion of {name} again, instead of {gone}: {event.reason}")
-    except ConvoyError as error:
-        sys.exit(f"convoy: rollback: {error}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -18,17 +17,16 @@ import yaml
 from filelock import FileLock, Timeout
 
 from convoy.core import config
-from convoy.core.disk import explain_full_disk
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from pipeline import signals
+from pipeline.errors import exit_on_error, explain_system_errors
 
 Schema = TypeVar("Schema")
 # Environment variables in which torchrun, Lightning and Slurm set the rank of a process. Slurm's comes last, because
 # in an interactive Slurm shell it is 0 for every process that Lightning starts.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 SAID = 20  # maximum number of printed messages of one kind
-AGAIN = "run `dvc repro` again"
 # Manifest in every output folder: maps each file name to its sha256 checksum. It is written last.
 MARK = "complete.json"
 
@@ -282,29 +280,5 @@ def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Without this handler Lightning would catch SIGTERM, stop the training early and let the stage end as if complete.
     signals.install()
-    try:
+    with exit_on_error(name), explain_system_errors():
         Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
-    except ConvoyError as error:
-        sys.exit(f"convoy: {name}: {error}")
-    except OSError as error:
-        sys.exit(f"convoy: {name}: {_mend(error)}")
-    except Exception as error:
-        # Libraries may wrap an error of the operating system in their own exceptions.
-        if full := explain_full_disk(error, Path.cwd(), AGAIN):
-            sys.exit(f"convoy: {name}: {full}")
-        # This is `torch.OutOfMemoryError`. It is compared by name because few stages import torch.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        sys.exit(f"convoy: {name}: the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})")
-
-
-def _mend(error: OSError) -> str:
-    """Return the message for a disk that is full or not writable, and re-raise any other error."""
-    if full := explain_full_disk(error, Path.cwd(), AGAIN):
-        return full
-    match error.errno:
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            where = error.filename2 or error.filename or "artifacts/"
-            said = (error.strerror or "not permitted").lower()
-            return f"{where}: {said}: let this user read and write there, and run `dvc repro` again"
-    raise error

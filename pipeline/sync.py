@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from convoy.core.errors import ConvoyError, describe_error
 from convoy.reporting import report
 from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
+from pipeline.errors import exit_on_error
 from pipeline.stage import MARK, Stage
 
 PATIENCE = 40  # s, to wait for a process that still reports a training
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.sync", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()
-    try:
+    with exit_on_error("sync"):
         stage = Stage(root, "register")
         results = {}
         for name in stage.section("model"):
@@ -60,8 +60,6 @@ def main() -> None:
             sync_runs(store, root, list(stage.section("model")), results)
             table, curves = ui_views.save_views(store)
         print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
-    except ConvoyError as error:
-        sys.exit(f"convoy: sync: {error}")
 
 
 def find_result(stage: Stage, name: str) -> TrainedResult:

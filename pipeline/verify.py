@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PREFIX
 from convoy.registry import model_loader
 from convoy.tracking.store import TrackingStore, open_store
+from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 IMAGES = 200  # maximum number of images to predict
@@ -27,12 +27,10 @@ def main() -> None:
     parser.add_argument("prepared", type=Path, nargs="?", default=Path("artifacts/preprocess"))
     options = parser.parse_args()
     root = Path.cwd()
-    try:
+    with exit_on_error("verify"):
         name = config.load(root / "params.yaml")["register"]["name"]
         with open_store(project_root(root), name) as store:
             print(verify(store, options.model, options.evaluated, options.prepared))
-    except ConvoyError as error:
-        sys.exit(f"convoy: verify: {error}")
 
 
 def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> str:

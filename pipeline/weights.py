@@ -5,13 +5,12 @@ training.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from convoy.core import config
-from convoy.core.errors import ConvoyError
 from convoy.registry import model_loader
 from convoy.tracking.store import open_store
+from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 
@@ -23,12 +22,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     root = Path.cwd()
-    try:
+    with exit_on_error("weights"):
         name = config.load(root / "params.yaml")["register"]["name"]
         with open_store(project_root(root), name) as store:
             print(model_loader.fetch_weights(store, name, options.architecture, options.init, options.folder))
-    except ConvoyError as error:
-        sys.exit(f"convoy: weights: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""How a command ends on an error that the user can fix: with one message and exit status 1."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from convoy.core.disk import explain_full_disk
+from convoy.core.errors import ConvoyError
+
+RUN_AGAIN = "run `dvc repro` again"
+
+
+@contextlib.contextmanager
+def exit_on_error(command: str = "") -> Iterator[None]:
+    """Exit with the message of a ConvoyError that is raised within the context.
+
+    Args:
+        command: The name of the command, printed in front of the message; "" for the main command.
+    """
+    try:
+        yield
+    except ConvoyError as error:
+        sys.exit(f"convoy: {command}: {error}" if command else f"convoy: {error}")
+
+
+@contextlib.contextmanager
+def explain_system_errors() -> Iterator[None]:
+    """Replace an error of the system that the user can fix by a ConvoyError that explains how.
+
+    These are a full disk, files that this user may not write, and a full memory of the GPU.
+    """
+    try:
+        yield
+    except ConvoyError:
+        raise
+    except Exception as error:
+        if message := _explain(error):
+            raise ConvoyError(message) from error
+        raise
+
+
+def _explain(error: Exception) -> str | None:
+    # Libraries may wrap an error of the operating system in their own exceptions.
+    if full := explain_full_disk(error, Path.cwd(), RUN_AGAIN):
+        return full
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        file = error.filename2 or error.filename or "artifacts/"
+        reason = (error.strerror or "not permitted").lower()
+        return f"{file}: {reason}: let this user read and write there, and {RUN_AGAIN}"
+    # This is `torch.OutOfMemoryError`. It is compared by name because few stages import torch.
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})"
+    return None

@@ -4,7 +4,8 @@ import textwrap
 
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
-from convoy.data.card import FetchSummary, write_fetch_card
+from convoy.data.card.card import write_fetch_card
+from convoy.data.card.summary import FetchSummary
 from convoy.data.data_lock import DataLock, check_source, version_of
 from convoy.data.decode_pool import get_ready
 from convoy.data.decode_worker import decoding_fingerprint

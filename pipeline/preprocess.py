@@ -11,7 +11,8 @@ import numpy as np
 from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
-from convoy.data.card import PreprocessSummary, write_preprocess_card
+from convoy.data.card.card import write_preprocess_card
+from convoy.data.card.summary import PreprocessSummary
 from convoy.data.image_io import center_crop_resize
 from convoy.data.packed.packed_dataset import TABLE, ImageTable, PackedDataset
 from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
@@ -30,8 +31,8 @@ def preprocess(stage: Stage) -> None:
     made = stage.home / "artifacts"
     earlier = CacheDir(made / ".fitted" / packed.name, made / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
-    prepared.near.to_csv(stage.scratch / "near.csv", index=False)
-    prepared.withheld.to_csv(stage.scratch / "withheld.csv", index=False)
+    prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
+    prepared.withheld.to_csv(stage.scratch / "excluded.csv", index=False)
     prepared.alike.to_parquet(stage.scratch / "alike.parquet", index=False)
 
     rows = ImageTable(stage.scratch / TABLE)
@@ -45,12 +46,12 @@ def preprocess(stage: Stage) -> None:
         name=packed.name,
         **{key: getattr(task, key) for key in ("classes", "size", "channels", "mean", "std")},
         table=table,
-        images=lambda row: center_crop_resize(packed.image(prepared.rows[row]), task.size, task.channels),
-        found=packed.named,
-        near=prepared.near,
-        pairs=prepared.pairs,
-        doubtful=prepared.doubtful,
-        withheld=prepared.withheld,
+        read_image=lambda row: center_crop_resize(packed.image(prepared.rows[row]), task.size, task.channels),
+        read_original=packed.named,
+        near_duplicates=prepared.near,
+        pair_count=prepared.pairs,
+        conflict_count=prepared.doubtful,
+        excluded=prepared.withheld,
         notes=prepared.notes,
     )
     write_preprocess_card(card, stage.scratch)

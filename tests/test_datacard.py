@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from convoy.data import fonts
-from convoy.data.card import FetchSummary, PreprocessSummary, _tile, write_fetch_card, write_preprocess_card
+from convoy.data.card import fonts
+from convoy.data.card.card import write_fetch_card, write_preprocess_card
+from convoy.data.card.plots import make_tile
+from convoy.data.card.summary import FetchSummary, PreprocessSummary
 
 RED = (255, 0, 0)
 LABELS = ["a|b", "<script>alert(1)</script>", "🦉 owl", "猫", "$x^2$ $y$", "__init__", "*star*", "`tick`", "007", "1e5",
@@ -50,7 +52,7 @@ def intake(table: pd.DataFrame, **more: Any) -> FetchSummary:
         "notes": [],
     }
     classes = list(dict.fromkeys(table["label"]))
-    return FetchSummary(**{"name": "toy", "classes": classes, "table": table, "images": plain()} | empty | more)
+    return FetchSummary(**{"name": "toy", "classes": classes, "table": table, "read_image": plain()} | empty | more)
 
 
 def pairs(table: pd.DataFrame, *rows: tuple[int, int]) -> pd.DataFrame:
@@ -66,12 +68,12 @@ def prepared(table: pd.DataFrame, **more: Any) -> PreprocessSummary:
     images = {
         "classes": sorted(set(table["label"])),
         "table": table,
-        "images": plain(),
-        "found": lambda path: plain()(0),
+        "read_image": plain(),
+        "read_original": lambda path: plain()(0),
     }
-    near = more.get("near", pairs(table))
-    counts = {"pairs": len(near), "doubtful": int((near["label"] != near["other_label"]).sum())}
-    empty = {"near": near, "withheld": some(0), "notes": []} | counts
+    near = more.get("near_duplicates", pairs(table))
+    counts = {"pair_count": len(near), "conflict_count": int((near["label"] != near["other_label"]).sum())}
+    empty = {"near_duplicates": near, "excluded": some(0), "notes": []} | counts
     return PreprocessSummary(**{"name": "toy"} | measured | images | empty | more)
 
 
@@ -130,7 +132,9 @@ def full_intake() -> FetchSummary:
 
 def full_prepared() -> PreprocessSummary:
     table = listed(["cat"] * 7 + ["owl"] * 3).assign(split=["train", "train", "val", "test", "train"] * 2)
-    return prepared(table, near=pairs(table, (0, 1), (2, 8)), withheld=some(2), notes=["Class 'owl' is small."])
+    return prepared(
+        table, near_duplicates=pairs(table, (0, 1), (2, 8)), excluded=some(2), notes=["Class 'owl' is small."]
+    )
 
 
 # Both cards
@@ -159,9 +163,9 @@ def test_the_same_data_gives_the_same_bytes_whatever_style_a_user_has_set(
 
 
 def test_sections_without_content_are_quarantine(tmp_path: Path) -> None:
-    everyday = ["What changed", "Classes", "Size and colour", "What the images look like"]
+    everyday = ["Changes", "Classes", "Size and colour", "Sample images"]
     assert headings(fetch_card(tmp_path, table=listed(["cat", "owl"]))) == everyday
-    assert headings(preprocess_card(tmp_path, table=listed(["cat"], "train"))) == ["Splits", "What the networks see"]
+    assert headings(preprocess_card(tmp_path, table=listed(["cat"], "train"))) == ["Splits", "Network inputs"]
 
 
 def test_a_label_is_shown_as_it_is_whatever_is_in_it(tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_what_does_not_print_is_spelled_out_and_a_long_name_keeps_its_ends(tmp_p
 
 def test_names_that_a_picture_can_not_show_stand_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
-    fonts._families.cache_clear()
+    fonts._find_families.cache_clear()
     assert "From top to bottom: 'cat', '猫'." in fetch_card(tmp_path, table=listed(["cat", "猫"]))
     assert "From top to bottom" not in fetch_card(tmp_path, table=listed(["cat", "owl"]))
 
@@ -202,7 +206,7 @@ def test_of_very_many_classes_the_largest_and_the_smallest_are_shown(tmp_path: P
         return plain()(row)
 
     table = listed(np.repeat(names, np.arange(300, 0, -1)))  # 45,150 images
-    card = fetch_card(tmp_path, table=table, images=images)
+    card = fetch_card(tmp_path, table=table, read_image=images)
     assert "Of 300 classes these are the 50 largest and the 50 smallest." in card
     assert {"class 0", "class 49", "class 250", "class 299"} <= set(cells(card))
     assert not {"class 50", "class 249"} & set(cells(card))
@@ -219,14 +223,14 @@ def test_every_class_has_a_row_in_the_table_and_on_a_contact_sheet(count: int, t
 
 @pytest.mark.parametrize("image", [plain(8, 8), plain(60, 60), plain(900, 900)])
 def test_small_images_are_enlarged_and_large_ones_reduced(image: Callable, tmp_path: Path) -> None:
-    fetch_card(tmp_path, table=listed(["cat"] * 3), images=image)
+    fetch_card(tmp_path, table=listed(["cat"] * 3), read_image=image)
     red = int((picture(tmp_path / "contact_1.png") == RED).all(axis=2).sum())
     assert 3 * 60**2 <= red <= 3 * 64**2
 
 
 @pytest.mark.parametrize("shape", [(8, 400, 3), (400, 8, 1), (3, 9, 1), (500, 100, 3)])
 def test_of_a_very_long_image_the_middle_is_shown(shape: tuple[int, int, int]) -> None:
-    shown = _tile(np.zeros(shape, np.uint8), 96)
+    shown = make_tile(np.zeros(shape, np.uint8), 96)
     dark = np.argwhere((shown == 0).all(axis=2))
     high, wide = dark.max(axis=0) - dark.min(axis=0) + 1
     assert max(high, wide) >= 72
@@ -235,7 +239,7 @@ def test_of_a_very_long_image_the_middle_is_shown(shape: tuple[int, int, int]) -
 
 def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed(["cat", "owl"]), quarantine=some(51))
-    assert "50 of 51; more are in quarantine.csv:" in card
+    assert "50 of 51; all are in quarantine.csv:" in card
     assert "cat/49.png" in card
     assert "cat/50.png" not in card
 
@@ -246,8 +250,8 @@ def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path
 def test_the_imbalance_of_the_classes_is_said_in_a_sentence(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed(["cat"] * 6 + ["owl"] * 2), classes=["cat", "newt", "owl"])
     assert "'cat', has 6 images: 3.0 times as many as the smallest, 'owl', with 2." in card
-    assert "To answer always 'cat' would be right for 75.0% of the images." in card
-    assert "No image at all: 'newt'." in card
+    assert "Always predicting 'cat' is correct for 75.0% of the images." in card
+    assert "Classes without images: 'newt'." in card
 
 
 def test_given_splits_are_counted_apart(tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_sizes_are_drawn_only_where_they_differ(tmp_path: Path) -> None:
     table["source_width"], table["channels"] = [8, 20, 40], [1, 1, 3]
     card = fetch_card(tmp_path, table=table)
     assert "the smallest image has 8x8, the median 20x8, the largest 40x8" in card
-    assert "Stored smaller than found: 2 images, no side above 8 pixels. 2 (66.7%) are grey, 1 are RGB." in card
+    assert "Reduced: 2 images, no side above 8 pixels. 2 (66.7%) are grey, 1 are RGB." in card
     assert (tmp_path / "sizes.png").exists()
 
 
@@ -282,7 +286,7 @@ def test_changes_are_listed_and_a_first_version_says_so(tmp_path: Path) -> None:
 
 def test_data_without_any_image_has_a_card_too(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed([]), classes=["cat"], quarantine=some(3))
-    assert headings(card) == ["What changed", "Classes", "In quarantine"]
+    assert headings(card) == ["Changes", "Classes", "Quarantine"]
 
 
 # The card of preprocess
@@ -295,16 +299,16 @@ def test_shares_and_measures_are_said(tmp_path: Path) -> None:
     assert "Every image has 8x8 pixels, RGB." in card
     start = cells(card).index("red")
     assert cells(card)[start : start + 3] == ["red", "0.5", "0.2"]
-    card = preprocess_card(tmp_path, table=table, channels=1, mean=[0.5], std=[0.2], images=plain(channels=1))
+    card = preprocess_card(tmp_path, table=table, channels=1, mean=[0.5], std=[0.2], read_image=plain(channels=1))
     assert "Every image has 8x8 pixels, grey." in card
 
 
 def test_pairs_with_different_labels_have_a_section_of_their_own(tmp_path: Path) -> None:
     table = listed(["cat"] * 3 + ["owl"], "train")
-    card = preprocess_card(tmp_path, table=table, near=pairs(table, (0, 1), (1, 2), (2, 3)))
-    same, different = card.index("## Nearly equal, with the same"), card.index("## Nearly equal, with different")
+    card = preprocess_card(tmp_path, table=table, near_duplicates=pairs(table, (0, 1), (1, 2), (2, 3)))
+    same, different = card.index("## Near-duplicates with the same"), card.index("## Near-duplicates with different")
     assert different < same
-    assert "1 pair. Worth a look: one of the two labels may be wrong." in card[different:same]
+    assert "1 pair. One of the two labels may be wrong." in card[different:same]
     assert "owl/3.png" in card[different:same]
     assert "2 pairs." in card[same:]
 
@@ -317,11 +321,11 @@ def test_a_pair_of_which_one_is_withheld_is_drawn_as_it_was_found(tmp_path: Path
         asked.append(path)
         return plain()(0)
 
-    preprocess_card(tmp_path, table=table[:3], near=pairs(table, (0, 3)), found=found)
+    preprocess_card(tmp_path, table=table[:3], near_duplicates=pairs(table, (0, 3)), read_original=found)
     assert asked == ["cat/0.png", "cat/3.png"]
-    assert (tmp_path / "near.png").exists()
+    assert (tmp_path / "near_duplicates.png").exists()
 
 
 def test_what_is_withheld_is_listed_with_its_reason(tmp_path: Path) -> None:
-    card = preprocess_card(tmp_path, table=listed(["cat"], "train"), withheld=some(2).assign(reason="nearly equals x"))
+    card = preprocess_card(tmp_path, table=listed(["cat"], "train"), excluded=some(2).assign(reason="nearly equals x"))
     assert cells(card)[-3:] == ["cat/1.png", "cat", "nearly equals x"]

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from convoy.data import fonts
-from convoy.data.fonts import DEFAULT, font_families, missing_letters
+from convoy.data.card import fonts
+from convoy.data.card.fonts import DEFAULT_FAMILY, find_font_families, find_missing_characters
 from convoy.reporting.report import draw_confusion
 
 # a letter that matplotlib's default font lacks, and another of the fonts that it brings along has
@@ -24,7 +24,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The font files of the system."""
     files: list[str] = []
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: files)
-    fonts._families.cache_clear()
+    fonts._find_families.cache_clear()
     return files
 
 
@@ -37,15 +37,15 @@ def drawn(classes: list[str], file: Path) -> np.ndarray:
 
 
 def test_default_font_is_enough_for_most_names(installed: list[str]) -> None:
-    assert font_families(["cat", "żółw", "кот", "$x$"]) == [DEFAULT]
+    assert find_font_families(["cat", "żółw", "кот", "$x$"]) == [DEFAULT_FAMILY]
 
 
 def test_installed_font_is_used_for_letters_it_has(installed: list[str], tmp_path: Path) -> None:
     boxes = drawn([CIRCLED, "cat"], tmp_path / "boxes.png")
     installed.append(str(STIX))
-    fonts._families.cache_clear()
-    assert font_families([CIRCLED]) == [DEFAULT, "STIXGeneral"]
-    assert missing_letters([CIRCLED]) == set()
+    fonts._find_families.cache_clear()
+    assert find_font_families([CIRCLED]) == [DEFAULT_FAMILY, "STIXGeneral"]
+    assert find_missing_characters([CIRCLED]) == set()
     letters = drawn([CIRCLED, "cat"], tmp_path / "letters.png")
     assert boxes.shape != letters.shape or (boxes != letters).any()
 
@@ -64,8 +64,8 @@ def test_broken_font_files_are_passed_over(installed: list[str], tmp_path: Path)
     broken = tmp_path / "a-sans-regular.ttf"
     broken.write_bytes(b"no font")
     installed += [str(broken), str(tmp_path / "gone.ttf"), str(STIX)]
-    assert font_families([CIRCLED, NOWHERE]) == [DEFAULT, "STIXGeneral"]
-    assert missing_letters([CIRCLED, NOWHERE]) == {NOWHERE}
+    assert find_font_families([CIRCLED, NOWHERE]) == [DEFAULT_FAMILY, "STIXGeneral"]
+    assert find_missing_characters([CIRCLED, NOWHERE]) == {NOWHERE}
 
 
 def test_dollar_signs_in_names_are_no_formulas(installed: list[str], tmp_path: Path) -> None:

@@ -636,7 +636,7 @@ def test_where_the_images_or_the_champion_are_others_it_is_judged_again(
     night("good")
     night("alike")
     asked = watched(monkeypatch)
-    (root / "artifacts/preprocess/near.csv").write_text("others\n")
+    (root / "artifacts/preprocess/near_duplicates.csv").write_text("others\n")
     renew_mark(root / "artifacts/preprocess")
     night("alike")
     assert len(asked) == 1

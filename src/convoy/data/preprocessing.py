@@ -336,7 +336,7 @@ def _notes(packed: PackedDataset, labels: np.ndarray, sides: np.ndarray) -> list
     notes: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for label, (*here, withheld) in zip(packed.classes, counts.tolist(), strict=True):
         missing = [name for name, images in zip(SPLITS, here, strict=True) if not images]
-        left = f", and {withheld} withheld: withheld.csv says why" if withheld else ""
+        left = f", and {withheld} excluded: excluded.csv says why" if withheld else ""
         if not sum(here) + withheld:
             note = f"class {label!r} has no image: the networks keep its place, and can't learn it"
             notes["have no image"][label] = note

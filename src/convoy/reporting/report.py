@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from convoy.data.fonts import font_families, missing_letters
+from convoy.data.card.fonts import find_font_families, find_missing_characters
 
 # The gate's statistics are slow to import, and are not needed to print a table.
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     named = len(classes) <= NAMED
     # An inch is 100 pixels: see `dpi` below.
     side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches
-    if missing := missing_letters(classes):
+    if missing := find_missing_characters(classes):
         letters = " ".join(sorted(missing)[:10])
         print(f"{file.name} shows boxes for letters that no installed font has ({letters}): install one, such as Noto")
     # The plot is part of an output, so it must not depend on the user's own settings of matplotlib.
-    settings = {"font.family": font_families(classes), "text.parse_math": False}
+    settings = {"font.family": find_font_families(classes), "text.parse_math": False}
     with pyplot.style.context(["default", settings]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure, axes = pyplot.subplots(figsize=(side + 1, side))

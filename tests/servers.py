@@ -1,6 +1,7 @@
 """Servers on loopback, for tests: PostgreSQL, a bucket as S3 serves it, and MLflow's own."""
 
 import contextlib
+import http.server
 import os
 import pwd
 import shutil
@@ -112,3 +113,36 @@ def _answers(address: str) -> bool:
     with contextlib.suppress(requests.RequestException):
         return requests.get(address, timeout=5).status_code < 500
     return False
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    answer = "500"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        match self.server.answer:
+            case "nothing":
+                time.sleep(60)
+            case "rubbish":
+                self.say(200, b"<html>Welcome to the hotel's network</html>")
+            case "later":
+                self.send_response(503)
+                self.send_header("Retry-After", "3600")
+                self.end_headers()
+            case status:
+                self.say(int(status), b'{"error_code": "INTERNAL_ERROR", "message": "no"}')
+
+    do_POST = do_GET
+
+    def say(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass

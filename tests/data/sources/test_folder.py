@@ -1,0 +1,391 @@
+"""The data folder: what lies in class folders comes with its label, is named with its fault, or is refused."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from convoy.core.errors import ConvoyError
+from convoy.data.sources.folder import read_folder, refuse_links
+from factories import PETS, SPLIT_PETS, content, faults, png, read, rows, tarred, write, zipped
+
+AS_ROWS = [("data/cat/1.png", "cat", ""), ("data/cat/2.png", "cat", ""), ("data/dog/1.png", "dog", "")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+# Class folders
+
+
+def test_a_folder_for_each_class_is_a_data_set(data: Path) -> None:
+    write(data, PETS)
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert rows(data) == AS_ROWS
+    assert {member.group for member in read(data)} == {""}
+
+
+def test_a_loose_file_is_named_and_not_read(data: Path) -> None:
+    write(data, PETS)
+    assert [member.content for member in read(data)] == [str(data / name) for name in PETS]
+
+
+def test_folders_inside_a_class_folder_belong_to_the_class(data: Path) -> None:
+    write(data, {"cat/a/b/1.png": png(), "cat/2.png": png(), "dog/c/3.png": png()})
+    assert [label for _, label, _ in rows(data)] == ["cat", "cat", "dog"]
+
+
+@pytest.mark.parametrize("outer", ["outer/inner/", "a/" * 1500])
+def test_folders_around_all_classes_are_looked_through(data: Path, outer: str) -> None:
+    inside = {f"{outer}{name}": content for name, content in PETS.items()}
+    write(data, inside if len(outer) < 100 else {"pets.zip": zipped(inside)})
+    assert read_folder(data).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("outer", ["", "pets/"])
+@pytest.mark.parametrize("style", [str.lower, str.capitalize])
+def test_train_and_test_folders_keep_their_split(data: Path, outer: str, style: Callable[[str], str]) -> None:
+    write(data, {outer + style(name.split("/")[0]) + name[name.index("/") :]: content
+                 for name, content in SPLIT_PETS.items()})  # fmt: skip
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert {(label, split) for _, label, split in rows(data)} == {
+        ("cat", "train"), ("dog", "train"), ("cat", "test"), ("dog", "val"),
+    }  # fmt: skip
+
+
+def test_a_class_may_be_called_like_a_split(data: Path) -> None:
+    write(data, {"bus/1.png": png(), "train/1.png": png()})
+    assert rows(data) == [("data/bus/1.png", "bus", ""), ("data/train/1.png", "train", "")]
+
+
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        ("Training/cat Testing/dog", "cat:train dog:test"),
+        ("training_set/cat test_set/dog", "cat:train dog:test"),
+        ("train_images/cat val_images/dog", "cat:train dog:val"),
+        ("trainset/cat dev/dog", "cat:train dog:val"),
+        ("train/cat eval/dog", "cat:train dog:test"),
+        ("seg_train/seg_train/cat seg_test/seg_test/dog", "cat:train dog:test"),
+        ("pets/train/images/cat pets/test/images/dog", "cat:train dog:test"),
+        ("cat/train cat/test dog/train dog/test", "cat:test cat:train dog:test dog:train"),
+        ("a/train/cat a/test/dog b/train/dog", "cat:train dog:test dog:train"),
+        ("train/cat test/cat set/train/dog set/test/dog", "cat:test cat:train dog:test dog:train"),
+        ("bus train car", "bus: car: train:"),
+        ("test_tube train bus", "bus: test_tube: train:"),
+        ("train_station test_tube/old bus", "bus: test_tube: train_station:"),
+        ("contest/cat trainer/dog", "contest: trainer:"),
+        ("cat/train dog/old", "cat: dog:"),
+        ("cat/train_images cat/test_images dog/train_images", "cat:test cat:train dog:"),
+        ("cat/train cat/test dog/train dog/test bird", "bird: cat:test cat:train dog:test dog:train"),
+        ("mel/train/p1 mel/test/p2 nev/train/p3 nev/test/p4", "mel:test mel:train nev:test nev:train"),
+        ("cat/train cat/test dog/train/a dog/train/b dog/test/a", "cat:test cat:train dog:test dog:train"),
+        ("train/cat/one train/cat/two train/dog/one test/cat/one test/cat/two", "cat:test cat:train dog:train"),
+        ("all/train/cat all/test/dog all/test/cat new/cat new/dog", "cat: cat:test cat:train dog: dog:test"),
+        ("train/cat train/dog", "cat:train dog:train"),
+    ],
+)
+def test_folders_named_after_splits_are_known_wherever_they_stand(data: Path, folders: str, found: str) -> None:
+    write(data, {f"{folder}/{number}.png": png() for number, folder in enumerate(folders.split())})
+    assert {f"{label}:{split}" for _, label, split in rows(data)} == set(found.split())
+
+
+def test_images_in_hidden_folders_are_pointed_out_and_what_systems_leave_is_not(data: Path) -> None:
+    write(data, PETS | {".birds/0.png": png(), "cat/._0.png": png(), "__MACOSX/cat/0.png": png(), ".birds/notes": b""})
+    source = read_folder(data)
+    assert source.classes == ["cat", "dog"]
+    assert source.notes == [".birds/0.png: not used, as a folder around it is hidden"]
+
+
+@pytest.mark.parametrize("beside", ["unlabelled/", "meta/", "ground_truth/dog/", "seg_pred/", "nested/cat/"])
+@pytest.mark.parametrize("splits", ["{}/", "seg_{}/", "{}_images/"])
+def test_what_lies_beside_the_folders_of_splits_is_no_class(data: Path, splits: str, beside: str) -> None:
+    write(data, {f"{splits.format('train')}cat/1.png": png(), f"{splits.format('test')}dog/2.png": png()})
+    members = read(write(data, {f"{beside}3.png": png(), f"{beside}notes.txt": b"of these"}))
+    assert {member.label for member in members} == {"cat", "dog", ""}
+    assert faults(members) == [f"data/{beside}3.png lies in no class folder of a split, so its label is unknown"]
+
+
+@pytest.mark.parametrize("files", ["train_images/1.png test_images/2.png", "Train/1.png Test/2.png Meta/3.png"])
+def test_folders_of_splits_without_classes_are_refused(data: Path, files: str) -> None:
+    with pytest.raises(ConvoyError, match=r"no images with a label(.|\n)*1\.png lies in no class folder"):
+        read_folder(write(data, dict.fromkeys(files.split(), png())))
+
+
+def test_a_folder_without_images_is_no_class(data: Path) -> None:
+    write(data, SPLIT_PETS | {"meta/classes.txt": b"cat\ndog\n"})
+    assert {split for _, _, split in rows(data)} == {"train", "val", "test"}
+
+
+def test_archives_may_be_named_after_splits(data: Path) -> None:
+    pets = {"cat/1.png": png(1), "dog/1.png": png(2)}
+    write(data, {"pets-train.zip": zipped(pets), "test/pets.tar.gz": tarred(pets), "more.zip": zipped(pets)})
+    assert {(path.partition(":")[0], split) for path, _, split in rows(data)} == {
+        ("data/pets-train.zip", "train"), ("data/test/pets.tar.gz", "test"), ("data/more.zip", ""),
+    }  # fmt: skip
+
+
+def test_an_archive_may_be_named_after_a_split_beside_folders_of_others(data: Path) -> None:
+    write(data, {"train/cat/1.png": png(1), "train/dog/1.png": png(2), "test.zip": zipped(PETS)})
+    assert {(path[:10], split) for path, _, split in rows(data)} == {("data/train", "train"), ("data/test.", "test")}
+
+
+def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
+    assert {split for _, _, split in rows(write(data, {"test.zip": zipped(PETS), "old-test.zip": zipped(PETS)}))} == {
+        ""
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "noted"),
+    [
+        (
+            "ds/train/cat ds/train/dog ds/test/cat docs",
+            "ds is taken for a class, and has folders of splits with folders",
+        ),
+        ("ds/ds/train/cat ds/ds/train/dog ds/ds/test/cat docs", "ds is taken for a class, and has folders of splits"),
+        ("cat dog test/cat test/dog", "test: taken for a class, not for splits"),
+        ("cat dog new/cat", "new is taken for a class, and has folders that are called as classes are: cat"),
+        (
+            "asl_train/asl_train/A asl_train/asl_train/B asl_test/asl_test",
+            "asl_train: taken for a class, not for splits",
+        ),
+        ("test-tube flask/small", ""),
+    ],
+)
+def test_folders_that_may_be_no_classes_are_pointed_out(names: str, noted: str, data: Path) -> None:
+    notes = read_folder(write(data, {f"{name}/1.png": png() for name in names.split()})).notes
+    assert any(note.startswith(noted) for note in notes) if noted else not notes
+
+
+def test_images_alone_in_an_archive_that_is_named_after_a_split_have_no_label(data: Path) -> None:
+    flat = {f"test_images/{number}.png": png(number) for number in range(3)}
+    write(data, {"train_images.zip": zipped(PETS), "test_images.zip": zipped(flat)})
+    assert read_folder(data).classes == ["cat", "dog"]
+    assert len(faults(read(data))) == 3
+
+
+def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
+    write(data, {f"{site}/{label}/1.png": png() for site in "abcdef" for label in ("normal", "ill")})
+    source = read_folder(data)
+    assert source.classes == ["a", "b", "c", "d", "e", "f"]
+    assert source.notes == [
+        "a, b, c, d, e and 1 more are taken for the classes, and several of them have the folders ill, normal: if those"
+        " are the classes, put them at the top, one folder for each"
+    ]
+    assert read_folder(write(data, {"a/strange/1.png": png(), "e/1.png": png()})).notes
+    for site in "abcdf":
+        write(data, {f"{site}/1.png": png()})
+    assert read_folder(data).notes == []
+
+
+@pytest.mark.parametrize(
+    "names", [("NA", "None", "nan"), ("007", "7", "7.0"), ("true", "no", "null"), ("é", "猫", " ")]
+)
+def test_the_names_of_classes_survive(data: Path, names: tuple[str, ...]) -> None:
+    write(data, {f"{name}/1.png": png() for name in names})
+    assert read_folder(data).classes == [label for _, label, _ in rows(data)] == sorted(names)
+
+
+def test_the_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
+    names = ["a/2.png", "a/x/1.png", "a/x.png", "a-b/1.png", "b/10.png", "b/9.png"]
+    write(data, dict.fromkeys(reversed(names), png()))
+    assert [path for path, _, _ in rows(data)] == [f"data/{name}" for name in names]
+
+
+# What is no image with a label
+
+
+def test_what_systems_leave_in_folders_is_passed_over(data: Path) -> None:
+    write(data, dict.fromkeys((".DS_Store", "cat/.DS_Store", "cat/thumbs.db", "dog/Desktop.ini"), b"junk"))
+    write(data, dict.fromkeys(("@eaDir/cat/1.png", "$RECYCLE.BIN/1.png", "cat/Icon\r"), b"junk"))
+    write(data, {"__MACOSX/cat/._1.png": b"junk", "cat/._1.png": b"junk", ".git/config": b"junk"})
+    assert rows(write(data, PETS)) == AS_ROWS
+
+
+def test_what_lies_beside_the_class_folders_may_be_anything_but_an_image(data: Path) -> None:
+    extra = {"README.md": b"pets", "LICENSE": b"free", "make.py": b"print()", "sizes.csv": b"name,size\ncat,1\n"}
+    write(data, PETS | extra | {"more.zip": zipped({f"more/{n}": c for n, c in (PETS | extra).items()})})
+    assert rows(data) == AS_ROWS + [(f"data/more.zip:more/{path[5:]}", label, split) for path, label, split in AS_ROWS]
+
+
+def test_files_that_may_hold_images_and_are_not_read_are_named(data: Path) -> None:
+    write(data, PETS | {"more.7z": b"7z", "pets.zip": zipped(PETS | {"inner.zip": zipped(PETS)}), "labels.npy": b""})
+    kind = "is of a kind that is not read: put there what is in it"
+    names = ["data/labels.npy", "data/more.7z", "data/pets.zip:inner.zip"]
+    assert read_folder(data).notes == [f"{name} {kind}" for name in names]
+
+
+def test_every_file_in_a_class_folder_is_taken_for_an_image(data: Path) -> None:
+    write(data, PETS | {"dog/note.txt": b"a note", "dog/table.csv": b"path,label\n"})
+    assert [path for path, label, _ in rows(data) if label == "dog"] == [
+        "data/dog/1.png", "data/dog/note.txt", "data/dog/table.csv",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({**PETS, "stray.jpg": png()}, "data/stray.jpg"),
+        ({**SPLIT_PETS, "train/stray.png": png()}, "data/train/stray.png"),
+        ({"pets.zip": zipped({**PETS, "stray.PNG": png()})}, "data/pets.zip:stray.PNG"),
+        ({**PETS, "cat.zip": zipped({"1.png": png()})}, "data/cat.zip:1.png"),
+    ],
+)
+def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
+    members = read(write(data, files))
+    in_splits = " of a split" if "train/" in named else ""
+    assert faults(members) == [f"{named} lies in no class folder{in_splits}, so its label is unknown"]
+    assert [member.path for member in members if member.label == ""] == [named]
+    assert len(members) == 1 + len(SPLIT_PETS if "train/cat/1.png" in files else PETS)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, ""),
+        ({"README.md": b"soon"}, "data/README.md is none of these"),
+        ({"empty.zip": zipped({})}, ""),
+        ({"empty.tar": tarred({}, "w")}, ""),
+        ({"1.png": png(), "2.png": png()}, "data/1.png lies in no class folder"),
+        ({"train/1.png": png(), "test/2.png": png()}, "data/test/2.png lies in no class folder"),
+        ({"cat.zip": zipped({"1.png": png()})}, "data/cat.zip:1.png lies in no class folder"),
+        ({"a.csv": b"id,breed\n1,pug\n"}, "data/a.csv has the columns id, breed, and not path and label"),
+        ({"a.csv": b"path,label\n1.png,\n", "1.png": png()}, "data/1.png has no label in a.csv"),
+    ],
+)
+def test_data_without_a_label_are_refused_with_what_was_found(data: Path, files: dict[str, bytes], found: str) -> None:
+    with pytest.raises(
+        ConvoyError, match=r"^data/ holds no images .*: in the folder or bucket that data\.dvc names, put"
+    ) as refusal:
+        read_folder(write(data, files))
+    assert found in str(refusal.value)
+
+
+def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match="data/ holds no images"):
+        read_folder(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9/1.png", b"cat/caf\xe9.png", b"caf\xe9.7z", b"caf\xe9.csv"])
+def test_a_name_that_is_not_utf8_is_refused(data: Path, name: bytes) -> None:
+    with pytest.raises(ConvoyError, match=r"caf\\udce9.*not UTF-8: rename it"):
+        read_folder(write(data, PETS | {os.fsdecode(name): png()}))
+
+
+def test_a_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: str) -> None:
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConvoyError, match="data/ can't be read: Permission denied"):
+        read_folder(data)
+
+
+# Links
+
+
+@pytest.fixture(params=[read_folder, refuse_links])
+def look(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    return request.param
+
+
+def test_all_links_that_lead_to_no_file_in_the_data_are_listed_at_once(
+    data: Path, look: Callable[[Path], None]
+) -> None:
+    write(data.parent, {"outside.png": png(), "outside/1.png": png(), "data-2/1.png": png()})
+    write(data, PETS | {".hidden/1.png": png()})
+    targets = {
+        "cat/absolute": data.parent / "outside.png",
+        "cat/relative": Path("../../outside.png"),
+        "cat/sibling": data.parent / "data-2" / "1.png",
+        "folder": data.parent / "outside",
+        "inner": data / "cat",
+        "nowhere": Path("nothing.png"),
+        "circle": Path("circle"),
+        "self": data,
+        ".hidden/passwords": Path("/etc/passwd"),
+    }
+    for name, target in targets.items():
+        (data / name).symlink_to(target)
+    with pytest.raises(ConvoyError) as refusal:
+        look(data)
+    assert str(refusal.value).splitlines() == [
+        f"data/{name} is a link to {target}, which would bring in what is no file in the data: put the file itself"
+        " there"
+        for name, target in sorted(targets.items())
+    ]
+
+
+def test_a_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, look: Callable[[Path], None]) -> None:
+    (data / os.fsdecode(b"caf\xe9")).symlink_to("/etc/passwd")
+    with pytest.raises(ConvoyError, match=r"data/caf\\udce9 is a link") as refusal:
+        look(data)
+    assert str(refusal.value).encode()
+
+
+def test_a_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[Path], None]) -> None:
+    write(data, PETS)
+    (data / "dog" / "2.png").symlink_to("../cat/2.png")
+    (data / "dog" / "3.png").symlink_to(data / "dog" / "2.png")
+    look(data)
+    assert rows(data) == [*AS_ROWS, ("data/dog/2.png", "dog", ""), ("data/dog/3.png", "dog", "")]
+    assert [content(member) for member in read(data)[-2:]] == [PETS["cat/2.png"]] * 2
+
+
+def test_the_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None]) -> None:
+    write(data, PETS)
+    (data / "dog" / "2.png").symlink_to(data / "cat" / "2.png")
+    (data.parent / "link").mkdir()
+    (data.parent / "link" / "data").symlink_to(data)
+    look(data.parent / "link" / "data")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(data: Path, look: Callable[[Path], None]) -> None:
+    os.mkfifo(write(data, PETS) / "cat" / "pipe.png")
+    with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is no plain file"):
+        look(data)
+
+
+@pytest.mark.parametrize("given", ["nothing", "file"])
+def test_where_there_is_no_folder_there_are_no_links(tmp_path: Path, given: str) -> None:
+    (tmp_path / "file").touch()
+    refuse_links(tmp_path / given)
+
+
+# Many files
+
+
+def seconds(data: Path, classes: int) -> float:
+    """Of processor, to list the data: the least of three times."""
+    taken = []
+    for _ in range(3):
+        start = time.process_time()
+        assert len(read_folder(data).classes) == classes
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def test_folders_in_folders_cost_no_more_than_their_names(data: Path) -> None:
+    def in_folders(depth: int) -> float:
+        inside = {f"{'a/' * depth}{label}/{image}/1.png": b"" for label in range(3) for image in range(50)}
+        return seconds(write(data, {"pets.zip": zipped(inside)}), 3)
+
+    assert in_folders(4000) < 20 * in_folders(500)  # 8 times the names; if each were compared with each, 64 times
+
+
+def test_many_files_cost_no_more_than_each_of_few(data: Path) -> None:
+    def with_files(numbers: range) -> float:
+        for label in range(10):
+            (data / str(label)).mkdir(exist_ok=True)
+            for image in numbers:
+                (data / str(label) / f"{image}.png").touch()
+        return seconds(data, 10)
+
+    few, many = with_files(range(100)), with_files(range(100, 1600))
+    assert many < 40 * few  # 16 times the files; if each were compared with each, 256 times

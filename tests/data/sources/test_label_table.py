@@ -1,0 +1,463 @@
+"""Tables of labels: each row finds its image and keeps its words, or is named with what is wrong with it."""
+
+import csv
+import io
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convoy.core.errors import ConvoyError
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.folder import read_folder
+from factories import PETS, content, faults, png, read, rows, tarred, write, zipped
+
+LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
+AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def as_rows(name: str) -> list[tuple[str, str, str]]:
+    return [(f"{name}{path}", label, split) for path, label, split in AS_ROWS]
+
+
+# Where tables lie
+
+
+def test_where_a_table_has_the_labels_class_folders_do_not_count(data: Path) -> None:
+    write(data, PETS | {"labels.csv": LABELS})
+    assert read_folder(data).classes == ["persian", "pug", "siamese"]
+    assert rows(data) == as_rows("data/")
+
+
+def test_a_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
+    write(data, {f"pets/{name}": content for name, content in (PETS | {"labels.csv": LABELS}).items()})
+    assert rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
+
+
+@pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
+    inside = {f"{outer}{name}": content for name, content in (PETS | {"labels.csv": LABELS.encode()}).items()}
+    write(data, {"pets.zip" if make is zipped else "pets.tar.gz": make(inside)})
+    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
+    assert [content(member) for member in read(data)] == list(PETS.values())
+
+
+@pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
+def test_a_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
+    write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": zipped(PETS)})
+    assert rows(data) == as_rows(f"data/{outer}images.zip:")
+
+
+def test_a_table_and_the_images_may_be_anything_together(data: Path) -> None:
+    loose, *others = PETS.items()
+    write(data, dict([loose]) | {"a.tar.gz": tarred(dict(others)), "labels.csv": LABELS, "notes.md": b"pets"})
+    assert rows(data) == [(f"data/a.tar.gz:{path}" if k else f"data/{path}", label, split)
+                          for k, (path, label, split) in enumerate(AS_ROWS)]  # fmt: skip
+
+
+def test_the_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
+    first, *lines = LABELS.splitlines()
+    write(data, PETS | {"labels.csv": "\n".join([first, *reversed(lines)])})
+    assert rows(data) == as_rows("data/")
+
+
+def test_several_tables_are_put_together_and_say_the_split_by_their_names(data: Path) -> None:
+    write(data, PETS | {"Train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
+    write(data, {"more.csv": "file_name,label\ndog/1.png,a\n"})
+    assert [(label, split) for _, label, split in rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
+
+
+def test_a_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
+    for split, name in (("train", "1.png"), ("validation", "2.png"), ("test", "3.png")):
+        write(data / split, {name: png(), "metadata.csv": f"file_name,label\n{name},cat\n"})
+    assert rows(data) == [
+        ("data/test/3.png", "cat", "test"), ("data/train/1.png", "cat", "train"),
+        ("data/validation/2.png", "cat", "val"),
+    ]  # fmt: skip
+
+
+def test_columns_say_the_split_and_the_group(data: Path) -> None:
+    table = "group,split,label,path,age\nA,Train,a,cat/1.png,3\nB, validation ,a,cat/2.png,4\n,,b,dog/1.png,5\n"
+    members = read(write(data, PETS | {"test.csv": table}))
+    assert [(m.label, m.split, m.group) for m in members] == [("a", "train", "A"), ("a", "val", "B"), ("b", "", "")]
+
+
+def test_a_table_may_be_parquet(data: Path) -> None:
+    table = pd.read_csv(io.StringIO(LABELS)).assign(split=["train", "test", None], group=[7, 8, 9])
+    write(data, PETS)
+    table.to_parquet(data / "labels.parquet")
+    assert [row[1:] for row in rows(data)] == [("siamese", "train"), ("persian", "test"), ("pug", "")]
+    assert [member.group for member in read(data)] == ["7", "8", "9"]
+
+
+def test_a_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
+    table = io.BytesIO()
+    pd.read_csv(io.StringIO(LABELS)).to_parquet(table)
+    assert rows(write(data, {"pets.zip": zipped(PETS | {"a.parquet": table.getvalue()})})) == as_rows("data/pets.zip:")
+
+
+def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: Path) -> None:
+    table = pa.table({"path": list(PETS), "label": [1, 0, -1]}).replace_schema_metadata(
+        {"huggingface": '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'}
+    )
+    write(data, PETS)
+    pq.write_table(table, data / "labels.parquet")
+    members = read(data)
+    assert [member.label for member in members] == ["dog", "cat", ""]
+    assert faults(members) == ["data/dog/1.png has no label in labels.parquet"]
+
+
+# What columns may be called, and paths may be
+
+
+@pytest.mark.parametrize("header", ["Path,Label,Split,Group", "file name, LABEL ,split,group",
+                                    "image-path,class,Split,GROUP", "filename,Category,SPLIT,Group"])  # fmt: skip
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_columns_are_known_in_any_case_and_between_any_separators(data: Path, header: str, separator: str) -> None:
+    lines = [header, "cat/1.png,siamese,train,A", "cat/2.png,persian,test,B", "dog/1.png,pug,,"]
+    write(data, PETS | {"labels.tsv": "\n".join(lines).replace(",", separator)})
+    source = read_folder(data)
+    assert source.more == []
+    assert [(m.label, m.split, m.group) for m in source.members] == [
+        ("siamese", "train", "A"), ("persian", "test", "B"), ("pug", "", ""),
+    ]  # fmt: skip
+
+
+def test_of_several_columns_with_paths_or_labels_the_plainest_counts(data: Path) -> None:
+    table = "file_name,class,Label,label,path\n1.png,pet,x,siamese,cat/1.png\n2.png,pet,y,persian,cat/2.png\n"
+    source = read_folder(write(data, PETS | {"labels.csv": table}))
+    assert source.more == ["file_name", "class", "Label"]
+    assert [member.label for member in source.members][:2] == ["siamese", "persian"]
+
+
+@pytest.mark.parametrize("ending", [".png", ""])
+@pytest.mark.parametrize("archive", [False, True])
+def test_files_may_be_named_without_their_folders_and_endings(data: Path, ending: str, archive: bool) -> None:
+    images = {"images/part-1/a.png": png(1), "images/part-2/b.v2.png": png(2), "images/notes/a.txt": b"of a"}
+    write(data, {"images.zip": zipped(images)} if archive else images)
+    write(data, {"labels.csv": f"image_id,label\na{ending},cat\nb.v2{ending},dog\n"})
+    assert [label for _, label, _ in rows(data)] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("outer", ["data/", "home/me/pets/", "work\\"])
+def test_paths_may_begin_with_the_folders_in_which_the_table_was_made(data: Path, outer: str) -> None:
+    write(data, PETS | {"labels.csv": LABELS.replace("cat/", f"{outer}cat/").replace("dog/", f"{outer}dog/")})
+    assert rows(data) == as_rows("data/")
+
+
+def test_a_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:
+    loose, *others = PETS.items()
+    write(data, {"labels.csv": LABELS, "of/a.zip": zipped(dict([loose])), "of/b.tar.gz": tarred(dict(others))})
+    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
+
+
+def test_a_name_that_several_files_have_is_told(data: Path) -> None:
+    write(
+        data, {"x/1.png": png(1), "y/1.png": png(2), "y/2.png": png(3), "labels.csv": "file,label\n1.png,a\n2.png,b\n"}
+    )
+    assert faults(read(data)) == [
+        "data/x/1.png is not in labels.csv, so its label is unknown",
+        "data/y/1.png is not in labels.csv, so its label is unknown",
+        "data/1.png is named in labels.csv, and 2 files are called so: write their folders, too",
+    ]
+
+
+def test_where_some_rows_are_paths_none_is_a_mere_name(data: Path) -> None:
+    write(data, {"1.png": png(1), "masks/2.png": png(2), "labels.csv": "path,label\n1.png,a\n2.png,b\n"})
+    assert "data/2.png is named in labels.csv, but there is no such file" in faults(read(data))
+
+
+def test_folders_named_after_splits_count_where_a_table_says_nothing_of_them(data: Path) -> None:
+    write(data, {"train/1.png": png(1), "Test/2.png": png(2), "old/3.png": png(3)})
+    write(data, {"labels.csv": "path,label\ntrain/1.png,a\nTest/2.png,b\nold/3.png,a\n"})
+    assert [row[1:] for row in rows(data)] == [("b", "test"), ("a", ""), ("a", "train")]
+    write(data, {"labels.csv": "path,label,split\ntrain/1.png,a,\nTest/2.png,b,val\nold/3.png,a,\n"})
+    assert [row[1:] for row in rows(data)] == [("b", "val"), ("a", ""), ("a", "")]
+
+
+def test_a_submission_is_no_table_of_labels(data: Path) -> None:
+    write(data, PETS | {"train.csv": LABELS, "sample_submission.csv": LABELS.replace("pug", "cat")})
+    assert [row[1] for row in rows(data)] == ["siamese", "persian", "pug"]
+    assert read_folder(data).notes == [
+        "data/sample_submission.csv is named after a submission, whose labels are mere examples: it is not used"
+    ]
+
+
+# Other columns
+
+
+def test_other_columns_come_with_each_image_as_words(data: Path) -> None:
+    table = "site,path,label,path.1,age\nNA,cat/1.png,a,x,007\n,cat/2.png,b,y,7\nlab,dog/1.png,b,x,\n"
+    source = read_folder(write(data, PETS | {"labels.csv": table}))
+    assert source.more == ["site", "path.1", "age"]
+    assert [member.more for member in source.members] == [("NA", "x", "007"), ("", "y", "7"), ("lab", "x", "")]
+
+
+def test_what_one_table_does_not_say_is_empty_and_of_two_rows_the_first_counts(data: Path) -> None:
+    write(data, PETS | {"train.csv": "path,label,site\ncat/1.png,a,lab\ncat/1.png,a,home\n"})
+    source = read_folder(write(data, {"test.csv": "path,label\ncat/2.png,b\ndog/1.png,a\n"}))
+    assert [(member.path, member.more) for member in source.members] == [
+        ("data/cat/1.png", ("lab",)),
+        ("data/cat/2.png", ("",)),
+        ("data/dog/1.png", ("",)),
+    ]
+
+
+def test_a_column_of_more_values_than_can_be_compared_is_left_out(data: Path) -> None:
+    names = [f"{number}.png" for number in range(51)]
+    table = pd.DataFrame({"path": names, "label": "a", "number": range(51), "coarse": [f"{n % 50}" for n in range(51)]})
+    write(data, {name: png(number) for number, name in enumerate(names)})
+    table.to_csv(data / "labels.csv", index=False)
+    assert read_folder(data).more == ["coarse"]
+
+
+def test_other_columns_of_a_parquet_table_come_too_but_for_lists(data: Path) -> None:
+    write(data, PETS)
+    table = {"path": list(PETS), "label": ["a", "b", "a"], "boxes": [[1], [2], []], "night": [True, None, False]}
+    pq.write_table(pa.table(table), data / "labels.parquet")
+    source = read_folder(data)
+    assert source.more == ["night"]
+    assert [member.more for member in source.members] == [("True",), ("",), ("False",)]
+
+
+# Words as they are written
+
+
+@pytest.mark.parametrize("table", [
+    '\ufeffpath,label\ncat/1.png,NA\ncat/2.png,007\ndog/1.png,true\n',
+    '\ufeff"path","label"\r\n"cat/1.png","NA"\r\n"cat/2.png",007\r\n"dog/1.png",true\r\n',
+    'path,label\n./cat/1.png,NA\ncat//2.png,007\n\n,\ndog/./1.png,true',
+    'path,label\ncat\\1.png,NA\n.\\cat\\2.png,007\ndog\\1.png,true\n',
+    'label,file_name\nNA,cat/1.png\n007,cat/2.png\ntrue,dog/1.png\n',
+])  # fmt: skip
+def test_labels_are_words_however_the_table_is_written(data: Path, table: str) -> None:
+    assert [label for _, label, _ in rows(write(data, PETS | {"labels.csv": table}))] == ["NA", "007", "true"]
+
+
+def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> None:
+    name, label = 'a, "b" c/ 1 .png', ' a, "b"\nc '
+    file = io.StringIO()
+    csv.writer(file).writerows([("path", "label"), (name, label)])
+    write(data, {name: png(), "labels.csv": file.getvalue()})
+    assert rows(data) == [(f"data/{name}", label, "")]
+
+
+def test_of_two_files_of_one_path_the_second_is_told_why_it_has_no_label(data: Path) -> None:
+    table = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped(PETS)}))
+    assert faults(members) == [
+        f"data/pets.zip:{name} has the path of data/{name}, for which labels.csv is taken: keep one" for name in PETS
+    ]
+
+
+def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) -> None:
+    labels = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
+    train = "".join(labels.splitlines(keepends=True)[:3])
+    for tables in ({"labels.csv": labels, "train.csv": train}, {"a.csv": labels, "train.csv": train}):
+        shutil.rmtree(data, ignore_errors=True)
+        found = rows(write(data, PETS | tables))
+        assert sorted(split for *_, split in found) == [*[""] * (len(PETS) - 2), "train", "train"]
+
+
+def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: Path) -> None:
+    table = "path,label\n" + "".join(
+        f"/export/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS]
+    )
+    members = read(write(data, PETS | {"labels.csv": table}))
+    assert sum(not isinstance(member.content, InvalidImageError) for member in members) == len(PETS)
+
+
+@pytest.mark.parametrize(("column", "noted"), [("subset", True), ("split", False)])
+def test_a_column_that_looks_like_a_split_and_is_called_otherwise_is_pointed_out(
+    data: Path, column: str, noted: bool
+) -> None:
+    lines = [f"{name},{name[:3]},{'train' if n else 'Test'}\n" for n, name in enumerate(PETS)]
+    source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
+    said = f"the column {column} of labels.csv says test, train: call it split if the images are to be split so"
+    assert source.notes == [said] * noted
+
+
+@pytest.mark.parametrize(("column", "values", "noted"), [("is_test", "01", True), ("latest", "01", False),
+                                                         ("test_bench", "012", False)])  # fmt: skip
+def test_a_column_of_two_values_that_is_named_after_a_split_is_pointed_out(
+    data: Path, column: str, values: str, noted: bool
+) -> None:
+    lines = [f"{name},{name[:3]},{values[n % len(values)]}\n" for n, name in enumerate(PETS)]
+    source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
+    assert [f"the column {column} of labels.csv is not used" in note for note in source.notes] == [True] * noted
+
+
+def test_a_name_is_the_same_whichever_way_its_accents_are_written(data: Path) -> None:
+    apart, together = "cafe\u0301.png", "caf\u00e9.png"
+    for file, said in ((apart, together), (together, apart)):
+        write(data, PETS | {f"cat/{file}": png(7), "labels.csv": f"path,label\ncat/{said},cat\ndog/0.png,dog\n"})
+        labels = {member.path: member.label for member in read(data)}
+        assert labels[f"data/cat/{file}"] == "cat"
+        assert f"data/cat/{said}" not in labels
+        (data / "cat" / file).unlink()
+
+
+def test_a_table_that_lies_too_deep_to_be_looked_at_is_pointed_out(data: Path) -> None:
+    table = "path,label\n1.png,siamese\n"
+    assert (
+        "data/cat/labels.csv is not used: tables of labels are looked for at the top alone"
+        in read_folder(write(data, PETS | {"cat/labels.csv": table})).notes
+    )
+
+
+# no blanks alone, which are no line to pandas; and in names nothing that a path is made of
+words = st.text(st.characters(codec="utf-8")).filter(str.strip)
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\.")).map(lambda name: f"a{name}.png"[-50:])
+
+
+@given(st.dictionaries(names, st.tuples(words, st.sampled_from(["", "train", "val", "test"]), words), min_size=1))
+def test_any_words_survive_the_way_through_csv(
+    tmp_path_factory: pytest.TempPathFactory, said: dict[str, tuple[str, str, str]]
+) -> None:
+    data = tmp_path_factory.getbasetemp() / "data"
+    file = io.StringIO(newline="")
+    columns = ("path", "label", "split", "group")
+    csv.writer(file).writerows([columns, *((name, *words) for name, words in said.items())])
+    write(data, dict.fromkeys(said, b"") | {"labels.csv": file.getvalue()})
+    try:
+        assert {m.path: (m.label, m.split, m.group) for m in read(data)} == {
+            f"data/{name}": words for name, words in said.items()
+        }
+    finally:
+        shutil.rmtree(data)
+
+
+# Rows with a fault
+
+
+def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path) -> None:
+    outside = write(data.parent, {"outside.png": png()}) / "outside.png"
+    table = f"""path,label,split
+cat/1.png,,train
+cat/2.png,cat,trian
+cat/3.png,cat,
+../outside.png,cat,
+..\\outside.png,cat,
+cat/../cat/1.png,cat,
+{outside},cat,
+C:\\cat\\1.png,cat,
+,cat,
+dog/1.png,dog,test
+"""
+    members = read(write(data, PETS | {"labels.csv": table, "dog/2.png": png(), "dog/note.txt": b"a note"}))
+    assert faults(members) == [
+        "data/cat/1.png has no label in labels.csv",
+        "data/cat/2.png has the split 'trian' in labels.csv, which is none of train, val, test",
+        "data/dog/2.png is not in labels.csv, so its label is unknown",
+        "data/cat/3.png is named in labels.csv, but there is no such file",
+        "../outside.png is named in labels.csv and points out of the data",
+        "..\\outside.png is named in labels.csv and points out of the data",
+        "cat/../cat/1.png is named in labels.csv and points out of the data",
+        f"{outside} is named in labels.csv and points out of the data",
+        "C:\\cat\\1.png is named in labels.csv and points out of the data",
+        "data/labels.csv has a row without a path",
+    ]
+    assert [m.path for m in members if isinstance(m.content, str)] == ["data/dog/1.png"]
+
+
+def test_an_image_that_several_tables_do_not_name_is_missed_in_all_of_them(data: Path) -> None:
+    write(data, PETS | {"train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
+    assert faults(read(data)) == ["data/dog/1.png is not in test.csv or train.csv, so its label is unknown"]
+
+
+def test_a_path_twice_with_one_label_is_one_member_and_with_two_labels_two(data: Path) -> None:
+    table = (
+        "path,label\ncat/1.png,cat\n./cat/1.png,cat\ncat/2.png,cat\ncat/2.png,dog\ndog/1.png,dog\nx.png,a\nx.png,a\n"
+    )
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped({"dog/2.png": png()})}))
+    assert [(member.path, member.label) for member in members] == [
+        ("data/cat/1.png", "cat"), ("data/cat/2.png", "cat"), ("data/cat/2.png", "dog"), ("data/dog/1.png", "dog"),
+        ("data/pets.zip:dog/2.png", ""), ("data/x.png", "a"),
+    ]  # fmt: skip
+
+
+def test_a_path_in_two_splits_is_two_members(data: Path) -> None:
+    write(data, PETS | {"train.csv": LABELS, "test.csv": "path,label\ncat/1.png,siamese\n"})
+    assert [split for path, _, split in rows(data) if path == "data/cat/1.png"] == ["test", "train"]
+
+
+def test_a_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": tarred(PETS)})
+    source = read_folder(data)
+    monkeypatch.setattr("_compression.DecompressReader._rewind", None)
+    assert [m.label for m in source.members] == ["siamese", "tabby", "persian", "pug"]
+
+
+def test_a_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
+    write(tmp_path, PETS | {"data.csv": LABELS})
+    assert faults(read(tmp_path / "data.csv"))[0] == "cat/1.png is named in data.csv, but there is no such file"
+
+
+# Tables that are none
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        (b"path,label\ncat/1.png,caf\xe9\n", "is not in UTF-8"),
+        (LABELS.encode("utf-16"), "is not in UTF-8"),
+        (b'path,label\n"cat/1.png,cat\n', "is not whole CSV .*EOF inside string"),
+        (b"path,label\ncat/1.png,cat,3\ncat/2.png,cat,4\n", "is not whole CSV .*Length of header"),
+        (b"path,label\ncat/1.png,cat\ncat/2.png,cat,4\n", "is not whole CSV .*Expected 2 fields in line 3, saw 3"),
+        (b'"path,label\n', "is not whole CSV .*EOF inside string"),
+    ],
+)
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_csv_that_can_not_be_read_is_refused_with_its_mend(
+    data: Path, table: bytes, fault: str, archived: bool
+) -> None:
+    files = PETS | {"labels.csv": table}
+    write(data, {"pets.zip": zipped(files)} if archived else files)
+    name = r"data/pets\.zip:labels\.csv" if archived else r"data/labels\.csv"
+    with pytest.raises(ConvoyError, match=rf"{name} {fault}.*: (save it as CSV in UTF-8|put commas between)"):
+        read_folder(data)
+
+
+def test_a_table_in_an_archive_that_can_not_be_read_is_refused(data: Path) -> None:
+    archive = zipped(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: put a sound copy"):
+        read_folder(write(data, {"pets.zip": archive}))
+
+
+@pytest.mark.parametrize("table", ["name,size\ncat,3\n", "image_id,dx\ncat/1.png,nv\n", "label\ncat\n", "a;b\n1,5;2\n"])
+def test_another_table_beside_class_folders_is_passed_over_and_named(data: Path, table: str) -> None:
+    assert rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
+    columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
+    assert read_folder(data).notes == [
+        f"data/notes.csv has the columns {columns}, and not path and label: it is not used"
+    ]
+
+
+@pytest.mark.parametrize("table", ["", "\n\n"])
+def test_an_empty_table_is_named_too(data: Path, table: str) -> None:
+    assert read_folder(write(data, PETS | {"notes.csv": table})).notes == ["data/notes.csv is empty: it is not used"]
+
+
+def test_a_table_without_the_columns_is_named_where_there_are_no_classes(data: Path) -> None:
+    write(data, {"1.png": png(), "labels.csv": "id;breed\n1;pug\n"})
+    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
+        read_folder(data)
+
+
+def test_of_the_folders_before_a_path_no_more_are_left_out_than_must_be(data: Path) -> None:
+    write(data, {"1.png": png(1), "cat/1.png": png(2), "labels.csv": "path,label\nold/place/cat/1.png,cat\n"})
+    members = read(data)
+    assert faults(members) == ["data/1.png is not in labels.csv, so its label is unknown"]
+    assert [m.path for m in members if m.label == "cat"] == ["data/cat/1.png"]

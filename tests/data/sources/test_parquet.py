@@ -1,0 +1,281 @@
+"""Parquet with images in it, as data hubs export it: each row is a member, and a broken file is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convoy.core.errors import ConvoyError
+from convoy.data.image_io import InvalidImageError
+from convoy.data.sources import parquet
+from convoy.data.sources.folder import read_folder
+from factories import PETS, faults, png, read, rows, write, zipped
+
+CLASSES = {"label": ["dog", "cat", "bird"]}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def export(file: Path, columns: dict[str, Any], classes: dict[str, list[str]] | None = CLASSES, **options: int) -> None:
+    """As `datasets.Dataset.to_parquet` does it: images as struct, the names of classes in the schema."""
+    table = pa.table(columns)
+    if classes is not None:
+        features: dict[str, Any] = {name: {"_type": "Value"} for name in columns}
+        features |= {name: {"names": names, "_type": "ClassLabel"} for name, names in classes.items()}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, **options)
+
+
+def structs(*contents: bytes | None) -> pa.Array:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return pa.array([{"bytes": content, "path": f"{k}.png"} for k, content in enumerate(contents)], kind)
+
+
+# What a file holds
+
+
+@pytest.mark.parametrize("column", ["image", "img", "picture"])
+@pytest.mark.parametrize("images", [structs(png(1), png(2)), pa.array([png(1), png(2)])])
+def test_each_row_is_a_member_with_its_bytes_and_classes_are_in_the_order_of_the_hub(
+    data: Path, column: str, images: pa.Array
+) -> None:
+    export(data / "train-00000-of-00001.parquet", {column: images, "label": [1, 0]})
+    assert read_folder(data).classes == ["dog", "cat", "bird"]
+    assert rows(data) == [
+        ("data/train-00000-of-00001.parquet:0", "cat", "train"),
+        ("data/train-00000-of-00001.parquet:1", "dog", "train"),
+    ]
+    assert [member.content for member in read(data)] == [png(1), png(2)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (pa.array(["b", "a", "b"]), ["a", "b"]),
+        (pa.array(["b", "a", "b"]).dictionary_encode(), ["a", "b"]),
+        (pa.array([10, 9, 10], pa.uint8()), ["9", "10"]),
+        (pa.array([True, False, True]), ["False", "True"]),
+        (pa.array(["NA", "007", "NA"]), ["007", "NA"]),
+    ],
+)
+def test_labels_may_be_words_or_numbers_without_names(data: Path, labels: pa.Array, classes: list[str]) -> None:
+    export(data / "pets.parquet", {"image": structs(*[png()] * 3), "label": labels}, classes=None)
+    assert read_folder(data).classes == classes
+    assert [label for _, label, _ in rows(data)] == [str(label) for label in labels.to_pylist()]
+
+
+def test_numbers_in_several_files_are_in_the_order_of_numbers(data: Path) -> None:
+    for name, labels in (("train", [10, 2]), ("test", [2, 1])):
+        export(data / f"{name}.parquet", {"image": structs(png(), png()), "label": labels}, classes=None)
+    assert read_folder(data).classes == ["1", "2", "10"]
+
+
+def test_the_only_column_of_classes_may_have_another_name(data: Path) -> None:
+    classes = {"digit": ["zero", "one"], "split": ["train", "test"]}
+    export(data / "a.parquet", {"image": structs(png(), png()), "digit": [0, 1], "split": [1, 0]}, classes)
+    assert [row[1:] for row in rows(data)] == [("zero", "test"), ("one", "train")]
+
+
+@pytest.mark.parametrize("folder", ["", "data/", "mnist/"])
+def test_the_split_stands_in_the_name_of_the_file(data: Path, folder: str) -> None:
+    names = {"train-00000-of-00002": "train", "train-00001-of-00002": "train", "validation-00000-of-00001": "val",
+             "test-00000-of-00001-2f9dd3a6c1b4": "test", "Test": "test", "trainable": "", "pets": ""}  # fmt: skip
+    for name in names:
+        export(data / folder / f"{name}.parquet", {"image": structs(png()), "label": [0]})
+    assert {path.split("/")[-1]: split for path, _, split in rows(data)} == {
+        f"{name}.parquet:0": split for name, split in names.items()
+    }
+
+
+@pytest.mark.parametrize("outer", ["", "default/"])
+def test_the_split_stands_in_the_name_of_the_folder(data: Path, outer: str) -> None:
+    for split in ("train", "validation", "test"):
+        export(data / outer / split / "0000.parquet", {"image": structs(png()), "label": [0]})
+    assert [split for _, _, split in rows(data)] == ["test", "train", "val"]
+
+
+def test_columns_say_the_split_and_the_group(data: Path) -> None:
+    said = {"label": [0, 1, 2], "split": ["test", "Valid", None], "group": [7, None, 8]}
+    export(data / "train.parquet", {"image": structs(*[png()] * 3), **said})
+    members = read(data)
+    assert [(m.split, m.group) for m in members] == [("test", "7"), ("val", ""), ("", "8")]
+
+
+def test_data_itself_may_be_one_file(tmp_path: Path) -> None:
+    export(tmp_path / "data", {"image": structs(png()), "label": [0]})
+    assert rows(tmp_path / "data") == [("data:0", "dog", "")]
+
+
+def test_parquet_and_class_folders_are_one_data_set(data: Path) -> None:
+    export(data / "pets.parquet", {"image": structs(png()), "label": [2]})
+    write(data, PETS | {"ant/1.png": png(), "stray.png": png()})
+    assert read_folder(data).classes == ["dog", "cat", "bird", "ant"]
+    assert [m.label for m in read(data)] == ["ant", "cat", "cat", "dog", "", "bird"]
+
+
+@pytest.mark.parametrize("options", [{"row_group_size": 20}, {"write_batch_size": 20}])  # groups, or pages in one
+def test_no_more_than_a_few_rows_are_in_memory_at_once(data: Path, options: dict[str, int]) -> None:
+    images = structs(*(k.to_bytes(2, "big") * 50_000 for k in range(400)))  # 40 MB
+    export(data / "train.parquet", {"image": images, "label": [0] * 400}, **options)
+    del images
+    pool = pa.default_memory_pool()
+    pool.release_unused()
+    before = pool.bytes_allocated()
+    most = max(pool.bytes_allocated() - before for _ in read_folder(data).members)
+    assert most < 10_000_000
+
+
+# Rows with a fault
+
+
+def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_BYTES", 1000)
+    images = structs(png(), None, png(), png(), png(), bytes(1001), png())
+    said = {"label": [0, 0, -1, None, 3, 0, 0], "split": ["train"] * 6 + ["trian"]}
+    export(data / "a.parquet", {"image": images, **said})
+    members = read(data)
+    assert faults(members) == [
+        "data/a.parquet:1 has no bytes in its row",
+        "data/a.parquet:2 has no label",
+        "data/a.parquet:3 has no label",
+        "data/a.parquet:4 has the label 3, and its file has names for 0 to 2",
+        "data/a.parquet:5 is larger than 256 MiB",
+        "data/a.parquet:6 has the split 'trian', which is none of train, val, test",
+    ]
+    assert members[0].content == png()
+
+
+@pytest.mark.parametrize("images", [pa.array([png(), None]), pa.array([{"bytes": png()}, None])])
+def test_a_row_with_nothing_in_it_is_named(data: Path, images: pa.Array) -> None:
+    export(data / "a.parquet", {"image": images, "label": [0, 0]})
+    assert faults(read(data)) == ["data/a.parquet:1 has no bytes in its row"]
+
+
+def test_whole_numbers_that_were_written_as_others_are_whole(data: Path) -> None:
+    images = structs(*[png()] * 3)
+    export(data / "pets.parquet", {"image": images, "label": [10.0, 9.0, 0.5]}, classes=None)
+    assert read_folder(data).classes == ["0.5", "9", "10"]
+
+
+def test_files_may_lie_below_folders_around_them_all(data: Path) -> None:
+    for split in ("train", "test"):
+        export(data / "convert" / "default" / split / "0000.parquet", {"image": structs(png()), "label": [1]})
+    assert {split for _, _, split in rows(write(data, {"README.md": b"pets"}))} == {"train", "test"}
+
+
+@pytest.mark.parametrize("labels", [["a", ""], ["a", None], [1.0, float("nan")], [7, -1]])
+def test_a_row_with_no_label_is_named(data: Path, labels: list) -> None:
+    export(data / "a.parquet", {"image": structs(png(), png()), "label": labels}, classes=None)
+    assert faults(read(data)) == ["data/a.parquet:1 has no label"]
+    assert len(read_folder(data).classes) == 1
+
+
+# Files that are refused
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes", "fault"),
+    [
+        ({"fine": [0], "coarse": [0]}, {"fine": ["a"], "coarse": ["b"]},
+         "has several columns of classes, fine, coarse, and none called label: rename the one to be learned to label"),
+        ({"breed": [0]}, {}, "has no column called label, but image, breed: rename"),
+        ({"label": [[0, 1]]}, {}, "has several labels for an image in the column label"),
+        ({"label": [0], "img": [b""]}, {}, "has several columns of bytes, image, img: rename"),
+    ],
+)  # fmt: skip
+def test_a_file_whose_columns_are_unclear_is_refused(
+    data: Path, columns: dict[str, Any], classes: dict[str, list[str]], fault: str
+) -> None:
+    export(data / "a.parquet", {"image": structs(png()), **columns}, classes)
+    with pytest.raises(ConvoyError, match=rf"data/a\.parquet {fault}"):
+        read_folder(data)
+
+
+def test_two_columns_of_one_name_are_refused(data: Path) -> None:
+    table = pa.Table.from_arrays([structs(png()), pa.array([0]), pa.array([1])], ["image", "label", "label"])
+    pq.write_table(table, data / "a.parquet")
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet has two columns of the same name: rename one of them"):
+        read_folder(data)
+
+
+def test_images_in_parquet_in_an_archive_are_refused(data: Path, tmp_path: Path) -> None:
+    export(tmp_path / "a.parquet", {"image": structs(png()), "label": [0]})
+    write(data, {"pets.zip": zipped({"a.parquet": (tmp_path / "a.parquet").read_bytes()})})
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:a\.parquet holds images: take it out of the archive"):
+        read_folder(data)
+
+
+@pytest.mark.parametrize("whole", [0.0, 0.001, 0.5, 0.999])
+def test_a_file_that_is_not_whole_is_refused(data: Path, whole: float) -> None:
+    export(data / "a.parquet", {"image": structs(png()), "label": [0]})
+    content = (data / "a.parquet").read_bytes()
+    (data / "a.parquet").write_bytes(content[: int(whole * len(content))])
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a whole Parquet file .*: put a sound copy there"):
+        read_folder(data)
+
+
+def test_words_about_the_schema_that_make_no_sense_are_passed_over(data: Path) -> None:
+    for row, said in enumerate(["{", "[]", '{"info": 3}', '{"info": {"features": {"label": 3}}}']):
+        table = pa.table({"image": structs(png()), "label": [row]}).replace_schema_metadata({"huggingface": said})
+        pq.write_table(table, data / f"{row}.parquet")
+    assert read_folder(data).classes == ["0", "1", "2", "3"]
+
+
+@settings(max_examples=200)
+@given(changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3))
+def test_a_file_with_wrong_bytes_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]]
+) -> None:
+    data = tmp_path_factory.getbasetemp() / "data"
+    export(data / "a.parquet", {"image": structs(png(), png()), "label": [0, 1]})
+    content = bytearray((data / "a.parquet").read_bytes())
+    for place, byte in changes:
+        content[int(place * len(content))] = byte
+    (data / "a.parquet").write_bytes(content)
+    try:
+        members = list(read_folder(data).members)
+    except ConvoyError as refusal:
+        assert "a.parquet" in str(refusal) or "holds no images" in str(refusal)
+    else:
+        assert all(isinstance(member.content, bytes | InvalidImageError) for member in members)
+    finally:
+        shutil.rmtree(data)
+
+
+def test_a_wrong_byte_is_seen_by_the_checksum_of_its_page(data: Path) -> None:
+    image = png(7)
+    options: dict[str, Any] = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    export(data / "a.parquet", {"image": structs(image, png(8)), "label": [0, 1]}, **options)
+    content = (data / "a.parquet").read_bytes()
+    assert len(rows(data)) == 2
+    (data / "a.parquet").write_bytes(content.replace(image, image[:-1] + b"\0"))
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a whole Parquet file"):
+        list(read_folder(data).members)
+
+
+def test_no_number_below_zero_is_a_class(data: Path) -> None:
+    export(data / "a.parquet", {"image": structs(*map(png, range(4))), "label": [0, 1, -2, -3]})
+    members = read(data)
+    assert faults(members) == [
+        f"data/a.parquet:{row} has the label {label}, and its file has names for 0 to 2"
+        for row, label in ((2, -2), (3, -3))
+    ]
+
+
+def test_a_file_that_gives_fewer_rows_than_it_promises_is_refused(data: Path) -> None:
+    export(data / "a.parquet", {"image": structs(png()), "label": [0]})
+    promised = dataclasses.replace(parquet.open_parquet("a.parquet", str(data / "a.parquet"), ""), count=2)
+    with pytest.raises(ConvoyError, match=r"a\.parquet is not a whole Parquet file \(1 of 2 rows\)"):
+        list(parquet.members(promised))

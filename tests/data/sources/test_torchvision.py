@@ -1,0 +1,702 @@
+"""Published sets: torchvision's own code fetches and checks tiny archives in the true layout, from a server here."""
+
+import dataclasses
+import gc
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import socket
+import struct
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.io
+import torchvision
+import yaml
+from PIL import Image
+
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.data.cache import CacheDir
+from convoy.data.decode_pool import decode_all
+from convoy.data.image_io import FORMATS
+from convoy.data.sources.base import Sample, Source, TorchvisionSet
+from convoy.data.sources.torchvision import read_torchvision
+
+ROOT = Path(__file__).parents[3]
+SETS = {
+    file.stem: content["torchvision"]
+    for file in sorted((ROOT / "conf/dataset").glob("*.yaml"))
+    if "torchvision" in (content := yaml.safe_load(file.read_text()))
+}
+every_set = pytest.mark.parametrize("name", SETS)
+Files = dict[str, bytes]  # where torchvision puts it, below the folder of the set -> content
+
+
+# Tiny sets: in every split one image of each class, of one shade of grey all over
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """What a server has of a set, and what comes out of it."""
+
+    files: Files
+    classes: Sequence[str]
+    shape: tuple[int, int, int] | None = None  # of an image; None where it is a file, not decoded
+
+
+def shades(split: str, count: int) -> list[int]:
+    """Of the images of a split; no two splits have one in common at the same place, nor does a split have one twice."""
+    return {
+        "train": list(range(count)),
+        "val": list(range(100, 100 + count)),
+        "test": list(range(255, 255 - count, -1)),
+    }[split]
+
+
+def labels(count: int) -> list[int]:
+    """Of the images of a split, in another order than that of the images."""
+    return [(number + 3) % count for number in range(count)]
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return archive.getvalue()
+
+
+def tarred(files: Mapping[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as file:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()
+
+
+def jpeg(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16), (shade, shade, shade)).save(file, "JPEG", quality=100)
+    return file.getvalue()
+
+
+def matlab(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    scipy.io.savemat(file, arrays)  # format 5
+    return file.getvalue()
+
+
+def idx_images(of_shades: Sequence[int]) -> bytes:
+    """Magic number, sizes, then the bytes, and gzip around them."""
+    pixels = b"".join(bytes([shade]) * 28 * 28 for shade in of_shades)
+    return gzip.compress(struct.pack(">IIII", 0x803, len(of_shades), 28, 28) + pixels)
+
+
+def idx_labels(of_labels: Sequence[int]) -> bytes:
+    return gzip.compress(struct.pack(">II", 0x801, len(of_labels)) + bytes(of_labels))
+
+
+def mnist(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """MNIST and its relatives: four files."""
+    folder = f"{known.__name__}/raw/"
+    files = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        files[f"{prefix}-images-idx3-ubyte.gz"] = idx_images(shades(split, 10))
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = idx_labels(labels(10))
+    monkeypatch.setattr(known, "mirrors", [address + folder])
+    monkeypatch.setattr(known, "resources", [(name, md5(files[name])) for name, _ in known.resources])
+    return Tiny({folder + name: content for name, content in files.items()}, known.classes, (28, 28, 1))
+
+
+def emnist(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """One zip archive with the files of all six ways to make classes of the characters; "letters" counts from 1."""
+    members = {}
+    for way, classes in known.classes_split_dict.items():
+        first = classes.count("N/A")
+        numbers = [first + label for label in labels(len(classes) - first)]
+        members[f"emnist-{way}-mapping.txt"] = "".join(f"{n} {ord(classes[n][0])}\n" for n in sorted(numbers)).encode()
+        for split in ("train", "test"):
+            members[f"emnist-{way}-{split}-images-idx3-ubyte.gz"] = idx_images(shades(split, len(numbers)))
+            members[f"emnist-{way}-{split}-labels-idx1-ubyte.gz"] = idx_labels(numbers)
+    archive = zipped({f"gzip/{name}": content for name, content in members.items()})
+    monkeypatch.setattr(known, "url", f"{address}EMNIST/raw/gzip.zip")
+    monkeypatch.setattr(known, "md5", md5(archive))
+    return Tiny({"EMNIST/raw/gzip.zip": archive}, known.classes_split_dict["balanced"], (28, 28, 1))
+
+
+def cifar(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """The pickled batches of CIFAR, in a folder in a tar.gz."""
+    count, key = (100, "fine_labels") if known is torchvision.datasets.CIFAR100 else (10, "labels")
+    classes = [f"class {number}" for number in range(count)]
+    members = {known.meta["filename"]: pickle.dumps({known.meta["key"]: classes})}
+    for split, names in (("train", known.train_list), ("test", known.test_list)):
+        parts = np.array_split(np.arange(count), len(names))
+        for (name, _), numbers in zip(names, parts, strict=True):
+            pixels = np.repeat(np.array(shades(split, count), np.uint8)[numbers, None], 3072, axis=1)
+            members[name] = pickle.dumps({"data": pixels, key: [labels(count)[number] for number in numbers]})
+        monkeypatch.setattr(known, f"{split}_list", [[name, md5(members[name])] for name, _ in names])
+    archive = tarred({f"{known.base_folder}/{name}": content for name, content in members.items()})
+    monkeypatch.setattr(known, "meta", known.meta | {"md5": md5(members[known.meta["filename"]])})
+    monkeypatch.setattr(known, "url", address + known.filename)
+    monkeypatch.setattr(known, "tgz_md5", md5(archive))
+    return Tiny({known.filename: archive}, classes, (32, 32, 3))
+
+
+def svhn(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """MATLAB files with the images along the last axis, and 10 for the digit 0."""
+    files = {}
+    for split in ("train", "test"):
+        pixels = np.broadcast_to(np.array(shades(split, 10), np.uint8), (32, 32, 3, 10))
+        digits = np.array([[label or 10] for label in labels(10)], np.uint8)
+        files[f"{split}_32x32.mat"] = matlab(X=pixels, y=digits)
+    listed = {name.split("_")[0]: [address + name, name, md5(content)] for name, content in files.items()}
+    monkeypatch.setattr(known, "split_list", known.split_list | listed)
+    return Tiny(files, list("0123456789"), (32, 32, 3))
+
+
+def stl10(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """Bare bytes, labels from 1, and images without labels."""
+    classes = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    members = {
+        "class_names.txt": "\n".join(classes).encode(),
+        "fold_indices.txt": b"0 1 2 \n" * 10,
+        "unlabeled_X.bin": bytes(3 * 96 * 96),
+    }
+    for split in ("train", "test"):
+        members[f"{split}_X.bin"] = b"".join(bytes([shade]) * 3 * 96 * 96 for shade in shades(split, 10))
+        members[f"{split}_y.bin"] = bytes(label + 1 for label in labels(10))
+    archive = tarred({f"stl10_binary/{name}": content for name, content in members.items()})
+    for names in ("train_list", "test_list"):
+        monkeypatch.setattr(known, names, [[name, md5(members[name])] for name, _ in getattr(known, names)])
+    monkeypatch.setattr(known, "url", f"{address}stl10_binary.tar.gz")
+    monkeypatch.setattr(known, "tgz_md5", md5(archive))
+    return Tiny({"stl10_binary.tar.gz": archive}, classes, (96, 96, 3))
+
+
+def imagenette(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A folder for each class, called by its number in WordNet, and a table of labels made wrong on purpose."""
+    numbers = sorted(known._WNID_TO_CLASS)
+    members = {"noisy_imagenette.csv": b"path,noisy_labels_0\n"}
+    for folder, split in (("train", "train"), ("val", "test")):
+        for number, (label, shade) in enumerate(zip(labels(10), shades(split, 10), strict=True)):
+            members[f"{folder}/{numbers[label]}/ILSVRC2012_val_{number:08}.JPEG"] = jpeg(shade)
+    archive = tarred({f"imagenette2-320/{name}": content for name, content in members.items()})
+    resource = (f"{address}imagenette2-320.tgz", md5(archive))
+    monkeypatch.setattr(known, "_ARCHIVES", known._ARCHIVES | {"320px": resource})
+    return Tiny({"imagenette2-320.tgz": archive}, [known._WNID_TO_CLASS[number][0] for number in numbers])
+
+
+def flowers(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """Numbered images in one folder, and two MATLAB files: labels from 1, and the numbers that each split has."""
+    count = len(known.classes)
+    names = {"train": "trnid", "val": "valid", "test": "tstid"}
+    numbers = {split: np.arange(first, 3 * count, 3) + 1 for first, split in enumerate(("test", "train", "val"))}
+    label_of = np.zeros((1, 3 * count), np.uint8)
+    images = {}
+    for split, of_split in numbers.items():
+        label_of[0, of_split - 1] = np.array(labels(count)) + 1
+        for number, shade in zip(of_split, shades(split, count), strict=True):
+            images[f"jpg/image_{number:05}.jpg"] = jpeg(shade)
+    files = {
+        "102flowers.tgz": tarred(images),
+        "imagelabels.mat": matlab(labels=label_of),
+        "setid.mat": matlab(**{names[split]: of_split[None].astype(np.uint16) for split, of_split in numbers.items()}),
+    }
+    checked = {key: (name, md5(files[name])) for key, (name, _) in known._file_dict.items()}
+    monkeypatch.setattr(known, "_file_dict", checked)
+    monkeypatch.setattr(known, "_download_url_prefix", f"{address}flowers-102/")
+    return Tiny({f"flowers-102/{name}": content for name, content in files.items()}, known.classes)
+
+
+def food(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A folder for each class, and lists of what is in each split."""
+    classes = ["apple_pie", "baby_back_ribs", "baklava", "beef_carpaccio", "waffles"]
+    members = {
+        "README.txt": b"",
+        "license_agreement.txt": b"",
+        "meta/classes.txt": "\n".join(classes).encode(),
+        "meta/labels.txt": "\n".join(name.replace("_", " ").capitalize() for name in classes).encode(),
+    }
+    for split, first in (("train", 1005649), ("test", 1011328)):
+        listed: dict[str, list[str]] = {name: [] for name in classes}
+        for number, (label, shade) in enumerate(zip(labels(5), shades(split, 5), strict=True)):
+            image = f"{classes[label]}/{first + number}"
+            listed[classes[label]].append(image)
+            members[f"images/{image}.jpg"] = jpeg(shade)
+        members[f"meta/{split}.json"] = json.dumps(listed).encode()
+        members[f"meta/{split}.txt"] = "\n".join(image for images in listed.values() for image in images).encode()
+    archive = tarred({f"food-101/{name}": content for name, content in members.items()})
+    monkeypatch.setattr(known, "_URL", f"{address}food-101.tar.gz")
+    monkeypatch.setattr(known, "_MD5", md5(archive))
+    return Tiny({"food-101.tar.gz": archive}, classes)
+
+
+def eurosat(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A folder for each class, without splits."""
+    classes = [
+        "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
+        "Pasture", "PermanentCrop", "Residential", "River", "SeaLake",
+    ]  # fmt: skip
+    named = zip(labels(10), shades("train", 10), strict=True)
+    archive = zipped({f"2750/{classes[label]}/{classes[label]}_1.jpg": jpeg(shade) for label, shade in named})
+
+    def from_here(url: str, download_root: str, **_: str) -> None:  # address and checksum stand in the code itself
+        file = url.rpartition("/")[2]
+        torchvision.datasets.utils.download_and_extract_archive(
+            f"{address}eurosat/{file}", download_root, md5=md5(archive)
+        )
+
+    monkeypatch.setattr(torchvision.datasets.eurosat, "download_and_extract_archive", from_here)
+    return Tiny({"eurosat/EuroSAT.zip": archive}, classes)
+
+
+def pets(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """Images in one folder, among other things; lists with the class, from 1, of each; outlines that are not used."""
+    classes = ["Abyssinian", "american_bulldog", "american_pit_bull_terrier", "basset_hound", "Bengal"]
+    images = {"Abyssinian_100.mat": b"MATLAB 5.0 MAT-file"}
+    lists = {"README": b"", "list.txt": b"#Image CLASS-ID SPECIES BREED ID\n", "trimaps/._Bengal_1.png": b""}
+    for folder, split, first in (("trainval", "train", 100), ("test", "test", 200)):
+        lines = []
+        for number, (label, shade) in enumerate(zip(labels(5), shades(split, 5), strict=True)):
+            image = f"{classes[label]}_{first + number}"
+            lines.append(f"{image} {label + 1} {1 if image[0].isupper() else 2} 1\n")
+            images[f"{image}.jpg"] = jpeg(shade)
+        lists[f"{folder}.txt"] = "".join(lines).encode()
+    files = {
+        "images.tar.gz": tarred({f"images/{name}": content for name, content in images.items()}),
+        "annotations.tar.gz": tarred({f"annotations/{name}": content for name, content in lists.items()}),
+    }
+    resources = [(f"{address}oxford-iiit-pet/{name}", md5(content)) for name, content in files.items()]
+    monkeypatch.setattr(known, "_RESOURCES", resources)
+    return Tiny(
+        {f"oxford-iiit-pet/{name}": content for name, content in files.items()},
+        ["Abyssinian", "American Bulldog", "American Pit Bull Terrier", "Basset Hound", "Bengal"],
+    )
+
+
+LAYOUTS: dict[type, Callable[[Any, str, pytest.MonkeyPatch], Tiny]] = {
+    torchvision.datasets.MNIST: mnist,
+    torchvision.datasets.EMNIST: emnist,
+    torchvision.datasets.CIFAR10: cifar,
+    torchvision.datasets.SVHN: svhn,
+    torchvision.datasets.STL10: stl10,
+    torchvision.datasets.Imagenette: imagenette,
+    torchvision.datasets.Flowers102: flowers,
+    torchvision.datasets.Food101: food,
+    torchvision.datasets.EuroSAT: eurosat,
+    torchvision.datasets.OxfordIIITPet: pets,
+}
+
+
+def known_set(name: str) -> tuple[TorchvisionSet, type]:
+    params = typed(TorchvisionSet, SETS[name], "dataset.torchvision")
+    return params, getattr(torchvision.datasets, params.name)
+
+
+def tiny(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    """A tiny set in the layout of `name`, which torchvision then looks for at `address` and holds for the true one."""
+    _, known = known_set(name)
+    layouts = [LAYOUTS[parent] for parent in known.__mro__ if parent in LAYOUTS]
+    assert layouts, f"{name}: write down its layout in tests/data/sources/test_torchvision.py, beside mnist and cifar"
+    return layouts[0](known, address, monkeypatch)
+
+
+# The server
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` from memory, whole or as `fault` says, and counts what it is asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files: Files = {}
+        self.fault = ""
+        self.asked: list[str] = []
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """One answer of the server."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        content = self.server.files.get(self.path[1:])
+        self.server.asked.append(self.path[1:])
+        if content is None or self.server.fault == "missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if self.server.fault == "cut in a chunk":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(f"{len(content):x}\r\n".encode() + content[: len(content) // 2])
+            return
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.server.fault == "wrong":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.wfile.write(content[: len(content) // 2] if self.server.fault == "cut" else content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")
+    with Server() as served:
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield served
+        served.shutdown()
+        thread.join()
+    gc.collect()  # torchvision leaves a refused answer open, which must not trouble a later test
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address where no one answers."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}/"
+
+
+# Fetching
+
+
+def write(folder: Path, files: Files) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> Files:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def read(name: str, downloads: Path, **chosen: dict[str, Any]) -> Source:
+    """The set of that name in conf/dataset/, or the splits `chosen` from it."""
+    params, _ = known_set(name)
+    params = TorchvisionSet(name=params.name, splits=chosen) if chosen else params  # type: ignore[arg-type]
+    return read_torchvision(params, downloads / name)
+
+
+def shade(member: Sample) -> int:
+    """The one value of all pixels."""
+    assert isinstance(member.content, np.ndarray | str)
+    if isinstance(member.content, np.ndarray):
+        values = np.unique(member.content)
+    else:
+        with Image.open(member.content) as image:
+            values = np.unique(np.asarray(image))
+    assert len(values) == 1
+    return int(values[0])
+
+
+def assert_is_the_tiny_set(name: str, found: Tiny, downloads: Path) -> list[str]:
+    """What is read has each image once, in its split and its class; returns the paths."""
+    params, known = known_set(name)
+    count = len(found.classes)
+    source = read(name, downloads)
+    members = list(source.members)
+    assert source.classes == list(found.classes)
+    assert source.count == len(members) == count * len(params.splits)
+    assert sorted((member.split, member.label, shade(member)) for member in members) == sorted(
+        ("" if split == "all" else split, found.classes[label], value)
+        for split in params.splits
+        for label, value in zip(labels(count), shades("train" if split == "all" else split, count), strict=True)
+    )
+    if found.shape is None:  # each path leads to the file
+        assert [str(downloads / member.path) for member in members] == [member.content for member in members]
+        assert len({member.path for member in members}) == len(members)
+    else:
+        assert {np.shape(member.content) for member in members} == {found.shape}  # type: ignore[arg-type]
+        assert [member.path for member in members] == [
+            f"{known.__name__}/{split}/{number}" for split in params.splits for number in range(count)
+        ]
+    return [member.path for member in members]
+
+
+@every_set
+def test_a_set_that_torchvision_knows_is_fetched_and_checked_and_not_fetched_again(
+    name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny(name, server.address, monkeypatch)
+    server.files = found.files
+    paths = assert_is_the_tiny_set(name, found, tmp_path)
+    assert set(server.asked) == set(server.files)
+
+    server.asked.clear()
+    assert assert_is_the_tiny_set(name, found, tmp_path) == paths
+    assert server.asked == []
+    assert [folder.name for folder in tmp_path.iterdir()] == [name]
+
+
+@every_set
+def test_the_archives_of_a_set_may_be_put_there_by_hand(
+    name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny(name, nowhere, monkeypatch)
+    write(tmp_path / name, found.files)
+    assert_is_the_tiny_set(name, found, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, "wrong") for name in SETS]
+    + [(name, fault) for name in ("mnist", "cifar10") for fault in ("missing", "cut", "cut in a chunk", "refused")],
+)
+def test_a_failed_download_names_the_set_the_address_and_the_mend_and_leaves_nothing_behind(
+    name: str, fault: str, tmp_path: Path, server: Server, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = nowhere if fault == "refused" else server.address
+    server.files, server.fault = tiny(name, address, monkeypatch).files, fault
+    with pytest.raises(ConvoyError) as refusal:
+        read(name, tmp_path)
+    message = str(refusal.value)
+    assert message.startswith(f"{known_set(name)[1].__name__} could not be fetched from {address}")
+    assert f"put the files that torchvision looks for into {tmp_path / name}/" in message
+    assert list(tmp_path.iterdir()) == []
+
+    found = tiny(name, server.address, monkeypatch)
+    server.files, server.fault = found.files, ""  # when the address answers, it is as if nothing had happened
+    assert_is_the_tiny_set(name, found, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+@pytest.mark.parametrize("name", ["mnist", "flowers102", "oxford_pets"])
+def test_a_download_that_fails_at_the_last_file_keeps_what_was_there(
+    name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny(name, server.address, monkeypatch)
+    first, *between, last = found.files
+    there = write(tmp_path / name, {first: found.files[first], "note.txt": b"mine"})
+    before = contents(there)
+    server.files = {file: found.files[file] for file in between}
+    with pytest.raises(ConvoyError, match=rf"404.*{there}/"):
+        read(name, tmp_path)
+    assert contents(there) == before
+    assert [folder.name for folder in tmp_path.iterdir()] == [name]
+
+    server.files, server.asked = found.files, []
+    assert_is_the_tiny_set(name, found, tmp_path)
+    assert first not in server.asked
+    assert last in server.asked
+    assert contents(there).items() >= before.items()
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_files_of_the_user_outlive_a_download_that_is_killed(
+    renamed: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tiny("mnist", server.address, monkeypatch)
+    server.files = found.files
+    there = write(tmp_path / "mnist", {"mine/note.txt": b"mine"})
+    rename, left = Path.rename, iter([*[True] * renamed, False])
+
+    def rename_some(file: Path, target: Path) -> Path:
+        if file == there:
+            write(there, {"late.txt": b"came while the download went on"})
+        if next(left):
+            return rename(file, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_some)
+        read("mnist", tmp_path)
+    assert_is_the_tiny_set("mnist", found, tmp_path)
+    assert contents(there).items() >= {"mine/note.txt": b"mine", "late.txt": b"came while the download went on"}.items()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["mnist"]
+
+
+class Silent(torchvision.datasets.VisionDataset):
+    """A set whose server says nothing, which shows by how long one is ready to wait."""
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        raise RuntimeError(f"waited {socket.getdefaulttimeout()}")
+
+
+def test_a_server_that_is_silent_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Silent)
+    before = socket.getdefaulttimeout()
+    with pytest.raises(ConvoyError, match=r"MNIST could not be fetched from its address: waited \d+"):
+        read("mnist", tmp_path)
+    assert socket.getdefaulttimeout() == before
+
+
+# What is refused
+
+
+def test_a_name_that_torchvision_does_not_know_is_refused_with_one_like_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConvoyError, match=r"dataset\.torchvision\.name='MINST': torchvision has no such data set; did you mean MNIST\?"
+    ):
+        read_torchvision(TorchvisionSet(name="MINST", splits={"train": {}}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("mnist", {"trian": True}), ("emnist", {"split": "leters"}), ("food101", {"split": "val"}), ("eurosat", {"x": 1})],
+)
+def test_arguments_that_a_set_does_not_take_are_refused_by_name(
+    name: str, wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    key, known = next(iter(wrong)), known_set(name)[1].__name__
+    with pytest.raises(ConvoyError, match=rf"dataset\.torchvision\.splits=.*{key}.* is not for {known}"):
+        read(name, tmp_path, train=wrong)
+
+
+def test_images_without_labels_are_refused(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "stl10", tiny("stl10", nowhere, monkeypatch).files)
+    with pytest.raises(ConvoyError, match=r"splits=.*unlabeled.* selects images of STL10 that have no label"):
+        read("stl10", tmp_path, train={"split": "train+unlabeled"}, test={"split": "test"})
+
+
+# Classes and images
+
+
+def test_a_class_that_no_image_has_is_left_out(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "emnist", tiny("emnist", nowhere, monkeypatch).files)
+    source = read("emnist", tmp_path, train={"split": "letters", "train": True})
+    assert source.classes == list("abcdefghijklmnopqrstuvwxyz")
+    assert [member.label for member in source.members] == list("defghijklmnopqrstuvwxyzabc")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
+    tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
+    read("oxford_pets", tmp_path)
+    images = there / "oxford-iiit-pet/images"
+    cut, changed = images / "Bengal_101.jpg", images / "Bengal_201.jpg"
+    cut.write_bytes(cut.read_bytes()[:-2])  # of which Pillow would say nothing
+    changed.write_bytes(POSTSCRIPT)
+    faults = {
+        member.path: fault
+        for members, batch in decode_all(read("oxford_pets", tmp_path), 512, CacheDir(tmp_path / "nothing", tmp_path))
+        for member, fault in zip(members, batch.faults, strict=True)
+    }
+    assert len(faults) == 10
+    assert {path: fault for path, fault in faults.items() if fault} == {
+        str(cut.relative_to(tmp_path)): "can't be decoded: Premature end of JPEG file",
+        str(changed.relative_to(tmp_path)): f"is not an image in {', '.join(FORMATS)}",
+    }
+
+
+@pytest.mark.parametrize("name", ["imagenette", "flowers102", "food101", "eurosat", "oxford_pets"])
+def test_no_file_of_a_set_is_opened_while_its_members_are_named(
+    name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / name, tiny(name, nowhere, monkeypatch).files)
+    read(name, tmp_path)
+    files = [file for file in (tmp_path / name).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg")]
+    for file in files:
+        file.write_bytes(POSTSCRIPT)  # which Pillow would hand to Ghostscript
+
+    def opened(*_: object, **__: object) -> None:
+        pytest.fail("Pillow was asked to open a file")
+
+    monkeypatch.setattr(Image, "open", opened)
+    assert {member.content for member in read(name, tmp_path).members} == {str(file) for file in files}
+
+
+def test_a_set_is_refused_whose_labels_are_not_its_classes(
+    tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
+    with pytest.raises(ConvoyError, match=r"splits selects target_types=\['segmentation'\] of OxfordIIITPet"):
+        read("oxford_pets", tmp_path, train={"split": "trainval", "target_types": "segmentation"})
+
+
+class Nameless(torchvision.datasets.VisionDataset):
+    """A set that names no classes, and whose splits do not show all of them."""
+
+    opened = 0
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        super().__init__(root)
+        self.of_images = [0, 1] if train else [0, 2]
+
+    def __len__(self) -> int:
+        return len(self.of_images)
+
+    def __getitem__(self, row: int) -> tuple[Image.Image, int]:
+        type(self).opened += 1
+        return Image.new("L" if row == 0 else "F", (2, 2)), self.of_images[row]
+
+
+class Listed(Nameless):
+    """The same, with the labels in a row."""
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        super().__init__(root, train, download)
+        self.targets = self.of_images
+
+
+@pytest.mark.parametrize(("known", "opened"), [(Nameless, 4), (Listed, 0)])
+def test_a_set_without_names_has_numbers_for_classes_and_is_opened_for_them_only_where_it_must_be(
+    known: type[Nameless], opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", known)
+    monkeypatch.setattr(known, "opened", 0)
+    source = read("mnist", tmp_path)
+    assert source.classes == ["0", "1", "2"]
+    assert known.opened == opened
+
+
+class Annotated(Nameless):
+    def __getitem__(self, row: int) -> tuple:
+        return super().__getitem__(row)[0], {"annotation": {}}
+
+
+def test_a_set_whose_images_are_not_of_one_class_each_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Annotated)
+    with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.name='MNIST': its images are not each of one class"):
+        read("mnist", tmp_path)
+
+
+def test_images_are_opened_one_at_a_time_and_what_is_no_use_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Listed)
+    monkeypatch.setattr(Listed, "opened", 0)
+    found = []
+    for number, member in enumerate(read("mnist", tmp_path).members, start=1):
+        assert Listed.opened == number
+        found.append((member.path, member.label, member.split, str(member.content)[:12]))
+    assert found == [
+        ("MNIST/train/0", "0", "train", "[[[0]\n  [0]]"),
+        ("MNIST/train/1", "1", "train", "has F pixels"),
+        ("MNIST/test/0", "0", "test", "[[[0]\n  [0]]"),
+        ("MNIST/test/1", "2", "test", "has F pixels"),
+    ]

@@ -1,0 +1,44 @@
+"""The bundled sample: made by the script beside it, byte for byte, and a sound data set."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from convoy.data.cache import CacheDir
+from convoy.data.data_lock import NEW
+from convoy.data.ingest import FetchConfig, ingest
+from convoy.data.packed.packed_dataset import PackedDataset
+from convoy.data.sources.base import DatasetConfig
+from convoy.data.sources.folder import read_folder
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+
+
+def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
+    make = runpy.run_path(str(SAMPLES / "make_digits.py"))["make"]
+    make(tmp_path / "digits.zip")
+    assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
+
+
+def packed(folder: Path) -> PackedDataset:
+    dataset = DatasetConfig(name="digits", longest_side=512, group=None)
+    limits = FetchConfig(max_bad_fraction=0.0)
+    return ingest(
+        read_folder(SAMPLES), dataset, limits, NEW, folder, CacheDir(folder / "remembered" / "here", folder)
+    ).packed
+
+
+def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp_path: Path) -> None:
+    digits = packed(tmp_path)
+    assert digits.classes == list("0123456789")
+    assert len(digits.table) == 1797
+    assert {digits.image(row).shape for row in range(1797)} == {(8, 8, 1)}
+    assert digits.table["path"][0] == "samples/digits.zip:digits/0/0000.png"
+
+
+def test_its_grey_levels_are_the_seventeen_of_the_source(tmp_path: Path) -> None:
+    digits = packed(tmp_path)
+    pixels = digits.pixels.read(0, int(digits.pixels.ends[-1]))
+    assert len(np.unique(pixels)) == 17
+    assert (pixels.min(), pixels.max()) == (0, 255)

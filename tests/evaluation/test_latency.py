@@ -1,0 +1,53 @@
+"""Timing: calls are made in turn, those that warm up do not count, and more work takes longer."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from convoy import models
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.evaluation import latency
+from convoy.models.base import Classifier
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "PATIENCE", 0.1)
+
+
+def build(name: str) -> Classifier:
+    values = yaml.safe_load((CONF / f"model/{name}.yaml").read_text())[name]
+    return models.build(name, values, DatasetInfo("digits", ["a", "b"], size=32, channels=1, mean=[0.5], std=[0.5]))
+
+
+def test_an_image_and_a_batch_are_told_by_median_and_95th_percentile() -> None:
+    found = latency.measure_latency(build("lenet"))
+    assert list(found) == ["image_ms_median", "image_ms_p95", "batch_ms_median", "batch_ms_p95"]
+    for name in ("image", "batch"):
+        assert 0 < found[f"{name}_ms_median"] <= found[f"{name}_ms_p95"]
+    assert found["batch_ms_median"] > found["image_ms_median"]
+
+
+def test_a_larger_network_takes_longer_than_a_small_one_and_as_long_as_itself() -> None:
+    small, large = build("lenet"), build("resnet")
+    assert latency.latency_ratio(large, small) > 1
+    assert latency.latency_ratio(small, large) < 1
+    assert latency.latency_ratio(small, small, count=8) == pytest.approx(1, abs=0.5)
+
+
+def test_calls_are_made_in_turn_and_those_that_warm_up_do_not_count() -> None:
+    made: list[str] = []
+    times = latency.alternately([lambda: made.append("a"), lambda: made.append("b")])
+    assert times.shape == (2, latency.MOST)
+    rounds = ["".join(made[start : start + 2]) for start in range(2 * latency.WARM, len(made), 2)]
+    assert rounds == ["ab", "ba"] * (latency.MOST // 2)
+
+
+def test_slow_calls_are_made_ten_times_and_no_more() -> None:
+    times = latency.alternately([lambda: time.sleep(0.02)])
+    assert times.shape == (1, latency.LEAST)
+    assert (times >= 20).all()

@@ -1,0 +1,164 @@
+"""Export: the ONNX file of every architecture answers as the predictor does, explains itself, or is not made."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convoy import models
+from convoy.core.errors import ConvoyError
+from convoy.inference import onnx_export
+from convoy.inference.predictor import Predictor
+from convoy.models.base import Classifier
+from convoy.registry import model_loader
+from model_fixtures import TWINS, build, every_architecture, images, settings, task
+
+
+def lively(name: str, twin: str = "", **of_task: int) -> Predictor:
+    """An untrained network, or one with the numbers of torchvision's `twin`, whose layers all do something."""
+    torch.manual_seed(0)
+    values = settings(name) | (models.equivalents(name).settings[twin] if twin else {})
+    classifier = models.build(name, values, task(**of_task)).eval()
+    for layer in classifier.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    weights = classifier.state_dict()
+    last = [key for key in weights if classifier.is_head(key) and "auxiliary" not in key and weights[key].ndim == 2]
+    nn.init.normal_(weights[last[-1]], std=0.1)  # fresh output layers hardly prefer a class
+    return Predictor(name, classifier.task, classifier, temperature=0.6)
+
+
+@every_architecture
+def test_the_file_alone_answers_any_number_of_images_as_the_predictor_does(name: str, tmp_path: Path) -> None:
+    predictor, file = lively(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
+    file.parent.mkdir()
+    onnx_export.export(predictor, file)
+    alone = file.rename(tmp_path / "alone.onnx")  # where no weights can lie beside it
+    for count in (1, 2, 3, onnx_export.BATCH + 1):
+        pixels = images(count, channels=3).numpy()
+        expected = predictor.probabilities(pixels)
+        assert expected.std() > 0.01
+        assert onnx_export.max_difference(alone, pixels, expected) < 1e-5
+    assert list(file.parent.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twin", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
+def test_a_network_for_imagenet_exports_too(twin: str, tmp_path: Path) -> None:
+    predictor = lively(TWINS[twin], twin, size=224, channels=3)
+    pixels = images(3, 224, channels=3).numpy()
+    expected = predictor.probabilities(pixels)
+    assert expected.std() > 0.01
+    onnx_export.export(predictor, tmp_path / "model.onnx")
+    # sums over so many numbers are rounded otherwise on each machine: 1.001e-5 was seen
+    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, expected) < model_loader.AGREEMENT
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("exported") / "model.onnx"
+    onnx_export.export(lively("lenet", size=36, classes=3), file)
+    return file
+
+
+def test_the_file_explains_itself(file: Path) -> None:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    told = [(end.name, end.shape, end.type) for end in (*session.get_inputs(), *session.get_outputs())]
+    assert told == [("pixels", ["N", 36, 36, 1], "tensor(uint8)"), ("probabilities", ["N", 3], "tensor(float)")]
+    meta = session.get_modelmeta()
+    explained = dict(meta.custom_metadata_map)
+    assert json.loads(explained.pop("classes")) == ["class 0", "class 1", "class 2"]
+    assert explained == {"architecture": "lenet", "dataset": "test", "size": "36", "channels": "1"}
+    assert meta.description.startswith("pixels (N, 36, 36, 1) uint8: the middle square of an upright grey image")
+    onnx.checker.check_model(file, full_check=True)
+
+
+def test_the_file_holds_no_line_of_source_and_no_path(file: Path) -> None:
+    content = file.read_bytes()
+    assert [word for word in (b".py", b"def ", b"return ", b"File ", str(Path.cwd()).encode()) if word in content] == []
+
+
+def test_the_same_predictor_gives_the_same_bytes(file: Path, tmp_path: Path) -> None:
+    onnx_export.export(lively("lenet", size=36, classes=3), tmp_path / "again.onnx")
+    digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, tmp_path / "again.onnx")]
+    assert digests[0] == digests[1]
+
+
+# Where it does not export, or does not agree
+
+
+class Strange(Classifier):
+    """A network that does to its images what it is told."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(build("lenet").task, build("lenet").recipe)
+        self.what = what
+
+    def logits(self, x: Tensor) -> Tensor:
+        means = x.mean((2, 3)) + torch.linspace(0, 1, 10) * x.amax((2, 3))  # (N, 10)
+        if self.what == "decide by numbers" and means.sum() > 0:
+            return -means
+        if self.what == "ask for what ONNX has not":
+            return means + torch.linalg.eigvals(x[:, 0]).real[:, :10]
+        if self.what == "be another then" and torch.compiler.is_exporting():
+            return means * 2
+        return means
+
+
+def strange(what: str) -> Predictor:
+    network = Strange(what).eval()
+    return Predictor("strange", network.task, network, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("decide by numbers", "Could not guard on data-dependent expression"),
+        ("ask for what ONNX has not", "No ONNX function found for .*linalg_eig"),
+    ],
+)
+def test_a_network_that_does_not_export_is_one_line_that_says_why(
+    what: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConvoyError, match=rf"^torch can't export it \({said}") as refusal:
+        onnx_export.export(strange(what), tmp_path / "model.onnx")
+    assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 250
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_network_that_exports_to_another_does_not_agree(tmp_path: Path) -> None:
+    predictor, pixels = strange("be another then"), images(8).numpy()
+    onnx_export.export(predictor, tmp_path / "model.onnx")
+    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
+
+
+def test_a_file_that_answers_otherwise_differs(file: Path) -> None:
+    pixels = images(40, size=36).numpy()
+    expected = lively("lenet", size=36, classes=3).probabilities(pixels)
+    assert onnx_export.max_difference(file, pixels, expected) < 1e-6
+    other = expected.copy()
+    other[-1, 0] += 0.002  # of the last image, in the second batch
+    assert onnx_export.max_difference(file, pixels, other) == pytest.approx(0.002, abs=1e-6)
+    assert onnx_export.max_difference(file, pixels, expected[:, :2]) == float("inf")
+    assert not onnx_export.max_difference(file, pixels, expected * np.nan) <= 1
+
+
+def test_what_is_no_onnx_file_or_of_other_images_is_one_line(
+    file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(file.read_bytes()[:-1000])
+    for given, size in ((broken, 36), (file, 32)):
+        with pytest.raises(ConvoyError, match=r"^onnxruntime can't run model.onnx \(") as refusal:
+            onnx_export.max_difference(given, images(2, size=size).numpy(), np.zeros((2, 3)))
+        assert len(str(refusal.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")

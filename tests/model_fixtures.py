@@ -1,0 +1,45 @@
+"""Networks for tests: every architecture with its settings in conf/, and random images for it."""
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from convoy import models
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
+from small_project import REAL
+
+CONF = REAL / "conf" / "model"
+
+
+every_architecture = pytest.mark.parametrize("name", models.names())
+
+
+def settings(name: str) -> dict:
+    return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
+
+
+def task(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
+    return DatasetInfo(
+        "test", [f"class {k}" for k in range(classes)], size, channels, [0.4] * channels, [0.2] * channels
+    )
+
+
+def build(name: str, seed: int = 0, **of_task: int) -> Classifier:
+    torch.manual_seed(seed)
+    return models.build(name, settings(name), task(**of_task))
+
+
+def images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:
+    return torch.randint(0, 256, (count, size, size, channels), dtype=torch.uint8)
+
+
+TWINS = {
+    "alexnet": "alexnet",
+    "vgg11_bn": "vgg",
+    "vgg16": "vgg",
+    "googlenet": "googlenet",
+    "resnet18": "resnet",
+    "resnet50": "resnet",
+}

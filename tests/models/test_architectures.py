@@ -1,0 +1,283 @@
+"""The architectures: each one that the folder holds, then what is special in five of them."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torchvision
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from convoy import models
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.models import alexnet, googlenet, lenet, vgg
+from convoy.models.base import Classifier
+from model_fixtures import CONF, build, every_architecture, images, settings, task
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# Every architecture
+
+
+def test_the_folder_of_modules_and_the_folder_of_settings_hold_the_same_names() -> None:
+    assert models.names() == sorted(file.stem for file in CONF.glob("*.yaml"))
+
+
+@every_architecture
+def test_a_settings_file_has_one_key_its_own_name_and_fits_the_schema(name: str) -> None:
+    content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert list(content) == [name]
+    params = typed(models.schema(name), content[name], f"model.{name}")
+    assert params.recipe.batch_size == content[name]["recipe"]["batch_size"]
+
+
+@every_architecture
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (32, 3), (33, 1), (48, 3), (64, 1), (96, 3), (224, 3)])
+def test_images_of_any_size_become_one_logit_for_each_class(name: str, size: int, channels: int) -> None:
+    with torch.device("meta"):  # shapes without numbers
+        model = build(name, size=size, channels=channels, classes=7)
+        assert model(images(2, size, channels)).shape == (2, 7)
+        assert all(logits.shape == (2, 7) for _, logits in model.heads(model.normalise(images(2, size, channels))))
+
+
+@every_architecture
+@pytest.mark.parametrize("size", [32, 33, 64])
+def test_logits_are_finite_and_differ_between_images(name: str, size: int) -> None:
+    logits = build(name, size=size, channels=3).eval()(images(4, size, channels=3))
+    assert logits.isfinite().all()
+    assert logits.std(dim=0).min() > 0
+
+
+@every_architecture
+def test_fresh_logits_are_of_moderate_size(name: str) -> None:
+    # a first loss far above log(K) is a network that starts out certain and wrong
+    model = build(name)
+    pixels, labels = images(64), torch.arange(64) % 10
+    weight, logits = model.heads(model.normalise(pixels))[0]
+    assert weight == 1
+    assert functional.cross_entropy(logits, labels) < 5
+
+
+@every_architecture
+def test_pixels_are_normalised_inside(name: str) -> None:
+    model = build(name, channels=3).eval()
+    pixels = images(3, channels=3)
+    x = (pixels.permute(0, 3, 1, 2) / 255 - 0.4) / 0.2
+    assert torch.allclose(model(pixels), model.logits(x), atol=1e-4)
+
+
+@every_architecture
+def test_the_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
+    model = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # a zero gain of a norm holds back all gradients below it
+                parameter.uniform_(0.1, 0.5)
+    labels = torch.arange(8)
+    heads = model.heads(model.normalise(images(8)))
+    sum(weight * functional.cross_entropy(logits, labels) for weight, logits in heads).backward()
+    idle = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
+    assert idle == []
+
+
+@every_architecture
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(name: str) -> None:
+    first, again, other = (build(name, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@every_architecture
+def test_saved_weights_come_back_as_the_same_classifier(name: str, tmp_path: Path) -> None:
+    model = build(name, channels=3)
+    model(images(8, channels=3))  # in training mode: batch norms move
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    restored = models.restore(name, settings(name), task(channels=3), tmp_path / "weights.safetensors")
+    assert not restored.training
+    pixels = images(4, channels=3)
+    assert torch.equal(restored(pixels), model.eval()(pixels))
+
+
+@every_architecture
+def test_weights_of_another_task_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(build(name, classes=9).state_dict(), weights)
+    with pytest.raises(ConvoyError, match=f"weights.safetensors: not the weights of this {name}"):
+        models.restore(name, settings(name), task(), weights)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a safetensors file"])
+def test_a_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    if content is not None:
+        weights.write_bytes(content)
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors"):
+        models.restore("lenet", settings("lenet"), task(), weights)
+
+
+@every_architecture
+def test_a_mistyped_key_is_refused_with_the_right_one(name: str) -> None:
+    values = settings(name)
+    values["recipe"]["learning_rte"] = 0.1
+    with pytest.raises(ConvoyError, match=rf"model\.{name}\.recipe\.learning_rte: unknown key"):
+        models.build(name, values, task())
+
+
+@every_architecture
+def test_every_setting_is_needed(name: str) -> None:
+    for key in settings(name):
+        values = settings(name)
+        del values[key]
+        with pytest.raises(ConvoyError, match=rf"model\.{name}\.{key}: missing"):
+            models.build(name, values, task())
+
+
+@every_architecture
+def test_images_too_small_are_refused_with_the_smallest_size_that_fits(name: str) -> None:
+    try:
+        build(name, size=20)
+    except ConvoyError as refusal:
+        message = str(refusal)
+        assert message.startswith(f"model.{name}: does not fit images of 20 px")
+        smallest = int(re.findall(r"It needs images of (\d+) px or more", message)[0])
+        build(name, size=smallest)
+        with pytest.raises(ConvoyError, match=f"images of {smallest} px or more"):
+            build(name, size=smallest - 1)
+
+
+def test_an_unknown_architecture_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConvoyError, match=r"model\.resnt: no such architecture; did you mean resnet\?$"):
+        models.build("resnt", {}, task())
+
+
+def test_an_architecture_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in models.names():
+        monkeypatch.delitem(sys.modules, f"convoy.models.{name}", raising=False)
+    build("lenet")
+    assert [name for name in models.names() if f"convoy.models.{name}" in sys.modules] == ["lenet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("lenet", 61_706), ("alexnet", 200_802), ("vgg", 481_786), ("googlenet", 654_902), ("resnet", 701_178)],
+)
+def test_the_number_of_parameters_is_as_it_was(name: str, count: int) -> None:
+    assert parameters(build(name)) == count
+
+
+# Against torchvision, at the papers' settings for ImageNet; tests/training/test_init_weights.py compares the logits
+
+IMAGENET = {
+    "alexnet": "alexnet",
+    "vgg16": "vgg",
+    "googlenet": "googlenet",
+    "resnet18": "resnet",
+    "resnet50": "resnet",
+}
+
+
+def imagenet(theirs: str, size: int = 224) -> Classifier:
+    """The classifier with which torchvision's `theirs` is to be equal, without weights."""
+    name = IMAGENET[theirs]
+    with torch.device("meta"):
+        return models.build(
+            name, settings(name) | models.equivalents(name).settings[theirs], task(size, 3, classes=1000)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("alexnet", 61_100_840),
+        ("vgg16", 138_357_544),
+        ("googlenet", 13_004_888),  # with both auxiliary classifiers
+        ("resnet18", 11_689_512),
+        ("resnet50", 25_557_032),
+    ],
+)
+def test_for_imagenet_there_are_as_many_parameters_as_in_torchvision(name: str, count: int) -> None:
+    assert parameters(imagenet(name)) == count
+
+
+def test_with_torchvisions_weights_googlenets_three_heads_are_torchvisions() -> None:
+    # at 256 px, where the auxiliary classifiers' windows, 5x5 in the paper at 224 px, are the same in both
+    torch.manual_seed(0)
+    theirs = torchvision.models.googlenet(weights=None, init_weights=False).eval()
+    for layer in theirs.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.running_mean, std=0.1)
+            nn.init.uniform_(layer.running_var, 0.01, 0.1)
+    ours = imagenet("googlenet", 256).eval()
+    keys = [key for key in ours.state_dict() if key not in ("mean", "std")]
+    weights = dict(zip(keys, theirs.state_dict().values(), strict=True))
+    ours.load_state_dict(weights | {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}, assign=True)
+    x = torch.randn(1, 3, 256, 256)
+    theirs.training = True  # of the outermost module alone: it returns all heads, and dropout stays off
+    with torch.inference_mode():
+        expected = theirs(x)
+        heads = [logits for _, logits in ours.heads(x)]
+    for found, wanted in zip(heads, (expected.logits, expected.aux_logits1, expected.aux_logits2), strict=True):
+        assert wanted.std() > 0.001
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+# What is special in one architecture
+
+
+def test_an_imagenet_stem_on_small_images_is_refused_with_the_size_it_needs() -> None:
+    values = settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
+    with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
+        models.build("alexnet", values, task())
+
+
+def test_alexnets_response_norm_is_torchs_with_the_papers_numbers() -> None:
+    x = torch.randn(2, 9, 4, 4) * 100
+    expected = functional.local_response_norm(x, size=5, alpha=5 * 1e-4, beta=0.75, k=2)
+    assert torch.allclose(alexnet.LocalResponse()(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_googlenets_auxiliary_classifiers_are_trained_and_take_no_part_in_a_prediction() -> None:
+    model = build("googlenet").eval()
+    pixels = images()
+    assert [weight for weight, _ in model.heads(model.normalise(pixels))] == [1.0, 0.3, 0.3]
+    before = model(pixels)
+    for auxiliary in (model.auxiliary_4a, model.auxiliary_4d):
+        for parameter in auxiliary.parameters():
+            nn.init.zeros_(parameter)
+    assert torch.equal(model(pixels), before)
+    model.heads(model.normalise(pixels))[0][1].sum().backward()
+    assert all(parameter.grad is None for parameter in model.auxiliary_4a.parameters())
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_a_resnet_block_that_keeps_its_shape_starts_as_the_identity(block: str) -> None:
+    values = settings("resnet") | {"block": block}
+    model = models.build("resnet", values, task())
+    x = torch.rand(2, model.blocks[1].outputs, 8, 8)
+    assert torch.equal(model.blocks[1](x), x)
+    changed = copy.deepcopy(model.blocks[1])
+    nn.init.ones_(changed.body[-1].weight)
+    assert not torch.equal(changed(x), x)
+
+
+@pytest.mark.parametrize("module", [lenet, alexnet, vgg, googlenet])
+def test_large_maps_are_averaged_by_equal_windows_and_small_ones_left_alone(module: ModuleType) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    assert torch.equal(module.average_to(x, 12), x)
+    assert torch.allclose(module.average_to(x, 4), functional.adaptive_avg_pool2d(x, 4))
+    assert all(module.average_to(x, size).shape == (2, 3, size, size) for size in range(1, 13))

@@ -1,0 +1,295 @@
+"""Live: a training is a run in MLflow while it lasts, and whatever becomes of MLflow, the training does not notice."""
+
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+import training_process
+from convoy.core import config
+from convoy.tracking import runs
+from pipeline.evaluate import evaluate
+from pipeline.live import Reporter
+from pipeline.stage import Stage
+from servers import Answer, Server
+from small_project import REAL, run_stages
+from tracking_fixtures import all_runs, client, copied, curve, make_road, sync, trained_bytes
+
+Message = dict[str, Any]
+
+pytestmark = pytest.mark.usefixtures("embedded_store")
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that is ready to train, and a record of a training there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        overrides = ["model=[lenet]", "train.max_epochs=60", "trainer.threads=1", "train.checkpoint_minutes=0.0005"]
+        return make_road(tmp_path_factory.mktemp("road") / "project", overrides, until="preprocess")
+
+
+@pytest.fixture(scope="module")
+def record(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
+    root = copied(road, tmp_path_factory.mktemp("trained") / "project")
+    config.compose(root, ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
+    run_stages(root, until="train")
+    return json.loads((root / "artifacts/train/lenet/record.json").read_text())
+
+
+@pytest.fixture
+def root(road: Path, tmp_path: Path) -> Path:
+    return copied(road, tmp_path / "project")
+
+
+# What the reporter makes of what it is told
+
+
+def begun(record: Message) -> Message:
+    return {"record": record, "process": os.getpid(), "moment": 1_000}
+
+
+def epoch(number: int) -> Message:
+    row = {"epoch": number, "lr": 0.1, "train_loss": 1 / number, "val_loss": 2 / number, "val_accuracy": 0.5}
+    return {"row": row, "moment": 1_000 * (number + 1)}
+
+
+def ended(status: str) -> Message:
+    return {"status": status, "moment": 9_000}
+
+
+def report(root: Path, *messages: Message) -> None:
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    for message in messages:
+        inbox.put(message)
+    Reporter(root).report(inbox)
+
+
+def test_a_run_is_there_from_the_first_moment_and_its_curves_grow_until_it_is_finished(
+    root: Path, record: Message
+) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REAL)}
+    command = [sys.executable, "-m", "pipeline.live", "lenet"]
+    process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, text=True, bufsize=1)
+    assert process.stdin
+    for number in range(3):
+        process.stdin.write(json.dumps(epoch(number) if number else begun(record)) + "\n")
+        wait_until(lambda: len(all_runs(root)) == 1 and len(curve(root, all_runs(root)[0], "val/loss")) == number)  # noqa: B023
+        assert all_runs(root)[0].info.status == "RUNNING"
+    os.kill(process.pid, signal.SIGTERM)  # as an impatient system would: it is not for the reporter to end
+    process.stdin.write(json.dumps(ended("FINISHED")) + "\n")
+    process.stdin.close()
+    assert process.wait() == 0
+    (run,) = all_runs(root)
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_000, 9_000)
+    assert curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
+    assert run.data.params["recipe.lr"] == str(record["settings"]["recipe"]["lr"])
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    for _ in range(int(seconds * 20)):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+def test_a_training_that_went_on_later_is_the_same_run_with_each_step_once(root: Path, record: Message) -> None:
+    report(root, begun(record), epoch(1), epoch(2), ended("KILLED"))
+    assert all_runs(root)[0].info.status == "KILLED"
+    report(root, begun(record), epoch(1), epoch(2), epoch(3), ended("FINISHED"))
+    (run,) = all_runs(root)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3]
+
+
+def test_a_finished_training_that_is_repeated_by_force_adds_nothing(root: Path, record: Message) -> None:
+    report(root, begun(record), epoch(1), ended("FINISHED"))
+    before = (root / "mlflow.db").read_bytes()
+    report(root, begun(record), epoch(1), ended("FINISHED"))
+    assert (root / "mlflow.db").read_bytes() == before
+
+
+def test_a_training_that_failed_is_marked_so(root: Path, record: Message) -> None:
+    report(root, begun(record), ended("FAILED"))
+    assert all_runs(root)[0].info.status == "FAILED"
+
+
+def test_what_mlflow_did_not_take_is_tried_again_and_is_there_once(
+    root: Path, record: Message, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, calls = MlflowClient.log_batch, []
+
+    def flaky(*given: Any, **named: Any) -> None:
+        calls.append(whole(*given, **named))  # it arrives, but the answer does not
+        if len(calls) % 3 == 2:
+            raise MlflowException("the server has died")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    reporter = threading.Thread(target=Reporter(root).report, args=[inbox])
+    reporter.start()
+    for message in (begun(record), *map(epoch, range(1, 6))):
+        inbox.put(message)
+        wait_until(inbox.empty)
+        time.sleep(0.1)
+    inbox.put(ended("FINISHED"))
+    reporter.join()
+    (run,) = all_runs(root)
+    assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# A server in MLflow's place
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("answer", ["500", "401", "403", "404", "rubbish", "later", "nothing"])
+def test_a_server_that_does_not_serve_is_one_line_without_the_password(
+    answer: str,
+    server: Server,
+    root: Path,
+    record: Message,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answer = answer
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
+    before = time.monotonic()
+    report(root, begun(record), epoch(1), epoch(2), ended("FINISHED"))
+    assert time.monotonic() - before < 10
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"convoy: live: MLflow at http://127.0.0.1:{server.server_port} fails: ")
+    assert "`make sync` brings its run there" in line
+    assert "secret" not in line
+
+
+# Whole trainings
+
+
+Start = Callable[..., multiprocessing.context.ForkServerProcess]
+
+
+@pytest.fixture
+def start(ready: multiprocessing.context.ForkServerContext, tmp_path: Path) -> Start:
+    def start(root: Path, **environment: str) -> multiprocessing.context.ForkServerProcess:
+        given = {"CONVOY_LIVE": "1", "PYTHONPATH": str(REAL)} | environment
+        process = ready.Process(target=train_live, args=(root, given, tmp_path / "said"))
+        process.start()
+        return process
+
+    return start
+
+
+def train_live(root: Path, environment: dict[str, str], said: Path) -> None:
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    os.chdir(root)
+    training_process.train_there(root, "lenet")
+
+
+def reporters(root: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if "pipeline.live" in (process.info["cmdline"] or []) and process.cwd() == str(root):
+                found.append(process)
+        except psutil.Error:  # it has just ended
+            pass
+    return found
+
+
+def all_reported(root: Path) -> None:
+    wait_until(lambda: not [one for one in reporters(root) if one.status() != psutil.STATUS_ZOMBIE])
+
+
+def test_a_training_that_is_killed_is_marked_so_and_goes_on_as_the_same_run(root: Path, start: Start) -> None:
+    first = start(root)
+    wait_until(lambda: any((root / "artifacts/.checkpoints").rglob("last.pt")))
+    first.kill()
+    first.join()
+    all_reported(root)
+    (killed,) = all_runs(root)
+    assert killed.info.status == "KILLED"
+
+    start(root).join()
+    all_reported(root)
+    (run,) = all_runs(root)
+    assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
+    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
+
+    Stage(root, "evaluate", "lenet").run(evaluate)
+    assert list(sync(root).values()) == [run.info.run_id]
+    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert all_runs(root)[0].info.end_time == run.info.end_time
+
+
+def test_a_reporter_that_hangs_or_dies_changes_nothing_for_the_training_and_sync_mends_the_run(
+    root: Path, tmp_path: Path, start: Start
+) -> None:
+    undisturbed = copied(root, tmp_path / "undisturbed")
+    before = time.monotonic()
+    start(undisturbed, CONVOY_LIVE="0").join()
+    alone = time.monotonic() - before
+
+    before = time.monotonic()
+    training = start(root)
+    wait_until(lambda: bool(reporters(root)))
+    (reporter,) = reporters(root)
+    reporter.suspend()
+    training.join()
+    assert training.exitcode == 0
+    assert time.monotonic() - before < 2 * alone + 3
+    reporter.kill()
+    assert trained_bytes(root) == trained_bytes(undisturbed)
+
+    Stage(root, "evaluate", "lenet").run(evaluate)
+    sync(root)
+    (run,) = all_runs(root)
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_training_without_mlflow_is_told_in_one_line_and_is_whole(root: Path, tmp_path: Path, start: Start) -> None:
+    training = start(root, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
+    training.join()
+    assert training.exitcode == 0
+    all_reported(root)
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.startswith("convoy: live: MLflow at http://127.0.0.1:9 fails: ")
+    assert "secret" not in line
+    assert (root / "artifacts/train/lenet/weights.safetensors").exists()
+
+
+def test_a_training_that_failed_and_was_shown_whole_is_not_begun_again(root: Path, record: Message) -> None:
+    report(root, begun(record), ended("FAILED"))
+    run_id = all_runs(root)[0].info.run_id
+    client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
+    report(root, begun(record), ended("KILLED"))
+    assert all_runs(root)[0].info.status == "FAILED"

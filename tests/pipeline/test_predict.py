@@ -1,0 +1,275 @@
+"""Predict: the command that answers images by a registered model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from convoy.inference import predictor
+from convoy.inference.predictor import Predictor
+from pipeline import predict, verify
+from registry_fixtures import CLASSES, register
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with a champion."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        register(folder)
+    return folder
+
+
+@pytest.fixture
+def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder as the working directory, and in it a new folder `images` of pictures."""
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three pictures, one of them below it, and what is none."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(["b.png", "a.jpg", "more/c.PNG"]):
+        draw(number).save(folder / name)
+    (folder / "labels.csv").write_text("path,label\n")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+def draw(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """Run the command; returns what it exits with, None where all went well."""
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    try:
+        predict.main()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_folder_gives_all_images_below_it_by_name_and_nothing_else(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, pictures, "--json") is None
+    found = lines(capsys)
+    assert [Path(each["image"]).relative_to(pictures).as_posix() for each in found] == ["a.jpg", "b.png", "more/c.PNG"]
+    assert all(each["label"] in CLASSES and 1 / 3 <= each["probability"] <= 1 for each in found)
+
+
+def test_files_without_an_ending_are_images_too_and_others_are_counted(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "more/c.PNG").rename(pictures / "more/c")
+    (pictures / "more/notes.txt").write_text("milk, bread")
+    assert run(monkeypatch, pictures / "more", "--json") is None
+    said = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(pictures / "more/c")]
+    assert "more: 1 files in it are not called as images are" in said.err
+
+
+def test_the_answers_are_those_of_the_model_in_the_order_of_the_arguments(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [pictures / "more/c.PNG", pictures / "a.jpg", pictures / "b.png"]
+    assert run(monkeypatch, *given, "--json", "--model", "models:/convoy/1") is None
+    restored = predictor.restore(here / "left")
+    expected = restored.probabilities(np.stack([restored.fitted(file.read_bytes()) for file in given]))
+    for each, row, file in zip(lines(capsys), expected, given, strict=True):
+        assert each["image"] == str(file)
+        assert each["label"] == CLASSES[row.argmax()]
+        assert each["probability"] == pytest.approx(row.max(), abs=1e-6)
+
+
+@pytest.mark.parametrize("pattern", ["*.png", "**/*.[pP][nN][gG]", "more"])
+def test_a_pattern_gives_what_it_matches(
+    pattern: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = {"*.png": ["b.png"], "**/*.[pP][nN][gG]": ["b.png", "more/c.PNG"], "more": ["more/c.PNG"]}[pattern]
+    assert run(monkeypatch, pictures / pattern, "--json") is None
+    assert [each["image"] for each in lines(capsys)] == [str(pictures / name) for name in expected]
+
+
+def test_a_name_that_looks_like_a_pattern_is_first_taken_for_a_name(pictures: Path) -> None:
+    draw(7).save(pictures / "a[1].png")
+    assert list(predict.found([str(pictures / "a[1].png")])) == [pictures / "a[1].png"]
+
+
+def test_the_table_names_the_model_and_shows_label_and_probability(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(pictures)
+    for name in ("mlflow.db", "params.yaml"):
+        (pictures / name).symlink_to(here / name)
+    assert run(monkeypatch, "a.jpg", "b.png") is None
+    said = capsys.readouterr().out
+    assert said.startswith("convoy 1, lenet")
+    assert [line.split()[0] for line in said.splitlines()[3:]] == ["a.jpg", "b.png"]
+    assert all(line.split()[1] in CLASSES for line in said.splitlines()[3:])
+
+
+def test_what_is_no_image_is_named_with_the_reason_and_the_others_are_answered(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "torn.png").write_bytes((pictures / "b.png").read_bytes()[:500])
+    (pictures / "empty").mkdir()
+    given = [pictures / name for name in ("torn.png", "a.jpg", "labels.csv", "none.png", "empty", "no*.gif", "b.png")]
+    reasons = {
+        "torn.png": "can't be decoded: ",
+        "labels.csv": "is not an image in BMP, GIF",
+        "none.png": "is not there",
+        "empty": "is a folder without images",
+        "no*.gif": "is not there",
+    }
+    assert run(monkeypatch, *given, "--json") == "convoy: predict: 5 images without an answer"
+    found = {Path(each["image"]).name: each for each in lines(capsys)}
+    assert list(found) == [path.name for path in given]
+    assert all(found[name]["error"].startswith(reason) for name, reason in reasons.items())
+    assert found["a.jpg"]["label"] in CLASSES
+
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, *given[:3]) == "convoy: predict: 2 images without an answer"
+    said = capsys.readouterr()
+    assert f"{pictures / 'torn.png'} can't be decoded: " in said.err
+    assert "a.jpg" in said.out
+
+
+def test_a_file_may_have_any_name(
+    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a[bold].png", "b\x1b[2J.png", os.fsdecode(b"c\xff.png"), "d [red].txt"):
+        (pictures / name).write_bytes((pictures / "b.png").read_bytes() if name.endswith("png") else b"no image")
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, pictures, pictures / "d [red].txt") == "convoy: predict: 1 image without an answer"
+    said = capsys.readouterr()
+    assert all(name in said.out for name in ("a[bold].png", r"b\x1b[2J.png", r"c\udcff.png"))
+    assert "\x1b" not in said.out
+    assert "d [red].txt is not an image" in said.err
+    run(monkeypatch, pictures, "--json")
+    assert str(pictures / "b\x1b[2J.png") in [each["image"] for each in lines(capsys)]
+
+
+def test_a_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image without an answer"
+    assert lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
+
+
+def test_however_many_images_there_are_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sizes = [], []
+    answered = Predictor.probabilities
+
+    def probabilities(self: Predictor, pixels: np.ndarray) -> np.ndarray:
+        sizes.append(len(pixels))
+        return answered(self, pixels)
+
+    def pixels(path: Path, predictor: Predictor) -> np.ndarray:
+        read.append(path)
+        return np.zeros((32, 32, 1), np.uint8)
+
+    monkeypatch.setattr(Predictor, "probabilities", probabilities)
+    monkeypatch.setattr(predict, "read", pixels)
+    names = [f"{number}.png" for number in range(1000)]
+    answers = predict.answer(predictor.restore(here / "left"), names)
+    assert next(answers)["image"] == "0.png"
+    assert len(read) == predict.BATCH
+    assert [each["image"] for each in answers] == names[1:]
+    assert sum(sizes) == len(read) == 1000
+    assert max(sizes) == predict.BATCH
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("models:/convoy/7", "MLflow has no models:/convoy/7"),
+        ("models:/convoy@best", "MLflow has no models:/convoy@best"),
+        ("left", "left: no registered model; name one as models:/NAME@ALIAS"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_clear_line(
+    uri: str, said: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(run(monkeypatch, pictures, "--model", uri)).startswith(f"convoy: predict: {said}")
+
+
+def test_where_nothing_was_registered_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "params.yaml is missing" in str(run(monkeypatch, "a.png"))
+    (tmp_path / "params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: cpu\n")
+    assert "there is no mlflow.db here" in str(run(monkeypatch, "a.png"))
+    assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
+
+
+# The check before a version is used
+
+
+@pytest.fixture
+def evaluated(root: Path, tmp_path: Path) -> Path:
+    """Prepared images of three classes, and what the model makes of them."""
+    restored = predictor.restore(root / "left")
+    pixels = np.random.default_rng(0).integers(0, 256, (450, 32, 32, 1), dtype=np.uint8)
+    np.save(tmp_path / "test_pixels.npy", pixels)
+    np.save(tmp_path / "test_labels.npy", np.zeros(450, np.int64))
+    restored.task.save(tmp_path / "task.json")
+    table = pd.DataFrame(restored.probabilities(pixels), columns=[f"probability_{name}" for name in CLASSES])
+    table.to_parquet(tmp_path / "predictions.parquet")
+    return tmp_path
+
+
+def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
+    try:
+        verify.main()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def test_a_model_that_answers_as_evaluated_passes_in_one_line(
+    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(monkeypatch, "models:/convoy@champion", evaluated, evaluated) is None
+    assert capsys.readouterr().out.startswith("models:/convoy@champion answers 200 images as evaluated; probabilities")
+
+
+def test_a_model_whose_recorded_predictions_are_others_does_not_pass(
+    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_parquet(evaluated / "predictions.parquet")
+    table.iloc[0] = np.roll(table.iloc[0], 1)
+    table.to_parquet(evaluated / "predictions.parquet")
+    said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
+    assert str(said).startswith("convoy: verify: models:/convoy/1 does not answer as it was evaluated")
+    table[1:].to_parquet(evaluated / "predictions.parquet")
+    said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
+    assert "is of 449 images" in str(said)
+
+
+def test_a_folder_without_an_evaluation_is_one_clear_line(
+    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)
+    assert said == (
+        "convoy: verify: there is no nowhere/predictions.parquet: name the folder of an evaluation, as "
+        "artifacts/evaluate/lenet"
+    )
+    assert "there is no nowhere/task.json" in str(check(monkeypatch, "models:/convoy@champion", evaluated, "nowhere"))
+    pd.DataFrame({"probability_yak": [1.0]}).to_parquet(evaluated / "predictions.parquet")
+    assert "of other classes" in str(check(monkeypatch, "models:/convoy@champion", evaluated, evaluated))

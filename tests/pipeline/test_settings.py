@@ -1,0 +1,452 @@
+"""params.yaml: composing conf/ never discards what came into it in another way, and conf/ can adopt it."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.cli import main
+
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from pipeline.__main__ import check
+from pipeline.adoption import adopt_settings, differences
+from pipeline.settings import RECORD, compose
+
+ROOT = Path(__file__).parents[2]
+Edit = Callable[[Path], object]
+# little of it, as composing all of the project's conf/ takes a quarter of a second
+CONF = {
+    "config.yaml": "defaults:\n  - model: [lenet, vgg]\n  - _self_\nseed: 1\ntrain: {epochs: 16, patience: 0}\n",
+    "model/lenet.yaml": "lenet: {widths: [6, 16]}\n",
+    "model/vgg.yaml": "vgg: {depth: 11}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose one stage fails at seed 666; conf/ and params.yaml are committed."""
+    root = tmp_path_factory.mktemp("composed") / "a project"
+    for name, content in CONF.items():
+        (root / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "conf" / name).write_text(content)
+    config.compose(root)
+    (root / "fail.py").write_text(
+        "import pathlib, sys\nsys.exit('seed: 666' in pathlib.Path('params.yaml').read_text())\n"
+    )
+    (root / "dvc.yaml").write_text(
+        f"stages:\n  idle: {{cmd: '{sys.executable} fail.py', params: [seed, train, model], always_changed: true}}\n"
+    )
+    (root / ".dvc").mkdir()
+    (root / ".dvc/config").write_text("[core]\n    analytics = false\n[hydra]\n    enabled = true\n")
+    (root / ".gitignore").write_text("/artifacts/\n/.dvc/tmp/\n/.dvc/cache/\n")
+    git(root, "init", "--quiet", "--initial-branch=main")
+    git(root, "config", "user.name", "convoy")
+    git(root, "config", "user.email", "convoy@localhost")
+    dvc(root, "repro", "--quiet")
+    commit(root)
+    return root
+
+
+@pytest.fixture
+def fresh(composed: Path, tmp_path: Path) -> Path:
+    """The repository as it is cloned: nothing is remembered of what was composed."""
+    return shutil.copytree(composed, tmp_path / "a project")
+
+
+@pytest.fixture
+def root(fresh: Path) -> Path:
+    """The repository after a first run of the main command."""
+    run(fresh)
+    return fresh
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """A folder with the project's own conf/ and params.yaml."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    for name in ("DVC_EXP_NAME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def git(root: Path, *command: str) -> None:
+    subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
+
+
+def commit(root: Path, *paths: str) -> None:
+    git(root, "add", "--all", *(paths or ["."]))
+    git(root, "commit", "--quiet", "--message", "next")
+
+
+def dvc(root: Path, *command: str, status: int = 0) -> None:
+    with contextlib.chdir(root), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([*command]) == status
+
+
+def run(root: Path, **options: bool) -> dict[str, Any]:
+    """Compose as the main command does."""
+    return compose(root, lambda params: None, **options)
+
+
+def experiment(root: Path, name: str, *overrides: str) -> None:
+    chosen = [part for override in overrides for part in ("--set-param", override)]
+    dvc(root, "exp", "run", "--quiet", "--name", name, *chosen)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def edit_conf(root: Path, seed: int = 5) -> None:
+    file = root / "conf/config.yaml"
+    file.write_text(re.sub(r"(?m)^seed: \d+", f"seed: {seed}", file.read_text()))
+
+
+def edit_params(root: Path, seed: int = 5) -> None:
+    file = root / "params.yaml"
+    file.write_text(re.sub(r"(?m)^seed: \d+", f"seed: {seed}", file.read_text()))
+
+
+def assert_stops(root: Path, *lines: str) -> None:
+    """Composing stops, names each key with both values, and leaves everything as it is."""
+    before = (root / "params.yaml").read_bytes()
+    for _ in range(2):  # the next scheduled run finds it as this one did
+        with pytest.raises(ConvoyError) as refusal:
+            run(root)
+    assert (root / "params.yaml").read_bytes() == before
+    named = [line.strip() for line in str(refusal.value).splitlines() if line.startswith("  ") and ":" in line]
+    assert named == list(lines)
+    assert "  python -m pipeline --adopt" in str(refusal.value)
+    assert "  python -m pipeline --compose" in str(refusal.value)
+    assert run(root, discard=True) == config.parse(config.composed(root))
+    run(root)
+
+
+def assert_composes(root: Path, seed: int) -> None:
+    assert run(root)["seed"] == seed
+    assert (root / "params.yaml").read_text() == config.composed(root)
+    run(root)
+
+
+# Ordinary work
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_an_edit_of_conf_is_composed(is_committed: bool, root: Path) -> None:
+    for seed in (5, 6):
+        edit_conf(root, seed)
+        if is_committed:
+            commit(root, "conf")
+        assert_composes(root, seed)
+
+
+def test_an_edit_of_conf_is_composed_in_a_fresh_clone(fresh: Path) -> None:
+    edit_conf(fresh, 5)
+    assert_composes(fresh, 5)
+
+
+def test_commits_of_conf_alone_are_composed_in_a_fresh_clone(fresh: Path) -> None:
+    for seed in (5, 6):
+        edit_conf(fresh, seed)
+        commit(fresh)
+    edit_conf(fresh, 7)
+    assert_composes(fresh, 7)
+
+
+def test_another_branch_is_composed(root: Path) -> None:
+    git(root, "switch", "--quiet", "--create", "other")
+    edit_conf(root, 5)
+    run(root)
+    commit(root)
+    git(root, "switch", "--quiet", "main")
+    assert_composes(root, 1)
+    git(root, "switch", "--quiet", "other")
+    edit_conf(root, 6)
+    commit(root)
+    assert_composes(root, 6)
+    commit(root)
+    edit_conf(root, 7)
+    run(root)
+    git(root, "stash", "--quiet")
+    assert_composes(root, 6)
+    git(root, "stash", "pop", "--quiet")
+    assert_composes(root, 7)
+
+
+def test_a_params_yaml_that_was_taken_back_is_composed_again(root: Path) -> None:
+    edit_conf(root, 5)
+    run(root)
+    git(root, "checkout", "--quiet", "params.yaml")
+    assert_composes(root, 5)
+
+
+@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_text("")])
+def test_a_missing_params_yaml_is_composed(change: Edit, root: Path) -> None:
+    change(root / "params.yaml")
+    assert_composes(root, 1)
+
+
+def test_comments_in_params_yaml_are_no_settings(root: Path) -> None:
+    edit(root / "params.yaml", "seed: 1\n", "seed: 1 # mine\n")
+    assert_composes(root, 1)
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_wrote_is_completed(
+    written: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = Path.replace, iter([*[True] * written, False])
+
+    def replace_some(file: Path, target: Path) -> Path:
+        if next(left):
+            return replace(file, target)
+        raise KeyboardInterrupt
+
+    edit_conf(root, 5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace_some)
+        run(root)
+    edit_conf(root, 6)
+    assert_composes(root, 6)
+
+
+# Experiments
+
+
+def test_what_an_experiment_leaves_is_composed_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (5, 6):
+        experiment(root, f"bold-{seed}", f"seed={seed}")
+    assert config.load(root / "params.yaml")["seed"] == 6
+    assert_composes(root, 1)
+    assert "params.yaml held the settings of the last `dvc exp run`: conf/ is composed again" in capsys.readouterr().out
+
+
+def test_an_experiment_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
+    experiment(fresh, "bold", "seed=5", "model=[lenet]", "+more=1")
+    assert_composes(fresh, 1)
+
+
+def test_what_a_failed_experiment_leaves_is_composed_again(root: Path) -> None:
+    dvc(root, "exp", "run", "--quiet", "--set-param", "seed=666", status=255)
+    assert config.load(root / "params.yaml")["seed"] == 666
+    assert_composes(root, 1)
+
+
+def test_an_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
+    dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "seed=5")
+    dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "seed=6")
+    assert_composes(root, 1)
+    edit_params(root, 5)
+    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+
+
+@pytest.mark.parametrize("later", ["", "run again"])
+def test_an_applied_experiment_stops_composing(later: str, root: Path) -> None:
+    experiment(root, "bold", "seed=5", "train.epochs=2")
+    if later:
+        assert_composes(root, 1)
+    dvc(root, "exp", "apply", "bold")
+    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/", "train.epochs: 2 in params.yaml, 16 in conf/")
+    # an experiment of the same settings that is run once more leaves the same again
+    experiment(root, "again", "seed=5", "train.epochs=2")
+    assert_composes(root, 1)
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+@pytest.mark.parametrize("merge", [["--ff"], ["--no-ff"], ["--squash"]])
+def test_a_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, root: Path) -> None:
+    experiment(root, "bold", "seed=5")
+    dvc(root, "exp", "branch", "bold", "good")
+    git(root, "checkout", "--quiet", ".")
+    git(root, "merge", "--quiet", *merge, "good")
+    if merge == ["--squash"]:
+        commit(root)
+    if is_fresh:
+        shutil.rmtree(root / "artifacts")
+        shutil.rmtree(root / ".dvc/tmp")
+    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+
+
+@pytest.mark.parametrize("step", [["add", "params.yaml"], ["commit", "--quiet", "--all", "--message", "take it"]])
+def test_an_experiment_that_git_was_told_of_stops_composing(step: list[str], root: Path) -> None:
+    experiment(root, "bold", "seed=5")
+    git(root, *step)
+    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+
+
+def test_an_edit_to_what_an_earlier_experiment_had_stops_composing(root: Path) -> None:
+    experiment(root, "bold", "seed=5")
+    run(root)
+    edit_params(root, 5)
+    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+
+
+# Edits
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_an_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool, fresh: Path) -> None:
+    if not is_fresh:
+        run(fresh)
+    edit_params(fresh)
+    if is_committed:
+        commit(fresh)
+        edit_conf(fresh, 3)
+        commit(fresh)
+    assert_stops(fresh, f"seed: 5 in params.yaml, {3 if is_committed else 1} in conf/")
+
+
+def test_keys_that_came_and_went_are_named(root: Path) -> None:
+    params = config.load(root / "params.yaml")
+    params["model"] = {"vgg": params["model"]["vgg"], "resnet": {"depth": 18}}
+    params["train"] = {"epochs": "16", "more": [1, 2.5, "x"]}
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert_stops(
+        root,
+        "model.resnet: a table in params.yaml, nothing in conf/",
+        "model.lenet: nothing in params.yaml, a table in conf/",
+        'train.epochs: "16" in params.yaml, 16 in conf/',
+        'train.more: [1, 2.5, "x"] in params.yaml, nothing in conf/',
+        "train.patience: nothing in params.yaml, 0 in conf/",
+    )
+
+
+def test_another_order_of_the_architectures_is_named(root: Path) -> None:
+    params = config.load(root / "params.yaml")
+    params["model"] = dict(reversed(params["model"].items()))
+    (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert_stops(root, 'model: ["vgg", "lenet"] in params.yaml, ["lenet", "vgg"] in conf/')
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> other\n", "seed: [1\n", "- 1\n"])
+def test_a_params_yaml_that_can_not_be_read_stops_composing(text: str, root: Path) -> None:
+    (root / "params.yaml").write_text(text)
+    with pytest.raises(ConvoyError, match=r"params\.yaml can't be read.* `python -m pipeline --compose`"):
+        run(root)
+    assert (root / "params.yaml").read_text() == text
+    run(root, discard=True)
+    assert_composes(root, 1)
+
+
+def test_settings_that_fail_the_check_are_not_written(real: Path) -> None:
+    run(real)
+    edit_conf(real, -1)
+    before = (real / "params.yaml").read_bytes(), (real / RECORD).read_bytes()
+    with pytest.raises(ConvoyError, match="seed=-1"):
+        compose(real, check)
+    assert ((real / "params.yaml").read_bytes(), (real / RECORD).read_bytes()) == before
+
+
+# Adoption
+
+ADOPTED = [
+    ["seed=5"],
+    ["train.max_epochs=2", "register.gate.floor=0.5", "dataset.name='010'"],
+    ["model=[resnet,lenet]", "model.resnet.blocks=[1,1,1,1]", "model.lenet.recipe.lr=1e-05"],
+    ["dataset=mnist", "dataset.longest_side=64"],
+    ["trainer=cpu", "trainer.threads=2"],
+    ["experiment=finetune", "seed=7", "model.resnet.recipe.lr=0.02", "model.resnet.recipe.momentum=0.8"],
+    ["experiment=photographs", "model.vgg.recipe.augment.flip=false", "model.vgg.dropout=0.25"],
+    ["dataset.group='patient-(\\d+)'", "register.gate.acknowledge=['no','off']", "dataset.name='a: b # c'"],
+    ["model=[vgg,resnet,lenet,alexnet,googlenet]"],
+]
+
+
+@pytest.mark.parametrize("overrides", ADOPTED, ids=lambda overrides: " ".join(overrides))
+def test_conf_adopts_whatever_an_experiment_may_set(overrides: list[str], real: Path) -> None:
+    wanted = config.compose(real, overrides)
+    text = (real / "params.yaml").read_text()
+    assert run(real, adopt=True) == wanted
+    assert (real / "params.yaml").read_text() == config.composed(real) == text
+
+
+def test_adopting_again_takes_back_an_earlier_choice(real: Path) -> None:
+    first = config.composed(real)
+    config.compose(real, ["experiment=finetune", "dataset=mnist"])
+    run(real, adopt=True)
+    (real / "params.yaml").write_text(first)
+    run(real, adopt=True)
+    assert config.composed(real) == first
+
+
+def test_adopting_changes_the_lines_that_it_must(real: Path) -> None:
+    before = {file: file.read_text().splitlines() for file in (real / "conf").rglob("*.yaml")}
+    config.compose(real, ["seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"])
+    run(real, adopt=True)
+    changed = {
+        new
+        for file, lines in before.items()
+        for old, new in zip(lines, file.read_text().splitlines(), strict=True)
+        if old != new
+    }
+    assert changed == {
+        "seed: 5 # of the split, the first weights, the order and changes of training images; 0 or more, below 2^63",
+        "  - model: [resnet] # which of the files in model/ are trained and compared",
+        "  blocks: [1, 1, 1, 1] # of each of four stages; 1 to 36 each",
+        "longest_side: 64 # pixels; 1 or more",
+    }
+
+
+def test_nothing_is_adopted_where_conf_is_composed_already(real: Path) -> None:
+    before = {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")}
+    run(real, adopt=True)
+    assert {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda params: params.update(extra=1), "no file there sets extra:"),
+        (lambda params: params["train"].update(extra=1), "no file there sets train.extra:"),
+        (lambda params: params["train"].pop("patience"), "no file there sets train.patience:"),
+        (lambda params: params["model"].update(mynet={}), "params.yaml has model.mynet, for which there is no conf/"),
+    ],
+)
+def test_a_key_that_no_file_sets_is_refused_and_conf_stays(
+    change: Callable[[dict], object], named: str, real: Path
+) -> None:
+    params = config.load(real / "params.yaml")
+    params["seed"] = 5
+    change(params)
+    before = {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")}
+    with pytest.raises(ConvoyError, match=re.escape(named)):
+        adopt_settings(real, params)
+    assert {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")} == before
+
+
+def test_wrong_settings_are_not_adopted(real: Path) -> None:
+    edit_params(real, -1)
+    with pytest.raises(ConvoyError, match="seed=-1"):
+        compose(real, check, adopt=True)
+    assert "\nseed: 1 #" in (real / "conf/config.yaml").read_text()
+
+
+def test_an_applied_experiment_is_adopted(root: Path) -> None:
+    experiment(root, "bold", "seed=5")
+    dvc(root, "exp", "apply", "bold")
+    assert run(root, adopt=True)["seed"] == 5
+    assert_composes(root, 5)
+
+
+def test_numbers_of_another_type_differ() -> None:
+    assert differences({"a": 1, "b": {"c": True}}, {"a": 1.0, "b": {"c": 1}}) == {"a": (1, 1.0), "b.c": (True, 1)}

@@ -1,0 +1,345 @@
+"""The signals that end a command: whenever they come, all of it ends, with one line and their own status."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from convoy.core import config
+from pipeline.__main__ import dvc, is_alive
+from pipeline.signals import ENDING
+from small_project import REAL, make_project
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+# the process that reports a training to MLflow is not to end before it
+COMMANDS = sorted(
+    file.stem
+    for file in (REAL / "pipeline").glob("*.py")
+    if '__name__ == "__main__"' in file.read_text() and file.stem != "live"
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PYTHONPATH": str(REAL), "PATH": path, **more}
+
+
+# A stage, and what libraries do to the exception that ends it
+
+SWALLOWED = {
+    "nothing": "time.sleep(60)",
+    "a destructor": """
+        class Slow:
+            def __del__(self):
+                time.sleep(60)
+
+        slow = Slow()
+        del slow
+    """,
+    "the callback of a weak reference": """
+        class Object: ...
+
+        gone = Object()
+        reference = weakref.ref(gone, lambda _: time.sleep(60))
+        del gone
+    """,
+    "destructors one after the other": """
+        class Slow:
+            def __del__(self):
+                time.sleep(5)
+
+        for _ in range(9):
+            Slow()
+    """,
+    "a library that catches all": """
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+    """,
+    "a library that catches all again and again": """
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                pass
+    """,
+    "a thread that does not end": """
+        threading.Thread(target=time.sleep, args=[60]).start()
+        time.sleep(60)
+    """,
+    "what is done at exit": """
+        atexit.register(time.sleep, 60)
+        time.sleep(60)
+    """,
+    "a cleanup that takes its time": """
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(1)
+            print("cleaned", flush=True)
+    """,
+}
+
+
+@pytest.mark.parametrize("swallow", SWALLOWED)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal.Signals, tmp_path: Path) -> None:
+    root = make_project(tmp_path)
+    code = "import atexit, threading, time, weakref\nfrom pipeline.stage import main\ndef work(stage):\n"
+    code += "    (stage.scratch / 'half').touch()\n    print('at work', flush=True)\n"
+    code += textwrap.indent(textwrap.dedent(SWALLOWED[swallow]), "    ")
+    code += "\n    time.sleep(0.2)\n    print('went on', flush=True)\n    time.sleep(60)\nmain('fetch', work)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as stage:
+        assert stage.stdout
+        assert stage.stdout.readline() == b"at work\n"
+        time.sleep(0.05)
+        stage.send_signal(number)
+        said, complaint = stage.communicate(timeout=20)
+    assert stage.returncode == STATUS[number]
+    assert complaint.decode() == f"convoy: stopped by {number.name}; run the same command again to go on\n"
+    if "catches all" not in swallow:
+        assert b"went on" not in said
+    assert (b"cleaned" in said) == ("cleanup" in swallow)
+    assert not (root / "artifacts/fetch").exists()
+
+
+# Every command, from its first import on
+
+
+@pytest.fixture
+def interrupting(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH: Python then sends itself a signal when it is about to import the module of AT."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        textwrap.dedent("""
+            import os, sys
+
+            class Finder:
+                def find_spec(self, name, path=None, target=None):
+                    if name == os.environ["AT"] and sys.orig_argv[1:3] == ["-m", os.environ["COMMAND"]]:
+                        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+
+            sys.meta_path.insert(0, Finder())
+        """)
+    )
+    return tmp_path / "site"
+
+
+def interrupt(
+    root: Path, site: Path, command: str, at: str, number: int, *arguments: str
+) -> subprocess.CompletedProcess:
+    """Run a command, with the signal at the import of a module."""
+    path = f"{site}{os.pathsep}{REAL}"
+    return subprocess.run(
+        [sys.executable, "-m", command, *arguments],
+        cwd=root,
+        env=environment(PYTHONPATH=path, AT=at, COMMAND=command, NUMBER=str(int(number))),
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -> None:
+    assert done.stderr == f"convoy: stopped by {number.name}; run the same command again to go on\n"
+    assert done.returncode == STATUS[number]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting: Path) -> None:
+    name = "pipeline" if command == "__main__" else f"pipeline.{command}"
+    number = ENDING[len(command) % len(ENDING)]
+    assert_one_line(interrupt(REAL, interrupting, name, "convoy.core.config", number), number)
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_composing_that_is_ended_leaves_params_as_they_were(
+    number: signal.Signals, interrupting: Path, tmp_path: Path
+) -> None:
+    root = make_project(tmp_path / "project")
+    (root / ".git").mkdir()
+    before = (root / "params.yaml").read_bytes()
+    assert_one_line(
+        interrupt(root, interrupting, "pipeline", "convoy.training.init_weights", number, "--compose"), number
+    )
+    assert (root / "params.yaml").read_bytes() == before
+
+
+def test_a_conclusion_that_is_ended_says_so(interrupting: Path, tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    done = interrupt(root, interrupting, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
+    assert_one_line(done, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_that_is_to_be_ignored_is_ignored(number: signal.Signals) -> None:
+    code = (
+        f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\nfrom pipeline import signals\nsignals.install()"
+    )
+    code += f"\nimport os; os.kill(os.getpid(), {int(number)})\nprint('went on')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
+# The main command, while DVC is at work
+
+
+def run_dvc(tmp_path: Path, script: str, code: str = "") -> subprocess.Popen:
+    """A process that runs `dvc()` with a shell script in the place of DVC, and exits with its status."""
+    file = tmp_path / "dvc"
+    file.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}\n")
+    file.chmod(0o755)
+    code = "import os, signal, subprocess, sys; from pipeline import signals; from pipeline.__main__ import dvc\n" + (
+        f"signals.install(); sys.executable = {str(file)!r}\n" + (textwrap.dedent(code) or "sys.exit(dvc())")
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_the_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals, tmp_path: Path) -> None:
+    script = """
+        sh -c "trap 'sleep 1; touch saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done" &
+        wait
+    """
+    with run_dvc(tmp_path, script) as running:
+        assert running.stdout
+        assert running.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=20)
+    assert running.returncode == STATUS[number]
+    assert (tmp_path / "saved").exists()
+    assert said.startswith(f"convoy: {number.name}: the stage at work ends; `make repro` goes on from there\n")
+
+
+def test_where_dvc_alone_is_killed_the_stage_ends_too(tmp_path: Path) -> None:
+    script = """
+        sh -c "trap 'touch saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done" &
+        sleep 0.5
+        kill -KILL $$
+    """
+    with run_dvc(tmp_path, script) as running:
+        running.communicate(timeout=20)
+    assert running.returncode == 137
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_signal_before_dvc_is_there_ends_it_all_the_same(tmp_path: Path) -> None:
+    code = """
+        class Slow(subprocess.Popen):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        subprocess.Popen = Slow
+        sys.exit(dvc())
+    """
+    with run_dvc(tmp_path, "sleep 60", code) as running:
+        _, said = running.communicate(timeout=20)
+    assert running.returncode == 143
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_a_signal_after_dvc_or_between_two_of_its_runs_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    code = f"status = dvc('update'); os.kill(os.getpid(), {int(number)}); dvc('repro')"
+    with run_dvc(tmp_path, "echo $3", code) as running:
+        printed, said = running.communicate(timeout=20)
+    assert printed == "update\n"
+    assert_one_line(subprocess.CompletedProcess([], running.returncode, "", said), number)
+
+
+def test_no_handler_outlives_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in ENDING]
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert dvc("repro") == 1
+    assert [signal.getsignal(number) for number in ENDING] == before
+
+
+def test_a_dead_process_that_nobody_asks_about_is_not_waited_for() -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        assert is_alive(process.pid)
+        process.kill()
+        for _ in range(100):
+            if psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.01)
+        assert not is_alive(process.pid)
+
+
+# A whole run
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_of_a_run_end_all_of_it_and_the_next_completes_it(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    for folder in ("pipeline", "src"):
+        shutil.copytree(REAL / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REAL / ".dvcignore", root)
+    settings = root / "conf/config.yaml"
+    text = settings.read_text().replace("[lenet, alexnet, vgg, googlenet, resnet]", "[lenet]")
+    text = text.replace("max_epochs: 16", "max_epochs: 3").replace("floor: 0.9", "floor: 0.0")
+    settings.write_text(text.replace("min_test_images: 300", "min_test_images: 1"))
+    config.compose(root)
+    for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, env=environment(), check=True)
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(root, undisturbed)
+    begun = time.monotonic()
+    complete(undisturbed)
+    takes = time.monotonic() - begun
+
+    moments = random.Random(0)
+    for number in range(6):
+        with start(root) as running:
+            time.sleep(0.2 + takes * moments.random())
+            running.send_signal(ended_by := ENDING[number % len(ENDING)])
+            _, said = running.communicate(timeout=60)
+        assert running.returncode in (STATUS[ended_by], 0), said
+        assert "Traceback" not in said
+        assert "Exception ignored" not in said
+        assert not [process for process in psutil.process_iter() if is_in(process, root)]
+    complete(root)
+    for result in ("dvc.lock", "params.yaml", "artifacts/train/lenet/complete.json"):
+        assert (root / result).read_bytes() == (undisturbed / result).read_bytes()
+
+
+def complete(root: Path) -> None:
+    with start(root) as running:
+        _, said = running.communicate()
+    assert running.returncode == 0, said
+
+
+def start(root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline"]
+    inherited = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    return subprocess.Popen(
+        command, cwd=root, env=inherited, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def is_in(process: psutil.Process, root: Path) -> bool:
+    """Whether it runs in the project; the one that reports a training to MLflow may outlive it."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE or "pipeline.live" in process.cmdline():
+            return False
+        return Path(process.cwd()) == root
+    except psutil.Error:
+        return False

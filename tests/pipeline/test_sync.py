@@ -1,0 +1,401 @@
+"""Sync: whatever became of MLflow, every run of the current results is there afterwards, whole and once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric, ViewType
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.reporting import report
+from convoy.tracking import database, provenance, runs
+from convoy.tracking.store import open_store
+from crash_injection import run_until_write
+from pipeline.evaluate import evaluate
+from pipeline.stage import MARK, Stage
+from pipeline.sync import find_result, main
+from pipeline.train import train
+from small_project import REAL, SMALL
+from tracking_fixtures import all_runs, client, copied, curve, make_road, sync
+
+CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
+
+
+@pytest.fixture(autouse=True)
+def started_by_hand(embedded_store: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GITHUB_ACTOR", "GITHUB_EVENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return make_road(tmp_path_factory.mktemp("road") / "project", list(SMALL))
+
+
+@pytest.fixture(scope="module")
+def short(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one architecture."""
+    root = copied(road, tmp_path_factory.mktemp("short") / "project")
+    shutil.rmtree(root / "artifacts/train/resnet")
+    shutil.rmtree(root / "artifacts/evaluate/resnet")
+    config.compose(root, [*SMALL, "model=[lenet]"])
+    return root
+
+
+def record_of(root: Path, name: str) -> dict[str, Any]:
+    return json.loads((root / f"artifacts/train/{name}/record.json").read_text())
+
+
+def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> None:
+    """Every run once, each point of its curves once, and all files."""
+    found = all_runs(root)
+    assert [run.info.run_name for run in found] == list(names)
+    for run in found:
+        history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
+        assert run.info.status == "FINISHED"
+        assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["identity"]
+        for name in CURVES:
+            points = curve(root, run, name)
+            assert [step for step, _ in points] == list(history["epoch"])
+            assert [value for _, value in points] == pytest.approx(list(history[name.replace("/", "_")]), abs=1e-6)
+        assert run.data.metrics["test/accuracy"] <= 1
+        assert len(run.inputs.dataset_inputs) == 1
+        files = {file.path for file in client(root).list_artifacts(run.info.run_id)}
+        assert {"record.json", "history.csv", "weights.safetensors", "per_class.csv", "confusion.png"} <= files
+
+
+def test_runs_come_whole_and_a_second_time_changes_no_byte(road: Path, tmp_path: Path) -> None:
+    root = copied(road, tmp_path / "project")
+    ids = sync(root)
+    assert_whole(root)
+    assert ids == {run.info.run_name: run.info.run_id for run in all_runs(root)}
+    before = (root / "mlflow.db").read_bytes()
+    assert sync(root) == ids
+    assert (root / "mlflow.db").read_bytes() == before
+
+
+def test_runs_compare_by_few_parameters_with_the_same_names_and_by_tags(road: Path, tmp_path: Path) -> None:
+    root = copied(road, tmp_path / "project")
+    (root / "requirements.lock").write_text("torch==1\n")
+    sync(root)
+    lenet, resnet = all_runs(root)
+    assert set(lenet.data.params) == set(resnet.data.params)
+    assert len(lenet.data.params) <= 12
+    assert lenet.data.params["recipe.lr"] == str(record_of(root, "lenet")["settings"]["recipe"]["lr"])
+    assert lenet.data.params["init"] == "scratch"
+    assert set(lenet.data.metrics) == set(resnet.data.metrics)
+    assert lenet.data.metrics["parameters"] == record_of(root, "lenet")["parameters"]
+    assert lenet.data.metrics["multiply_adds"] == record_of(root, "lenet")["multiply_adds"]
+    assert lenet.data.metrics["megabytes"] == pytest.approx(4e-6 * lenet.data.metrics["parameters"], rel=0.05)
+    assert lenet.data.tags["reproduction"] == resnet.data.tags["reproduction"]
+    assert lenet.data.tags["data"] == "digits@" + record_of(root, "lenet")["data"]["digest"]
+    assert lenet.data.tags["hardware"].startswith("cpu, ")
+    assert lenet.data.tags["lock"] == sha256(root / "requirements.lock")[:12]
+    assert lenet.data.tags["why"] == "manual"
+    assert lenet.data.tags["who"] == lenet.data.tags["mlflow.user"]
+    assert lenet.data.tags["mlflow.runColor"] != resnet.data.tags["mlflow.runColor"]
+
+
+def test_a_database_that_was_deleted_is_made_again_with_every_run(road: Path, tmp_path: Path) -> None:
+    root = copied(road, tmp_path / "project")
+    (root / "mlflow.db").unlink()
+    sync(root)
+    assert_whole(root)
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+def test_however_many_classes_there_are_they_come_to_one_picture_of_a_modest_size(classes: int, tmp_path: Path) -> None:
+    names = [f"a class called {number}" for number in range(classes)]
+    predictions = pd.DataFrame({"actual": names, "predicted": names[::-1]})
+    report.draw_confusion(predictions, names, "resnet on test images", tmp_path / "confusion.png")
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert 400 < min(picture.size) <= max(picture.size) < 1500
+
+
+def test_whenever_it_dies_the_next_one_completes_the_run(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copied(short, tmp_path / "project")
+    monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
+    left = 0
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def dies(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise MlflowException("the server has died")
+            answer = call(*given, **named)
+            left -= 1
+            if left == 0:
+                raise MlflowException("the server has died and could not say that it was done")
+            return answer
+
+        return dies
+
+    for name in ("create_run", "log_batch", "log_inputs", "log_artifact", "set_tag", "set_terminated"):
+        monkeypatch.setattr(MlflowClient, name, dying(getattr(MlflowClient, name)))
+    died = 0
+    for moment in range(1, 100):
+        left = moment
+        try:
+            sync(root)
+            break
+        except ConvoyError as error:
+            assert "MLflow at sqlite:" in str(error)
+            died += 1
+        sync(root)
+        assert_whole(root, ("lenet",))
+        (run,) = all_runs(root)
+        client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
+        client(root).delete_run(run.info.run_id)
+    assert died > 20
+
+
+@pytest.mark.parametrize("where", ["log_batch", "log_inputs", "log_artifact", "set_tag"])
+def test_a_finished_training_is_finished_before_all_of_it_is_there(
+    where: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copied(short, tmp_path / "project")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException("the server has died")
+
+    with monkeypatch.context() as patch, pytest.raises(ConvoyError, match="the server has died"):
+        patch.setattr(MlflowClient, where, fail)
+        sync(root)
+    (run,) = all_runs(root)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time
+    sync(root)
+    assert_whole(root, ("lenet",))
+
+
+@pytest.mark.slow
+def test_a_first_sync_killed_at_its_writes_is_completed_by_the_next(
+    short: Path, tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tables of a new database copied, so that each write is one of ours; those of MLflow's come below."""
+    monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
+    monkeypatch.setattr(database, "_migrate", lambda file: shutil.copy(empty, file))
+    for number in range(1, 1000, 5):
+        root = copied(short, tmp_path / str(number))
+        (root / "mlflow.db").unlink()
+        killed = run_until_write(lambda root=root: sync(root), number)  # type: ignore[misc]
+        sync(root)
+        assert_whole(root, ("lenet",))
+        assert not (root / "mlflow.db.new").exists()
+        if not killed:
+            break
+    assert number > 100
+
+
+@pytest.mark.slow
+def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp_path: Path) -> None:
+    def create() -> None:
+        with open_store(tmp_path, "convoy"):
+            pass
+
+    # the first writes and every twentieth; what one kill leaves, the next process finds
+    numbers = [*range(1, 20), *range(20, 10_000, 20)]
+    for number in numbers:
+        if not run_until_write(create, number):
+            break
+        assert not (tmp_path / "mlflow.db").exists() or database._is_current(tmp_path / "mlflow.db")
+    assert number > 400
+    create()
+    assert not (tmp_path / "mlflow.db.new").exists()
+    assert client(tmp_path).get_experiment_by_name("convoy")
+
+
+def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_has(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    record = record_of(root, "lenet")
+    with open_store(root, "convoy") as store:
+        run = runs.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
+        begun = runs.start_run(store, run, "elsewhere 1", 1_000)
+        assert begun
+        first = pd.read_csv(root / "artifacts/train/lenet/history.csv").to_dict("records")[0]
+        runs.log_points(store.client, begun, runs.curve_points(first, 2_000))  # type: ignore[arg-type]
+    assert all_runs(root)[0].info.status == "RUNNING"
+    assert sync(root) == {"lenet": begun}
+    assert_whole(root, ("lenet",))
+    assert [point.timestamp for point in client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
+    (found,) = all_runs(root)
+    assert found.info.start_time == 1_000
+    assert found.info.end_time == int((root / "artifacts/train/lenet" / MARK).stat().st_mtime * 1000)
+    assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
+
+
+def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    folder = root / "artifacts/evaluate/lenet"
+    figures = json.loads((folder / "metrics.json").read_text()) | {"accuracy": 0.125}
+    (folder / "metrics.json").write_text(json.dumps(figures))
+    marks = json.loads((folder / MARK).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
+    (folder / MARK).write_text(json.dumps(marks))
+    assert list(sync(root).values()) == [run_id]
+    (found,) = all_runs(root)
+    assert found.data.metrics["test/accuracy"] == 0.125
+    assert "0.1250 on test images" in found.data.tags["mlflow.note.content"]
+    assert_whole(root, ("lenet",))
+
+
+def test_weights_that_came_out_otherwise_replace_those_that_were_there(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    (tmp_path / "stored").mkdir()
+    folder = root / "artifacts/train/lenet"
+    weights = folder / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    marks = json.loads((folder / MARK).read_text()) | {weights.name: sha256(weights)}
+    (folder / MARK).write_text(json.dumps(marks))
+    assert list(sync(root).values()) == [run_id]
+    stored = Path(client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
+    assert (stored / weights.name).read_bytes() == weights.read_bytes()
+    assert runs.hashes_of(all_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
+
+
+def test_a_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    client(root).delete_tag(run_id, runs.HASHES)
+    assert list(sync(root).values()) == [run_id]
+    assert runs.hashes_of(all_runs(root)[0])["weights.safetensors"]
+
+
+def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    client(root).delete_run(run_id)
+    assert all_runs(root) == []
+    assert list(sync(root).values()) == [run_id]
+    # another machine with the same results made one at the same moment
+    client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["identity"]})
+    assert list(sync(root).values()) == [run_id]
+    assert_whole(root, ("lenet",))
+    assert len(all_runs(root, ViewType.ALL)) == 2
+
+
+@pytest.mark.slow
+def test_two_at_once_make_one_run_of_each(road: Path, tmp_path: Path) -> None:
+    root = copied(road, tmp_path / "project")
+    command, environment = [sys.executable, "-m", "pipeline.sync"], os.environ | {"PYTHONPATH": str(REAL)}
+    both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("MLflow shows 2 runs" in words for words in said)
+    assert_whole(root)
+
+
+def test_a_run_whose_process_has_gone_was_killed_and_another_machines_is_left_alone(
+    short: Path, tmp_path: Path
+) -> None:
+    root = copied(short, tmp_path / "project")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    asked = client(root)
+    here, there = os.uname().nodename, "another-machine"
+    for name, process in (("1 gone", f"{here} {gone.pid}"), ("2 alive", f"{here} {os.getpid()}")):
+        asked.create_run("1", run_name=name, tags={runs.PROCESS: process})
+    asked.create_run("1", run_name="3 elsewhere", tags={runs.PROCESS: f"{there} {gone.pid}"})
+    sync(root)
+    assert [run.info.status for run in all_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
+
+
+def test_an_evaluation_of_an_earlier_training_is_not_shown_as_the_new_ones(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    train, path = "train@lenet:\n    outs:\n    - path: artifacts/train/lenet\n", "artifacts/train/lenet"
+    lock = "schema: '2.0'\nstages:\n  {}      md5: {}\n  evaluate@lenet:\n    deps:\n    - path: {}\n      md5: {}\n"
+    (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "old.dir"))
+    with pytest.raises(ConvoyError, match="its evaluation is of an earlier training: run `dvc repro evaluate@lenet`"):
+        find_result(Stage(root, "register"), "lenet")
+    (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "new.dir"))
+    assert find_result(Stage(root, "register"), "lenet").trained == root / path
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "stages"])
+def test_a_lock_that_can_not_be_read_is_said(text: str, short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (root / "dvc.lock").write_text(text)
+    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it, and run `dvc repro`"):
+        find_result(Stage(root, "register"), "lenet")
+
+
+def test_where_there_is_no_project_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sync"])
+    with pytest.raises(SystemExit, match=r"convoy: sync: params\.yaml is missing"):
+        main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_failed_is_shown_so_with_the_same_parameters(road: Path, tmp_path: Path) -> None:
+    root = copied(road, tmp_path / "project")
+    for folder in ("train", "evaluate"):
+        shutil.rmtree(root / "artifacts" / folder / "lenet")
+    config.compose(root, [*SMALL, "model.lenet.recipe.lr=1e30"])
+    Stage(root, "train", "lenet").run(train)
+    Stage(root, "evaluate", "lenet").run(evaluate)
+    sync(root)
+    lenet, resnet = all_runs(root)
+    assert (lenet.info.status, resnet.info.status) == ("FAILED", "FINISHED")
+    assert set(lenet.data.params) == set(resnet.data.params)
+    assert "failed in epoch " in lenet.data.tags["mlflow.note.content"]
+
+
+def test_why_a_run_was_made_is_told_by_what_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert provenance.provenance_tags(tmp_path)["why"] == "manual"
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
+    assert provenance.provenance_tags(tmp_path)["why"] == "tuning"
+    assert provenance.provenance_tags(tmp_path)["experiment"] == "bold-idea"
+    monkeypatch.setenv("GITHUB_EVENT_NAME", "schedule")
+    monkeypatch.setenv("GITHUB_ACTOR", "someone")
+    assert (provenance.provenance_tags(tmp_path)["why"], provenance.provenance_tags(tmp_path)["who"]) == (
+        "scheduled",
+        "someone",
+    )
+
+
+def test_the_commit_says_whether_code_or_settings_were_changed_since(tmp_path: Path) -> None:
+    def git(*command: str) -> None:
+        person = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
+        subprocess.run(["git", *person, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    assert provenance.git_commit(tmp_path) == ""
+    git("init")
+    (tmp_path / "conf").mkdir()
+    for name in ("conf/config.yaml", "dvc.lock"):
+        (tmp_path / name).write_text("seed: 1\n")
+    git("add", ".")
+    git("commit", "--message", "first")
+    clean = provenance.git_commit(tmp_path)
+    assert len(clean) == 12
+    (tmp_path / "dvc.lock").write_text("seed: 2\n")
+    assert provenance.git_commit(tmp_path) == clean
+    (tmp_path / "conf/config.yaml").write_text("seed: 2\n")
+    assert provenance.git_commit(tmp_path) == f"{clean} with changes"
+
+
+def test_the_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
+    root = copied(short, tmp_path / "project")
+    (run_id,) = sync(root).values()
+    for _ in range(2):
+        runs.log_points(client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])
+    assert curve(root, all_runs(root)[0], "extra") == [(7, 0.5)]

@@ -1,0 +1,104 @@
+"""Promotion: the challenger is the best by validation, and the model is called as the data set."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from convoy.core import config
+from convoy.core.config import typed
+from convoy.core.errors import ConvoyError
+from convoy.data.sources.base import DatasetConfig
+from convoy.promotion import champion
+from convoy.promotion.config import RegisterConfig, rank
+from convoy.tracking.store import open_store
+from small_project import REAL
+
+
+def scored(accuracy: float, loss: float = 0.5) -> dict[str, float]:
+    return {"val_accuracy": accuracy, "val_loss": loss}
+
+
+def test_the_highest_validation_accuracy_comes_first_then_the_lowest_loss_then_the_name() -> None:
+    best = {"vgg": scored(0.9), "resnet": scored(0.9), "lenet": scored(0.9, loss=0.4), "alexnet": scored(0.95, loss=2)}
+    assert rank(best) == ["alexnet", "lenet", "resnet", "vgg"]
+
+
+def test_test_figures_take_no_part() -> None:
+    best = {"vgg": scored(0.9) | {"test_accuracy": 0.1}, "lenet": scored(0.8) | {"test_accuracy": 1.0}}
+    assert rank(best)[0] == "vgg"
+
+
+GATE = yaml.safe_load((REAL / "conf/config.yaml").read_text())["register"]["gate"]
+
+
+def accepts(name: object) -> tuple[bool, bool]:
+    """Whether it may be the name of a data set, and of a registered model."""
+    dataset = {"name": name, "longest_side": 9, "group": None}
+    kinds = ((DatasetConfig, dataset, "dataset"), (RegisterConfig, {"name": name, "gate": GATE}, "register"))
+    found = []
+    for kind, values, section in kinds:
+        try:
+            typed(kind, values, section)
+            found.append(True)
+        except ConvoyError as error:
+            assert str(error).startswith(f"{section}.name=")
+            found.append(False)
+    return found[0], found[1]
+
+
+ODD = ["7", "007", "my pets", "a.b-c_d", "_pets", "Köln", "हिन्दी", "数字", "no", "null", "v1", "champion", "x" * 60]
+REFUSED = [
+    "",
+    " ",
+    "a/b",
+    "a\\b",
+    "a:b",
+    "a@b",
+    "it's",
+    "-pets",
+    ".pets",
+    "pets ",
+    "a\nb",
+    "x" * 61,
+    "Default",
+    "a.moving",
+    7,
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_of_data_sets_are_names_of_models(
+    name: str, tmp_path: Path, empty: Path, embedded_store: None
+) -> None:
+    assert accepts(name) == (True, True)
+    shutil.copy(empty, tmp_path)
+    with open_store(tmp_path, name) as store:
+        store.client.create_registered_model(name)
+        store.client.create_model_version(name, source=(tmp_path / "mlartifacts").as_uri())
+        champion.set_champion(
+            store, name, champion.PromotionEvent(champion.now(), "promotion", None, 1, "ada", "", "better")
+        )
+        assert champion.current(store, name) == 1
+    with open_store(tmp_path, name) as store:
+        assert store.experiment.name == name
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_that_mlflow_could_not_keep_are_refused_for_both(name: object) -> None:
+    assert accepts(name) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "digits"),
+        (["dataset.name=pets"], "pets"),
+        (["dataset=mnist"], "mnist"),
+        (["register.name=convoy"], "convoy"),
+    ],
+)
+def test_a_model_is_called_as_its_data_set(overrides: list[str], name: str, tmp_path: Path) -> None:
+    shutil.copytree(REAL / "conf", tmp_path / "conf")
+    assert config.compose(tmp_path, overrides)["register"]["name"] == name

@@ -1,0 +1,22 @@
+"""Promotions for tests: their events, and what stands for a process that dies in one."""
+
+from mlflow.store.model_registry.abstract_store import AbstractStore
+
+from convoy.promotion import champion
+from convoy.promotion.champion import PromotionEvent
+
+
+def promotion(before: int | None, after: int) -> PromotionEvent:
+    return PromotionEvent(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
+
+
+class Killed(BaseException):
+    """As if the process had died here."""
+
+
+WRITES = sorted(
+    name
+    for name in vars(AbstractStore)
+    if name.split("_")[0] in ("create", "set", "delete", "update", "rename")
+    and ("registered_model" in name or "model_version" in name)
+)

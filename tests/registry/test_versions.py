@@ -1,0 +1,120 @@
+"""The registry: what registering a model does to the run that it is of, and where it writes."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
+from mlflow.exceptions import MlflowException
+
+from convoy.core.errors import ConvoyError
+from convoy.inference import predictor
+from convoy.registry import model_loader, versions
+from convoy.tracking.store import open_store
+from crash_injection import run_until_write
+from registry_fixtures import PACKAGE, leave
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty: Path, embedded_store: None) -> Path:
+    """A project with a finished run, and what its training left."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(empty, folder)
+    leave(folder / "left")
+    with open_store(folder, "convoy") as store:
+        run = store.client.create_run(store.experiment.experiment_id)
+        store.client.log_metric(run.info.run_id, "val/accuracy", 0.5, step=1)
+        store.client.log_param(run.info.run_id, "seed", "1")
+        store.client.set_terminated(run.info.run_id, "FINISHED", run.info.start_time + 7)
+    return folder
+
+
+def run(client: MlflowClient, experiment: str) -> tuple[str, str, int]:
+    (found,) = client.search_runs([experiment])
+    return found.info.run_id, found.info.status, found.info.end_time - found.info.start_time
+
+
+def register(root: Path) -> None:
+    with open_store(root, "convoy") as store:
+        versions.register(
+            store,
+            name="convoy",
+            run_id=run(store.client, store.experiment.experiment_id)[0],
+            identity="made here",
+            model=PACKAGE / "inference/pyfunc_model.py",
+            files={file.stem: file for file in sorted((root / "left").iterdir())},
+            code=PACKAGE,
+            step=1,
+        )
+
+
+def assert_run_is_finished(root: Path) -> None:
+    with open_store(root, "convoy") as store:
+        assert run(store.client, store.experiment.experiment_id)[1:] == ("FINISHED", 7)
+
+
+def fail(error: BaseException) -> Callable[..., None]:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    return fails
+
+
+@pytest.mark.parametrize("error", [MlflowException("it has died"), KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("where", ["log_outputs", "log_model_artifacts", "create_registered_model", "check"])
+def test_a_failure_in_registering_leaves_the_run_finished(
+    where: str, error: BaseException, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises((ConvoyError, KeyboardInterrupt, SystemExit)):
+        patch.setattr(predictor if where == "check" else MlflowClient, where, fail(error), raising=True)
+        register(root)
+    assert_run_is_finished(root)
+
+
+@pytest.mark.parametrize("write", [5, 20, 40])
+def test_a_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> None:
+    assert run_until_write(lambda: register(root), write)
+    assert_run_is_finished(root)
+    register(root)
+    assert_run_is_finished(root)
+    with open_store(root, "convoy") as store:
+        models = store.client.search_logged_models([store.experiment.experiment_id])
+        assert [model.status for model in models].count(LoggedModelStatus.READY) >= 1
+        assert LoggedModelStatus.PENDING not in [model.status for model in models]
+
+
+def test_a_registered_model_belongs_to_its_run(root: Path) -> None:
+    register(root)
+    assert_run_is_finished(root)
+    with open_store(root, "convoy") as store:
+        run_id = run(store.client, store.experiment.experiment_id)[0]
+        (model,) = store.client.search_logged_models([store.experiment.experiment_id])
+        assert (model.name, model.source_run_id, model.params) == ("model", run_id, {"seed": "1"})
+        assert [(point.key, point.value, point.step) for point in model.metrics or []] == [("val/accuracy", 0.5, 1)]
+        assert [each.model_id for each in store.client.get_run(run_id).outputs.model_outputs] == [model.model_id]
+        assert store.client.get_model_version("convoy", "1").run_id == run_id
+
+
+def test_no_model_is_written_where_temporary_files_are(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], tempfile.mkdtemp
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "small"))
+
+    def make_and_tell(*given: str, **named: str) -> str:
+        made.append(make(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_tell)
+    register(root)
+    with open_store(root, "convoy") as store:
+        version = store.client.get_model_version("convoy", "1")
+        model_loader.load(version, store.scratch)
+    assert len(made) >= 3
+    assert not [folder for folder in made if Path(folder).is_relative_to(tmp_path / "small")]
+    assert not list((root / "artifacts/.scratch").glob("*/"))  # nor is anything left

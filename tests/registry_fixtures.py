@@ -1,0 +1,61 @@
+"""A registered model for tests: an untrained network in a store of its own, quickly made."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from mlflow.entities.model_registry import ModelVersion
+from safetensors.torch import save_file
+
+import convoy
+from convoy import models
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.registry import versions
+from convoy.tracking.store import open_store
+from small_project import REAL
+
+PACKAGE = Path(convoy.__file__).parent
+CLASSES = ["cat", "dog", "fox"]
+
+
+def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = None) -> dict[str, Path]:
+    """What training and evaluation leave of a LeNet: record, weights and calibration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]
+    task = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
+    task |= {"mean": [0.5] * channels, "std": [0.25] * channels}
+    torch.manual_seed(0)
+    save_file(models.build("lenet", settings, DatasetInfo(**task)).state_dict(), folder / "weights.safetensors")
+    record = {"architecture": "lenet", "settings": settings, "task": task, "seed": 1, **(more or {})}
+    (folder / "record.json").write_text(json.dumps(record))
+    (folder / "calibration.json").write_text(json.dumps({"temperature": 1.5, "val_log_loss": 0.1}))
+    named = {"record": "record.json", "weights": "weights.safetensors", "calibration": "calibration.json"}
+    return {key: folder / name for key, name in named.items()}
+
+
+def register(root: Path) -> ModelVersion:
+    """A version in the embedded store of the project folder `root`, and the champion's alias on it."""
+    files = leave(root / "left")
+    root.joinpath("params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: auto\n")
+    with open_store(root, "convoy") as store:
+        run = store.client.create_run(store.experiment.experiment_id).info.run_id
+        version = versions.register(
+            store,
+            name="convoy",
+            run_id=run,
+            identity="made here",
+            model=PACKAGE / "inference/pyfunc_model.py",
+            files=files,
+            code=PACKAGE,
+            step=1,
+        )
+        store.client.set_registered_model_alias("convoy", "champion", version.version)
+    return version
+
+
+def folder_of(root: Path) -> Path:
+    """Where the files of the one registered model lie."""
+    (found,) = root.glob("mlartifacts/convoy/models/*/artifacts")
+    return found

@@ -1,0 +1,119 @@
+"""The library that runs is that of the project that it runs in, whatever environment it is started from."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from small_project import REAL, make_project
+
+LENET = Path("src/convoy/models/lenet.py")
+WITHOUT_CACHES = shutil.ignore_patterns("__pycache__")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project with code of its own, while the environment's editable install is of the first."""
+    root = make_project(tmp_path / "copy", ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
+    for folder in ("pipeline", "src"):
+        shutil.copytree(REAL / folder, root / folder, ignore=WITHOUT_CACHES)
+    return root
+
+
+def run(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in the project, as a user's shell would."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=root, env=inherited | environment, capture_output=True, text=True)
+
+
+def edit(file: Path, line: str) -> None:
+    file.write_text(f"{file.read_text()}\n{line}\n")
+
+
+def test_stage_runs_the_library_of_its_own_project(project: Path) -> None:
+    edit(project / "src/convoy/data/sources/folder.py", "raise RuntimeError('the code of the copy')")
+    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    assert done.returncode != 0
+    assert "the code of the copy" in done.stderr
+
+
+def test_decode_workers_run_the_library_of_their_project(project: Path) -> None:
+    edit(
+        project / "src/convoy/data/image_io.py",
+        "def to_grey_or_rgb(*_):\n    raise InvalidImageError('was decoded by the copy')",
+    )
+    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    assert "was decoded by the copy" in done.stdout + done.stderr
+
+
+def test_every_command_uses_its_own_library(project: Path) -> None:
+    commands = sorted(file.stem for file in (project / "pipeline").glob("[a-z]*.py"))
+    lines = [f"import pipeline.{command}" for command in commands]
+    lines.append("import convoy, pathlib; print(pathlib.Path(convoy.__file__).parents[2])")
+    assert Path(run(project, sys.executable, "-c", "\n".join(lines)).stdout.strip()) == project
+
+
+def test_missing_library_is_named(project: Path) -> None:
+    shutil.rmtree(project / "src/convoy")
+    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    assert done.returncode == 1
+    assert f"this project's library is {project}/src/convoy" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stages_of_another_project_are_refused(project: Path) -> None:
+    done = run(project, sys.executable, "-P", "-m", "pipeline.fetch", PYTHONPATH=str(REAL))
+    assert done.returncode == 1
+    assert f"the stages of {REAL} would run in {project}" in done.stderr
+
+
+@pytest.fixture
+def repository(project: Path) -> Path:
+    """The copy as a git and DVC repository of its own, its first results made."""
+    shutil.copy(REAL / ".gitignore", project)
+    for command in (
+        ("git", "init", "--quiet"),
+        ("git", "config", "user.email", "someone@example.org"),
+        ("git", "config", "user.name", "Someone"),
+        ("dvc", "init", "--quiet"),
+        ("dvc", "config", "hydra.enabled", "false"),
+        ("git", "add", "--all"),
+        ("git", "add", "--force", "data"),
+        ("git", "commit", "--quiet", "--message", "Begin"),
+    ):
+        assert run(project, *command).returncode == 0, command
+    return project
+
+
+def experiments(root: Path) -> pd.DataFrame:
+    """The experiments of the project by their names, with state and metrics."""
+    shown = run(root, "dvc", "exp", "show", "--csv")
+    return pd.read_csv(io.StringIO(shown.stdout)).set_index("Experiment")
+
+
+@pytest.mark.slow
+def test_queued_experiment_runs_the_code_that_it_records(repository: Path) -> None:
+    source = (repository / LENET).read_text()
+
+    edit(repository / LENET, "raise RuntimeError('queued code')")
+    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "raises", "evaluate@lenet").returncode == 0
+    # a network that gives every class of every image the same probability
+    silent = source.replace("return self.output(", "return 0 * self.output(")
+    assert silent != source
+    (repository / LENET).write_text(silent)
+    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "silent", "evaluate@lenet").returncode == 0
+    (repository / LENET).write_text(source)
+    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "plain", "evaluate@lenet").returncode == 0
+    run(repository, "dvc", "exp", "run", "--run-all")
+
+    found = experiments(repository)
+    assert found["State"]["raises"] == "Failed"
+    assert "queued code" in run(repository, "dvc", "queue", "logs", "raises").stdout
+    assert float(found["log_loss"]["silent"]) == pytest.approx(np.log(3))
+    assert float(found["log_loss"]["plain"]) != pytest.approx(np.log(3))

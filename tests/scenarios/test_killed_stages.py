@@ -1,0 +1,259 @@
+"""Kills: whenever a stage is killed, to run it again ends in the same bits as if nothing had happened."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+import stage_processes
+import training_process
+from pipeline.fetch import fetch
+from pipeline.preprocess import preprocess
+from pipeline.stage import Stage
+from small_project import REAL, make_project, run_stages
+
+OVERRIDES = ["model=[lenet]", "train.max_epochs=2", "trainer.threads=1"]
+OVERRIDES += ["register.gate.floor=0.0", "register.gate.min_test_images=1"]
+WORK = {"fetch": fetch, "preprocess": preprocess}
+
+
+def start(root: Path, stage: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(REAL)}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"pipeline.{stage}"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def results(root: Path, stage: str) -> dict[str, bytes]:
+    return contents(root / "artifacts" / stage) | {"data.lock": (root / "data.lock").read_bytes()}
+
+
+@pytest.mark.parametrize("stage", ["fetch", "preprocess"])
+def test_a_stage_that_is_killed_at_any_moment_ends_in_the_same_bits_when_it_runs_again(
+    stage: str, tmp_path: Path
+) -> None:
+    undisturbed, killed = make_project(tmp_path / "undisturbed"), make_project(tmp_path / "killed")
+    run_stages(undisturbed, until=stage)
+    if stage == "preprocess":
+        run_stages(killed, until="fetch")
+
+    running = start(killed, stage)  # once to its end: so long it takes
+    begun = time.monotonic()
+    assert running.wait() == 0
+    takes = time.monotonic() - begun
+    assert results(killed, stage) == results(undisturbed, stage)
+
+    moments = random.Random(0)
+    for number in range(6):
+        running = start(killed, stage)
+        time.sleep(takes * (0.4 + 0.6 * moments.random()))  # before that it imports
+        match number % 3:
+            case 0:
+                os.killpg(running.pid, signal.SIGKILL)
+            case 1:  # the stage alone: what it started must end by itself
+                running.kill()
+            case 2:
+                running.terminate()
+        # terminated while it still imports, or at work; or it was done already
+        assert running.wait() in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0)
+        assert_nobody_is_left_of(running.pid)
+    Stage(killed, stage).run(WORK[stage])
+    assert results(killed, stage) == results(undisturbed, stage)
+    assert [folder.name for folder in (killed / "artifacts" / ".scratch").iterdir() if folder.is_dir()] == []
+
+
+def assert_nobody_is_left_of(session: int) -> None:
+    """The processes that decode notice that nobody waits for them any more."""
+    for _ in range(100):
+        left = [process for process in psutil.process_iter() if session_of(process.pid) == session]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError(left)
+
+
+def session_of(process: int) -> int:
+    try:
+        return os.getsid(process)
+    except ProcessLookupError:  # it has just ended
+        return 0
+
+
+# Training
+
+
+@pytest.mark.parametrize("architecture", ["lenet", "resnet"])
+def test_a_training_killed_again_and_again_ends_in_the_same_bits_as_if_nothing_had_happened(
+    architecture: str, tmp_path: Path, ready: multiprocessing.context.ForkServerContext
+) -> None:
+    overrides = [f"model=[{architecture}]", "train.max_epochs=6", "trainer.threads=1"]
+    overrides += ["train.checkpoint_minutes=0.0005", f"model.{architecture}.recipe.batch_size=8"]
+    root = make_project(tmp_path / "project", overrides)
+    run_stages(root, until="preprocess")
+
+    def train_apart() -> multiprocessing.context.ForkServerProcess:
+        process = ready.Process(target=training_process.train_there, args=(root, architecture))
+        process.start()
+        return process
+
+    begun = time.monotonic()
+    undisturbed = train_apart()
+    undisturbed.join()
+    takes = time.monotonic() - begun
+    assert undisturbed.exitcode == 0
+    expected = contents(root / "artifacts/train" / architecture)
+    shutil.rmtree(root / "artifacts/train")
+
+    moments, ends, kept = random.Random(1), [], 0
+    for number in range(12):
+        process = train_apart()
+        process.join(takes * moments.random() * 0.5)
+        if number % 4 == 3:
+            process.terminate()
+        else:
+            process.kill()
+        process.join()
+        ends.append(process.exitcode)
+        kept += len(list((root / "artifacts/.checkpoints").rglob("last.pt")))
+        if (root / "artifacts/train" / architecture).exists():
+            break  # it had been on its last steps
+    assert set(ends) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0}
+    assert ends.count(-signal.SIGKILL) >= 2
+    assert kept >= 2  # so that it did go on from where it was
+    last = train_apart()
+    last.join()
+    assert last.exitcode == 0
+    assert contents(root / "artifacts/train" / architecture) == expected
+    assert not list((root / "artifacts/.checkpoints").rglob("*.pt"))  # success cleans up
+
+
+# The whole pipeline
+
+
+def pipeline_results(root: Path) -> dict[str, object]:
+    """What a user has at the end of a run."""
+    folders = ("fetch", "preprocess", "train", "evaluate", "register")
+    files = {name: contents(root / "artifacts" / name) for name in folders} | {
+        "lock": (root / "data.lock").read_bytes()
+    }
+    store = MlflowClient(f"sqlite:///{root / 'mlflow.db'}", f"sqlite:///{root / 'mlflow.db'}")
+    experiment = store.get_experiment_by_name("convoy")
+    assert experiment
+    runs = store.search_runs([experiment.experiment_id])
+    versions = [version.version for version in store.search_model_versions("name = 'convoy'")]
+    champion = store.get_model_version_by_alias("convoy", "champion").version
+    shown = sorted((run.info.run_name, run.info.status, run.data.metrics["test/accuracy"]) for run in runs)
+    lock = (root / "data.lock").read_bytes()
+    return {"files": files, "lock": lock, "runs": shown, "versions": versions, "champion": champion}
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_at_random_ends_as_if_undisturbed(
+    tmp_path: Path, ready: multiprocessing.context.ForkServerContext, embedded_store: None
+) -> None:
+    def run_apart(root: Path) -> multiprocessing.context.ForkServerProcess:
+        process = ready.Process(target=stage_processes.run_stages_there, args=(root,))
+        process.start()
+        return process
+
+    undisturbed = make_project(tmp_path / "undisturbed", OVERRIDES)
+    begun = time.monotonic()
+    process = run_apart(undisturbed)
+    process.join()
+    takes = time.monotonic() - begun
+    assert process.exitcode == 0
+    expected = pipeline_results(undisturbed)
+
+    moments, kills, project = random.Random(2), 0, 0
+    root = make_project(tmp_path / "killed0", OVERRIDES)
+    while True:
+        process = run_apart(root)
+        # early moments come often, as later stages are reached by what earlier kills left
+        process.join(takes * moments.uniform(0.02, moments.choice([0.15, 0.6])) if kills < 30 else None)
+        if process.is_alive():
+            kills += 1
+            kill_all(process.pid)
+            process.join()
+            continue
+        assert process.exitcode == 0
+        assert pipeline_results(root) == expected
+        assert_no_temporary_files(root)
+        if kills == 30:
+            break
+        project += 1
+        root = make_project(tmp_path / f"killed{project}", OVERRIDES)
+
+
+def kill_all(process: int | None) -> None:
+    """Kill a process and all that it has started, wherever these belong."""
+    first = psutil.Process(process)
+    for each in [*first.children(recursive=True), first]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def assert_no_temporary_files(root: Path) -> None:
+    assert [folder.name for folder in (root / "artifacts/.scratch").iterdir() if folder.is_dir()] == []
+    assert not (root / "mlflow.db.new").exists()
+
+
+@pytest.mark.slow
+def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, embedded_store: None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CONVOY_LIVE"}
+    environment |= {"PYTHONPATH": str(REAL), "DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
+
+    def run_main(root: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "pipeline"]
+        with (tmp_path / "said").open("a") as said:
+            return subprocess.Popen(command, cwd=root, env=environment, stdout=said, stderr=said)
+
+    project = make_project(tmp_path / "project", OVERRIDES)
+    settings = (project / "conf/config.yaml").read_text()
+    changes = {"[lenet, alexnet, vgg, googlenet, resnet]": "[lenet]", "max_epochs: 16": "max_epochs: 2"}
+    for before, after in (changes | {"min_test_images: 300": "min_test_images: 1", "floor: 0.9": "floor: 0.0"}).items():
+        assert before in settings
+        settings = settings.replace(before, after)
+    (project / "conf/config.yaml").write_text(settings)
+    for folder in ("pipeline", "src"):  # which DVC hashes
+        shutil.copytree(REAL / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for command in ("init --no-scm --quiet", "add --quiet data"):
+        subprocess.run([sys.executable, "-m", "dvc", *command.split()], cwd=project, env=environment, check=True)
+
+    undisturbed = shutil.copytree(project, tmp_path / "undisturbed")
+    begun = time.monotonic()
+    process = run_main(undisturbed)
+    assert process.wait() == 0, (tmp_path / "said").read_text()
+    takes = time.monotonic() - begun
+    expected = pipeline_results(undisturbed), (undisturbed / "dvc.lock").read_bytes()
+
+    moments = random.Random(3)
+    for _ in range(5):
+        process = run_main(project)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(takes * moments.uniform(0.2, 0.6))
+        if process.poll() is None:
+            kill_all(process.pid)
+        process.wait()
+    process = run_main(project)
+    assert process.wait() == 0, (tmp_path / "said").read_text()
+    assert (pipeline_results(project), (project / "dvc.lock").read_bytes()) == expected
+    assert_no_temporary_files(project)

@@ -1,0 +1,474 @@
+"""Servers: with MLflow's own, PostgreSQL and a bucket behind it, all is as in the embedded store."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+import servers
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.promotion import champion
+from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
+from convoy.registry import model_loader
+from convoy.tracking import runs
+from convoy.tracking.store import open_store
+from pipeline import move, predict, rollback, sync, verify
+from pipeline.evaluate import evaluate
+from pipeline.register import register
+from pipeline.stage import Stage
+from pipeline.train import train
+from retraining_scenarios import BASE, answer, end_in, make_nights
+from servers import Answer, Server
+from small_project import REAL, make_project
+from tracking_fixtures import trained_bytes
+
+pytestmark = pytest.mark.usefixtures("embedded_store")
+
+CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_nights(tmp_path_factory.mktemp("nights") / "project")
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    with servers.postgres() as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What a process needs to know of the bucket."""
+    with servers.s3(tmp_path_factory.mktemp("s3")) as address:
+        yield {**servers.BUCKET, "MLFLOW_S3_ENDPOINT_URL": address}
+
+
+@pytest.fixture(scope="module")
+def whole(database: str, bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder, port = tmp_path_factory.mktemp("server"), servers.free_port()
+    options = ["--backend-store-uri", database, "--artifacts-destination", "s3://convoy/artifacts"]
+    with servers.mlflow(folder, port, *options, environment=bucket):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def server(whole: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of MLflow's server, which the pipeline knows: runs in PostgreSQL, files in the bucket."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
+    return whole
+
+
+@pytest.fixture
+def quick() -> Iterator[pytest.MonkeyPatch]:
+    """A model answers here and not in a fresh process, which takes ten seconds; until this is undone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_loader, "_predict_in_subprocess", answer)
+        yield patch
+
+
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command of the pipeline in a project beside this process, as a user does."""
+    with contextlib.ExitStack() as ends:
+
+        def start(root: Path, *command: str) -> subprocess.Popen:
+            environment, whole = {**os.environ, "PYTHONPATH": str(REAL)}, [sys.executable, "-m", *command]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process = ends.enter_context(subprocess.Popen(whole, cwd=root, env=environment, **pipes))
+            ends.callback(process.kill)
+            return process
+
+        yield start
+
+
+def aliases(server: str, name: str) -> dict[str, int]:
+    found = MlflowClient(server, server).get_registered_model(name).aliases
+    return {alias: int(version) for alias, version in found.items()}
+
+
+def numbers(server: str, name: str) -> list[int]:
+    """Of all versions of a registered model."""
+    return sorted(int(each.version) for each in MlflowClient(server, server).search_model_versions(f"name = '{name}'"))
+
+
+def moves(root: Path, name: str) -> list[tuple[int | None, int]]:
+    """From which version to which the champion went, from the first move to the last."""
+    with open_store(root, name) as store:
+        return [(event.before, event.after) for event in champion.promotion_events(store, name)]
+
+
+def assert_no_lock_is_left(server: str, name: str) -> None:
+    client = MlflowClient(server, server)
+    assert [model.name for model in client.search_registered_models(f"name LIKE '{name}%'")] == [name]
+    assert champion.MOVING not in client.get_registered_model(name).tags
+
+
+# The whole road
+
+
+@pytest.mark.slow
+def test_the_road_from_the_first_night_to_a_rollback(
+    nights: Path,
+    tmp_path: Path,
+    server: str,
+    quick: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    monkeypatch.chdir(root)
+    for training in ("poor", "good"):
+        Stage(end_in(root, training, "register.name=road"), "register").run(register)
+        said = capsys.readouterr()
+        assert "lenet is now the champion: models:/road@champion" in said.out
+        assert "secret" not in said.out + said.err
+    assert aliases(server, "road") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert_whole_runs(server, "road", [root / "kept/poor", root / "kept/good"], "verdict.md")
+    assert not [name for name in ("mlflow.db", "mlartifacts", "mlruns") if (root / name).exists()]
+
+    monkeypatch.setattr("sys.argv", ["predict", "--json", str(root / "data/lying")])
+    predict.main()
+    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    assert answers.count("lying") > 0.8 * len(answers) > 0
+    quick.undo()
+    monkeypatch.setattr("sys.argv", ["verify", "models:/road@champion", "artifacts/evaluate/lenet"])
+    verify.main()
+    assert "models:/road@champion answers " in capsys.readouterr().out
+
+    monkeypatch.setattr("sys.argv", ["sync"])
+    sync.main()
+    assert f"  leaderboard  {server}/#/experiments/" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
+    rollback.main()
+    assert aliases(server, "road") == {CHALLENGER: 2, CHAMPION: 1, PREVIOUS: 2}
+    assert moves(root, "road") == [(None, 1), (1, 2), (2, 1)]
+    assert_no_lock_is_left(server, "road")
+
+
+def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) -> None:
+    """A run for each of these trainings and no other, each point of its curves once, and all files."""
+    client = MlflowClient(server, server)
+    found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    assert len(found) == len(results)
+    runs = {run.data.tags[runs.IDENTITY]: run for run in found}
+    for trained in (result / "train/lenet" for result in results):
+        run = runs[json.loads((trained / "record.json").read_text())["identity"]]
+        history = pd.read_csv(trained / "history.csv")
+        assert run.info.status == "FINISHED"
+        for curve in CURVES:
+            points = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, curve))
+            assert [step for step, _ in points] == list(history["epoch"])
+            assert [value for _, value in points] == pytest.approx(list(history[curve.replace("/", "_")]), abs=1e-6)
+        assert len(run.inputs.dataset_inputs) == 1
+        there = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert {"record.json", "history.csv", "weights.safetensors", "confusion.png", *files} <= there
+
+
+@pytest.mark.slow
+def test_a_client_that_writes_into_the_bucket_itself_has_the_same_champion(
+    nights: Path,
+    tmp_path: Path,
+    server: str,
+    bucket: dict[str, str],
+    quick: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    MlflowClient(server, server).create_experiment("direct", "s3://convoy/direct")
+    for name, value in bucket.items():
+        monkeypatch.setenv(name, value)
+    Stage(end_in(root, "good", "register.name=direct"), "register").run(register)
+    assert aliases(server, "direct") == {CHALLENGER: 1, CHAMPION: 1}
+    version = MlflowClient(server, server).get_model_version("direct", "1")
+    assert MlflowClient(server, server).get_model_version_download_uri("direct", "1").startswith("s3://convoy/direct/")
+    assert model_loader.load(version).architecture == "lenet"
+
+
+# Two retrainings at once
+
+
+@pytest.fixture
+def two(nights: Path, tmp_path: Path) -> list[Path]:
+    """Two copies of a project, as on two machines."""
+    return [Path(shutil.copytree(nights, tmp_path / name)) for name in ("here", "there")]
+
+
+class Machine:
+    """A process that registers on demand, and may wait at a call for the others that do so at the same time."""
+
+    def __init__(self, context: multiprocessing.context.ForkServerContext, barrier: threading.Barrier) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=obey, args=(theirs, barrier))
+        self.process.start()
+
+
+def obey(connection: Connection, barrier: threading.Barrier) -> None:
+    model_loader._predict_in_subprocess = answer
+    meet = ""
+
+    def meeting(call: str, original: Any) -> Any:
+        def called(*given: Any, **named: Any) -> Any:
+            if meet == call:
+                barrier.wait(60)
+            return original(*given, **named)
+
+        return called
+
+    champion.set_champion = meeting("move", champion.set_champion)
+    MlflowClient.create_experiment = meeting("create_experiment", MlflowClient.create_experiment)  # type: ignore[method-assign]
+    while order := connection.recv():
+        root, os.environ["MLFLOW_TRACKING_URI"], meet = order
+        try:
+            Stage(root, "register").run(register)
+            connection.send("")
+        except BaseException as error:
+            connection.send(str(error) if isinstance(error, ConvoyError) else repr(error))
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[list[Machine]]:
+    context = multiprocessing.get_context("forkserver")
+    barrier = context.Barrier(2)
+    made = [Machine(context, barrier) for _ in range(2)]
+    yield made
+    for machine in made:
+        machine.connection.send(None)
+        machine.process.join()
+        machine.connection.close()
+
+
+def at_the_same_moment(machines: list[Machine], roots: list[Path], server: str, meet: str = "") -> list[str]:
+    """How the register stage ends in each of these projects, "" or what it says is wrong.
+
+    They begin at once, and wait for each other before the call `meet`.
+    """
+    for machine, root in zip(machines, roots, strict=True):
+        machine.connection.send((root, server, meet))
+    return [machine.connection.recv() for machine in machines]
+
+
+@pytest.mark.slow
+def test_of_two_retrainings_at_once_one_makes_the_champion_and_the_other_says_what_to_do(
+    two: list[Path], server: str, start: Start, machines: list[Machine], quick: pytest.MonkeyPatch
+) -> None:
+    Stage(end_in(two[0], "poor", "register.name=race"), "register").run(register)
+    for root, training in zip(two, ("good", "alike"), strict=True):
+        end_in(root, training, "register.name=race")
+    processes = [start(root, "pipeline.register") for root in two]
+    ended = [(*process.communicate(), process.returncode) for process in processes]
+    assert numbers(server, "race") == [1, 2, 3]
+    won = aliases(server, "race")[CHAMPION]
+    assert moves(two[0], "race") == [(None, 1), (1, won)]
+    assert_no_lock_is_left(server, "race")
+    ((out, err, code),) = (end for end in ended if "is now the champion" not in end[0])
+    if code:
+        assert_told_to_compare_again(err, "race", 1, won)
+    else:
+        assert f"version {won} stays the champion" in out
+
+    assert at_the_same_moment(machines, two, server) == ["", ""]
+    assert moves(two[0], "race") == [(None, 1), (1, won)]
+    assert numbers(server, "race") == [1, 2, 3]
+    results = [two[0] / "kept" / training for training in ("poor", "good", "alike")]
+    assert_whole_runs(server, "race", results)
+
+    known = moves(two[0], "race")
+    for _ in range(3):  # and now both at the same moment, each with a verdict against the poor one
+        MlflowClient(server, server).set_registered_model_alias("race", CHAMPION, "1")
+        done, said = sorted(at_the_same_moment(machines, two, server, meet="move"))
+        won = aliases(server, "race")[CHAMPION]
+        assert done == ""
+        assert_told_to_compare_again(said, "race", 1, won)
+        known.append((1, won))
+        assert moves(two[0], "race") == known
+        assert_no_lock_is_left(server, "race")
+
+
+def assert_told_to_compare_again(error: str, name: str, compared: int | None, found: int) -> None:
+    was = f"version {compared}" if compared else "none"
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]  # MLflow says before it that it has made a version
+    assert f"the champion of {name} was {was} when it was compared, and is version {found} now: nothing was" in line
+    assert "Run `dvc repro` again" in line
+
+
+@pytest.mark.slow
+def test_two_first_nights_at_once_with_the_same_results_end_in_one_champion_and_one_run(
+    two: list[Path], server: str, machines: list[Machine]
+) -> None:
+    for root in two:
+        end_in(root, "good", "register.name=first")
+    ended = at_the_same_moment(machines, two, server, meet="create_experiment")
+    assert "" in ended
+    for _ in range(2):
+        assert at_the_same_moment(machines, two, server) == ["", ""]
+    assert len(moves(two[0], "first")) == 1
+    assert_whole_runs(server, "first", [two[0] / "kept/good"])
+    assert_no_lock_is_left(server, "first")
+
+
+# From the embedded store to the server
+
+
+@pytest.mark.slow
+def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goes_on_there(
+    nights: Path,
+    tmp_path: Path,
+    whole: str,
+    start: Start,
+    quick: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    for training in ("poor", "good"):
+        Stage(end_in(root, training, "register.name=moved"), "register").run(register)
+    before = moves(root, "moved")
+    with open_store(root, "moved") as store:
+        hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
+    monkeypatch.chdir(root)
+    out, err = (moving := start(root, "pipeline.move")).communicate()
+    assert moving.returncode == 0, err
+    assert "version 2 of moved\neverything is there:\n" in out
+    assert "secret" not in out + err
+    monkeypatch.setattr("sys.argv", ["move"])
+    capsys.readouterr()
+    move.main()
+    assert capsys.readouterr().out.startswith("everything was there already:\n")
+
+    results = [root / "kept" / training for training in ("poor", "good")]
+    assert_whole_runs(whole, "moved", results, "verdict.md", "promotions.csv")
+    found = MlflowClient(whole, whole).search_model_versions("name = 'moved'")
+    assert {each.version: each.tags[runs.HASHES] for each in found} == hashes
+    assert aliases(whole, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert moves(root, "moved") == before == [(None, 1), (1, 2)]
+    quick.undo()
+    monkeypatch.setattr("sys.argv", ["verify", "models:/moved@champion", "artifacts/evaluate/lenet"])
+    verify.main()
+    monkeypatch.setattr("sys.argv", ["predict", str(root / "data/lying/00.png")])
+    predict.main()
+    assert "lying" in capsys.readouterr().out
+
+    quick.setattr(model_loader, "_predict_in_subprocess", answer)
+    Stage(end_in(root, "good", "register.name=moved"), "register").run(register)
+    assert "lenet stays the champion: models:/moved@champion, version 2" in capsys.readouterr().out
+    Stage(end_in(root, "alike", "register.name=moved"), "register").run(register)
+    assert "version 2 stays the champion" in capsys.readouterr().out
+    assert numbers(whole, "moved") == [1, 2, 3]
+    assert_whole_runs(whole, "moved", [*results, root / "kept/alike"])
+    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
+    rollback.main()
+    assert aliases(whole, "moved")[CHAMPION] == 1
+
+
+# A server that goes, and comes again
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_during_a_training_costs_it_nothing_and_gets_the_whole_run_when_it_is_back(
+    nights: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, undisturbed = (Path(shutil.copytree(nights, tmp_path / name)) for name in ("project", "undisturbed"))
+    for folder in (root, undisturbed):
+        config.compose(folder, [*BASE, "train.max_epochs=60"])
+        shutil.rmtree(folder / "artifacts/train")
+        shutil.rmtree(folder / "artifacts/evaluate")
+    begun = time.monotonic()
+    Stage(undisturbed, "train", "lenet").run(train)
+    alone = time.monotonic() - begun
+
+    folder, port = tmp_path / "server", servers.free_port()
+    folder.mkdir()
+    server, client = f"http://127.0.0.1:{port}", MlflowClient(f"http://127.0.0.1:{port}")
+    options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
+
+    def epochs() -> int:
+        experiment = client.get_experiment_by_name("convoy")
+        runs = client.search_runs([experiment.experiment_id]) if experiment else []
+        return sum(len(client.get_metric_history(run.info.run_id, "val/loss")) for run in runs)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("CONVOY_LIVE", "1")
+    with servers.mlflow(folder, port, *options) as process:
+        training = start(root, "pipeline.train", "lenet")
+        assert training.stdout
+        assert training.stderr
+        said = [training.stdout.readline() for _ in range(5)]
+        training.send_signal(signal.SIGSTOP)  # else it would be over before its reporter has imported MLflow
+        assert "epoch 5/60" in said[-1]
+        servers.wait_until(lambda: epochs() >= 3)
+        os.killpg(process, signal.SIGKILL)
+    begun = time.monotonic()
+    training.send_signal(signal.SIGCONT)
+    said += training.stdout.readlines()
+    assert training.wait() == 0
+    assert time.monotonic() - begun < 2 * alone + 5
+    assert sum("epoch " in line for line in said) == 60
+    assert trained_bytes(root) == trained_bytes(undisturbed)
+    (line,) = training.stderr.read().splitlines()  # the reporter's as well, to its end
+    assert line.startswith(f"convoy: live: MLflow at {server} fails: ")
+    assert "`make sync` brings its run there" in line
+
+    Stage(root, "evaluate", "lenet").run(evaluate)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("sys.argv", ["sync"])
+    with pytest.raises(SystemExit, match=f"^convoy: sync: MLflow at {server} fails: .* run this again$"):
+        sync.main()
+    with servers.mlflow(folder, port, *options):
+        (cut,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
+        assert (cut.info.status, epochs()) != ("FINISHED", 60)
+        for _ in range(2):
+            sync.main()
+            assert_whole_runs(server, "convoy", [root / "artifacts"])
+            (whole,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
+            assert (whole.info.run_id, whole.info.start_time) == (cut.info.run_id, cut.info.start_time)
+
+
+class Refusal(Answer):
+    """As MLflow's own login does it."""
+
+    def do_GET(self) -> None:
+        self.say(int(self.server.answer), b"You are not authenticated. Please see the documentation")
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize("answer", ["401", "403"])
+def test_a_server_that_refuses_the_login_is_one_line_without_the_password(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_project(tmp_path / "project"))
+    with Server(("127.0.0.1", 0), Refusal) as refusing:
+        refusing.answer = answer
+        threading.Thread(target=refusing.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{refusing.server_port}")
+        for command, arguments in ((sync, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
+            monkeypatch.setattr("sys.argv", ["command", *arguments])
+            with pytest.raises(SystemExit) as end:
+                command.main()
+            (line,) = str(end.value).splitlines()
+            assert f"MLflow at http://127.0.0.1:{refusing.server_port} fails: " in line
+            assert answer in line
+            assert "secret" not in line
+        refusing.shutdown()

@@ -1,0 +1,57 @@
+"""Real data: MNIST and CIFAR-10 down the real road. CONVOY_REAL_DATA names the folder that holds them.
+
+MNIST's four files lie in mnist/; cifar10-jpeg.zip holds train/<class>/<number>.jpg and test/<class>/<number>.jpg.
+"""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from small_project import make_project, run_stages
+
+REAL_DATA = os.environ.get("CONVOY_REAL_DATA")
+
+
+needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="CONVOY_REAL_DATA names no folder with real data sets")
+
+
+@needs_real_data
+def test_cifar10_goes_down_the_road_as_the_zip_that_it_is(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", [])
+    shutil.rmtree(root / "data")
+    shutil.copy(Path(str(REAL_DATA), "cifar10-jpeg.zip"), root / "data")  # as DVC puts there what data.dvc names
+    run_stages(root, until="preprocess")
+
+    profile = json.loads((root / "artifacts/preprocess/data.json").read_text())["profile"]
+    assert profile["classes"] == 10
+    assert profile["test"] == 10_000
+    assert profile["train"] + profile["val"] + profile["withheld"] == 50_000
+    assert 0 < profile["withheld"] < 50  # near duplicates of test images, which the set is known for
+    assert np.load(root / "artifacts/preprocess/test_pixels.npy", mmap_mode="r").shape == (10_000, 32, 32, 3)
+    assert len((root / "artifacts/fetch/quarantine.csv").read_text().splitlines()) == 1  # its header
+
+
+@needs_real_data
+def test_mnist_keeps_its_test_split_and_lenet_learns_it_in_one_epoch(tmp_path: Path) -> None:
+    overrides = ["dataset=mnist", "model=[lenet]", "train.max_epochs=1", "trainer.threads=1", "register.gate.floor=0.9"]
+    root = make_project(tmp_path / "project", overrides)
+    raw = root / "downloads" / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in sorted(Path(str(REAL_DATA), "mnist").glob("*.gz")):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+
+    run_stages(root, until="evaluate")
+
+    sizes = {
+        split: len(np.load(root / f"artifacts/preprocess/{split}_labels.npy")) for split in ("train", "val", "test")
+    }
+    assert sizes["test"] == 10_000
+    assert 59_000 < sizes["train"] + sizes["val"] < 60_000  # the others nearly equal an image that judges
+    assert sizes["val"] == pytest.approx(12_000, rel=0.05)
+    figures = json.loads((root / "artifacts/evaluate/lenet/metrics.json").read_text())
+    assert figures["accuracy"] > 0.95

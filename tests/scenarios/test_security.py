@@ -1,0 +1,403 @@
+"""Security: nothing that was put or changed where models lie is run, and no answer comes from it."""
+
+import ast
+import contextlib
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.inference import predictor
+from convoy.registry import model_loader, versions
+from convoy.tracking import runs
+from convoy.tracking.store import open_store
+from convoy.training import init_weights
+from pipeline import predict
+from registry_fixtures import folder_of, leave, register
+from small_project import REAL
+
+SECRET = "correct-horse-battery-staple"
+
+
+class Poison:
+    """When it is unpickled, a file appears."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture
+def fired(tmp_path: Path) -> Path:
+    """The file that appears when hostile code is run."""
+    return tmp_path / "fired"
+
+
+# Files that a training may be said to have left
+
+
+def pickled(fired: Path) -> bytes:
+    return pickle.dumps({"c1.weight": Poison(fired)})
+
+
+def zipped(fired: Path) -> bytes:
+    """As torch.save writes a checkpoint, and torch.export a program (.pt2): a zip with pickles inside."""
+    file = fired.with_suffix(".pt2")
+    torch.save({"c1.weight": Poison(fired)}, file)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("poison", [pickled, zipped])
+def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(
+    poison: Callable[[Path], bytes], fired: Path, tmp_path: Path
+) -> None:
+    weights = leave(tmp_path / "left")["weights"]
+    weights.write_bytes(poison(fired))
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors: not the weights of this lenet"):
+        predictor.restore(weights.parent)
+    assert not fired.exists()
+    with contextlib.suppress(RuntimeError):
+        torch.load(weights.rename(tmp_path / "weights.pt"), weights_only=False)  # what the refusal is for
+    assert fired.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".ckpt", ".pkl", ".onnx", ""])
+def test_training_starts_from_no_file_that_may_hold_code(suffix: str, fired: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(zipped(fired))
+    with pytest.raises(ConvoyError, match=r"model\.lenet\.init=.*it may be scratch"):
+        init_weights.check("lenet", {"init": str(file)})
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_target_": "os.system", "task": {"_target_": "os.system"}}, "task"),
+        ({"settings": {"_target_": "pathlib.Path.touch", "_args_": ["fired"]}}, "_target_: unknown key"),
+        ({"settings": "!!python/object/apply:os.system [ls]"}, "settings: input should be an object"),
+        ({"architecture": "os"}, "no such architecture"),
+        ({"architecture": "../../../evil"}, "no such architecture"),
+        ({"architecture": ["lenet"]}, "architecture: input should be a valid string"),
+        ({"task": None}, "task: input should be an object"),
+    ],
+)
+def test_a_record_that_asks_for_more_than_an_architecture_is_refused(
+    change: dict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('fired', 'w')")
+    leave(tmp_path / "left", more=change)
+    with pytest.raises(ConvoyError, match=said):
+        predictor.restore(tmp_path / "left")
+    assert not (tmp_path / "fired").exists()
+
+
+@pytest.mark.parametrize(
+    "calibration", ["", "[]", "{}", '{"temperature": 0}', '{"temperature": NaN}', '{"temperature": "1"}', "[" * 100_000]
+)
+def test_a_calibration_that_is_no_temperature_is_refused(calibration: str, tmp_path: Path) -> None:
+    files = leave(tmp_path)
+    files["calibration"].write_text(calibration)
+    with pytest.raises(ConvoyError, match=r"calibration\.json"):
+        predictor.restore(tmp_path)
+
+
+# A registered model that was changed where its files lie
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project folder with a champion, made with secrets in its surroundings."""
+    folder = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+            patch.setenv(name, SECRET)
+        register(folder)
+        yield folder
+
+
+@pytest.fixture
+def stored(root: Path) -> Iterator[Path]:
+    """The folder of the model's files, which is put right after the test."""
+    folder, kept = folder_of(root), root / "kept"
+    shutil.copytree(folder, kept)
+    yield folder
+    shutil.rmtree(folder)
+    kept.rename(folder)
+
+
+@contextlib.contextmanager
+def version(root: Path) -> Iterator[versions.ModelVersion]:
+    with open_store(root, "convoy") as store:
+        yield model_loader.find(store, "models:/convoy@champion")
+
+
+def everything(root: Path, folder: Path) -> None:
+    with version(root) as found:
+        model_loader.fetch(found, folder)
+
+
+def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> None:
+    everything(root, tmp_path / "copy")
+    with version(root) as found:
+        assert model_loader.load(found).architecture == "lenet"
+        hashes = json.loads(found.tags[versions.HASHES])
+    for name, file in (("record", "record.json"), ("weights", "weights.safetensors")):
+        assert hashes[f"artifacts/{file}"] == sha256(root / "left" / file), name  # as training left it
+    assert sorted(hashes) == sorted(str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "record.json", "calibration.json"])
+@pytest.mark.parametrize("change", ["one bit", "poison", "gone", "another"])
+def test_what_answers_is_what_was_registered_or_nothing(
+    file: str, change: str, root: Path, stored: Path, fired: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = stored / "artifacts" / file
+    content = bytearray(target.read_bytes())
+    match change:
+        case "one bit":
+            content[-5] ^= 1
+            target.write_bytes(content)
+        case "poison":
+            target.write_bytes(pickled(fired))
+        case "another":
+            target.write_bytes(content + b" ")
+        case "gone":
+            target.unlink()
+    with version(root) as found, pytest.raises(ConvoyError, match=f"{file}.*nothing of the model was used"):
+        model_loader.load(found)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConvoyError, match=rf"models:/convoy/1.*{file}"):
+        predict.registered(root, None)
+    assert not fired.exists()
+
+
+def run_at_import(stored: Path, fired: Path) -> None:
+    file = stored / "pyfunc_model.py"
+    file.write_text(f"open({str(fired)!r}, 'w').close()\n{file.read_text()}")
+
+
+def loader_module(stored: Path, fired: Path) -> None:
+    """A line in MLmodel names the module that loads the model, and code beside it is importable."""
+    (stored / "code" / "evil.py").write_text(f"open({str(fired)!r}, 'w').close()\ndef _load_pyfunc(path): ...\n")
+    lines = (stored / "MLmodel").read_text().splitlines()
+    changed = ["    loader_module: evil" if "loader_module:" in line else line for line in lines]
+    (stored / "MLmodel").write_text("\n".join(line for line in changed if "sha256" not in line))
+
+
+def pickled_model(stored: Path, fired: Path) -> None:
+    """MLmodel names a pickle in place of the model's source."""
+    (stored / "python_model.pkl").write_bytes(pickled(fired))
+    lines = (stored / "MLmodel").read_text().splitlines()
+    changed = ["    python_model: python_model.pkl" if "model_code_path:" in line else line for line in lines]
+    changed = ["    loader_module: mlflow.pyfunc.model" if "loader_module:" in line else line for line in changed]
+    (stored / "MLmodel").write_text("\n".join(changed))
+
+
+@pytest.mark.parametrize("attack", [run_at_import, loader_module, pickled_model])
+def test_code_that_was_put_into_a_model_is_refused_and_never_run(
+    attack: Callable[[Path, Path], None], root: Path, stored: Path, fired: Path, tmp_path: Path
+) -> None:
+    attack(stored, fired)
+    with version(root) as found:
+        model_loader.load(found)  # takes none of it: it has its own code
+        with pytest.raises(ConvoyError, match="is not what was registered; nothing of the model was used"):
+            model_loader.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
+    assert not fired.exists()
+    before, path = set(sys.modules), list(sys.path)
+    with contextlib.suppress(Exception):
+        mlflow.pyfunc.load_model(str(stored))  # what the refusal is for
+    assert fired.exists()
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_file_more_is_not_even_fetched(root: Path, stored: Path, fired: Path, tmp_path: Path) -> None:
+    cache = stored / "code" / "convoy" / "__pycache__" / f"task.{sys.implementation.cache_tag}.pyc"
+    cache.parent.mkdir(exist_ok=True)
+    for file in (cache, stored / "artifacts" / "model.pt2", stored / "code" / "torch.py"):
+        file.write_bytes(pickled(fired))
+    everything(root, tmp_path / "copy")
+    names = {file.name for file in (tmp_path / "copy").rglob("*")}
+    assert not names & {cache.name, "__pycache__", "model.pt2", "torch.py"}
+
+
+@pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json"])
+def test_a_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
+    with version(root) as found:
+        found._tags = {} if tag is None else {versions.HASHES: tag}
+        with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.HASHES}"):
+            model_loader.load(found)
+
+
+def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    download = mlflow.artifacts.download_artifacts
+
+    def garbled(*arguments: str, **options: str) -> str:
+        folder = Path(download(*arguments, **options))
+        file = folder / "artifacts" / "weights.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\0")
+        return str(folder)
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", garbled)
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model is not what was registered"):
+        register(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with open_store(tmp_path, "convoy") as store:
+        assert store.client.search_model_versions("name = 'convoy'") == []
+
+
+# What a training starts from
+
+
+@pytest.fixture
+def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """The id of a run with the files of a training, and the folder where these lie."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = runs.DataVersion("pets", "0123", "data.dvc", {"images": 3})
+    files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
+    tags = {runs.IDENTITY: str(tmp_path)}
+    ended = runs.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")
+    with open_store(root, "convoy") as store:
+        made = runs.sync_run(store, ended, "results", moment=0)
+    yield made, root / "mlartifacts/convoy" / made / "artifacts"
+
+
+def start_from(root: Path, init: str, folder: Path) -> str:
+    folder.mkdir()
+    with open_store(root, "convoy") as store:
+        return model_loader.fetch_weights(store, "convoy", "lenet", init, folder)
+
+
+def tamper(file: Path, change: str, fired: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if change == "one bit":
+        content[-5] ^= 1
+    file.write_bytes(content if change == "one bit" else b"[" * 100_000 if change == "deep" else pickled(fired))
+
+
+CHANGES = [("weights.safetensors", "one bit"), ("weights.safetensors", "poison"), ("record.json", "deep")]
+
+
+@pytest.mark.parametrize(("file", "change"), CHANGES)
+def test_a_training_starts_from_no_champion_whose_files_were_changed(
+    file: str, change: str, root: Path, stored: Path, fired: Path, tmp_path: Path
+) -> None:
+    tamper(stored / "artifacts" / file, change, fired)
+    said = rf"model\.lenet\.init: models:/convoy/1: \S*{file} of the model is not what was registered"
+    with pytest.raises(ConvoyError, match=said):
+        start_from(root, "champion", tmp_path / "start")
+    assert list((tmp_path / "start").iterdir()) == []
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize(("file", "change"), CHANGES)
+def test_a_training_starts_from_no_run_whose_files_were_changed(
+    file: str, change: str, root: Path, run: tuple[str, Path], fired: Path, tmp_path: Path
+) -> None:
+    made, folder = run
+    tamper(folder / file, change, fired)
+    with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: {file} of run {made} is not what its training left"):
+        start_from(root, made, tmp_path / "start")
+    assert list((tmp_path / "start").iterdir()) == []
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("init", ["champion", "run"])
+def test_a_training_starts_from_files_that_nobody_touched(
+    init: str, root: Path, stored: Path, run: tuple[str, Path], tmp_path: Path
+) -> None:
+    start_from(root, run[0] if init == "run" else init, tmp_path / "start")
+    for file in ("record.json", "weights.safetensors"):
+        assert (tmp_path / "start" / file).read_bytes() == (root / "left" / file).read_bytes()
+
+
+@pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json", '{"history.csv": "0123"}'])
+def test_a_training_starts_from_no_run_without_hashes(
+    tag: str | None, root: Path, run: tuple[str, Path], tmp_path: Path
+) -> None:
+    with open_store(root, "convoy") as store:
+        store.client.delete_tag(run[0], runs.HASHES)
+        if tag is not None:
+            store.client.set_tag(run[0], runs.HASHES, tag)
+    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {runs.HASHES}"):
+        start_from(root, run[0], tmp_path / "start")
+
+
+# The model as MLflow itself loads it
+
+
+def test_the_served_model_refuses_weights_that_are_not_those_it_was_made_with(stored: Path) -> None:
+    weights = stored / "artifacts" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model is not what was registered"):
+        mlflow.pyfunc.load_model(str(stored))
+
+
+# Secrets
+
+
+def test_no_secret_of_the_surroundings_is_in_what_is_registered(root: Path) -> None:
+    files = [file for file in root.rglob("*") if file.is_file()]
+    assert any(file.name == "mlflow.db" for file in files)
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+
+
+# The law
+
+RUNS_CODE = {
+    "pickle", "cloudpickle", "dill", "shelve", "marshal", "runpy", "read_pickle", "instantiate",
+    "load_state_dict_from_url", "unsafe_load", "full_load", "pyfunc.load_model", "pytorch.load_model",
+}  # fmt: skip
+SOURCES = sorted(file for folder in ("src", "pipeline") for file in (REAL / folder).rglob("*.py"))
+
+
+def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """The dotted name of everything that is called or imported, and the keywords of the call."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
+            yield ast.unparse(node.func), keywords
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, {}) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}", {}) for alias in node.names)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REAL)))
+def test_nothing_that_runs_what_it_reads_is_ever_called(file: Path) -> None:
+    for name, keywords in calls(file):
+        assert not [word for word in RUNS_CODE if f".{word}." in f".{name}."], name
+        assert name not in ("eval", "exec")  # a network has an eval() that is another
+        if name in ("torch.load", "torch.jit.load", "torch.export.load"):
+            assert name == "torch.load"
+            assert keywords["weights_only"] is True
+        if name.endswith("get_state_dict") and "published" in name:
+            assert keywords["weights_only"] is keywords["check_hash"] is True
+        if name in ("np.load", "numpy.load"):
+            assert not keywords.get("allow_pickle")
+        if name == "yaml.load":
+            raise AssertionError("yaml.safe_load is the one that builds plain values only")
+        if name.endswith(("subprocess.run", "Popen")):
+            assert not keywords.get("shell")

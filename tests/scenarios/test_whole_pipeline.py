@@ -1,0 +1,470 @@
+"""The pipeline: from pictures in folders to a champion, and what it says where it can't."""
+
+import errno
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from convoy.core import config
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.tracking.store import open_store
+from pipeline import dvc_state
+from pipeline.__main__ import check, check_repository, print_summary
+from pipeline.register import register
+from pipeline.stage import RANKS, Stage
+from pipeline.train import train
+from small_project import REAL, SMALL, make_project, run_stages
+
+
+@pytest.fixture(autouse=True)
+def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose stages have all run once."""
+    root = make_project(tmp_path_factory.mktemp("road") / "a project")  # a path may hold a space
+    run_stages(root)
+    return root
+
+
+def runs(root: Path) -> pd.DataFrame:
+    with open_store(root, "convoy") as store:
+        return mlflow.search_runs([store.experiment.experiment_id]).set_index("tags.mlflow.runName").sort_index()
+
+
+def champion_version(root: Path) -> str:
+    with open_store(root, "convoy") as store:
+        return str(store.client.get_model_version_by_alias("convoy", "champion").version)
+
+
+def test_the_leaderboard_lists_every_architecture_best_in_validation_first(road: Path) -> None:
+    table = pd.read_csv(road / "artifacts/register/leaderboard.csv")
+    assert set(table["model"]) == {"lenet", "resnet"}
+    assert table["val_accuracy"].is_monotonic_decreasing
+    assert {"test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_log_loss"} <= set(table.columns)
+
+
+def test_each_run_is_in_mlflow_with_its_curves_settings_and_figures(road: Path) -> None:
+    table = runs(road)
+    assert list(table.index) == ["lenet", "resnet"]
+    assert set(table["status"]) == {"FINISHED"}
+    for name in table.index:
+        record = json.loads((road / f"artifacts/train/{name}/record.json").read_text())
+        history = pd.read_csv(road / f"artifacts/train/{name}/history.csv")
+        run = table.loc[name]
+        assert run["metrics.best/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
+        assert run["params.recipe.lr"] == str(record["settings"]["recipe"]["lr"])
+        with open_store(road, "convoy") as store:
+            curve = store.client.get_metric_history(run["run_id"], "val/loss")
+            files = {file.path for file in store.client.list_artifacts(run["run_id"])}
+        assert [point.step for point in curve] == list(history["epoch"])
+        assert [point.value for point in curve] == pytest.approx(list(history["val_loss"]), abs=1e-6)
+        assert {"confusion.png", "per_class.csv", "record.json"} <= files
+
+
+def test_all_runs_have_the_same_metrics_and_parameters(road: Path) -> None:
+    table = runs(road).filter(regex=r"^(metrics|params)\.")
+    assert not table.isna().any().any()
+
+
+def test_the_champion_answers_plain_images_as_the_evaluation_did(road: Path) -> None:
+    best = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
+    recorded = pd.read_parquet(road / f"artifacts/evaluate/{best}/predictions.parquet")
+    prepared = pd.read_parquet(road / "artifacts/preprocess/images.parquet").query("split == 'test'")
+    pictures = [np.asarray(Image.open(road / path)) for path in prepared["path"]]
+    with open_store(road, "convoy"):
+        model = mlflow.pyfunc.load_model("models:/convoy@champion")
+    answer = model.predict(pictures)
+    assert list(answer["label"]) == list(recorded["predicted"])
+    expected = recorded.filter(regex="^probability_").to_numpy()
+    np.testing.assert_allclose(np.array(answer["probabilities"].tolist()), expected, atol=1e-5)
+
+
+def test_registering_the_same_results_again_changes_nothing(road: Path) -> None:
+    before, version, database = runs(road), champion_version(road), (road / "mlflow.db").read_bytes()
+    outputs = {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()}
+    Stage(road, "register").run(register)
+    pd.testing.assert_frame_equal(runs(road), before)
+    assert champion_version(road) == version
+    assert {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()} == outputs
+    assert (road / "mlflow.db").read_bytes() == database
+
+
+def test_what_a_killed_register_left_of_a_run_is_completed(road: Path) -> None:
+    lenet = runs(road).loc["lenet", "run_id"]
+    with open_store(road, "convoy") as store:
+        store.client.update_run(lenet, status="RUNNING")
+    Stage(road, "register").run(register)
+    after = runs(road)
+    assert list(after.index) == ["lenet", "resnet"]
+    assert set(after["status"]) == {"FINISHED"}
+    assert after.loc["lenet", "run_id"] == lenet
+
+
+def test_an_experiment_leaves_the_champion_as_it_is(
+    road: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def aliases() -> dict[str, str]:
+        with open_store(road, "convoy") as store:
+            return store.client.get_registered_model("convoy").aliases
+
+    before = aliases()
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
+    with open_store(road, "convoy") as store:
+        store.client.delete_registered_model_alias("convoy", "champion")
+    Stage(road, "register").run(register)
+    assert "bold-idea" in capsys.readouterr().out
+    assert "champion" not in aliases()
+    with open_store(road, "convoy") as store:
+        store.client.set_registered_model_alias("convoy", "champion", str(before["champion"]))
+
+
+def test_an_experiment_in_a_temporary_copy_brings_its_runs_to_the_project(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy"
+    for name in ("artifacts", "dvc.yaml", "params.yaml"):
+        (shutil.copytree if (road / name).is_dir() else shutil.copy)(road / name, copy / name)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
+    monkeypatch.setenv("DVC_EXP_NAME", "elsewhere")
+    Stage(copy, "register").run(register)
+    assert not (copy / "mlflow.db").exists()
+    assert list(runs(tmp_path / "project").index) == ["lenet", "resnet"]
+
+
+def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
+    road: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_summary(road, config.load(road / "params.yaml"))
+    said = capsys.readouterr().out
+    assert "lenet" in said
+    assert "resnet" in said
+    assert "make ui" in said
+    assert "/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=TABLE&viewStateShareKey=" in said
+
+
+def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^there are no results yet: `make repro` makes them$"):
+        print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
+
+
+def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
+    again = make_project(tmp_path / "another" / "place")
+    run_stages(again, until="evaluate")
+    for mark in sorted(again.glob("artifacts/**/complete.json")):
+        assert mark.read_bytes() == (road / mark.relative_to(again)).read_bytes(), mark
+
+
+def test_each_run_names_the_data_that_its_model_saw(road: Path) -> None:
+    profile = json.loads((road / "artifacts/preprocess/data.json").read_text())["profile"]
+    assert profile["train"] + profile["val"] + profile["test"] == profile["images"] == 90
+    names = list(runs(road)["run_id"])
+    with open_store(road, "convoy") as store:
+        for run in names:
+            (found,) = store.client.get_run(run).inputs.dataset_inputs
+            assert found.dataset.name == "digits"
+            assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
+            assert json.loads(found.dataset.profile) == profile
+
+
+# Data that grow
+
+
+def test_a_class_that_comes_goes_to_the_end_and_one_that_goes_keeps_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "train.max_epochs=1"])
+    run_stages(root, until="preprocess")
+    first = (root / "artifacts/preprocess/task.json").read_text()
+    assert "changed:" not in capsys.readouterr().out
+    (root / "data/lying").rename(root / "data/drooping")
+    run_stages(root)
+
+    said = capsys.readouterr().out
+    assert "changed: new classes: 'drooping'" in said
+    assert "changed: classes that have no images any more: 'lying'; they keep their places" in said
+    assert "note: class 'lying' has no image: the networks keep its place, and can't learn it" in said
+    assert "new classes: 'drooping'" in (root / "artifacts/fetch/card.md").read_text().replace("&#39;", "'")
+    before = json.loads(first)["classes"]
+    assert json.loads((root / "artifacts/preprocess/task.json").read_text())["classes"] == [*before, "drooping"]
+    assert champion_version(root) == "1"  # and all the stages can live with a class without images
+
+
+def test_the_same_data_seen_again_give_the_same_card(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    run_stages(root, until="fetch")
+    Image.new("L", (12, 12), 7).save(root / "data/lying/new.png")
+    run_stages(root, until="fetch")
+    card, lock = (root / "artifacts/fetch/card.md").read_bytes(), (root / "data.lock").read_bytes()
+    run_stages(root, until="fetch")
+    assert (root / "artifacts/fetch/card.md").read_bytes() == card
+    assert (root / "data.lock").read_bytes() == lock
+
+
+def test_test_images_that_are_given_for_training_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project")
+    for number, file in enumerate(sorted((root / "data").rglob("*.png"))):
+        given = root / "data" / ("train", "test")[number % 2] / file.parent.name / file.name
+        given.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(given)
+    run_stages(root, until="preprocess")
+    assert "the last run's test images" not in capsys.readouterr().out
+    (file,) = list((root / "data/test").rglob("*.png"))[:1]
+    file.rename(root / "data/train" / file.relative_to(root / "data/test"))
+    run_stages(root, until="preprocess")
+    assert "note: of the last run's test images 1 train or choose" in capsys.readouterr().out
+
+
+def test_what_never_came_into_an_output_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_project(tmp_path / "project")
+    run_stages(root, until="fetch")
+    lock = (root / "data.lock").read_bytes()
+    (root / "data/mistaken").mkdir()
+    Image.new("L", (12, 12), 7).save(root / "data/mistaken/1.png")
+
+    def fail(stage: Stage) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Stage, "_publish", fail)
+        run_stages(root, until="fetch")
+    assert (root / "data.lock").read_bytes() == lock
+    run_stages(root, until="fetch")
+    assert b"mistaken" in (root / "data.lock").read_bytes()
+
+
+def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_project(tmp_path / "project")
+    (root / "data/lying/torn.png").write_bytes((root / "data/lying/00.png").read_bytes()[:60])
+    (root / "data/lying/again.png").write_bytes((root / "data/lying/00.png").read_bytes())
+    run_stages(root, until="fetch")
+    said = capsys.readouterr().out
+    assert "left out: data/lying/torn.png can't be decoded: " in said
+    assert "digits: 90 images of 3 classes (leaning, lying, standing), 1 left out, 1 exact copies merged; art" in said
+    assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
+
+
+def test_where_too_much_is_bad_the_first_are_told_and_all_are_in_a_file(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    for number in range(60):
+        (root / f"data/lying/torn{number:02}.png").write_bytes(b"torn")
+    with pytest.raises(ConvoyError) as refusal:
+        run_stages(root, until="fetch")
+    first, *named, more, last = str(refusal.value).splitlines()
+    assert first.startswith("60 of 150 images can't be used, more than fetch.max_bad_fraction=0.05 allows")
+    assert [line.split()[0] for line in named] == [f"data/lying/torn{number:02}.png" for number in range(50)]
+    assert (more, last) == ("  10 more", "The whole list is artifacts/refused.csv")
+    assert len(pd.read_csv(root / "artifacts/refused.csv")) == 60
+    for file in (root / "data/lying").glob("torn*"):
+        file.unlink()
+    run_stages(root, until="fetch")
+    assert not (root / "artifacts/refused.csv").exists()
+
+
+def test_source_archive_without_git_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"is no git repository, and DVC needs one\. Type `git init"):
+        check_repository(tmp_path)
+
+
+@pytest.mark.parametrize("place", [".git/HEAD", ".git", "../.git/HEAD"], ids=["clone", "worktree", "subfolder"])
+def test_git_repository_is_found_in_each_of_its_forms(place: str, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    (root / place).touch()
+    check_repository(root)
+
+
+def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
+    check_repository(tmp_path)
+
+
+def test_a_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.dvc").write_text("")
+    with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
+        dvc_state.read_yaml(tmp_path / "data.dvc")
+
+
+def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
+    road: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ConvoyError, match=r"MLflow at http://127.0.0.1:9 fails: .*MLFLOW_TRACKING_URI") as raised:
+        Stage(road, "register").run(register)
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("+train.max_epoch=3", "train.max_epoch: unknown key; did you mean max_epochs?"),
+        ("train.max_epochs=0", "train.max_epochs=0: input should be greater than or equal to 1"),
+        ("train.max_epochs=soon", "train.max_epochs='soon': input should be a valid integer"),
+        ("trainer.accelerator=cuda", "trainer.accelerator='cuda': input should be 'auto', 'cpu' or 'gpu'"),
+        ("preprocess.size=16", "preprocess.size=16: input should be greater than or equal to 32"),
+        ("preprocess.test_fraction=1.5", "preprocess.test_fraction=1.5: input should be less than 1"),
+        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
+        (f"seed={2**63}", f"seed={2**63}: input should be less than {2**63}"),
+        ("trainer.devices=0", "trainer.devices=0: input should be greater than or equal to 1, or 'all'"),
+        ("model.lenet.recipe.momentum=1.0", "model.lenet.recipe.momentum=1.0: input should be less than 1"),
+        ("model.resnet.recipe.lr=-0.1", "model.resnet.recipe.lr=-0.1: input should be greater than 0"),
+        ("+model.lenet.recipe.momentun=0.9", "model.lenet.recipe.momentun: unknown key; did you mean momentum?"),
+        ("~model.lenet.recipe.lr", "model.lenet.recipe.lr: missing; set it in conf/"),
+        ("+model.lenett.c1=6", "model.lenett: no such architecture; did you mean lenet?"),
+        ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
+        ("register.gate.floor=.nan", "register.gate.floor="),
+        ("register.name=a/b", "register.name='a/b': value error, it names folders"),
+        ("model.lenet.init=champoin", "model.lenet.init='champoin'"),
+        ("register.name=''", "register.name='': value error, it names folders"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, override])
+    with pytest.raises(ConvoyError) as raised:
+        check(config.load(root / "params.yaml"))
+    assert said in str(raised.value)
+
+
+def test_several_machines_are_not_started_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    root = make_project(tmp_path / "project", [*SMALL, "trainer.nodes=2"])
+    run_stages(root, until="preprocess")
+    with pytest.raises(ConvoyError, match=r"trainer\.nodes=2: start it on each machine by torchrun"):
+        Stage(root, "train", "lenet").run(train)
+
+
+def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, "model.resnet.recipe.lr=1e30"])
+    run_stages(root)
+    shown = capsys.readouterr()
+    assert "resnet failed in epoch 1, step " in shown.err
+    assert "Lower model.resnet.recipe.lr" in shown.err
+    assert "lenet is now the champion" in shown.out
+
+    with open_store(root, "convoy") as store:
+        runs = {run.info.run_name: run for run in store.client.search_runs([store.experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {"lenet": "FINISHED", "resnet": "FAILED"}
+    assert ": failed in epoch 1 of 3" in runs["resnet"].data.tags["mlflow.note.content"]
+    table = pd.read_csv(root / "artifacts/register/leaderboard.csv")
+    assert table["model"].tolist() == ["lenet", "resnet"]
+    assert table["test_accuracy"].isna().tolist() == [False, True]
+
+    print_summary(root, config.load(root / "params.yaml"))
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    best, epoch = table.loc[0, ["val_accuracy", "epoch"]]
+    assert re.search(rf"^lenet +{best:.4f} +\d\.\d{{4}} +{epoch:.0f} ", shown, re.MULTILINE)
+    Stage(root, "register").run(register)  # the failed run is not brought twice
+    with open_store(root, "convoy") as store:
+        assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
+
+
+def test_who_may_read_a_record_may_read_the_weights(road: Path) -> None:
+    trained = road / "artifacts/train/lenet"
+    assert (trained / "weights.safetensors").stat().st_mode == (trained / "record.json").stat().st_mode
+
+
+def test_a_disk_too_full_for_the_weights_says_so_in_the_systems_words(road: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(road, tmp_path / "project")
+
+    def train_on_a_full_disk(stage: Stage) -> None:
+        (stage.scratch / "weights.safetensors").symlink_to("/dev/full")
+        train(stage)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        Stage(root, "train", "lenet").run(train_on_a_full_disk)
+
+
+def test_a_training_starts_from_the_champion_and_a_run_and_says_so(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REAL))
+    winner = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
+    run = runs(road).loc[winner, "run_id"]
+    for init in ("champion", run):
+        root = tmp_path / init
+        shutil.copytree(road / "artifacts/preprocess", root / "artifacts/preprocess")
+        shutil.copytree(road / "conf", root / "conf")
+        shutil.copy(road / "dvc.yaml", root)
+        config.compose(root, [*SMALL, f"model.{winner}.init={init}", "train.max_epochs=1"])
+        monkeypatch.setenv("DVC_ROOT", str(road))
+        Stage(root, "train", winner).run(train)
+        record = json.loads((root / f"artifacts/train/{winner}/record.json").read_text())
+        assert record["init"]["init"] == init
+        assert record["init"]["head"] == "kept"
+        assert record["init"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
+
+
+def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", ["model=[lenet]", "model.lenet.recipe.lr=1e30", "trainer.threads=1"])
+    with pytest.raises(ConvoyError, match="the training of lenet failed: there is nothing to register"):
+        run_stages(root)
+
+
+def test_an_unknown_architecture_in_the_list_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^conf/model/lenett.yaml: there is no such file; did you mean lenet\?$"):
+        make_project(tmp_path / "project", ["model=[lenett,resnet]"])
+
+
+def test_refused_settings_leave_params_yaml_as_it_was(road: Path) -> None:
+    before = (road / "params.yaml").read_bytes()
+    with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
+        config.compose(road, ["train.max_epochs=0"], check=check)
+    assert (road / "params.yaml").read_bytes() == before
+
+
+def test_the_committed_settings_pass_the_check() -> None:
+    check(config.load(REAL / "params.yaml"))
+
+
+def test_the_epochs_are_compared_by_the_validation_images(road: Path) -> None:
+    for name in ("lenet", "resnet"):
+        best = json.loads((road / f"artifacts/train/{name}/record.json").read_text())["best"]
+        judged = json.loads((road / f"artifacts/evaluate/{name}/calibration.json").read_text())
+        assert best["val_loss"] == pytest.approx(judged["val_log_loss_uncalibrated"], rel=1e-3)
+
+
+def test_a_data_set_of_other_classes_under_a_known_name_is_refused(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    name = config.load(root / "params.yaml")["dataset"]["name"]
+    (root / "data.lock").write_text(f"{name}:\n  classes: [cat, dog]\n  versions: []\n")
+    with pytest.raises(ConvoyError, match=r"none of the classes that data\.lock knows of"):
+        run_stages(root, until="fetch")
+
+
+def test_a_training_with_other_settings_does_not_go_on_from_the_checkpoint_of_this_one(
+    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(road, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    files: list[Path] = []
+
+    def noted(file: Path) -> None:
+        files.append(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.train.Checkpoint", noted)
+    for overrides in (SMALL, SMALL, (*SMALL, "seed=2")):
+        config.compose(root, overrides)
+        with pytest.raises(KeyboardInterrupt):
+            Stage(root, "train", "lenet").run(train)
+    assert files[0] == files[1] != files[2]

@@ -1,0 +1,247 @@
+"""Tracking: what a run in MLflow tells about the data that its model saw, and how its parameters read."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.entities import Run as Found
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
+from convoy.core.errors import ConvoyError
+from convoy.tracking import runs
+from convoy.tracking import store as tracking
+from convoy.tracking.runs import DataVersion, RunRecord
+from convoy.tracking.store import TrackingStore
+from tracking_fixtures import DIGITS
+
+RECORD = {
+    "architecture": "vgg",
+    "settings": {
+        "widths": [6, 16],
+        "batch_norm": True,
+        "init": "scratch",
+        "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup": 0.1, "augment": {"flip": False}},
+    },
+    "seed": 1,
+    "train": {"max_epochs": 3},
+    "task": {"dataset": "digits", "size": 32},
+    "data": {"name": "digits", "digest": "a99769f9303d", "source": "data.dvc", "profile": {"images": 1797}},
+    "identity": "f" * 64,
+    "environment": {
+        "python": "3.11.7",
+        "numpy": "2.4.6",
+        "pytorch-lightning": "2.6.6",
+        "torch": "2.15.0",
+        "device": "cpu",
+        "instructions": "AVX512",
+        "threads": 2,
+        "precision": "bfloat16",
+        "processes": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
+    """A store in a new folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with tracking.open_store(tmp_path_factory.mktemp("store"), "convoy") as store:
+            yield store
+
+
+def bring(store: TrackingStore, name: str, data: DataVersion) -> Found:
+    run = RunRecord(
+        name=name,
+        params={"model": name},
+        tags={runs.IDENTITY: f"{name} {data.digest}"},
+        origin={},
+        data=data,
+        history=[{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.6}],
+        metrics={"test/accuracy": 0.6, "test/f1": float("nan")},
+        status="FINISHED",
+    )
+    return store.client.get_run(runs.sync_run(store, run, "results", moment=0))
+
+
+def test_a_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
+    (found,) = bring(store, "lenet", DIGITS).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == ("digits", "a99769f9303d")
+    assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
+    assert json.loads(found.dataset.profile) == {"images": 1797, "train": 1132, "val": 302, "test": 363}
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "training"}
+
+
+def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> None:
+    newer = DataVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
+    older = bring(store, "lenet", DIGITS).info.run_id
+    runs = {bring(store, name, newer).info.run_id for name in ("lenet", "resnet")}
+    found = store.client.search_runs([store.experiment.experiment_id], "dataset.digest = 'b1c2d3e4f5a6'")
+    assert {run.info.run_id for run in found} == runs
+    assert older not in runs
+
+
+def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, later = MlflowClient.log_batch, runs._now() + 60_000
+
+    def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
+        if metrics:  # all is read by now; here the other one does the whole of it
+            monkeypatch.setattr(MlflowClient, "log_batch", write)
+            monkeypatch.setattr(runs, "_now", lambda: later)
+            bring(store, "googlenet", DIGITS)
+        return write(client, run_id, metrics, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", meanwhile)
+    found = bring(store, "googlenet", DIGITS)
+    for name, points in (("val/accuracy", [(1, 0.5), (2, 0.6)]), ("test/accuracy", [(0, 0.6)])):
+        history = store.client.get_metric_history(found.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == points
+
+
+def test_an_experiment_that_another_machine_makes_at_this_moment_is_the_same_one(store: TrackingStore) -> None:
+    ours = store.experiment
+    assert tracking._create_experiment(store.client, ours.name, None).experiment_id == ours.experiment_id
+
+
+def test_figures_that_are_no_number_are_left_out(store: TrackingStore) -> None:
+    assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
+
+
+def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
+    run = runs.run_in_training(RECORD, {}, {})
+    assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
+    assert run.params["recipe.augment"] == "flip=false"
+    assert run.params["recipe.others"] == "warmup=0.1"
+    assert run.params["recipe.lr"] == 0.05
+    assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.123456789, 0.1234568), (1.23456789e-7, 1.234568e-7), (12345678, 12345678), (2.0, 2.0)]
+)
+def test_figures_are_shown_with_seven_digits_and_counts_whole(value: float, shown: float) -> None:
+    assert runs.rounded(value) == shown
+
+
+def test_an_address_is_shown_without_user_name_and_password() -> None:
+    assert tracking.without_login("http://someone:secret@here:5000/a") == "http://here:5000/a"
+    assert tracking.without_login("http://here:5000/a@b") == "http://here:5000/a@b"
+
+
+def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
+    said = tracking.describe_mlflow_error(
+        RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ...")
+    )
+    assert "secret" not in said
+    assert "\n" not in said
+
+
+def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path / 'mlflow.db'}"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with tracking.open_store(tmp_path, "convoy") as store:
+            assert store.experiment.artifact_location == (tmp_path / "mlartifacts/convoy").as_uri()
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def test_a_copied_project_does_not_write_into_the_files_of_the_first(tmp_path: Path, embedded_store: None) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    with tracking.open_store(first, "convoy"):
+        pass
+    shutil.copytree(first, second)
+    with (
+        pytest.raises(ConvoyError, match=r"first/mlartifacts/convoy, not in .*second/mlartifacts/convoy: MLflow can't"),
+        tracking.open_store(second, "convoy"),
+    ):
+        pass
+
+
+def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
+    with tracking.open_store(tmp_path, "convoy") as store:
+        run = store.client.create_run(store.experiment.experiment_id)
+        store.client.delete_experiment(store.experiment.experiment_id)
+    with tracking.open_store(tmp_path, "convoy") as store:
+        assert store.client.get_experiment(store.experiment.experiment_id).lifecycle_stage == "active"
+        assert [each.info.run_id for each in store.client.search_runs([store.experiment.experiment_id])] == [
+            run.info.run_id
+        ]
+
+
+def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_store: None) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 500)
+    with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
+        pass
+    said = str(raised.value)
+    assert (
+        "mlflow.db fails: (sqlite3.DatabaseError) file is not a database. If mlflow.db is damaged, move mlflow.db, "
+        in said
+    )
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("uri", ["foo://x", "file:///x", "postgresql+asyncpg://someone:secret@127.0.0.1:9/x"])
+def test_an_address_that_leads_to_no_store_is_one_line_with_the_mend(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
+        pass
+    assert re.search("MLflow at .* fails: .*mend MLFLOW_TRACKING_URI", str(raised.value))
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = pytest.raises(ConvoyError, match="fails: Unable to locate credentials")
+    with refused, tracking.open_store(tmp_path, "convoy") as store:
+        elsewhere = store.client.create_experiment("elsewhere", "s3://convoy/elsewhere")
+        run = store.client.create_run(elsewhere)
+        store.client.log_text(run.info.run_id, "text", "file.txt")
+
+
+@pytest.mark.parametrize(("given", "waits"), [(None, "600"), ("7", "7")])
+def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
+    given: str | None, waits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv(tracking.PATIENCE, raising=False)
+    if given:
+        monkeypatch.setenv(tracking.PATIENCE, given)
+    with tracking.open_store(tmp_path, "convoy"):
+        before = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+        with tracking.uploading():
+            assert int(waits) == MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+        assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == before < 60
+
+
+def test_more_points_than_a_server_takes_at_a_time_come_in_parts(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, metrics: sizes.append(len(metrics)))
+    runs.log_points(store.client, "run", [Metric("loss", 0.5, 0, step) for step in range(2500)])
+    assert sizes == [1000, 1000, 500]
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_ours(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(tracking.os, "kill", not_ours)
+    assert runs._is_alive(1)

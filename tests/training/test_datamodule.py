@@ -1,0 +1,128 @@
+"""The data module: which steps are due, wherever a training stands, and their images whole and in their order."""
+
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+
+from convoy.core.config import typed
+from convoy.data.packed.arrays import Images
+from convoy.recipe import RecipeConfig
+from convoy.training import datamodule
+from convoy.training.datamodule import PREFETCH_STEPS, VAL_BATCH, ImageData, ImageStore
+from convoy.training.sampler import Batches
+from small_project import REAL
+
+
+def numbered(count: int, size: int = 8) -> Images:
+    """Images whose every pixel, and whose label, is their number."""
+    numbers = np.arange(count)
+    pixels = np.broadcast_to(numbers.astype(np.uint8)[:, None, None, None], (count, size, size, 1))
+    return Images(pixels.copy(), numbers.astype(np.int64))
+
+
+def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
+    images = numbered(train) if isinstance(train, int) else train
+    values = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
+    return ImageData(images, numbered(val), typed(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
+
+
+@pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
+def test_the_steps_that_are_left_come_in_order_and_at_least_an_empty_range(done: int) -> None:
+    feed = data()
+    assert feed.steps == 25
+    feed.step = done
+    due = list(feed.train_dataloader())
+    assert [step for steps in due for step in steps] == list(range(done, 25))
+    assert len(due) >= 1
+
+
+def test_a_batch_has_the_pixels_and_labels_of_its_rows_in_the_epoch_under_way() -> None:
+    feed = data()
+    for epoch in (0, 1, 0):
+        feed.epoch = epoch
+        for step, rows in enumerate(Batches(np.arange(100), 4, 1).epoch(epoch)):
+            pixels, labels = feed.batch(step)
+            assert pixels.dtype == torch.uint8
+            assert labels.tolist() == rows.tolist() == pixels[:, 0, 0, 0].tolist()
+
+
+def test_no_more_images_are_validated_at_a_time_than_fit_where_a_batch_is_trained() -> None:
+    feed = data(val=100, batch_size=24, accumulate=2)
+    assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
+    feed.share(torch.device("cpu"), rank=1, ranks=2)
+    assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
+
+
+def test_images_are_moved_whole_to_a_device_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = numbered(100)
+    monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
+    assert np.array_equal(datamodule.uploaded(images.pixels, torch.device("cpu")).numpy(), images.pixels)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_images_come_once_each_whoever_shares_them(ranks: int) -> None:
+    feed = data(train=VAL_BATCH, val=2 * VAL_BATCH + 5, batch_size=VAL_BATCH)
+    seen = []
+    for rank in range(ranks):
+        feed.share(torch.device("cpu"), rank, ranks)
+        batches = list(feed.val_dataloader())
+        assert all(len(rows) <= VAL_BATCH for rows in batches)
+        seen += [row for rows in batches for row in rows]
+    assert sorted(seen) == list(range(2 * VAL_BATCH + 5))
+
+
+def test_images_are_taken_from_where_they_lie_and_stay_as_they_are() -> None:
+    feed = data()
+    pixels, _ = feed.batch(0)
+    pixels.zero_()
+    assert feed.train.pixels.max() == 99
+
+
+def test_a_large_memory_map_gives_the_same_batches_and_each_is_asked_for_ahead_of_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = numbered(100, size=100)  # rows that begin and end within a page
+    np.save(tmp_path / "train_pixels.npy", images.pixels)
+    np.save(tmp_path / "train_labels.npy", images.labels)
+    monkeypatch.setattr(datamodule, "MMAP_PREFETCH_BYTES", 0)
+    asked: list[list[int]] = []
+    expect = ImageStore.expect
+
+    def noted(held: ImageStore, rows: np.ndarray) -> None:
+        expect(held, rows)
+        assert held.file
+        asked.append(rows.tolist())
+
+    monkeypatch.setattr(ImageStore, "expect", noted)
+    streamed, held = data(Images.load(tmp_path, "train")), data(images)
+    batches = [streamed.batch(step) for step in range(25)]
+    monkeypatch.undo()
+    for step, (pixels, labels) in enumerate(batches):
+        assert torch.equal(pixels, held.batch(step)[0])
+        assert torch.equal(labels, held.batch(step)[1])
+    assert asked == [labels.tolist() for _, labels in batches[PREFETCH_STEPS:]]
+
+
+def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> None:
+    with (tmp_path / "train_pixels.npy").open("wb") as file:  # 2 GB of zeros that take no disk
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (40_000, 128, 128, 3)}
+        )
+        file.truncate(file.tell() + 40_000 * 128 * 128 * 3)
+    np.save(tmp_path / "train_labels.npy", np.zeros(40_000, np.int64))
+    feed = data(Images.load(tmp_path, "train"), batch_size=64)
+    feed.batch(0)
+    before = own_memory()
+    for step in range(feed.steps):
+        feed.batch(step)
+    assert own_memory() - before < 20e6
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of a file, which the system may take back at any time."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared

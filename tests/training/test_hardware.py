@@ -1,0 +1,97 @@
+"""The hardware: `auto` is decided by the machine and the size of the network, never by a trial."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from convoy.core.errors import ConvoyError
+from convoy.training import hardware
+from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose, count_macs, environment
+from training_fixtures import build
+
+AUTO = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+    monkeypatch.setattr(hardware, "has_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: cores)
+
+
+@pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float32")])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_bfloat16_is_taken_where_the_hardware_multiplies_it_itself(
+    bfloat16: bool, precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, gpus=gpus, bfloat16=bfloat16)
+    assert choose(AUTO, build()).precision == precision
+
+
+def test_small_steps_take_one_thread_and_large_ones_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cores=8)
+    assert choose(AUTO, build(batch_size=32)).threads == 1
+    assert choose(AUTO, build(name="resnet", batch_size=64)).threads == 1
+    assert choose(AUTO, build(name="resnet", batch_size=4096)).threads == 8
+    two = dataclasses.replace(AUTO, devices=2)
+    assert choose(two, build(name="resnet", batch_size=4096)).threads == 4  # they share the cores
+
+
+def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = dataclasses.replace(AUTO, devices="all")
+    machine(monkeypatch, gpus=4)
+    assert choose(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
+    assert choose(every, build()).devices == 4
+    assert choose(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
+    machine(monkeypatch, gpus=0, cores=3)
+    assert choose(AUTO, build()).accelerator == "cpu"
+    assert choose(every, build()).devices == 3
+
+
+def test_a_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpus=2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (6, 1)][number])  # one too old
+    assert choose(AUTO, build()).accelerator == "cpu"
+    machine(monkeypatch, gpus=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # though its driver, too old for torch, counts two
+    assert choose(AUTO, build()).accelerator == "cpu"
+    assert hardware.device("gpu").type == "cpu"
+
+
+def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, gpus=0)
+    with pytest.raises(ConvoyError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
+        choose(dataclasses.replace(AUTO, accelerator="gpu"), build())
+    machine(monkeypatch, gpus=2)
+    with pytest.raises(ConvoyError, match=r"trainer\.devices=3: this machine has 2 GPUs"):
+        choose(dataclasses.replace(AUTO, devices=3), build())
+
+
+def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
+    assert choose(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
+
+
+def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
+    classifier = build()
+    expected = (
+        28 * 28 * 6 * 25  # C1
+        + 10 * 10 * 16 * 6 * 25  # C3
+        + 120 * 16 * 25  # C5
+        + 120 * 84  # F6
+        + 84 * 2  # output, of two classes
+    )
+    assert count_macs(classifier) == expected
+    assert classifier.mean.device.type == "cpu"  # counted on a copy
+
+
+def test_the_environment_names_what_the_bits_depend_on() -> None:
+    found = environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
+    assert found["torch"] == torch.__version__.split("+")[0]
+    assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()
+    assert {"python", "numpy", "pytorch-lightning", "instructions"} <= found.keys()

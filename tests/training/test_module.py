@@ -1,0 +1,621 @@
+"""Training: the same bits, also after any interruption, and the best epoch kept."""
+
+import dataclasses
+import math
+import shutil
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convoy import models
+from convoy.core.errors import ConvoyError
+from convoy.models.base import predict
+from convoy.recipe import AugmentConfig, TrainConfig
+from convoy.training import module
+from convoy.training.checkpoint import Checkpoint
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import ResolvedTrainer
+from convoy.training.module import warm_cosine
+from training_fixtures import CPU, bars, build, same, train, with_room_for_ten
+
+# What training leaves
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+    first, again, other = train(build()), train(build()), train(build(), seed=1)
+    assert same(first.weights, again.weights)
+    assert first.history == again.history
+    assert not same(first.weights, other.weights)
+
+
+def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
+    trained = train(build(), max_epochs=6)
+    assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
+    assert list(trained.history[0]) == module.COLUMNS
+    assert trained.best == max(trained.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
+    assert trained.stopped == "max_epochs"
+
+
+@pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_kept_weights_score_what_the_history_says_of_the_best_epoch(recipe: dict, precision: str) -> None:
+    choice = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
+    trained = train(build(**recipe), max_epochs=6, choice=choice)
+    classifier = build()
+    classifier.load_state_dict(trained.weights)
+    val = bars(40, 2)
+    accuracy = (predict(classifier, val.pixels, 16).argmax(axis=1) == val.labels).mean()
+    assert accuracy == pytest.approx(trained.best["val_accuracy"])
+
+
+LEARNING = {
+    "as it is": {},
+    "adamw": {"optimizer": "adamw", "lr": 0.002},
+    "one cycle": {"schedule": "one_cycle"},
+    "smoothed and clipped": {"label_smoothing": 0.1, "clip_norm": 1.0},
+    "running mean": {"ema": 0.95},
+    "weights in the loss": {"balance": "loss"},
+    "balanced sampler": {"balance": "sampler"},
+    "in pieces": {"accumulate": 2},
+    "mixed": {"augment": {"mixup": 0.2, "cutmix": 0.2}},
+    "policy": {"augment": {"policy": "trivial", "erase": 0.2, "shift": 0}},
+}
+
+
+@pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)
+def test_a_network_learns_what_can_be_learnt_by_every_recipe(recipe: dict[str, Any]) -> None:
+    assert train(build(**recipe), max_epochs=15).best["val_accuracy"] > 0.9
+
+
+def test_pieces_of_a_batch_add_up_to_the_batch() -> None:
+    still = {"augment": {"shift": 0}}  # the pieces would draw other changes
+    whole, pieces = train(build(**still), max_epochs=1), train(build(accumulate=4, **still), max_epochs=1)
+    for name, weights in whole.weights.items():
+        assert pieces.weights[name] == pytest.approx(weights, abs=1e-5)
+
+
+def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
+    classifier = build(name="resnet", body_lr=0.0)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    after = train(classifier, max_epochs=1).weights
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_norms_and_biases_do_not_decay_and_the_body_has_a_rate_of_its_own() -> None:
+    classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
+    names = {id(parameter): name for name, parameter in classifier.named_parameters()}
+    groups = module.make_optimizer(classifier).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0)
+            assert group["share"] == (1 if names[id(parameter)].startswith("classifier.") else 0.1)
+
+
+def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
+    rates = [warm_cosine(step, 100, warmup=0.1) for step in range(101)]
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-9)
+    assert all(math.isfinite(rate) and 0 <= rate <= 1 for rate in rates)
+
+
+def test_a_training_that_gets_no_better_stops_after_patience_epochs() -> None:
+    trained = train(build(lr=1e-9), max_epochs=50, patience=2)
+    assert trained.stopped == "patience"
+    assert len(trained.history) == trained.best["epoch"] + 2 < 50
+
+
+def test_no_epoch_begins_that_would_pass_the_budget_of_minutes() -> None:
+    trained = train(build(), max_epochs=500, max_minutes=1e-6)
+    assert trained.stopped == "max_minutes"
+    assert len(trained.history) == 1
+
+
+# A training that comes to nothing
+
+
+def test_a_loss_that_is_no_number_ends_the_training_with_its_step_and_rate_and_what_to_try() -> None:
+    trained = train(build(lr=1e30), max_epochs=3)
+    assert trained.stopped == "failure"
+    failure = trained.failure
+    assert failure is not None
+    assert failure.epoch == 1
+    assert 1 <= failure.step <= 3  # 96 images in batches of 32
+    said = failure.words("lenet")
+    assert f"lenet failed in epoch 1, step {failure.step}, at a learning rate of " in said
+    assert "Lower model.lenet.recipe.lr" in said
+
+
+def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode_later(self: module.ClassifierModule, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 if number < 7 else 1e30
+
+    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode_later)
+    trained = train(build(), max_epochs=5)
+    assert [row["epoch"] for row in trained.history] == [1, 2]
+    assert trained.failure is not None
+    assert (trained.failure.epoch, trained.failure.step) == (3, 9)  # the step after the one with that rate
+
+
+def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = with_room_for_ten(build(), monkeypatch)
+    with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
+        train(classifier)
+
+
+def test_no_piece_of_a_batch_is_much_smaller_than_the_others() -> None:
+    classifier = build(batch_size=7, accumulate=3)
+    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    begun = module.ClassifierModule(
+        classifier, ImageData(bars(14, 1), bars(8, 2), classifier.recipe, 0), once, CPU, None
+    )
+    rows = torch.arange(7)
+    assert [labels.tolist() for _, labels in begun.pieces(rows, rows)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build(batch_size=2, accumulate=2)
+    monkeypatch.setattr(classifier, "heads", lambda x: [(1.0, torch.nn.BatchNorm1d(1)(x[:, :, 0, 0]))])
+    with pytest.raises(ConvoyError, match=r"on one image at a time: raise model\.lenet\.recipe\.batch_size, or lower"):
+        train(classifier)
+
+
+def test_images_are_changed_in_full_precision_whatever_the_network_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    low: list[bool] = []
+
+    def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
+        low.append(torch.is_autocast_enabled("cpu"))
+        return pixels
+
+    monkeypatch.setattr(module, "augment", watched)
+    train(build(), choice=dataclasses.replace(CPU, precision="bfloat16"), max_epochs=1)
+    assert low
+    assert not any(low)
+
+
+def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build()
+    heads, held = classifier.heads, []
+
+    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
+        assert all(kept() is None for kept in held)
+        if len(x) > 10:
+            filling = torch.zeros(9)
+            held.append(weakref.ref(filling))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return heads(x)
+
+    monkeypatch.setattr(classifier, "heads", limited)
+    with pytest.raises(ConvoyError, match="but 8 do"):
+        train(classifier)
+    assert len(held) == 2  # of the training, and of 16 images that were tried
+
+
+def test_of_two_processes_and_pieces_each_it_is_told_what_fits_into_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = build(batch_size=50, accumulate=2)
+    monkeypatch.setattr(module, "fits_in_memory", lambda *_: _[-1] <= 6)
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    said = module.too_large(classifier, data, dataclasses.replace(CPU, devices=2))
+    assert "a batch of 13 images does not fit" in said
+    assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
+
+
+# Never lost
+
+
+class Interrupted(Checkpoint):
+    """Saves after every step, and ends the process, as it were, after so many."""
+
+    def __init__(self, file: Path, after: int) -> None:
+        super().__init__(file)
+        self.left = after
+
+    def save(self, state: dict[str, Any]) -> None:
+        super().save(state)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+EVERYTHING = {
+    "batch_size": 32,
+    "augment": {"mixup": 0.2, "cutmix": 0.2, "erase": 0.2},
+    "ema": 0.9,
+    "balance": "sampler",
+    "schedule": "one_cycle",
+    "accumulate": 2,
+    "clip_norm": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("lenet", {}), ("alexnet", {}), ("lenet", EVERYTHING), ("resnet", EVERYTHING | {"optimizer": "adamw"})],
+    ids=["lenet", "alexnet, which drops out", "lenet with everything", "resnet with everything, adamw"],
+)
+def test_a_training_interrupted_after_any_step_goes_on_to_the_same_bits(
+    name: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    interrupt_and_compare(tmp_path / "last.pt", CPU, name, **recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_goes_on_to_the_same_bits_too(tmp_path: Path) -> None:
+    interrupt_and_compare(tmp_path / "last.pt", dataclasses.replace(CPU, compile=True), "alexnet")
+
+
+def interrupt_and_compare(file: Path, choice: ResolvedTrainer, name: str, **recipe: Any) -> None:
+    undisturbed = train(build(name=name, **recipe), choice=choice)
+    for after in (1, 1, 2, 3, 1):  # of 3 epochs of 3 steps; at an epoch's end two saves follow each other
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(build(name=name, **recipe), 0, Interrupted(file, after), choice, checkpoint_minutes=1e-9)
+    resumed = train(build(name=name, **recipe), 0, Checkpoint(file), choice)
+    assert same(resumed.weights, undisturbed.weights)
+    assert resumed.history == undisturbed.history
+    assert resumed.best == undisturbed.best
+
+
+def test_a_training_that_had_ended_ends_again_without_a_step(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    first = train(build(), checkpoint=checkpoint)
+    again = train(build(1), checkpoint=checkpoint)
+    assert same(first.weights, again.weights)
+    assert first.history == again.history
+
+
+def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
+    """A change of a state: the value at this path, or what a function makes of it."""
+
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        inner = state
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value(inner.get(path[-1])) if callable(value) else value
+        return state
+
+    return change
+
+
+def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+
+
+NO_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda state: list(state.values()),
+    "a tensor": lambda state: torch.zeros(3),
+    "nothing": lambda state: {},
+    "weights alone": lambda state: state["classifier"],
+    "keys that are numbers": lambda state: {1: state},
+    "another key": put("more", value=1),
+    "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
+    "epoch -1": put("epoch", value=-1),
+    "epoch 2": put("epoch", value=2),
+    "epoch 10**9": put("epoch", value=10**9),
+    "epoch 1.0": put("epoch", value=1.0),
+    "epoch True": put("epoch", value=True),
+    "epoch as text": put("epoch", value="1"),
+    "epoch as a tensor": put("epoch", value=torch.tensor(1)),
+    "the epoch before": put("epoch", value=0),
+    "step -1": put("step", value=-1),
+    "step of another epoch": put("step", value=4),
+    "step 10**9": put("step", value=10**9),
+    "the step before": put("step", value=1),
+    "NaN minutes": put("minutes", value=math.nan),
+    "negative minutes": put("minutes", value=-1.0),
+    "weights of another network": put("classifier", value={"layer": torch.zeros(2)}),
+    "weights of another shape": put("weights", "c1.weight", value=torch.zeros(2)),
+    "weights of another type": put("classifier", "c1.weight", value=Tensor.double),
+    "a missing weight": put("weights", value=lambda weights: dict(list(weights.items())[1:])),
+    "NaN weights": put("classifier", value=spoil),
+    "NaN weights of the best epoch": put("weights", value=spoil),
+    "no weights of the best epoch": put("weights", value={}),
+    "an average that is not asked for": put("average", value=lambda _: {}),
+    "no optimizer": put("optimizer", value={}),
+    "an optimizer of other parameters": put(
+        "optimizer", value=lambda kept: {number + 1: kept[number] for number in kept}
+    ),
+    "a momentum of another shape": put("optimizer", 0, "momentum_buffer", value=torch.zeros(1)),
+    "NaN momentum": put("optimizer", 0, value=spoil),
+    "another optimizer": put("optimizer", 0, value={"exp_avg": torch.zeros(1)}),
+    "sums of another shape": put("sums", value=torch.zeros(2)),
+    "NaN sums": put("sums", value=torch.tensor([math.nan, 1.0, 64.0])),
+    "negative sums": put("sums", value=torch.tensor([1.0, -1.0, 64.0])),
+    "more correct than there are": put("sums", value=torch.tensor([1.0, 65.0, 64.0])),
+    "sums of more images": put("sums", value=torch.tensor([1.0, 1.0, 96.0])),
+    "sums as a list": put("sums", value=[1.0, 1.0, 64.0]),
+    "bad step -2": put("bad_step", value=torch.tensor(-2)),
+    "bad step 10**9": put("bad_step", value=torch.tensor(10**9)),
+    "a longer history": put("history", value=lambda rows: rows * 2),
+    "no history": put("history", value=[]),
+    "history without a column": put("history", value=[{"epoch": 1}]),
+    "history with NaN": put("history", value=lambda rows: [rows[0] | {"val_loss": math.nan}]),
+    "history with text": put("history", value=lambda rows: [rows[0] | {"lr": "high"}]),
+    "another best epoch": put("best", value=lambda row: row | {"val_accuracy": 1.0, "val_loss": 0.0}),
+    "no best epoch": put("best", value={}),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a training of 3 epochs of 3 steps, after 5 steps."""
+    file = tmp_path_factory.mktemp("begun") / "last.pt"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(build(), checkpoint=Interrupted(file, after=6), checkpoint_minutes=1e-9)
+    return file
+
+
+@pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES.keys())
+def test_a_checkpoint_that_is_no_state_is_named_and_not_used(
+    change: Callable[[dict[str, Any]], Any], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    state = torch.load(interrupted, weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    torch.save(change(state), checkpoint.file)
+    trained = train(build(), checkpoint=checkpoint, max_epochs=3)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{checkpoint.file} can't be used, so the training starts from the beginning: ")
+    assert len(first) < len(str(checkpoint.file)) + 400
+    assert not any("going on" in line for line in others)
+    assert [row["epoch"] for row in trained.history] == [1, 2, 3]
+    # and it is replaced by a good one
+    assert train(build(1), checkpoint=checkpoint).history == trained.history
+
+
+@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema": 0.5, "accumulate": 2}], ids=str)
+def test_every_network_goes_on_from_its_checkpoint(
+    name: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe | {"batch_size": 32}
+    for after in (1, 3):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(build(name=name, **recipe), 0, Interrupted(tmp_path / "last.pt", after), checkpoint_minutes=1e-9)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(build(name=name, **recipe), 0, Interrupted(tmp_path / "last.pt", 1), checkpoint_minutes=1e-9)
+    said = capsys.readouterr().out
+    assert "going on after 0 epochs and 1 steps" in said
+    assert "going on after 1 epochs and 0 steps" in said
+    assert "can't be used" not in said
+
+
+@pytest.mark.parametrize("where", ["_step", "on_train_batch_end", "on_validation_epoch_start", "on_train_epoch_end"])
+def test_sigterm_saves_what_is_done_and_exits_with_143(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed = train(build())
+    checkpoint = Checkpoint(tmp_path / "last.pt")
+    original = getattr(module.ClassifierModule, where)
+    calls = []
+
+    def terminated(self: module.ClassifierModule, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(module.ClassifierModule, where, terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as raised:
+        train(build(), checkpoint=checkpoint)
+    assert raised.value.code == 143
+    assert capfd.readouterr().err.count("SIGTERM: the training saves its state and ends") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    state = checkpoint.load()
+    assert state is not None
+    assert (state["epoch"], state["step"]) == {
+        "_step": (0, 2), "on_train_batch_end": (1, 3), "on_validation_epoch_start": (1, 3), "on_train_epoch_end": (2, 0)
+    }[where]  # fmt: skip
+    monkeypatch.undo()
+    assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
+
+
+def test_sigterm_ends_a_step_that_does_not_end_and_swallows_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless:
+        def __del__(self) -> None:
+            time.sleep(60)  # Python drops what is raised here
+
+    def hang(self: module.ClassifierModule, step: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        Endless()
+        time.sleep(60)
+
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    monkeypatch.setattr(module, "GRACE", 1.5)
+    monkeypatch.setattr(module.ClassifierModule, "_step", hang)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as raised:
+        train(build())
+    assert raised.value.code == 143
+    assert [type(each.exc_value) for each in dropped] == [SystemExit]
+    assert time.monotonic() - begun < 30
+    dropped.clear()
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way of the folder")
+    trained = train(build(), checkpoint=Checkpoint(tmp_path / "file" / "last.pt"))
+    assert len(trained.history) == 3
+    assert "no checkpoint could be written" in capsys.readouterr().out
+
+
+# What a person sees
+
+
+def test_a_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    train(build(), max_epochs=3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for number, line in enumerate(lines, start=1):
+        assert line.startswith(f"lenet  epoch {number}/3  loss ")
+        for word in ("val_loss", "val_accuracy", "images/s", "left"):
+            assert word in line
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream in ("stderr", "stdout"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
+    train(build(), max_epochs=3)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    last = shown.err.rstrip().rpartition("\r")[2]
+    assert last.startswith("lenet 3/3: 100%")
+    assert "loss=" in last
+    assert "val_accuracy=" in last
+    assert " images/s" in last
+    assert shown.err.count("\r") < 20
+
+
+def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sure: list[bool] = []
+
+    def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
+        sure.append(torch.are_deterministic_algorithms_enabled())
+        return pixels
+
+    monkeypatch.setattr(module, "augment", watched)
+    torch.use_deterministic_algorithms(False)
+    train(build(), max_epochs=1)
+    assert sure
+    assert all(sure)
+
+
+def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() -> None:
+    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    drawn = set()
+    for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        classifier = build()
+        data = ImageData(bars(14, 1), bars(8, 2), classifier.recipe, seed)
+        begun = module.ClassifierModule(classifier, data, once, CPU, None)
+        data.rank = rank
+        begun.seed(step)
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 4
+
+
+# What the recipe says is done
+
+
+def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
+    """A training before its first step."""
+    classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    params = TrainConfig(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
+    made = module.ClassifierModule(classifier, data, params, CPU, None)
+    made.configure_optimizers()
+    return made
+
+
+@pytest.mark.parametrize(("name", "smoothing"), [("lenet", 0.0), ("lenet", 0.2), ("googlenet", 0.0)])
+def test_the_loss_is_that_of_all_heads_by_their_weights_smoothed_as_asked(name: str, smoothing: float) -> None:
+    made = begun(name, label_smoothing=smoothing)
+    pixels, labels = made.data.batch(0)
+    made.seed(0)
+    found = made.loss(pixels, labels)
+    made.seed(0)
+    heads = made.classifier.heads(made.classifier.normalise(pixels))
+    expected = sum(
+        weight * torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        for weight, logits in heads
+    )
+    assert found.item() == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert name == "lenet" or {weight for weight, _ in heads} != {1.0}
+
+
+def test_no_gradient_is_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.SGD.step
+
+    def noted(self: torch.optim.SGD, *given: Any) -> Any:
+        gradients = [parameter.grad.flatten() for group in self.param_groups for parameter in group["params"]]
+        norms.append(float(torch.cat(gradients).norm()))
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    train(build(clip_norm=1e-3), max_epochs=1)
+    assert norms == [pytest.approx(1e-3, rel=1e-2)] * 3
+
+
+def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
+    made = begun(schedule="one_cycle", momentum=0.9, warmup=0.5)
+    momenta = []
+    for number in range(made.total):
+        made._set_rate(number)
+        momenta.append(made.optimizer.param_groups[0]["momentum"])
+    assert min(momenta) == pytest.approx(0.8, abs=0.01)
+    assert max(momenta) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_running_mean_begins_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    decays: list[float] = []
+    monkeypatch.setattr(module, "update_ema", lambda average, classifier, decay: decays.append(decay))
+    train(build(ema=0.3), max_epochs=2)
+    assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
+
+
+def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(self: module.ClassifierModule, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 if number < 3 else 1e30
+
+    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode)
+    failure = train(build(), max_epochs=3).failure
+    assert failure is not None
+    assert (failure.epoch, failure.step) == (2, 5)
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.batch_metrics
+
+    def spoiled(logits: Tensor, labels: Tensor, *loss: Any) -> Tensor:
+        found = real(logits, labels, *loss)
+        return found if loss else found * torch.tensor([math.nan, 1, 1])
+
+    monkeypatch.setattr(module, "batch_metrics", spoiled)
+    trained = train(build())
+    assert trained.failure is not None
+    assert trained.failure.reason == "the validation loss is no number"
+
+
+def test_the_budget_of_minutes_counts_those_before_a_restart_and_those_of_the_next_epoch() -> None:
+    made = begun()
+    made._restore(made.state() | {"minutes": 7.0, "epoch": 4})
+    assert made._minutes() >= 7
+    assert [made.reason_to_stop(spent) for spent in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done
+
+
+def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.ClassifierModule.loss
+    monkeypatch.setattr(module.ClassifierModule, "loss", lambda self, *given: 1e4 * real(self, *given))
+    trained = train(build(lr=1e-9))
+    assert trained.failure is not None
+    assert trained.failure.step == 1
+
+
+def test_the_running_mean_has_the_running_means_of_batch_norm_as_they_are() -> None:
+    average, classifier = build(0, "resnet"), build(1, "resnet")
+    classifier.heads(torch.rand(8, 1, 32, 32))
+    module.update_ema(average, classifier, 0.9)
+    assert all(map(torch.equal, average.buffers(), classifier.buffers()))
+    assert not any(
+        torch.equal(*pair)
+        for pair in zip(average.parameters(), classifier.parameters(), strict=True)
+        if pair[0].ndim > 1
+    )

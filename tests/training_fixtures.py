@@ -1,0 +1,71 @@
+"""Short trainings for tests: images of bars, a small network, and the trainer's settings for one thread."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from convoy import models
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
+from convoy.recipe import TrainConfig
+from convoy.training.checkpoint import Checkpoint
+from convoy.training.datamodule import ImageData
+from convoy.training.hardware import ResolvedTrainer
+from convoy.training.module import TrainResult, fit
+from small_project import REAL
+
+BARS = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
+
+CPU = ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
+
+
+def bars(count: int, seed: int) -> Images:
+    """Pictures of 32x32 pixels in two classes: a bright row or a bright column."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 100, (count, 32, 32, 1), dtype=np.uint8)
+    labels = random.integers(0, 2, count)
+    for image, label, at in zip(pixels, labels, random.integers(4, 28, count), strict=True):
+        (image if label else image.transpose(1, 0, 2))[at - 2 : at + 2] = 250
+    return Images(pixels, labels)
+
+
+def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> Classifier:
+    settings = yaml.safe_load((REAL / f"conf/model/{name}.yaml").read_text())[name]
+    settings["recipe"] |= recipe
+    settings["recipe"]["augment"] |= augment or {}
+    torch.manual_seed(seed)
+    return models.build(name, settings, BARS)
+
+
+def train(
+    classifier: Classifier,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    choice: ResolvedTrainer = CPU,
+    **params: Any,
+) -> TrainResult:
+    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, seed)
+    settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
+    return fit(classifier, data, TrainConfig(**settings), choice, checkpoint)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def with_room_for_ten(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+    """As on a GPU whose memory holds ten images."""
+    heads = classifier.heads
+
+    def limited(x: Tensor) -> list[tuple[float, Tensor]]:
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return heads(x)
+
+    monkeypatch.setattr(classifier, "heads", limited)
+    return classifier

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from simplejpeg import decode_jpeg
 
 from convoy import models
+from convoy.core.artifact_names import RECORD, WEIGHTS
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
 from convoy.models.base import Classifier, predict
@@ -64,7 +65,7 @@ def main() -> None:
             accuracy = leave(donor, left, seed)
             few = draw(new, FEW, seed)
             for way, recipe in WAYS.items():
-                init = "scratch" if way == "scratch" else str(donor / init_weights.WEIGHTS)
+                init = "scratch" if way == "scratch" else str(donor / WEIGHTS)
                 rows.append({"way": way, "seed": seed, "donor": accuracy, **learn(few, test, init, recipe, seed)})
     show(pd.DataFrame(rows))
     print(f"\n{time.perf_counter() - start:.0f} s")
@@ -122,9 +123,9 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     values = settings("scratch", {})
     classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
-    save_file(weights, folder / init_weights.WEIGHTS)
+    save_file(weights, folder / WEIGHTS)
     record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.task)}
-    (folder / init_weights.RECORD).write_text(json.dumps(record))
+    (folder / RECORD).write_text(json.dumps(record))
     return accuracy(classifier, held_out(images, 10)[1])
 
 

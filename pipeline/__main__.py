@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from convoy.core import config
+from convoy.core.artifact_names import LEADERBOARD
 from convoy.core.config import Seed, typed
 from convoy.core.disk import explain_full_disk
 from convoy.core.errors import ConvoyError
@@ -23,8 +24,6 @@ from convoy.data import data_lock
 from convoy.data.sources.base import DatasetConfig
 from pipeline import data_folder, dvc_state, output_folders, settings, signals
 from pipeline.errors import exit_on_error
-
-LEADERBOARD = "artifacts/register/leaderboard.csv"
 
 
 def main() -> None:
@@ -210,7 +209,7 @@ def is_alive(group: int) -> bool:
 
 def leaderboard_time(root: Path) -> int | None:
     """Return the modification time of the leaderboard in nanoseconds, or None if there is no leaderboard."""
-    file = root / LEADERBOARD
+    file = root / "artifacts/register" / LEADERBOARD
     return file.stat().st_mtime_ns if file.exists() else None
 
 
@@ -221,7 +220,7 @@ def show_leaderboard(root: Path) -> None:
     from convoy.reporting import report
 
     try:
-        table = pd.read_csv(root / LEADERBOARD, dtype={"epoch": "Int64"})
+        table = pd.read_csv(root / "artifacts/register" / LEADERBOARD, dtype={"epoch": "Int64"})
     except FileNotFoundError:
         raise ConvoyError("there are no results yet: `make repro` makes them") from None
     report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")

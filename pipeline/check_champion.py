@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from convoy.core import config
+from convoy.core.artifact_names import CROSS_SPLIT_DUPLICATES, DATASET_INFO, IMAGE_TABLE, RECORD, TRAINING_HASHES
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.inference import predictor
@@ -80,7 +81,7 @@ def describe(store: TrackingStore, name: str) -> Origin | None:
     found = model_loader.find(store, f"models:/{name}/{version}")
     with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
         model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
-        record = json.loads(Path(scratch, "artifacts", predictor.RECORD).read_text())
+        record = json.loads(Path(scratch, "artifacts", RECORD).read_text())
     named = f"the champion {record['architecture']} (version {version})"
     return Origin(named, record["task"]["classes"], model_loader.seen_ever(store, found))
 
@@ -95,13 +96,13 @@ def check(folder: Path, old: Origin) -> None:
     Raises:
         ConvoyError: If the models could not be compared.
     """
-    images = pd.read_parquet(folder / "images.parquet", columns=["path", "sha256", "label", "split"])
+    images = pd.read_parquet(folder / IMAGE_TABLE, columns=["path", "sha256", "label", "split"])
     images = images[images["split"] == "test"]
-    seen = (folder / "seen.txt").read_text().split()
-    new = Origin("a model of these images", DatasetInfo.load(folder / "task.json").classes, seen)
+    seen = (folder / TRAINING_HASHES).read_text().split()
+    new = Origin("a model of these images", DatasetInfo.load(folder / DATASET_INFO).classes, seen)
     paths = dict(zip(images["sha256"], images["path"], strict=True))
     digests, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
-    gate.check_comparable(digests, actual, [new, old], pd.read_parquet(folder / "alike.parquet"), paths)
+    gate.check_comparable(digests, actual, [new, old], pd.read_parquet(folder / CROSS_SPLIT_DUPLICATES), paths)
 
 
 if __name__ == "__main__":

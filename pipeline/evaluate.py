@@ -7,6 +7,16 @@ import pandas as pd
 import torch
 
 from convoy import models
+from convoy.core.artifact_names import (
+    CALIBRATION,
+    IMAGE_TABLE,
+    INTERVALS,
+    METRICS,
+    PER_CLASS,
+    PREDICTIONS,
+    RECORD,
+    WEIGHTS,
+)
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -21,17 +31,17 @@ def evaluate(stage: Stage) -> None:
     """Evaluate one trained architecture on the test images."""
     params = stage.typed(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
-    record = json.loads((trained / "record.json").read_text())
+    record = json.loads((trained / RECORD).read_text())
     task = DatasetInfo(**record["task"])
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
-    images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
+    images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     # There is no model to evaluate after a failed training, so the tables stay empty.
     if record["failure"]:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
         uncalibrated = probabilities = np.empty((0, len(task.classes)))
         calibration = {}
     else:
-        classifier = models.restore(record["architecture"], record["settings"], task, trained / "weights.safetensors")
+        classifier = models.restore(record["architecture"], record["settings"], task, trained / WEIGHTS)
         # The results are bit-identical only with the same number of threads.
         torch.set_num_threads(record["trainer"]["threads"])
         classifier.to(hardware.device(record["trainer"]["accelerator"]))
@@ -51,15 +61,15 @@ def evaluate(stage: Stage) -> None:
 
     groups = images["group"].to_numpy()
     table = prediction_table(task.classes, images, probabilities)
-    table.to_parquet(stage.scratch / "predictions.parquet", index=False)
+    table.to_parquet(stage.scratch / PREDICTIONS, index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
-    per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / "per_class.csv", index=False)
+    per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
     slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
-    intervals.to_csv(stage.scratch / "intervals.csv", index=False)
+    intervals.to_csv(stage.scratch / INTERVALS, index=False)
     figures = dict(zip(intervals["metric"], intervals["value"], strict=True))
-    for name, values in (("metrics", figures), ("calibration", calibration)):
-        (stage.scratch / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+    for name, values in ((METRICS, figures), (CALIBRATION, calibration)):
+        (stage.scratch / name).write_text(json.dumps(values, indent=2) + "\n")
     said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_uncalibrated"))
     print(f"{stage.item}: {said or 'its training failed'}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from convoy import models
+from convoy.core.artifact_names import DATASET_INFO
 from convoy.core.config import Seed
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -23,7 +24,7 @@ def lr(stage: Stage) -> None:
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
     classifier = models.build(
-        stage.item, stage.section(f"model.{stage.item}"), DatasetInfo.load(prepared / "task.json")
+        stage.item, stage.section(f"model.{stage.item}"), DatasetInfo.load(prepared / DATASET_INFO)
     )
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     table = sweep_learning_rates(classifier, data, choose(stage.typed(TrainerConfig, "trainer"), classifier))

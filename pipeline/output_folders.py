@@ -5,10 +5,10 @@ import shlex
 import shutil
 from pathlib import Path
 
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from pipeline.dvc_files import uncached
-from pipeline.stage import MARK
 
 SINGLE = ("fetch", "preprocess", "register")
 PER_MODEL = ("train", "evaluate")
@@ -55,12 +55,12 @@ def _marked(root: Path) -> list[Path]:
 
     A folder without a manifest belongs to the user.
     """
-    return [mark.parent for stage in PER_MODEL for mark in sorted((root / "artifacts" / stage).glob(f"*/{MARK}"))]
+    return [mark.parent for stage in PER_MODEL for mark in sorted((root / "artifacts" / stage).glob(f"*/{MANIFEST}"))]
 
 
 def _written(folder: Path) -> set[str]:
     """Return the names of the files that a stage wrote, or just the manifest if it is missing or damaged."""
     try:
-        return {MARK, *json.loads((folder / MARK).read_text())}
+        return {MANIFEST, *json.loads((folder / MANIFEST).read_text())}
     except (OSError, ValueError, TypeError):
-        return {MARK}
+        return {MANIFEST}

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from convoy.core.artifact_names import CROSS_SPLIT_DUPLICATES, DATA_PROFILE, IMAGE_TABLE, TRAINING_HASHES
 from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card.card import write_preprocess_card
 from convoy.data.card.summary import PreprocessSummary
 from convoy.data.image_io import center_crop_resize
-from convoy.data.packed.packed_dataset import TABLE, ImageTable, PackedDataset
+from convoy.data.packed.packed_dataset import ImageTable, PackedDataset
 from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
 from pipeline.stage import Stage, main, print_limited
 
@@ -33,11 +34,11 @@ def preprocess(stage: Stage) -> None:
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "excluded.csv", index=False)
-    prepared.alike.to_parquet(stage.scratch / "alike.parquet", index=False)
+    prepared.alike.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
 
-    rows = ImageTable(stage.scratch / TABLE)
+    rows = ImageTable(stage.scratch / IMAGE_TABLE)
     seen = digests_of(rows, ["train", "val"])
-    write_digests(seen, stage.scratch / "seen.txt")
+    write_digests(seen, stage.scratch / TRAINING_HASHES)
     moved = len(np.intersect1d(seen, tested_in(earlier.output)))
     check_champion(stage)
 
@@ -62,7 +63,7 @@ def preprocess(stage: Stage) -> None:
         "withheld": len(prepared.withheld),
     }
     described = {"name": packed.name, "source": packed.origin, "profile": profile}
-    (stage.scratch / "data.json").write_text(json.dumps(described, indent=2) + "\n")
+    (stage.scratch / DATA_PROFILE).write_text(json.dumps(described, indent=2) + "\n")
     # This note is printed but not written into the card, because an output must not depend on the previous one.
     if moved:
         print(

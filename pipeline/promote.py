@@ -13,6 +13,15 @@ import pandas as pd
 
 import convoy
 from convoy import models
+from convoy.core.artifact_names import (
+    CROSS_SPLIT_DUPLICATES,
+    DATASET_INFO,
+    IMAGE_TABLE,
+    MANIFEST,
+    PREDICTIONS,
+    TRAINING_HASHES,
+    WEIGHTS,
+)
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.packed.arrays import Images
@@ -30,7 +39,7 @@ from convoy.tracking import provenance
 from convoy.tracking.store import open_store
 from convoy.training import hardware
 from pipeline import sync, verify
-from pipeline.stage import MARK, Stage
+from pipeline.stage import Stage
 
 # In artifacts/ this file holds the last verdict, and in a run the verdict on the model of that run.
 FILE = "verdict.md"
@@ -84,7 +93,7 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
     if said is None or written is None:
         # An old verdict must not be mistaken for the one of this run if the gate fails.
         (stage.home / "artifacts" / FILE).unlink(missing_ok=True)
-        predictions = pd.read_parquet(candidate.result.evaluated / "predictions.parquet")
+        predictions = pd.read_parquet(candidate.result.evaluated / PREDICTIONS)
         verdict = run_gate(stage, params, candidate, predictions, compared)
         said = verdict.summary()
         written = report.describe_verdict(verdict, candidate.architecture, version, compared)
@@ -124,12 +133,12 @@ def run_gate(
         compared: The version of the champion, or None if there never was a champion.
     """
     prepared = stage.input("preprocess")
-    task = DatasetInfo.load(prepared / "task.json")
-    images = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")
+    task = DatasetInfo.load(prepared / DATASET_INFO)
+    images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     paths = dict(zip(images["sha256"], images["path"], strict=True))
-    alike = pd.read_parquet(prepared / "alike.parquet")
+    alike = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
     packed, pixels = PackedDataset.load(stage.input("fetch")), Images.load(prepared, "test").pixels
-    record, seen = candidate.result.record(), (prepared / "seen.txt").read_text().split()
+    record, seen = candidate.result.record(), (prepared / TRAINING_HASHES).read_text().split()
     device = hardware.device(record["trainer"]["accelerator"])
     before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
 
@@ -152,7 +161,7 @@ def run_gate(
     if compared is None:
         return gate.decide(challenger, None, params.gate, looks=looks, alike=alike, paths=paths, first=True)
     old, predictor = contender(compared)
-    settings, weights = record["settings"], candidate.result.trained / "weights.safetensors"
+    settings, weights = record["settings"], candidate.result.trained / WEIGHTS
     classifier = models.restore(record["architecture"], settings, task, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=latency.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
@@ -164,5 +173,5 @@ def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: 
     """Return the fingerprint of everything that a verdict depends on, under which the verdict is cached."""
     files = [Path(__file__), *sorted(Path(convoy.__file__).parent.rglob("*.py"))]
     code = [sha256(file) for file in files]
-    parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MARK), code]
+    parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MANIFEST), code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,6 +9,16 @@ import pandas as pd
 
 import convoy
 from convoy import models
+from convoy.core.artifact_names import (
+    CALIBRATION,
+    HISTORY,
+    LEADERBOARD,
+    METRICS,
+    PER_CLASS,
+    RECORD,
+    TRAINING_HASHES,
+    WEIGHTS,
+)
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
@@ -32,16 +42,16 @@ def register(stage: Stage) -> None:
     names = list(stage.section("model"))
     results = {name: sync.find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
-    figures = {name: json.loads((result.evaluated / "metrics.json").read_text()) for name, result in results.items()}
+    figures = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
     ranked = [*config.rank(best), *(name for name in names if name not in best)]
 
     table = report.leaderboard({name: records[name] for name in ranked}, figures)
-    table.to_csv(stage.scratch / "leaderboard.csv", index=False)
+    table.to_csv(stage.scratch / LEADERBOARD, index=False)
     trained = {name: result.trained for name, result in results.items()}
     evaluated = {name: result.evaluated for name, result in results.items()}
-    _together(trained, "history.csv").to_csv(stage.scratch / "curves.csv", index=False)
-    _together(evaluated, "per_class.csv").to_csv(stage.scratch / "per_class.csv", index=False)
+    _together(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
+    _together(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
     for name in ranked[len(best) :]:
         print(f"{name} failed: {records[name]['failure']['reason']}")
     # The comparison runs after the leaderboard is published, so that the leaderboard exists after a refusal, too.
@@ -87,10 +97,10 @@ def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: s
     if found := versions.find_version(store, name, identity):
         return int(found.version)
     files = {
-        "record": result.trained / "record.json",
-        "weights": result.trained / "weights.safetensors",
-        "calibration": result.evaluated / "calibration.json",
-        "seen": prepared / "seen.txt",
+        "record": result.trained / RECORD,
+        "weights": result.trained / WEIGHTS,
+        "calibration": result.evaluated / CALIBRATION,
+        "seen": prepared / TRAINING_HASHES,
     }
     with model_loader.temporary(str(result.trained), store.scratch) as scratch:
         made = versions.register(
@@ -146,7 +156,7 @@ def _time(store: TrackingStore, run_ids: Mapping[str, sync.TrainedResult]) -> No
     for run, result in run_ids.items():
         if runs.lacks(store, run, "latency/image_ms_median"):
             record = result.record()
-            name, weights = record["architecture"], result.trained / "weights.safetensors"
+            name, weights = record["architecture"], result.trained / WEIGHTS
             classifier = models.restore(name, record["settings"], DatasetInfo(**record["task"]), weights)
             device = hardware.device(record["trainer"]["accelerator"])
             runs.add_timings(store, run, latency.measure_latency(classifier.to(device)), latency.hardware(device))

@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from convoy.core import config
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from pipeline import signals
@@ -27,8 +28,6 @@ Schema = TypeVar("Schema")
 # in an interactive Slurm shell it is 0 for every process that Lightning starts.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 SAID = 20  # maximum number of printed messages of one kind
-# Manifest in every output folder: maps each file name to its sha256 checksum. It is written last.
-MARK = "complete.json"
 
 
 class Stage:
@@ -98,7 +97,7 @@ class Stage:
             stage = name.replace("/", "@")
             damaged = damaged_objects(self.root, stage)
             because = ", and DVC's cache holds it damaged" if damaged else ""
-            removed = [folder, *damaged] if damaged or (folder / MARK).exists() else []
+            removed = [folder, *damaged] if damaged or (folder / MANIFEST).exists() else []
             removal = shlex.join(["rm", "-rf", *(_shown(each, self.root) for each in removed)]) + " && "
             raise ConvoyError(f"{fault}{because}: run `{removal if removed else ''}dvc repro {stage}`")
         self.checked.add(name)
@@ -108,14 +107,14 @@ class Stage:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""
         shown = _shown(folder, self.root)
         try:
-            hashes = json.loads((folder / MARK).read_text())
+            hashes = json.loads((folder / MANIFEST).read_text())
             for file, digest in hashes.items():
                 if not (folder / file).is_file() or sha256(folder / file) != digest:
                     return f"{shown}/{file} is not what its stage wrote"
         except FileNotFoundError:
             return f"{shown}/ is missing or incomplete"
         except (ValueError, AttributeError, TypeError):
-            return f"{shown}/{MARK} is not what its stage wrote"
+            return f"{shown}/{MANIFEST} is not what its stage wrote"
         return ""
 
     def identity(self, *more: object) -> str:
@@ -163,8 +162,8 @@ class Stage:
     def _publish(self) -> None:
         files = sorted(file for file in self.scratch.rglob("*") if file.is_file())
         hashes = {str(file.relative_to(self.scratch)): sha256(file) for file in files}
-        (self.scratch / MARK).write_text(json.dumps(hashes, indent=2) + "\n")
-        for file in (*files, self.scratch / MARK):
+        (self.scratch / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+        for file in (*files, self.scratch / MANIFEST):
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         _remove(self.before)
@@ -179,7 +178,7 @@ def _hashed_files(dep: Path) -> list[Path]:
     """Return the files whose checksums identify a dependency: the file, its manifest or the modules of a package."""
     if dep.is_file():
         return [dep]
-    return [dep / MARK] if (dep / MARK).is_file() else sorted(dep.rglob("*.py"))
+    return [dep / MANIFEST] if (dep / MANIFEST).is_file() else sorted(dep.rglob("*.py"))
 
 
 def project_root(root: Path) -> Path:

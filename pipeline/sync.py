@@ -18,12 +18,13 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
+from convoy.core.artifact_names import HISTORY, INTERVALS, MANIFEST, METRICS, PER_CLASS, PREDICTIONS, RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.reporting import report
 from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from pipeline.errors import exit_on_error
-from pipeline.stage import MARK, Stage
+from pipeline.stage import Stage
 
 PATIENCE = 40  # s, to wait for a process that still reports a training
 
@@ -37,10 +38,11 @@ class TrainedResult:
 
     def mark(self) -> str:
         """Return the sha256 of both manifests, which covers every file of the result."""
-        return hashlib.sha256((self.trained / MARK).read_bytes() + (self.evaluated / MARK).read_bytes()).hexdigest()
+        manifests = [(folder / MANIFEST).read_bytes() for folder in (self.trained, self.evaluated)]
+        return hashlib.sha256(b"".join(manifests)).hexdigest()
 
     def record(self) -> dict[str, Any]:
-        return json.loads((self.trained / "record.json").read_text())
+        return json.loads((self.trained / RECORD).read_text())
 
 
 def main() -> None:
@@ -131,7 +133,7 @@ def sync_runs(
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
                 run = describe(record, result, tags, provenance.provenance_tags(root), Path(folder))
-                run_ids[name] = runs.sync_run(store, run, mark, int((result.trained / MARK).stat().st_mtime * 1000))
+                run_ids[name] = runs.sync_run(store, run, mark, int((result.trained / MANIFEST).stat().st_mtime * 1000))
             print(f"{name}: its run is now whole in MLflow")
         except Timeout:
             print(f"{name} is training at this moment: its run comes level afterwards")
@@ -145,15 +147,15 @@ def describe(
 ) -> runs.RunRecord:
     """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
-    figures = json.loads((evaluated / "metrics.json").read_text())
-    files = [trained / "record.json", trained / "history.csv"]
-    files += [evaluated / name for name in ("per_class.csv", "intervals.csv") if (evaluated / name).exists()]
+    figures = json.loads((evaluated / METRICS).read_text())
+    files = [trained / RECORD, trained / HISTORY]
+    files += [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
     if not record["failure"]:
         picture, title = scratch / "confusion.png", f"{record['architecture']} on test images"
-        predictions = pd.read_parquet(evaluated / "predictions.parquet", columns=["actual", "predicted"])
+        predictions = pd.read_parquet(evaluated / PREDICTIONS, columns=["actual", "predicted"])
         report.draw_confusion(predictions, record["task"]["classes"], title, picture)
-        files += [trained / "weights.safetensors", picture]
-    history: list[Any] = pd.read_csv(trained / "history.csv").to_dict("records")
+        files += [trained / WEIGHTS, picture]
+    history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
     return runs.run_with_results(record, figures, history, tags, origin, files)
 
 

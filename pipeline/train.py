@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from convoy import models
+from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO, HISTORY, MANIFEST, RECORD, WEIGHTS
 from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
@@ -27,7 +28,7 @@ from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
 from convoy.training.module import COLUMNS, fit
-from pipeline.stage import MARK, Stage, main
+from pipeline.stage import Stage, main
 
 
 def train(stage: Stage) -> None:
@@ -37,7 +38,7 @@ def train(stage: Stage) -> None:
     architecture = stage.item
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
-    task = DatasetInfo.load(prepared / "task.json")
+    task = DatasetInfo.load(prepared / DATASET_INFO)
 
     torch.manual_seed(seed)
     classifier = models.build(architecture, settings, task)
@@ -59,7 +60,7 @@ def train(stage: Stage) -> None:
         "train": stage.section("train"),
         "trainer": dataclasses.asdict(choice),
         "task": dataclasses.asdict(task),
-        "data": json.loads((prepared / "data.json").read_text()) | {"digest": sha256(prepared / MARK)[:12]},
+        "data": json.loads((prepared / DATA_PROFILE).read_text()) | {"digest": sha256(prepared / MANIFEST)[:12]},
         "identity": identity,
         "init": start,
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
@@ -73,16 +74,16 @@ def train(stage: Stage) -> None:
         live.end("FAILED")
         raise
 
-    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / "history.csv", index=False)
+    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / HISTORY, index=False)
     record |= {
         "best": trained.best,
         "stopped": trained.stopped,
         "failure": dataclasses.asdict(trained.failure) if trained.failure else None,
     }
-    (stage.scratch / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (stage.scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     if trained.failure is None:
         # `safetensors.torch.save_file` hides an OSError and creates a file that other users can't read.
-        (stage.scratch / "weights.safetensors").write_bytes(safetensors.torch.save(trained.weights))
+        (stage.scratch / WEIGHTS).write_bytes(safetensors.torch.save(trained.weights))
     else:
         print(trained.failure.words(architecture), file=sys.stderr, flush=True)
     stage.afterwards += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]

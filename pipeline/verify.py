@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from convoy.core import config
+from convoy.core.artifact_names import DATASET_INFO, PREDICTIONS
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PREFIX
@@ -66,11 +67,11 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ConvoyError: If a file is missing, or the folders are of different images or classes.
     """
-    for file in (evaluated / "predictions.parquet", prepared / "task.json", prepared / "test_pixels.npy"):
+    for file in (evaluated / PREDICTIONS, prepared / DATASET_INFO, prepared / "test_pixels.npy"):
         if not file.is_file():
             raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
-    recorded = pd.read_parquet(evaluated / "predictions.parquet")
-    classes = json.loads((prepared / "task.json").read_text())["classes"]
+    recorded = pd.read_parquet(evaluated / PREDICTIONS)
+    classes = json.loads((prepared / DATASET_INFO).read_text())["classes"]
     columns = [f"{PREFIX}{name}" for name in classes]
     if not set(columns) <= set(recorded):
         raise ConvoyError(f"{evaluated} is of other classes than {prepared}: run `dvc repro`")

@@ -11,6 +11,6 @@ def run_stages_there(root: Path) -> None:
     os.chdir(root)
     os.setpgid(0, 0)  # so that what it starts can be killed with it
     for stage in ("fetch", "preprocess", "train", "evaluate"):
-        if not list((root / "artifacts" / stage).rglob("complete.json")):
+        if not list((root / "artifacts" / stage).rglob("manifest.json")):
             run_stages(root, since=stage, until=stage)
     run_stages(root, since="register")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from pipeline.output_folders import refuse_strays, remove_unlisted
-from pipeline.stage import MARK
 
 HASHES = [hashlib.md5(content).hexdigest() for content in (b"1\n", b"2\n")]
 FOLDERS = ("fetch", "preprocess", "train/lenet", "evaluate/lenet", "register")
@@ -30,11 +30,11 @@ def write_output(folder: Path) -> None:
     (folder / "more").mkdir(parents=True)
     (folder / "result.csv").write_text("1\n")
     (folder / "more/result.csv").write_text("2\n")
-    (folder / MARK).write_text(json.dumps({"result.csv": "hash", "more/result.csv": "hash"}))
+    (folder / MANIFEST).write_text(json.dumps({"result.csv": "hash", "more/result.csv": "hash"}))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-@pytest.mark.parametrize("file", ["notes.txt", ".hidden", "more/notes.txt", "mine/complete.json"])
+@pytest.mark.parametrize("file", ["notes.txt", ".hidden", "more/notes.txt", "mine/manifest.json"])
 def test_a_file_of_the_user_in_an_output_stops_the_run(name: str, file: str, root: Path) -> None:
     stray = root / "artifacts" / name / file
     stray.parent.mkdir(exist_ok=True)
@@ -65,9 +65,9 @@ def test_results_that_lost_their_mark_stop_nothing(mark: str | None, root: Path)
     folder = root / "artifacts/train/lenet"
     with Repo(str(root)) as repo:
         repo.cache.local.add([str(folder / "result.csv"), str(folder / "more/result.csv")], repo.fs, HASHES)
-    (folder / MARK).unlink()
+    (folder / MANIFEST).unlink()
     if mark:
-        (folder / MARK).write_text(mark)
+        (folder / MANIFEST).write_text(mark)
     refuse_strays(root, ["lenet"])
 
 

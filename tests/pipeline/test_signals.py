@@ -317,7 +317,7 @@ def test_signals_at_random_moments_of_a_run_end_all_of_it_and_the_next_completes
         assert "Exception ignored" not in said
         assert not [process for process in psutil.process_iter() if is_in(process, root)]
     complete(root)
-    for result in ("dvc.lock", "params.yaml", "artifacts/train/lenet/complete.json"):
+    for result in ("dvc.lock", "params.yaml", "artifacts/train/lenet/manifest.json"):
         assert (root / result).read_bytes() == (undisturbed / result).read_bytes()
 
 

@@ -13,10 +13,11 @@ import pytest
 from filelock import FileLock
 
 from convoy.core import config
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.preprocessing import PreprocessConfig
-from pipeline.stage import MARK, RANKS, Stage, print_limited
+from pipeline.stage import RANKS, Stage, print_limited
 from small_project import REAL, SMALL, make_project
 
 
@@ -73,7 +74,7 @@ def test_a_stage_that_reads_another_section_fails(root: Path, stage: str, item: 
 def test_outputs_appear_whole_with_a_mark_that_names_every_file(root: Path) -> None:
     stage = Stage(root, "fetch")
     stage.run(write_hello)
-    assert json.loads((root / "artifacts/fetch" / MARK).read_text()) == {
+    assert json.loads((root / "artifacts/fetch" / MANIFEST).read_text()) == {
         "hello.txt": sha256(root / "artifacts/fetch/hello.txt")
     }
     assert Stage(root, "preprocess").input("fetch") == root / "artifacts/fetch"
@@ -101,7 +102,7 @@ def test_what_a_killed_stage_left_is_not_taken_over(root: Path) -> None:
     stage.scratch.mkdir(parents=True)
     (stage.scratch / "torn.txt").write_text("half")
     stage.run(write_hello)
-    assert sorted(file.name for file in stage.folder.iterdir()) == [MARK, "hello.txt"]
+    assert sorted(file.name for file in stage.folder.iterdir()) == ["hello.txt", MANIFEST]
 
 
 def test_an_input_without_its_mark_is_incomplete(root: Path) -> None:
@@ -120,7 +121,7 @@ def test_one_changed_byte_in_an_input_is_found(root: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"hello.txt": 1}'])
 def test_a_damaged_mark_is_named_and_no_traceback(content: str, root: Path) -> None:
     Stage(root, "fetch").run(write_hello)
-    (root / "artifacts/fetch" / MARK).write_text(content)
+    (root / "artifacts/fetch" / MANIFEST).write_text(content)
     said = r"^artifacts/fetch/.* is not what its stage wrote: run `rm -rf artifacts/fetch && dvc repro fetch`$"
     with pytest.raises(ConvoyError, match=said):
         Stage(root, "preprocess").input("fetch")
@@ -138,7 +139,7 @@ stages:
     do:
       cmd: python evaluate.py ${key}
       deps: [artifacts/fetch]
-      outs: ["artifacts/evaluate/${key}/complete.json", "artifacts/evaluate/${key}/b.txt"]
+      outs: ["artifacts/evaluate/${key}/manifest.json", "artifacts/evaluate/${key}/b.txt"]
   register:
     cmd: python register.py
     deps: [artifacts/evaluate, artifacts/fetch]
@@ -386,7 +387,7 @@ def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machin
     def identity(*more: object, architecture: str = "lenet") -> str:
         return Stage(root, "train", architecture).identity(*more)
 
-    mark, code = root / "artifacts/preprocess" / MARK, root / "src/convoy/training/module.py"
+    mark, code = root / "artifacts/preprocess" / MANIFEST, root / "src/convoy/training/module.py"
     for file in (mark, code):
         file.parent.mkdir(parents=True)
         file.write_text("{}")

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from convoy.core import config
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.reporting import report
@@ -24,7 +25,7 @@ from convoy.tracking import database, provenance, runs
 from convoy.tracking.store import open_store
 from crash_injection import run_until_write
 from pipeline.evaluate import evaluate
-from pipeline.stage import MARK, Stage
+from pipeline.stage import Stage
 from pipeline.sync import find_result, main
 from pipeline.train import train
 from small_project import REAL, SMALL
@@ -237,7 +238,7 @@ def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_ha
     assert [point.timestamp for point in client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
     (found,) = all_runs(root)
     assert found.info.start_time == 1_000
-    assert found.info.end_time == int((root / "artifacts/train/lenet" / MARK).stat().st_mtime * 1000)
+    assert found.info.end_time == int((root / "artifacts/train/lenet" / MANIFEST).stat().st_mtime * 1000)
     assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
 
 
@@ -247,8 +248,8 @@ def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Pa
     folder = root / "artifacts/evaluate/lenet"
     figures = json.loads((folder / "metrics.json").read_text()) | {"accuracy": 0.125}
     (folder / "metrics.json").write_text(json.dumps(figures))
-    marks = json.loads((folder / MARK).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
-    (folder / MARK).write_text(json.dumps(marks))
+    marks = json.loads((folder / MANIFEST).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
+    (folder / MANIFEST).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
     (found,) = all_runs(root)
     assert found.data.metrics["test/accuracy"] == 0.125
@@ -264,8 +265,8 @@ def test_weights_that_came_out_otherwise_replace_those_that_were_there(short: Pa
     weights = folder / "weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    marks = json.loads((folder / MARK).read_text()) | {weights.name: sha256(weights)}
-    (folder / MARK).write_text(json.dumps(marks))
+    marks = json.loads((folder / MANIFEST).read_text()) | {weights.name: sha256(weights)}
+    (folder / MANIFEST).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
     stored = Path(client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
     assert (stored / weights.name).read_bytes() == weights.read_bytes()

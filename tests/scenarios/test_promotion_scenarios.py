@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from convoy.core import config
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.inference import onnx_export
@@ -29,7 +30,7 @@ from pipeline import check_champion, promote, rollback, sync
 from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
 from pipeline.register import exported, register
-from pipeline.stage import MARK, Stage
+from pipeline.stage import Stage
 from promotion_fixtures import WRITES, Killed
 from retraining_scenarios import BASE, SETTINGS, answer, end_in, make_nights
 from small_project import REAL
@@ -122,8 +123,8 @@ def started_from(root: Path, training: str, *lineage: str) -> None:
     record = json.loads((folder / "record.json").read_text())
     record["init"] = {"init": "0" * 32, "source": "a run", "sha256": "0" * 64, "head": "kept", "lineage": lineage}
     (folder / "record.json").write_text(json.dumps(record))
-    hashes = json.loads((folder / MARK).read_text())
-    (folder / MARK).write_text(json.dumps(hashes | {"record.json": sha256(folder / "record.json")}))
+    hashes = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(hashes | {"record.json": sha256(folder / "record.json")}))
 
 
 def test_weights_that_came_from_unknown_data_are_held_back(root: Path, night: Night) -> None:
@@ -529,15 +530,15 @@ def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, night:
     assert old is not None
     prepared = root / "artifacts/preprocess"
     tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
-    pd.DataFrame({"test": tested, "other": "f" * 64}).to_parquet(prepared / "alike.parquet")
+    pd.DataFrame({"test": tested, "other": "f" * 64}).to_parquet(prepared / "cross_split_duplicates.parquet")
     with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
         check_champion.check(prepared, dataclasses.replace(old, trained_on=["f" * 64]))
 
 
 def renew_mark(folder: Path) -> None:
     """As if the stage had written its files so."""
-    hashes = json.loads((folder / MARK).read_text())
-    (folder / MARK).write_text(json.dumps({file: sha256(folder / file) for file in hashes}))
+    hashes = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({file: sha256(folder / file) for file in hashes}))
 
 
 @pytest.fixture
@@ -669,7 +670,7 @@ def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, mo
     images = pd.read_parquet(prepared / "images.parquet")
     seen = set(images["sha256"][images["split"] != "test"])
     for verdict in told:
-        pd.testing.assert_frame_equal(verdict["alike"], pd.read_parquet(prepared / "alike.parquet"))
+        pd.testing.assert_frame_equal(verdict["alike"], pd.read_parquet(prepared / "cross_split_duplicates.parquet"))
         assert set(verdict["challenger"].trained_on) == seen
         assert verdict["challenger"].parameters > 1000
     assert [verdict["looks"] for verdict in told] == [1, 2]

@@ -163,7 +163,7 @@ def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
 def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
     again = make_project(tmp_path / "another" / "place")
     run_stages(again, until="evaluate")
-    for mark in sorted(again.glob("artifacts/**/complete.json")):
+    for mark in sorted(again.glob("artifacts/**/manifest.json")):
         assert mark.read_bytes() == (road / mark.relative_to(again)).read_bytes(), mark
 
 

@@ -14,13 +14,14 @@ import pandas as pd
 import pyarrow as pa
 from tqdm import tqdm
 
+from convoy.core.artifact_names import IMAGE_TABLE
 from convoy.core.config import Share, schema
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
 from convoy.data.data_lock import DataLock, extended
 from convoy.data.decode_pool import decode_all
 from convoy.data.decode_worker import RECORD, RECORDS, DecodeCache, keep
-from convoy.data.packed.packed_dataset import COLUMN, DESCRIPTION, TABLE, ImageTable, PackedDataset
+from convoy.data.packed.packed_dataset import COLUMN, DESCRIPTION, ImageTable, PackedDataset
 from convoy.data.packed.pixel_shards import PIXELS, LostShard, ShardWriter
 from convoy.data.sources.archive import ARCHIVES
 from convoy.data.sources.base import DatasetConfig, Source
@@ -86,7 +87,7 @@ def ingest(
             faulty = _decode(source, dataset, folder, known)
     except LostShard as lost:
         raise ConvoyError(str(lost)) from lost
-    rows = ImageTable(folder / TABLE)
+    rows = ImageTable(folder / IMAGE_TABLE)
     shared = rows.columns("picture")["picture"].duplicated(keep=False)
     # Only images with the same pixels can contradict or repeat each other, and these are few.
     several = rows.at(np.flatnonzero(shared))
@@ -192,7 +193,7 @@ def _decode(source: Source, dataset: DatasetConfig, folder: Path, earlier: Cache
     Everything is written to disk batch by batch, so that memory does not grow with the number of images.
     """
     faults: list[tuple[str, str, str]] = []
-    ImageTable(folder / TABLE).write(_tables(source, dataset, folder, earlier, faults))
+    ImageTable(folder / IMAGE_TABLE).write(_tables(source, dataset, folder, earlier, faults))
     return pd.DataFrame(faults, columns=["path", "label", "reason"], dtype="str")
 
 

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from convoy.core.artifact_names import DATASET_INFO, IMAGE_TABLE
 from convoy.core.config import Fraction, schema
 from convoy.core.errors import ConvoyError
 from convoy.core.text import FEW, truncate_names
 from convoy.data.cache import CacheDir
 from convoy.data.near_duplicates import candidate_pairs, confirm_pairs
 from convoy.data.packed.dataset_info import DatasetInfo
-from convoy.data.packed.packed_dataset import COLUMN, SPLITS, TABLE, ImageTable, PackedDataset
+from convoy.data.packed.packed_dataset import COLUMN, SPLITS, ImageTable, PackedDataset
 from convoy.data.resize import EXCLUDED, write_resized
 
 LISTED = 10_000  # pairs of near-duplicates
@@ -92,7 +93,7 @@ def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: 
 
     for side, name in enumerate(SPLITS):
         np.save(folder / f"{name}_labels.npy", labels[sides == side].astype(np.int64))
-    ImageTable(folder / TABLE).write(_tables(packed, sides))
+    ImageTable(folder / IMAGE_TABLE).write(_tables(packed, sides))
 
     grey = bool((packed.places[:, 2] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if grey else 3
@@ -108,7 +109,7 @@ def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: 
         std=std,
         longest_side=packed.longest_side,
     )
-    task.save(folder / "task.json")
+    task.save(folder / DATASET_INFO)
     rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
     listed = _named(some, near)
     withheld, doubtful = withheld.reset_index(drop=True), int((one != other).sum())
@@ -221,7 +222,7 @@ def tested_in(folder: Path) -> np.ndarray:
     The result is (N,) S32, and empty if the table is missing or damaged.
     """
     try:
-        return digests_of(ImageTable(folder / TABLE), ["test"])
+        return digests_of(ImageTable(folder / IMAGE_TABLE), ["test"])
     except (OSError, pa.ArrowException):
         return np.empty(0, "S32")
 

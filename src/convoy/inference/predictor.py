@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from convoy import models
+from convoy.core.artifact_names import CALIBRATION, RECORD, WEIGHTS
 from convoy.core.config import Positive
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
@@ -18,7 +19,6 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature
 from convoy.models.base import Classifier, predict
 
-RECORD, WEIGHTS, CALIBRATION = "record.json", "weights.safetensors", "calibration.json"
 # The files that a predictor is restored from.
 FILES = (RECORD, WEIGHTS, CALIBRATION)
 

@@ -22,6 +22,7 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from convoy.core.artifact_names import RECORD, TRAINING_HASHES, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.data import image_io as images
@@ -32,7 +33,7 @@ from convoy.tracking.store import ABSENT, TrackingStore
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 # Files of a training that another training can start from.
-START = (predictor.RECORD, predictor.WEIGHTS)
+START = (RECORD, WEIGHTS)
 # Largest accepted difference of a probability between machines and batch sizes.
 AGREEMENT = 1e-4
 # Time limit of the process that predicts a few hundred images.
@@ -164,10 +165,10 @@ def _from_version(store: TrackingStore, name: str, architecture: str, folder: Pa
     champion = store.client.get_registered_model(name).aliases.get("champion") if versions else None
     others = set()
     for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
-        fetch(found, folder, [f"artifacts/{predictor.RECORD}"])
-        theirs = json.loads((folder / "artifacts" / predictor.RECORD).read_text())["architecture"]
+        fetch(found, folder, [f"artifacts/{RECORD}"])
+        theirs = json.loads((folder / "artifacts" / RECORD).read_text())["architecture"]
         if theirs == architecture:
-            fetch(found, folder, [f"artifacts/{predictor.WEIGHTS}"])
+            fetch(found, folder, [f"artifacts/{WEIGHTS}"])
             return f"version {found.version} of model {name}, of run {found.run_id}", folder / "artifacts"
         others.add(theirs)
     there = f"there are {', '.join(sorted(others))}" if others else "there is none at all"
@@ -204,7 +205,7 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
 def read_record(version: ModelVersion) -> dict[str, Any]:
     """Download and return the training record of a version."""
     with tempfile.TemporaryDirectory() as scratch:
-        file = f"artifacts/{predictor.RECORD}"
+        file = f"artifacts/{RECORD}"
         fetch(version, Path(scratch), [file])
         return json.loads(Path(scratch, file).read_text())
 
@@ -223,7 +224,7 @@ def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
 
 def training_hashes(version: ModelVersion) -> list[str] | None:
     """Return the sha256 of the images used to train and select a version, or `None` if they were not recorded."""
-    file = "artifacts/seen.txt"
+    file = f"artifacts/{TRAINING_HASHES}"
     if file not in json.loads(version.tags.get(HASHES, "{}")):
         return None
     with temporary(f"models:/{version.name}/{version.version}") as scratch:

@@ -34,6 +34,7 @@ SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors",
 SERVED_BY = (
     "__init__.py",
     "core/__init__.py",
+    "core/artifact_names.py",
     "core/config.py",
     "core/errors.py",
     "core/hashing.py",

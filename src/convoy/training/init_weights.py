@@ -18,15 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from convoy import models
+from convoy.core.artifact_names import RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
 
 # The ID of an MLflow run.
 RUN = re.compile("[0-9a-f]{32}")
-WEIGHTS = "weights.safetensors"
-# The record of the training that produced the weights, in the same folder: architecture, settings and task.
-RECORD = "record.json"
 PICKLED = (".pth", ".pt")
 IMAGENET = 1000  # classes
 

@@ -13,11 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from convoy.core.artifact_names import IMAGE_TABLE
 from convoy.data.packed.pixel_shards import PIXELS, Shards
 
 # Each split is further from training than the one before.
 SPLITS = ("train", "val", "test")
-TABLE, DESCRIPTION = "images.parquet", "dataset.json"
+DESCRIPTION = "dataset.json"
 # Prefix of the columns of a label table that convoy itself does not use.
 COLUMN = "column_"
 # Such a column is dropped if it has more than this many different values, as numbers or comments have.
@@ -156,4 +157,4 @@ class PackedDataset:
     @classmethod
     def load(cls, folder: Path) -> "PackedDataset":
         described = json.loads((folder / DESCRIPTION).read_text())
-        return cls(rows=ImageTable(folder / TABLE), pixels=Shards.load(folder / PIXELS), **described)
+        return cls(rows=ImageTable(folder / IMAGE_TABLE), pixels=Shards.load(folder / PIXELS), **described)

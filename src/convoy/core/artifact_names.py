@@ -1,0 +1,30 @@
+"""Names of the files that stages exchange, in their output folders and in registered models."""
+
+# In every output folder: maps each file name to its sha256 checksum. It is written last.
+MANIFEST = "manifest.json"
+
+# fetch and preprocess
+IMAGE_TABLE = "images.parquet"
+
+# preprocess
+DATASET_INFO = "task.json"
+DATA_PROFILE = "data.json"
+# The sha256 checksums of the images for training and validation, one a line.
+TRAINING_HASHES = "seen.txt"
+# Pairs of a test image and its near-duplicate among the other images, by checksum.
+CROSS_SPLIT_DUPLICATES = "cross_split_duplicates.parquet"
+
+# train
+RECORD = "record.json"
+WEIGHTS = "weights.safetensors"
+HISTORY = "history.csv"
+
+# evaluate
+CALIBRATION = "calibration.json"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.parquet"
+PER_CLASS = "per_class.csv"
+INTERVALS = "intervals.csv"
+
+# register
+LEADERBOARD = "leaderboard.csv"

@@ -14,10 +14,10 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint sync ui lock retrain push hand-back rollback again
+.PHONY: help install repro test test-slow lint sync ui lock retrain push push-retrain-branch rollback again
 
 help: ## show what can be made
-	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
 
 install: $(READY) ## the environment that requirements.lock describes
 
@@ -37,7 +37,7 @@ lint: $(READY) ## style and types
 	PYTHONPATH=src lint-imports --no-cache
 
 sync: $(READY) ## the runs of the current results brought to MLflow, where they are not there or not whole
-	python -m pipeline.sync
+	python -m pipeline.sync_mlflow
 
 ui: $(READY) ## MLflow's pages on this machine, for comparing runs
 	@python -m pipeline --show
@@ -57,7 +57,7 @@ retrain: $(READY) ## the newest data, then the pipeline, taking results that the
 push: $(READY) ## results and run cache to the DVC remote
 	dvc push --run-cache
 
-hand-back: ## what a retraining changed, as a commit on a branch of its own, pushed to origin
+push-retrain-branch: ## what a retraining changed, as a commit on a branch of its own, pushed to origin
 	git diff --quiet -- data.dvc data.lock dvc.lock params.yaml || { \
 		git switch --create retrain-$$(date -u +%Y-%m-%d-%H%M) && \
 		git commit --message "Retrain on the newest data" -- data.dvc data.lock dvc.lock params.yaml && \

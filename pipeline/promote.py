@@ -38,7 +38,7 @@ from convoy.reporting import report
 from convoy.tracking import provenance
 from convoy.tracking.store import open_store
 from convoy.training import hardware
-from pipeline import sync, verify
+from pipeline import sync_mlflow, verify
 from pipeline.stage import Stage
 
 # In artifacts/ this file holds the last verdict, and in a run the verdict on the model of that run.
@@ -51,7 +51,7 @@ class Challenger:
 
     architecture: str
     version: int  # of the registered model
-    result: sync.TrainedResult
+    result: sync_mlflow.TrainedResult
     run: str  # run id in MLflow
 
 

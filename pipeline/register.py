@@ -29,7 +29,7 @@ from convoy.reporting import report
 from convoy.tracking import runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import hardware
-from pipeline import sync, verify
+from pipeline import sync_mlflow, verify
 from pipeline.promote import Challenger, promote
 from pipeline.stage import Stage, main
 
@@ -40,7 +40,7 @@ def register(stage: Stage) -> None:
     """Write the leaderboard, sync all runs to MLflow and compare the best model by validation with the champion."""
     params = stage.typed(config.RegisterConfig, "register")
     names = list(stage.section("model"))
-    results = {name: sync.find_result(stage, name) for name in names}
+    results = {name: sync_mlflow.find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
     figures = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
@@ -59,7 +59,7 @@ def register(stage: Stage) -> None:
 
 
 def compare(
-    stage: Stage, params: config.RegisterConfig, results: dict[str, sync.TrainedResult], trained: Sequence[str]
+    stage: Stage, params: config.RegisterConfig, results: dict[str, sync_mlflow.TrainedResult], trained: Sequence[str]
 ) -> None:
     """Sync the runs of all results to MLflow and compare the first of them with the champion.
 
@@ -74,7 +74,7 @@ def compare(
     """
     names, winner = list(stage.section("model")), next(iter(results))
     with open_store(stage.home, params.name) as store:
-        run_ids = sync.sync_runs(store, stage.root, names, dict(reversed(results.items())))
+        run_ids = sync_mlflow.sync_runs(store, stage.root, names, dict(reversed(results.items())))
         ui_views.save_views(store)
         _time(store, {run_ids[name]: results[name] for name in trained if name in run_ids})
         if not trained:
@@ -91,7 +91,7 @@ def compare(
         promote(stage, params, Challenger(winner, version, results[winner], run_ids[winner]), compared)
 
 
-def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: str, prepared: Path) -> int:
+def _version(store: TrackingStore, name: str, result: sync_mlflow.TrainedResult, run: str, prepared: Path) -> int:
     """Return the version of the model `name` made from this result, registering it if it does not exist."""
     identity, record = result.mark(), result.record()
     if found := versions.find_version(store, name, identity):
@@ -117,7 +117,7 @@ def _version(store: TrackingStore, name: str, result: sync.TrainedResult, run: s
 
 
 def exported(
-    name: str, files: Mapping[str, Path], result: sync.TrainedResult, prepared: Path, scratch: Path
+    name: str, files: Mapping[str, Path], result: sync_mlflow.TrainedResult, prepared: Path, scratch: Path
 ) -> dict[str, Path]:
     """Export a model to an ONNX file in `scratch` and compare its predictions with the evaluation.
 
@@ -151,7 +151,7 @@ def exported(
     return {"onnx": onnx}
 
 
-def _time(store: TrackingStore, run_ids: Mapping[str, sync.TrainedResult]) -> None:
+def _time(store: TrackingStore, run_ids: Mapping[str, sync_mlflow.TrainedResult]) -> None:
     """Measure the latency of a single image and of a batch on this machine, for each run that lacks it."""
     for run, result in run_ids.items():
         if runs.lacks(store, run, "latency/image_ms_median"):

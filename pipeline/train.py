@@ -43,7 +43,7 @@ def train(stage: Stage) -> None:
     torch.manual_seed(seed)
     classifier = models.build(architecture, settings, task)
     start = init_weights.init_weights(
-        classifier, architecture, settings, lambda init, folder: bring(stage, init, folder), stage.scratch
+        classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
     choice = choose(stage.typed(TrainerConfig, "trainer"), classifier)
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
@@ -146,7 +146,7 @@ class Live:
             os.write(self.pipe, line.encode())
 
 
-def bring(stage: Stage, init: str, folder: Path) -> str:
+def fetch_weights(stage: Stage, init: str, folder: Path) -> str:
     """Fetch the initial weights from MLflow into a folder, in a separate process.
 
     Args:
@@ -160,10 +160,10 @@ def bring(stage: Stage, init: str, folder: Path) -> str:
     Raises:
         ConvoyError: If the weights can't be fetched.
     """
-    command = [sys.executable, "-m", "pipeline.weights", stage.item, init, str(folder)]
+    command = [sys.executable, "-m", "pipeline.fetch_weights", stage.item, init, str(folder)]
     asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True)
     if asked.returncode:
-        raise ConvoyError(asked.stderr.strip().removeprefix("convoy: weights: "))
+        raise ConvoyError(asked.stderr.strip().removeprefix("convoy: fetch_weights: "))
     return asked.stdout.strip()
 
 

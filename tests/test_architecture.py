@@ -326,7 +326,7 @@ def test_every_make_target_that_is_named_anywhere_exists() -> None:
         found = re.findall(r"(?:`|^ *|run: |RUN )make ([a-z-]+)(?:`| |$)", (ROOT / file).read_text(), re.MULTILINE)
         named[file] = set(found)
     assert {"repro", "test", "ui"} <= named["README.md"]
-    assert {"install", "retrain", "push", "hand-back"} <= named[".github/workflows/retrain.yml"]
+    assert {"install", "retrain", "push", "push-retrain-branch"} <= named[".github/workflows/retrain.yml"]
     assert set().union(*named.values()) <= targets
 
 

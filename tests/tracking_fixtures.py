@@ -11,7 +11,7 @@ from mlflow.entities import Run, ViewType
 from convoy.tracking.runs import DataVersion
 from convoy.tracking.store import open_store
 from pipeline.stage import Stage
-from pipeline.sync import find_result, sync_runs
+from pipeline.sync_mlflow import find_result, sync_runs
 from small_project import make_project, run_stages
 
 

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 
-import pipeline.move
+import pipeline.migrate_mlflow
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
@@ -288,10 +288,10 @@ def test_without_an_embedded_store_or_its_files_it_is_said(server: TrackingStore
 
 @pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
 def test_without_a_servers_address_it_is_said(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["move"])
+    monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
     if address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(
-        SystemExit, match=r"^convoy: move: say where to: export MLFLOW_TRACKING_URI=http://server:5000$"
+        SystemExit, match=r"^convoy: migrate_mlflow: say where to: export MLFLOW_TRACKING_URI=http://server:5000$"
     ):
-        pipeline.move.main()
+        pipeline.migrate_mlflow.main()

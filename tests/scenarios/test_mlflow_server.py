@@ -27,7 +27,7 @@ from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.registry import model_loader
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
-from pipeline import move, predict, rollback, sync, verify
+from pipeline import migrate_mlflow, predict, rollback, sync_mlflow, verify
 from pipeline.evaluate import evaluate
 from pipeline.register import register
 from pipeline.stage import Stage
@@ -155,8 +155,8 @@ def test_the_road_from_the_first_night_to_a_rollback(
     verify.main()
     assert "models:/road@champion answers " in capsys.readouterr().out
 
-    monkeypatch.setattr("sys.argv", ["sync"])
-    sync.main()
+    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
+    sync_mlflow.main()
     assert f"  leaderboard  {server}/#/experiments/" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
     rollback.main()
@@ -348,13 +348,13 @@ def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goe
         hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
     monkeypatch.chdir(root)
-    out, err = (moving := start(root, "pipeline.move")).communicate()
+    out, err = (moving := start(root, "pipeline.migrate_mlflow")).communicate()
     assert moving.returncode == 0, err
     assert "version 2 of moved\neverything is there:\n" in out
     assert "secret" not in out + err
-    monkeypatch.setattr("sys.argv", ["move"])
+    monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
     capsys.readouterr()
-    move.main()
+    migrate_mlflow.main()
     assert capsys.readouterr().out.startswith("everything was there already:\n")
 
     results = [root / "kept" / training for training in ("poor", "good")]
@@ -432,14 +432,14 @@ def test_a_server_that_dies_during_a_training_costs_it_nothing_and_gets_the_whol
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     monkeypatch.chdir(root)
-    monkeypatch.setattr("sys.argv", ["sync"])
-    with pytest.raises(SystemExit, match=f"^convoy: sync: MLflow at {server} fails: .* run this again$"):
-        sync.main()
+    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
+    with pytest.raises(SystemExit, match=f"^convoy: sync_mlflow: MLflow at {server} fails: .* run this again$"):
+        sync_mlflow.main()
     with servers.mlflow(folder, port, *options):
         (cut,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
         assert (cut.info.status, epochs()) != ("FINISHED", 60)
         for _ in range(2):
-            sync.main()
+            sync_mlflow.main()
             assert_whole_runs(server, "convoy", [root / "artifacts"])
             (whole,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
             assert (whole.info.run_id, whole.info.start_time) == (cut.info.run_id, cut.info.start_time)
@@ -463,7 +463,7 @@ def test_a_server_that_refuses_the_login_is_one_line_without_the_password(
         refusing.answer = answer
         threading.Thread(target=refusing.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{refusing.server_port}")
-        for command, arguments in ((sync, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
+        for command, arguments in ((sync_mlflow, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
             monkeypatch.setattr("sys.argv", ["command", *arguments])
             with pytest.raises(SystemExit) as end:
                 command.main()

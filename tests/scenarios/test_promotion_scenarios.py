@@ -26,7 +26,7 @@ from convoy.promotion.gate import GateConfig, ModelEvidence, Verdict
 from convoy.registry import model_loader, versions
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
-from pipeline import check_champion, promote, rollback, sync
+from pipeline import check_champion, promote, rollback, sync_mlflow
 from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
 from pipeline.register import exported, register
@@ -196,7 +196,7 @@ def test_an_onnx_file_that_does_not_answer_as_evaluated_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = sync.find_result(Stage(end_in(root, "good"), "register"), "lenet")
+    result = sync_mlflow.find_result(Stage(end_in(root, "good"), "register"), "lenet")
     names = {"record": result.trained, "weights": result.trained, "calibration": result.evaluated}
     files = {name: next(folder.glob(f"{name}.*")) for name, folder in names.items()}
     monkeypatch.setattr(onnx_export, "export", lambda *_: None)
@@ -599,9 +599,9 @@ def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
     # in another place, since this process would not notice that its database is gone
     lost = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     monkeypatch.chdir(lost)
-    monkeypatch.setattr("sys.argv", ["sync"])
+    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
     for _ in range(2):
-        sync.main()
+        sync_mlflow.main()
     with open_store(lost, "convoy") as store:
         (run,) = store.client.search_runs([store.experiment.experiment_id])
         assert run.info.status == "FINISHED"

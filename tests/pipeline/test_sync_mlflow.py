@@ -26,7 +26,7 @@ from convoy.tracking.store import open_store
 from crash_injection import run_until_write
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
-from pipeline.sync import find_result, main
+from pipeline.sync_mlflow import find_result, main
 from pipeline.train import train
 from small_project import REAL, SMALL
 from tracking_fixtures import all_runs, client, copied, curve, make_road, sync
@@ -297,7 +297,7 @@ def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: 
 @pytest.mark.slow
 def test_two_at_once_make_one_run_of_each(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
-    command, environment = [sys.executable, "-m", "pipeline.sync"], os.environ | {"PYTHONPATH": str(REAL)}
+    command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(REAL)}
     both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -341,8 +341,8 @@ def test_a_lock_that_can_not_be_read_is_said(text: str, short: Path, tmp_path: P
 
 def test_where_there_is_no_project_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sync"])
-    with pytest.raises(SystemExit, match=r"convoy: sync: params\.yaml is missing"):
+    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
+    with pytest.raises(SystemExit, match=r"convoy: sync_mlflow: params\.yaml is missing"):
         main()
     assert not list(tmp_path.iterdir())
 

@@ -47,10 +47,10 @@ class TrainedResult:
 
 def main() -> None:
     """Sync the runs of the current results to MLflow, each completely and exactly once."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.sync", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.sync_mlflow", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()
-    with exit_on_error("sync"):
+    with exit_on_error("sync_mlflow"):
         stage = Stage(root, "register")
         results = {}
         for name in stage.section("model"):

@@ -16,13 +16,13 @@ from pipeline.stage import project_root
 
 def main() -> None:
     """Fetch record.json and weights.safetensors into FOLDER, and print which model they belong to."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.weights", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.fetch_weights", description=main.__doc__)
     parser.add_argument("architecture")
     parser.add_argument("init", help="champion, or the id of a run")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     root = Path.cwd()
-    with exit_on_error("weights"):
+    with exit_on_error("fetch_weights"):
         name = config.load(root / "params.yaml")["register"]["name"]
         with open_store(project_root(root), name) as store:
             print(model_loader.fetch_weights(store, name, options.architecture, options.init, options.folder))

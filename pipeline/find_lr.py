@@ -18,7 +18,7 @@ from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
 
-def lr(stage: Stage) -> None:
+def find_lr(stage: Stage) -> None:
     """Print a suggested learning rate for ARCHITECTURE, and plot the loss over the learning rate."""
     seed = stage.typed(Seed, "seed")
     prepared = stage.input("preprocess")
@@ -42,7 +42,7 @@ def lr(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m pipeline.lr", description=lr.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.find_lr", description=find_lr.__doc__)
     parser.add_argument("architecture")
-    with exit_on_error("lr"):
-        lr(Stage(Path.cwd(), "train", parser.parse_args().architecture))
+    with exit_on_error("find_lr"):
+        find_lr(Stage(Path.cwd(), "train", parser.parse_args().architecture))

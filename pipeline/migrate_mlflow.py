@@ -14,10 +14,10 @@ from pipeline.errors import exit_on_error
 
 def main() -> None:
     """Copy all runs and the registered model, with its versions and its champion, from mlflow.db to the server."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.move", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.migrate_mlflow", description=main.__doc__)
     parser.parse_args()
     root = Path.cwd()
-    with exit_on_error("move"):
+    with exit_on_error("migrate_mlflow"):
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
             raise ConvoyError("say where to: export MLFLOW_TRACKING_URI=http://server:5000")
         name = config.load(root / "params.yaml")["register"]["name"]

@@ -4,7 +4,7 @@ CONVOY_REAL_DATA names the folder with mnist/ (the four gzipped idx files) and c
 with the same network, batch, number of threads, and random crops and flips:
 
 * limit: a loop over tensors in memory, written by hand for this one purpose, in the precision that convoy chooses,
-* convoy: `convoy.training.module.fit` with validation and checkpoints, as the train stage calls it,
+* convoy: `convoy.training.trainer.fit` with validation and checkpoints, as the train stage calls it,
 * Lightning: automatic optimization, torchvision's transforms image by image in a DataLoader, torchmetrics; in that
   precision, and in float32, as most write it.
 
@@ -54,7 +54,8 @@ from convoy.recipe import RecipeConfig, TrainConfig
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose
-from convoy.training.module import fit, make_optimizer
+from convoy.training.optimizers import make_optimizer
+from convoy.training.trainer import fit
 
 ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

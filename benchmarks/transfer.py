@@ -33,7 +33,7 @@ from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose
-from convoy.training.module import fit
+from convoy.training.trainer import fit
 
 LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
 NEW = ["dog", "frog", "horse", "ship", "truck"]

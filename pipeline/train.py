@@ -27,7 +27,8 @@ from convoy.training import init_weights
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
-from convoy.training.module import COLUMNS, fit
+from convoy.training.result import COLUMNS
+from convoy.training.trainer import fit
 from pipeline.stage import Stage, main
 
 
@@ -69,7 +70,7 @@ def train(stage: Stage) -> None:
     }
     live = Live(stage, record)
     try:
-        trained = fit(classifier, data, params, choice, checkpoint, live.tell)
+        trained = fit(classifier, data, params, choice, checkpoint, live.on_epoch_end)
     except Exception:
         live.end("FAILED")
         raise
@@ -85,7 +86,7 @@ def train(stage: Stage) -> None:
         # `safetensors.torch.save_file` hides an OSError and creates a file that other users can't read.
         (stage.scratch / WEIGHTS).write_bytes(safetensors.torch.save(trained.weights))
     else:
-        print(trained.failure.words(architecture), file=sys.stderr, flush=True)
+        print(trained.failure.describe(architecture), file=sys.stderr, flush=True)
     stage.afterwards += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]
 
 
@@ -118,7 +119,7 @@ class Live:
         # The names of a thousand classes would fill the pipe, so the classes are left out.
         self._say({"record": dict(record) | {"task": dict(record["task"]) | {"classes": []}}, "process": os.getpid()})
 
-    def tell(self, row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, row: Mapping[str, float]) -> None:
         """Report the end of an epoch.
 
         Args:

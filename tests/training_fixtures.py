@@ -16,7 +16,8 @@ from convoy.recipe import TrainConfig
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import ResolvedTrainer
-from convoy.training.module import TrainResult, fit
+from convoy.training.result import TrainResult
+from convoy.training.trainer import fit
 from small_project import REAL
 
 BARS = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])

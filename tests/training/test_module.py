@@ -19,11 +19,13 @@ from convoy import models
 from convoy.core.errors import ConvoyError
 from convoy.models.base import predict
 from convoy.recipe import AugmentConfig, TrainConfig
-from convoy.training import module
+from convoy.training import batch_size_errors, module, optimizers, termination
 from convoy.training.checkpoint import Checkpoint
-from convoy.training.datamodule import ImageData
+from convoy.training.datamodule import ImageData, split_batch
 from convoy.training.hardware import ResolvedTrainer
-from convoy.training.module import warm_cosine
+from convoy.training.optimizers import compute_lr_fraction
+from convoy.training.result import COLUMNS
+from convoy.training.seeding import seed_step
 from training_fixtures import CPU, bars, build, same, train, with_room_for_ten
 
 # What training leaves
@@ -39,7 +41,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
 def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
     trained = train(build(), max_epochs=6)
     assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
-    assert list(trained.history[0]) == module.COLUMNS
+    assert list(trained.history[0]) == COLUMNS
     assert trained.best == max(trained.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
     assert trained.stopped == "max_epochs"
 
@@ -93,16 +95,16 @@ def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
 def test_norms_and_biases_do_not_decay_and_the_body_has_a_rate_of_its_own() -> None:
     classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
-    groups = module.make_optimizer(classifier).param_groups
+    groups = optimizers.make_optimizer(classifier).param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
     for group in groups:
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0)
-            assert group["share"] == (1 if names[id(parameter)].startswith("classifier.") else 0.1)
+            assert group["lr_scale"] == (1 if names[id(parameter)].startswith("classifier.") else 0.1)
 
 
 def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
-    rates = [warm_cosine(step, 100, warmup=0.1) for step in range(101)]
+    rates = [compute_lr_fraction(step, 100, warmup=0.1) for step in range(101)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == pytest.approx(1.0)
@@ -132,7 +134,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_its_step_and_rate_and_w
     assert failure is not None
     assert failure.epoch == 1
     assert 1 <= failure.step <= 3  # 96 images in batches of 32
-    said = failure.words("lenet")
+    said = failure.describe("lenet")
     assert f"lenet failed in epoch 1, step {failure.step}, at a learning rate of " in said
     assert "Lower model.lenet.recipe.lr" in said
 
@@ -142,7 +144,7 @@ def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.Mon
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 7 else 1e30
 
-    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode_later)
+    monkeypatch.setattr(module.ClassifierModule, "_set_lr", explode_later)
     trained = train(build(), max_epochs=5)
     assert [row["epoch"] for row in trained.history] == [1, 2]
     assert trained.failure is not None
@@ -156,13 +158,8 @@ def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypa
 
 
 def test_no_piece_of_a_batch_is_much_smaller_than_the_others() -> None:
-    classifier = build(batch_size=7, accumulate=3)
-    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
-    begun = module.ClassifierModule(
-        classifier, ImageData(bars(14, 1), bars(8, 2), classifier.recipe, 0), once, CPU, None
-    )
     rows = torch.arange(7)
-    assert [labels.tolist() for _, labels in begun.pieces(rows, rows)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [labels.tolist() for _, labels in split_batch(rows, rows, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +202,9 @@ def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkey
 
 def test_of_two_processes_and_pieces_each_it_is_told_what_fits_into_one(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build(batch_size=50, accumulate=2)
-    monkeypatch.setattr(module, "fits_in_memory", lambda *_: _[-1] <= 6)
+    monkeypatch.setattr(batch_size_errors, "fits_in_memory", lambda *_: _[-1] <= 6)
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
-    said = module.too_large(classifier, data, dataclasses.replace(CPU, devices=2))
+    said = batch_size_errors.describe_too_large(classifier, data, dataclasses.replace(CPU, devices=2))
     assert "a batch of 13 images does not fit" in said
     assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
 
@@ -330,14 +327,14 @@ NO_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a momentum of another shape": put("optimizer", 0, "momentum_buffer", value=torch.zeros(1)),
     "NaN momentum": put("optimizer", 0, value=spoil),
     "another optimizer": put("optimizer", 0, value={"exp_avg": torch.zeros(1)}),
-    "sums of another shape": put("sums", value=torch.zeros(2)),
-    "NaN sums": put("sums", value=torch.tensor([math.nan, 1.0, 64.0])),
-    "negative sums": put("sums", value=torch.tensor([1.0, -1.0, 64.0])),
-    "more correct than there are": put("sums", value=torch.tensor([1.0, 65.0, 64.0])),
-    "sums of more images": put("sums", value=torch.tensor([1.0, 1.0, 96.0])),
-    "sums as a list": put("sums", value=[1.0, 1.0, 64.0]),
-    "bad step -2": put("bad_step", value=torch.tensor(-2)),
-    "bad step 10**9": put("bad_step", value=torch.tensor(10**9)),
+    "sums of another shape": put("running_totals", value=torch.zeros(2)),
+    "NaN sums": put("running_totals", value=torch.tensor([math.nan, 1.0, 64.0])),
+    "negative sums": put("running_totals", value=torch.tensor([1.0, -1.0, 64.0])),
+    "more correct than there are": put("running_totals", value=torch.tensor([1.0, 65.0, 64.0])),
+    "sums of more images": put("running_totals", value=torch.tensor([1.0, 1.0, 96.0])),
+    "sums as a list": put("running_totals", value=[1.0, 1.0, 64.0]),
+    "bad step -2": put("first_bad_step", value=torch.tensor(-2)),
+    "bad step 10**9": put("first_bad_step", value=torch.tensor(10**9)),
     "a longer history": put("history", value=lambda rows: rows * 2),
     "no history": put("history", value=[]),
     "history without a column": put("history", value=[{"epoch": 1}]),
@@ -369,7 +366,7 @@ def test_a_checkpoint_that_is_no_state_is_named_and_not_used(
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{checkpoint.file} can't be used, so the training starts from the beginning: ")
     assert len(first) < len(str(checkpoint.file)) + 400
-    assert not any("going on" in line for line in others)
+    assert not any("resuming" in line for line in others)
     assert [row["epoch"] for row in trained.history] == [1, 2, 3]
     # and it is replaced by a good one
     assert train(build(1), checkpoint=checkpoint).history == trained.history
@@ -387,8 +384,8 @@ def test_every_network_goes_on_from_its_checkpoint(
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         train(build(name=name, **recipe), 0, Interrupted(tmp_path / "last.pt", 1), checkpoint_minutes=1e-9)
     said = capsys.readouterr().out
-    assert "going on after 0 epochs and 1 steps" in said
-    assert "going on after 1 epochs and 0 steps" in said
+    assert "resuming after 0 epochs and 1 steps" in said
+    assert "resuming after 1 epochs and 0 steps" in said
     assert "can't be used" not in said
 
 
@@ -435,7 +432,7 @@ def test_sigterm_ends_a_step_that_does_not_end_and_swallows_exceptions(monkeypat
 
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-    monkeypatch.setattr(module, "GRACE", 1.5)
+    monkeypatch.setattr(termination, "SIGTERM_GRACE_S", 1.5)
     monkeypatch.setattr(module.ClassifierModule, "_step", hang)
     begun = time.monotonic()
     with pytest.raises(SystemExit) as raised:
@@ -505,7 +502,7 @@ def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() 
         data = ImageData(bars(14, 1), bars(8, 2), classifier.recipe, seed)
         begun = module.ClassifierModule(classifier, data, once, CPU, None)
         data.rank = rank
-        begun.seed(step)
+        seed_step(data.seed, step, data.rank, begun.device)
         drawn.add(float(torch.rand(())))
     assert len(drawn) == 4
 
@@ -527,9 +524,9 @@ def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: 
 def test_the_loss_is_that_of_all_heads_by_their_weights_smoothed_as_asked(name: str, smoothing: float) -> None:
     made = begun(name, label_smoothing=smoothing)
     pixels, labels = made.data.batch(0)
-    made.seed(0)
-    found = made.loss(pixels, labels)
-    made.seed(0)
+    seed_step(0, 0, 0, made.device)
+    found = made.compute_loss(pixels, labels)
+    seed_step(0, 0, 0, made.device)
     heads = made.classifier.heads(made.classifier.normalise(pixels))
     expected = sum(
         weight * torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
@@ -557,7 +554,7 @@ def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
     made = begun(schedule="one_cycle", momentum=0.9, warmup=0.5)
     momenta = []
     for number in range(made.total):
-        made._set_rate(number)
+        made._set_lr(number)
         momenta.append(made.optimizer.param_groups[0]["momentum"])
     assert min(momenta) == pytest.approx(0.8, abs=0.01)
     assert max(momenta) == pytest.approx(0.9, abs=0.01)
@@ -575,7 +572,7 @@ def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 3 else 1e30
 
-    monkeypatch.setattr(module.ClassifierModule, "_set_rate", explode)
+    monkeypatch.setattr(module.ClassifierModule, "_set_lr", explode)
     failure = train(build(), max_epochs=3).failure
     assert failure is not None
     assert (failure.epoch, failure.step) == (2, 5)
@@ -591,19 +588,19 @@ def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pyte
     monkeypatch.setattr(module, "batch_metrics", spoiled)
     trained = train(build())
     assert trained.failure is not None
-    assert trained.failure.reason == "the validation loss is no number"
+    assert trained.failure.reason == "the validation loss is NaN or infinite"
 
 
 def test_the_budget_of_minutes_counts_those_before_a_restart_and_those_of_the_next_epoch() -> None:
     made = begun()
-    made._restore(made.state() | {"minutes": 7.0, "epoch": 4})
-    assert made._minutes() >= 7
-    assert [made.reason_to_stop(spent) for spent in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done
+    made._restore(made.capture_state() | {"minutes": 7.0, "epoch": 4}, rank=0)
+    assert made._elapsed_minutes() >= 7
+    assert [made._find_reason_to_stop(minutes) for minutes in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done
 
 
 def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.ClassifierModule.loss
-    monkeypatch.setattr(module.ClassifierModule, "loss", lambda self, *given: 1e4 * real(self, *given))
+    real = module.ClassifierModule.compute_loss
+    monkeypatch.setattr(module.ClassifierModule, "compute_loss", lambda self, *given: 1e4 * real(self, *given))
     trained = train(build(lr=1e-9))
     assert trained.failure is not None
     assert trained.failure.step == 1
@@ -612,7 +609,7 @@ def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.
 def test_the_running_mean_has_the_running_means_of_batch_norm_as_they_are() -> None:
     average, classifier = build(0, "resnet"), build(1, "resnet")
     classifier.heads(torch.rand(8, 1, 32, 32))
-    module.update_ema(average, classifier, 0.9)
+    optimizers.update_ema(average, classifier, 0.9)
     assert all(map(torch.equal, average.buffers(), classifier.buffers()))
     assert not any(
         torch.equal(*pair)

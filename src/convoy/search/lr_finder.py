@@ -7,9 +7,11 @@ import torch
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
-from convoy.training.datamodule import ImageData
+from convoy.training.batch_size_errors import describe_too_large
+from convoy.training.datamodule import ImageData, split_batch
 from convoy.training.hardware import ResolvedTrainer
-from convoy.training.module import ClassifierModule, too_large
+from convoy.training.module import ClassifierModule
+from convoy.training.seeding import seed_step
 
 # Range of the learning rates.
 LOWEST, HIGHEST = 1e-5, 10.0
@@ -40,15 +42,15 @@ def sweep_learning_rates(classifier: Classifier, data: ImageData, choice: Resolv
     except torch.OutOfMemoryError:
         pass
     # Not in the except block, where the error still references the tensors that fill the memory.
-    raise ConvoyError(too_large(classifier, data, choice))
+    raise ConvoyError(describe_too_large(classifier, data, choice))
 
 
 def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> pd.DataFrame:
     device = torch.device("cuda" if choice.accelerator == "gpu" else "cpu")
     torch.set_num_threads(choice.threads)
     once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
-    training = ClassifierModule(classifier, data, once, choice, None).to(device)
-    training.sums = training.sums.to(device)
+    training = ClassifierModule(classifier, data, once, choice).to(device)
+    training.running_totals = training.running_totals.to(device)
     training.progress.close()
     optimizer = training.configure_optimizers()
     data.share(device, 0, 1)
@@ -56,16 +58,16 @@ def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> 
     mean = 0.0
     for number, lr in enumerate(np.geomspace(LOWEST, HIGHEST, STEPS)):
         data.epoch, step = divmod(number, data.steps)
-        training.seed(number)
+        seed_step(data.seed, number, data.rank, device)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
+            group["lr"] = lr * group["lr_scale"]
         pixels, labels = data.batch(step)
         optimizer.zero_grad()
         loss = 0.0
-        for piece in training.pieces(pixels, labels):
-            part = training.loss(*piece) / len(labels)
-            part.backward()
-            loss += part.item()
+        for micro_batch in split_batch(pixels, labels, training.recipe.accumulate):
+            micro_batch_loss = training.compute_loss(*micro_batch) / len(labels)
+            micro_batch_loss.backward()
+            loss += micro_batch_loss.item()
         optimizer.step()
         mean = SMOOTH * mean + (1 - SMOOTH) * loss
         rows.append({"lr": lr, "loss": mean / (1 - SMOOTH ** (number + 1))})

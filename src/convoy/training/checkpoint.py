@@ -112,8 +112,8 @@ class State:
     classifier: Tensors  # state dict of the trained weights
     average: Tensors | None  # state dict of the exponential moving average of the weights
     optimizer: dict[int, Tensors]  # index of a parameter -> its optimizer state
-    sums: InstanceOf[Tensor]  # (3,); sums over the current epoch: loss, correct predictions, images
-    bad_step: InstanceOf[Tensor]  # (); first step with a loss that is NaN or too large, or -1
+    running_totals: InstanceOf[Tensor]  # (3,); sums over the current epoch: loss, correct predictions, images
+    first_bad_step: InstanceOf[Tensor]  # (); first step with a loss that is NaN or too large, or -1
     history: list[dict[str, int | float]]  # one row per completed epoch
     best: dict[str, int | float]  # row of the best epoch
     weights: Tensors  # state dict of the best epoch
@@ -127,7 +127,7 @@ class State:
         columns: Sequence[str],
         weights: Mapping[str, Tensor],
         parameters: Sequence[Tensor],
-        kept: set[str],
+        state_keys: set[str],
     ) -> None:
         """Check that a training can be in this state.
 
@@ -138,7 +138,7 @@ class State:
             columns: Keys of a row of the history.
             weights: State dict of the classifier, for names, shapes and dtypes.
             parameters: Parameters that the optimizer trains, in its order.
-            kept: Keys of the optimizer state of each parameter.
+            state_keys: Keys of the optimizer state of each parameter.
 
         Raises:
             ValueError: If the training cannot be in this state.
@@ -159,17 +159,20 @@ class State:
         if self.average is not None:
             _check_tensors("average", self.average, weights)
         _check_tensors("weights", self.weights, weights if self.epoch else {})
-        _check_tensors("sums", {"": self.sums, "bad": self.bad_step}, {"": torch.zeros(3), "bad": torch.tensor(-1)})
-        _, correct, images = self.sums.tolist()
+        _check_tensors("running_totals", {"": self.running_totals}, {"": torch.zeros(3)})
+        _check_tensors("first_bad_step", {"": self.first_bad_step}, {"": torch.tensor(-1)})
+        _, correct, images = self.running_totals.tolist()
         # The sums are float32, which counts exactly only up to 16 million images.
         if not 0 <= correct <= images or not math.isclose(images, self.step * batch_size, rel_tol=1e-3):
-            raise ValueError(f"sums of {self.sums.tolist()} after {self.step} steps of {batch_size} images")
-        if not -1 <= self.bad_step < epochs * steps:
-            raise ValueError(f"bad_step {int(self.bad_step)}")
-        if set(self.optimizer) != set(range(len(parameters)) if done and kept else ()):
+            raise ValueError(
+                f"running_totals {self.running_totals.tolist()} after {self.step} steps of {batch_size} images"
+            )
+        if not -1 <= self.first_bad_step < epochs * steps:
+            raise ValueError(f"first_bad_step {int(self.first_bad_step)}")
+        if set(self.optimizer) != set(range(len(parameters)) if done and state_keys else ()):
             raise ValueError("the optimizer has other parameters")
         for number, tensors in self.optimizer.items():
-            own = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in kept}
+            own = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in state_keys}
             _check_tensors(f"optimizer.{number}", tensors, own)
             if "step" in tensors and tensors["step"] != done:
                 raise ValueError(f"the optimizer has done {tensors['step']} steps of {done}")

@@ -175,6 +175,23 @@ class ImageData(LightningDataModule):
         return batch
 
 
+def split_batch(pixels: Tensor, labels: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split a batch into micro-batches.
+
+    Their sizes differ by one image at most, because batch norm would fail on a leftover of one image.
+
+    Args:
+        pixels: Images (N, H, W, C) uint8.
+        labels: Labels (N,) int64.
+        count: Number of micro-batches, limited to N.
+
+    Returns:
+        The pixels and labels of each micro-batch.
+    """
+    count = min(count, len(labels))
+    return zip(pixels.tensor_split(count), labels.tensor_split(count), strict=True)
+
+
 class StepLoader:
     """Loader that yields ranges of the remaining steps of the current epoch.
 

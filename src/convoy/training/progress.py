@@ -53,7 +53,7 @@ class Progress:
         if self.bar is not None and time.monotonic() > self.told + 1:
             self._show(epoch, loss=loss())
 
-    def end(self, row: Mapping[str, float]) -> None:
+    def end_epoch(self, row: Mapping[str, float]) -> None:
         """Report the end of an epoch, given its row of the history."""
         if self.bar is not None:
             self._show(int(row["epoch"]), loss=row["train_loss"], val_accuracy=row["val_accuracy"])

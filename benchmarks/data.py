@@ -108,15 +108,15 @@ def preparing(folder: Path, size: int) -> pd.DataFrame:
 
 def feeding(folder: Path) -> pd.DataFrame:
     """Columns way, round, images, wall and cpu (seconds, with those of child processes)."""
-    task = decode(folder)
+    info = decode(folder)
     changes = {
         "torchvision v1": transforms.Compose([
             transforms.RandomCrop(**CROP), transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(), transforms.Normalize(task.mean, task.std),
+            transforms.ToTensor(), transforms.Normalize(info.mean, info.std),
         ]),
         "torchvision v2": v2.Compose([
             v2.PILToTensor(), v2.RandomCrop(**CROP), v2.RandomHorizontalFlip(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize(task.mean, task.std),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(info.mean, info.std),
         ]),
     }  # fmt: skip
     ways = {
@@ -124,8 +124,8 @@ def feeding(folder: Path) -> pd.DataFrame:
         for name, change in changes.items()
         for workers in (0, 2)
     }
-    ways[OURS] = ours(folder, task)
-    check_alike(folder, task)
+    ways[OURS] = ours(folder, info)
+    check_alike(folder, info)
     return measure(ways)
 
 
@@ -148,10 +148,10 @@ def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) ->
     return lambda: (pixels for pixels, _ in loader)
 
 
-def ours(folder: Path, task: DatasetInfo) -> Epoch:
+def ours(folder: Path, info: DatasetInfo) -> Epoch:
     images = Images.load(folder, "train")
     data = ImageData(images, images, RECIPE, seed=0)
-    classifier = Still(task)
+    classifier = Still(info)
 
     def epoch() -> Iterator[Tensor]:
         data.epoch += 1
@@ -165,21 +165,21 @@ def ours(folder: Path, task: DatasetInfo) -> Epoch:
 class Still(Classifier):
     """A classifier of which only the normalisation is used."""
 
-    def __init__(self, task: DatasetInfo) -> None:
-        super().__init__(task, RECIPE)
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info, RECIPE)
 
     def logits(self, x: Tensor) -> Tensor:
         return x
 
 
-def check_alike(folder: Path, task: DatasetInfo) -> None:
+def check_alike(folder: Path, info: DatasetInfo) -> None:
     """Raises AssertionError where the two sides, with nothing drawn at random, feed different numbers."""
-    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(task.mean, task.std)])
+    plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(info.mean, info.std)])
     files = ImageFolder(str(folder / "fed"), plain)
     images = Images.load(folder, "train")
     rows = list(range(0, len(files), 97))
     pixels = torch.from_numpy(images.pixels[rows])
-    torch.testing.assert_close(Still(task).normalise(pixels), torch.stack([files[row][0] for row in rows]))
+    torch.testing.assert_close(Still(info).normalise(pixels), torch.stack([files[row][0] for row in rows]))
     assert images.labels[rows].tolist() == [files.targets[row] for row in rows]
 
 

@@ -20,7 +20,7 @@ TINY = """
 import os, numpy as np, yaml
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
-task = DatasetInfo("tiny", ["a", "b"], 32, 1, [0.5], [0.5])
+info = DatasetInfo("tiny", ["a", "b"], 32, 1, [0.5], [0.5])
 images = Images(np.zeros((64, 32, 32, 1), np.uint8), np.arange(64) % 2)
 settings = yaml.safe_load(open("conf/model/lenet.yaml"))["lenet"]
 """
@@ -49,7 +49,7 @@ from pipeline.train import *
 class Ending(ImageData):
     def batch(self, step):
         os._exit(0)
-classifier = models.build("lenet", settings, task)
+classifier = models.build("lenet", settings, info)
 trainer = Trainer(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
 params = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
 choice = choose(trainer, classifier)
@@ -60,7 +60,7 @@ fit(classifier, Ending(images, images, classifier.recipe, 0), params, choice)
     "evaluate, to the first batch": TINY
     + """
 from pipeline.evaluate import *
-predict(models.build("lenet", settings, task), images.pixels, 64)
+predict(models.build("lenet", settings, info), images.pixels, 64)
 """,
     "register": "import pipeline.register",
 }

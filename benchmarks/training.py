@@ -121,20 +121,20 @@ def quiet() -> None:
 # Networks and data
 
 
-def build(name: str, changes: dict[str, Any], task: DatasetInfo, recipe: dict[str, Any]) -> Classifier:
+def build(name: str, changes: dict[str, Any], info: DatasetInfo, recipe: dict[str, Any]) -> Classifier:
     """One of convoy's, as conf/model/ describes it but for `changes` and `recipe`."""
     values = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())[name]
-    return models.build(name, values | changes | {"recipe": values["recipe"] | recipe}, task)
+    return models.build(name, values | changes | {"recipe": values["recipe"] | recipe}, info)
 
 
 class Full(Classifier):
     """A small fully connected network, of which a step is soon done."""
 
-    def __init__(self, task: DatasetInfo, recipe: dict[str, Any]) -> None:
+    def __init__(self, info: DatasetInfo, recipe: dict[str, Any]) -> None:
         values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-        super().__init__(task, typed(RecipeConfig, values | recipe, "recipe"))
-        self.hidden = nn.Linear(task.channels * task.size**2, 128)
-        self.classifier = nn.Linear(128, len(task.classes))
+        super().__init__(info, typed(RecipeConfig, values | recipe, "recipe"))
+        self.hidden = nn.Linear(info.channels * info.size**2, 128)
+        self.classifier = nn.Linear(128, len(info.classes))
 
     def logits(self, x: Tensor) -> Tensor:
         return self.classifier(self.hidden(x.flatten(1)).relu())
@@ -305,7 +305,7 @@ class Usual(lightning.LightningModule):
         super().__init__()
         self.classifier = classifier
         self.marks = marks
-        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=len(classifier.task.classes))
+        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=len(classifier.info.classes))
 
     def on_train_epoch_start(self) -> None:
         self.marks.append(Mark.now())
@@ -335,11 +335,11 @@ def usual(
     """Without progress bar, checkpoints and a logger's file, which would only take more time."""
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(choice.threads)
-    task, recipe = classifier.task, classifier.recipe
+    info, recipe = classifier.info, classifier.recipe
     flip = [transforms.RandomHorizontalFlip()] if recipe.augment.flip else []
     change = transforms.Compose([
-        transforms.RandomCrop(task.size, padding=SHIFT), *flip,
-        transforms.ToTensor(), transforms.Normalize(task.mean, task.std),
+        transforms.RandomCrop(info.size, padding=SHIFT), *flip,
+        transforms.ToTensor(), transforms.Normalize(info.mean, info.std),
     ])  # fmt: skip
     loader = DataLoader(
         Pictures(images, change), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers,
@@ -385,13 +385,13 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
     augment = {"shift": SHIFT, "flip": flip, "policy": "none", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     mean, std = (getattr(images.pixels[:1000] / 255, of)((0, 1, 2)).tolist() for of in ("mean", "std"))
     size, channels = images.pixels.shape[2:]
-    task = DatasetInfo(contest.data, [str(number) for number in range(10)], size, channels, mean, std)
+    info = DatasetInfo(contest.data, [str(number) for number in range(10)], size, channels, mean, std)
     # a rate at which nothing diverges: it costs the same
     recipe = {"batch_size": contest.batch_size, "augment": augment, "lr": 0.001, "optimizer": "sgd"}
 
     def fresh() -> Classifier:
         torch.manual_seed(0)
-        return contest.build(task, recipe)
+        return contest.build(info, recipe)
 
     asked = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
     choice = choose(asked, fresh())

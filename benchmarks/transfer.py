@@ -107,9 +107,9 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
     kept, val = held_out(images, share)
     sums = ChannelMoments(3)
     sums.add(kept.pixels)
-    task = DatasetInfo("cifar10", classes, 32, 3, *sums.mean_and_std())
+    info = DatasetInfo("cifar10", classes, 32, 3, *sums.mean_and_std())
     torch.manual_seed(seed)
-    classifier = models.build("resnet", values, task)
+    classifier = models.build("resnet", values, info)
     init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
     params = TrainConfig(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -124,7 +124,7 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.task)}
+    record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.info)}
     (folder / RECORD).write_text(json.dumps(record))
     return accuracy(classifier, held_out(images, 10)[1])
 

@@ -32,16 +32,16 @@ def evaluate(stage: Stage) -> None:
     params = stage.typed(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
     record = json.loads((trained / RECORD).read_text())
-    task = DatasetInfo(**record["task"])
+    info = DatasetInfo(**record["task"])
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
     images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     # There is no model to evaluate after a failed training, so the tables stay empty.
     if record["failure"]:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
-        uncalibrated = probabilities = np.empty((0, len(task.classes)))
+        uncalibrated = probabilities = np.empty((0, len(info.classes)))
         calibration = {}
     else:
-        classifier = models.restore(record["architecture"], record["settings"], task, trained / WEIGHTS)
+        classifier = models.restore(record["architecture"], record["settings"], info, trained / WEIGHTS)
         # The results are bit-identical only with the same number of threads.
         torch.set_num_threads(record["trainer"]["threads"])
         classifier.to(hardware.device(record["trainer"]["accelerator"]))
@@ -60,10 +60,10 @@ def evaluate(stage: Stage) -> None:
         probabilities = apply_temperature(uncalibrated, temperature)
 
     groups = images["group"].to_numpy()
-    table = prediction_table(task.classes, images, probabilities)
+    table = prediction_table(info.classes, images, probabilities)
     table.to_parquet(stage.scratch / PREDICTIONS, index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
-    per_class(task.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
+    per_class(info.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
     slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)

@@ -101,7 +101,7 @@ def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | Invali
         else:
             row = next(rows)
             best = int(row.argmax())
-            yield {"image": path, "label": predictor.task.classes[best], "probability": float(row[best])}
+            yield {"image": path, "label": predictor.info.classes[best], "probability": float(row[best])}
 
 
 def found(given: Sequence[str]) -> Iterator[Path]:

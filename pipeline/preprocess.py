@@ -42,12 +42,12 @@ def preprocess(stage: Stage) -> None:
     moved = len(np.intersect1d(seen, tested_in(earlier.output)))
     check_champion(stage)
 
-    task, table = prepared.task, rows.columns("label", "split")
+    info, table = prepared.info, rows.columns("label", "split")
     card = PreprocessSummary(
         name=packed.name,
-        **{key: getattr(task, key) for key in ("classes", "size", "channels", "mean", "std")},
+        **{key: getattr(info, key) for key in ("classes", "size", "channels", "mean", "std")},
         table=table,
-        read_image=lambda row: center_crop_resize(packed.image(prepared.rows[row]), task.size, task.channels),
+        read_image=lambda row: center_crop_resize(packed.image(prepared.rows[row]), info.size, info.channels),
         read_original=packed.named,
         near_duplicates=prepared.near,
         pair_count=prepared.pairs,
@@ -57,7 +57,7 @@ def preprocess(stage: Stage) -> None:
     )
     write_preprocess_card(card, stage.scratch)
     splits = table["split"].astype(str).value_counts()
-    counts = {"images": len(rows), "classes": len(task.classes), **splits}
+    counts = {"images": len(rows), "classes": len(info.classes), **splits}
     profile = {name: int(count) for name, count in counts.items()} | {
         "near_duplicates": prepared.pairs,
         "withheld": len(prepared.withheld),

@@ -133,7 +133,7 @@ def run_gate(
         compared: The version of the champion, or None if there never was a champion.
     """
     prepared = stage.input("preprocess")
-    task = DatasetInfo.load(prepared / DATASET_INFO)
+    info = DatasetInfo.load(prepared / DATASET_INFO)
     images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     paths = dict(zip(images["sha256"], images["path"], strict=True))
     alike = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
@@ -149,7 +149,7 @@ def run_gate(
             predictor, trained_on = model_loader.load(found, store.scratch), model_loader.seen_ever(store, found)
         predictor.classifier.to(device)
         name = f"{predictor.architecture} (version {version})"
-        return ModelEvidence(name, predict_test_images(predictor, images, pixels, task, packed), trained_on), predictor
+        return ModelEvidence(name, predict_test_images(predictor, images, pixels, info, packed), trained_on), predictor
 
     with open_store(stage.home, params.name) as store:
         looks = versions.count_test_set_uses(store, params.name, candidate.version, gate.fingerprint(predictions))
@@ -162,7 +162,7 @@ def run_gate(
         return gate.decide(challenger, None, params.gate, looks=looks, alike=alike, paths=paths, first=True)
     old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / WEIGHTS
-    classifier = models.restore(record["architecture"], settings, task, weights).to(device)
+    classifier = models.restore(record["architecture"], settings, info, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=latency.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None

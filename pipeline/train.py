@@ -39,10 +39,10 @@ def train(stage: Stage) -> None:
     architecture = stage.item
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
-    task = DatasetInfo.load(prepared / DATASET_INFO)
+    info = DatasetInfo.load(prepared / DATASET_INFO)
 
     torch.manual_seed(seed)
-    classifier = models.build(architecture, settings, task)
+    classifier = models.build(architecture, settings, info)
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
@@ -60,7 +60,7 @@ def train(stage: Stage) -> None:
         "seed": seed,
         "train": stage.section("train"),
         "trainer": dataclasses.asdict(choice),
-        "task": dataclasses.asdict(task),
+        "task": dataclasses.asdict(info),
         "data": json.loads((prepared / DATA_PROFILE).read_text()) | {"digest": sha256(prepared / MANIFEST)[:12]},
         "identity": identity,
         "init": start,

@@ -20,15 +20,15 @@ def settings(name: str) -> dict:
     return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
 
 
-def task(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
+def dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
     return DatasetInfo(
         "test", [f"class {k}" for k in range(classes)], size, channels, [0.4] * channels, [0.2] * channels
     )
 
 
-def build(name: str, seed: int = 0, **of_task: int) -> Classifier:
+def build(name: str, seed: int = 0, **of_info: int) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(name, settings(name), task(**of_task))
+    return models.build(name, settings(name), dataset_info(**of_info))
 
 
 def images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:

@@ -24,11 +24,11 @@ def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = N
     """What training and evaluation leave of a LeNet: record, weights and calibration."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]
-    task = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
-    task |= {"mean": [0.5] * channels, "std": [0.25] * channels}
+    info = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
+    info |= {"mean": [0.5] * channels, "std": [0.25] * channels}
     torch.manual_seed(0)
-    save_file(models.build("lenet", settings, DatasetInfo(**task)).state_dict(), folder / "weights.safetensors")
-    record = {"architecture": "lenet", "settings": settings, "task": task, "seed": 1, **(more or {})}
+    save_file(models.build("lenet", settings, DatasetInfo(**info)).state_dict(), folder / "weights.safetensors")
+    record = {"architecture": "lenet", "settings": settings, "task": info, "seed": 1, **(more or {})}
     (folder / "record.json").write_text(json.dumps(record))
     (folder / "calibration.json").write_text(json.dumps({"temperature": 1.5, "val_log_loss": 0.1}))
     named = {"record": "record.json", "weights": "weights.safetensors", "calibration": "calibration.json"}

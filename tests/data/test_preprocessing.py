@@ -355,19 +355,19 @@ def test_the_arrays_load_by_memory_map(prepared: Path) -> None:
 
 
 def test_the_task_says_what_the_data_are(prepared: Path) -> None:
-    task = DatasetInfo.load(prepared / "task.json")
-    assert (task.dataset, task.classes, task.size, task.channels) == ("pets", ["007", "cat"], 32, 1)
+    info = DatasetInfo.load(prepared / "task.json")
+    assert (info.dataset, info.classes, info.size, info.channels) == ("pets", ["007", "cat"], 32, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mean_and_deviation_are_those_of_the_training_images_alone(tmp_path: Path, channels: int) -> None:
     images = {"cat": noise(80, channels, 1), "dog": noise(80, channels, 2)}
-    task = made(packed(tmp_path / "packed", images), tmp_path).task
+    info = made(packed(tmp_path / "packed", images), tmp_path).info
     pixels = np.load(tmp_path / "train_pixels.npy") / 255
-    assert task.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
-    assert task.std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
+    assert info.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
+    assert info.std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
     everything = np.concatenate([np.load(tmp_path / f"{name}_pixels.npy") for name in SPLITS]) / 255
-    assert task.mean != pytest.approx(everything.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
+    assert info.mean != pytest.approx(everything.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +378,8 @@ def test_channels_are_as_asked_and_by_themselves_grey_only_where_every_image_is(
 ) -> None:
     images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
     params = PreprocessConfig(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
-    task = made(packed(tmp_path / "packed", images), tmp_path, params).task
-    assert task.channels == len(task.mean) == len(task.std) == expected
+    info = made(packed(tmp_path / "packed", images), tmp_path, params).info
+    assert info.channels == len(info.mean) == len(info.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)
 
 
@@ -479,8 +479,8 @@ def test_only_new_images_are_fitted_and_the_bytes_are_as_if_all_were(tmp_path: P
 
 def test_another_size_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
     images = fitted_once(tmp_path, fitted)
-    task = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).task
-    assert (task.size, len(fitted)) == (36, 85)
+    info = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).info
+    assert (info.size, len(fitted)) == (36, 85)
 
 
 def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
@@ -537,7 +537,7 @@ def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tm
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
     found = made(images, tmp_path)
     assert found.notes == ["class 'owl' has no image: the networks keep its place, and can't learn it"]
-    assert found.task.classes == ["owl", "cat", "dog"]
+    assert found.info.classes == ["owl", "cat", "dog"]
     assert set(np.load(tmp_path / "train_labels.npy")) == {1, 2}
 
 
@@ -555,7 +555,7 @@ def test_groups_of_which_none_is_on_a_side_are_counted(tmp_path: Path) -> None:
         made(images, tmp_path)
 
 
-# The task
+# The data set info
 
 
 @given(
@@ -588,9 +588,9 @@ def test_a_channel_that_never_varies_can_still_be_divided_by(value: int) -> None
 
 
 def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:
-    task = DatasetInfo("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    task.save(tmp_path / "task.json")
-    assert DatasetInfo.load(tmp_path / "task.json") == task
+    info = DatasetInfo("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    info.save(tmp_path / "task.json")
+    assert DatasetInfo.load(tmp_path / "task.json") == info
 
 
 @pytest.mark.parametrize("module", [convoy.data.image_io, convoy.data.resize], ids=lambda module: module.__name__)
@@ -616,8 +616,8 @@ def test_what_another_version_of_a_library_fitted_is_fitted_anew(
 
 def test_the_task_says_to_what_larger_images_are_reduced_first(tmp_path: Path) -> None:
     images = {"cat": noise(40, size=40), "dog": noise(40, 1, 1, size=40)}
-    task = made(packed(tmp_path / "packed", images, longest_side=36), tmp_path).task
-    assert task.longest_side == 36
+    info = made(packed(tmp_path / "packed", images, longest_side=36), tmp_path).info
+    assert info.longest_side == 36
 
 
 def test_the_sums_over_very_many_images_are_whole_numbers() -> None:

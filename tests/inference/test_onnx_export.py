@@ -17,14 +17,14 @@ from convoy.inference import onnx_export
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry import model_loader
-from model_fixtures import TWINS, build, every_architecture, images, settings, task
+from model_fixtures import TWINS, build, dataset_info, every_architecture, images, settings
 
 
-def lively(name: str, twin: str = "", **of_task: int) -> Predictor:
+def lively(name: str, twin: str = "", **of_info: int) -> Predictor:
     """An untrained network, or one with the numbers of torchvision's `twin`, whose layers all do something."""
     torch.manual_seed(0)
     values = settings(name) | (models.equivalents(name).settings[twin] if twin else {})
-    classifier = models.build(name, values, task(**of_task)).eval()
+    classifier = models.build(name, values, dataset_info(**of_info)).eval()
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -33,7 +33,7 @@ def lively(name: str, twin: str = "", **of_task: int) -> Predictor:
     weights = classifier.state_dict()
     last = [key for key in weights if classifier.is_head(key) and "auxiliary" not in key and weights[key].ndim == 2]
     nn.init.normal_(weights[last[-1]], std=0.1)  # fresh output layers hardly prefer a class
-    return Predictor(name, classifier.task, classifier, temperature=0.6)
+    return Predictor(name, classifier.info, classifier, temperature=0.6)
 
 
 @every_architecture
@@ -99,7 +99,7 @@ class Strange(Classifier):
     """A network that does to its images what it is told."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(build("lenet").task, build("lenet").recipe)
+        super().__init__(build("lenet").info, build("lenet").recipe)
         self.what = what
 
     def logits(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Strange(Classifier):
 
 def strange(what: str) -> Predictor:
     network = Strange(what).eval()
-    return Predictor("strange", network.task, network, 1.0)
+    return Predictor("strange", network.info, network, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -217,11 +217,11 @@ def test_a_photograph_comes_to_the_pixels_that_the_network_was_trained_and_teste
     )
     dataset = DatasetConfig(name="pets", longest_side=90, group=None)
     packed = ingest(source, dataset, FetchConfig(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed
-    channels = model.predictor.task.channels
+    channels = model.predictor.info.channels
     params = PreprocessConfig(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
-    task = prepare(packed, params, 1, tmp_path / "prepared", nothing).task
+    info = prepare(packed, params, 1, tmp_path / "prepared", nothing).info
 
-    served = dataclasses.replace(model.predictor, task=task)
+    served = dataclasses.replace(model.predictor, info=info)
     paths = pd.read_parquet(tmp_path / "prepared/images.parquet")["path"]
     seen = np.concatenate([np.load(tmp_path / f"prepared/{split}_pixels.npy") for split in SPLITS])
     assert len(seen) == 6

@@ -19,7 +19,7 @@ from convoy.core.config import typed
 from convoy.core.errors import ConvoyError
 from convoy.models import alexnet, googlenet, lenet, vgg
 from convoy.models.base import Classifier
-from model_fixtures import CONF, build, every_architecture, images, settings, task
+from model_fixtures import CONF, build, dataset_info, every_architecture, images, settings
 
 
 def parameters(model: nn.Module) -> int:
@@ -106,7 +106,7 @@ def test_saved_weights_come_back_as_the_same_classifier(name: str, tmp_path: Pat
     model = build(name, channels=3)
     model(images(8, channels=3))  # in training mode: batch norms move
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    restored = models.restore(name, settings(name), task(channels=3), tmp_path / "weights.safetensors")
+    restored = models.restore(name, settings(name), dataset_info(channels=3), tmp_path / "weights.safetensors")
     assert not restored.training
     pixels = images(4, channels=3)
     assert torch.equal(restored(pixels), model.eval()(pixels))
@@ -117,7 +117,7 @@ def test_weights_of_another_task_are_refused_by_name(name: str, tmp_path: Path) 
     weights = tmp_path / "weights.safetensors"
     save_file(build(name, classes=9).state_dict(), weights)
     with pytest.raises(ConvoyError, match=f"weights.safetensors: not the weights of this {name}"):
-        models.restore(name, settings(name), task(), weights)
+        models.restore(name, settings(name), dataset_info(), weights)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a safetensors file"])
@@ -126,7 +126,7 @@ def test_a_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes |
     if content is not None:
         weights.write_bytes(content)
     with pytest.raises(ConvoyError, match=r"weights\.safetensors"):
-        models.restore("lenet", settings("lenet"), task(), weights)
+        models.restore("lenet", settings("lenet"), dataset_info(), weights)
 
 
 @every_architecture
@@ -134,7 +134,7 @@ def test_a_mistyped_key_is_refused_with_the_right_one(name: str) -> None:
     values = settings(name)
     values["recipe"]["learning_rte"] = 0.1
     with pytest.raises(ConvoyError, match=rf"model\.{name}\.recipe\.learning_rte: unknown key"):
-        models.build(name, values, task())
+        models.build(name, values, dataset_info())
 
 
 @every_architecture
@@ -143,7 +143,7 @@ def test_every_setting_is_needed(name: str) -> None:
         values = settings(name)
         del values[key]
         with pytest.raises(ConvoyError, match=rf"model\.{name}\.{key}: missing"):
-            models.build(name, values, task())
+            models.build(name, values, dataset_info())
 
 
 @every_architecture
@@ -161,7 +161,7 @@ def test_images_too_small_are_refused_with_the_smallest_size_that_fits(name: str
 
 def test_an_unknown_architecture_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(ConvoyError, match=r"model\.resnt: no such architecture; did you mean resnet\?$"):
-        models.build("resnt", {}, task())
+        models.build("resnt", {}, dataset_info())
 
 
 def test_an_architecture_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def imagenet(theirs: str, size: int = 224) -> Classifier:
     name = IMAGENET[theirs]
     with torch.device("meta"):
         return models.build(
-            name, settings(name) | models.equivalents(name).settings[theirs], task(size, 3, classes=1000)
+            name, settings(name) | models.equivalents(name).settings[theirs], dataset_info(size, 3, classes=1000)
         )
 
 
@@ -242,7 +242,7 @@ def test_with_torchvisions_weights_googlenets_three_heads_are_torchvisions() -> 
 def test_an_imagenet_stem_on_small_images_is_refused_with_the_size_it_needs() -> None:
     values = settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
     with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
-        models.build("alexnet", values, task())
+        models.build("alexnet", values, dataset_info())
 
 
 def test_alexnets_response_norm_is_torchs_with_the_papers_numbers() -> None:
@@ -267,7 +267,7 @@ def test_googlenets_auxiliary_classifiers_are_trained_and_take_no_part_in_a_pred
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_a_resnet_block_that_keeps_its_shape_starts_as_the_identity(block: str) -> None:
     values = settings("resnet") | {"block": block}
-    model = models.build("resnet", values, task())
+    model = models.build("resnet", values, dataset_info())
     x = torch.rand(2, model.blocks[1].outputs, 8, 8)
     assert torch.equal(model.blocks[1](x), x)
     changed = copy.deepcopy(model.blocks[1])

@@ -227,7 +227,7 @@ def evaluated(root: Path, tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (450, 32, 32, 1), dtype=np.uint8)
     np.save(tmp_path / "test_pixels.npy", pixels)
     np.save(tmp_path / "test_labels.npy", np.zeros(450, np.int64))
-    restored.task.save(tmp_path / "task.json")
+    restored.info.save(tmp_path / "task.json")
     table = pd.DataFrame(restored.probabilities(pixels), columns=[f"probability_{name}" for name in CLASSES])
     table.to_parquet(tmp_path / "predictions.parquet")
     return tmp_path

@@ -74,8 +74,8 @@ def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, 
     assert done.stdout.count("epoch 3/3") == 1  # one process tells
 
     # the validation figures are those of all images
-    task = DatasetInfo.load(together / "artifacts/preprocess/task.json")
-    classifier = models.restore("lenet", record["settings"], task, found / "weights.safetensors")
+    info = DatasetInfo.load(together / "artifacts/preprocess/task.json")
+    classifier = models.restore("lenet", record["settings"], info, found / "weights.safetensors")
     val = Images.load(together / "artifacts/preprocess", "val")
     accuracy = (predict(classifier, val.pixels, 64).argmax(axis=1) == val.labels).mean()
     assert accuracy == pytest.approx(record["best"]["val_accuracy"])
@@ -131,8 +131,8 @@ def test_the_validation_figures_of_two_processes_are_those_of_the_kept_running_m
     assert done.returncode == 0, done.stderr
     found = root / "artifacts/train/resnet"
     record = json.loads((found / "record.json").read_text())
-    task = DatasetInfo.load(root / "artifacts/preprocess/task.json")
-    classifier = models.restore("resnet", record["settings"], task, found / "weights.safetensors")
+    info = DatasetInfo.load(root / "artifacts/preprocess/task.json")
+    classifier = models.restore("resnet", record["settings"], info, found / "weights.safetensors")
     val = Images.load(root / "artifacts/preprocess", "val")
     probabilities = predict(classifier, val.pixels, 64)
     loss = -np.log(probabilities[np.arange(len(val)), val.labels]).mean()

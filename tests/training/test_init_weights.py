@@ -47,13 +47,13 @@ def settings(name: str, init: str = "scratch", twin: str = "") -> dict:
     return values | dict(models.equivalents(name).settings[twin]) if twin else values
 
 
-def task(classes: list[str] = SOME, channels: int = 3, size: int = 32) -> DatasetInfo:
+def dataset_info(classes: list[str] = SOME, channels: int = 3, size: int = 32) -> DatasetInfo:
     return DatasetInfo("test", classes, size, channels, [0.4] * channels, [0.2] * channels)
 
 
-def build(name: str, values: dict, task: DatasetInfo, seed: int = 0) -> Classifier:
+def build(name: str, values: dict, info: DatasetInfo, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(name, values, task)
+    return models.build(name, values, info)
 
 
 def not_called(init: str, folder: Path) -> str:
@@ -75,7 +75,7 @@ every_architecture = pytest.mark.parametrize("name", models.names())
 
 @every_architecture
 def test_the_head_is_all_that_depends_on_the_number_of_classes_and_what_only_serves_it(name: str) -> None:
-    few, many = (build(name, settings(name), task([str(k) for k in range(count)])) for count in (3, 5))
+    few, many = (build(name, settings(name), dataset_info([str(k) for k in range(count)])) for count in (3, 5))
     shapes = {key: value.shape for key, value in many.state_dict().items()}
     differ = {key for key, value in few.state_dict().items() if value.shape != shapes[key]}
     head = {key for key in shapes if few.is_head(key)}
@@ -157,7 +157,7 @@ def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, publish: Pu
     del theirs  # VGG fills half a gigabyte
 
     values = settings(name, "pretrained", twin)
-    ours = build(name, values, task(NAMES, size=224)).eval()
+    ours = build(name, values, dataset_info(NAMES, size=224)).eval()
     record = start(ours, name, values)
     assert record["sha256"] == sha256(file)
     assert record["verified"] is True
@@ -175,7 +175,7 @@ def test_every_twin_has_the_layers_of_ours_in_their_order() -> None:
         for twin in models.equivalents(name).settings:
             with torch.device("meta"):
                 theirs = models.equivalents(name).translate(init_weights._blank(twin, 1000).state_dict())
-                ours = models.build(name, settings(name, twin=twin), task(NAMES, size=224)).state_dict()
+                ours = models.build(name, settings(name, twin=twin), dataset_info(NAMES, size=224)).state_dict()
             shapes = [value.shape for key, value in ours.items() if key not in ("mean", "std")]
             assert [value.shape for value in theirs.values()] == shapes, twin
 
@@ -188,7 +188,7 @@ def test_an_old_file_with_the_layers_in_another_order_and_no_count_of_batches_is
     for number, content in enumerate((weights, old)):
         torch.save(content, tmp_path / f"{number}.pth")
         values = settings("resnet", str(tmp_path / f"{number}.pth"), "resnet18")
-        classifier = build("resnet", values, task())
+        classifier = build("resnet", values, dataset_info())
         start(classifier, "resnet", values)
         found.append(classifier.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
@@ -198,7 +198,7 @@ def test_a_file_of_a_torchvision_network_of_other_classes_gives_its_body(tmp_pat
     theirs = torchvisions("resnet18", classes=7)
     torch.save(theirs.state_dict(), tmp_path / "mine.pth")
     values = settings("resnet", str(tmp_path / "mine.pth"), "resnet18")
-    classifier = build("resnet", values, task())
+    classifier = build("resnet", values, dataset_info())
     fresh = classifier.classifier.weight.clone()
     record = start(classifier, "resnet", values)
     assert (record["source"], record["head"]) == (str(tmp_path / "mine.pth"), "new")
@@ -210,7 +210,7 @@ def test_a_file_of_a_torchvision_network_of_other_classes_gives_its_body(tmp_pat
 def test_of_imagenet_with_other_classes_the_head_is_new(order: str, publish: Publish, tmp_path: Path) -> None:
     publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
     values = settings("resnet", "pretrained", "resnet18")
-    classifier = build("resnet", values, task(SOME if order == "other names" else NAMES[::-1]))
+    classifier = build("resnet", values, dataset_info(SOME if order == "other names" else NAMES[::-1]))
     fresh = classifier.classifier.weight.clone()
     assert start(classifier, "resnet", values)["head"] == "new"
     assert torch.equal(classifier.classifier.weight, fresh)
@@ -219,7 +219,7 @@ def test_of_imagenet_with_other_classes_the_head_is_new(order: str, publish: Pub
 def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(publish: Publish, tmp_path: Path) -> None:
     publish("googlenet", saved(torchvisions("googlenet").state_dict(), tmp_path / "weights.pth"))
     values = settings("googlenet", "pretrained", "googlenet")
-    classifier = build("googlenet", values, task(size=64))
+    classifier = build("googlenet", values, dataset_info(size=64))
     before = copies(classifier)
     start(classifier, "googlenet", values)
     changed = {key for key, value in classifier.state_dict().items() if not torch.equal(value, before[key])}
@@ -231,7 +231,7 @@ def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(publi
 def test_without_a_network_the_message_names_the_file_and_where_it_goes(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError) as refusal:
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
     message = str(refusal.value)
     assert message.startswith("model.resnet.init: https://download.pytorch.org/models/resnet18-")
     assert "no network" in message
@@ -246,7 +246,7 @@ def test_what_is_downloaded_is_checked_against_its_hash(
     monkeypatch.setattr("torch.hub.urlopen", lambda *_: urlopen(answer.as_uri()))
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match="invalid hash value"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
     assert list(cache.iterdir()) == []
 
 
@@ -256,7 +256,7 @@ def test_other_weights_under_a_published_name_are_refused(twin: str, place: str,
     name, published = TWINS[twin], Path(get_model_weights(twin).IMAGENET1K_V1.url)
     file = saved(torchvisions(twin, classes=3).state_dict(), (cache if place == "cache" else tmp_path) / published.name)
     values = settings(name, "pretrained" if place == "cache" else str(file), twin)
-    classifier = build(name, values, task(size=224))
+    classifier = build(name, values, dataset_info(size=224))
     before = copies(classifier)
     with pytest.raises(ConvoyError) as refusal:
         start(classifier, name, values)
@@ -273,13 +273,13 @@ def test_one_wrong_bit_in_published_weights_is_found(publish: Publish, tmp_path:
     file.write_bytes(content)
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match="is damaged, or not the file that torchvision published"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 def test_a_file_of_the_users_own_is_recorded_as_not_verified(tmp_path: Path) -> None:
     file = saved(torchvisions("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
     values = settings("resnet", str(file), "resnet18")
-    record = start(build("resnet", values, task()), "resnet", values)
+    record = start(build("resnet", values, dataset_info()), "resnet", values)
     assert (record["sha256"], record["verified"]) == (sha256(file), False)
 
 
@@ -300,7 +300,7 @@ def test_lenet_has_no_weights_from_imagenet() -> None:
 def test_grey_images_are_refused_before_anything_is_downloaded(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match=r"for images with 3 channels, and these have 1: set preprocess\.channels: 3"):
-        start(build("resnet", values, task(channels=1)), "resnet", values)
+        start(build("resnet", values, dataset_info(channels=1)), "resnet", values)
 
 
 # Hostile and broken files
@@ -329,7 +329,7 @@ def test_a_poisoned_file_is_refused_and_not_run(form: str, place: str, publish: 
     if place == "cache":
         file = publish("resnet18", file)
     values = settings("resnet", "pretrained" if place == "cache" else str(file), "resnet18")
-    classifier = build("resnet", values, task())
+    classifier = build("resnet", values, dataset_info())
     with pytest.raises(ConvoyError, match="is no file of plain weights, and nothing in it was run"):
         start(classifier, "resnet", values)
     assert not fired.exists()
@@ -343,7 +343,7 @@ def test_a_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> Non
     (tmp_path / "broken.pth").write_bytes(content)
     values = settings("resnet", str(tmp_path / "broken.pth"), "resnet18")
     with pytest.raises(ConvoyError, match=r"model\.resnet\.init: .*broken\.pth is no file of plain weights"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
@@ -351,14 +351,14 @@ def test_a_file_of_more_than_tensors_is_refused(content: object, tmp_path: Path)
     torch.save(content, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
     with pytest.raises(ConvoyError, match="holds more than tensors"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 def test_a_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
     with pytest.raises(ConvoyError, match=r"other\.pth is not of torchvision's resnet18 .*conv1\.weight"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("init", ["pretraind", "0123abc", "", "weights"])
@@ -375,18 +375,18 @@ def test_a_file_that_is_not_there_is_refused_by_name() -> None:
 # From our own files
 
 
-def leave(folder: Path, name: str, values: dict, task: DatasetInfo, seed: int = 7) -> Classifier:
+def leave(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 7) -> Classifier:
     """A trained classifier's weights and record, as the train stage leaves them."""
-    classifier = build(name, values, task, seed)
+    classifier = build(name, values, info, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(classifier.state_dict(), folder / "weights.safetensors")
-    record = {"architecture": name, "settings": values, "task": vars(task)}
+    record = {"architecture": name, "settings": values, "task": vars(info)}
     (folder / "record.json").write_text(json.dumps(record))
     return classifier
 
 
 def test_scratch_leaves_a_classifier_as_it_was_drawn() -> None:
-    classifier = build("lenet", settings("lenet"), task())
+    classifier = build("lenet", settings("lenet"), dataset_info())
     before = copies(classifier)
     assert start(classifier, "lenet", settings("lenet")) == {"init": "scratch"}
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
@@ -394,9 +394,9 @@ def test_scratch_leaves_a_classifier_as_it_was_drawn() -> None:
 
 @every_architecture
 def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> None:
-    left = leave(tmp_path, name, settings(name), task())
+    left = leave(tmp_path, name, settings(name), dataset_info())
     values = settings(name, str(tmp_path / "weights.safetensors"))
-    classifier = build(name, values, task())
+    classifier = build(name, values, dataset_info())
     record = start(classifier, name, values)
     assert set(record) == {"init", "source", "sha256", "verified", "head", "lineage"}
     assert record["head"] == "kept"
@@ -407,9 +407,9 @@ def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> N
 @every_architecture
 @pytest.mark.parametrize("classes", [SOME[::-1], ["a", "b", "c"], [*SOME, "elk"]], ids=["order", "names", "number"])
 def test_of_other_classes_all_but_the_head_is_taken(name: str, classes: list[str], tmp_path: Path) -> None:
-    left = leave(tmp_path, name, settings(name), task()).state_dict()
+    left = leave(tmp_path, name, settings(name), dataset_info()).state_dict()
     values = settings(name, str(tmp_path / "weights.safetensors"))
-    classifier = build(name, values, task(classes))
+    classifier = build(name, values, dataset_info(classes))
     fresh = copies(classifier)
     assert start(classifier, name, values)["head"] == "new"
     for key, value in classifier.state_dict().items():
@@ -419,15 +419,15 @@ def test_of_other_classes_all_but_the_head_is_taken(name: str, classes: list[str
 def test_normalisation_comes_with_the_weights(tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), DatasetInfo("old", SOME, 32, 3, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
-    classifier = build("lenet", values, task(["a", "b"]))
+    classifier = build("lenet", values, dataset_info(["a", "b"]))
     start(classifier, "lenet", values)
     assert classifier.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_weights_of_other_settings_are_refused_with_what_to_set(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet") | {"f6": 90}, task())
+    leave(tmp_path, "lenet", settings("lenet") | {"f6": 90}, dataset_info())
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
-    classifier = build("lenet", values, task(["a", "b"]))
+    classifier = build("lenet", values, dataset_info(["a", "b"]))
     before = copies(classifier)
     message = (
         r"model\.lenet\.init: .*weights\.safetensors: the weights don't fit the settings: "
@@ -439,7 +439,7 @@ def test_weights_of_other_settings_are_refused_with_what_to_set(tmp_path: Path) 
 
 
 def test_missing_and_unknown_names_are_refused() -> None:
-    classifier = build("lenet", settings("lenet"), task())
+    classifier = build("lenet", settings("lenet"), dataset_info())
     weights = copies(classifier)
     weights["extra"] = weights.pop("c1.weight")
     with pytest.raises(ConvoyError, match=r"c1\.weight is missing; extra is unknown here"):
@@ -451,42 +451,42 @@ def test_missing_and_unknown_names_are_refused() -> None:
 
 
 def test_of_many_misfits_the_first_are_named() -> None:
-    classifier = build("resnet", settings("resnet"), task())
+    classifier = build("resnet", settings("resnet"), dataset_info())
     with pytest.raises(ConvoyError, match=r"mean is missing; .* and \d+ more$"):
         init_weights.load_matching(classifier, {}, same_classes=False)
 
 
 def test_weights_for_grey_images_are_refused_for_colour(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), task(channels=1))
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info(channels=1))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"for images with 1 channels, and these have 3: set preprocess\.channels: 1"):
-        start(build("lenet", values, task()), "lenet", values)
+        start(build("lenet", values, dataset_info()), "lenet", values)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), task())
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     values = settings("resnet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
-        start(build("resnet", values, task()), "resnet", values)
+        start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}"])
 def test_weights_without_their_record_are_refused(content: str | None, tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), task())
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     (tmp_path / "record.json").unlink()
     if content is not None:
         (tmp_path / "record.json").write_text(content)
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"record\.json is missing or can't be read: put the record"):
-        start(build("lenet", values, task()), "lenet", values)
+        start(build("lenet", values, dataset_info()), "lenet", values)
 
 
 def test_a_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), task())
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     (tmp_path / "weights.safetensors").write_bytes(pickle.dumps({"c1.weight": 1}))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"weights\.safetensors is no safetensors file"):
-        start(build("lenet", values, task()), "lenet", values)
+        start(build("lenet", values, dataset_info()), "lenet", values)
 
 
 # From MLflow
@@ -504,7 +504,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
             package = Path(convoy.__file__).parent
             for number, name in enumerate(VERSIONS, start=1):
                 folder = root / str(number)
-                leave(folder, name, settings(name), task(), seed=number)
+                leave(folder, name, settings(name), dataset_info(), seed=number)
                 versions.register(
                     store,
                     name="convoy",
@@ -536,7 +536,7 @@ def bring(
 
 
 def from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
-    classifier = build(name, values, task(["a", "b"]))
+    classifier = build(name, values, dataset_info(["a", "b"]))
     record = init_weights.init_weights(
         classifier,
         name,
@@ -556,7 +556,7 @@ def test_champion_means_the_champion_or_else_the_newest_version_of_the_architect
     if champion:
         store.client.set_registered_model_alias("convoy", "champion", str(champion))
     classifier, record = from_store(store, name, settings(name, "champion"))
-    left = build(name, settings(name), task(), seed=version).state_dict()
+    left = build(name, settings(name), dataset_info(), seed=version).state_dict()
     body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_head(key)}
     assert all(torch.equal(left[key], value) for key, value in body.items())
     assert (record["init"], record["head"], record["verified"]) == ("champion", "new", True)
@@ -575,7 +575,7 @@ def test_before_any_model_is_registered_there_is_no_champion(store: TrackingStor
 
 
 def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
-    left = leave(tmp_path, "lenet", settings("lenet"), task(["a", "b"]), seed=9)
+    left = leave(tmp_path, "lenet", settings("lenet"), dataset_info(["a", "b"]), seed=9)
     run = bring(store, "lenet", tmp_path)
     classifier, record = from_store(store, "lenet", settings("lenet", run))
     assert (record["source"], record["head"]) == (f"run {run}", "kept")
@@ -584,7 +584,7 @@ def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), task())
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
         from_store(store, "resnet", settings("resnet", bring(store, "lenet", tmp_path)))
 
@@ -592,7 +592,7 @@ def test_a_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path
 def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: MLflow has no run {'0' * 32}"):
         from_store(store, "lenet", settings("lenet", "0" * 32))
-    leave(tmp_path, "lenet", settings("lenet"), task())
+    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     run = bring(store, "lenet", tmp_path, ("record.json",))
     with pytest.raises(ConvoyError, match=rf"run {run} holds no weights\.safetensors"):
         from_store(store, "lenet", settings("lenet", run))
@@ -627,7 +627,7 @@ def test_broken_weights_of_a_run_are_named_by_the_run(
     file: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bring_broken(init: str, folder: Path) -> str:
-        leave(folder, "lenet", settings("lenet"), task())
+        leave(folder, "lenet", settings("lenet"), dataset_info())
         if architecture == "lenet":
             (folder / file).write_text("[]")
         return f"run {init}"
@@ -636,7 +636,7 @@ def test_broken_weights_of_a_run_are_named_by_the_run(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     values = settings(architecture, "0" * 32)
     with pytest.raises(ConvoyError) as refusal:
-        init_weights.init_weights(build(architecture, values, task()), architecture, values, bring_broken)
+        init_weights.init_weights(build(architecture, values, dataset_info()), architecture, values, bring_broken)
     assert f"of run {'0' * 32}" in str(refusal.value)
     assert "scratch/" not in str(refusal.value)
 

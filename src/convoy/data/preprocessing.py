@@ -48,7 +48,7 @@ class PreprocessConfig:
 class Prepared:
     """Result of preprocessing: the prepared images, near-duplicates and excluded images."""
 
-    task: DatasetInfo
+    info: DatasetInfo
     rows: np.ndarray  # (N,) row numbers in the packed data set, in the order of the arrays
     near: pd.DataFrame  # path, label, other, other_label: near-duplicates, at most `LISTED` pairs
     pairs: int  # number of near-duplicate pairs in total
@@ -100,7 +100,7 @@ def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: 
     files = [folder / f"{name}_pixels.npy" for name in SPLITS]
     sums = write_resized(packed, sides, (params.size, params.size, channels), files, earlier)
     mean, std = sums.mean_and_std()
-    task = DatasetInfo(
+    info = DatasetInfo(
         dataset=packed.name,
         classes=packed.classes,
         size=params.size,
@@ -109,11 +109,11 @@ def prepare(packed: PackedDataset, params: PreprocessConfig, seed: int, folder: 
         std=std,
         longest_side=packed.longest_side,
     )
-    task.save(folder / DATASET_INFO)
+    info.save(folder / DATASET_INFO)
     rows = np.concatenate([np.flatnonzero(sides == side) for side in range(len(SPLITS))])
     listed = _named(some, near)
     withheld, doubtful = withheld.reset_index(drop=True), int((one != other).sum())
-    return Prepared(task, rows, listed, len(near), doubtful, withheld, alike, notes)
+    return Prepared(info, rows, listed, len(near), doubtful, withheld, alike, notes)
 
 
 def _sides(packed: PackedDataset, params: PreprocessConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -84,8 +84,8 @@ def alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
 
 
 def _call(classifier: Classifier, count: int) -> Callable[[], object]:
-    task = classifier.task
-    shape = (count, task.size, task.size, task.channels)
+    info = classifier.info
+    shape = (count, info.size, info.size, info.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     # `predict` returns a NumPy array and so waits for the GPU.
     return lambda: predict(classifier, pixels, count)

@@ -15,28 +15,28 @@ PIECE = 256  # images in memory at a time
 
 
 def predict_test_images(
-    predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, task: DatasetInfo, packed: PackedDataset
+    predictor: Predictor, images: pd.DataFrame, pixels: np.ndarray, info: DatasetInfo, packed: PackedDataset
 ) -> pd.DataFrame:
     """Predict the current test images with a model.
 
     Args:
         predictor: The model.
         images: The N test images, with the columns path, sha256, label and group.
-        pixels: (N, H, W, C) uint8 pixels of `images`, preprocessed for `task`.
-        task: The current data set.
+        pixels: (N, H, W, C) uint8 pixels of `images`, preprocessed for `info`.
+        info: The current data set.
         packed: The packed data set, from which the images are resized if the model takes another size or number of
-            channels than `task`.
+            channels than `info`.
 
     Returns:
         The table of predictions, as from `prediction_table`.
     """
-    own = predictor.task
-    pieces = [pixels] if (own.size, own.channels) == (task.size, task.channels) else _fitted_anew(images, packed, own)
+    own = predictor.info
+    pieces = [pixels] if (own.size, own.channels) == (info.size, info.channels) else _fitted_anew(images, packed, own)
     return prediction_table(own.classes, images, np.concatenate([predictor.probabilities(piece) for piece in pieces]))
 
 
-def _fitted_anew(images: pd.DataFrame, packed: PackedDataset, task: DatasetInfo) -> Iterator[np.ndarray]:
-    """Resize images to the size and channels of `task`, in chunks of shape (at most `PIECE`, size, size, C) uint8.
+def _fitted_anew(images: pd.DataFrame, packed: PackedDataset, info: DatasetInfo) -> Iterator[np.ndarray]:
+    """Resize images to the size and channels of `info`, in chunks of shape (at most `PIECE`, size, size, C) uint8.
 
     The images are identified by their column path.
     """
@@ -44,5 +44,5 @@ def _fitted_anew(images: pd.DataFrame, packed: PackedDataset, task: DatasetInfo)
     rows = row_of[images["path"]].tolist()
     for start in range(0, len(rows), PIECE):
         yield np.stack(
-            [center_crop_resize(packed.image(row), task.size, task.channels) for row in rows[start : start + PIECE]]
+            [center_crop_resize(packed.image(row), info.size, info.channels) for row in rows[start : start + PIECE]]
         )

@@ -50,10 +50,10 @@ def export(predictor: Predictor, file: Path) -> None:
     Raises:
         ConvoyError: If PyTorch can't export the network; the message contains the reason.
     """
-    task = predictor.task
+    info = predictor.info
     # A batch of two images, because torch would treat a size of one as a constant.
-    pixels = torch.zeros(2, task.size, task.size, task.channels, dtype=torch.uint8)
-    colours = "RGB" if task.channels == 3 else "grey"
+    pixels = torch.zeros(2, info.size, info.size, info.channels, dtype=torch.uint8)
+    colours = "RGB" if info.channels == 3 else "grey"
     try:
         with _quiet():
             # Imported here, because the import takes seconds and only this function needs it.
@@ -74,13 +74,13 @@ def export(predictor: Predictor, file: Path) -> None:
             model.graph.metadata_props.clear()
             for node in model.graph.all_nodes():
                 node.metadata_props.clear()
-            model.doc_string = MEANING.format(**vars(task), colours=colours, k=len(task.classes))
+            model.doc_string = MEANING.format(**vars(info), colours=colours, k=len(info.classes))
             explained = {
                 "architecture": predictor.architecture,
-                "dataset": task.dataset,
-                "classes": json.dumps(task.classes),
-                "size": str(task.size),
-                "channels": str(task.channels),
+                "dataset": info.dataset,
+                "classes": json.dumps(info.classes),
+                "size": str(info.size),
+                "channels": str(info.channels),
             }
             model.metadata_props.update(explained)
             # Saves the weights inside the file. Raises an error above 2 GB, the limit of ONNX.

@@ -31,7 +31,7 @@ class Predictor:
     """
 
     architecture: str
-    task: DatasetInfo
+    info: DatasetInfo
     classifier: Classifier
     temperature: float
 
@@ -48,7 +48,7 @@ class Predictor:
             InvalidImageError: If the file is not a valid image.
         """
         return image_io.center_crop_resize(
-            image_io.decode(file, self.task.longest_side).pixels, self.task.size, self.task.channels
+            image_io.decode(file, self.info.longest_side).pixels, self.info.size, self.info.channels
         )
 
     def probabilities(self, pixels: np.ndarray, batch_size: int = 256) -> np.ndarray:
@@ -62,7 +62,7 @@ class Predictor:
             (N, K) float64 calibrated probabilities.
         """
         if not len(pixels):
-            return np.empty((0, len(self.task.classes)))
+            return np.empty((0, len(self.info.classes)))
         return apply_temperature(predict(self.classifier, pixels, batch_size), self.temperature)
 
 

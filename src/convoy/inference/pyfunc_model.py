@@ -47,31 +47,31 @@ class ImageClassifier(PythonModel):
         Raises:
             MlflowException: If the input has any other form, such as an array with the channels first, (3, H, W).
         """
-        task = self.predictor.task
-        shape = (0, task.size, task.size, task.channels)
+        info = self.predictor.info
+        shape = (0, info.size, info.size, info.channels)
         plain = [self._fitted(image) for image in _each(model_input)]
         probabilities = self.predictor.probabilities(np.stack(plain) if plain else np.empty(shape, np.uint8))
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
-                "label": [task.classes[label] for label in best],
+                "label": [info.classes[label] for label in best],
                 "probability": probabilities[np.arange(len(best)), best],
                 "probabilities": probabilities.tolist(),
             }
         )
 
     def _fitted(self, image: Any) -> np.ndarray:
-        task = self.predictor.task
+        info = self.predictor.info
         try:
             if isinstance(image, str):
                 image = _decoded(image)
             if isinstance(image, bytes):
                 return self.predictor.fitted(image)
             if isinstance(image, Image.Image):
-                pixels = image_io.to_grey_or_rgb(image, task.longest_side)
+                pixels = image_io.to_grey_or_rgb(image, info.longest_side)
             else:
-                pixels = _plain(image, task.longest_side)
-            return image_io.center_crop_resize(pixels, task.size, task.channels)
+                pixels = _plain(image, info.longest_side)
+            return image_io.center_crop_resize(pixels, info.size, info.channels)
         except image_io.InvalidImageError as fault:
             raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
 

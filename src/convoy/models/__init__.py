@@ -50,35 +50,35 @@ def schema(name: str) -> type:
     return _module(name).Params
 
 
-def build(name: str, values: Mapping[str, Any], task: DatasetInfo) -> Classifier:
+def build(name: str, values: Mapping[str, Any], info: DatasetInfo) -> Classifier:
     """Build a classifier with initial weights drawn from torch's global random generator.
 
     Args:
         name: Name of the architecture.
         values: Settings, as in `conf/model/<name>.yaml`.
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
 
     Raises:
         ConvoyError: If the name is unknown, a setting is invalid, or the images are too small for the settings.
     """
     params: Any = typed(schema(name), values, f"model.{name}")
-    _rehearse(name, params, task)
-    return _class(name)(task, params)
+    _rehearse(name, params, info)
+    return _class(name)(info, params)
 
 
-def restore(name: str, values: Mapping[str, Any], task: DatasetInfo, weights: Path) -> Classifier:
+def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Path) -> Classifier:
     """Build a classifier, load its weights from a safetensors file and switch it to evaluation mode.
 
     Args:
         name: Name of the architecture.
         values: Settings that the weights were trained with.
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         weights: Path of the safetensors file.
 
     Raises:
         ConvoyError: If `build` rejects the settings, or the file does not contain the weights of this classifier.
     """
-    classifier = build(name, values, task)
+    classifier = build(name, values, info)
     try:
         classifier.load_state_dict(load_file(weights), strict=True)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -129,7 +129,7 @@ def _class(name: str) -> type:
     return found
 
 
-def _rehearse(name: str, params: Any, task: DatasetInfo) -> None:
+def _rehearse(name: str, params: Any, info: DatasetInfo) -> None:
     """Check the settings by passing one batch through every head on the meta device, which computes only shapes.
 
     Raises:
@@ -139,19 +139,19 @@ def _rehearse(name: str, params: Any, task: DatasetInfo) -> None:
     def refusal(size: int) -> str:
         try:
             with torch.device("meta"):
-                classifier = _class(name)(dataclasses.replace(task, size=size), params)
-                pixels = torch.empty(params.recipe.batch_size, size, size, task.channels, dtype=torch.uint8)
+                classifier = _class(name)(dataclasses.replace(info, size=size), params)
+                pixels = torch.empty(params.recipe.batch_size, size, size, info.channels, dtype=torch.uint8)
             with torch.inference_mode():
                 classifier.heads(classifier.normalise(pixels))
         except (RuntimeError, ValueError) as error:
             return str(error)
         return ""
 
-    if reason := refusal(task.size):
-        sizes = range(task.size, 257)
+    if reason := refusal(info.size):
+        sizes = range(info.size, 257)
         smallest = bisect.bisect_left(sizes, True, key=lambda size: not refusal(size))
         fits = f"images of {sizes[smallest]} px or more" if smallest < len(sizes) else "other numbers for any image"
         raise ConvoyError(
-            f"model.{name}: does not fit images of {task.size} px ({reason}). It needs {fits}, "
+            f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {fits}, "
             f"or a smaller kernel, stride or pool in conf/model/{name}.yaml"
         )

@@ -62,19 +62,19 @@ class AlexNet(Classifier):
     trick for parallelizing convolutional neural networks", which torchvision implements.
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
-    def __init__(self, task: DatasetInfo, params: Params) -> None:
-        super().__init__(task, params.recipe)
+    def __init__(self, info: DatasetInfo, params: Params) -> None:
+        super().__init__(info, params.recipe)
         self.pool = params.pool
         one, two, three, four, five = params.widths
         response_norm = LocalResponse if params.response_norm else nn.Identity
         self.features = nn.Sequential(
-            nn.Conv2d(task.channels, one, params.stem_kernel, params.stem_stride, params.stem_padding),
+            nn.Conv2d(info.channels, one, params.stem_kernel, params.stem_stride, params.stem_padding),
             nn.ReLU(inplace=True),
             response_norm(),
             nn.MaxPool2d(3, stride=2),
@@ -90,7 +90,7 @@ class AlexNet(Classifier):
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, stride=2),
         )
-        output = nn.Linear(params.hidden, len(task.classes))
+        output = nn.Linear(params.hidden, len(info.classes))
         self.classifier = nn.Sequential(
             nn.Dropout(params.dropout),
             nn.Linear(five * params.pool**2, params.hidden),

@@ -20,7 +20,7 @@ class Classifier(nn.Module, ABC):
     `convoy.training.module` wraps it in a Lightning module, so code that only predicts does not import Lightning.
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         recipe: Training settings of the architecture.
     """
 
@@ -29,12 +29,12 @@ class Classifier(nn.Module, ABC):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, task: DatasetInfo, recipe: RecipeConfig) -> None:
+    def __init__(self, info: DatasetInfo, recipe: RecipeConfig) -> None:
         super().__init__()
-        self.task = task
+        self.info = info
         self.recipe = recipe
-        self.register_buffer("mean", torch.tensor(task.mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(task.std).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(info.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(info.std).view(1, -1, 1, 1))
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:

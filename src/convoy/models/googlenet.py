@@ -79,7 +79,7 @@ class GoogLeNet(Classifier):
     * Weights are initialised as in He et al. 2015.
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         params: Settings of the architecture.
     """
 
@@ -87,8 +87,8 @@ class GoogLeNet(Classifier):
     # training.
     head: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
 
-    def __init__(self, task: DatasetInfo, params: Params) -> None:
-        super().__init__(task, params.recipe)
+    def __init__(self, info: DatasetInfo, params: Params) -> None:
+        super().__init__(info, params.recipe)
 
         def scaled(channels: int) -> int:
             return max(1, round(channels * params.width))
@@ -103,7 +103,7 @@ class GoogLeNet(Classifier):
         pool = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         stem_pool = pool if params.stem_pools else nn.Identity()
         self.to_4a = nn.Sequential(
-            convolution(task.channels, scaled(64), params.stem_kernel, params.stem_stride),
+            convolution(info.channels, scaled(64), params.stem_kernel, params.stem_stride),
             stem_pool,
             convolution(scaled(64), scaled(64), 1),
             convolution(scaled(64), scaled(192), 3),
@@ -115,7 +115,7 @@ class GoogLeNet(Classifier):
         )
         self.to_4d = nn.Sequential(module["4b"], module["4c"], module["4d"])
         self.to_5b = nn.Sequential(module["4e"], nn.MaxPool2d(2, stride=2, ceil_mode=True), module["5a"], module["5b"])
-        classes = len(task.classes)
+        classes = len(info.classes)
         widths = scaled(128), scaled(1024)
         self.auxiliary_4a = Auxiliary(table["4a"].depth, *widths, classes, params.auxiliary_dropout)
         self.auxiliary_4d = Auxiliary(table["4d"].depth, *widths, classes, params.auxiliary_dropout)

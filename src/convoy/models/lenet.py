@@ -38,19 +38,19 @@ class LeNet(Classifier):
     * Weights are initialised as in LeCun et al. 1998, "Efficient BackProp".
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("output",)
 
-    def __init__(self, task: DatasetInfo, params: Params) -> None:
-        super().__init__(task, params.recipe)
-        self.c1 = nn.Conv2d(task.channels, params.c1, kernel_size=5)
+    def __init__(self, info: DatasetInfo, params: Params) -> None:
+        super().__init__(info, params.recipe)
+        self.c1 = nn.Conv2d(info.channels, params.c1, kernel_size=5)
         self.c3 = nn.Conv2d(params.c1, params.c3, kernel_size=5)
         self.c5 = nn.Conv2d(params.c3, params.c5, kernel_size=5)
         self.f6 = nn.Linear(params.c5, params.f6)
-        self.output = nn.Linear(params.f6, len(task.classes))
+        self.output = nn.Linear(params.f6, len(info.classes))
         for layer in (self.c1, self.c3, self.c5, self.f6, self.output):
             # With this std, a weighted sum of inputs of variance 1 has variance 1, as the scaled tanh expects.
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.weight[0].numel()))

@@ -59,16 +59,16 @@ class ResNet(Classifier):
       block is initialised to the identity (both Goyal et al. 2017).
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         params: Settings of the architecture.
     """
 
-    def __init__(self, task: DatasetInfo, params: Params) -> None:
-        super().__init__(task, params.recipe)
+    def __init__(self, info: DatasetInfo, params: Params) -> None:
+        super().__init__(info, params.recipe)
         block = {"basic": basic, "bottleneck": bottleneck}[params.block]
         channels = params.widths[0]
         self.stem = nn.Sequential(
-            convolution(task.channels, channels, params.stem_kernel, params.stem_stride),
+            convolution(info.channels, channels, params.stem_kernel, params.stem_stride),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, stride=2, padding=1) if params.stem_pool else nn.Identity(),
@@ -80,7 +80,7 @@ class ResNet(Classifier):
                 stages.append(block(channels, width, stride=2 if halves else 1))
                 channels = stages[-1].outputs
         self.blocks = nn.Sequential(*stages)
-        self.classifier = nn.Linear(channels, len(task.classes))
+        self.classifier = nn.Linear(channels, len(info.classes))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

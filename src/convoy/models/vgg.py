@@ -78,17 +78,17 @@ class VGG(Classifier):
     * Weights are initialised as in He et al. 2015, whereas the paper trained a shallow network first.
 
     Args:
-        task: Classes, image size and channel statistics of the data set.
+        info: Classes, image size and channel statistics of the data set.
         params: Settings of the architecture.
     """
 
     head: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
-    def __init__(self, task: DatasetInfo, params: Params) -> None:
-        super().__init__(task, params.recipe)
+    def __init__(self, info: DatasetInfo, params: Params) -> None:
+        super().__init__(info, params.recipe)
         self.pool = params.pool
         layers: list[nn.Module] = []
-        channels = task.channels
+        channels = info.channels
         for convolutions, width in params.stacks:
             for _ in range(convolutions):
                 # A batch norm has its own bias.
@@ -98,7 +98,7 @@ class VGG(Classifier):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        output = nn.Linear(params.hidden, len(task.classes))
+        output = nn.Linear(params.hidden, len(info.classes))
         self.classifier = nn.Sequential(
             nn.Linear(channels * params.pool**2, params.hidden),
             nn.ReLU(inplace=True),

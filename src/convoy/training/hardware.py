@@ -109,8 +109,8 @@ def has_bfloat16() -> bool:
 
 def count_macs(classifier: Classifier) -> int:
     """Count the MACs of the convolutions and fully connected layers that compute the main logits of one image."""
-    task = classifier.task
-    x = torch.empty(1, task.channels, task.size, task.size, device="meta")
+    info = classifier.info
+    x = torch.empty(1, info.channels, info.size, info.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         copy.deepcopy(classifier).eval().to("meta").logits(x)
     return counter.get_total_flops() // 2

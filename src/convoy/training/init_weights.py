@@ -99,7 +99,7 @@ def init_weights(
     """
     check(architecture, settings)
     init = settings["init"]
-    channels = classifier.task.channels
+    channels = classifier.info.channels
     if init == "scratch":
         return {"init": init}
     if init == "pretrained":
@@ -116,7 +116,7 @@ def init_weights(
         donor = from_file(Path(init), classifier, architecture, settings)
     if "mean" in donor.weights:
         _check_channels(architecture, donor.weights["mean"].numel(), channels)
-    kept = list(donor.classes) == classifier.task.classes
+    kept = list(donor.classes) == classifier.info.classes
     try:
         load_matching(classifier, donor.weights, same_classes=kept)
     except ConvoyError as error:

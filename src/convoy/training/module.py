@@ -74,7 +74,7 @@ class ClassifierModule(lightning.LightningModule):
         self.heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.heads
         if hardware.compile:
             self.heads = torch.compile(classifier.heads)
-        classes = len(classifier.task.classes)
+        classes = len(classifier.info.classes)
         weights = class_weights(data.train.labels, classes) if self.recipe.balance == "loss" else np.ones(classes)
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
         self.max_loss = MAX_LOSS_RATIO * math.log(max(2, classes))

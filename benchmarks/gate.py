@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 
-from convoy.promotion.gate import better, non_inferior
+from convoy.promotion.statistics import is_better, is_non_inferior
 
 ACCURACY = 0.92  # of the champion at the start
 DISAGREEMENT = 0.04  # share of images that one of two equal models alone gets right
@@ -32,9 +32,9 @@ SEED = 1
 Rule = Callable[[np.ndarray, np.ndarray, int], np.ndarray]  # wins, losses, images -> promoted
 RULES: dict[str, Rule] = {
     "new accuracy above old": lambda wins, losses, images: wins > losses,
-    "better, alpha 0.05": lambda wins, losses, images: better(wins, losses, 0.05),
-    "better, alpha 0.01": lambda wins, losses, images: better(wins, losses, 0.01),
-    "non_inferior, alpha 0.05, margin 0.01": lambda wins, losses, images: non_inferior(
+    "better, alpha 0.05": lambda wins, losses, images: is_better(wins, losses, 0.05),
+    "better, alpha 0.01": lambda wins, losses, images: is_better(wins, losses, 0.01),
+    "non_inferior, alpha 0.05, margin 0.01": lambda wins, losses, images: is_non_inferior(
         wins, losses, images, 0.05, 0.01
     ),
 }

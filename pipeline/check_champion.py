@@ -17,8 +17,8 @@ from convoy.core.artifact_names import CROSS_SPLIT_DUPLICATES, DATASET_INFO, IMA
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.inference import predictor
-from convoy.promotion import champion, gate
-from convoy.promotion.gate import Origin
+from convoy.promotion import champion
+from convoy.promotion.evidence import TrainingScope, check_comparable
 from convoy.registry import model_loader
 from convoy.tracking.store import PATIENCE, TrackingStore, open_store
 from pipeline.errors import exit_on_error
@@ -42,7 +42,7 @@ def main() -> None:
             check(folder, found)
 
 
-def find_champion(home: Path, name: str) -> Origin | None:
+def find_champion(home: Path, name: str) -> TrainingScope | None:
     """Return the champion of a registered model, or None if there is none or MLflow can't be reached.
 
     Args:
@@ -73,7 +73,7 @@ def find_champion(home: Path, name: str) -> Origin | None:
     return None
 
 
-def describe(store: TrackingStore, name: str) -> Origin | None:
+def describe(store: TrackingStore, name: str) -> TrainingScope | None:
     """Verify the files of the champion and return what the gate needs to know of it, or None if there is none."""
     version = champion.current(store, name)
     if version is None:
@@ -83,10 +83,10 @@ def describe(store: TrackingStore, name: str) -> Origin | None:
         model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
         record = json.loads(Path(scratch, "artifacts", RECORD).read_text())
     named = f"the champion {record['architecture']} (version {version})"
-    return Origin(named, record["task"]["classes"], model_loader.seen_ever(store, found))
+    return TrainingScope(named, record["task"]["classes"], model_loader.seen_ever(store, found))
 
 
-def check(folder: Path, old: Origin) -> None:
+def check(folder: Path, old: TrainingScope) -> None:
     """Check that a model trained on the preprocessed images could be compared with the champion.
 
     Args:
@@ -99,10 +99,10 @@ def check(folder: Path, old: Origin) -> None:
     images = pd.read_parquet(folder / IMAGE_TABLE, columns=["path", "sha256", "label", "split"])
     images = images[images["split"] == "test"]
     seen = (folder / TRAINING_HASHES).read_text().split()
-    new = Origin("a model of these images", DatasetInfo.load(folder / DATASET_INFO).classes, seen)
+    new = TrainingScope("a model of these images", DatasetInfo.load(folder / DATASET_INFO).classes, seen)
     paths = dict(zip(images["sha256"], images["path"], strict=True))
     digests, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
-    gate.check_comparable(digests, actual, [new, old], pd.read_parquet(folder / CROSS_SPLIT_DUPLICATES), paths)
+    check_comparable(digests, actual, [new, old], pd.read_parquet(folder / CROSS_SPLIT_DUPLICATES), paths)
 
 
 if __name__ == "__main__":

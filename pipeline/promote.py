@@ -32,7 +32,8 @@ from convoy.inference.comparison import predict_test_images
 from convoy.inference.predictor import Predictor
 from convoy.promotion import champion, gate
 from convoy.promotion.config import RegisterConfig
-from convoy.promotion.gate import ModelEvidence, Verdict
+from convoy.promotion.evidence import ModelEvidence
+from convoy.promotion.gate import Verdict
 from convoy.registry import model_loader, versions
 from convoy.reporting import report
 from convoy.tracking import provenance
@@ -100,7 +101,7 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
         with open_store(stage.home, name) as store:
             accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
             versions.log_file(store, candidate.run, FILE, written)
-            versions.save_verdict(store, name, version, key, said, gate.fingerprint(predictions), accuracy)
+            versions.save_verdict(store, name, version, key, said, gate.fingerprint_test_images(predictions), accuracy)
     (stage.home / "artifacts" / FILE).write_text(written)
     print(f"{candidate.architecture}, version {version}: " + said.replace("; ", ";\n  "))
     if taken_back or said.startswith("REJECT"):
@@ -136,7 +137,7 @@ def run_gate(
     info = DatasetInfo.load(prepared / DATASET_INFO)
     images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     paths = dict(zip(images["sha256"], images["path"], strict=True))
-    alike = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
+    near_duplicates = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
     packed, pixels = PackedDataset.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / TRAINING_HASHES).read_text().split()
     device = hardware.device(record["trainer"]["accelerator"])
@@ -152,21 +153,39 @@ def run_gate(
         return ModelEvidence(name, predict_test_images(predictor, images, pixels, info, packed), trained_on), predictor
 
     with open_store(stage.home, params.name) as store:
-        looks = versions.count_test_set_uses(store, params.name, candidate.version, gate.fingerprint(predictions))
+        test_set_uses = versions.count_test_set_uses(
+            store, params.name, candidate.version, gate.fingerprint_test_images(predictions)
+        )
         champions = {event.after for event in champion.promotion_events(store, params.name)}
         ever = versions.best_ever(store, params.name, champions) if params.gate.mode == "non_inferior" else None
         seen_before = model_loader.training_hashes_of(store, params.name, before)
     trained_on = None if seen_before is None else [*seen, *seen_before]
     challenger = ModelEvidence(candidate.architecture, predictions, trained_on, record["parameters"])
     if compared is None:
-        return gate.decide(challenger, None, params.gate, looks=looks, alike=alike, paths=paths, first=True)
+        return gate.decide(
+            challenger,
+            None,
+            params.gate,
+            test_set_uses=test_set_uses,
+            near_duplicates=near_duplicates,
+            paths=paths,
+            is_first=True,
+        )
     old, predictor = contender(compared)
     settings, weights = record["settings"], candidate.result.trained / WEIGHTS
     classifier = models.restore(record["architecture"], settings, info, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=latency.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None
-    return gate.decide(challenger, old, params.gate, looks=looks, best=best, alike=alike, paths=paths)
+    return gate.decide(
+        challenger,
+        old,
+        params.gate,
+        test_set_uses=test_set_uses,
+        best_champion=best,
+        near_duplicates=near_duplicates,
+        paths=paths,
+    )
 
 
 def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> str:

@@ -23,7 +23,8 @@ from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.inference import onnx_export, predictor
-from convoy.promotion import champion, config
+from convoy.promotion import champion, ranking
+from convoy.promotion.config import RegisterConfig
 from convoy.registry import model_loader, versions
 from convoy.reporting import report
 from convoy.tracking import runs, ui_views
@@ -38,13 +39,13 @@ PACKAGE = Path(convoy.__file__).parent
 
 def register(stage: Stage) -> None:
     """Write the leaderboard, sync all runs to MLflow and compare the best model by validation with the champion."""
-    params = stage.typed(config.RegisterConfig, "register")
+    params = stage.typed(RegisterConfig, "register")
     names = list(stage.section("model"))
     results = {name: sync_mlflow.find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
     figures = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
     best = {name: record["best"] for name, record in records.items() if not record["failure"]}
-    ranked = [*config.rank(best), *(name for name in names if name not in best)]
+    ranked = [*ranking.rank(best), *(name for name in names if name not in best)]
 
     table = report.leaderboard({name: records[name] for name in ranked}, figures)
     table.to_csv(stage.scratch / LEADERBOARD, index=False)
@@ -59,7 +60,7 @@ def register(stage: Stage) -> None:
 
 
 def compare(
-    stage: Stage, params: config.RegisterConfig, results: dict[str, sync_mlflow.TrainedResult], trained: Sequence[str]
+    stage: Stage, params: RegisterConfig, results: dict[str, sync_mlflow.TrainedResult], trained: Sequence[str]
 ) -> None:
     """Sync the runs of all results to MLflow and compare the first of them with the champion.
 

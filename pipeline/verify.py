@@ -11,7 +11,7 @@ from convoy.core import config
 from convoy.core.artifact_names import DATASET_INFO, PREDICTIONS
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
-from convoy.evaluation.metrics import PREFIX
+from convoy.evaluation.metrics import PROBABILITY_PREFIX
 from convoy.registry import model_loader
 from convoy.tracking.store import TrackingStore, open_store
 from pipeline.errors import exit_on_error
@@ -72,7 +72,7 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
     recorded = pd.read_parquet(evaluated / PREDICTIONS)
     classes = json.loads((prepared / DATASET_INFO).read_text())["classes"]
-    columns = [f"{PREFIX}{name}" for name in classes]
+    columns = [f"{PROBABILITY_PREFIX}{name}" for name in classes]
     if not set(columns) <= set(recorded):
         raise ConvoyError(f"{evaluated} is of other classes than {prepared}: run `dvc repro`")
     expected = recorded[columns].to_numpy()

@@ -20,7 +20,7 @@ from convoy.core.config import Count, Share, Whole, check_sections, typed
 from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
-from convoy.promotion.gate import GateConfig
+from convoy.promotion.config import GateConfig
 
 ROOT = Path(__file__).parents[2]
 SOUND: dict[str, Any] = {

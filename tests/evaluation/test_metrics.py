@@ -12,7 +12,14 @@ import pytest
 from sklearn import metrics
 
 from convoy.evaluation.calibration import apply_temperature
-from convoy.evaluation.metrics import BINS, calibration, metrics_with_ci, per_class, prediction_table, slice_metrics
+from convoy.evaluation.metrics import (
+    BINS,
+    calibration_error,
+    metrics_with_ci,
+    per_class,
+    prediction_table,
+    slice_metrics,
+)
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
 from small_project import SMALL, make_project, run_stages
@@ -80,7 +87,7 @@ def test_the_calibration_error_is_the_gap_of_each_bin_by_its_share_of_the_images
         if inside.any():
             by_hand += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert figures(labels, probabilities)["calibration_error"] == pytest.approx(by_hand)
-    assert float(calibration(confidence, right)) == pytest.approx(by_hand)
+    assert float(calibration_error(confidence, right)) == pytest.approx(by_hand)
 
 
 def test_five_guesses_are_told_from_ten_classes_on() -> None:

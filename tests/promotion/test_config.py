@@ -11,7 +11,8 @@ from convoy.core.config import typed
 from convoy.core.errors import ConvoyError
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion import champion
-from convoy.promotion.config import RegisterConfig, rank
+from convoy.promotion.config import RegisterConfig
+from convoy.promotion.ranking import rank
 from convoy.tracking.store import open_store
 from small_project import REAL
 

@@ -15,21 +15,18 @@ from scipy.stats import binomtest
 
 from convoy.core.config import typed
 from convoy.core.errors import ConvoyError
-from convoy.promotion.gate import (
-    CheckResult,
-    GateConfig,
-    ModelEvidence,
-    Verdict,
-    better,
-    bootstrap,
-    calibration,
-    calibration_noise,
-    decide,
-    fingerprint,
-    lower_bound,
-    non_inferior,
-    p_better,
-    visible_gain,
+from convoy.evaluation.metrics import calibration_error, calibration_noise
+from convoy.promotion.checks import CheckResult
+from convoy.promotion.config import GateConfig
+from convoy.promotion.evidence import ModelEvidence
+from convoy.promotion.gate import Verdict, decide, fingerprint_test_images
+from convoy.promotion.statistics import (
+    bootstrap_mean,
+    detectable_gain,
+    gain_lower_bound,
+    is_better,
+    is_non_inferior,
+    mcnemar_p_value,
 )
 
 CLASSES = ["007", "NA", "cat"]
@@ -68,7 +65,7 @@ def answers(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: flo
 
 
 def contender(name: str, predictions: pd.DataFrame, **known: Any) -> ModelEvidence:
-    return ModelEvidence(name, predictions, **{"trained_on": ELSEWHERE} | known)
+    return ModelEvidence(name, predictions, **{"training_hashes": ELSEWHERE} | known)
 
 
 def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[ModelEvidence, ModelEvidence]:
@@ -84,22 +81,22 @@ def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple
 
 
 def judged(
-    new: ModelEvidence, old: ModelEvidence | None, params: GateConfig = RULE, looks: int = 1, **how: Any
+    new: ModelEvidence, old: ModelEvidence | None, params: GateConfig = RULE, uses: int = 1, **how: Any
 ) -> Verdict:
-    return decide(new, old, params, looks=looks, **how)
+    return decide(new, old, params, test_set_uses=uses, **how)
 
 
 def ruled(**changes: Any) -> GateConfig:
     return dataclasses.replace(RULE, **changes)
 
 
-def reason(verdict: Verdict, check: str) -> CheckResult:
-    (found,) = [reason for reason in verdict.reasons if reason.check == check]
+def result_of(verdict: Verdict, check: str) -> CheckResult:
+    (found,) = [each for each in verdict.results if each.check == check]
     return found
 
 
 def outcomes(verdict: Verdict, *kinds: str) -> list[str]:
-    return [reason.check for reason in verdict.reasons if reason.outcome in kinds]
+    return [each.check for each in verdict.results if each.outcome in kinds]
 
 
 def changed(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvidence:
@@ -117,7 +114,7 @@ def test_a_better_challenger_is_promoted() -> None:
     assert verdict.decision == "PROMOTE"
     assert outcomes(verdict, "hold", "reject", "warn") == []
     assert "resnet is better than the champion vgg: 30 images won, 5 lost (p = 1.1" in verdict.summary()
-    assert reason(verdict, "difference").value == pytest.approx(25 / IMAGES)
+    assert result_of(verdict, "difference").value == pytest.approx(25 / IMAGES)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (12, 12), (7, 5), (5, 7), (1, 0)])
@@ -142,7 +139,7 @@ def test_a_worse_challenger_is_rejected() -> None:
 
 
 def test_a_stricter_alpha_does_not_soften_the_tests_for_harm() -> None:
-    assert reason(judged(*pair(10, 22), ruled(alpha=0.0001)), "better").outcome == "reject"
+    assert result_of(judged(*pair(10, 22), ruled(alpha=0.0001)), "better").outcome == "reject"
 
 
 @QUICK
@@ -156,15 +153,15 @@ def test_two_models_are_never_both_promoted_over_each_other(wins: int, losses: i
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_the_p_value_is_that_of_the_exact_binomial_test(wins: int, losses: int) -> None:
     expected = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
-    assert float(p_better(wins, losses)) == pytest.approx(expected)
+    assert float(mcnemar_p_value(wins, losses)) == pytest.approx(expected)
     by_hand = sum(math.comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
-    assert float(p_better(wins, losses)) == pytest.approx(by_hand)
+    assert float(mcnemar_p_value(wins, losses)) == pytest.approx(by_hand)
 
 
 def test_equal_models_pass_no_more_often_than_alpha_says() -> None:
     random = np.random.default_rng(0)
     won = random.binomial(40, 0.5, 100_000)
-    assert 0.01 < better(won, 40 - won, 0.05).mean() <= 0.05
+    assert 0.01 < is_better(won, 40 - won, 0.05).mean() <= 0.05
 
 
 # The interval
@@ -172,30 +169,33 @@ def test_equal_models_pass_no_more_often_than_alpha_says() -> None:
 
 def test_the_interval_is_tangos() -> None:
     # the roots of the quartic equation by Yang, Sun and Hardin (2012) for the same interval
-    assert float(lower_bound(40, 20, 160, 0.025)) == pytest.approx(0.03086453, abs=1e-7)
-    assert -float(lower_bound(20, 40, 160, 0.025)) == pytest.approx(0.21806424, abs=1e-7)
-    assert float(lower_bound(1, 0, 44, 0.025)) == pytest.approx(-0.05939323, abs=1e-7)
+    assert float(gain_lower_bound(40, 20, 160, 0.025)) == pytest.approx(0.03086453, abs=1e-7)
+    assert -float(gain_lower_bound(20, 40, 160, 0.025)) == pytest.approx(0.21806424, abs=1e-7)
+    assert float(gain_lower_bound(1, 0, 44, 0.025)) == pytest.approx(-0.05939323, abs=1e-7)
 
 
 @given(counts, counts, st.integers(1, 1000), st.floats(0.001, 0.4))
 def test_the_interval_holds_the_difference_and_stays_in_range(wins: int, losses: int, more: int, alpha: float) -> None:
     images = wins + losses + more
-    low, high = float(lower_bound(wins, losses, images, alpha)), -float(lower_bound(losses, wins, images, alpha))
+    low, high = (
+        float(gain_lower_bound(wins, losses, images, alpha)),
+        -float(gain_lower_bound(losses, wins, images, alpha)),
+    )
     assert -1 <= low <= (wins - losses) / images <= high <= 1
-    assert float(lower_bound(wins + 1, losses, images, alpha)) > low
+    assert float(gain_lower_bound(wins + 1, losses, images, alpha)) > low
 
 
 def test_where_all_or_none_differ_there_is_still_an_interval() -> None:
-    assert -0.01 < float(lower_bound(0, 0, 500, 0.05)) < 0
-    assert 0.98 < float(lower_bound(500, 0, 500, 0.05)) < 1
-    assert float(lower_bound(0, 500, 500, 0.05)) == -1
+    assert -0.01 < float(gain_lower_bound(0, 0, 500, 0.05)) < 0
+    assert 0.98 < float(gain_lower_bound(500, 0, 500, 0.05)) < 1
+    assert float(gain_lower_bound(0, 500, 500, 0.05)) == -1
 
 
 @pytest.mark.parametrize("difference", [-0.02, 0.0, 0.02])
 def test_the_lower_bound_is_above_the_truth_no_more_often_than_alpha_says(difference: float) -> None:
     shares = [0.03 + difference / 2, 0.03 - difference / 2, 0.94]
     won, lost, _ = np.random.default_rng(0).multinomial(1000, shares, 20_000).T
-    assert (lower_bound(won, lost, 1000, 0.05) > difference).mean() == pytest.approx(0.05, abs=0.01)
+    assert (gain_lower_bound(won, lost, 1000, 0.05) > difference).mean() == pytest.approx(0.05, abs=0.01)
 
 
 # Enough data
@@ -205,39 +205,39 @@ def test_too_few_test_images_decide_nothing() -> None:
     for wins, losses in ((40, 0), (0, 40)):
         verdict = judged(*pair(wins, losses, images=499))
         assert verdict.decision == "HOLD"
-        assert verdict.summary().startswith("HOLD: 499 test images, and 500 are needed")
+        assert verdict.summary().startswith("HOLD: 499 test images, at least 500 are needed")
     assert judged(*pair(40, 0, images=500)).decision == "PROMOTE"
 
 
 def test_every_verdict_tells_the_smallest_gain_that_could_have_been_seen() -> None:
-    gain = reason(judged(*pair(15, 9)), "visible gain").value
+    gain = result_of(judged(*pair(15, 9)), "detectable gain").value
     assert gain == pytest.approx(2.5 * math.sqrt(24 / IMAGES / IMAGES), rel=0.01)
     for old in (pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
-        assert reason(judged(pair(0, 0)[0], old, first=old is None), "visible gain").value > 0  # type: ignore[operator]
+        assert result_of(judged(pair(0, 0)[0], old, is_first=old is None), "detectable gain").value > 0  # type: ignore[operator]
 
 
 def test_a_gain_that_is_called_visible_is_seen_four_times_of_five() -> None:
-    gain = visible_gain(0.05, 2000, 0.05)
+    gain = detectable_gain(0.05, 2000, 0.05)
     won, lost, _ = np.random.default_rng(0).multinomial(2000, [0.025 + gain / 2, 0.025 - gain / 2, 0.95], 20_000).T
-    assert better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
+    assert is_better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
 
 
 def test_looks_are_counted_and_past_their_number_a_warning_asks_for_fresh_images() -> None:
     new, old = pair(30, 5)
-    assert reason(judged(new, old, looks=20), "looks").words == "look 20 at these test images"
-    assert reason(judged(new, old, looks=20), "looks").outcome == "shown"
-    late = judged(new, old, looks=21)
+    assert result_of(judged(new, old, uses=20), "test set uses").message == "evaluation 20 on these test images"
+    assert result_of(judged(new, old, uses=20), "test set uses").outcome == "info"
+    late = judged(new, old, uses=21)
     assert late.decision == "PROMOTE"
-    assert "look 21 at these test images, and after 20 they are used up: bring fresh ones" in late.summary()
-    for looks in (0, math.nan):
-        with pytest.raises(ConvoyError, match="this one counts too"):
-            judged(new, old, looks=looks)  # type: ignore[arg-type]
+    assert "evaluation 21 on these test images, more than the limit of 20: add new test images" in late.summary()
+    for uses in (0, math.nan):
+        with pytest.raises(ConvoyError, match="this evaluation counts as well"):
+            judged(new, old, uses=uses)  # type: ignore[arg-type]
 
 
 def test_a_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
     table = pair(0, 0)[0].predictions
-    assert fingerprint(table) == fingerprint(table.iloc[::-1])
-    assert fingerprint(table) != fingerprint(table.iloc[1:])
+    assert fingerprint_test_images(table) == fingerprint_test_images(table.iloc[::-1])
+    assert fingerprint_test_images(table) != fingerprint_test_images(table.iloc[1:])
 
 
 # Floors
@@ -246,7 +246,7 @@ def test_a_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
 def test_what_is_below_the_floor_is_rejected_however_much_better_it_is() -> None:
     verdict = judged(*pair(30, 5), ruled(floor=0.95))
     assert verdict.decision == "REJECT"
-    assert "resnet has test accuracy 0.9417, floor 0.95" in verdict.summary()
+    assert "resnet has test accuracy 0.9417, minimum 0.95" in verdict.summary()
 
 
 def test_a_score_at_the_floor_passes() -> None:
@@ -256,7 +256,7 @@ def test_a_score_at_the_floor_passes() -> None:
 def test_what_is_no_better_than_the_majority_class_is_rejected() -> None:
     actual = ["cat"] * 550 + ["NA"] * 50
     lazy = contender("lazy", answers(["cat"] * 600, actual))
-    verdict = judged(lazy, None, first=True)
+    verdict = judged(lazy, None, is_first=True)
     assert verdict.decision == "REJECT"
     assert outcomes(verdict, "reject") == ["majority class"]
 
@@ -285,9 +285,9 @@ def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
     new = contender("resnet", answers(ruined, actual, CLASSES[1:]))
     verdict = judged(new, contender("vgg", answers(champion, actual, CLASSES[1:])))
     assert verdict.decision == "REJECT"
-    assert outcomes(verdict, "reject") == ["class drop"]
-    assert reason(verdict, "class drop").value == pytest.approx(0.4)
-    assert "recall fell for 'NA' by 0.4000 (0 won, 40 lost" in verdict.summary()
+    assert outcomes(verdict, "reject") == ["recall drop"]
+    assert result_of(verdict, "recall drop").value == pytest.approx(0.4)
+    assert "the recall drops for 'NA' by 0.4000 (0 won, 40 lost" in verdict.summary()
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_
     new, old = pair(0, 0, wrong=0)
     predicted = new.predictions["predicted"].mask(np.isin(np.arange(IMAGES), np.arange(lost) * 3), "cat")
     fallen = dataclasses.replace(new, predictions=answers(predicted, new.predictions["actual"]))
-    assert reason(judged(fallen, old, ruled(class_drop=class_drop)), "class drop").outcome == outcome
+    assert result_of(judged(fallen, old, ruled(class_drop=class_drop)), "recall drop").outcome == outcome
 
 
 def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
@@ -310,8 +310,8 @@ def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
     verdict = judged(new, old, ruled(min_class_images=201))
     assert verdict.decision == "PROMOTE"
     assert outcomes(judged(new, old, ruled(min_class_images=200)), "warn") == []
-    assert "not guarded, with fewer than 201 test images: '007', 'NA', 'cat'" in verdict.summary()
-    assert reason(verdict, "class drop").outcome == "shown"
+    assert "recall not checked, with fewer than 201 test images: '007', 'NA', 'cat'" in verdict.summary()
+    assert result_of(verdict, "recall drop").outcome == "info"
 
 
 # Probabilities
@@ -329,7 +329,7 @@ def test_right_more_often_but_with_far_worse_probabilities_is_rejected() -> None
 def test_a_probability_of_zero_for_the_actual_class_is_a_large_loss_and_no_infinite_one() -> None:
     new, old = pair(30, 5)
     certain = answers(new.predictions["predicted"], new.predictions["actual"], sure=1.0)
-    assert math.isfinite(reason(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
+    assert math.isfinite(result_of(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
 
 
 def test_a_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
@@ -337,20 +337,20 @@ def test_a_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
     confidence = random.uniform(0.6, 1, 500)
     noise = calibration_noise(confidence, seed=0)
     assert 0.02 < noise < 0.06
-    assert float(calibration(confidence, random.random(500) < confidence)) == pytest.approx(noise, abs=0.03)
-    assert float(calibration(confidence, np.zeros(500, bool))) == pytest.approx(confidence.mean())
+    assert float(calibration_error(confidence, random.random(500) < confidence)) == pytest.approx(noise, abs=0.03)
+    assert float(calibration_error(confidence, np.zeros(500, bool))) == pytest.approx(confidence.mean())
 
 
 def test_calibration_is_shown_and_not_judged() -> None:
-    assert reason(judged(*pair(30, 5)), "calibration").passed is None
+    assert result_of(judged(*pair(30, 5)), "calibration").passed is None
 
 
 def test_the_bootstrap_finds_the_spread_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(1, 2, 400)
-    low, high = bootstrap(values, None, 0.05, seed=0)
+    low, high = bootstrap_mean(values, None, 0.05, seed=0)
     assert (low, high) == pytest.approx((values.mean() - 0.1645, values.mean() + 0.1645), abs=0.02)
-    assert (low, high) == bootstrap(values, None, 0.05, seed=0)
-    assert bootstrap(values, None, 0.05, seed=1) != (low, high)
+    assert (low, high) == bootstrap_mean(values, None, 0.05, seed=0)
+    assert bootstrap_mean(values, None, 0.05, seed=1) != (low, high)
 
 
 # Groups
@@ -358,10 +358,10 @@ def test_the_bootstrap_finds_the_spread_of_a_mean() -> None:
 
 def test_the_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
     values = np.repeat(np.random.default_rng(0).normal(0, 1, 40), 10)
-    by_image, by_group = bootstrap(values, None, 0.05, 0), bootstrap(values, np.arange(400) // 10, 0.05, 0)
+    by_image, by_group = bootstrap_mean(values, None, 0.05, 0), bootstrap_mean(values, np.arange(400) // 10, 0.05, 0)
     assert by_group[1] - by_group[0] > 2 * (by_image[1] - by_image[0])
     unequal = np.minimum(np.arange(400), 9)
-    assert bootstrap(np.ones(400), unequal, 0.05, 0) == (1, 1)
+    assert bootstrap_mean(np.ones(400), unequal, 0.05, 0) == (1, 1)
 
 
 def test_a_gain_that_comes_from_one_group_is_held() -> None:
@@ -370,7 +370,7 @@ def test_a_gain_that_comes_from_one_group_is_held() -> None:
     film = dataclasses.replace(new, predictions=new.predictions.assign(group=one))
     verdict = judged(film, old)
     assert verdict.decision == "HOLD"
-    assert outcomes(verdict, "hold") == ["by groups"]
+    assert outcomes(verdict, "hold") == ["group bootstrap"]
     many = np.array([f"film {number // 2}" for number in range(IMAGES)])
     assert judged(dataclasses.replace(new, predictions=new.predictions.assign(group=many)), old).decision == "PROMOTE"
 
@@ -397,26 +397,27 @@ def test_a_refresh_that_is_as_good_passes_where_that_is_asked_for() -> None:
     new, old = pair(12, 12)
     refresh = ruled(mode="non_inferior")
     assert judged(new, old).decision == "HOLD"
-    assert judged(new, old, refresh, best=old).decision == "PROMOTE"
-    assert judged(*pair(11, 12), refresh, best=old).decision == "HOLD"  # below on the sample
-    assert judged(new, old, ruled(mode="non_inferior", margin=0.005), best=old).decision == "HOLD"  # could lack more
-    assert judged(*pair(5, 30), refresh, best=old).decision == "REJECT"
+    assert judged(new, old, refresh, best_champion=old).decision == "PROMOTE"
+    assert judged(*pair(11, 12), refresh, best_champion=old).decision == "HOLD"  # below on the sample
+    narrow = ruled(mode="non_inferior", margin=0.005)
+    assert judged(new, old, narrow, best_champion=old).decision == "HOLD"  # could lack more
+    assert judged(*pair(5, 30), refresh, best_champion=old).decision == "REJECT"
 
 
 def test_a_refresh_is_held_against_the_best_champion_ever_too() -> None:
     new, old = pair(12, 12)
     refresh = ruled(mode="non_inferior")
     best = dataclasses.replace(pair(0, 0, wrong=10)[0], name="googlenet")
-    slow_decline = judged(new, old, refresh, best=best)
+    slow_decline = judged(new, old, refresh, best_champion=best)
     assert slow_decline.decision == "REJECT"
-    assert "resnet is worse than the best champion ever, googlenet" in slow_decline.summary()
+    assert "resnet is worse than the best champion so far, googlenet" in slow_decline.summary()
     unknown = judged(new, old, refresh)
     assert unknown.decision == "HOLD"
-    assert outcomes(unknown, "hold") == ["best ever"]
+    assert outcomes(unknown, "hold") == ["best champion"]
 
 
 def test_a_clear_gain_is_non_inferior() -> None:
-    assert bool(non_inferior(30, 5, 600, 0.05, 0.02))
+    assert bool(is_non_inferior(30, 5, 600, 0.05, 0.02))
 
 
 # Size and latency
@@ -434,7 +435,7 @@ def test_what_is_over_its_budget_is_rejected_and_what_was_not_measured_is_held()
     assert [decision(None, number, time) for number in (15.0, 15.1, None)] == ["PROMOTE", "REJECT", "HOLD"]
     assert judged(dataclasses.replace(new, latency=1.0), old, time).decision == "HOLD"
     assert judged(new, old).decision == "PROMOTE"
-    assert reason(judged(new, old, size), "parameters").words == "the parameters were not counted, budget 1000"
+    assert result_of(judged(new, old, size), "parameters").message == "the parameters were not counted, limit 1000"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1, 0])
@@ -459,7 +460,9 @@ def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
     grown, wider = with_classes(new, [*CLASSES, "dog"]), with_classes(old, ["", *CLASSES])
     verdict = judged(grown, wider)
     assert verdict.decision == "HOLD"
-    assert "since vgg 'dog' came and '' went: if that is intended, add 'dog', '' to acknowledge" in verdict.summary()
+    assert (
+        "classes changed since vgg, 'dog' added and '' removed: if that is intended, add 'dog', ''" in verdict.summary()
+    )
     assert judged(grown, wider, ruled(acknowledge=["dog"])).decision == "HOLD"
     assert judged(grown, wider, ruled(acknowledge=["dog", ""])).decision == "PROMOTE"
 
@@ -467,7 +470,7 @@ def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
 def test_an_acknowledgement_that_is_left_over_is_told() -> None:
     verdict = judged(*pair(30, 5), ruled(acknowledge=["dog"]))
     assert verdict.decision == "PROMOTE"
-    assert "'dog' in acknowledge neither came nor went" in verdict.summary()
+    assert "'dog' in register.gate.acknowledge is neither added nor removed" in verdict.summary()
 
 
 def test_what_is_won_with_a_new_class_does_not_pay_for_losses_on_the_old_ones() -> None:
@@ -476,8 +479,8 @@ def test_what_is_won_with_a_new_class_does_not_pay_for_losses_on_the_old_ones() 
     everywhere = np.where(np.arange(700) % 20 == 0, "dog", actual)
     new = contender("resnet", answers(everywhere, actual, [*CLASSES, "dog"]))
     verdict = judged(new, contender("vgg", answers(champion, actual)), ruled(acknowledge=["dog"]))
-    assert reason(verdict, "better").outcome == "pass"
-    assert "old classes" in outcomes(verdict, "reject")
+    assert result_of(verdict, "better").outcome == "pass"
+    assert "shared classes" in outcomes(verdict, "reject")
     assert verdict.decision == "REJECT"
 
 
@@ -493,9 +496,9 @@ def test_a_class_that_went_leaves_images_that_the_challenger_can_only_lose() -> 
 
 def test_the_first_champion_passes_the_parts_that_need_no_champion_before() -> None:
     new, _ = pair(0, 0)
-    verdict = judged(new, None, first=True)
+    verdict = judged(new, None, is_first=True)
     assert verdict.decision == "PROMOTE"
-    assert "resnet may be the first champion, with test accuracy 0.9500" in verdict.summary()
+    assert "resnet may become the first champion, with test accuracy 0.9500" in verdict.summary()
 
 
 @pytest.mark.parametrize(
@@ -508,17 +511,17 @@ def test_the_first_champion_passes_the_parts_that_need_no_champion_before() -> N
     ],
 )
 def test_the_first_champion_must_pass_too(rule: GateConfig, decision: str) -> None:
-    assert judged(pair(0, 0)[0], None, rule, first=True).decision == decision
+    assert judged(pair(0, 0)[0], None, rule, is_first=True).decision == decision
 
 
 def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
     new, old = pair(30, 5)
     with pytest.raises(ConvoyError, match="the champion is missing or unreadable"):
         judged(new, None)
-    with pytest.raises(ConvoyError, match="vgg is the champion: judge without first=True"):
-        judged(new, old, first=True)
-    with pytest.raises(ConvoyError, match="vgg was the best champion: judge without first=True"):
-        judged(new, None, first=True, best=old)
+    with pytest.raises(ConvoyError, match="there is a champion, vgg: pass is_first=False"):
+        judged(new, old, is_first=True)
+    with pytest.raises(ConvoyError, match="there was a champion, vgg: pass is_first=False"):
+        judged(new, None, is_first=True, best_champion=old)
 
 
 # Integrity
@@ -539,20 +542,20 @@ def test_the_order_of_rows_and_columns_plays_no_part(random: Any) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("probability_NA", math.nan, "a probability that is no finite number"),
-        ("probability_NA", math.inf, "a probability that is no finite number"),
-        ("probability_NA", None, "a probability that is no finite number"),
+        ("probability_NA", math.nan, "a probability that is not finite"),
+        ("probability_NA", math.inf, "a probability that is not finite"),
+        ("probability_NA", None, "a probability that is not finite"),
         ("probability_NA", -0.1, r"a probability outside \[0, 1\]"),
         ("probability_NA", 1.1, r"a probability outside \[0, 1\]"),
         ("probability_NA", 0.11, "probabilities that do not sum to 1"),
-        ("probability_NA", "much", "probabilities that are no numbers"),
-        ("predicted", "NA", "another class than the likeliest"),
-        ("predicted", "dog", "a class that has no probability"),
-        ("predicted", math.nan, "the column predicted has values that are missing or no text"),
-        ("actual", None, "the column actual has values that are missing or no text"),
-        ("actual", 7, "the column actual has values that are missing or no text"),
-        ("sha256", digest(1), "is there twice"),
-        ("sha256", "1.png", "'1.png' is no sha256"),
+        ("probability_NA", "much", "probabilities are not numbers"),
+        ("predicted", "NA", "a predicted class that is not the most probable one"),
+        ("predicted", "dog", "a predicted class without a probability"),
+        ("predicted", math.nan, "the column predicted has values that are missing or not text"),
+        ("actual", None, "the column actual has values that are missing or not text"),
+        ("actual", 7, "the column actual has values that are missing or not text"),
+        ("sha256", digest(1), "occurs twice"),
+        ("sha256", "1.png", "'1.png' is not a sha256"),
     ],
 )
 def test_a_table_that_is_broken_in_one_place_is_an_error(side: int, column: str, value: Any, said: str) -> None:
@@ -567,11 +570,11 @@ def test_a_table_that_is_broken_in_one_place_is_an_error(side: int, column: str,
     [
         (lambda table: table.drop(columns="actual"), "the column actual is missing"),
         (lambda table: table[["sha256", "actual", "predicted"]], "there is no column probability_<class>"),
-        (lambda table: table.iloc[:0], "there is no image"),
-        (lambda table: pd.concat([table, table["actual"]], axis=1), "the column actual is there twice"),
-        (lambda table: pd.concat([table, table.iloc[:1]]), "is there twice"),
+        (lambda table: table.iloc[:0], "there are no images"),
+        (lambda table: pd.concat([table, table["actual"]], axis=1), "there are two columns actual"),
+        (lambda table: pd.concat([table, table.iloc[:1]]), "occurs twice"),
         (lambda table: table.iloc[1:], "different test images"),
-        (lambda table: None, "they are no table"),
+        (lambda table: None, "they are not a table"),
     ],
 )
 def test_a_table_that_is_broken_as_a_whole_is_an_error(break_it: Any, said: str) -> None:
@@ -588,24 +591,24 @@ def test_other_images_or_other_actual_classes_are_an_error() -> None:
             judged(one, other)
     with pytest.raises(ConvoyError, match="different actual classes for 1 test images"):
         judged(new, changed(old, "actual", 300, "cat"))
-    with pytest.raises(ConvoyError, match="the class 'dog', which is unknown to resnet and vgg"):
+    with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet and vgg"):
         judged(changed(new, "actual", 300, "dog"), changed(old, "actual", 300, "dog"))
-    with pytest.raises(ConvoyError, match="the class 'dog', which is unknown to resnet"):
-        judged(changed(new, "actual", 300, "dog"), None, first=True)
+    with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet"):
+        judged(changed(new, "actual", 300, "dog"), None, is_first=True)
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_known_is_held(side: int) -> None:
     models = list(pair(30, 5))
     for unknown in (None, frozenset[str]()):
-        models[side] = dataclasses.replace(models[side], trained_on=unknown)
+        models[side] = dataclasses.replace(models[side], training_hashes=unknown)
         verdict = judged(models[0], models[1])
         assert verdict.decision == "HOLD"
-        assert outcomes(verdict, "hold") == ["seen images"]
-    models[side] = dataclasses.replace(models[side], trained_on=[digest(-1), digest(7)])
+        assert outcomes(verdict, "hold") == ["training overlap"]
+    models[side] = dataclasses.replace(models[side], training_hashes=[digest(-1), digest(7)])
     with pytest.raises(ConvoyError, match="was trained on 1 of the 600 test images"):
         judged(models[0], models[1])
-    models[side] = dataclasses.replace(models[side], trained_on={"train/1.png"})
+    models[side] = dataclasses.replace(models[side], training_hashes={"train/1.png"})
     with pytest.raises(ConvoyError, match="not given by their sha256"):
         judged(models[0], models[1])
 
@@ -613,16 +616,20 @@ def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_
 @pytest.mark.parametrize("side", [0, 1])
 def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side: int) -> None:
     models = list(pair(30, 5))
-    models[side] = dataclasses.replace(models[side], trained_on=[digest(-11), digest(-12)])  # what only it saw
+    models[side] = dataclasses.replace(models[side], training_hashes=[digest(-11), digest(-12)])  # what only it saw
     seen, won = [digest(-11), digest(-12), digest(-13)], [digest(0), digest(1), digest(2)]
-    verdict = judged(models[0], models[1], alike=pd.DataFrame({"test": won, "other": seen}))
+    verdict = judged(models[0], models[1], near_duplicates=pd.DataFrame({"test": won, "other": seen}))
     table = verdict.table().set_index("check")
     assert table.at["test images", "value"] == "598"
-    assert table.at["seen images", "words"].endswith("; 2 others are left out, as files that nearly equal them were")
-    assert table.at["better", "words"] == judged(*pair(28, 5)).table().set_index("check").at["better", "words"]
+    assert table.at["training overlap", "message"].endswith(
+        "; 2 other test images are excluded, as near-duplicates of training images"
+    )
+    assert table.at["better", "message"] == judged(*pair(28, 5)).table().set_index("check").at["better", "message"]
     everything = pd.DataFrame({"test": [digest(number) for number in range(600)], "other": digest(-11)})
-    with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
-        judged(models[0], models[1], alike=everything)
+    with pytest.raises(
+        ConvoyError, match="every test image is a near-duplicate of an image that a model was trained on"
+    ):
+        judged(models[0], models[1], near_duplicates=everything)
 
 
 def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:
@@ -635,9 +642,9 @@ def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:
 
 def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
     table = judged(*pair(30, 5)).table()
-    assert list(table.columns) == ["check", "value", "limit", "outcome", "words"]
+    assert list(table.columns) == ["check", "value", "limit", "outcome", "message"]
     assert table["check"].is_unique
-    assert (table[["value", "limit", "words"]] != "").all(axis=None)
+    assert (table[["value", "limit", "message"]] != "").all(axis=None)
     assert table.set_index("check")["value"]["test images"] == "600"
 
 
@@ -654,9 +661,9 @@ def test_groups_of_a_refresh_may_lack_the_margin_and_no_more() -> None:
     films = np.array([f"film {number // 2}" for number in range(IMAGES)])
     new, old = (in_films(model, films) for model in pair(12, 12))
     refresh = ruled(mode="non_inferior", margin=0.05)
-    assert judged(new, old, refresh, best=old).decision == "PROMOTE"
-    narrow = judged(new, old, ruled(mode="non_inferior", margin=0.001), best=old)
-    assert "by groups" in outcomes(narrow, "hold")
+    assert judged(new, old, refresh, best_champion=old).decision == "PROMOTE"
+    narrow = judged(new, old, ruled(mode="non_inferior", margin=0.001), best_champion=old)
+    assert "group bootstrap" in outcomes(narrow, "hold")
 
 
 def test_worse_probabilities_that_come_from_one_group_are_no_proof() -> None:
@@ -666,6 +673,6 @@ def test_worse_probabilities_that_come_from_one_group_are_no_proof() -> None:
     columns = [column for column in table if column.startswith("probability_")]
     table.loc[doubts, columns] = np.where(table.loc[doubts, columns] > 0.5, 0.4, 0.3)
     new = dataclasses.replace(new, predictions=table)
-    assert reason(judged(new, old), "log loss").outcome == "reject"
+    assert result_of(judged(new, old), "log loss").outcome == "reject"
     films = np.where(doubts, "one film", [f"film {number // 2}" for number in range(IMAGES)])
-    assert reason(judged(in_films(new, films), in_films(old, films)), "log loss").outcome == "pass"
+    assert result_of(judged(in_films(new, films), in_films(old, films)), "log loss").outcome == "pass"

@@ -22,7 +22,9 @@ from convoy.core.hashing import sha256
 from convoy.inference import onnx_export
 from convoy.promotion import champion
 from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
-from convoy.promotion.gate import GateConfig, ModelEvidence, Verdict
+from convoy.promotion.config import GateConfig
+from convoy.promotion.evidence import ModelEvidence
+from convoy.promotion.gate import Verdict
 from convoy.registry import model_loader, versions
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
@@ -106,7 +108,7 @@ def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
     assert aliases(root) == {CHALLENGER: 3, CHAMPION: 2, PREVIOUS: 1}
     verdict = (root / "artifacts/verdict.md").read_text()
     assert verdict.startswith("# HOLD: lenet, version 3, beside the champion, version 2")
-    for check in ("better", "test images", "log loss", "visible gain", "latency"):
+    for check in ("better", "test images", "log loss", "detectable gain", "latency"):
         assert f"| {check}" in verdict
 
     assert "stays the champion" in night("good")  # the champion's own results, again
@@ -531,8 +533,10 @@ def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, night:
     prepared = root / "artifacts/preprocess"
     tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
     pd.DataFrame({"test": tested, "other": "f" * 64}).to_parquet(prepared / "cross_split_duplicates.parquet")
-    with pytest.raises(ConvoyError, match="every test image nearly equals one that a model was trained on"):
-        check_champion.check(prepared, dataclasses.replace(old, trained_on=["f" * 64]))
+    with pytest.raises(
+        ConvoyError, match="every test image is a near-duplicate of an image that a model was trained on"
+    ):
+        check_champion.check(prepared, dataclasses.replace(old, training_hashes=["f" * 64]))
 
 
 def renew_mark(folder: Path) -> None:
@@ -670,10 +674,12 @@ def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, mo
     images = pd.read_parquet(prepared / "images.parquet")
     seen = set(images["sha256"][images["split"] != "test"])
     for verdict in told:
-        pd.testing.assert_frame_equal(verdict["alike"], pd.read_parquet(prepared / "cross_split_duplicates.parquet"))
-        assert set(verdict["challenger"].trained_on) == seen
+        pd.testing.assert_frame_equal(
+            verdict["near_duplicates"], pd.read_parquet(prepared / "cross_split_duplicates.parquet")
+        )
+        assert set(verdict["challenger"].training_hashes) == seen
         assert verdict["challenger"].parameters > 1000
-    assert [verdict["looks"] for verdict in told] == [1, 2]
-    assert set(told[1]["old"].trained_on) == seen
+    assert [verdict["test_set_uses"] for verdict in told] == [1, 2]
+    assert set(told[1]["old"].training_hashes) == seen
     assert told[1]["old"].latency == 1
     assert told[1]["challenger"].latency > 0

@@ -10,26 +10,27 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.special import ndtri
 
 from convoy.core.config import Count, schema
 from convoy.data.packed.packed_dataset import COLUMN, FEW
+from convoy.evaluation.bootstrap import (
+    BLOCK_SIZE,
+    QUANTILES,
+    bootstrap_sums,
+    confidence_interval,
+    effective_counts,
+    resampling_units,
+)
 from convoy.evaluation.calibration import per_image_log_loss
 
-# Probability that an interval does not contain the true value.
-ALPHA = 0.05
-QUANTILES = (ALPHA / 2, 1 - ALPHA / 2)
-RESAMPLES = 2000
-# Random numbers drawn at a time, chosen so that they stay in the processor's cache.
-BLOCK = 2**18
 # Number of confidence bins of the calibration error (Guo et al. 2017).
 BINS = 15
 TOP = 5
 # Number of classes from which on the top-`TOP` accuracy is meaningful.
-MANY = 10
+MIN_CLASSES_FOR_TOP5 = 10
 # Prefix of the columns with class probabilities, followed by the class name.
-PREFIX = "probability_"
-COLUMNS = ["metric", "value", "low", "high"]
+PROBABILITY_PREFIX = "probability_"
+METRIC_COLUMNS = ["metric", "value", "low", "high"]
 ERROR = "calibration_error"
 # Suffixes of metric names, for calibrated and uncalibrated probabilities.
 CALIBRATION_SUFFIXES = ("", "_uncalibrated")
@@ -64,31 +65,31 @@ def metrics_with_ci(
         images.
     """
     if not len(labels):
-        return pd.DataFrame(columns=COLUMNS)
+        return pd.DataFrame(columns=METRIC_COLUMNS)
     parts = _counts(labels, probabilities)
-    if probabilities.shape[1] >= MANY:
+    if probabilities.shape[1] >= MIN_CLASSES_FOR_TOP5:
         parts["top_5"] = _column(_rank(labels, probabilities) < TOP)
-    for kind, given in zip(CALIBRATION_SUFFIXES, (probabilities, uncalibrated), strict=True):
-        parts |= {f"{name}{kind}": part for name, part in _losses(labels, given).items()}
+    for suffix, variant in zip(CALIBRATION_SUFFIXES, (probabilities, uncalibrated), strict=True):
+        parts |= {f"{name}{suffix}": part for name, part in _losses(labels, variant).items()}
     units = resampling_units(groups, len(labels))
-    sums, drawn = _sums(parts), _drawn(parts, units)
-    values, spread = _figures(sums), _figures(drawn)
+    sums, resampled = _sums(parts), _resampled_sums(parts, units)
+    values, resampled_values = _metrics(sums), _metrics(resampled)
 
-    classes = _effective(parts["actual"], units)
-    there = classes[classes > 0]
-    # The number of images with which a single proportion is as certain as the mean of the classes' proportions.
-    even = len(there) ** 2 / (1 / there).sum()
-    images = _effective(parts["images"], units)[0]
-    counts = {"accuracy": images, "top_5": images, "balanced_accuracy": even, "macro_f1": even}
+    classes = effective_counts(parts["actual"], units)
+    present = classes[classes > 0]
+    # Number of images for which a single proportion is as certain as the mean of the classes' proportions.
+    mean_count = len(present) ** 2 / (1 / present).sum()
+    images = effective_counts(parts["images"], units)[0]
+    counts = {"accuracy": images, "top_5": images, "balanced_accuracy": mean_count, "macro_f1": mean_count}
     rows = []
     for name, value in values.items():
-        low, high = _interval(value, spread[name], counts.get(name, np.nan))
+        low, high = confidence_interval(value, resampled_values[name], counts.get(name, np.nan))
         if name.startswith(ERROR):
             gaps = f"gaps{name.removeprefix(ERROR)}"
-            away = np.abs(drawn[gaps] / drawn["images"] - sums[gaps] / sums["images"]).sum(axis=1)
-            low, high = _calibration_interval(value, spread[name], away)
+            distances = np.abs(resampled[gaps] / resampled["images"] - sums[gaps] / sums["images"]).sum(axis=1)
+            low, high = _calibration_interval(value, resampled_values[name], distances)
         rows.append((name, float(value), float(low), float(high)))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
 def per_class(
@@ -113,11 +114,11 @@ def per_class(
         return pd.DataFrame(columns=["class", "images", *names])
     parts, units = _counts(labels, probabilities), resampling_units(groups, len(labels))
     sums = _sums(parts)
-    values, spread = _rates(sums), _rates(_drawn(parts, units))
+    values, resampled_values = _rates(sums), _rates(_resampled_sums(parts, units))
     table = pd.DataFrame({"class": classes, "images": sums["actual"].astype(int)})
     for rate, of in (("precision", "predicted"), ("recall", "actual"), ("f1", "actual")):
         value = np.nan_to_num(values[rate])
-        low, high = _interval(value, spread[rate], _effective(parts[of], units))
+        low, high = confidence_interval(value, resampled_values[rate], effective_counts(parts[of], units))
         table = table.assign(**{rate: value, f"{rate}_low": low, f"{rate}_high": high})
     return table
 
@@ -131,7 +132,7 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
         A table with one row per slice and the columns column, value, images, accuracy, low and high.
     """
     tables = [pd.DataFrame(columns=["column", "value", "images", "accuracy", "low", "high"])]
-    right = (predictions["actual"] == predictions["predicted"]).to_numpy(float)
+    correct = (predictions["actual"] == predictions["predicted"]).to_numpy(float)
     for column in predictions:
         if column != "group" and not str(column).startswith(COLUMN):
             continue
@@ -139,13 +140,15 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
         if not 1 <= len(names) <= FEW:
             continue
         images = _one_hot(codes, len(names))
-        parts = {"images": images, "right": _one_hot(codes, len(names), right)}
+        parts = {"images": images, "correct": _one_hot(codes, len(names), correct)}
         # If the slices are the groups themselves, single images are resampled within them.
         units = resampling_units(None if column == "group" else predictions.get("group"), len(codes))
-        sums, drawn = _sums(parts), _drawn(parts, units)
-        accuracy = sums["right"] / sums["images"]
+        sums, resampled = _sums(parts), _resampled_sums(parts, units)
+        accuracy = sums["correct"] / sums["images"]
         with np.errstate(invalid="ignore"):
-            low, high = _interval(accuracy, drawn["right"] / drawn["images"], _effective(images, units))
+            low, high = confidence_interval(
+                accuracy, resampled["correct"] / resampled["images"], effective_counts(images, units)
+            )
         found = {"column": str(column).removeprefix(COLUMN), "value": names, "images": sums["images"].astype(int)}
         tables.append(pd.DataFrame(found | {"accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(tables[1:], ignore_index=True) if len(tables) > 1 else tables[0]
@@ -166,28 +169,28 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
     table = pd.DataFrame({"sha256": images["sha256"].to_numpy(), "actual": images["label"].to_numpy()})
     table["predicted"] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
     more = [name for name in images.columns if name.startswith(COLUMN) or (name == "group" and images[name].any())]
-    numbers = pd.DataFrame(probabilities, columns=[f"{PREFIX}{name}" for name in classes])
+    numbers = pd.DataFrame(probabilities, columns=[f"{PROBABILITY_PREFIX}{name}" for name in classes])
     return pd.concat([table, images[more].reset_index(drop=True), numbers], axis=1)
 
 
 # Metrics from sums
 
 
-def _figures(sums: Sums) -> dict[str, np.ndarray]:
+def _metrics(sums: Sums) -> dict[str, np.ndarray]:
     images = sums["images"][..., 0]
     rates = _rates(sums)
-    figures = {
+    metrics = {
         "accuracy": sums["hits"].sum(axis=-1) / images,
         "balanced_accuracy": np.nanmean(rates["recall"], axis=-1),
         "macro_f1": np.nanmean(rates["f1"], axis=-1),
     }
     if "top_5" in sums:
-        figures["top_5"] = sums["top_5"][..., 0] / images
-    for kind in CALIBRATION_SUFFIXES:
-        figures[f"log_loss{kind}"] = sums[f"log_loss{kind}"][..., 0] / images
-        figures[f"brier{kind}"] = sums[f"brier{kind}"][..., 0] / images
-        figures[f"{ERROR}{kind}"] = np.abs(sums[f"gaps{kind}"]).sum(axis=-1) / images
-    return figures
+        metrics["top_5"] = sums["top_5"][..., 0] / images
+    for suffix in CALIBRATION_SUFFIXES:
+        metrics[f"log_loss{suffix}"] = sums[f"log_loss{suffix}"][..., 0] / images
+        metrics[f"brier{suffix}"] = sums[f"brier{suffix}"][..., 0] / images
+        metrics[f"{ERROR}{suffix}"] = np.abs(sums[f"gaps{suffix}"]).sum(axis=-1) / images
+    return metrics
 
 
 def _rates(sums: Sums) -> dict[str, np.ndarray]:
@@ -197,12 +200,12 @@ def _rates(sums: Sums) -> dict[str, np.ndarray]:
         return {"precision": hits / predicted, "recall": hits / actual, "f1": 2 * hits / (actual + predicted)}
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Compute the expected calibration error.
 
     Args:
         confidence: (N,) probability of the predicted class, in [0, 1].
-        right: (..., N) booleans, whether the prediction is correct.
+        correct: (..., N) booleans, whether the prediction is correct.
 
     Returns:
         The calibration errors, of shape (...), in [0, 1].
@@ -210,7 +213,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
     bins = _bins(confidence)
     order = np.argsort(bins, kind="stable")
     starts = np.unique(bins[order], return_index=True)[1]
-    gaps = np.add.reduceat((right - confidence)[..., order], starts, axis=-1)
+    gaps = np.add.reduceat((correct - confidence)[..., order], starts, axis=-1)
     return np.abs(gaps).sum(axis=-1) / len(confidence)
 
 
@@ -223,9 +226,9 @@ def calibration_noise(confidence: np.ndarray, seed: int, simulations: int = 200)
         simulations: Number of simulated test sets.
     """
     random = np.random.default_rng(seed)
-    step = max(1, BLOCK // len(confidence))
+    step = max(1, BLOCK_SIZE // len(confidence))
     parts = [
-        calibration(confidence, random.random((min(step, simulations - start), len(confidence))) < confidence)
+        calibration_error(confidence, random.random((min(step, simulations - start), len(confidence))) < confidence)
         for start in range(0, simulations, step)
     ]
     return float(np.concatenate(parts).mean())
@@ -252,11 +255,11 @@ def _counts(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.c
 def _losses(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
     actual = probabilities[np.arange(len(labels)), labels]
     confidence = probabilities.max(axis=1)
-    right = probabilities.argmax(axis=1) == labels
+    correct = probabilities.argmax(axis=1) == labels
     return {
         "log_loss": _column(per_image_log_loss(labels, probabilities)),
         "brier": _column(np.square(probabilities).sum(axis=1) - 2 * actual + 1),
-        "gaps": _one_hot(_bins(confidence), BINS, right - confidence),
+        "gaps": _one_hot(_bins(confidence), BINS, correct - confidence),
     }
 
 
@@ -279,86 +282,22 @@ def _one_hot(codes: np.ndarray, width: int, values: np.ndarray | float = 1.0) ->
     return sparse.csr_array((np.broadcast_to(np.asarray(values, float), len(codes)), at), (len(codes), width))
 
 
-# Intervals
-
-
-def resampled(columns: sparse.csr_array, units: sparse.csr_array | None, seed: int = 0) -> np.ndarray:
-    """Return bootstrap sums of columns over resampled images, or over resampled groups of images.
-
-    Args:
-        columns: (N, M) values of each image.
-        units: (U, N) membership of images in groups, as from `resampling_units`. `None` resamples single images.
-        seed: Seed of the resampling.
-
-    Returns:
-        (RESAMPLES, M) sums, each over as many draws as there are images or groups.
-    """
-    turned = (columns if units is None else units @ columns).T.tocsr()
-    count = turned.shape[1]
-    random = np.random.default_rng(seed)
-    sums = np.empty((RESAMPLES, turned.shape[0]))
-    step = max(1, BLOCK // count)
-    for start in range(0, RESAMPLES, step):
-        here = min(step, RESAMPLES - start)
-        drawn = random.integers(0, count, (here, count)) * here + np.arange(here)[:, None]
-        # How often each unit is drawn in each resample.
-        times = np.bincount(drawn.ravel(), minlength=count * here).reshape(count, here)
-        sums[start : start + here] = (turned @ times.astype(float)).T
-    return sums
-
-
-def resampling_units(groups: np.ndarray | pd.Series | None, count: int) -> sparse.csr_array | None:
-    """Return a (U, N) matrix that assigns each image to its group, or `None` if every image is its own group.
-
-    Args:
-        groups: (N,) group names; an image with an empty name becomes a group of its own.
-        count: Number of images N.
-    """
-    if groups is None:
-        return None
-    names = np.asarray(groups, object)
-    codes = pd.factorize(names)[0]
-    alone = names == ""
-    codes[alone] = count + np.arange(alone.sum())
-    codes = np.unique(codes, return_inverse=True)[1]
-    return _one_hot(codes, codes.max(initial=-1) + 1).T.tocsr() if codes.max(initial=-1) + 1 < count else None
+# Sums and intervals
 
 
 def _sums(parts: Mapping[str, sparse.csr_array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(part.sum(axis=0)) for name, part in parts.items()}
 
 
-def _drawn(parts: Mapping[str, sparse.csr_array], units: sparse.csr_array | None) -> dict[str, np.ndarray]:
+def _resampled_sums(parts: Mapping[str, sparse.csr_array], units: sparse.csr_array | None) -> dict[str, np.ndarray]:
     ends = np.cumsum([part.shape[1] for part in parts.values()])
-    sums = resampled(sparse.hstack(list(parts.values()), format="csr"), units)
+    sums = bootstrap_sums(sparse.hstack(list(parts.values()), format="csr"), units)
     return dict(zip(parts, np.split(sums, ends[:-1], axis=1), strict=True))
 
 
-def _effective(part: sparse.csr_array, units: sparse.csr_array | None) -> np.ndarray:
-    """Return the effective number of images if all images of a group carried the same information (Kish 1965)."""
-    sums = part if units is None else units @ part
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num(np.asarray(sums.sum(axis=0)) ** 2 / np.asarray(sums.power(2).sum(axis=0)))
-
-
-def _interval(value: np.ndarray, drawn: np.ndarray, count: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower and upper bounds of values (...), from R resamples (R, ...) of each.
-
-    If the bounds are equal, for example because every image is correct, the resamples carry no information. The
-    interval is then Wilson's (1927) for a proportion in `count` images.
-    """
-    drawn = np.where(np.isnan(drawn).all(axis=0), 0.0, drawn)
-    low, high = np.nanquantile(drawn, QUANTILES, axis=0)
-    square = ndtri(QUANTILES[1]) ** 2
-    middle = (count * value + square / 2) / (count + square)
-    margin = np.sqrt(square * (count * value * (1 - value) + square / 4)) / (count + square)
-    flat = low == high
-    low = np.where(flat, np.maximum(middle - margin, 0), low)
-    high = np.where(flat, np.minimum(middle + margin, 1), high)
-    return np.minimum(low, value), np.maximum(high, value)
-
-
-def _calibration_interval(error: np.ndarray, drawn: np.ndarray, away: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _calibration_interval(
+    error: np.ndarray, resampled: np.ndarray, distances: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the lower and upper bounds of a calibration error.
 
     Noise increases a calibration error, and resampling adds noise once more, so that all percentiles may be above the
@@ -367,8 +306,8 @@ def _calibration_interval(error: np.ndarray, drawn: np.ndarray, away: np.ndarray
 
     Args:
         error: The calibration error.
-        drawn: (R,) calibration errors of the resamples.
-        away: (R,) distances between the bin gaps of each resample and those of all images.
+        resampled: (R,) calibration errors of the resamples.
+        distances: (R,) distances between the bin gaps of each resample and those of all images.
     """
-    low, high = error - np.quantile(away, QUANTILES[1]), 2 * error - np.quantile(drawn, QUANTILES[0])
+    low, high = error - np.quantile(distances, QUANTILES[1]), 2 * error - np.quantile(resampled, QUANTILES[0])
     return np.maximum(low, 0), np.clip(high, error, 1)

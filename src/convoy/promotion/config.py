@@ -1,9 +1,27 @@
-"""Promotion settings, and the ranking that selects the challenger among the trained architectures."""
+"""Settings of the register stage."""
 
-from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from convoy.core.config import Name, schema
-from convoy.promotion.gate import GateConfig
+from pydantic import Field
+
+from convoy.core.config import Count, Fraction, Name, NotNegative, Share, Whole, schema
+
+
+@schema
+class GateConfig:
+    """Criteria that a challenger must meet to be promoted."""
+
+    mode: Literal["better", "non_inferior"]  # non_inferior: for newer data, or a smaller or faster network
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]  # (0, 0.5): risk per evaluation of promoting an equally good model
+    margin: Fraction  # (0, 1): largest accuracy loss accepted in mode non_inferior, with confidence 1 - alpha
+    min_test_images: Count  # >= 1: with fewer test images the decision is always HOLD
+    floor: Share  # [0, 1]: minimum test accuracy
+    class_drop: Share  # [0, 1]: largest accepted drop in the recall of a class; only a significant drop blocks
+    min_class_images: Count  # >= 1: minimum number of test images of a class for its recall to be checked
+    max_parameters: Whole  # maximum number of parameters of the network; 0: no limit
+    max_latency_ratio: NotNegative  # maximum latency, as a multiple of the champion's; 0: no limit
+    max_looks: Count  # >= 1: evaluations on one set of test images, after which the gate warns
+    acknowledge: list[str]  # names of classes that were added, removed or are no longer predicted on purpose
 
 
 @schema
@@ -12,14 +30,3 @@ class RegisterConfig:
 
     name: Name  # name of the MLflow experiment and of the registered model
     gate: GateConfig
-
-
-def rank(best: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Rank architectures, best first, by validation accuracy, then by validation loss, then by name.
-
-    Test metrics are excluded on purpose: the test metrics of a model that was selected by them are biased upwards.
-
-    Args:
-        best: The metrics of each architecture's best epoch, with the keys `val_accuracy` and `val_loss`.
-    """
-    return sorted(best, key=lambda name: (-best[name]["val_accuracy"], best[name]["val_loss"], name))

@@ -130,7 +130,7 @@ def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int 
         compared: Version of the champion it was compared with, or None if there never was a champion.
     """
     against = f"the champion, version {compared}" if compared else "no champion, as there never was one"
-    table = verdict.table().rename(columns={"words": "in words"}).to_markdown(index=False)
+    table = verdict.table().to_markdown(index=False)
     return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
 
 

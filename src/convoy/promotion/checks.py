@@ -1,0 +1,162 @@
+"""The checks of the promotion gate that need no champion, one function for each."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from convoy.core.text import truncate_names
+from convoy.evaluation.metrics import calibration_error, calibration_noise
+from convoy.promotion.config import GateConfig
+from convoy.promotion.evidence import AlignedPredictions, ModelEvidence
+from convoy.promotion.statistics import detectable_gain
+
+Outcome = Literal["pass", "info", "warn", "hold", "reject"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckResult:
+    """The result of one check: its outcome, its value, its limit and a message."""
+
+    check: str
+    outcome: Outcome  # info and warn never block a promotion
+    value: float | None  # None: unknown
+    limit: str
+    message: str
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the check passed, or `None` if it is only informative."""
+        return {"pass": True, "hold": False, "reject": False}.get(self.outcome)
+
+
+# The evidence
+
+
+def check_test_images(new: AlignedPredictions, config: GateConfig) -> CheckResult:
+    """Check that there are enough test images."""
+    images, minimum = len(new.sha256), config.min_test_images
+    outcome: Outcome = "pass" if images >= minimum else "hold"
+    return CheckResult(
+        "test images", outcome, images, f"at least {minimum}", f"{images} test images, at least {minimum} are needed"
+    )
+
+
+def describe_detectable_gain(
+    new: AlignedPredictions, old: AlignedPredictions | None, config: GateConfig
+) -> CheckResult:
+    """Report the smallest gain in accuracy that these test images could show."""
+    images = len(new.sha256)
+    # Without a champion the disagreement is unknown. Two models can hardly disagree more often than they err, so the
+    # error rate of the new champion stands in for its disagreement with a later challenger.
+    disagreement = (new.is_correct != old.is_correct).mean() if old else 1 - new.is_correct.mean()
+    gain = detectable_gain(max(float(disagreement), 1 / images), images, config.alpha)
+    return CheckResult(
+        "detectable gain", "info", gain, "none", f"{images} test images can show a gain of about {gain:.4f} in accuracy"
+    )
+
+
+def check_training_overlap(models: Sequence[ModelEvidence], excluded: int) -> CheckResult:
+    """Check that the training images of all models are known; models trained on test images were refused before.
+
+    Args:
+        models: All compared models.
+        excluded: Number of test images excluded as near-duplicates of training images.
+    """
+    unknown = [model.name for model in models if model.training_hashes is None or not len(model.training_hashes)]
+    message = (
+        f"the training images of {truncate_names(unknown)} are unknown"
+        if unknown
+        else "no model was trained on a test image"
+    )
+    if excluded:
+        message += f"; {excluded} other test images are excluded, as near-duplicates of training images"
+    return CheckResult("training overlap", "hold" if unknown else "pass", None if unknown else 0, "0", message)
+
+
+def check_test_set_uses(uses: int, config: GateConfig) -> CheckResult:
+    """Warn if many models were evaluated on the same test images."""
+    message, limit = f"evaluation {uses} on these test images", config.max_looks
+    if uses > limit:
+        message += f", more than the limit of {limit}: add new test images"
+    return CheckResult("test set uses", "warn" if uses > limit else "info", uses, f"at most {limit}", message)
+
+
+# The challenger alone
+
+
+def check_accuracy(new: AlignedPredictions, config: GateConfig) -> CheckResult:
+    """Check that the accuracy reaches the configured minimum."""
+    accuracy = float(new.is_correct.mean())
+    outcome: Outcome = "pass" if accuracy >= config.floor else "reject"
+    message = f"{new.name} has test accuracy {accuracy:.4f}, minimum {config.floor}"
+    return CheckResult("accuracy", outcome, accuracy, f"at least {config.floor}", message)
+
+
+def check_majority_class(new: AlignedPredictions) -> CheckResult:
+    """Check that the accuracy is higher than that of always predicting the most frequent class."""
+    accuracy = float(new.is_correct.mean())
+    names, counts = np.unique(new.actual.astype(str), return_counts=True)
+    baseline, majority = float(counts.max() / counts.sum()), str(names[counts.argmax()])
+    message = f"{new.name} has test accuracy {accuracy:.4f}, always predicting {majority!r} would have {baseline:.4f}"
+    outcome: Outcome = "pass" if accuracy > baseline else "reject"
+    return CheckResult("majority class", outcome, accuracy, f"above {baseline:.4f}", message)
+
+
+def pass_first_champion(new: AlignedPredictions) -> CheckResult:
+    """Pass, as there never was a champion to compare with."""
+    message = f"{new.name} may become the first champion, with test accuracy {new.is_correct.mean():.4f}"
+    return CheckResult("first champion", "pass", 0, "no champion before", message)
+
+
+def describe_calibration(models: Sequence[AlignedPredictions], seed: int) -> CheckResult:
+    """Report the calibration error of each model and that of perfectly calibrated probabilities."""
+    described, errors, noises = [], [], []
+    for model in models:
+        confidence = model.probabilities.max(axis=1)
+        errors.append(float(calibration_error(confidence, model.is_correct)))
+        noises.append(calibration_noise(confidence, seed))
+        described.append(f"{model.name} {errors[-1]:.4f} (perfectly calibrated: {noises[-1]:.4f})")
+    message = f"calibration error: {', '.join(described)}"
+    return CheckResult("calibration", "info", errors[0], f"noise {noises[0]:.4f}", message)
+
+
+def check_parameters(challenger: ModelEvidence, config: GateConfig) -> CheckResult:
+    """Check the number of parameters, if it is limited."""
+    count, limit = challenger.parameters, config.max_parameters
+    message = "the parameters were not counted" if count is None else f"{challenger.name} has {count} parameters"
+    if not limit:
+        return CheckResult("parameters", "info", count, "no limit", message)
+    outcome: Outcome = "hold" if count is None else "pass" if count <= limit else "reject"
+    return CheckResult("parameters", outcome, count, f"at most {limit}", f"{message}, limit {limit}")
+
+
+def check_latency(challenger: ModelEvidence, champion: ModelEvidence | None, config: GateConfig) -> CheckResult:
+    """Check the latency as a multiple of the champion's, if it is limited."""
+    limit = config.max_latency_ratio
+    if champion is None:
+        return CheckResult("latency", "info", None, "no champion before", "no champion to compare the latency with")
+    if challenger.latency is None or champion.latency is None:
+        ratio, message = None, "the latency was not measured for both models"
+    else:
+        ratio = challenger.latency / champion.latency
+        message = f"the latency of {challenger.name} is {format_value(ratio)} times that of {champion.name}"
+    if not limit:
+        return CheckResult("latency", "info", ratio, "no limit", message)
+    outcome: Outcome = "hold" if ratio is None else "pass" if ratio <= limit else "reject"
+    return CheckResult("latency", outcome, ratio, f"at most {limit} times", f"{message}, limit {limit} times")
+
+
+def quote(names: Sequence[str]) -> str:
+    """Quote names and join them, truncating a long list."""
+    return truncate_names([repr(name) for name in names])
+
+
+def format_value(value: float | None) -> str:
+    """Format a value for a table or a message."""
+    if value is None:
+        return "unknown"
+    if float(value).is_integer():
+        return str(int(value))
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2g}"

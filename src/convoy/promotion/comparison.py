@@ -1,0 +1,250 @@
+"""The checks of the promotion gate that compare the challenger with a champion."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from convoy.core.text import truncate_names
+from convoy.promotion.checks import CheckResult, Outcome, quote
+from convoy.promotion.config import GateConfig
+from convoy.promotion.evidence import AlignedPredictions
+from convoy.promotion.statistics import (
+    bootstrap_mean,
+    gain_lower_bound,
+    is_better,
+    is_non_inferior,
+    mcnemar_p_value,
+)
+
+# Significance level of the tests that speak against a challenger. It is separate from `GateConfig.alpha`, because a
+# stricter `alpha` must not weaken these tests.
+REGRESSION_ALPHA = 0.05
+
+
+def compare(
+    new: AlignedPredictions,
+    old: AlignedPredictions,
+    best: AlignedPredictions | None,
+    groups: np.ndarray | None,
+    config: GateConfig,
+    seed: int,
+) -> Iterator[CheckResult]:
+    """Run all checks that compare the challenger with a champion.
+
+    Args:
+        new: The challenger.
+        old: The champion.
+        best: The best champion so far, for mode `non_inferior`.
+        groups: (N,) group name of each test image, or `None` if every image is its own group.
+        config: The criteria to apply.
+        seed: The seed of the bootstrap.
+    """
+    yield check_gain(new, old, config)
+    yield describe_difference(new, old, config)
+    if groups is not None:
+        yield check_group_bootstrap(new, old, groups, config, seed)
+    if config.mode == "non_inferior":
+        yield check_best_champion(new, best)
+    yield from check_class_changes(new, old, config)
+    yield check_unpredicted_classes(new, old, config)
+    yield from check_recall_drops(new, old, config)
+    yield check_log_loss(new, old, groups, seed)
+
+
+def check_gain(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
+    """Check that the challenger is better than the champion, or non-inferior, depending on the mode."""
+    wins, losses, images, alpha = *_count_wins(new, old), len(new.sha256), config.alpha
+    p_value, p_worse = float(mcnemar_p_value(wins, losses)), float(mcnemar_p_value(losses, wins))
+    low, minimum = float(gain_lower_bound(wins, losses, images, alpha)), _minimum_gain(config)
+    if config.mode == "better":
+        passed, check, value, limit = bool(is_better(wins, losses, alpha)), "better", p_value, f"p below {alpha}"
+        relation, shown = "better than", f"p = {p_value:.3g}, limit {alpha}"
+    else:
+        passed = bool(is_non_inferior(wins, losses, images, alpha, config.margin))
+        check, value, limit = "non-inferior", low, f"above {minimum}, and at least as many wins as losses"
+        relation = "non-inferior to"
+        shown = f"gain of {low:+.4f} or more with confidence {1 - alpha:g}, limit {minimum}"
+    verb = f"is {relation}" if passed else f"is not shown to be {relation}"
+    outcome: Outcome = "pass" if passed else "hold"
+    if p_worse < REGRESSION_ALPHA:
+        outcome, verb, shown = "reject", "is worse than", f"p = {p_worse:.3g}, limit {REGRESSION_ALPHA}"
+    message = f"{new.name} {verb} the champion {old.name}: {wins} images won, {losses} lost ({shown})"
+    return CheckResult(check, outcome, value, limit, message)
+
+
+def describe_difference(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
+    """Report the difference in accuracy with its confidence interval."""
+    wins, losses, images, alpha = *_count_wins(new, old), len(new.sha256), config.alpha
+    low, high = (
+        float(gain_lower_bound(wins, losses, images, alpha)),
+        -float(gain_lower_bound(losses, wins, images, alpha)),
+    )
+    interval, gain = f"{1 - 2 * alpha:.0%} interval {low:+.4f} to {high:+.4f}", (wins - losses) / images
+    message = f"accuracy {new.is_correct.mean():.4f} against {old.is_correct.mean():.4f}: {gain:+.4f}, {interval}"
+    return CheckResult("difference", "info", gain, interval, message)
+
+
+def check_group_bootstrap(
+    new: AlignedPredictions, old: AlignedPredictions, groups: np.ndarray, config: GateConfig, seed: int
+) -> CheckResult:
+    """Check that the gain remains if complete groups of images are resampled."""
+    minimum = _minimum_gain(config)
+    low, high = bootstrap_mean(new.is_correct.astype(float) - old.is_correct, groups, config.alpha, seed)
+    message = (
+        f"if complete groups are resampled the gain is {low:+.4f} to {high:+.4f} ({len(set(groups))} groups), "
+        f"limit {minimum}"
+    )
+    return CheckResult("group bootstrap", "pass" if low > minimum else "hold", low, f"above {minimum}", message)
+
+
+def check_best_champion(new: AlignedPredictions, best: AlignedPredictions | None) -> CheckResult:
+    """Check that the challenger is not significantly worse than the best champion so far."""
+    limit = f"p at least {REGRESSION_ALPHA}"
+    if best is None:
+        return CheckResult("best champion", "hold", None, limit, "the best champion so far is unknown")
+    wins, losses = _count_wins(new, best)
+    p_worse = float(mcnemar_p_value(losses, wins))
+    passed = p_worse >= REGRESSION_ALPHA
+    verb = "is not significantly worse" if passed else "is worse"
+    message = (
+        f"{new.name} {verb} than the best champion so far, {best.name}: {wins} images won, {losses} lost "
+        f"(p = {p_worse:.3g})"
+    )
+    return CheckResult("best champion", "pass" if passed else "reject", p_worse, limit, message)
+
+
+def check_class_changes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> Iterator[CheckResult]:
+    """Check that added and removed classes are acknowledged, and that the others are not classified worse."""
+    added, removed = sorted(set(new.classes) - set(old.classes)), sorted(set(old.classes) - set(new.classes))
+    pending = [name for name in (*added, *removed) if name not in config.acknowledge]
+    message = f"the same classes as {old.name}"
+    if added or removed:
+        changes = [f"{quote(names)} {verb}" for names, verb in ((added, "added"), (removed, "removed")) if names]
+        message = f"classes changed since {old.name}, {' and '.join(changes)}"
+        # Not truncated: the user must copy every name into the setting.
+        missing = ", ".join(map(repr, pending))
+        message += f": if that is intended, add {missing} to register.gate.acknowledge" if pending else ", acknowledged"
+    outcome: Outcome = "hold" if pending else "pass"
+    yield CheckResult("classes", outcome, len(added) + len(removed), "each acknowledged", message)
+    known_changes = {*added, *removed, *_unpredicted_classes(new, old)}
+    if unused := [name for name in config.acknowledge if name not in known_changes]:
+        message = (
+            f"{quote(unused)} in register.gate.acknowledge is neither added nor removed: remove it there, or it will "
+            "hide a later change"
+        )
+        yield CheckResult("acknowledge", "warn", len(unused), "0", message)
+    if added or removed:
+        yield check_shared_classes(new, old)
+
+
+def check_shared_classes(new: AlignedPredictions, old: AlignedPredictions) -> CheckResult:
+    """Check that the challenger is not significantly worse on the images of the classes that both models know."""
+    wins, losses = _count_wins(new, old, np.isin(new.actual.astype(str), _shared_classes(new, old)))
+    p_worse = float(mcnemar_p_value(losses, wins))
+    message = f"on the classes that both models know: {wins} images won, {losses} lost"
+    message += f" (p = {p_worse:.3g} for worse, limit {REGRESSION_ALPHA})"
+    outcome: Outcome = "pass" if p_worse >= REGRESSION_ALPHA else "reject"
+    return CheckResult("shared classes", outcome, p_worse, f"p at least {REGRESSION_ALPHA}", message)
+
+
+def check_unpredicted_classes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
+    """Check that the challenger predicts every class that the champion predicts."""
+    unpredicted = _unpredicted_classes(new, old)
+    frequent = [name for name in unpredicted if (new.actual == name).sum() >= config.min_class_images]
+    pending = frequent or [name for name in unpredicted if name not in config.acknowledge]
+    outcome: Outcome = "reject" if frequent else "hold" if pending else "pass"
+    if not pending:
+        message = f"{new.name} predicts every class that {old.name} predicts"
+        message += ", or it is acknowledged" if unpredicted else ""
+    else:
+        message = f"{new.name} never predicts {quote(pending)}, and {old.name} does"
+        # A class with few test images may be missing from the predictions by chance.
+        message += "" if frequent else ", perhaps by chance: add test images, or add it to register.gate.acknowledge"
+    return CheckResult("unpredicted classes", outcome, len(unpredicted), "0", message)
+
+
+def check_recall_drops(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> Iterator[CheckResult]:
+    """Check that the recall of no shared class drops significantly and by more than the limit."""
+    counts = _count_wins_by_class(new, old)
+    checked = counts[counts["images"] >= config.min_class_images]
+    # Bonferroni correction for testing every class.
+    alpha = REGRESSION_ALPHA / max(len(checked), 1)
+    drop = (checked["losses"] - checked["wins"]) / checked["images"]
+    p_worse = pd.Series(mcnemar_p_value(checked["losses"].to_numpy(), checked["wins"].to_numpy()), index=checked.index)
+    failed = drop[(drop > config.class_drop) & (p_worse < alpha)].sort_values(ascending=False, kind="stable")
+    described = {
+        name: f"{name!r} by {drop[name]:.4f} ({wins} won, {losses} lost, p = {p_worse[name]:.2g})"
+        for name, wins, losses in zip(checked.index, checked["wins"], checked["losses"], strict=True)
+        if drop[name] > 0
+    }
+    message = "the recall of no class drops"
+    if len(failed):
+        failures = truncate_names([described[name] for name in failed.index])
+        message = f"the recall drops for {failures}, limits {config.class_drop} and {alpha:.2g}"
+    elif described:
+        message = f"the recall of no class drops beyond the limit; the largest drop is {described[drop.idxmax()]}"
+    outcome: Outcome = "reject" if len(failed) else "pass" if len(checked) else "info"
+    limit = f"a drop of at most {config.class_drop}, or p at least {alpha:.2g}"
+    yield CheckResult("recall drop", outcome, float(drop.max()) if len(drop) else None, limit, message)
+
+    if len(unchecked := counts.index.difference(checked.index)):
+        minimum = config.min_class_images
+        message = f"recall not checked, with fewer than {minimum} test images: {quote(list(unchecked))}"
+        yield CheckResult("unchecked classes", "warn", len(unchecked), f"{minimum} images each", message)
+
+
+def check_log_loss(
+    new: AlignedPredictions, old: AlignedPredictions, groups: np.ndarray | None, seed: int
+) -> CheckResult:
+    """Check that the log loss on the shared classes does not rise significantly."""
+    shared = np.isin(new.actual.astype(str), _shared_classes(new, old))
+    new_loss, old_loss = new.log_loss(shared), old.log_loss(shared)
+    rise = new_loss - old_loss
+    low, high = bootstrap_mean(rise, None if groups is None else groups[shared], REGRESSION_ALPHA, seed)
+    verb = "is worse" if low > 0 else "is not significantly worse"
+    message = (
+        f"the log loss of {new.name} {verb}: {new_loss.mean():.4f} against {old_loss.mean():.4f}, "
+        f"{float(rise.mean()):+.4f}, {1 - 2 * REGRESSION_ALPHA:.0%} interval {low:+.4f} to {high:+.4f}"
+    )
+    return CheckResult("log loss", "reject" if low > 0 else "pass", low, "lower bound of the rise at most 0", message)
+
+
+# Counts
+
+
+def _minimum_gain(config: GateConfig) -> float:
+    return 0.0 if config.mode == "better" else -config.margin
+
+
+def _count_wins(
+    new: AlignedPredictions, old: AlignedPredictions, selected: np.ndarray | slice = slice(None)
+) -> tuple[int, int]:
+    """Return the number of images that only `new`, and that only `old`, classifies correctly."""
+    wins, losses = new.is_correct & ~old.is_correct, old.is_correct & ~new.is_correct
+    return int(wins[selected].sum()), int(losses[selected].sum())
+
+
+def _count_wins_by_class(new: AlignedPredictions, old: AlignedPredictions) -> pd.DataFrame:
+    """Return the numbers of images, wins and losses of each shared class."""
+    shared = _shared_classes(new, old)
+    selected = np.isin(new.actual.astype(str), shared)
+    codes = np.searchsorted(shared, new.actual[selected].astype(str))
+    wins = (new.is_correct & ~old.is_correct)[selected]
+    losses = (old.is_correct & ~new.is_correct)[selected]
+    return pd.DataFrame(
+        {
+            "images": np.bincount(codes, minlength=len(shared)),
+            "wins": np.bincount(codes[wins], minlength=len(shared)),
+            "losses": np.bincount(codes[losses], minlength=len(shared)),
+        },
+        index=shared,
+    )
+
+
+def _shared_classes(new: AlignedPredictions, old: AlignedPredictions) -> list[str]:
+    return sorted(set(new.classes) & set(old.classes))
+
+
+def _unpredicted_classes(new: AlignedPredictions, old: AlignedPredictions) -> list[str]:
+    return sorted(set(_shared_classes(new, old)) & set(old.predicted) - set(new.predicted))

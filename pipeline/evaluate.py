@@ -30,7 +30,7 @@ from pipeline.stage import Stage, main
 def evaluate(stage: Stage) -> None:
     """Evaluate one trained architecture on the test images."""
     params = stage.typed(EvaluateConfig, "evaluate")
-    trained, prepared = stage.input(f"train/{stage.item}"), stage.input("preprocess")
+    trained, prepared = stage.input(f"train/{stage.foreach_key}"), stage.input("preprocess")
     record = json.loads((trained / RECORD).read_text())
     info = DatasetInfo(**record["task"])
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
@@ -71,7 +71,7 @@ def evaluate(stage: Stage) -> None:
     for name, values in ((METRICS, figures), (CALIBRATION, calibration)):
         (stage.scratch / name).write_text(json.dumps(values, indent=2) + "\n")
     said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_uncalibrated"))
-    print(f"{stage.item}: {said or 'its training failed'}")
+    print(f"{stage.foreach_key}: {said or 'its training failed'}")
 
 
 if __name__ == "__main__":

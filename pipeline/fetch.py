@@ -27,14 +27,14 @@ def fetch(stage: Stage) -> None:
     lock = stage.root / "data.lock"
     origin = check_source(stage.root, params)
     history = DataLock.load(lock, params.name)
-    made = stage.home / "artifacts"
+    made = stage.project_root / "artifacts"
     decoded = made / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
     earlier = CacheDir(decoded, made / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")
     else:
-        source = read_torchvision(params.torchvision, stage.home / "downloads" / params.name)
+        source = read_torchvision(params.torchvision, stage.project_root / "downloads" / params.name)
     history.check(params.name, source.classes)
     refused = stage.folder.parent / "refused.csv"
     refused.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def fetch(stage: Stage) -> None:
     write_fetch_card(found, stage.scratch)
     tell(found)
     # data.lock is written only after the output is published, so that it never lists data that no output held.
-    stage.afterwards.append(lambda: history.save(lock, params.name))
+    stage.on_published.append(lambda: history.save(lock, params.name))
 
 
 def tell(found: FetchSummary) -> None:

@@ -23,22 +23,21 @@ def find_lr(stage: Stage) -> None:
     seed = stage.typed(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
-    classifier = models.build(
-        stage.item, stage.section(f"model.{stage.item}"), DatasetInfo.load(prepared / DATASET_INFO)
-    )
+    name = stage.foreach_key
+    classifier = models.build(name, stage.section(f"model.{name}"), DatasetInfo.load(prepared / DATASET_INFO))
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     table = sweep_learning_rates(classifier, data, choose(stage.typed(TrainerConfig, "trainer"), classifier))
 
-    guess = suggest_learning_rate(table)
-    picture = stage.root / "artifacts" / "lr" / f"{stage.item}.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    report.draw_rates(table, guess, stage.item, picture)
+    steepest = suggest_learning_rate(table)
+    plot = stage.root / "artifacts" / "lr" / f"{name}.png"
+    plot.parent.mkdir(parents=True, exist_ok=True)
+    report.draw_rates(table, steepest, name, plot)
     lowest = float(table["lr"].to_numpy()[table["loss"].argmin()])
     print(
-        f"{stage.item}: the loss falls fastest at a learning rate of {guess:.2g}, and is lowest at {lowest:.2g}. "
-        f"A first guess for model.{stage.item}.recipe.lr lies between."
+        f"{name}: the loss falls fastest at a learning rate of {steepest:.2g}, and is lowest at {lowest:.2g}. "
+        f"Set model.{name}.recipe.lr to a value between them."
     )
-    print(f"See {picture.relative_to(stage.root)}")
+    print(f"See {plot.relative_to(stage.root)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def preprocess(stage: Stage) -> None:
     params = stage.typed(PreprocessConfig, "preprocess")
     seed = stage.typed(Seed, "seed")
     packed = PackedDataset.load(stage.input("fetch"))
-    made = stage.home / "artifacts"
+    made = stage.project_root / "artifacts"
     earlier = CacheDir(made / ".fitted" / packed.name, made / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, earlier)
     prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
@@ -84,8 +84,9 @@ def check_champion(stage: Stage) -> None:
     Raises:
         ConvoyError: If a model trained on these images could not be compared with the champion.
     """
-    known = (stage.home / "mlflow.db").exists() or any((stage.home / "artifacts" / ".champions").glob("*.txt"))
-    if os.environ.get("DVC_EXP_NAME") or not (known or os.environ.get("MLFLOW_TRACKING_URI")):
+    root = stage.project_root
+    is_used = (root / "mlflow.db").exists() or any((root / "artifacts" / ".champions").glob("*.txt"))
+    if os.environ.get("DVC_EXP_NAME") or not (is_used or os.environ.get("MLFLOW_TRACKING_URI")):
         return
     command = [sys.executable, "-m", "pipeline.check_champion", str(stage.scratch)]
     try:

@@ -74,14 +74,14 @@ def promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compare
     try:
         _promote(stage, params, candidate, compared)
     except ConvoyError:
-        with contextlib.suppress(ConvoyError), open_store(stage.home, params.name) as store:
+        with contextlib.suppress(ConvoyError), open_store(stage.project_root, params.name) as store:
             champion.drop_challenger(store, params.name, candidate.version)
         raise
 
 
 def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> None:
     name, version, key = params.name, candidate.version, _key(stage, params, candidate, compared)
-    with open_store(stage.home, name) as store:
+    with open_store(stage.project_root, name) as store:
         said, written = (
             versions.cached_verdict(store, name, version, key),
             versions.read_file(store, candidate.run, FILE),
@@ -93,26 +93,26 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
             store.client.set_registered_model_alias(name, champion.CHALLENGER, str(version))
     if said is None or written is None:
         # An old verdict must not be mistaken for the one of this run if the gate fails.
-        (stage.home / "artifacts" / FILE).unlink(missing_ok=True)
+        (stage.project_root / "artifacts" / FILE).unlink(missing_ok=True)
         predictions = pd.read_parquet(candidate.result.evaluated / PREDICTIONS)
         verdict = run_gate(stage, params, candidate, predictions, compared)
         said = verdict.summary()
         written = report.describe_verdict(verdict, candidate.architecture, version, compared)
-        with open_store(stage.home, name) as store:
+        with open_store(stage.project_root, name) as store:
             accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
             versions.log_file(store, candidate.run, FILE, written)
             versions.save_verdict(store, name, version, key, said, gate.fingerprint_test_images(predictions), accuracy)
-    (stage.home / "artifacts" / FILE).write_text(written)
+    (stage.project_root / "artifacts" / FILE).write_text(written)
     print(f"{candidate.architecture}, version {version}: " + said.replace("; ", ";\n  "))
     if taken_back or said.startswith("REJECT"):
-        with open_store(stage.home, name) as store:
+        with open_store(stage.project_root, name) as store:
             champion.drop_challenger(store, name, version)
     if not said.startswith("PROMOTE"):
         stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
         print(f"{stays}. Every reason is in artifacts/verdict.md, the rule in docs/promotion.md")
         return
 
-    with open_store(stage.home, name) as store:
+    with open_store(stage.project_root, name) as store:
         print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
         who, commit = provenance.user(stage.root), provenance.git_commit(stage.root)
         champion.set_champion(
@@ -145,14 +145,14 @@ def run_gate(
 
     def contender(version: int) -> tuple[ModelEvidence, Predictor]:
         """Return a registered version with its predictions for the current test images, and its predictor."""
-        with open_store(stage.home, params.name) as store:
+        with open_store(stage.project_root, params.name) as store:
             found = model_loader.find(store, f"models:/{params.name}/{version}")
             predictor, trained_on = model_loader.load(found, store.scratch), model_loader.seen_ever(store, found)
         predictor.classifier.to(device)
         name = f"{predictor.architecture} (version {version})"
         return ModelEvidence(name, predict_test_images(predictor, images, pixels, info, packed), trained_on), predictor
 
-    with open_store(stage.home, params.name) as store:
+    with open_store(stage.project_root, params.name) as store:
         test_set_uses = versions.count_test_set_uses(
             store, params.name, candidate.version, gate.fingerprint_test_images(predictions)
         )
@@ -192,5 +192,11 @@ def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: 
     """Return the fingerprint of everything that a verdict depends on, under which the verdict is cached."""
     files = [Path(__file__), *sorted(Path(convoy.__file__).parent.rglob("*.py"))]
     code = [sha256(file) for file in files]
-    parts = [candidate.result.mark(), compared, repr(params), sha256(stage.input("preprocess") / MANIFEST), code]
+    parts = [
+        candidate.result.manifest_hash(),
+        compared,
+        repr(params),
+        sha256(stage.input("preprocess") / MANIFEST),
+        code,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -56,7 +56,7 @@ def register(stage: Stage) -> None:
     for name in ranked[len(best) :]:
         print(f"{name} failed: {records[name]['failure']['reason']}")
     # The comparison runs after the leaderboard is published, so that the leaderboard exists after a refusal, too.
-    stage.afterwards.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
+    stage.on_published.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
 
 def compare(
@@ -74,7 +74,7 @@ def compare(
         ConvoyError: If all trainings failed, or the comparison is refused.
     """
     names, winner = list(stage.section("model")), next(iter(results))
-    with open_store(stage.home, params.name) as store:
+    with open_store(stage.project_root, params.name) as store:
         run_ids = sync_mlflow.sync_runs(store, stage.root, names, dict(reversed(results.items())))
         ui_views.save_views(store)
         _time(store, {run_ids[name]: results[name] for name in trained if name in run_ids})
@@ -94,7 +94,7 @@ def compare(
 
 def _version(store: TrackingStore, name: str, result: sync_mlflow.TrainedResult, run: str, prepared: Path) -> int:
     """Return the version of the model `name` made from this result, registering it if it does not exist."""
-    identity, record = result.mark(), result.record()
+    identity, record = result.manifest_hash(), result.record()
     if found := versions.find_version(store, name, identity):
         return int(found.version)
     files = {

@@ -27,7 +27,7 @@ Schema = TypeVar("Schema")
 # Environment variables in which torchrun, Lightning and Slurm set the rank of a process. Slurm's comes last, because
 # in an interactive Slurm shell it is 0 for every process that Lightning starts.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-SAID = 20  # maximum number of printed messages of one kind
+MAX_PRINTED = 20  # messages of one kind
 
 
 class Stage:
@@ -36,28 +36,28 @@ class Stage:
     Args:
         root: The project folder.
         name: The name of the stage in `dvc.yaml`, such as "train".
-        item: The key of a foreach stage, such as "lenet" in `train@lenet`; "" for other stages.
+        foreach_key: The key of a foreach stage, such as "lenet" in `train@lenet`; "" for other stages.
     """
 
-    def __init__(self, root: Path, name: str, item: str = "") -> None:
+    def __init__(self, root: Path, name: str, foreach_key: str = "") -> None:
         self.root = root
-        self.home = project_root(root)
+        self.project_root = project_root(root)
         # This is read first because its error message explains that `root` is not a project folder.
         self.params = config.load(root / "params.yaml")
-        self.item = item
-        self.name = f"{name}@{item}" if item else name
-        described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
-        watched = described.get("do", described).get("params", [])
-        self.watched = [section.replace("${key}", item) for section in watched]
-        self.deps = [dep.replace("${key}", item) for dep in described.get("do", described).get("deps", [])]
-        self.folder = root / "artifacts" / name / item
+        self.foreach_key = foreach_key
+        self.name = f"{name}@{foreach_key}" if foreach_key else name
+        stage = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
+        declared = stage.get("do", stage)
+        self.sections = [section.replace("${key}", foreach_key) for section in declared.get("params", [])]
+        self.deps = [dep.replace("${key}", foreach_key) for dep in declared.get("deps", [])]
+        self.folder = root / "artifacts" / name / foreach_key
         # In distributed training every process runs the stage. Only the process of rank 0 publishes its outputs.
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
         self.scratch = root / "artifacts" / ".scratch" / (f"{self.name}.{self.rank}" if self.rank else self.name)
         # Holds the previous version of the output folder while the new one is moved into place.
-        self.before = self.scratch.with_name(f"{self.scratch.name}.before")
-        self.checked: set[str] = set()  # inputs whose checksums were verified
-        self.afterwards: list[Callable[[], None]] = []  # called after the outputs are published
+        self.previous = self.scratch.with_name(f"{self.scratch.name}.before")
+        self.verified: set[str] = set()  # inputs whose checksums were verified
+        self.on_published: list[Callable[[], None]] = []  # called after the outputs are published
 
     def section(self, name: str) -> Any:
         """Return a section of params.yaml by its dotted name.
@@ -68,12 +68,12 @@ class Stage:
         Raises:
             ConvoyError: If dvc.yaml does not list the section in the params of this stage, or params.yaml lacks it.
         """
-        if name not in self.watched:
+        if name not in self.sections:
             raise ConvoyError(f"stage {self.name} reads {name!r}: add it to the stage's params in dvc.yaml")
         values: Any = self.params
         for key in name.split("."):
             if not isinstance(values, Mapping) or key not in values:
-                raise ConvoyError(f"params.yaml has no {name}: compose it anew with `make repro`")
+                raise ConvoyError(f"params.yaml has no {name}: compose it again with `make repro`")
             values = values[key]
         return values
 
@@ -91,33 +91,33 @@ class Stage:
             ConvoyError: If the folder is missing, incomplete or was modified.
         """
         folder = self.root / "artifacts" / name
-        if name in self.checked:
+        if name in self.verified:
             return folder
-        if fault := self._fault(folder):
+        if fault := self._find_fault(folder):
             stage = name.replace("/", "@")
             damaged = damaged_objects(self.root, stage)
-            because = ", and DVC's cache holds it damaged" if damaged else ""
+            cause = ", and DVC's cache holds it damaged" if damaged else ""
             removed = [folder, *damaged] if damaged or (folder / MANIFEST).exists() else []
-            removal = shlex.join(["rm", "-rf", *(_shown(each, self.root) for each in removed)]) + " && "
-            raise ConvoyError(f"{fault}{because}: run `{removal if removed else ''}dvc repro {stage}`")
-        self.checked.add(name)
+            removal = shlex.join(["rm", "-rf", *(_relative(path, self.root) for path in removed)]) + " && "
+            raise ConvoyError(f"{fault}{cause}: run `{removal if removed else ''}dvc repro {stage}`")
+        self.verified.add(name)
         return folder
 
-    def _fault(self, folder: Path) -> str:
+    def _find_fault(self, folder: Path) -> str:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""
-        shown = _shown(folder, self.root)
+        path = _relative(folder, self.root)
         try:
-            hashes = json.loads((folder / MANIFEST).read_text())
-            for file, digest in hashes.items():
-                if not (folder / file).is_file() or sha256(folder / file) != digest:
-                    return f"{shown}/{file} is not what its stage wrote"
+            checksums = json.loads((folder / MANIFEST).read_text())
+            for file, checksum in checksums.items():
+                if not (folder / file).is_file() or sha256(folder / file) != checksum:
+                    return f"{path}/{file} is not what its stage wrote"
         except FileNotFoundError:
-            return f"{shown}/ is missing or incomplete"
+            return f"{path}/ is missing or incomplete"
         except (ValueError, AttributeError, TypeError):
-            return f"{shown}/{MANIFEST} is not what its stage wrote"
+            return f"{path}/{MANIFEST} is not what its stage wrote"
         return ""
 
-    def identity(self, *more: object) -> str:
+    def fingerprint(self, *more: object) -> str:
         """Return the fingerprint of this run, as a hexadecimal sha256.
 
         It covers the settings, data and code that dvc.yaml declares for the stage.
@@ -125,7 +125,7 @@ class Stage:
         Args:
             *more: Further JSON-serializable values that define the run.
         """
-        settings = {name: self.section(name) for name in self.watched}
+        settings = {name: self.section(name) for name in self.sections}
         # An output folder is represented by its manifest, which holds the checksums of its files.
         inputs = [file for dep in self.deps for file in _hashed_files(self.root / dep)]
         files = {str(file.relative_to(self.root)): sha256(file) for file in inputs}
@@ -145,8 +145,8 @@ class Stage:
             # A stage process that outlived a killed `dvc repro` may still be writing here.
             with FileLock(f"{self.scratch}.lock", timeout=0):
                 # An earlier run was stopped while it was replacing the output folder.
-                if self.before.exists() and not self.folder.exists():
-                    self.before.rename(self.folder)
+                if self.previous.exists() and not self.folder.exists():
+                    self.previous.rename(self.folder)
                 _remove(self.scratch)
                 self.scratch.mkdir()
                 work(self)
@@ -154,24 +154,24 @@ class Stage:
                     shutil.rmtree(self.scratch)
                 else:
                     self._publish()
-                    for finish in self.afterwards:
-                        finish()
+                    for callback in self.on_published:
+                        callback()
         except Timeout:
-            raise ConvoyError(f"another process is at work on {self.name}: wait for it, or end it") from None
+            raise ConvoyError(f"another process is running {self.name}: wait for it, or end it") from None
 
     def _publish(self) -> None:
         files = sorted(file for file in self.scratch.rglob("*") if file.is_file())
-        hashes = {str(file.relative_to(self.scratch)): sha256(file) for file in files}
-        (self.scratch / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+        checksums = {str(file.relative_to(self.scratch)): sha256(file) for file in files}
+        (self.scratch / MANIFEST).write_text(json.dumps(checksums, indent=2) + "\n")
         for file in (*files, self.scratch / MANIFEST):
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        _remove(self.before)
+        _remove(self.previous)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if self.folder.exists():
-            _move(self.folder, self.before)
+            _move(self.folder, self.previous)
         self.scratch.rename(self.folder)
-        _remove(self.before)
+        _remove(self.previous)
 
 
 def _hashed_files(dep: Path) -> list[Path]:
@@ -201,14 +201,13 @@ def damaged_objects(root: Path, stage: str) -> list[Path]:
     """
     try:
         locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"][stage]["outs"]
-        asked = subprocess.run(
-            [sys.executable, "-m", "dvc", "cache", "dir"], cwd=root, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-m", "dvc", "cache", "dir"]
+        folder = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         outputs = [out["md5"] for out in locked if isinstance(out.get("md5"), str)]
     # DVC is not installed, or dvc.lock does not contain the stage.
     except (OSError, subprocess.CalledProcessError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return []
-    cache = root / asked.stdout.strip() / "files" / "md5"
+    cache = root / folder / "files" / "md5"
     names = set(outputs)
     for output in outputs:
         if output.endswith(".dir"):
@@ -216,7 +215,7 @@ def damaged_objects(root: Path, stage: str) -> list[Path]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 names |= {entry["md5"] for entry in json.loads((cache / output[:2] / output[2:]).read_text())}
     files = {cache / name[:2] / name[2:]: name.removesuffix(".dir") for name in names}
-    return sorted(file for file, digest in files.items() if file.is_file() and _md5(file) != digest)
+    return sorted(file for file, md5 in files.items() if file.is_file() and _md5(file) != md5)
 
 
 def _md5(file: Path) -> str:
@@ -224,7 +223,7 @@ def _md5(file: Path) -> str:
         return hashlib.file_digest(opened, "md5").hexdigest()
 
 
-def _shown(path: Path, root: Path) -> str:
+def _relative(path: Path, root: Path) -> str:
     """Return a path as a user types it in the project folder."""
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
@@ -249,35 +248,35 @@ def _move(folder: Path, elsewhere: Path) -> None:
         raise
 
 
-def print_limited(what: str, sentences: Sequence[str], listed: str) -> None:
-    """Print the first `SAID` messages and the number of those left out.
+def print_limited(kind: str, messages: Sequence[str], full_list: str) -> None:
+    """Print the first `MAX_PRINTED` messages and the number of those left out.
 
     Args:
-        what: The kind of the messages, printed in front of each.
-        sentences: The messages.
-        listed: The file that holds all of them.
+        kind: The kind of the messages, printed in front of each.
+        messages: The messages.
+        full_list: The file that holds all of them.
     """
-    for sentence in sentences[:SAID]:
-        print(f"{what}: {sentence}")
-    if len(sentences) > SAID:
-        print(f"{what}: {len(sentences) - SAID} more in {listed}")
+    for message in messages[:MAX_PRINTED]:
+        print(f"{kind}: {message}")
+    if len(messages) > MAX_PRINTED:
+        print(f"{kind}: {len(messages) - MAX_PRINTED} more in {full_list}")
 
 
-def main(name: str, work: Callable[[Stage], None], item: str = "") -> None:
+def main(name: str, work: Callable[[Stage], None], argument: str = "") -> None:
     """Run a stage as a command; errors that the user can fix end in one message and exit status 1.
 
     Args:
         name: The name of the stage in dvc.yaml.
         work: The function that runs the stage. Its docstring is the description in the command's help.
-        item: The name of the command-line argument of a foreach stage, such as "architecture"; "" for other stages.
+        argument: The name of the command-line argument of a foreach stage, such as "architecture"; "" for other stages.
     """
     parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=work.__doc__)
-    if item:
-        parser.add_argument(item)
-    chosen = vars(parser.parse_args())
+    if argument:
+        parser.add_argument(argument)
+    options = vars(parser.parse_args())
     # File names may contain characters that the terminal can't encode.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     # Without this handler Lightning would catch SIGTERM, stop the training early and let the stage end as if complete.
     signals.install()
     with exit_on_error(name), explain_system_errors():
-        Stage(Path.cwd(), name, chosen.get(item, "")).run(work)
+        Stage(Path.cwd(), name, options.get(argument, "")).run(work)

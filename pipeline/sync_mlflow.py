@@ -36,7 +36,7 @@ class TrainedResult:
     trained: Path
     evaluated: Path
 
-    def mark(self) -> str:
+    def manifest_hash(self) -> str:
         """Return the sha256 of both manifests, which covers every file of the result."""
         manifests = [(folder / MANIFEST).read_bytes() for folder in (self.trained, self.evaluated)]
         return hashlib.sha256(b"".join(manifests)).hexdigest()
@@ -58,7 +58,7 @@ def main() -> None:
                 results[name] = find_result(stage, name)
             except ConvoyError as error:
                 print(f"{name} is left out: {error}")
-        with open_store(stage.home, stage.section("register")["name"]) as store:
+        with open_store(stage.project_root, stage.section("register")["name"]) as store:
             sync_runs(store, root, list(stage.section("model")), results)
             table, curves = ui_views.save_views(store)
         print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
@@ -119,7 +119,7 @@ def sync_runs(
         common["reproduction"] = hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
     run_ids = {}
     for name in results:
-        record, result, mark = records[name], results[name], results[name].mark()
+        record, result, mark = records[name], results[name], results[name].manifest_hash()
         identity, status = record["identity"], "FAILED" if record["failure"] else "FINISHED"
         tags = {**common, **colour(names, name)}
         found = runs.find(store, identity)

@@ -36,7 +36,7 @@ def train(stage: Stage) -> None:
     """Train one architecture."""
     params = stage.typed(TrainConfig, "train")
     seed = stage.typed(Seed, "seed")
-    architecture = stage.item
+    architecture = stage.foreach_key
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
     info = DatasetInfo.load(prepared / DATASET_INFO)
@@ -52,8 +52,8 @@ def train(stage: Stage) -> None:
         raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = environment(choice)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    identity = stage.identity(machine, start)
-    checkpoint = Checkpoint(stage.home / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
+    identity = stage.fingerprint(machine, start)
+    checkpoint = Checkpoint(stage.project_root / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
     record: dict[str, Any] = {
         "architecture": architecture,
         "settings": settings,
@@ -87,7 +87,7 @@ def train(stage: Stage) -> None:
         (stage.scratch / WEIGHTS).write_bytes(safetensors.torch.save(trained.weights))
     else:
         print(trained.failure.describe(architecture), file=sys.stderr, flush=True)
-    stage.afterwards += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]
+    stage.on_published += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]
 
 
 class Live:
@@ -106,7 +106,7 @@ class Live:
         self.pipe: int | None = None
         if stage.rank or os.environ.get("CONVOY_LIVE") == "0":
             return
-        command = [sys.executable, "-m", "pipeline.live", stage.item]
+        command = [sys.executable, "-m", "pipeline.live", stage.foreach_key]
         reader, self.pipe = os.pipe()
         os.set_blocking(self.pipe, False)
         try:
@@ -161,7 +161,7 @@ def fetch_weights(stage: Stage, init: str, folder: Path) -> str:
     Raises:
         ConvoyError: If the weights can't be fetched.
     """
-    command = [sys.executable, "-m", "pipeline.fetch_weights", stage.item, init, str(folder)]
+    command = [sys.executable, "-m", "pipeline.fetch_weights", stage.foreach_key, init, str(folder)]
     asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True)
     if asked.returncode:
         raise ConvoyError(asked.stderr.strip().removeprefix("convoy: fetch_weights: "))

@@ -49,7 +49,7 @@ def test_an_output_is_never_half_gone_and_comes_back_where_its_change_was_stoppe
     found: list[bool] = []
     Stage(root, "fetch").run(lambda stage: found.append((stage.folder / "one").exists()))
     assert found == [True]
-    assert not stage.before.exists()
+    assert not stage.previous.exists()
 
 
 def test_a_stage_reads_the_sections_that_dvc_yaml_says_it_watches(root: Path) -> None:
@@ -271,7 +271,7 @@ def test_damage_in_dvcs_cache_is_repaired_by_what_is_advised(
 def test_two_processes_never_work_on_the_same_stage(root: Path) -> None:
     stage = Stage(root, "fetch")
     stage.scratch.parent.mkdir(parents=True)
-    with FileLock(f"{stage.scratch}.lock"), pytest.raises(ConvoyError, match="another process is at work on fetch"):
+    with FileLock(f"{stage.scratch}.lock"), pytest.raises(ConvoyError, match="another process is running fetch"):
         stage.run(write_hello)
 
 
@@ -385,7 +385,7 @@ def environment() -> dict[str, str]:
 
 def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machine(root: Path) -> None:
     def identity(*more: object, architecture: str = "lenet") -> str:
-        return Stage(root, "train", architecture).identity(*more)
+        return Stage(root, "train", architecture).fingerprint(*more)
 
     mark, code = root / "artifacts/preprocess" / MANIFEST, root / "src/convoy/training/module.py"
     for file in (mark, code):

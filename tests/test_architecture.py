@@ -163,7 +163,7 @@ def stage_parts(stage: str) -> dict:
 
 
 @every_stage
-def test_a_stage_is_a_module_a_command_and_an_output_folder_of_its_name(stage: str) -> None:
+def test_stage_names_its_module_command_and_output_folder(stage: str) -> None:
     parts = stage_parts(stage)
     assert (ROOT / "pipeline" / f"{stage}.py").is_file()
     assert parts["cmd"].split()[:3] == ["python", "-m", f"pipeline.{stage}"]
@@ -187,19 +187,19 @@ def test_every_section_of_the_settings_is_watched_by_a_stage(composed: Path) -> 
     assert watched == set(config.load(composed / "params.yaml"))
 
 
-def test_an_architecture_is_a_python_file_and_a_yaml_file_of_its_name() -> None:
+def test_architecture_names_its_python_and_yaml_file() -> None:
     assert models.names() == sorted(file.stem for file in (ROOT / "conf/model").iterdir())
 
 
 @pytest.mark.parametrize("name", models.names())
-def test_the_settings_of_every_architecture_compose_and_fit_its_schema(name: str, composed: Path) -> None:
+def test_settings_of_every_architecture_fit_its_schema(name: str, composed: Path) -> None:
     params = config.compose(composed, [f"model=[{name}]"])
     assert list(params["model"]) == [name]
     typed(models.schema(name), params["model"][name], f"model.{name}")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "conf/dataset").iterdir()))
-def test_the_settings_of_every_data_set_compose_and_fit_the_schema(name: str, composed: Path) -> None:
+def test_settings_of_every_dataset_fit_the_schema(name: str, composed: Path) -> None:
     dataset = typed(DatasetConfig, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
     assert name in (dataset.name, "folder")
 
@@ -296,6 +296,11 @@ def test_a_file_begins_by_saying_what_it_is(file: Path) -> None:
     assert first.endswith(('."""', ".", "`.")), "the first line is a sentence"
 
 
+def test_names_of_tests_have_at_most_60_characters() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"\bdef (test_\w+)", code) if len(name) > 60] == []
+
+
 @every_file
 def test_no_file_knows_the_machine_it_was_written_on(file: Path) -> None:
     assert not re.findall(r"/(?:work|root|home)\b", file.read_text())
@@ -330,7 +335,7 @@ def test_every_make_target_that_is_named_anywhere_exists() -> None:
     assert set().union(*named.values()) <= targets
 
 
-def test_every_stage_of_the_table_in_the_readme_watches_what_dvc_yaml_says() -> None:
+def test_readme_table_lists_the_settings_of_every_stage() -> None:
     rows = re.findall(
         r"^\| ([a-z]+)(?:@x)? \|(?:[^|]*\|){2} ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE
     )

@@ -41,12 +41,12 @@ def lenet(**augment: object) -> dict[str, Any]:
 # Types
 
 
-def test_sound_values_come_out_as_they_are() -> None:
+def test_valid_values_are_returned_unchanged() -> None:
     params = typed(PreprocessConfig, SOUND, "preprocess")
     assert {key: getattr(params, key) for key in SOUND} == SOUND
 
 
-def test_a_whole_number_will_do_for_a_number_with_a_fraction() -> None:
+def test_integer_is_accepted_for_a_float() -> None:
     assert typed(Share, 1, "register.floor") == 1.0
 
 
@@ -101,7 +101,7 @@ class Crew:
 
 
 @pytest.mark.parametrize("hands", [1, "all"])
-def test_each_kind_of_value_that_a_key_may_have_passes(hands: int | str) -> None:
+def test_each_type_of_a_union_is_accepted(hands: int | str) -> None:
     assert typed(Crew, {"hands": hands, "watches": [2, "dog"]}, "crew").hands == hands
 
 
@@ -114,14 +114,14 @@ def test_each_kind_of_value_that_a_key_may_have_passes(hands: int | str) -> None
         ({"watches": [2, "cat"]}, "crew.watches.1='cat': input should be a valid integer, or 'dog'"),
     ],
 )
-def test_of_a_key_with_two_kinds_of_value_both_are_told_in_one_line(wrong: dict[str, Any], message: str) -> None:
+def test_key_of_union_type_lists_both_types_in_one_line(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
         typed(Crew, {"hands": 1, "watches": []} | wrong, "crew")
     assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("values", [None, 3, "abc", [1, 2]])
-def test_a_section_that_is_no_table_is_refused_by_name(values: object) -> None:
+def test_section_that_is_no_mapping_is_refused_by_name(values: object) -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess="):
         typed(PreprocessConfig, values, "preprocess")
 
@@ -129,12 +129,12 @@ def test_a_section_that_is_no_table_is_refused_by_name(values: object) -> None:
 # Keys
 
 
-def test_an_unknown_key_brings_the_known_one_that_is_like_it() -> None:
+def test_unknown_key_suggests_the_similar_known_key() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.siz: unknown key; did you mean size\?$"):
         typed(PreprocessConfig, SOUND | {"siz": 3}, "preprocess")
 
 
-def test_a_key_like_no_other_brings_all_that_there_are() -> None:
+def test_dissimilar_unknown_key_lists_all_known_keys() -> None:
     message = (
         r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
     )
@@ -147,7 +147,7 @@ def test_a_missing_key_is_named() -> None:
         typed(PreprocessConfig, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(ConvoyError) as refusal:
         typed(PreprocessConfig, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
     named = {line.split(":")[0].split("=")[0] for line in str(refusal.value).splitlines()}
@@ -164,13 +164,13 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         ({"shft": 2}, r"model\.lenet\.recipe\.augment\.shft: unknown key; did you mean shift\?"),
     ],
 )
-def test_a_key_deep_inside_is_named_from_the_top(augment: dict, message: str) -> None:
+def test_nested_key_is_named_by_its_full_path(augment: dict, message: str) -> None:
     typed(models.schema("lenet"), lenet(), "model.lenet")
     with pytest.raises(ConvoyError, match=f"^{message}"):
         typed(models.schema("lenet"), lenet(**augment), "model.lenet")
 
 
-def test_a_key_in_a_table_that_may_be_left_out_is_helped_too() -> None:
+def test_key_in_an_optional_section_gets_a_suggestion_too() -> None:
     values = {
         "name": "x",
         "longest_side": 9,
@@ -182,7 +182,7 @@ def test_a_key_in_a_table_that_may_be_left_out_is_helped_too() -> None:
 
 
 @pytest.mark.parametrize("splits", [{}, {"training": {"train": True}}])
-def test_a_torchvision_set_needs_splits_that_we_know(splits: dict) -> None:
+def test_torchvision_dataset_needs_known_splits(splits: dict) -> None:
     values = {"name": "x", "longest_side": 9, "group": None, "torchvision": {"name": "MNIST", "splits": splits}}
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.splits"):
         typed(DatasetConfig, values, "dataset")
@@ -240,7 +240,7 @@ def test_the_architectures_keep_the_order_of_the_list(project: Path) -> None:
     assert list(config.compose(project, ["model=[vgg,lenet,resnet]"])["model"]) == ["vgg", "lenet", "resnet"]
 
 
-def test_dvc_composes_the_very_same_bytes(project: Path) -> None:
+def test_dvc_composes_identical_bytes(project: Path) -> None:
     # `dvc exp run` itself, in a project whose one stage does nothing
     (project / "dvc.yaml").write_text("stages:\n  idle:\n    cmd: echo idle\n    params: [seed]\n")
     (project / ".dvc").mkdir()
@@ -272,7 +272,7 @@ def test_dvc_composes_the_very_same_bytes(project: Path) -> None:
         ("train.max_epochs=[1", "[1"),
     ],
 )
-def test_an_override_that_fits_nothing_is_named_and_harms_nothing(project: Path, override: str, named: str) -> None:
+def test_invalid_override_is_named_and_changes_nothing(project: Path, override: str, named: str) -> None:
     with pytest.raises(ConvoyError, match=r"^conf/") as refusal:
         config.compose(project, [override])
     assert named in str(refusal.value)
@@ -293,7 +293,7 @@ def test_an_override_that_fits_nothing_is_named_and_harms_nothing(project: Path,
         b"name: caf\xe9\n",
     ],
 )
-def test_a_broken_file_in_conf_is_refused_and_harms_nothing(project: Path, content: str | bytes) -> None:
+def test_broken_file_in_conf_is_refused_and_changes_nothing(project: Path, content: str | bytes) -> None:
     (project / "conf/dataset/folder.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConvoyError, match=r"conf/ does not compose: \S"):
         config.compose(project)
@@ -318,7 +318,7 @@ def test_a_first_params_yaml_is_not_left_behind_by_a_broken_conf(project: Path) 
     assert not (project / "params.yaml").exists()
 
 
-def test_a_missing_params_yaml_is_refused_with_the_mend(tmp_path: Path) -> None:
+def test_missing_params_yaml_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"params\.yaml is missing: compose it from conf/ with `make repro`"):
         config.load(tmp_path / "params.yaml")
 
@@ -326,7 +326,7 @@ def test_a_missing_params_yaml_is_refused_with_the_mend(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"- 1\n", b"[1\n", b"\xff\xfe", b"<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n", b"3\n"]
 )
-def test_a_params_yaml_that_is_none_is_refused_with_the_mend(tmp_path: Path, content: bytes) -> None:
+def test_invalid_params_yaml_is_refused_with_the_fix(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
     with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it again with `python -m pipeline --compose`"):
         config.load(tmp_path / "params.yaml")

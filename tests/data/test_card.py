@@ -141,7 +141,7 @@ def full_prepared() -> PreprocessSummary:
 
 
 @pytest.mark.parametrize(("write", "made"), [(write_fetch_card, full_intake), (write_preprocess_card, full_prepared)])
-def test_the_card_shows_every_picture_beside_it_and_no_other(write: Callable, made: Callable, tmp_path: Path) -> None:
+def test_card_shows_exactly_the_plots_beside_it(write: Callable, made: Callable, tmp_path: Path) -> None:
     write(made(), tmp_path)
     shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (tmp_path / "card.md").read_text())
     assert sorted(shown) == sorted(file.name for file in tmp_path.glob("*.png"))
@@ -149,9 +149,7 @@ def test_the_card_shows_every_picture_beside_it_and_no_other(write: Callable, ma
 
 
 @pytest.mark.parametrize(("write", "made"), [(write_fetch_card, full_intake), (write_preprocess_card, full_prepared)])
-def test_the_same_data_gives_the_same_bytes_whatever_style_a_user_has_set(
-    write: Callable, made: Callable, tmp_path: Path
-) -> None:
+def test_card_is_bit_identical_under_any_matplotlib_style(write: Callable, made: Callable, tmp_path: Path) -> None:
     for name, size in (("one", 10), ("other", 20)):
         (tmp_path / name).mkdir()
         with matplotlib.rc_context({"font.size": size, "axes.facecolor": "red", "xtick.labelsize": size}):
@@ -182,7 +180,7 @@ def test_any_text_can_be_a_label(tmp_path_factory: pytest.TempPathFactory, label
     assert set(labels) <= set(cells(fetch_card(tmp_path_factory.mktemp("card"), table=listed(labels))))
 
 
-def test_what_does_not_print_is_spelled_out_and_a_long_name_keeps_its_ends(tmp_path: Path) -> None:
+def test_unprintable_characters_are_escaped(tmp_path: Path) -> None:
     shown = cells(fetch_card(tmp_path, table=listed(["two\nlines", "first " + "w" * 500 + " last"])))
     assert r"two\nlines" in shown
     (long,) = {text for text in shown if text.startswith("first")}
@@ -190,14 +188,14 @@ def test_what_does_not_print_is_spelled_out_and_a_long_name_keeps_its_ends(tmp_p
     assert len(long) <= 80
 
 
-def test_names_that_a_picture_can_not_show_stand_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_cannot_be_drawn_are_listed_below_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
     fonts._find_families.cache_clear()
     assert "From top to bottom: 'cat', '猫'." in fetch_card(tmp_path, table=listed(["cat", "猫"]))
     assert "From top to bottom" not in fetch_card(tmp_path, table=listed(["cat", "owl"]))
 
 
-def test_of_very_many_classes_the_largest_and_the_smallest_are_shown(tmp_path: Path) -> None:
+def test_largest_and_smallest_of_many_classes_are_shown(tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(300)]
     loaded: list[int] = []
 
@@ -214,7 +212,7 @@ def test_of_very_many_classes_the_largest_and_the_smallest_are_shown(tmp_path: P
 
 
 @pytest.mark.parametrize("count", [1, 2, 50, 51, 200])
-def test_every_class_has_a_row_in_the_table_and_on_a_contact_sheet(count: int, tmp_path: Path) -> None:
+def test_every_class_is_in_the_table_and_on_a_contact_sheet(count: int, tmp_path: Path) -> None:
     names = [f"class {number}" for number in range(count)]
     assert set(names) <= set(cells(fetch_card(tmp_path, table=listed(names))))
     rows = sum((len(picture(file)) + 3) // 67 for file in tmp_path.glob("contact_*.png"))
@@ -229,7 +227,7 @@ def test_small_images_are_enlarged_and_large_ones_reduced(image: Callable, tmp_p
 
 
 @pytest.mark.parametrize("shape", [(8, 400, 3), (400, 8, 1), (3, 9, 1), (500, 100, 3)])
-def test_of_a_very_long_image_the_middle_is_shown(shape: tuple[int, int, int]) -> None:
+def test_very_wide_image_is_shown_by_its_center(shape: tuple[int, int, int]) -> None:
     shown = make_tile(np.zeros(shape, np.uint8), 96)
     dark = np.argwhere((shown == 0).all(axis=2))
     high, wide = dark.max(axis=0) - dark.min(axis=0) + 1
@@ -237,7 +235,7 @@ def test_of_a_very_long_image_the_middle_is_shown(shape: tuple[int, int, int]) -
     assert min(high, wide) >= 18
 
 
-def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path) -> None:
+def test_long_list_is_truncated_and_names_the_complete_file(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed(["cat", "owl"]), quarantine=some(51))
     assert "50 of 51; all are in quarantine.csv:" in card
     assert "cat/49.png" in card
@@ -247,7 +245,7 @@ def test_a_long_list_is_cut_and_names_the_file_that_has_all_of_it(tmp_path: Path
 # The card of fetch
 
 
-def test_the_imbalance_of_the_classes_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_class_imbalance_is_described_in_a_sentence(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed(["cat"] * 6 + ["owl"] * 2), classes=["cat", "newt", "owl"])
     assert "'cat', has 6 images: 3.0 times as many as the smallest, 'owl', with 2." in card
     assert "Always predicting 'cat' is correct for 75.0% of the images." in card
@@ -278,13 +276,13 @@ def test_reasons_are_counted_the_most_frequent_first(tmp_path: Path) -> None:
     assert shown[start : start + 6] == ["reason", "images", "is empty", "3", "has no label", "2"]
 
 
-def test_changes_are_listed_and_a_first_version_says_so(tmp_path: Path) -> None:
+def test_changes_are_listed_and_a_first_version_is_marked(tmp_path: Path) -> None:
     assert "This is the first version of the data." in fetch_card(tmp_path, table=listed(["cat"]))
     card = fetch_card(tmp_path, table=listed(["cat"]), changes=["3 images are new.", "1 is gone."])
     assert "- 3 images are new.\n- 1 is gone.\n" in card
 
 
-def test_data_without_any_image_has_a_card_too(tmp_path: Path) -> None:
+def test_empty_dataset_has_a_card_too(tmp_path: Path) -> None:
     card = fetch_card(tmp_path, table=listed([]), classes=["cat"], quarantine=some(3))
     assert headings(card) == ["Changes", "Classes", "Quarantine"]
 
@@ -292,7 +290,7 @@ def test_data_without_any_image_has_a_card_too(tmp_path: Path) -> None:
 # The card of preprocess
 
 
-def test_shares_and_measures_are_said(tmp_path: Path) -> None:
+def test_fractions_and_sizes_are_reported(tmp_path: Path) -> None:
     table = listed(["cat"] * 10).assign(split=["train"] * 7 + ["val"] + ["test"] * 2)
     card = preprocess_card(tmp_path, table=table)
     assert "Of the images 70.0% train, 10.0% val, 20.0% test." in card
@@ -313,7 +311,7 @@ def test_pairs_with_different_labels_have_a_section_of_their_own(tmp_path: Path)
     assert "2 pairs." in card[same:]
 
 
-def test_a_pair_of_which_one_is_withheld_is_drawn_as_it_was_found(tmp_path: Path) -> None:
+def test_pair_with_an_excluded_image_is_drawn(tmp_path: Path) -> None:
     table = listed(["cat"] * 4, "train")
     asked: list[str] = []
 
@@ -326,6 +324,6 @@ def test_a_pair_of_which_one_is_withheld_is_drawn_as_it_was_found(tmp_path: Path
     assert (tmp_path / "near_duplicates.png").exists()
 
 
-def test_what_is_withheld_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_excluded_images_are_listed_with_reasons(tmp_path: Path) -> None:
     card = preprocess_card(tmp_path, table=listed(["cat"], "train"), excluded=some(2).assign(reason="nearly equals x"))
     assert cells(card)[-3:] == ["cat/1.png", "cat", "nearly equals x"]

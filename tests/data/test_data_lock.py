@@ -29,7 +29,7 @@ def test_the_class_list_only_grows_and_no_label_shifts(known: list[str], classes
     assert extended(longer, classes) == longer
 
 
-def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
+def test_data_without_a_known_class_is_another_dataset() -> None:
     history = NEW.grown(["cat", "dog"], version(cat=3))
     NEW.check("pets", ["rose"])
     history.check("pets", ["dog", "rose"])
@@ -51,9 +51,7 @@ def test_data_of_which_no_class_is_known_are_another_data_set() -> None:
         (["test"], "test", ["test"]),
     ],
 )
-def test_splits_are_drawn_from_training_images_where_none_are_given_and_then_for_good(
-    before: list, given: str, drawn: list
-) -> None:
+def test_missing_splits_are_drawn_once_and_kept(before: list, given: str, drawn: list) -> None:
     history = NEW.grown(["cat"], version(cat=3), before)
     assert history.draws({"", *given.split()}) == drawn
     assert history.grown(["cat"], version(cat=3), drawn).drawn == drawn
@@ -63,7 +61,7 @@ def test_the_first_version_has_no_changes() -> None:
     assert NEW.grown(["cat"], version(cat=3)).changes() == []
 
 
-def test_what_came_and_what_went_is_said_in_words() -> None:
+def test_added_and_removed_images_are_described() -> None:
     history = NEW.grown(["cat", "dog"], version(cat=3, dog=4, quarantine=1, digest="a"))
     history = history.grown(["cat", "owl"], version(cat=5, owl=7, digest="b"))
     assert history.classes == ["cat", "dog", "owl"]
@@ -76,12 +74,12 @@ def test_what_came_and_what_went_is_said_in_words() -> None:
     ]
 
 
-def test_other_images_in_the_same_numbers_are_noticed() -> None:
+def test_replaced_images_of_equal_count_are_detected() -> None:
     history = NEW.grown(["cat"], version(cat=3, digest="a")).grown(["cat"], version(cat=3, digest="b"))
     assert history.changes() == ["as many images in each class as before, but not the same ones, or in another split"]
 
 
-def test_the_same_version_seen_twice_tells_the_same_changes() -> None:
+def test_repeated_version_reports_the_same_changes() -> None:
     once = NEW.grown(["cat"], version(cat=3)).grown(["cat"], version(cat=4))
     assert once.grown(["cat"], version(cat=4)) == once
 
@@ -90,7 +88,7 @@ def table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["sha256", "label", "split"], dtype="str")
 
 
-def test_a_version_knows_neither_order_nor_names_but_labels_and_splits() -> None:
+def test_version_depends_on_labels_and_splits_alone() -> None:
     rows = [("a", "cat", ""), ("b", "dog", ""), ("c", "dog", "")]
     same = version_of([table(rows)], 0)
     assert same.images == {"cat": 1, "dog": 2}
@@ -100,14 +98,14 @@ def test_a_version_knows_neither_order_nor_names_but_labels_and_splits() -> None
 
 
 @given(labels=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=1, max_size=5))
-def test_any_class_name_survives_the_file(labels: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_class_name_round_trips(labels: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("history") / "data.lock"
     history = NEW.grown(labels, version(**dict.fromkeys(labels, 2)))
     history.save(file, "pets")
     assert DataLock.load(file, "pets") == history
 
 
-def test_data_sets_stand_side_by_side_in_the_file(tmp_path: Path) -> None:
+def test_several_datasets_share_the_file(tmp_path: Path) -> None:
     file = tmp_path / "data.lock"
     for name in ("pets", "digits"):
         NEW.grown(["no", "007"], version(no=1)).save(file, name)
@@ -132,7 +130,7 @@ def test_a_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Pa
     assert message in str(refusal.value)
 
 
-def test_a_full_disk_leaves_the_history_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_data_lock_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Path, *_: object, **__: object) -> int:
         file.write_bytes(b"")
         raise OSError(28, "No space left on device")
@@ -173,7 +171,7 @@ def test_a_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moved", ["/mnt/pets", "../pets: new", "no", "007", "# pets", "{pets}", "péts 🐈", "x" * 200])
-def test_images_that_moved_go_on_as_the_message_says(moved: str, tmp_path: Path) -> None:
+def test_moved_source_is_accepted_by_the_advised_fix(moved: str, tmp_path: Path) -> None:
     know(tmp_path, "samples")
     describe(tmp_path, moved)
     with pytest.raises(ConvoyError) as refusal:
@@ -185,20 +183,20 @@ def test_images_that_moved_go_on_as_the_message_says(moved: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("known", [None, "samples"])
-def test_a_source_that_is_known_or_not_yet_goes_on(known: str | None, tmp_path: Path) -> None:
+def test_known_or_first_source_is_accepted(known: str | None, tmp_path: Path) -> None:
     know(tmp_path, known)
     describe(tmp_path, "samples")
     assert check_source(tmp_path, pets()) == "samples"
 
 
-def test_without_data_dvc_the_source_stays_as_known(tmp_path: Path) -> None:
+def test_source_is_kept_without_data_dvc(tmp_path: Path) -> None:
     know(tmp_path, "samples")
     assert check_source(tmp_path, pets()) is None
     grown = DataLock.load(tmp_path / "data.lock", "pets").grown(["dog"], version(dog=2), source=None)
     assert grown.source == "samples"
 
 
-def test_every_kind_of_source_is_told_from_the_others(tmp_path: Path) -> None:
+def test_every_kind_of_source_is_distinguished(tmp_path: Path) -> None:
     describe(tmp_path, "pets", repo="https://example.com/data.git")
     found = [check_source(tmp_path, pets())]
     for source in ("pets", None):

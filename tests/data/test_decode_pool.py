@@ -84,7 +84,7 @@ def two_at_most(contents: list[Content], longest_side: int, earlier: CacheDir) -
     return decode_batch(contents[:2], longest_side, earlier)
 
 
-def test_of_a_batch_that_is_taken_in_parts_each_image_comes_once_under_its_own_name(
+def test_partially_read_batch_yields_each_image_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode_pool, "decode_batch", two_at_most)
@@ -100,7 +100,7 @@ def test_processes_that_decode_have_one_thread_each(monkeypatch: pytest.MonkeyPa
     assert os.environ[decode_pool.THREADS] == "2"
 
 
-def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path) -> None:
+def test_files_bytes_and_pixels_are_decoded_in_order(tmp_path: Path) -> None:
     pictures = [noise(number) for number in range(60)]
     (tmp_path / "0.png").write_bytes(saved(pictures[0]))
     contents: list[Content] = [str(tmp_path / "0.png"), *map(saved, pictures[1:40]), *pictures[40:]]
@@ -109,7 +109,7 @@ def test_files_bytes_and_pixels_come_back_decoded_in_their_order(tmp_path: Path)
     assert all(np.array_equal(one, other) for one, other in zip(found, pictures, strict=True))
 
 
-def test_a_fault_stands_in_its_place_and_the_others_are_decoded(tmp_path: Path) -> None:
+def test_invalid_image_keeps_its_place_among_the_others(tmp_path: Path) -> None:
     contents = [saved(noise(1)), b"", InvalidImageError("has no label"), str(tmp_path / "gone.png"), saved(noise(2))]
     _, (first, *faults, last) = whole(contents)
     assert faults == ["is empty", "has no label", "can't be read: No such file or directory"]
@@ -124,7 +124,7 @@ def test_a_file_larger_than_any_photograph_is_not_even_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("large", [bytes(2**20), np.zeros((1024, 1024, 1), np.uint8)], ids=["files", "pixels"])
-def test_where_large_images_follow_small_ones_no_more_of_them_are_in_memory_at_once(large: Content) -> None:
+def test_large_images_stay_within_the_memory_limit(large: Content) -> None:
     contents: list[Content] = [*map(saved, 300 * [noise(0)]), *200 * [large]]
     waiting = source(contents).members
     assert len(_taken(waiting, 300)) == 300
@@ -138,7 +138,7 @@ def test_pixels_larger_than_asked_are_reduced_too() -> None:
     assert max(image.shape) == 32
 
 
-def test_what_is_recorded_of_a_file() -> None:
+def test_recorded_fields_of_a_file_are_complete() -> None:
     batch = decode_batch([saved(noise(0, 64)), saved(noise(0, 64), "BMP")], 32, NOTHING)
     one, other = batch.records
     assert (one["source_height"], one["source_width"], one["height"], one["width"]) == (64, 64, 32, 32)
@@ -147,7 +147,7 @@ def test_what_is_recorded_of_a_file() -> None:
     assert one["phash"] == other["phash"]
 
 
-def test_what_judges_imports_none_of_the_large_libraries_for_which_each_run_would_wait() -> None:
+def test_decode_worker_imports_no_large_library() -> None:
     large = {"hydra", "pandas", "pyarrow", "pydantic", "torch"}
     code = f"import sys, convoy.data.decode_worker; print(*{large} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
@@ -165,7 +165,7 @@ def crash(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batc
     return decode_batch(contents, longest_side, earlier)
 
 
-def test_an_image_that_crashes_or_holds_up_its_decoder_is_named_and_the_others_survive(
+def test_image_that_crashes_or_hangs_its_decoder_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode_pool, "decode_batch", crash)
@@ -198,7 +198,7 @@ def flipped(data: bytes, random: np.random.Generator) -> bytes:
 
 
 @every_form
-def test_of_a_file_cut_anywhere_no_wrong_picture_comes_through(data: bytes) -> None:
+def test_truncated_file_gives_no_wrong_pixels(data: bytes) -> None:
     random = np.random.default_rng(0)
     _, found = whole([data[:end] for end in random.integers(len(data), size=400)])
     original = decode(data, 512).pixels
@@ -207,14 +207,14 @@ def test_of_a_file_cut_anywhere_no_wrong_picture_comes_through(data: bytes) -> N
     assert sum(isinstance(fault, str) for fault in found) > 390
 
 
-def test_of_a_png_with_one_bit_flipped_no_wrong_picture_comes_through() -> None:
+def test_png_with_a_flipped_bit_gives_no_wrong_pixels() -> None:
     random = np.random.default_rng(0)
     _, found = whole([flipped(FORMS["PNG"], random) for _ in range(2000)])
     assert all(isinstance(pixels, str) or np.array_equal(pixels, PHOTOGRAPH) for pixels in found)
 
 
 @every_form
-def test_bits_flipped_in_a_real_picture_neither_crash_nor_hang_a_decoder(data: bytes) -> None:
+def test_flipped_bits_neither_crash_nor_hang_a_decoder(data: bytes) -> None:
     random = np.random.default_rng(0)
     _, found = whole([flipped(flipped(data, random), random) for _ in range(600)])
     assert len(found) == 600
@@ -223,7 +223,7 @@ def test_bits_flipped_in_a_real_picture_neither_crash_nor_hang_a_decoder(data: b
     }
 
 
-def test_damage_that_a_jpeg_decoder_only_warns_of_is_a_fault() -> None:
+def test_damage_that_a_jpeg_decoder_warns_of_is_an_error() -> None:
     random = np.random.default_rng(0)
     _, found = whole([flipped(FORMS["progressive JPEG"], random) for _ in range(1000)])
     warned = [fault for fault in found if isinstance(fault, str) and "Corrupt JPEG data" in fault]
@@ -253,7 +253,7 @@ def never(data: bytes, longest_side: int) -> None:
     raise AssertionError("decoded again")
 
 
-def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_images_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [saved(noise(number)) for number in range(9)]
     first = remembered(tmp_path / "first", contents)
     monkeypatch.setattr(decode_worker, "decode", never)
@@ -266,7 +266,7 @@ def test_what_was_decoded_before_is_not_decoded_again(tmp_path: Path, monkeypatc
 
 
 @given(order=st.lists(st.integers(0, 11), unique=True))
-def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
+def test_cached_and_new_images_keep_the_requested_order(
     order: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("mixed")
@@ -279,7 +279,7 @@ def test_known_pictures_and_new_ones_come_in_the_order_that_is_asked_for(
 
 
 @pytest.mark.parametrize("harm", ["a bit", "the end", "the file"])
-def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Path, harm: str) -> None:
+def test_corrupt_cached_image_is_decoded_again(tmp_path: Path, harm: str) -> None:
     first = remembered(tmp_path / "spoiled", [saved(noise(1)), saved(noise(2))])
     earlier = memory(tmp_path / "spoiled")
     (shard,) = (file for file in (tmp_path / "spoiled/pixels").iterdir() if file.name != LIST)
@@ -296,7 +296,7 @@ def test_a_remembered_picture_that_the_disk_spoiled_is_decoded_anew(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", [INDEX, LIST])
-def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, name: str) -> None:
+def test_cache_without_disk_space_is_skipped(tmp_path: Path, name: str) -> None:
     remembered(tmp_path, [saved(noise(1))])
     (memory(tmp_path).folder / name).write_bytes(b"")
     assert len(decode_batch([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
@@ -316,7 +316,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Content]:
     return contents
 
 
-def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
+def test_file_is_reread_only_if_its_size_or_times_change(
     read: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [tmp_path / "1.bmp", tmp_path / "2.bmp"]
@@ -336,7 +336,7 @@ def test_a_file_is_not_read_again_until_its_size_or_its_times_change(
     assert read == [paths[1]]
 
 
-def test_a_file_may_have_any_number_and_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_may_be_written_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, truly = tmp_path / "1.png", os.read
     file.write_bytes(saved(noise(1)))
     monkeypatch.setattr(decode_worker.os, "read", lambda file, size: truly(file, min(size, 100)))
@@ -346,9 +346,7 @@ def test_a_file_may_have_any_number_and_come_in_pieces(tmp_path: Path, monkeypat
     assert decode_batch([str(file)], 512, NOTHING).faults == [""]
 
 
-def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
-    read: list[Content], tmp_path: Path
-) -> None:
+def test_recently_modified_file_is_read_again(read: list[Content], tmp_path: Path) -> None:
     file = tmp_path / "1.png"
     file.write_bytes(saved(noise(1)))
     remembered(tmp_path, [str(file)])
@@ -356,9 +354,7 @@ def test_a_file_that_has_just_changed_may_change_again_unseen_and_is_read_again(
     assert read == 2 * [str(file)]
 
 
-def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_in_use_by_another_process_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied_and_filled_again(folder: Path, ignore_errors: bool) -> None:
         (folder / "here").mkdir(parents=True)
         (folder / "here" / LIST).write_bytes(b"others")
@@ -368,14 +364,14 @@ def test_where_another_process_remembers_at_the_same_moment_nothing_is_found(
     assert len(decode_batch([saved(noise(1))], 512, memory(tmp_path)).pixels) == noise(1).size
 
 
-def test_the_same_bytes_in_another_shape_are_another_picture() -> None:
+def test_equal_bytes_of_another_shape_are_another_image() -> None:
     pixels = noise(0)
     shapes = [(8, 8, 3), (4, 16, 3), (16, 4, 3), (24, 8, 1)]
     records = decode_batch([pixels.reshape(shape) for shape in shapes], 512, NOTHING).records
     assert len(set(records["picture"].tolist())) == len(set(records["sha256"].tolist())) == len(shapes)
 
 
-def test_a_file_that_changed_two_seconds_ago_may_change_again_unseen(
+def test_file_modified_two_seconds_ago_is_not_trusted(
     read: list[Content], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "1.png"
@@ -389,7 +385,7 @@ def test_a_file_that_changed_two_seconds_ago_may_change_again_unseen(
 @pytest.mark.parametrize(
     "module", [images, near_duplicates, pixel_shards, decode_worker], ids=lambda module: module.__name__
 )
-def test_what_other_code_decoded_is_not_known(
+def test_images_decoded_by_other_code_are_not_reused(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = decode_worker.decoding_fingerprint(512)
@@ -399,17 +395,17 @@ def test_what_other_code_decoded_is_not_known(
 
 
 @pytest.mark.parametrize("library", ["numpy", "pillow", "simplejpeg", "xxhash"])
-def test_what_another_version_of_a_library_decoded_is_not_known(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_another_library_version_are_not_reused(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = decode_worker.decoding_fingerprint(512)
     monkeypatch.setattr(convoy.data.cache, "version", lambda name: "0" if name == library else version(name))
     assert decode_worker.decoding_fingerprint(512) != before
 
 
-def test_what_was_decoded_to_another_size_is_not_known() -> None:
+def test_images_decoded_to_another_size_are_not_reused() -> None:
     assert decode_worker.decoding_fingerprint(512) != decode_worker.decoding_fingerprint(256)
 
 
-def test_a_file_is_known_by_the_whole_of_its_hash(tmp_path: Path) -> None:
+def test_file_is_identified_by_its_complete_checksum(tmp_path: Path) -> None:
     batch = remembered(tmp_path, [saved(noise(1))])
     (sha256,) = batch.records["sha256"].tolist()
     with contextlib.closing(DecodeCache.load(memory(tmp_path))) as known:

@@ -72,7 +72,7 @@ def assert_looks_like(found: np.ndarray, expected: np.ndarray, tolerance: int = 
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_comes_out_as_it_looks(form: str) -> None:
+def test_every_format_is_decoded_as_it_looks(form: str) -> None:
     assert_looks_like(decode(encoded(picture(), form), 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
 
 
@@ -111,7 +111,7 @@ def test_every_mode_becomes_grey_or_rgb(mode: str, form: str, channels: int) -> 
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_grey_of_16_bits_keeps_its_gradation(form: str) -> None:
+def test_grey16_keeps_its_gradation(form: str) -> None:
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     pixels = decode(encoded(Image.fromarray(ramp), form), 512)
     assert_looks_like(pixels, (ramp >> 8).astype(np.uint8)[:, :, None])
@@ -124,9 +124,7 @@ RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # every value of 12 bit
 @pytest.mark.parametrize(
     ("largest", "bits"), [(1, 8), (255, 8), (256, 12), (4095, 12), (4096, 16), (16383, 16), (65535, 16)]
 )
-def test_grey_of_16_bits_is_taken_for_the_8_12_or_16_bits_that_hold_its_largest_value(
-    form: str, largest: int, bits: int
-) -> None:
+def test_grey16_range_is_8_12_or_16_bits_by_its_maximum(form: str, largest: int, bits: int) -> None:
     values = (RAMP.astype(int) * largest // 4095).astype(np.uint16)
     assert_looks_like(
         decode(encoded(Image.fromarray(values), form), 512), (values >> bits - 8).astype(np.uint8)[:, :, None]
@@ -136,9 +134,7 @@ def test_grey_of_16_bits_is_taken_for_the_8_12_or_16_bits_that_hold_its_largest_
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("bits", [8, 12, 16])
-def test_grey_of_16_bits_that_counts_from_white_down_comes_out_as_it_looks(
-    bits: int, orientation: int, compression: str | None
-) -> None:
+def test_inverted_grey16_is_decoded_as_it_looks(bits: int, orientation: int, compression: str | None) -> None:
     values = RAMP >> 12 - bits if bits < 12 else RAMP << bits - 12
     values[0, 0] = 2**bits - 1
     tags = {262: 0, 274: orientation}  # WhiteIsZero, and on its side
@@ -147,7 +143,7 @@ def test_grey_of_16_bits_that_counts_from_white_down_comes_out_as_it_looks(
     assert_looks_like(pixels, (np.rot90(black, -1) if orientation == 6 else black)[:, :, None])
 
 
-def test_transparent_pixels_of_16_bits_are_white_and_do_not_count_for_the_largest_value() -> None:
+def test_transparent_grey16_pixels_are_white_and_set_no_maximum() -> None:
     values = RAMP.copy()
     values[10:20] = 50_000
     pixels = decode(encoded(Image.fromarray(values), "PNG", transparency=50_000), 512)
@@ -158,7 +154,7 @@ def test_transparent_pixels_of_16_bits_are_white_and_do_not_count_for_the_larges
     assert_looks_like(decode(hidden, 512), np.full((8, 8, 1), 255, np.uint8))
 
 
-def test_grey_of_16_bits_with_transparent_parts_stays_grey() -> None:
+def test_grey16_with_transparency_stays_grey() -> None:
     values = np.stack([RAMP << 4, np.full_like(RAMP, 65535)], axis=2)
     values[:32, :, 1] = 0
     expected = (RAMP >> 4).astype(np.uint8)
@@ -168,13 +164,13 @@ def test_grey_of_16_bits_with_transparent_parts_stays_grey() -> None:
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_colours_of_16_bits_keep_the_higher_8(form: str, channels: int) -> None:
+def test_rgb16_keeps_the_upper_8_bits(form: str, channels: int) -> None:
     values = np.stack([RAMP << 4, RAMP.T << 4, RAMP << 2, np.full_like(RAMP, 65535)], axis=2)[:, :, :channels]
     pixels = decode(png_of_16_bits(values) if form == "PNG" else tiff_of_16_bits(values), 512)
     assert_looks_like(pixels, (values[:, :, :3] >> 8).astype(np.uint8))
 
 
-def test_the_transparent_colour_of_16_bits_is_white() -> None:
+def test_transparent_color_of_rgb16_is_white() -> None:
     values = np.full((8, 8, 3), 0x3456, np.uint16)
     values[:4] = 0x1234
     data = png_of_16_bits(values, chunk(b"tRNS", b"\x12\x34" * 3))
@@ -183,7 +179,7 @@ def test_the_transparent_colour_of_16_bits_is_white() -> None:
     assert_looks_like(decode(data, 512), expected)
 
 
-def test_black_of_16_bits_shows_by_the_white_around_it() -> None:
+def test_black_on_a_transparent_16_bit_image_shows_on_white() -> None:
     values = np.zeros((8, 8, 4), np.uint16)
     values[2:6, 2:6, 3] = 65535
     expected = np.full((8, 8, 3), 255, np.uint8)
@@ -217,7 +213,7 @@ TURNS = {
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_a_picture_is_turned_upright(orientation: int, form: str) -> None:
+def test_orientation_is_applied(orientation: int, form: str) -> None:
     turn, block = TURNS[orientation], Image.Exif()
     block[0x0112] = orientation
     stored = picture() if turn is None else picture().transpose(turn)
@@ -240,20 +236,20 @@ def exif(*entries: bytes) -> bytes:
         exif(struct.pack("<HHI4s", 0x0112, 2, 2, b"6\0")),  # a text
     ],
 )
-def test_a_picture_whose_orientation_can_not_be_read_is_upright(block: bytes, form: str) -> None:
+def test_unreadable_orientation_counts_as_upright(block: bytes, form: str) -> None:
     data = encoded(picture(), form, exif=block)
     assert_looks_like(decode(data, 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
     assert_looks_like(decode(data, 12), decode(encoded(picture(), form), 12))
 
 
-def test_a_tiff_is_sound_whose_further_tags_lead_to_nowhere() -> None:
+def test_tiff_with_dangling_tags_is_accepted() -> None:
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags.tagtype[0x8769], tags[0x8769] = 9, -5  # where its EXIF block begins
     assert_looks_like(decode(encoded(picture(), "TIFF", tiffinfo=tags), 512), PICTURE)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_is_turned_upright_whatever_else_its_exif_block_has(form: str) -> None:
+def test_orientation_is_applied_despite_other_exif_tags(form: str) -> None:
     block = exif(
         struct.pack("<HHIf", 0x010F, 11, 1, 0.5),  # the maker: a number
         struct.pack("<HHII", 0x0112, 3, 1, 6),
@@ -266,7 +262,7 @@ def test_a_picture_is_turned_upright_whatever_else_its_exif_block_has(form: str)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("revision", [b"\0\0", b"\2\1"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_jpeg_of_an_unknown_revision_has_the_pixels_of_any_other(mode: str, revision: bytes, turned: bool) -> None:
+def test_jpeg_of_unknown_revision_decodes_to_the_same_pixels(mode: str, revision: bytes, turned: bool) -> None:
     data = encoded(picture(mode), "JPEG", **({"exif": exif(struct.pack("<HHII", 0x0112, 3, 1, 6))} if turned else {}))
     assert data.count(b"JFIF\0\1\1") == 1
     other = data.replace(b"JFIF\0\1\1", b"JFIF\0" + revision)
@@ -303,9 +299,7 @@ def test_half_transparent_pixels_are_mixed_with_white(alpha: int, ink: int) -> N
 
 
 @given(width=st.integers(1, 150), height=st.integers(1, 150), side=st.integers(1, 100), form=st.sampled_from(FORMATS))
-def test_no_side_is_longer_than_asked_and_small_images_stay_as_they_are(
-    width: int, height: int, side: int, form: str
-) -> None:
+def test_only_images_above_the_maximum_side_are_reduced(width: int, height: int, side: int, form: str) -> None:
     pixels = decode(encoded(Image.new("RGB", (width, height), "red"), form), side)
     assert max(pixels.shape[:2]) == min(side, max(width, height))
     if max(width, height) <= side:
@@ -342,14 +336,14 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
         (bomb(8, 8), "can't be decoded"),
     ],
 )
-def test_what_is_no_whole_image_is_refused_with_a_short_reason(data: bytes, reason: str) -> None:
+def test_incomplete_image_is_refused_with_a_short_reason(data: bytes, reason: str) -> None:
     with pytest.raises(InvalidImageError, match=reason) as refusal:
         decode(data, 512)
     assert len(str(refusal.value)) < 200
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
-def test_half_a_file_is_refused(form: str) -> None:
+def test_truncated_file_is_refused(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), form)
     with pytest.raises(InvalidImageError):
@@ -357,7 +351,7 @@ def test_half_a_file_is_refused(form: str) -> None:
 
 
 @pytest.mark.parametrize("revision", [b"\0\0", b"\1\1", b"\2\1"])
-def test_what_else_the_decoder_of_a_jpeg_warns_of_is_an_error_whatever_its_revision(revision: bytes) -> None:
+def test_jpeg_decoder_warning_is_an_error_in_any_revision(revision: bytes) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), "JPEG").replace(b"JFIF\0\1\1", b"JFIF\0" + revision)
     for broken in (data[:-2], data[:-2] + bytes(99) + data[-2:], data[: len(data) // 2] + data[-2:]):
@@ -366,7 +360,7 @@ def test_what_else_the_decoder_of_a_jpeg_warns_of_is_an_error_whatever_its_revis
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_half_a_file_is_refused_whose_orientation_can_not_be_read(form: str) -> None:
+def test_truncated_file_with_unreadable_orientation_is_refused(form: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encoded(Image.fromarray(noise), form, exif=b"Exif\0\0garbage")
     with pytest.raises(InvalidImageError):
@@ -375,7 +369,7 @@ def test_half_a_file_is_refused_whose_orientation_can_not_be_read(form: str) -> 
 
 @pytest.mark.parametrize("largest", [0, 255, 4095])
 @pytest.mark.parametrize(("form", "channels"), [("PNG", 2), ("PNG", 3), ("PNG", 4), ("TIFF", 3), ("TIFF", 4)])
-def test_colours_of_16_bits_that_use_the_lowest_only_are_refused(form: str, channels: int, largest: int) -> None:
+def test_rgb16_that_uses_only_its_lowest_bits_is_refused(form: str, channels: int, largest: int) -> None:
     values = np.random.default_rng(0).integers(0, largest + 1, (8, 8, channels)).astype(np.uint16)
     if channels in (2, 4):
         values[:, :, -1] = 65535
@@ -384,7 +378,7 @@ def test_colours_of_16_bits_that_use_the_lowest_only_are_refused(form: str, chan
 
 
 @pytest.mark.parametrize("error", [OverflowError, struct.error, TypeError, MemoryError, KeyError])
-def test_whatever_a_decoder_raises_is_a_refusal(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_error_rejects_the_image(error: type, monkeypatch: pytest.MonkeyPatch) -> None:
     # each but the last two was seen among 250,000 files with a few wrong bytes
     def load(self: Image.Image) -> None:
         raise error
@@ -398,7 +392,7 @@ def test_whatever_a_decoder_raises_is_a_refusal(error: type, monkeypatch: pytest
     data=st.sampled_from([encoded(picture(), form) for form in FORMATS]),
     changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=5),
 )
-def test_a_file_with_wrong_bytes_is_decoded_or_refused(data: bytes, changes: list[tuple[float, int]]) -> None:
+def test_corrupt_file_is_decoded_or_refused(data: bytes, changes: list[tuple[float, int]]) -> None:
     broken = bytearray(data)
     for place, byte in changes:
         broken[int(place * len(data))] = byte
@@ -423,20 +417,20 @@ def test_a_file_with_wrong_bytes_is_decoded_or_refused(data: bytes, changes: lis
     channels=st.sampled_from([1, 3]),
     value=st.integers(0, 255),
 )
-def test_fit_gives_uint8_of_the_size_and_channels_asked_and_an_even_image_stays_even(
+def test_resize_returns_uint8_of_the_requested_shape(
     height: int, width: int, source: int, size: int, channels: int, value: int
 ) -> None:
     pixels = center_crop_resize(np.full((height, width, source), value, np.uint8), size, channels)
     assert_looks_like(pixels, np.full((size, size, channels), value, np.uint8))
 
 
-def test_fit_leaves_an_image_of_the_right_shape_as_it_is() -> None:
+def test_resize_leaves_an_image_of_the_requested_shape_unchanged() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     assert np.array_equal(center_crop_resize(pixels, 32, 3), pixels)
 
 
 @pytest.mark.parametrize("upright", [True, False])
-def test_fit_takes_the_middle_square(upright: bool) -> None:
+def test_resize_crops_the_central_square(upright: bool) -> None:
     columns = np.zeros((30, 90, 1), np.uint8)
     columns[:, 27:63] = 200  # the square from 30 to 60, and three pixels for the smoothing
     columns[:, 33:36] = 100
@@ -446,21 +440,21 @@ def test_fit_takes_the_middle_square(upright: bool) -> None:
     assert (found[:, :3].argmin(axis=1) == 1).all()
 
 
-def test_fit_smooths_what_it_reduces() -> None:
+def test_resize_antialiases() -> None:
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[:, :, None]
     middle = center_crop_resize(board, 8, 1)[1:-1, 1:-1]
     assert middle.min() > 118
     assert middle.max() < 138
 
 
-def test_fit_turns_colours_to_grey_by_their_lightness() -> None:
+def test_resize_converts_color_to_grey_by_luma() -> None:
     red, green, blue = (
         center_crop_resize(np.full((4, 4, 3), colour, np.uint8), 4, 1)[0, 0, 0] for colour in np.eye(3) * 255
     )
     assert blue < red < green
 
 
-def test_what_the_decoder_of_a_cmyk_jpeg_warns_of_is_an_error_too() -> None:
+def test_cmyk_jpeg_decoder_warning_is_an_error() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), np.uint8)
     data = encoded(Image.frombytes("CMYK", (64, 64), noise.tobytes()), "JPEG")
     assert decode(data, 512).shape == (64, 64, 3)
@@ -468,7 +462,7 @@ def test_what_the_decoder_of_a_cmyk_jpeg_warns_of_is_an_error_too() -> None:
         decode(data[:-2] + bytes(99) + data[-2:], 512)
 
 
-def test_a_jpeg_that_says_it_is_too_large_is_refused_by_its_header() -> None:
+def test_oversized_jpeg_is_refused_by_its_header() -> None:
     data = encoded(Image.new("L", (8, 8)), "JPEG")
     start = data.index(b"\xff\xc0") + 5  # height and width
     data = data[:start] + struct.pack(">HH", 60_000, 50_000) + data[start + 4 :]
@@ -477,14 +471,14 @@ def test_a_jpeg_that_says_it_is_too_large_is_refused_by_its_header() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP"])
-def test_what_is_reduced_is_smoothed(form: str) -> None:
+def test_reduced_image_is_antialiased(form: str) -> None:
     stripes = np.zeros((240, 240), np.uint8)
     stripes[::2] = 255
     pixels = decode(encoded(Image.fromarray(stripes), form, **({"quality": 100} if form == "JPEG" else {})), 20)
     assert np.abs(pixels.astype(int) - 128).max() < 32  # a mean of both, and nowhere one of them
 
 
-def test_a_jpeg_whose_xmp_alone_says_how_it_lies_is_turned_upright() -> None:
+def test_xmp_orientation_of_a_jpeg_is_applied() -> None:
     said = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(picture().transpose(TURNS[6]), "JPEG", xmp=said)
     assert b"Exif\0\0" not in data
@@ -493,13 +487,13 @@ def test_a_jpeg_whose_xmp_alone_says_how_it_lies_is_turned_upright() -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("side", [512, 12])
-def test_height_and_width_are_told_as_the_file_has_them(form: str, side: int) -> None:
+def test_recorded_height_and_width_are_those_of_the_file(form: str, side: int) -> None:
     found = image_io.decode(encoded(picture(), form, exif=exif(struct.pack("<HHII", 0x0112, 3, 1, 6))), side)
     assert (found.height, found.width) == PICTURE.shape[:2]
 
 
 @pytest.mark.parametrize("longest_side", [512, 12])
-def test_a_jpeg_that_ends_anywhere_in_its_header_is_named_in_words(longest_side: int) -> None:
+def test_jpeg_truncated_in_its_header_has_a_clear_message(longest_side: int) -> None:
     data = encoded(picture(), "JPEG")
     for end in range(3, data.index(b"\xff\xda"), 7):
         with pytest.raises(InvalidImageError, match=r"can't be decoded: .*[a-z]{3}"):

@@ -109,7 +109,7 @@ FAULTS = {
 }
 
 
-def test_a_folder_of_every_fault_goes_through_with_the_right_report_and_the_right_survivors(data: Path) -> None:
+def test_folder_with_every_fault_gives_the_expected_report(data: Path) -> None:
     twin, shared = saved(picture(60)), saved(picture(61))
     write(data, PETS | {name: content for name, (content, _) in FAULTS.items()})
     write(data, {"cat/twin.png": twin, "cat/again/twin.png": twin})  # one file, twice
@@ -126,7 +126,7 @@ def test_a_folder_of_every_fault_goes_through_with_the_right_report_and_the_righ
     assert reasons["data/dog/both.bmp"] == "shows the same picture as data/cat/both.png, which is labelled 'cat'"
 
 
-def test_a_file_that_tables_give_two_labels_is_left_out_under_both(data: Path) -> None:
+def test_file_with_two_labels_is_excluded_under_both(data: Path) -> None:
     rows = "".join(f"{name},{name[:3]}\n" for name in PETS)
     write(data, PETS | {"a.csv": f"path,label\n{rows}".encode(), "b.csv": b"path,label\ncat/0.png,dog\n"})
     intake = taken_in(data)
@@ -136,7 +136,7 @@ def test_a_file_that_tables_give_two_labels_is_left_out_under_both(data: Path) -
     ]
 
 
-def test_each_survivor_has_its_own_pixels(data: Path) -> None:
+def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
     write(data, PETS | {"cat/1_broken.png": PNG[:50], "cat/2_again.png": PETS["cat/0.png"]})
     packed = taken_in(data).packed
     for row, path in enumerate(packed.table["path"]):
@@ -144,7 +144,7 @@ def test_each_survivor_has_its_own_pixels(data: Path) -> None:
             assert np.array_equal(packed.image(row), np.asarray(image))
 
 
-def test_too_many_bad_images_stop_the_run_with_a_list_of_all_of_them(data: Path) -> None:
+def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None:
     write(data, PETS | {f"cat/{number}.jpg": b"" for number in range(3)})
     with pytest.raises(ConvoyError) as refusal:
         taken_in(data, max_bad_fraction=0.2)
@@ -156,7 +156,7 @@ def test_too_many_bad_images_stop_the_run_with_a_list_of_all_of_them(data: Path)
     assert len(taken_in(data, max_bad_fraction=3 / 11).quarantine) == 3
 
 
-def test_one_class_is_too_few_even_where_another_was_there_but_broken(data: Path) -> None:
+def test_single_class_with_valid_images_is_refused(data: Path) -> None:
     write(data, {"cat/1.png": PNG, "dog/1.png": b""})
     with pytest.raises(ConvoyError, match="pets has images of one class, 'cat', and a classifier needs two"):
         taken_in(data)
@@ -173,7 +173,7 @@ def test_copies_in_different_splits_are_left_to_the_split(data: Path) -> None:
     assert intake.merged["kept"].tolist() == ["data/test/cat/0.png"]
 
 
-def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_their_places(data: Path) -> None:
+def test_new_classes_are_appended_and_removed_ones_kept(data: Path) -> None:
     write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
     assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
     assert taken_in(
@@ -195,13 +195,13 @@ def test_new_classes_come_after_the_known_ones_and_those_that_are_gone_keep_thei
         (r"(hospital)?patient", ""),
     ],
 )
-def test_a_group_is_the_folder_or_what_an_expression_finds_in_the_path(pattern: str | None, group: str) -> None:
+def test_group_is_the_folder_or_a_match_of_the_pattern(pattern: str | None, group: str) -> None:
     assert group_in("data/patient-7/left/1.png", "ill", pattern) == group
     assert group_in("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", "ill", pattern) == group
 
 
 @pytest.mark.parametrize("around", ["data/", "data/pets/", "data/train/", "data/more/pets.zip:", "data:"])
-def test_neither_the_folders_around_the_classes_nor_theirs_are_part_of_a_group(around: str) -> None:
+def test_group_excludes_class_folders_and_those_around_them(around: str) -> None:
     assert group_in(f"{around}cat/litter-7/left/1.png", "cat", "folder") == "cat/litter-7/left"
     assert group_in(f"{around}cat/1.png", "cat", "folder") == ""
 
@@ -222,12 +222,12 @@ def test_a_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
         taken_in(write(data, PETS), group=r"pateint-(\d+)")
 
 
-def test_an_expression_that_is_none_is_refused_by_name() -> None:
+def test_invalid_regular_expression_is_refused_by_name() -> None:
     with pytest.raises(ConvoyError, match=r"dataset\.group='\(': .*neither null nor folder nor a regular expression"):
         pets("(")
 
 
-def test_a_group_that_the_source_names_goes_before_the_pattern(data: Path) -> None:
+def test_group_of_the_source_overrides_the_pattern(data: Path) -> None:
     write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
     table = taken_in(data, group="folder").packed.table
     assert table["group"].tolist() == ["tom", "", "rex"]
@@ -243,7 +243,7 @@ def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:
     assert (intake.packed.table["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
 
 
-def test_classes_that_are_the_same_number_are_pointed_out(data: Path) -> None:
+def test_classes_that_are_the_same_number_are_reported(data: Path) -> None:
     write(data, {"1/1.png": PETS["cat/0.png"], "1.0/1.png": PETS["cat/1.png"], "10/1.png": PETS["cat/2.png"]})
     assert taken_in(data).notes == [
         "the classes '1' and '1.0' are learned apart: give them one name if they are one class"
@@ -251,7 +251,7 @@ def test_classes_that_are_the_same_number_are_pointed_out(data: Path) -> None:
 
 
 @pytest.mark.parametrize("twin", ["Cat", "cat ", "\N{FULLWIDTH LATIN SMALL LETTER C}at"])
-def test_classes_whose_names_look_the_same_are_pointed_out(data: Path, twin: str) -> None:
+def test_classes_with_confusable_names_are_reported(data: Path, twin: str) -> None:
     write(data, PETS | {f"{twin}/9.png": saved(picture(9))})
     (note,) = taken_in(data).notes
     assert note == f"the classes {twin!r} and 'cat' are learned apart: give them one name if they are one class" or (
@@ -259,7 +259,7 @@ def test_classes_whose_names_look_the_same_are_pointed_out(data: Path, twin: str
     )
 
 
-def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> None:
+def test_drawn_splits_stay_drawn_when_others_are_given(data: Path) -> None:
     write(data, {f"train/{name}": content for name, content in PETS.items()})
     first = taken_in(data)
     assert (first.packed.drawn, first.notes) == (["val", "test"], [])
@@ -272,7 +272,7 @@ def test_splits_that_are_drawn_go_on_to_be_when_others_are_given(data: Path) -> 
 # Growth
 
 
-def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixel_shards, "MEAN", 1)  # so that each image lies in a shard of its own
     others = write(data.parent / "others" / "data", dict(list(PETS.items())[1:]))
     taken_in(others)
@@ -291,7 +291,7 @@ def test_what_another_process_remembers_meanwhile_changes_no_pixel(data: Path, m
     assert [saved(packed.image(row)) for row in range(len(PETS))] == list(PETS.values())
 
 
-def test_a_second_run_gives_the_same_bits_with_the_new_images_among_the_old(data: Path) -> None:
+def test_second_run_with_new_images_is_bit_identical(data: Path) -> None:
     write(data, PETS)
     taken_in(data)
     write(data, {"cat/00.png": PNG, "dog/9.jpg": JPEG, "dog/bad.png": b""})
@@ -307,7 +307,7 @@ def test_a_second_run_gives_the_same_bits_with_the_new_images_among_the_old(data
     assert one == other
 
 
-def test_the_other_columns_of_a_table_stand_beside_what_is_recorded(tmp_path: Path) -> None:
+def test_other_table_columns_are_kept_beside_recorded_ones(tmp_path: Path) -> None:
     files = {f"{number}.png": saved(picture(number)) for number in range(4)} | {"4.png": b"torn"}
     rows = [f"{number}.png,{'ab'[number % 2]},site {number}" for number in range(5)]
     data = write(tmp_path / "data", files | {"labels.csv": "\n".join(["path,label,label_site", *rows]).encode()})
@@ -317,14 +317,14 @@ def test_the_other_columns_of_a_table_stand_beside_what_is_recorded(tmp_path: Pa
     assert (table["height"] == SIZE).all()
 
 
-def test_labels_that_contradict_each_other_count_as_bad(data: Path) -> None:
+def test_conflicting_labels_count_as_invalid(data: Path) -> None:
     shared = saved(picture(61))
     write(data, PETS | {"cat/both.png": shared, "dog/both.png": shared})
     with pytest.raises(ConvoyError, match=r"^2 of 10 images can't be used"):
         taken_in(data, max_bad_fraction=0.1)
 
 
-def test_of_copies_that_are_left_out_none_counts_as_merged(data: Path) -> None:
+def test_excluded_copies_do_not_count_as_merged(data: Path) -> None:
     shared = saved(picture(61))
     write(data, PETS | {"cat/both.png": shared, "cat/both_again.png": shared, "dog/both.png": shared})
     intake = taken_in(data)

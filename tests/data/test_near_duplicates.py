@@ -63,18 +63,18 @@ def as_array(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
-def test_copies_of_real_pictures_have_near_hashes_and_thumbnails_that_correlate(change: object) -> None:
+def test_copies_of_photographs_are_found_as_near_duplicates(change: object) -> None:
     copies = [as_array(change(Image.fromarray(picture))) for picture in PICTURES]  # type: ignore[operator]
     far = np.bitwise_count(hashes(PICTURES) ^ hashes(copies))
     assert (far <= DISTANCE).mean() > 0.9
     assert near(PICTURES, copies).mean() > 0.85
 
 
-def test_different_pictures_do_not_correlate() -> None:
+def test_different_images_do_not_correlate() -> None:
     assert not near(PICTURES[1:], PICTURES[:-1]).any()
 
 
-def test_the_hash_is_the_one_of_the_library_imagehash() -> None:
+def test_hash_equals_that_of_imagehash() -> None:
     small = [np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in PICTURES]
     theirs = np.array([int(str(imagehash.phash(Image.fromarray(picture))), 16) for picture in small], np.uint64)
     # the cosines here are rounded, so that two nearly equal frequencies may change places
@@ -82,12 +82,12 @@ def test_the_hash_is_the_one_of_the_library_imagehash() -> None:
 
 
 @given(arrays(np.uint8, (3, 32, 32, 3)))
-def test_colours_turn_grey_as_pillow_mixes_them(pixels: np.ndarray) -> None:
+def test_colors_become_grey_as_in_pillow(pixels: np.ndarray) -> None:
     expected = [np.asarray(Image.fromarray(picture).convert("L")) for picture in pixels]
     assert (_grey(pixels) == np.stack(expected)).all()
 
 
-def test_however_few_are_in_memory_at_a_time_the_same_pairs_are_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture for picture in PICTURES[:20] for _ in range(2)]
     pairs = np.array(list(itertools.combinations(range(40), 2)))
     at_once = confirm_pairs(images.__getitem__, pairs, 0.98)
@@ -97,13 +97,13 @@ def test_however_few_are_in_memory_at_a_time_the_same_pairs_are_near(monkeypatch
     assert confirm_pairs(images.__getitem__, pairs[:0], 0.98).tolist() == []
 
 
-def test_even_pictures_have_nothing_to_be_recognised_by() -> None:
+def test_constant_images_have_no_near_duplicates() -> None:
     even = [np.full((9, 9, 3), level, np.uint8) for level in (0, 3, 255)]
     assert hashes(even).tolist() == [0, 0, 0]
     assert len(candidate_pairs(hashes(even))) == 0
 
 
-def test_where_very_many_look_alike_each_is_compared_with_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparisons_per_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "ENOUGH", 10_000)
     alike = np.full(5000, 12345, np.uint64)
     pairs = candidate_pairs(alike)
@@ -119,7 +119,7 @@ def test_brightness_and_contrast_leave_the_correlation_at_one() -> None:
 
 
 @given(arrays(np.uint8, (4, 5, 5)))
-def test_the_correlation_is_numpys(images: np.ndarray) -> None:
+def test_correlation_equals_that_of_numpy(images: np.ndarray) -> None:
     pairs = np.array(list(itertools.combinations(range(4), 2)))
     for (one, other), found in zip(pairs, correlation(images, pairs), strict=True):
         if np.ptp(images[one]) and np.ptp(images[other]):
@@ -128,7 +128,7 @@ def test_the_correlation_is_numpys(images: np.ndarray) -> None:
             assert found == 0.0  # an even picture has nothing to be recognised by
 
 
-def test_the_same_shape_in_another_colour_is_another_picture_unless_it_is_grey() -> None:
+def test_recolored_shape_is_no_duplicate_unless_grey() -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[8:24, 8:24] = [250, 0, 0]
     assert not near([red], [red[..., ::-1]]).any()

@@ -66,14 +66,14 @@ def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
 
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**40))
 @settings(max_examples=30)
-def test_every_image_is_on_exactly_one_side(count: int, seed: int) -> None:
+def test_every_image_is_in_exactly_one_split(count: int, seed: int) -> None:
     images = table(count)
     sides = sides_of(images, seed)
     assert sides.index.equals(images.index)
     assert sides.isin(SPLITS).all()
 
 
-def test_the_shares_are_as_asked() -> None:
+def test_split_fractions_are_as_requested() -> None:
     shares = sides_of(table(20_000), 1).value_counts(normalize=True)
     assert shares["test"] == pytest.approx(0.2, abs=0.01)
     assert shares["val"] == pytest.approx(0.25 * 0.8, abs=0.01)  # of the images that are left to train with
@@ -86,14 +86,14 @@ def test_new_images_never_move_an_old_one(kept: int, seed: int) -> None:
     assert {digest: after[digest] for digest in before} == before
 
 
-def test_neither_order_nor_names_nor_labels_nor_settings_of_the_decoder_move_an_image() -> None:
+def test_split_of_an_image_depends_on_its_pixels_alone() -> None:
     images = table()
     changed = images.sample(frac=1, random_state=0).assign(path="data/elsewhere.png", label="dog", picture=0, height=9)
     assert by_hash(changed) == by_hash(images)
 
 
 @given(groups=st.lists(st.sampled_from(["tom", "rex", "", "é|`"]), min_size=1, max_size=60), seed=st.integers(0, 50))
-def test_a_group_is_never_divided_and_growing_it_moves_nothing(groups: list[str], seed: int) -> None:
+def test_group_is_never_divided_and_its_growth_moves_nothing(groups: list[str], seed: int) -> None:
     images = table(len(groups)).assign(group=groups)
     sides = sides_of(images, seed)
     assert (sides.groupby(images["group"]).nunique().drop("", errors="ignore") == 1).all()
@@ -101,18 +101,18 @@ def test_a_group_is_never_divided_and_growing_it_moves_nothing(groups: list[str]
     assert sides_of(half, seed).equals(sides[half.index])
 
 
-def test_a_group_of_one_name_has_nothing_to_do_with_an_image_of_that_hash() -> None:
+def test_group_name_equal_to_a_hash_does_not_collide() -> None:
     images = table(200)
     assert not sides_of(images, 1).equals(sides_of(images.assign(group=images["sha256"]), 1))
 
 
-def test_another_seed_gives_another_split_and_the_same_seed_the_same() -> None:
+def test_split_depends_on_the_seed() -> None:
     assert by_hash(table(), 1) == by_hash(table(), 1)
     assert by_hash(table(), 1) != by_hash(table(), 2)
 
 
 @pytest.mark.parametrize("given_split", ["test", "val"])
-def test_a_split_that_the_source_gives_stands_and_the_other_is_drawn_from_the_training_images(given_split: str) -> None:
+def test_given_split_is_kept_and_the_missing_one_is_drawn(given_split: str) -> None:
     images = pd.concat([table(1000, split="train"), table(300, start=1000, split=given_split)], ignore_index=True)
     sides = sides_of(images, 1)
     (drawn,) = {"test", "val"} - {given_split}
@@ -125,7 +125,7 @@ def test_where_the_source_gives_all_three_nothing_is_drawn() -> None:
     assert sides_of(images, 1).tolist() == images["split"].tolist()
 
 
-def test_where_the_source_gives_only_training_images_both_others_are_drawn() -> None:
+def test_val_and_test_are_drawn_if_only_train_is_given() -> None:
     assert by_hash(table(split="train")) == by_hash(table())
 
 
@@ -146,7 +146,7 @@ def test_splits_that_come_with_new_images_move_no_old_one(old: list[str], new: l
         min_size=1, max_size=40,
     )
 )  # fmt: skip
-def test_a_group_is_used_on_one_side_alone_whatever_splits_the_source_gives(rows: list[tuple[str, str]]) -> None:
+def test_group_is_in_one_split_alone_whatever_is_given(rows: list[tuple[str, str]]) -> None:
     images = table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
     drawn = NEW.draws(set(images["split"]))
     own = split_ids(images, PARAMS, 1, drawn)
@@ -185,9 +185,7 @@ def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str
 
 
 @given(likenesses(), st.integers(0, 20))
-def test_no_near_duplicates_stand_across_two_sides_and_no_picture_is_there_twice(
-    drawn: tuple[pd.DataFrame, np.ndarray], seed: int
-) -> None:
+def test_no_near_duplicates_are_in_two_splits(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
     sides = used(images, near, seed)
     hashes = images["sha256"].to_numpy()
@@ -197,14 +195,14 @@ def test_no_near_duplicates_stand_across_two_sides_and_no_picture_is_there_twice
 
 
 @given(likenesses(), st.integers(0, 20))
-def test_an_image_is_used_on_its_own_side_or_not_at_all(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
+def test_image_is_used_in_its_own_split_or_excluded(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
     alone = by_hash(images, seed)
     assert used(images, near, seed).items() <= alone.items()
 
 
 @given(likenesses(), st.integers(0, 20), st.randoms())
-def test_what_is_withheld_follows_neither_from_order_nor_from_names(
+def test_excluded_images_depend_on_neither_order_nor_names(
     drawn: tuple[pd.DataFrame, np.ndarray], seed: int, random: object
 ) -> None:
     images, near = drawn
@@ -214,9 +212,7 @@ def test_what_is_withheld_follows_neither_from_order_nor_from_names(
 
 
 @given(likenesses(), st.integers(0, 20))
-def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_same_picture(
-    drawn: tuple[pd.DataFrame, np.ndarray], seed: int
-) -> None:
+def test_new_images_do_not_move_a_test_image(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
     alone = by_hash(images, seed)
     pictures = images.set_index("sha256")["picture"]
@@ -225,7 +221,7 @@ def test_a_test_image_stays_one_whatever_comes_unless_another_file_shows_the_sam
             assert used(images, near, seed)[digest] == "test"
 
 
-def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
+def test_exclusion_reason_names_the_near_duplicate() -> None:
     images = table(3)
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val")])
     withheld = exclude_leaks(images, sides, sides, np.array([[0, 1], [2, 1]]))
@@ -237,7 +233,7 @@ def test_the_reason_names_the_image_that_an_image_nearly_equals() -> None:
     assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
 
 
-def test_of_a_test_image_the_files_on_other_sides_are_known_that_show_the_same_or_nearly() -> None:
+def test_cross_split_duplicates_of_test_images_are_recorded() -> None:
     images = table(6).assign(picture=[1, 2, 3, 4, 2, 6])
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val", "test", "train", "train")])
     found = cross_split_duplicates(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
@@ -247,7 +243,7 @@ def test_of_a_test_image_the_files_on_other_sides_are_known_that_show_the_same_o
     assert not len(cross_split_duplicates(images.assign(picture=range(6)), sides, np.empty((0, 2), int)))
 
 
-def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Path) -> None:
+def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
     photograph = load_sample_images().images[0][130:]  # below the sky, which looks alike everywhere
     pictures = [photograph[top : top + 96, left : left + 96] for top in (0, 96) for left in range(0, 540, 96)]
     copies = []
@@ -262,7 +258,7 @@ def test_copies_that_were_saved_again_are_found_among_real_pictures(tmp_path: Pa
     assert {tuple(sorted(pair)) for pair in paths} == expected
 
 
-def test_of_a_real_near_duplicate_on_two_sides_the_training_image_is_not_used(tmp_path: Path) -> None:
+def test_training_image_of_a_cross_split_pair_is_excluded(tmp_path: Path) -> None:
     pictures = noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
     found = made(packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), tmp_path)
@@ -322,7 +318,7 @@ def prepared(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_image_is_in_the_arrays_once_with_its_label(prepared: Path) -> None:
+def test_each_image_is_packed_once_with_its_label(prepared: Path) -> None:
     values = []
     for name in SPLITS:
         pixels, labels = np.load(prepared / f"{name}_pixels.npy"), np.load(prepared / f"{name}_labels.npy")
@@ -354,13 +350,13 @@ def test_the_arrays_load_by_memory_map(prepared: Path) -> None:
     assert pixels.shape == (len(np.load(prepared / "train_labels.npy")), 32, 32, 1)
 
 
-def test_the_task_says_what_the_data_are(prepared: Path) -> None:
+def test_dataset_info_describes_the_data(prepared: Path) -> None:
     info = DatasetInfo.load(prepared / "task.json")
     assert (info.dataset, info.classes, info.size, info.channels) == ("pets", ["007", "cat"], 32, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_mean_and_deviation_are_those_of_the_training_images_alone(tmp_path: Path, channels: int) -> None:
+def test_mean_and_std_are_of_training_images_alone(tmp_path: Path, channels: int) -> None:
     images = {"cat": noise(80, channels, 1), "dog": noise(80, channels, 2)}
     info = made(packed(tmp_path / "packed", images), tmp_path).info
     pixels = np.load(tmp_path / "train_pixels.npy") / 255
@@ -373,7 +369,7 @@ def test_mean_and_deviation_are_those_of_the_training_images_alone(tmp_path: Pat
 @pytest.mark.parametrize(
     ("asked", "source", "expected"), [("auto", 1, 1), ("auto", 3, 3), (1, 3, 1), (3, 1, 3), (1, 1, 1), (3, 3, 3)]
 )
-def test_channels_are_as_asked_and_by_themselves_grey_only_where_every_image_is(
+def test_channels_are_grey_only_if_every_image_is_grey(
     tmp_path: Path, asked: object, source: int, expected: int
 ) -> None:
     images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
@@ -389,22 +385,20 @@ def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
     assert {np.load(tmp_path / f"{name}_pixels.npy").shape[1:] for name in SPLITS} == {(32, 32, 1)}
 
 
-def test_where_very_many_look_alike_groups_are_suggested(tmp_path: Path) -> None:
+def test_groups_are_suggested_for_many_near_duplicates(tmp_path: Path) -> None:
     frames = [np.maximum(noise(1)[0], shade) for shade in range(20)]
     notes = made(packed(tmp_path / "packed", {"cat": frames, "dog": noise(40, seed=3)}), tmp_path).notes
     assert any("look like others on another side" in note and "dataset.group" in note for note in notes)
 
 
 @pytest.mark.parametrize(("longest_side", "noted"), [(40, False), (32, False), (30, True)])
-def test_images_that_were_reduced_to_less_than_is_asked_for_are_counted(
-    tmp_path: Path, longest_side: int, noted: bool
-) -> None:
+def test_images_reduced_below_the_requested_size_are_counted(tmp_path: Path, longest_side: int, noted: bool) -> None:
     images = {"cat": noise(30, 1, 1, size=90), "dog": noise(30, 1, 2, size=7)}  # those of 7 pixels were never larger
     notes = made(packed(tmp_path / "packed", images, longest_side=longest_side), tmp_path).notes
     assert any("30 of 60 images were reduced to less than preprocess.size=32" in note for note in notes) == noted
 
 
-def test_a_copy_that_is_given_for_training_does_not_make_a_training_image_of_one_drawn_for_test(tmp_path: Path) -> None:
+def test_copy_given_for_training_leaves_the_test_image(tmp_path: Path) -> None:
     def table(members: Sequence[Sample], folder: Path) -> pd.DataFrame:
         made(packed_of(members, folder / "packed"), folder)
         return pd.read_parquet(folder / "images.parquet")
@@ -422,7 +416,7 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
+def test_same_images_give_bit_identical_arrays(tmp_path: Path) -> None:
     images = {"cat": noise(40, 1, 1), "dog": noise(40, 1, 2)}
     for name in ("first", "second"):
         made(packed(tmp_path / name / "packed", images), tmp_path / name)
@@ -466,7 +460,7 @@ def made_again(packed: PackedDataset, first: Path) -> dict[str, bytes]:
     return bytes_in(folder)
 
 
-def test_only_new_images_are_fitted_and_the_bytes_are_as_if_all_were(tmp_path: Path, fitted: list) -> None:
+def test_only_new_images_are_resized_and_bytes_are_identical(tmp_path: Path, fitted: list) -> None:
     grown = LARGE | {"owl": noise(3, 3, 3, size=60)}
     made(packed(tmp_path / "first" / "packed", LARGE), tmp_path / "first")
     fitted.clear()
@@ -477,13 +471,13 @@ def test_only_new_images_are_fitted_and_the_bytes_are_as_if_all_were(tmp_path: P
     assert again == bytes_in(tmp_path)
 
 
-def test_another_size_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
+def test_another_size_is_resized_again(tmp_path: Path, fitted: list) -> None:
     images = fitted_once(tmp_path, fitted)
     info = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).info
     assert (info.size, len(fitted)) == (36, 85)
 
 
-def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fitted: list) -> None:
+def test_corrupt_cached_image_is_resized_again(tmp_path: Path, fitted: list) -> None:
     images = packed(tmp_path / "packed", LARGE)
     made(images, tmp_path)
     sound = bytes_in(tmp_path)
@@ -497,7 +491,7 @@ def test_a_fitted_image_that_the_disk_spoiled_is_fitted_anew(tmp_path: Path, fit
     assert len(fitted) == 1
 
 
-def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, fitted: list) -> None:
+def test_cache_without_disk_space_is_skipped(tmp_path: Path, fitted: list) -> None:
     images = fitted_once(tmp_path, fitted)
     (index,) = (tmp_path / "remembered").glob("*/index.npy")
     index.write_bytes(b"")
@@ -505,7 +499,7 @@ def test_a_memory_that_the_disk_had_no_room_for_is_none(tmp_path: Path, fitted: 
     assert len(fitted) == 85
 
 
-def test_of_what_needs_no_fitting_nothing_is_remembered(tmp_path: Path) -> None:
+def test_images_of_the_requested_size_are_not_cached(tmp_path: Path) -> None:
     made(packed(tmp_path / "packed", {"cat": noise(40), "dog": noise(40, 1, 1)}), tmp_path)
     assert not list((tmp_path / "remembered").glob("*/*.npy"))
 
@@ -522,7 +516,7 @@ def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, cou
     )
 
 
-def test_many_classes_with_too_few_images_are_told_together(tmp_path: Path) -> None:
+def test_classes_with_too_few_images_are_reported_together(tmp_path: Path) -> None:
     rare = {f"rare {number}": noise(1, 1, number + 3) for number in range(30)}
     notes = made(packed(tmp_path / "packed", {"cat": noise(60), "dog": noise(60, 1, 2), **rare}), tmp_path).notes
     told = [
@@ -532,7 +526,7 @@ def test_many_classes_with_too_few_images_are_told_together(tmp_path: Path) -> N
     assert any(told)
 
 
-def test_a_class_that_is_known_and_has_no_images_is_named_and_keeps_its_label(tmp_path: Path) -> None:
+def test_known_class_without_images_keeps_its_label(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
     found = made(images, tmp_path)
@@ -547,7 +541,7 @@ def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
         made(images, tmp_path)
 
 
-def test_groups_of_which_none_is_on_a_side_are_counted(tmp_path: Path) -> None:
+def test_message_counts_groups_if_a_split_gets_no_image(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, group="one")
     with pytest.raises(
         ConvoyError, match=r"no .* image left of 40 in 1 groups, each of which stays together: pets needs"
@@ -563,9 +557,7 @@ def test_groups_of_which_none_is_on_a_side_are_counted(tmp_path: Path) -> None:
     seed=st.integers(0, 1000),
     chunk=st.integers(1, 10),
 )
-def test_mean_and_deviation_are_numpys_whatever_the_order_and_the_parts(
-    shape: tuple[int, ...], seed: int, chunk: int
-) -> None:
+def test_mean_and_std_equal_those_of_numpy(shape: tuple[int, ...], seed: int, chunk: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     mean, std = summed(pixels, chunk).mean_and_std()
     assert mean == pytest.approx((pixels / 255).mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
@@ -587,14 +579,14 @@ def test_a_channel_that_never_varies_can_still_be_divided_by(value: int) -> None
     assert summed(pixels, 3).mean_and_std() == ([round(value / 255, 6)], [round(1 / 255, 6)])
 
 
-def test_a_saved_task_comes_back_equal(tmp_path: Path) -> None:
+def test_saved_dataset_info_is_read_back_equal(tmp_path: Path) -> None:
     info = DatasetInfo("pets", ["NA", "007", "é"], 32, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     info.save(tmp_path / "task.json")
     assert DatasetInfo.load(tmp_path / "task.json") == info
 
 
 @pytest.mark.parametrize("module", [convoy.data.image_io, convoy.data.resize], ids=lambda module: module.__name__)
-def test_what_other_code_fitted_is_fitted_anew(
+def test_images_resized_by_other_code_are_resized_again(
     module: ModuleType, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = fitted_once(tmp_path, fitted)
@@ -605,7 +597,7 @@ def test_what_other_code_fitted_is_fitted_anew(
 
 
 @pytest.mark.parametrize("library", ["numpy", "pillow", "xxhash"])
-def test_what_another_version_of_a_library_fitted_is_fitted_anew(
+def test_images_of_another_library_version_are_resized_again(
     library: str, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = fitted_once(tmp_path, fitted)
@@ -614,27 +606,27 @@ def test_what_another_version_of_a_library_fitted_is_fitted_anew(
     assert len(fitted) == 85
 
 
-def test_the_task_says_to_what_larger_images_are_reduced_first(tmp_path: Path) -> None:
+def test_dataset_info_records_the_decode_size(tmp_path: Path) -> None:
     images = {"cat": noise(40, size=40), "dog": noise(40, 1, 1, size=40)}
     info = made(packed(tmp_path / "packed", images, longest_side=36), tmp_path).info
     assert info.longest_side == 36
 
 
-def test_the_sums_over_very_many_images_are_whole_numbers() -> None:
+def test_sums_over_many_images_are_exact_integers() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9000, 2, 2, 3), np.uint8)
     sums, exact = summed(pixels, 5000), pixels.astype(np.int64)
     assert sums.sums.tolist() == exact.sum(axis=(0, 1, 2)).tolist()
     assert sums.squares.tolist() == (exact**2).sum(axis=(0, 1, 2)).tolist()
 
 
-def test_training_images_of_a_group_follow_it_only_where_its_side_is_drawn_from_them() -> None:
+def test_group_moves_training_images_only_into_drawn_splits() -> None:
     said = pd.DataFrame({"group": ["a", "a"], "split": ["test", "train"]})
     sides = np.array([SPLITS.index("test"), SPLITS.index("train")], np.int8)
     assert assign_groups(said, sides, ["test"])[0].tolist() == [2, 2]
     assert assign_groups(said, sides, ["val"])[0].tolist() == [2, 0]
 
 
-def test_of_withheld_images_nothing_is_remembered(tmp_path: Path) -> None:
+def test_excluded_images_are_not_cached(tmp_path: Path) -> None:
     pictures = noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
     images = packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2, size=40)})

@@ -15,7 +15,7 @@ from convoy.data.sources.folder import read_folder
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 
-def test_the_script_makes_the_very_bytes_of_the_sample(tmp_path: Path) -> None:
+def test_script_reproduces_the_sample_byte_for_byte(tmp_path: Path) -> None:
     make = runpy.run_path(str(SAMPLES / "make_digits.py"))["make"]
     make(tmp_path / "digits.zip")
     assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
@@ -29,7 +29,7 @@ def packed(folder: Path) -> PackedDataset:
     ).packed
 
 
-def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp_path: Path) -> None:
+def test_sample_is_a_dataset_of_ten_digits(tmp_path: Path) -> None:
     digits = packed(tmp_path)
     assert digits.classes == list("0123456789")
     assert len(digits.table) == 1797
@@ -37,7 +37,7 @@ def test_the_sample_is_a_data_set_of_ten_digits_beside_a_readme_and_a_script(tmp
     assert digits.table["path"][0] == "samples/digits.zip:digits/0/0000.png"
 
 
-def test_its_grey_levels_are_the_seventeen_of_the_source(tmp_path: Path) -> None:
+def test_sample_has_the_17_grey_levels_of_its_source(tmp_path: Path) -> None:
     digits = packed(tmp_path)
     pixels = digits.pixels.read(0, int(digits.pixels.ends[-1]))
     assert len(np.unique(pixels)) == 17

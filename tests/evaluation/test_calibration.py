@@ -27,7 +27,7 @@ def test_a_planted_temperature_is_found(planted: float) -> None:
     assert fit_temperature(labels, softmax(logits * planted)) == pytest.approx(planted, rel=0.05)
 
 
-def test_it_is_that_of_the_logits() -> None:
+def test_temperature_divides_the_logits() -> None:
     _, logits = drawn(0, 50, 7)
     for temperature in (0.1, 1.0, 7.0):
         np.testing.assert_allclose(
@@ -39,7 +39,7 @@ def test_it_is_that_of_the_logits() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 12), st.floats(0.01, 200), st.booleans())
-def test_it_never_makes_its_images_worse_nor_changes_an_answer(
+def test_temperature_never_raises_loss_nor_changes_predictions(
     seed: int, images: int, classes: int, sharpness: float, shuffled: bool
 ) -> None:
     labels, logits = drawn(seed, images, classes)
@@ -53,7 +53,7 @@ def test_it_never_makes_its_images_worse_nor_changes_an_answer(
     assert after.sum(axis=1) == pytest.approx(np.ones(images))
 
 
-def test_few_images_that_are_all_right_prove_no_certainty() -> None:
+def test_few_correct_predictions_do_not_prove_certainty() -> None:
     labels = np.zeros(30, int)
     probabilities = np.array([[0.9, 0.1]] * 30)
     temperature = fit_temperature(labels, probabilities)
@@ -61,5 +61,5 @@ def test_few_images_that_are_all_right_prove_no_certainty() -> None:
     assert apply_temperature(probabilities, temperature).max() < 0.9999
 
 
-def test_one_image_that_is_quite_wrong_does_not_outweigh_all_others() -> None:
+def test_one_confident_error_does_not_outweigh_all_others() -> None:
     assert per_image_log_loss(np.array([0]), np.array([[0.0, 1.0]])) == pytest.approx([23 * np.log(2)])

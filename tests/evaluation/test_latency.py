@@ -24,7 +24,7 @@ def build(name: str) -> Classifier:
     return models.build(name, values, DatasetInfo("digits", ["a", "b"], size=32, channels=1, mean=[0.5], std=[0.5]))
 
 
-def test_an_image_and_a_batch_are_told_by_median_and_95th_percentile() -> None:
+def test_latency_is_reported_as_median_and_95th_percentile() -> None:
     found = latency.measure_latency(build("lenet"))
     assert list(found) == ["image_ms_median", "image_ms_p95", "batch_ms_median", "batch_ms_p95"]
     for name in ("image", "batch"):
@@ -32,14 +32,14 @@ def test_an_image_and_a_batch_are_told_by_median_and_95th_percentile() -> None:
     assert found["batch_ms_median"] > found["image_ms_median"]
 
 
-def test_a_larger_network_takes_longer_than_a_small_one_and_as_long_as_itself() -> None:
+def test_larger_network_takes_longer_and_repeats_its_time() -> None:
     small, large = build("lenet"), build("resnet")
     assert latency.latency_ratio(large, small) > 1
     assert latency.latency_ratio(small, large) < 1
     assert latency.latency_ratio(small, small, count=8) == pytest.approx(1, abs=0.5)
 
 
-def test_calls_are_made_in_turn_and_those_that_warm_up_do_not_count() -> None:
+def test_calls_alternate_and_warm_up_calls_do_not_count() -> None:
     made: list[str] = []
     times = latency.alternately([lambda: made.append("a"), lambda: made.append("b")])
     assert times.shape == (2, latency.MOST)

@@ -52,7 +52,7 @@ def certain(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
 # Figures
 
 
-def test_the_scores_are_what_a_hand_counts() -> None:
+def test_metrics_equal_those_counted_by_hand() -> None:
     found = figures(LABELS, PROBABILITIES)
     assert found["accuracy"] == pytest.approx(3 / 4)
     assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
@@ -64,7 +64,7 @@ def test_the_scores_are_what_a_hand_counts() -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 12])
-def test_the_scores_are_those_of_scikit_learn(classes: int) -> None:
+def test_metrics_equal_those_of_scikit_learn(classes: int) -> None:
     labels, probabilities = drawn(np.random.default_rng(0), 400, classes)
     found, predicted = figures(labels, probabilities), probabilities.argmax(axis=1)
     everything = list(range(classes))
@@ -78,7 +78,7 @@ def test_the_scores_are_those_of_scikit_learn(classes: int) -> None:
         assert found["top_5"] == pytest.approx(top_5)
 
 
-def test_the_calibration_error_is_the_gap_of_each_bin_by_its_share_of_the_images() -> None:
+def test_calibration_error_is_the_weighted_gap_of_its_bins() -> None:
     labels, probabilities = drawn(np.random.default_rng(0), 400, 3)
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     by_hand = 0.0
@@ -90,13 +90,13 @@ def test_the_calibration_error_is_the_gap_of_each_bin_by_its_share_of_the_images
     assert float(calibration_error(confidence, right)) == pytest.approx(by_hand)
 
 
-def test_five_guesses_are_told_from_ten_classes_on() -> None:
+def test_top5_is_reported_from_ten_classes_on() -> None:
     for classes in (9, 10):
         labels, probabilities = drawn(np.random.default_rng(0), 50, classes)
         assert ("top_5" in figures(labels, probabilities)) == (classes >= 10)
 
 
-def test_of_classes_that_are_equally_likely_the_first_five_are_the_five_guesses() -> None:
+def test_ties_in_top5_go_to_the_first_classes() -> None:
     assert figures(np.arange(10), np.full((10, 10), 0.1))["top_5"] == 0.5
 
 
@@ -114,7 +114,7 @@ def test_a_class_of_which_there_is_no_image_does_not_count() -> None:
     assert row.drop("class").to_list() == [0] + 3 * [0, 0, 1]
 
 
-def test_both_kinds_of_probabilities_are_judged() -> None:
+def test_calibrated_and_raw_probabilities_are_evaluated() -> None:
     labels, raw = drawn(np.random.default_rng(0), 400, 12)
     table = metrics_with_ci(labels, apply_temperature(raw, 3.0), raw).set_index("metric")
     for name in ("log_loss", "brier", "calibration_error"):
@@ -134,7 +134,7 @@ def test_each_class_has_its_images_precision_recall_and_f1() -> None:
     assert list(table["recall"]) == pytest.approx([2 / 3, 1])
 
 
-def test_the_figures_of_each_class_lie_in_their_intervals_and_few_images_make_wide_ones() -> None:
+def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [300, 30, 3])
     predicted = np.where(random.random(333) < 0.8, labels, random.integers(0, 3, 333))
@@ -146,7 +146,7 @@ def test_the_figures_of_each_class_lie_in_their_intervals_and_few_images_make_wi
     assert width.is_monotonic_increasing
 
 
-def test_names_of_classes_and_values_survive_the_files() -> None:
+def test_names_of_classes_and_values_round_trip() -> None:
     labels = np.arange(40) % 4
     table = per_class(HOSTILE, labels, certain(labels, labels, 4))
     again = pd.read_csv(io.StringIO(table.to_csv(index=False)), dtype={"class": str}, keep_default_na=False)
@@ -160,7 +160,7 @@ def test_names_of_classes_and_values_survive_the_files() -> None:
 
 
 @pytest.mark.parametrize("images", [100, 400])
-def test_intervals_hold_the_truth_in_ninety_five_of_a_hundred_test_sets(images: int) -> None:
+def test_intervals_cover_the_truth_in_95_of_100_test_sets(images: int) -> None:
     random = np.random.default_rng(0)
     everything = figures(*drawn(random, 20_000, 4))
     everything |= {"calibration_error": 0.0, "calibration_error_uncalibrated": 0.0}
@@ -173,7 +173,7 @@ def test_intervals_hold_the_truth_in_ninety_five_of_a_hundred_test_sets(images: 
         assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
 
 
-def test_the_interval_of_a_calibration_error_holds_it_where_it_is_large() -> None:
+def test_interval_of_a_large_calibration_error_contains_it() -> None:
     random = np.random.default_rng(0)
 
     def overconfident(images: int) -> float | tuple[float, float]:
@@ -194,7 +194,7 @@ def test_more_images_make_intervals_narrower() -> None:
     assert ratio["accuracy"] == pytest.approx(4, rel=0.2)  # the root of 16
 
 
-def test_where_every_image_is_right_the_truth_may_still_be_less() -> None:
+def test_interval_of_perfect_accuracy_reaches_below_one() -> None:
     labels = np.arange(40) % 4
     perfect = judged(labels, certain(labels, labels, 4))
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
@@ -223,14 +223,14 @@ def test_images_without_a_group_are_groups_of_their_own() -> None:
         pd.testing.assert_frame_equal(judged(labels, probabilities, groups), judged(labels, probabilities))
 
 
-def test_where_there_is_one_group_alone_little_is_known() -> None:
+def test_single_group_gives_a_wide_interval() -> None:
     labels, probabilities = drawn(np.random.default_rng(0), 200, 4)
     row = judged(labels, probabilities, np.full(200, "one film", object)).loc["accuracy"]
     assert row["low"] < 0.3
     assert row["high"] > 0.9
 
 
-def test_the_same_predictions_give_the_same_bits() -> None:
+def test_same_predictions_give_bit_identical_metrics() -> None:
     labels, probabilities = drawn(np.random.default_rng(0), 300, 12)
     pd.testing.assert_frame_equal(judged(labels, probabilities), judged(labels, probabilities), check_exact=True)
 
@@ -244,7 +244,7 @@ def answers(right: Any, **columns: Any) -> pd.DataFrame:
     return pd.DataFrame({"actual": "cat", "predicted": np.where(right, "cat", "dog")}).assign(**columns)
 
 
-def test_the_predictions_of_each_image_stand_beside_its_hash_and_its_actual_class() -> None:
+def test_predictions_have_the_hash_and_actual_class_of_images() -> None:
     images = pd.DataFrame({"sha256": ["a", "b", "c", "d"], "label": ["cat", "cat", "cat", "dog"]}, index=[7, 8, 9, 10])
     table = prediction_table(["cat", "dog"], images, PROBABILITIES)
     assert list(table.columns) == ["sha256", "actual", "predicted", "probability_cat", "probability_dog"]
@@ -253,7 +253,7 @@ def test_the_predictions_of_each_image_stand_beside_its_hash_and_its_actual_clas
     assert (table[["probability_cat", "probability_dog"]].to_numpy() == PROBABILITIES).all()
 
 
-def test_the_groups_and_the_other_columns_of_the_table_of_labels_come_with_the_predictions() -> None:
+def test_predictions_carry_groups_and_other_columns() -> None:
     images = pd.DataFrame(
         {"sha256": list("abcd"), "label": "cat", "group": ["", "1", "1", ""], "column_site": list("xyxy")}
     )
@@ -288,7 +288,7 @@ def test_a_column_of_more_than_fifty_values_is_not_sliced() -> None:
     assert set(found["column"]) == {"coarse"}
 
 
-def test_a_slice_within_groups_is_judged_by_them_and_a_group_by_its_images() -> None:
+def test_slice_is_resampled_by_groups_and_a_group_by_images() -> None:
     numbers = np.arange(400)
     right = numbers // 20 % 2 == 0  # a group is right as a whole, or wrong
     site = np.where(numbers < 200, "x", "y")
@@ -327,7 +327,7 @@ def folder(root: Path) -> Path:
     return root / "artifacts/evaluate/lenet"
 
 
-def test_evaluation_leaves_figures_intervals_classes_slices_and_predictions(road: Path) -> None:
+def test_evaluation_writes_metrics_slices_and_predictions(road: Path) -> None:
     table = pd.read_parquet(folder(road) / "predictions.parquet")
     assert list(table.columns[:5]) == ["sha256", "actual", "predicted", "group", "column_site"]
     shown = json.loads((folder(road) / "metrics.json").read_text())
@@ -338,7 +338,7 @@ def test_evaluation_leaves_figures_intervals_classes_slices_and_predictions(road
     assert "number" not in sliced.index.get_level_values("column")
 
 
-def test_any_figure_can_be_made_again_from_the_table_alone(road: Path) -> None:
+def test_metrics_can_be_recomputed_from_the_predictions(road: Path) -> None:
     table = pd.read_parquet(folder(road) / "predictions.parquet")
     names = [column for column in table if str(column).startswith("probability_")]
     labels = np.array([names.index(f"probability_{name}") for name in table["actual"]])
@@ -355,13 +355,13 @@ def test_the_temperature_never_makes_validation_worse(road: Path) -> None:
     assert 0.05 <= found["temperature"] <= 20
 
 
-def test_to_evaluate_again_gives_the_same_bytes(road: Path) -> None:
+def test_repeated_evaluation_is_bit_identical(road: Path) -> None:
     before = {file.name: file.read_bytes() for file in folder(road).iterdir()}
     Stage(road, "evaluate", "lenet").run(evaluate)
     assert {file.name: file.read_bytes() for file in folder(road).iterdir()} == before
 
 
-def test_of_a_training_that_failed_there_are_headers_and_no_figures(tmp_path: Path) -> None:
+def test_failed_training_has_headers_and_no_metrics(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "model.lenet.recipe.lr=1e30"])
     run_stages(root, until="evaluate")
     for name in ("metrics", "calibration"):

@@ -37,7 +37,7 @@ def lively(name: str, twin: str = "", **of_info: int) -> Predictor:
 
 
 @every_architecture
-def test_the_file_alone_answers_any_number_of_images_as_the_predictor_does(name: str, tmp_path: Path) -> None:
+def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path: Path) -> None:
     predictor, file = lively(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
     file.parent.mkdir()
     onnx_export.export(predictor, file)
@@ -69,7 +69,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_file_explains_itself(file: Path) -> None:
+def test_onnx_file_describes_its_inputs_and_outputs(file: Path) -> None:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     told = [(end.name, end.shape, end.type) for end in (*session.get_inputs(), *session.get_outputs())]
     assert told == [("pixels", ["N", 36, 36, 1], "tensor(uint8)"), ("probabilities", ["N", 3], "tensor(float)")]
@@ -81,12 +81,12 @@ def test_the_file_explains_itself(file: Path) -> None:
     onnx.checker.check_model(file, full_check=True)
 
 
-def test_the_file_holds_no_line_of_source_and_no_path(file: Path) -> None:
+def test_onnx_file_contains_no_source_line_and_no_path(file: Path) -> None:
     content = file.read_bytes()
     assert [word for word in (b".py", b"def ", b"return ", b"File ", str(Path.cwd()).encode()) if word in content] == []
 
 
-def test_the_same_predictor_gives_the_same_bytes(file: Path, tmp_path: Path) -> None:
+def test_same_predictor_gives_a_bit_identical_file(file: Path, tmp_path: Path) -> None:
     onnx_export.export(lively("lenet", size=36, classes=3), tmp_path / "again.onnx")
     digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, tmp_path / "again.onnx")]
     assert digests[0] == digests[1]
@@ -125,7 +125,7 @@ def strange(what: str) -> Predictor:
         ("ask for what ONNX has not", "No ONNX function found for .*linalg_eig"),
     ],
 )
-def test_a_network_that_does_not_export_is_one_line_that_says_why(
+def test_export_failure_is_one_line_with_the_reason(
     what: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConvoyError, match=rf"^torch can't export it \({said}") as refusal:
@@ -135,13 +135,13 @@ def test_a_network_that_does_not_export_is_one_line_that_says_why(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_network_that_exports_to_another_does_not_agree(tmp_path: Path) -> None:
+def test_wrongly_exported_network_is_detected(tmp_path: Path) -> None:
     predictor, pixels = strange("be another then"), images(8).numpy()
     onnx_export.export(predictor, tmp_path / "model.onnx")
     assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
 
 
-def test_a_file_that_answers_otherwise_differs(file: Path) -> None:
+def test_onnx_file_with_other_predictions_is_detected(file: Path) -> None:
     pixels = images(40, size=36).numpy()
     expected = lively("lenet", size=36, classes=3).probabilities(pixels)
     assert onnx_export.max_difference(file, pixels, expected) < 1e-6

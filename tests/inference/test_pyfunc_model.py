@@ -80,7 +80,7 @@ def probabilities(model: ImageClassifier, model_input: object) -> np.ndarray:
     return np.array(model.predict(None, model_input)["probabilities"].tolist())
 
 
-def test_an_answer_is_the_likeliest_class_with_its_probability(model: ImageClassifier) -> None:
+def test_prediction_is_the_likeliest_class_and_its_probability(model: ImageClassifier) -> None:
     answer = model.predict(None, [picture(), picture(32, 32)])
     assert list(answer.columns) == ["label", "probability", "probabilities"]
     for row in answer.itertuples():
@@ -89,7 +89,7 @@ def test_an_answer_is_the_likeliest_class_with_its_probability(model: ImageClass
         assert row.label == CLASSES[row.probabilities.index(row.probability)]
 
 
-def test_the_same_picture_gets_the_same_answer_in_every_form(model: ImageClassifier) -> None:
+def test_same_image_gets_the_same_prediction_in_every_form(model: ImageClassifier) -> None:
     rgb = picture()
     expected = probabilities(model, [rgb])
     text = base64.b64encode(png(rgb)).decode()
@@ -100,7 +100,7 @@ def test_the_same_picture_gets_the_same_answer_in_every_form(model: ImageClassif
         np.testing.assert_array_equal(probabilities(model, form), expected)
 
 
-def test_grey_pictures_come_with_or_without_a_channel_axis(model: ImageClassifier) -> None:
+def test_grey_images_come_with_or_without_a_channel_axis(model: ImageClassifier) -> None:
     grey = picture(channels=1)
     expected = probabilities(model, [grey])
     for form in (grey[:, :, 0], grey, grey[None], grey[None, :, :, 0], np.repeat(grey, 3, axis=2)):
@@ -116,7 +116,7 @@ def test_pil_images_are_accepted_alone_and_in_lists(model: ImageClassifier) -> N
         assert probabilities(model, image).shape == (1, len(CLASSES))
 
 
-def test_pil_image_that_lies_on_its_side_is_turned(model: ImageClassifier) -> None:
+def test_exif_orientation_of_a_pil_image_is_applied(model: ImageClassifier) -> None:
     image = Image.fromarray(picture())
     expected = probabilities(model, image)
     file = io.BytesIO()
@@ -139,19 +139,19 @@ def test_channels_that_come_first_are_refused(library, channels: int, model: Ima
         model.predict(None, first[None])
 
 
-def test_tensor_gets_the_same_answer_as_its_array(model: ImageClassifier) -> None:
+def test_tensor_gets_the_same_prediction_as_its_array(model: ImageClassifier) -> None:
     for pixels in (picture(), picture(channels=1)[:, :, 0], np.stack([picture(), picture(seed=1)])):
         np.testing.assert_array_equal(probabilities(model, torch.tensor(pixels)), probabilities(model, pixels))
 
 
-def test_what_is_transparent_counts_as_white(model: ImageClassifier) -> None:
+def test_transparent_pixels_count_as_white(model: ImageClassifier) -> None:
     hidden = picture(channels=4)
     hidden[:, :, 3] = 0
     white = np.full((40, 60, 3), 255, np.uint8)
     np.testing.assert_array_equal(probabilities(model, hidden), probabilities(model, white))
 
 
-def test_pictures_of_any_sizes_are_answered_together(model: ImageClassifier) -> None:
+def test_images_of_different_sizes_are_predicted_together(model: ImageClassifier) -> None:
     together = probabilities(model, [picture(20, 30), picture(32, 32), picture(500, 100, 1)])
     alone = np.concatenate(
         [probabilities(model, [p]) for p in (picture(20, 30), picture(32, 32), picture(500, 100, 1))]
@@ -159,7 +159,7 @@ def test_pictures_of_any_sizes_are_answered_together(model: ImageClassifier) -> 
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_no_pictures_get_no_answers(model: ImageClassifier) -> None:
+def test_empty_input_gets_an_empty_result(model: ImageClassifier) -> None:
     assert len(model.predict(None, [])) == 0
 
 
@@ -176,7 +176,7 @@ def test_no_pictures_get_no_answers(model: ImageClassifier) -> None:
         ([None], "whole numbers"),
     ],
 )
-def test_what_is_no_picture_gets_a_clear_message(model: ImageClassifier, model_input: object, said: str) -> None:
+def test_input_that_is_no_image_gets_a_clear_message(model: ImageClassifier, model_input: object, said: str) -> None:
     with pytest.raises(MlflowException, match=said) as raised:
         model.predict(None, model_input)
     assert raised.value.get_http_status_code() == 400
@@ -185,7 +185,7 @@ def test_what_is_no_picture_gets_a_clear_message(model: ImageClassifier, model_i
 # Calibration
 
 
-def test_the_temperature_softens_the_probabilities_and_leaves_the_label(tmp_path: Path) -> None:
+def test_temperature_softens_probabilities_and_keeps_the_label(tmp_path: Path) -> None:
     files = leave(tmp_path)
     images = [picture(seed=seed) for seed in range(20)]
     answers = {}
@@ -199,9 +199,7 @@ def test_the_temperature_softens_the_probabilities_and_leaves_the_label(tmp_path
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_a_photograph_comes_to_the_pixels_that_the_network_was_trained_and_tested_with(
-    form: str, model: ImageClassifier, tmp_path: Path
-) -> None:
+def test_serving_preprocesses_photographs_as_training_does(form: str, model: ImageClassifier, tmp_path: Path) -> None:
     photograph = Image.fromarray(load_sample_images().images[0])
     files = {}
     for number, (split, label) in enumerate(itertools.product(SPLITS, ("cat", "dog"))):
@@ -248,7 +246,7 @@ def restored(root: Path) -> Predictor:
     return predictor.restore(root / "left")
 
 
-def test_a_version_says_what_comes_in_and_goes_out_and_shows_an_example(root: Path) -> None:
+def test_version_has_a_signature_and_an_input_example(root: Path) -> None:
     loaded = mlflow.pyfunc.load_model("models:/convoy@champion")
     signature = loaded.metadata.signature
     assert [column.type.name for column in signature.inputs] == ["string"]
@@ -266,7 +264,7 @@ def test_the_signature_bars_no_form_of_images(root: Path, restored: Predictor) -
         np.testing.assert_allclose(answered, expected, atol=1e-6)
 
 
-def test_a_model_is_safetensors_json_and_source_and_nothing_of_the_training(root: Path) -> None:
+def test_model_holds_only_safetensors_json_and_source(root: Path) -> None:
     folder = folder_of(root)
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".pyc" and file.is_file()}
     assert {Path(file).suffix for file in files} == {"", ".json", ".py", ".safetensors", ".txt", ".yaml"}
@@ -287,7 +285,7 @@ def test_a_model_brings_the_code_that_it_needs_and_no_more() -> None:
     assert {name for name in found if not name.startswith("convoy.models.")} == brought
 
 
-def test_the_pinned_requirements_are_what_the_code_of_a_model_imports(root: Path) -> None:
+def test_pinned_requirements_are_what_the_model_imports(root: Path) -> None:
     folder, owners = folder_of(root), packages_distributions()
     imported = set()
     for file in [folder / "pyfunc_model.py", *(folder / "code").rglob("*.py")]:
@@ -304,7 +302,7 @@ def test_the_pinned_requirements_are_what_the_code_of_a_model_imports(root: Path
     assert pinned == [f"{package}=={version(package)}" for package in versions.SERVED_WITH]
 
 
-def test_a_version_that_answers_something_else_than_recorded_is_refused(root: Path, restored: Predictor) -> None:
+def test_version_with_other_than_recorded_predictions_is_refused(root: Path, restored: Predictor) -> None:
     pixels = picture(32, 32, 1)[None]
     with open_store(root, "convoy") as store:
         version = served.find(store, "models:/convoy/1")
@@ -379,9 +377,7 @@ def ask(port: str, body: object) -> tuple[int, dict]:
     raise AssertionError("the server does not come up")
 
 
-def test_a_registry_that_does_not_answer_is_not_one_without_the_version(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_registry_is_not_a_missing_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def down(*_: object) -> None:
         raise MlflowException("the server is down", error_code=TEMPORARILY_UNAVAILABLE)
 

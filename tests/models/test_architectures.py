@@ -29,12 +29,12 @@ def parameters(model: nn.Module) -> int:
 # Every architecture
 
 
-def test_the_folder_of_modules_and_the_folder_of_settings_hold_the_same_names() -> None:
+def test_every_module_has_a_settings_file_of_its_name() -> None:
     assert models.names() == sorted(file.stem for file in CONF.glob("*.yaml"))
 
 
 @every_architecture
-def test_a_settings_file_has_one_key_its_own_name_and_fits_the_schema(name: str) -> None:
+def test_settings_file_has_its_name_as_key_and_fits_the_schema(name: str) -> None:
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert list(content) == [name]
     params = typed(models.schema(name), content[name], f"model.{name}")
@@ -95,14 +95,14 @@ def test_the_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
 
 
 @every_architecture
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(name: str) -> None:
+def test_weights_depend_on_the_seed(name: str) -> None:
     first, again, other = (build(name, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @every_architecture
-def test_saved_weights_come_back_as_the_same_classifier(name: str, tmp_path: Path) -> None:
+def test_saved_weights_restore_the_same_classifier(name: str, tmp_path: Path) -> None:
     model = build(name, channels=3)
     model(images(8, channels=3))  # in training mode: batch norms move
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -113,7 +113,7 @@ def test_saved_weights_come_back_as_the_same_classifier(name: str, tmp_path: Pat
 
 
 @every_architecture
-def test_weights_of_another_task_are_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_weights_of_another_dataset_are_refused_by_name(name: str, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(build(name, classes=9).state_dict(), weights)
     with pytest.raises(ConvoyError, match=f"weights.safetensors: not the weights of this {name}"):
@@ -147,7 +147,7 @@ def test_every_setting_is_needed(name: str) -> None:
 
 
 @every_architecture
-def test_images_too_small_are_refused_with_the_smallest_size_that_fits(name: str) -> None:
+def test_too_small_images_are_refused_with_the_minimum_size(name: str) -> None:
     try:
         build(name, size=20)
     except ConvoyError as refusal:
@@ -159,7 +159,7 @@ def test_images_too_small_are_refused_with_the_smallest_size_that_fits(name: str
             build(name, size=smallest - 1)
 
 
-def test_an_unknown_architecture_is_refused_with_the_names_there_are() -> None:
+def test_unknown_architecture_is_refused_with_known_names() -> None:
     with pytest.raises(ConvoyError, match=r"model\.resnt: no such architecture; did you mean resnet\?$"):
         models.build("resnt", {}, dataset_info())
 
@@ -175,7 +175,7 @@ def test_an_architecture_is_imported_only_when_it_is_asked_for(monkeypatch: pyte
     ("name", "count"),
     [("lenet", 61_706), ("alexnet", 200_802), ("vgg", 481_786), ("googlenet", 654_902), ("resnet", 701_178)],
 )
-def test_the_number_of_parameters_is_as_it_was(name: str, count: int) -> None:
+def test_parameter_count_is_unchanged(name: str, count: int) -> None:
     assert parameters(build(name)) == count
 
 
@@ -209,11 +209,11 @@ def imagenet(theirs: str, size: int = 224) -> Classifier:
         ("resnet50", 25_557_032),
     ],
 )
-def test_for_imagenet_there_are_as_many_parameters_as_in_torchvision(name: str, count: int) -> None:
+def test_imagenet_parameter_count_equals_that_of_torchvision(name: str, count: int) -> None:
     assert parameters(imagenet(name)) == count
 
 
-def test_with_torchvisions_weights_googlenets_three_heads_are_torchvisions() -> None:
+def test_googlenet_heads_equal_those_of_torchvision() -> None:
     # at 256 px, where the auxiliary classifiers' windows, 5x5 in the paper at 224 px, are the same in both
     torch.manual_seed(0)
     theirs = torchvision.models.googlenet(weights=None, init_weights=False).eval()
@@ -239,19 +239,19 @@ def test_with_torchvisions_weights_googlenets_three_heads_are_torchvisions() -> 
 # What is special in one architecture
 
 
-def test_an_imagenet_stem_on_small_images_is_refused_with_the_size_it_needs() -> None:
+def test_imagenet_stem_on_small_images_is_refused() -> None:
     values = settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
     with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
         models.build("alexnet", values, dataset_info())
 
 
-def test_alexnets_response_norm_is_torchs_with_the_papers_numbers() -> None:
+def test_alexnet_response_norm_equals_that_of_torch() -> None:
     x = torch.randn(2, 9, 4, 4) * 100
     expected = functional.local_response_norm(x, size=5, alpha=5 * 1e-4, beta=0.75, k=2)
     assert torch.allclose(alexnet.LocalResponse()(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_googlenets_auxiliary_classifiers_are_trained_and_take_no_part_in_a_prediction() -> None:
+def test_googlenet_auxiliary_classifiers_only_train() -> None:
     model = build("googlenet").eval()
     pixels = images()
     assert [weight for weight, _ in model.heads(model.normalise(pixels))] == [1.0, 0.3, 0.3]
@@ -265,7 +265,7 @@ def test_googlenets_auxiliary_classifiers_are_trained_and_take_no_part_in_a_pred
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_a_resnet_block_that_keeps_its_shape_starts_as_the_identity(block: str) -> None:
+def test_resnet_block_of_equal_shape_starts_as_the_identity(block: str) -> None:
     values = settings("resnet") | {"block": block}
     model = models.build("resnet", values, dataset_info())
     x = torch.rand(2, model.blocks[1].outputs, 8, 8)
@@ -276,7 +276,7 @@ def test_a_resnet_block_that_keeps_its_shape_starts_as_the_identity(block: str) 
 
 
 @pytest.mark.parametrize("module", [lenet, alexnet, vgg, googlenet])
-def test_large_maps_are_averaged_by_equal_windows_and_small_ones_left_alone(module: ModuleType) -> None:
+def test_large_feature_maps_are_averaged_by_equal_windows(module: ModuleType) -> None:
     x = torch.randn(2, 3, 12, 12)
     assert torch.equal(module.average_to(x, 12), x)
     assert torch.allclose(module.average_to(x, 4), functional.adaptive_avg_pool2d(x, 4))

@@ -78,9 +78,7 @@ def report(root: Path, *messages: Message) -> None:
     Reporter(root).report(inbox)
 
 
-def test_a_run_is_there_from_the_first_moment_and_its_curves_grow_until_it_is_finished(
-    root: Path, record: Message
-) -> None:
+def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: Message) -> None:
     environment = os.environ | {"PYTHONPATH": str(REAL)}
     command = [sys.executable, "-m", "pipeline.live", "lenet"]
     process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, text=True, bufsize=1)
@@ -108,7 +106,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     raise AssertionError("it never came")
 
 
-def test_a_training_that_went_on_later_is_the_same_run_with_each_step_once(root: Path, record: Message) -> None:
+def test_resumed_training_continues_its_run(root: Path, record: Message) -> None:
     report(root, begun(record), epoch(1), epoch(2), ended("KILLED"))
     assert all_runs(root)[0].info.status == "KILLED"
     report(root, begun(record), epoch(1), epoch(2), epoch(3), ended("FINISHED"))
@@ -117,19 +115,19 @@ def test_a_training_that_went_on_later_is_the_same_run_with_each_step_once(root:
     assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3]
 
 
-def test_a_finished_training_that_is_repeated_by_force_adds_nothing(root: Path, record: Message) -> None:
+def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: Message) -> None:
     report(root, begun(record), epoch(1), ended("FINISHED"))
     before = (root / "mlflow.db").read_bytes()
     report(root, begun(record), epoch(1), ended("FINISHED"))
     assert (root / "mlflow.db").read_bytes() == before
 
 
-def test_a_training_that_failed_is_marked_so(root: Path, record: Message) -> None:
+def test_failed_training_is_marked_failed(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
     assert all_runs(root)[0].info.status == "FAILED"
 
 
-def test_what_mlflow_did_not_take_is_tried_again_and_is_there_once(
+def test_failed_request_is_retried_and_logged_once(
     root: Path, record: Message, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, calls = MlflowClient.log_batch, []
@@ -167,7 +165,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("answer", ["500", "401", "403", "404", "rubbish", "later", "nothing"])
-def test_a_server_that_does_not_serve_is_one_line_without_the_password(
+def test_unusable_server_is_one_line_without_the_password(
     answer: str,
     server: Server,
     root: Path,
@@ -228,7 +226,7 @@ def all_reported(root: Path) -> None:
     wait_until(lambda: not [one for one in reporters(root) if one.status() != psutil.STATUS_ZOMBIE])
 
 
-def test_a_training_that_is_killed_is_marked_so_and_goes_on_as_the_same_run(root: Path, start: Start) -> None:
+def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start) -> None:
     first = start(root)
     wait_until(lambda: any((root / "artifacts/.checkpoints").rglob("last.pt")))
     first.kill()
@@ -249,9 +247,7 @@ def test_a_training_that_is_killed_is_marked_so_and_goes_on_as_the_same_run(root
     assert all_runs(root)[0].info.end_time == run.info.end_time
 
 
-def test_a_reporter_that_hangs_or_dies_changes_nothing_for_the_training_and_sync_mends_the_run(
-    root: Path, tmp_path: Path, start: Start
-) -> None:
+def test_hung_or_killed_reporter_does_not_affect_training(root: Path, tmp_path: Path, start: Start) -> None:
     undisturbed = copied(root, tmp_path / "undisturbed")
     before = time.monotonic()
     start(undisturbed, CONVOY_LIVE="0").join()
@@ -276,7 +272,7 @@ def test_a_reporter_that_hangs_or_dies_changes_nothing_for_the_training_and_sync
 
 
 @pytest.mark.slow
-def test_a_training_without_mlflow_is_told_in_one_line_and_is_whole(root: Path, tmp_path: Path, start: Start) -> None:
+def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path: Path, start: Start) -> None:
     training = start(root, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
     training.join()
     assert training.exitcode == 0
@@ -287,7 +283,7 @@ def test_a_training_without_mlflow_is_told_in_one_line_and_is_whole(root: Path, 
     assert (root / "artifacts/train/lenet/weights.safetensors").exists()
 
 
-def test_a_training_that_failed_and_was_shown_whole_is_not_begun_again(root: Path, record: Message) -> None:
+def test_failed_and_reported_training_is_not_started_again(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
     run_id = all_runs(root)[0].info.run_id
     client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does

@@ -65,7 +65,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_a_folder_gives_all_images_below_it_by_name_and_nothing_else(
+def test_folder_yields_all_images_below_it_in_order(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, pictures, "--json") is None
@@ -74,7 +74,7 @@ def test_a_folder_gives_all_images_below_it_by_name_and_nothing_else(
     assert all(each["label"] in CLASSES and 1 / 3 <= each["probability"] <= 1 for each in found)
 
 
-def test_files_without_an_ending_are_images_too_and_others_are_counted(
+def test_files_without_suffix_are_images_and_others_are_counted(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "more/c.PNG").rename(pictures / "more/c")
@@ -85,7 +85,7 @@ def test_files_without_an_ending_are_images_too_and_others_are_counted(
     assert "more: 1 files in it are not called as images are" in said.err
 
 
-def test_the_answers_are_those_of_the_model_in_the_order_of_the_arguments(
+def test_predictions_are_in_the_order_of_the_arguments(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [pictures / "more/c.PNG", pictures / "a.jpg", pictures / "b.png"]
@@ -107,12 +107,12 @@ def test_a_pattern_gives_what_it_matches(
     assert [each["image"] for each in lines(capsys)] == [str(pictures / name) for name in expected]
 
 
-def test_a_name_that_looks_like_a_pattern_is_first_taken_for_a_name(pictures: Path) -> None:
+def test_name_that_looks_like_a_pattern_is_a_file_first(pictures: Path) -> None:
     draw(7).save(pictures / "a[1].png")
     assert list(predict.found([str(pictures / "a[1].png")])) == [pictures / "a[1].png"]
 
 
-def test_the_table_names_the_model_and_shows_label_and_probability(
+def test_table_shows_model_label_and_probability(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(pictures)
@@ -125,7 +125,7 @@ def test_the_table_names_the_model_and_shows_label_and_probability(
     assert all(line.split()[1] in CLASSES for line in said.splitlines()[3:])
 
 
-def test_what_is_no_image_is_named_with_the_reason_and_the_others_are_answered(
+def test_invalid_image_is_named_and_the_others_are_predicted(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "torn.png").write_bytes((pictures / "b.png").read_bytes()[:500])
@@ -171,7 +171,7 @@ def test_a_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
 
-def test_however_many_images_there_are_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, sizes = [], []
     answered = Predictor.probabilities
 
@@ -208,7 +208,7 @@ def test_a_model_that_is_not_there_is_one_clear_line(
     assert str(run(monkeypatch, pictures, "--model", uri)).startswith(f"convoy: predict: {said}")
 
 
-def test_where_nothing_was_registered_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_created_if_no_model_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     assert "params.yaml is missing" in str(run(monkeypatch, "a.png"))
@@ -242,14 +242,14 @@ def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | No
     return None
 
 
-def test_a_model_that_answers_as_evaluated_passes_in_one_line(
+def test_model_that_predicts_as_evaluated_passes_in_one_line(
     here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(monkeypatch, "models:/convoy@champion", evaluated, evaluated) is None
     assert capsys.readouterr().out.startswith("models:/convoy@champion answers 200 images as evaluated; probabilities")
 
 
-def test_a_model_whose_recorded_predictions_are_others_does_not_pass(
+def test_model_with_other_recorded_predictions_fails(
     here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = pd.read_parquet(evaluated / "predictions.parquet")

@@ -287,13 +287,13 @@ def test_a_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, r
 
 
 @pytest.mark.parametrize("step", [["add", "params.yaml"], ["commit", "--quiet", "--all", "--message", "take it"]])
-def test_an_experiment_that_git_was_told_of_stops_composing(step: list[str], root: Path) -> None:
+def test_staged_or_committed_experiment_stops_composing(step: list[str], root: Path) -> None:
     experiment(root, "bold", "seed=5")
     git(root, *step)
     assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
 
 
-def test_an_edit_to_what_an_earlier_experiment_had_stops_composing(root: Path) -> None:
+def test_edit_equal_to_an_old_experiment_stops_composing(root: Path) -> None:
     experiment(root, "bold", "seed=5")
     run(root)
     edit_params(root, 5)

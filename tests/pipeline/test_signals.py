@@ -175,7 +175,7 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
     assert (root / "params.yaml").read_bytes() == before
 
 
-def test_a_conclusion_that_is_ended_says_so(interrupting: Path, tmp_path: Path) -> None:
+def test_interrupted_summary_is_reported(interrupting: Path, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     done = interrupt(root, interrupting, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
     assert_one_line(done, signal.SIGINT)
@@ -241,7 +241,7 @@ def test_where_dvc_alone_is_killed_the_stage_ends_too(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-def test_a_signal_before_dvc_is_there_ends_it_all_the_same(tmp_path: Path) -> None:
+def test_signal_before_dvc_starts_ends_the_command(tmp_path: Path) -> None:
     code = """
         class Slow(subprocess.Popen):
             def __init__(self, *arguments, **options):
@@ -258,7 +258,7 @@ def test_a_signal_before_dvc_is_there_ends_it_all_the_same(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
-def test_a_signal_after_dvc_or_between_two_of_its_runs_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
+def test_signal_between_dvc_runs_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
     code = f"status = dvc('update'); os.kill(os.getpid(), {int(number)}); dvc('repro')"
     with run_dvc(tmp_path, "echo $3", code) as running:
         printed, said = running.communicate(timeout=20)
@@ -273,7 +273,7 @@ def test_no_handler_outlives_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [signal.getsignal(number) for number in ENDING] == before
 
 
-def test_a_dead_process_that_nobody_asks_about_is_not_waited_for() -> None:
+def test_zombie_process_is_not_waited_for() -> None:
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
         assert is_alive(process.pid)
         process.kill()
@@ -288,7 +288,7 @@ def test_a_dead_process_that_nobody_asks_about_is_not_waited_for() -> None:
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments_of_a_run_end_all_of_it_and_the_next_completes_it(tmp_path: Path) -> None:
+def test_run_ended_by_a_random_signal_is_completed_by_the_next(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     for folder in ("pipeline", "src"):
         shutil.copytree(REAL / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -30,9 +30,7 @@ def write_hello(stage: Stage) -> None:
     (stage.scratch / "hello.txt").write_text("hello")
 
 
-def test_an_output_is_never_half_gone_and_comes_back_where_its_change_was_stopped(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_replacement_of_an_output_is_restored(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(root, "fetch")
     stage.run(lambda stage: (stage.scratch / "one").write_text("1"))
     truly = Path.rename
@@ -52,7 +50,7 @@ def test_an_output_is_never_half_gone_and_comes_back_where_its_change_was_stoppe
     assert not stage.previous.exists()
 
 
-def test_a_stage_reads_the_sections_that_dvc_yaml_says_it_watches(root: Path) -> None:
+def test_stage_reads_the_sections_listed_in_dvc_yaml(root: Path) -> None:
     assert Stage(root, "preprocess").typed(PreprocessConfig, "preprocess").size == 32
     assert Stage(root, "train", "resnet").section("model.resnet")["block"] == "basic"
 
@@ -71,7 +69,7 @@ def test_a_stage_that_reads_another_section_fails(root: Path, stage: str, item: 
         Stage(root, stage, item).section(section)
 
 
-def test_outputs_appear_whole_with_a_mark_that_names_every_file(root: Path) -> None:
+def test_outputs_appear_complete_with_a_manifest(root: Path) -> None:
     stage = Stage(root, "fetch")
     stage.run(write_hello)
     assert json.loads((root / "artifacts/fetch" / MANIFEST).read_text()) == {
@@ -90,14 +88,14 @@ def test_a_stage_that_fails_leaves_no_output(root: Path) -> None:
     assert not (root / "artifacts/fetch").exists()
 
 
-def test_of_very_many_notes_the_first_are_printed_and_the_others_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_of_many_notes_are_printed_and_others_counted(capsys: pytest.CaptureFixture[str]) -> None:
     print_limited("note", [str(number) for number in range(1000)], "card.md")
     first, *_, last = lines = capsys.readouterr().out.splitlines()
     assert (first, last) == ("note: 0", f"note: {1000 - len(lines) + 1} more in card.md")
     assert len(lines) < 50
 
 
-def test_what_a_killed_stage_left_is_not_taken_over(root: Path) -> None:
+def test_leftovers_of_a_killed_stage_are_not_reused(root: Path) -> None:
     stage = Stage(root, "fetch")
     stage.scratch.mkdir(parents=True)
     (stage.scratch / "torn.txt").write_text("half")
@@ -105,7 +103,7 @@ def test_what_a_killed_stage_left_is_not_taken_over(root: Path) -> None:
     assert sorted(file.name for file in stage.folder.iterdir()) == ["hello.txt", MANIFEST]
 
 
-def test_an_input_without_its_mark_is_incomplete(root: Path) -> None:
+def test_input_without_its_manifest_is_incomplete(root: Path) -> None:
     (root / "artifacts/fetch").mkdir(parents=True)
     with pytest.raises(ConvoyError, match="artifacts/fetch/ is missing or incomplete: run `dvc repro fetch`"):
         Stage(root, "preprocess").input("fetch")
@@ -119,7 +117,7 @@ def test_one_changed_byte_in_an_input_is_found(root: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"hello.txt": 1}'])
-def test_a_damaged_mark_is_named_and_no_traceback(content: str, root: Path) -> None:
+def test_damaged_manifest_is_named_without_traceback(content: str, root: Path) -> None:
     Stage(root, "fetch").run(write_hello)
     (root / "artifacts/fetch" / MANIFEST).write_text(content)
     said = r"^artifacts/fetch/.* is not what its stage wrote: run `rm -rf artifacts/fetch && dvc repro fetch`$"
@@ -238,7 +236,7 @@ IN_A_MARK, IN_A_LISTING = ('"b.txt": "', '"b.txt": "0'), ('"relpath": "a b"', '"
         ("copy", IN_A_LISTING),
     ],
 )
-def test_damage_in_dvcs_cache_is_repaired_by_what_is_advised(
+def test_damaged_dvc_cache_is_repaired_by_the_advised_fix(
     cache: str, damage: tuple[str, str], reproduced: Path, tmp_path: Path
 ) -> None:
     root = reproduced
@@ -297,9 +295,7 @@ def test_processes_that_train_together_know_their_rank(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stage_that_is_stopped_says_so_by_its_status_and_leaves_no_output(
-    root: Path, number: int, status: int
-) -> None:
+def test_stopped_stage_exits_nonzero_and_leaves_no_output(root: Path, number: int, status: int) -> None:
     code = (
         "import time; from pipeline.stage import main\n"
         "def work(stage):\n    print('at work', flush=True)\n    time.sleep(60)\n"
@@ -328,7 +324,7 @@ def test_a_stage_that_is_stopped_says_so_by_its_status_and_leaves_no_output(
         ("EPERM, 'Operation not permitted'", "artifacts/: operation not permitted: let this user read and write there"),
     ],
 )
-def test_a_disk_that_is_full_or_not_ours_is_one_line_and_no_traceback(root: Path, error: str, said: str) -> None:
+def test_full_or_read_only_disk_is_one_line(root: Path, error: str, said: str) -> None:
     process = fail_with(root, f"OSError(errno.{error})")
     assert process.returncode == 1
     assert process.stderr.startswith(f"convoy: fetch: {said}")
@@ -337,7 +333,7 @@ def test_a_disk_that_is_full_or_not_ours_is_one_line_and_no_traceback(root: Path
 
 @pytest.mark.skipif(shutil.which("setpriv") is None or os.getuid() != 0, reason="root takes its own rights away")
 @pytest.mark.parametrize("unwritable", ["artifacts", "artifacts/.scratch/fetch", "artifacts/fetch"])
-def test_a_folder_of_another_user_is_named_with_the_mend(root: Path, unwritable: str) -> None:
+def test_folder_of_another_user_is_named_with_the_fix(root: Path, unwritable: str) -> None:
     folder = root / unwritable
     folder.mkdir(parents=True)
     if unwritable != "artifacts":
@@ -356,7 +352,7 @@ def test_a_folder_of_another_user_is_named_with_the_mend(root: Path, unwritable:
     assert unwritable == "artifacts" or (folder / "left.txt").exists()
 
 
-def test_an_error_that_the_user_did_not_cause_keeps_its_traceback(root: Path) -> None:
+def test_internal_error_keeps_its_traceback(root: Path) -> None:
     process = fail_with(root, "OSError(errno.EIO, 'Input/output error')")
     assert process.returncode == 1
     assert process.stderr.startswith("Traceback")
@@ -368,7 +364,7 @@ def fail_with(root: Path, error: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True)
 
 
-def test_what_a_user_can_mend_is_one_line_and_no_traceback(root: Path) -> None:
+def test_error_that_the_user_can_fix_is_one_line(root: Path) -> None:
     (root / "data").rename(root / "elsewhere")
     (root / "data").mkdir()
     command = [sys.executable, "-m", "pipeline.fetch"]
@@ -383,7 +379,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REAL), "PATH": path}
 
 
-def test_the_identity_of_a_training_is_that_of_its_settings_data_code_and_machine(root: Path) -> None:
+def test_fingerprint_covers_settings_data_code_and_machine(root: Path) -> None:
     def identity(*more: object, architecture: str = "lenet") -> str:
         return Stage(root, "train", architecture).fingerprint(*more)
 

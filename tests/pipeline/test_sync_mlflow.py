@@ -79,7 +79,7 @@ def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> No
         assert {"record.json", "history.csv", "weights.safetensors", "per_class.csv", "confusion.png"} <= files
 
 
-def test_runs_come_whole_and_a_second_time_changes_no_byte(road: Path, tmp_path: Path) -> None:
+def test_runs_are_complete_and_a_second_sync_changes_nothing(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
     ids = sync(root)
     assert_whole(root)
@@ -89,7 +89,7 @@ def test_runs_come_whole_and_a_second_time_changes_no_byte(road: Path, tmp_path:
     assert (root / "mlflow.db").read_bytes() == before
 
 
-def test_runs_compare_by_few_parameters_with_the_same_names_and_by_tags(road: Path, tmp_path: Path) -> None:
+def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
     (root / "requirements.lock").write_text("torch==1\n")
     sync(root)
@@ -111,7 +111,7 @@ def test_runs_compare_by_few_parameters_with_the_same_names_and_by_tags(road: Pa
     assert lenet.data.tags["mlflow.runColor"] != resnet.data.tags["mlflow.runColor"]
 
 
-def test_a_database_that_was_deleted_is_made_again_with_every_run(road: Path, tmp_path: Path) -> None:
+def test_deleted_database_is_recreated_with_every_run(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
     (root / "mlflow.db").unlink()
     sync(root)
@@ -119,7 +119,7 @@ def test_a_database_that_was_deleted_is_made_again_with_every_run(road: Path, tm
 
 
 @pytest.mark.parametrize("classes", [2, 300])
-def test_however_many_classes_there_are_they_come_to_one_picture_of_a_modest_size(classes: int, tmp_path: Path) -> None:
+def test_confusion_plot_of_many_classes_has_a_limited_size(classes: int, tmp_path: Path) -> None:
     names = [f"a class called {number}" for number in range(classes)]
     predictions = pd.DataFrame({"actual": names, "predicted": names[::-1]})
     report.draw_confusion(predictions, names, "resnet on test images", tmp_path / "confusion.png")
@@ -127,7 +127,7 @@ def test_however_many_classes_there_are_they_come_to_one_picture_of_a_modest_siz
         assert 400 < min(picture.size) <= max(picture.size) < 1500
 
 
-def test_whenever_it_dies_the_next_one_completes_the_run(
+def test_sync_killed_at_any_time_is_completed_by_the_next(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = copied(short, tmp_path / "project")
@@ -168,7 +168,7 @@ def test_whenever_it_dies_the_next_one_completes_the_run(
 
 
 @pytest.mark.parametrize("where", ["log_batch", "log_inputs", "log_artifact", "set_tag"])
-def test_a_finished_training_is_finished_before_all_of_it_is_there(
+def test_training_run_is_finished_even_if_sync_then_fails(
     where: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = copied(short, tmp_path / "project")
@@ -187,7 +187,7 @@ def test_a_finished_training_is_finished_before_all_of_it_is_there(
 
 
 @pytest.mark.slow
-def test_a_first_sync_killed_at_its_writes_is_completed_by_the_next(
+def test_killed_first_sync_is_completed_by_the_next(
     short: Path, tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tables of a new database copied, so that each write is one of ours; those of MLflow's come below."""
@@ -206,7 +206,7 @@ def test_a_first_sync_killed_at_its_writes_is_completed_by_the_next(
 
 
 @pytest.mark.slow
-def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp_path: Path) -> None:
+def test_killed_store_creation_is_completed_by_the_next(tmp_path: Path) -> None:
     def create() -> None:
         with open_store(tmp_path, "convoy"):
             pass
@@ -223,7 +223,7 @@ def test_a_store_killed_at_the_writes_of_its_creation_is_created_by_the_next(tmp
     assert client(tmp_path).get_experiment_by_name("convoy")
 
 
-def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_has(short: Path, tmp_path: Path) -> None:
+def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     record = record_of(root, "lenet")
     with open_store(root, "convoy") as store:
@@ -242,7 +242,7 @@ def test_a_run_whose_reporter_was_killed_gets_what_it_lacks_and_keeps_what_it_ha
     assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
 
 
-def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Path, tmp_path: Path) -> None:
+def test_new_evaluation_of_a_training_updates_its_run(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     folder = root / "artifacts/evaluate/lenet"
@@ -257,7 +257,7 @@ def test_another_evaluation_of_the_same_training_shows_in_the_same_run(short: Pa
     assert_whole(root, ("lenet",))
 
 
-def test_weights_that_came_out_otherwise_replace_those_that_were_there(short: Path, tmp_path: Path) -> None:
+def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     (tmp_path / "stored").mkdir()
@@ -281,7 +281,7 @@ def test_a_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Pa
     assert runs.hashes_of(all_runs(root)[0])["weights.safetensors"]
 
 
-def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: Path, tmp_path: Path) -> None:
+def test_deleted_run_is_restored_and_the_older_of_two_is_kept(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     client(root).delete_run(run_id)
@@ -295,7 +295,7 @@ def test_a_run_that_was_deleted_is_taken_back_and_of_two_the_elder_stays(short: 
 
 
 @pytest.mark.slow
-def test_two_at_once_make_one_run_of_each(road: Path, tmp_path: Path) -> None:
+def test_concurrent_syncs_create_each_run_once(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
     command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(REAL)}
     both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -305,9 +305,7 @@ def test_two_at_once_make_one_run_of_each(road: Path, tmp_path: Path) -> None:
     assert_whole(root)
 
 
-def test_a_run_whose_process_has_gone_was_killed_and_another_machines_is_left_alone(
-    short: Path, tmp_path: Path
-) -> None:
+def test_run_of_a_dead_local_process_is_marked_killed(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -320,7 +318,7 @@ def test_a_run_whose_process_has_gone_was_killed_and_another_machines_is_left_al
     assert [run.info.status for run in all_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
 
 
-def test_an_evaluation_of_an_earlier_training_is_not_shown_as_the_new_ones(short: Path, tmp_path: Path) -> None:
+def test_evaluation_of_an_earlier_training_is_not_logged(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     train, path = "train@lenet:\n    outs:\n    - path: artifacts/train/lenet\n", "artifacts/train/lenet"
     lock = "schema: '2.0'\nstages:\n  {}      md5: {}\n  evaluate@lenet:\n    deps:\n    - path: {}\n      md5: {}\n"
@@ -332,14 +330,14 @@ def test_an_evaluation_of_an_earlier_training_is_not_shown_as_the_new_ones(short
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "stages"])
-def test_a_lock_that_can_not_be_read_is_said(text: str, short: Path, tmp_path: Path) -> None:
+def test_unreadable_dvc_lock_is_reported(text: str, short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (root / "dvc.lock").write_text(text)
     with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it, and run `dvc repro`"):
         find_result(Stage(root, "register"), "lenet")
 
 
-def test_where_there_is_no_project_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_project_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["sync_mlflow"])
     with pytest.raises(SystemExit, match=r"convoy: sync_mlflow: params\.yaml is missing"):
@@ -347,7 +345,7 @@ def test_where_there_is_no_project_it_is_said(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_a_training_that_failed_is_shown_so_with_the_same_parameters(road: Path, tmp_path: Path) -> None:
+def test_failed_training_is_logged_with_the_same_parameters(road: Path, tmp_path: Path) -> None:
     root = copied(road, tmp_path / "project")
     for folder in ("train", "evaluate"):
         shutil.rmtree(root / "artifacts" / folder / "lenet")
@@ -361,7 +359,7 @@ def test_a_training_that_failed_is_shown_so_with_the_same_parameters(road: Path,
     assert "failed in epoch " in lenet.data.tags["mlflow.note.content"]
 
 
-def test_why_a_run_was_made_is_told_by_what_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trigger_tag_names_what_started_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.provenance_tags(tmp_path)["why"] == "manual"
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
     assert provenance.provenance_tags(tmp_path)["why"] == "tuning"
@@ -374,7 +372,7 @@ def test_why_a_run_was_made_is_told_by_what_started_it(tmp_path: Path, monkeypat
     )
 
 
-def test_the_commit_says_whether_code_or_settings_were_changed_since(tmp_path: Path) -> None:
+def test_commit_tag_marks_uncommitted_changes(tmp_path: Path) -> None:
     def git(*command: str) -> None:
         person = ["-c", "user.name=Somebody", "-c", "user.email=somebody@example.org"]
         subprocess.run(["git", *person, *command], cwd=tmp_path, check=True, capture_output=True)

@@ -54,14 +54,14 @@ def aliases(store: TrackingStore) -> dict[str, int]:
     return {name: int(version) for name, version in store.client.get_registered_model(NAME).aliases.items()}
 
 
-def test_before_the_first_there_is_none_and_then_there_is(store: TrackingStore) -> None:
+def test_champion_exists_after_the_first_promotion(store: TrackingStore) -> None:
     assert current(store, NAME) is None
     set_champion(store, NAME, promotion(None, 1))
     assert current(store, NAME) == 1
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_a_move_keeps_the_champion_before_and_tells_who_when_and_why(store: TrackingStore) -> None:
+def test_promotion_keeps_the_previous_champion_and_is_logged(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 3)):
         set_champion(store, NAME, promotion(before, after))
     assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
@@ -82,7 +82,7 @@ def test_a_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingSt
 
 
 @pytest.mark.parametrize("how", ["version", "alias"])
-def test_a_champion_that_is_gone_is_never_taken_for_a_first_night(store: TrackingStore, how: str) -> None:
+def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> None:
     set_champion(store, NAME, promotion(None, 1))
     if how == "version":
         store.client.delete_model_version(NAME, "1")
@@ -185,7 +185,7 @@ def test_the_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_without_a_champion_before_there_is_nothing_to_go_back_to(store: TrackingStore) -> None:
+def test_rollback_without_a_previous_champion_is_refused(store: TrackingStore) -> None:
     set_champion(store, NAME, promotion(None, 1))
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "why not", "bob", "1" * 40)
@@ -211,7 +211,7 @@ def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     yield left
 
 
-def test_whatever_dies_between_two_steps_leaves_the_old_or_the_new_and_the_next_run_ends_it(
+def test_killed_promotion_is_completed_by_next_run(
     store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_champion(store, NAME, promotion(None, 1))
@@ -334,7 +334,7 @@ def test_rollbacks_go_back_through_any_history(
         assert champion.MOVING not in store.client.get_registered_model(name).tags
 
 
-def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_first(
+def test_killed_first_promotion_leaves_none_or_the_first(
     store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
@@ -353,7 +353,7 @@ def test_a_first_move_that_dies_between_two_steps_leaves_no_champion_or_the_firs
         current(store, NAME)
 
 
-def test_a_verdict_is_whole_or_counts_for_nothing(store: TrackingStore, dying: list[int]) -> None:
+def test_incomplete_verdict_does_not_count(store: TrackingStore, dying: list[int]) -> None:
     for writes in range(5):
         registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
         dying[0] = writes
@@ -365,7 +365,7 @@ def test_a_verdict_is_whole_or_counts_for_nothing(store: TrackingStore, dying: l
         assert registry.best_ever(store, NAME, {1, 2}) == 1
 
 
-def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: TrackingStore) -> None:
+def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
     set_champion(store, NAME, promotion(None, 1))
     ends: list[str] = []
 
@@ -387,14 +387,14 @@ def test_of_two_that_move_at_once_one_wins_and_the_other_says_so(store: Tracking
     assert audit_log(store, NAME)["after"].tolist() == [1, won]
 
 
-def test_a_lock_is_waited_for_and_then_said(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_is_waited_for_and_then_reported(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "PATIENCE", 1)
     with champion.registry_lock(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
         set_champion(store, NAME, promotion(None, 1))
     set_champion(store, NAME, promotion(None, 1))
 
 
-def test_the_lock_of_a_process_that_is_gone_is_broken(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_dead_process_is_broken(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getpid", lambda: 2**30)  # larger than any
     champion._acquire(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
     monkeypatch.undo()
@@ -402,13 +402,13 @@ def test_the_lock_of_a_process_that_is_gone_is_broken(store: TrackingStore, monk
     assert current(store, NAME) == 1
 
 
-def test_the_lock_of_a_process_on_another_machine_is_not_taken_for_a_dead_ones() -> None:
+def test_lock_of_another_machine_is_not_broken() -> None:
     assert champion._is_dead(f"{champion.socket.gethostname()} {2**30} left")
     assert not champion._is_dead(f"another-machine {2**30} left")
     assert not champion._is_dead(f"{champion.socket.gethostname()} {champion.os.getpid()} held")
 
 
-def test_who_was_taken_for_dead_does_not_remove_the_lock_of_the_next(store: TrackingStore) -> None:
+def test_process_with_a_broken_lock_keeps_the_lock_of_the_next(store: TrackingStore) -> None:
     lock = f"{NAME}.moving"
     with champion.registry_lock(store, NAME):
         store.client.delete_registered_model(lock)  # as another process does after a quarter of an hour
@@ -416,7 +416,7 @@ def test_who_was_taken_for_dead_does_not_remove_the_lock_of_the_next(store: Trac
     assert store.client.get_registered_model(lock).tags["owner"] == "another-machine 1 held"
 
 
-def test_an_alias_that_is_set_by_hand_in_the_very_moment_of_a_move_is_seen(
+def test_alias_set_by_hand_during_a_promotion_is_detected(
     store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_champion(store, NAME, promotion(None, 1))
@@ -436,7 +436,7 @@ def test_an_alias_that_is_set_by_hand_in_the_very_moment_of_a_move_is_seen(
 
 
 @pytest.mark.parametrize("asked", ["get_model_version_by_alias", "get_registered_model"])
-def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(
+def test_unreachable_registry_is_not_a_missing_champion(
     asked: str, store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*_: object) -> None:
@@ -447,7 +447,7 @@ def test_a_registry_that_does_not_answer_is_not_one_without_a_champion(
         current(store, NAME)
 
 
-def test_this_look_counts_and_those_at_other_images_do_not(store: TrackingStore) -> None:
+def test_set_evaluations_are_counted_per_image_set(store: TrackingStore) -> None:
     assert registry.count_test_set_uses(store, NAME, 1, "images") == 1  # not written down yet
     for version, seen in ((1, "images"), (2, "images"), (3, "others")):
         registry.save_verdict(store, NAME, version, "key", "HOLD", seen, 0.5)

@@ -124,7 +124,7 @@ def test_a_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
     assert outcomes(verdict, "hold", "reject") == ["better"]
 
 
-def test_the_summary_says_in_plain_words_what_decided() -> None:
+def test_summary_names_the_deciding_check() -> None:
     assert judged(*pair(7, 5)).summary() == (
         "HOLD: resnet is not shown to be better than the champion vgg: 7 images won, 5 lost (p = 0.387, limit 0.05);"
         " 600 test images can show a gain of about 0.0144 in accuracy"
@@ -192,7 +192,7 @@ def test_where_all_or_none_differ_there_is_still_an_interval() -> None:
 
 
 @pytest.mark.parametrize("difference", [-0.02, 0.0, 0.02])
-def test_the_lower_bound_is_above_the_truth_no_more_often_than_alpha_says(difference: float) -> None:
+def test_lower_bound_exceeds_the_truth_at_most_at_rate_alpha(difference: float) -> None:
     shares = [0.03 + difference / 2, 0.03 - difference / 2, 0.94]
     won, lost, _ = np.random.default_rng(0).multinomial(1000, shares, 20_000).T
     assert (gain_lower_bound(won, lost, 1000, 0.05) > difference).mean() == pytest.approx(0.05, abs=0.01)
@@ -201,7 +201,7 @@ def test_the_lower_bound_is_above_the_truth_no_more_often_than_alpha_says(differ
 # Enough data
 
 
-def test_too_few_test_images_decide_nothing() -> None:
+def test_too_few_test_images_give_no_promotion() -> None:
     for wins, losses in ((40, 0), (0, 40)):
         verdict = judged(*pair(wins, losses, images=499))
         assert verdict.decision == "HOLD"
@@ -209,20 +209,20 @@ def test_too_few_test_images_decide_nothing() -> None:
     assert judged(*pair(40, 0, images=500)).decision == "PROMOTE"
 
 
-def test_every_verdict_tells_the_smallest_gain_that_could_have_been_seen() -> None:
+def test_every_verdict_reports_the_smallest_detectable_gain() -> None:
     gain = result_of(judged(*pair(15, 9)), "detectable gain").value
     assert gain == pytest.approx(2.5 * math.sqrt(24 / IMAGES / IMAGES), rel=0.01)
     for old in (pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
         assert result_of(judged(pair(0, 0)[0], old, is_first=old is None), "detectable gain").value > 0  # type: ignore[operator]
 
 
-def test_a_gain_that_is_called_visible_is_seen_four_times_of_five() -> None:
+def test_detectable_gain_is_detected_with_80_percent_power() -> None:
     gain = detectable_gain(0.05, 2000, 0.05)
     won, lost, _ = np.random.default_rng(0).multinomial(2000, [0.025 + gain / 2, 0.025 - gain / 2, 0.95], 20_000).T
     assert is_better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
 
 
-def test_looks_are_counted_and_past_their_number_a_warning_asks_for_fresh_images() -> None:
+def test_too_many_test_set_evaluations_give_a_warning() -> None:
     new, old = pair(30, 5)
     assert result_of(judged(new, old, uses=20), "test set uses").message == "evaluation 20 on these test images"
     assert result_of(judged(new, old, uses=20), "test set uses").outcome == "info"
@@ -243,7 +243,7 @@ def test_a_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
 # Floors
 
 
-def test_what_is_below_the_floor_is_rejected_however_much_better_it_is() -> None:
+def test_challenger_below_the_floor_is_rejected_even_if_better() -> None:
     verdict = judged(*pair(30, 5), ruled(floor=0.95))
     assert verdict.decision == "REJECT"
     assert "resnet has test accuracy 0.9417, minimum 0.95" in verdict.summary()
@@ -317,7 +317,7 @@ def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
 # Probabilities
 
 
-def test_right_more_often_but_with_far_worse_probabilities_is_rejected() -> None:
+def test_higher_accuracy_with_far_worse_loss_is_rejected() -> None:
     new, old = pair(30, 5)
     predictions = new.predictions
     sure = answers(predictions["predicted"], predictions["actual"], sure=1 - 1e-6)
@@ -326,7 +326,7 @@ def test_right_more_often_but_with_far_worse_probabilities_is_rejected() -> None
     assert verdict.decision == "REJECT"
 
 
-def test_a_probability_of_zero_for_the_actual_class_is_a_large_loss_and_no_infinite_one() -> None:
+def test_zero_probability_gives_a_large_finite_loss() -> None:
     new, old = pair(30, 5)
     certain = answers(new.predictions["predicted"], new.predictions["actual"], sure=1.0)
     assert math.isfinite(result_of(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
@@ -341,7 +341,7 @@ def test_a_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
     assert float(calibration_error(confidence, np.zeros(500, bool))) == pytest.approx(confidence.mean())
 
 
-def test_calibration_is_shown_and_not_judged() -> None:
+def test_calibration_is_shown_but_decides_nothing() -> None:
     assert result_of(judged(*pair(30, 5)), "calibration").passed is None
 
 
@@ -393,7 +393,7 @@ def test_groups_that_contradict_each_other_are_an_error() -> None:
 # Non-inferior
 
 
-def test_a_refresh_that_is_as_good_passes_where_that_is_asked_for() -> None:
+def test_non_inferior_refresh_passes_in_refresh_mode() -> None:
     new, old = pair(12, 12)
     refresh = ruled(mode="non_inferior")
     assert judged(new, old).decision == "HOLD"
@@ -423,7 +423,7 @@ def test_a_clear_gain_is_non_inferior() -> None:
 # Size and latency
 
 
-def test_what_is_over_its_budget_is_rejected_and_what_was_not_measured_is_held() -> None:
+def test_over_budget_is_rejected_and_unmeasured_is_held() -> None:
     new, old = pair(30, 5)
 
     def decision(parameters: int | None, latency: float | None, budgets: GateConfig) -> str:
@@ -440,7 +440,7 @@ def test_what_is_over_its_budget_is_rejected_and_what_was_not_measured_is_held()
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1, 0])
 @pytest.mark.parametrize("what", ["parameters", "latency"])
-def test_a_measurement_that_is_no_number_is_an_error(what: str, broken: float) -> None:
+def test_nan_measurement_is_an_error(what: str, broken: float) -> None:
     new, old = pair(30, 5)
     with pytest.raises(ConvoyError, match=f"{what} of (resnet|vgg) is {broken}"):
         judged(new, dataclasses.replace(old, **{what: broken}))  # type: ignore[arg-type]
@@ -467,13 +467,13 @@ def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
     assert judged(grown, wider, ruled(acknowledge=["dog", ""])).decision == "PROMOTE"
 
 
-def test_an_acknowledgement_that_is_left_over_is_told() -> None:
+def test_unused_acknowledgement_is_reported() -> None:
     verdict = judged(*pair(30, 5), ruled(acknowledge=["dog"]))
     assert verdict.decision == "PROMOTE"
     assert "'dog' in register.gate.acknowledge is neither added nor removed" in verdict.summary()
 
 
-def test_what_is_won_with_a_new_class_does_not_pay_for_losses_on_the_old_ones() -> None:
+def test_gain_on_a_new_class_does_not_offset_losses() -> None:
     actual = np.array(CLASSES * 200 + ["dog"] * 100, object)
     champion = np.where(actual == "dog", "cat", actual)
     everywhere = np.where(np.arange(700) % 20 == 0, "dog", actual)
@@ -484,7 +484,7 @@ def test_what_is_won_with_a_new_class_does_not_pay_for_losses_on_the_old_ones() 
     assert verdict.decision == "REJECT"
 
 
-def test_a_class_that_went_leaves_images_that_the_challenger_can_only_lose() -> None:
+def test_images_of_a_removed_class_count_as_wrong() -> None:
     actual = np.array(CLASSES * 200, object)
     fewer = np.where(actual == "cat", "NA", actual)
     new, old = contender("resnet", answers(fewer, actual, CLASSES[:2])), contender("vgg", answers(actual, actual))
@@ -494,7 +494,7 @@ def test_a_class_that_went_leaves_images_that_the_challenger_can_only_lose() -> 
 # First night
 
 
-def test_the_first_champion_passes_the_parts_that_need_no_champion_before() -> None:
+def test_first_champion_passes_the_applicable_checks() -> None:
     new, _ = pair(0, 0)
     verdict = judged(new, None, is_first=True)
     assert verdict.decision == "PROMOTE"
@@ -514,7 +514,7 @@ def test_the_first_champion_must_pass_too(rule: GateConfig, decision: str) -> No
     assert judged(pair(0, 0)[0], None, rule, is_first=True).decision == decision
 
 
-def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
+def test_missing_champion_is_never_a_first_run() -> None:
     new, old = pair(30, 5)
     with pytest.raises(ConvoyError, match="the champion is missing or unreadable"):
         judged(new, None)
@@ -529,7 +529,7 @@ def test_a_missing_champion_is_never_taken_for_a_first_night() -> None:
 
 @QUICK
 @given(st.randoms(use_true_random=False))
-def test_the_order_of_rows_and_columns_plays_no_part(random: Any) -> None:
+def test_order_of_rows_and_columns_does_not_matter(random: Any) -> None:
     new, old = pair(30, 5)
     rows, columns = list(range(IMAGES)), list(new.predictions)
     random.shuffle(rows)
@@ -598,7 +598,7 @@ def test_other_images_or_other_actual_classes_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_known_is_held(side: int) -> None:
+def test_model_trained_on_a_test_image_is_an_error(side: int) -> None:
     models = list(pair(30, 5))
     for unknown in (None, frozenset[str]()):
         models[side] = dataclasses.replace(models[side], training_hashes=unknown)
@@ -614,7 +614,7 @@ def test_a_model_that_saw_a_test_image_is_an_error_and_one_of_which_that_is_not_
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side: int) -> None:
+def test_near_duplicates_of_training_images_are_excluded(side: int) -> None:
     models = list(pair(30, 5))
     models[side] = dataclasses.replace(models[side], training_hashes=[digest(-11), digest(-12)])  # what only it saw
     seen, won = [digest(-11), digest(-12), digest(-13)], [digest(0), digest(1), digest(2)]
@@ -632,7 +632,7 @@ def test_images_of_which_a_model_saw_another_file_are_left_out_and_counted(side:
         judged(models[0], models[1], near_duplicates=everything)
 
 
-def test_settings_that_are_no_numbers_or_out_of_range_are_refused() -> None:
+def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
     good = dataclasses.asdict(RULE)
     assert typed(GateConfig, good, "gate") == RULE
     for key, value in (("alpha", math.nan), ("alpha", 0.5), ("floor", math.nan), ("mode", "any"), ("acknowledge", [7])):
@@ -666,7 +666,7 @@ def test_groups_of_a_refresh_may_lack_the_margin_and_no_more() -> None:
     assert "group bootstrap" in outcomes(narrow, "hold")
 
 
-def test_worse_probabilities_that_come_from_one_group_are_no_proof() -> None:
+def test_worse_loss_from_one_group_is_no_proof() -> None:
     new, old = pair(30, 5)
     doubts = np.arange(IMAGES) >= 400
     table = new.predictions.copy()

@@ -146,7 +146,7 @@ def model(store: TrackingStore, version: ModelVersion) -> Any:
     return store.client.get_logged_model(version.source.removeprefix("models:/"))
 
 
-def test_every_run_and_version_is_there_as_it_was_and_a_second_time_changes_nothing(
+def test_runs_and_versions_are_copied_once_and_unchanged(
     source: TrackingStore, server: TrackingStore, tmp_path: Path
 ) -> None:
     said = list(migrate(source, server, NAME))
@@ -168,7 +168,7 @@ WRITES += ["create_model_version", "delete_model_version", "set_registered_model
 
 
 @pytest.mark.parametrize("answered", [False, True])
-def test_whatever_ends_it_between_two_writes_it_goes_on_when_it_runs_again(
+def test_migration_killed_between_two_writes_is_resumed(
     answered: bool, source: TrackingStore, server: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = 0
@@ -200,7 +200,7 @@ def test_whatever_ends_it_between_two_writes_it_goes_on_when_it_runs_again(
     assert_all_is_there(source, server, tmp_path)
 
 
-def test_a_version_that_only_kept_a_number_free_is_gone_afterwards(
+def test_placeholder_versions_are_deleted(
     source: TrackingStore, server: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
@@ -214,9 +214,7 @@ def test_a_version_that_only_kept_a_number_free_is_gone_afterwards(
     assert_all_is_there(source, server, tmp_path)
 
 
-def test_where_the_server_has_versions_of_its_own_nothing_is_moved_and_it_is_said(
-    source: TrackingStore, server: TrackingStore
-) -> None:
+def test_server_with_its_own_versions_is_refused(source: TrackingStore, server: TrackingStore) -> None:
     server.client.create_registered_model(NAME)
     server.client.create_model_version(NAME, source=str(source.locks))
     with pytest.raises(
@@ -226,14 +224,14 @@ def test_where_the_server_has_versions_of_its_own_nothing_is_moved_and_it_is_sai
     assert all_runs(server) == []
 
 
-def test_a_run_that_the_server_shows_already_stays_the_only_one(source: TrackingStore, server: TrackingStore) -> None:
+def test_run_that_the_server_already_has_is_not_copied(source: TrackingStore, server: TrackingStore) -> None:
     own = train(server, "lenet")
     list(migrate(source, server, NAME))
     assert [run.info.run_id for run in all_runs(server) if run.info.run_name == "lenet"] == [own]
     assert versions(server)[1].run_id == own
 
 
-def test_after_the_move_the_champion_is_the_servers_affair(
+def test_champion_is_managed_by_the_server_after_migration(
     source: TrackingStore, server: TrackingStore, home: Path
 ) -> None:
     list(migrate(source, server, NAME))
@@ -247,9 +245,7 @@ def test_after_the_move_the_champion_is_the_servers_affair(
     assert champion.current(server, NAME) == 4
 
 
-def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(
-    source: TrackingStore, server: TrackingStore
-) -> None:
+def test_running_training_is_excluded_until_it_ends(source: TrackingStore, server: TrackingStore) -> None:
     begun = source.client.create_run(source.experiment.experiment_id, run_name="training").info.run_id
     try:
         said = list(migrate(source, server, NAME))
@@ -261,7 +257,7 @@ def test_a_training_that_goes_on_elsewhere_is_left_out_until_it_has_ended(
         source.client.delete_run(begun)
 
 
-def test_a_model_that_was_changed_is_not_moved(source: TrackingStore, server: TrackingStore, home: Path) -> None:
+def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingStore, home: Path) -> None:
     weights = local(model(source, versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
@@ -274,7 +270,7 @@ def test_a_model_that_was_changed_is_not_moved(source: TrackingStore, server: Tr
     assert list(versions(server)) == [1]
 
 
-def test_without_an_embedded_store_or_its_files_it_is_said(server: TrackingStore, tmp_path: Path, home: Path) -> None:
+def test_missing_embedded_store_or_files_are_reported(server: TrackingStore, tmp_path: Path, home: Path) -> None:
     with pytest.raises(ConvoyError, match=r"there is no mlflow\.db in "):
         embedded(tmp_path / "nowhere", NAME, server)
     elsewhere = tmp_path / "elsewhere"
@@ -287,7 +283,7 @@ def test_without_an_embedded_store_or_its_files_it_is_said(server: TrackingStore
 
 
 @pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
-def test_without_a_servers_address_it_is_said(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_address_is_reported(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
     if address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

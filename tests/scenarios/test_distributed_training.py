@@ -53,7 +53,7 @@ def train(root: Path, name: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("balance", ["loss", "sampler"])
-def test_two_processes_train_what_one_trains_and_leave_one_record(balance: str, tmp_path: Path) -> None:
+def test_two_processes_match_one_and_write_one_record(balance: str, tmp_path: Path) -> None:
     overrides = [*STILL, f"model.lenet.recipe.balance={balance}", "trainer.threads=1"]
     alone = make_project(tmp_path / "alone", [*overrides, "trainer.precision=float32"])
     together = make_project(tmp_path / "together", [*overrides, *DDP])
@@ -121,9 +121,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_the_validation_figures_of_two_processes_are_those_of_the_kept_running_means(
-    ema: float, tmp_path: Path
-) -> None:
+def test_validation_uses_the_synchronized_batch_norm_statistics(ema: float, tmp_path: Path) -> None:
     small = ["model=[resnet]", "train.max_epochs=2", f"model.resnet.recipe.ema={ema}", *DDP, "trainer.threads=1"]
     root = make_project(tmp_path / "project", small)
     run_stages(root, until="preprocess")
@@ -187,7 +185,7 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
     assert not (second / "artifacts/train").exists()
 
 
-def test_more_gpus_than_there_are_is_one_clear_line(tmp_path: Path) -> None:
+def test_too_many_requested_gpus_is_one_clear_line(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", [*STILL, "trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=64"])
     run_stages(root, until="preprocess")
     done = train_lenet(root)

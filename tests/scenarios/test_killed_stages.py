@@ -48,9 +48,7 @@ def results(root: Path, stage: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stage", ["fetch", "preprocess"])
-def test_a_stage_that_is_killed_at_any_moment_ends_in_the_same_bits_when_it_runs_again(
-    stage: str, tmp_path: Path
-) -> None:
+def test_stage_killed_at_any_time_reruns_to_identical_bytes(stage: str, tmp_path: Path) -> None:
     undisturbed, killed = make_project(tmp_path / "undisturbed"), make_project(tmp_path / "killed")
     run_stages(undisturbed, until=stage)
     if stage == "preprocess":
@@ -102,7 +100,7 @@ def session_of(process: int) -> int:
 
 
 @pytest.mark.parametrize("architecture", ["lenet", "resnet"])
-def test_a_training_killed_again_and_again_ends_in_the_same_bits_as_if_nothing_had_happened(
+def test_repeatedly_killed_training_ends_bit_identical(
     architecture: str, tmp_path: Path, ready: multiprocessing.context.ForkServerContext
 ) -> None:
     overrides = [f"model=[{architecture}]", "train.max_epochs=6", "trainer.threads=1"]

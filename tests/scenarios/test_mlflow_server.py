@@ -127,7 +127,7 @@ def assert_no_lock_is_left(server: str, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_road_from_the_first_night_to_a_rollback(
+def test_pipeline_from_first_run_to_rollback(
     nights: Path,
     tmp_path: Path,
     server: str,
@@ -185,7 +185,7 @@ def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) 
 
 
 @pytest.mark.slow
-def test_a_client_that_writes_into_the_bucket_itself_has_the_same_champion(
+def test_client_writing_to_the_bucket_sees_the_same_champion(
     nights: Path,
     tmp_path: Path,
     server: str,
@@ -268,7 +268,7 @@ def at_the_same_moment(machines: list[Machine], roots: list[Path], server: str, 
 
 
 @pytest.mark.slow
-def test_of_two_retrainings_at_once_one_makes_the_champion_and_the_other_says_what_to_do(
+def test_one_of_two_concurrent_retrainings_sets_the_champion(
     two: list[Path], server: str, start: Start, machines: list[Machine], quick: pytest.MonkeyPatch
 ) -> None:
     Stage(end_in(two[0], "poor", "register.name=race"), "register").run(register)
@@ -313,7 +313,7 @@ def assert_told_to_compare_again(error: str, name: str, compared: int | None, fo
 
 
 @pytest.mark.slow
-def test_two_first_nights_at_once_with_the_same_results_end_in_one_champion_and_one_run(
+def test_concurrent_identical_first_runs_give_one_champion(
     two: list[Path], server: str, machines: list[Machine]
 ) -> None:
     for root in two:
@@ -331,7 +331,7 @@ def test_two_first_nights_at_once_with_the_same_results_end_in_one_champion_and_
 
 
 @pytest.mark.slow
-def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goes_on_there(
+def test_migrated_store_continues_on_the_server(
     nights: Path,
     tmp_path: Path,
     whole: str,
@@ -386,7 +386,7 @@ def test_all_that_the_embedded_store_holds_is_on_the_server_after_a_move_and_goe
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_during_a_training_costs_it_nothing_and_gets_the_whole_run_when_it_is_back(
+def test_server_outage_during_training_loses_no_data(
     nights: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, undisturbed = (Path(shutil.copytree(nights, tmp_path / name)) for name in ("project", "undisturbed"))
@@ -455,7 +455,7 @@ class Refusal(Answer):
 
 
 @pytest.mark.parametrize("answer", ["401", "403"])
-def test_a_server_that_refuses_the_login_is_one_line_without_the_password(
+def test_refused_login_is_one_line_without_the_password(
     answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_project(tmp_path / "project"))

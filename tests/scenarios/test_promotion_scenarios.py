@@ -63,7 +63,7 @@ def root(nights: Path, tmp_path: Path, embedded_store: None) -> Path:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
-    if request.function is not test_first_night_better_worse_and_tie:
+    if request.function is not test_first_run_then_better_worse_and_tied_challengers:
         monkeypatch.setattr(model_loader, "_predict_in_subprocess", answer)
         if "onnx" not in request.function.__name__:  # some seconds
             monkeypatch.setattr("pipeline.register.exported", lambda *_: {})
@@ -88,7 +88,7 @@ def aliases(root: Path) -> dict[str, int]:
     return {name: int(version) for name, version in found.items()}
 
 
-def test_first_night_better_worse_and_tie(root: Path, night: Night) -> None:
+def test_first_run_then_better_worse_and_tied_challengers(root: Path, night: Night) -> None:
     assert "lenet is now the champion: models:/convoy@champion, version 1" in night("poor")
     assert aliases(root) == {CHALLENGER: 1, CHAMPION: 1}
 
@@ -138,9 +138,7 @@ def test_weights_that_came_from_unknown_data_are_held_back(root: Path, night: Ni
     assert aliases(root)[CHAMPION] == 1
 
 
-def test_weights_that_came_from_a_registered_training_on_other_data_are_judged_by_its_images_too(
-    root: Path, night: Night
-) -> None:
+def test_images_of_a_source_training_count_as_seen(root: Path, night: Night) -> None:
     night("poor")
     with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
@@ -156,7 +154,7 @@ def shown_trail(root: Path, version: int) -> pd.DataFrame:
         return pd.read_csv(store.client.download_artifacts(run, champion.TRAIL))
 
 
-def test_the_onnx_file_of_a_version_is_made_once_and_answers_as_evaluated(
+def test_onnx_file_is_exported_once_and_predicts_as_evaluated(
     root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "lenet: model.onnx answers " in night("good")
@@ -172,7 +170,7 @@ def test_the_onnx_file_of_a_version_is_made_once_and_answers_as_evaluated(
     assert onnx_export.max_difference(tmp_path / "artifacts/model.onnx", pixels, expected) < 1e-5
 
 
-def test_a_model_that_does_not_export_to_onnx_is_registered_without_it(
+def test_model_that_fails_to_export_is_registered_without_onnx(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -190,7 +188,7 @@ def test_a_model_that_does_not_export_to_onnx_is_registered_without_it(
 
 
 @pytest.mark.parametrize(("difference", "kept"), [(9e-5, True), (2e-4, False), (np.inf, False), (np.nan, False)])
-def test_an_onnx_file_that_does_not_answer_as_evaluated_is_not_kept(
+def test_onnx_file_with_other_predictions_is_not_kept(
     difference: float,
     kept: bool,
     root: Path,
@@ -209,7 +207,7 @@ def test_an_onnx_file_that_does_not_answer_as_evaluated_is_not_kept(
     assert (refusal in capsys.readouterr().out) != kept
 
 
-def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
+def test_version_with_a_deviating_onnx_file_is_not_promoted(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     differences = iter([0.0, 2e-4])  # as it is registered, and before the champion is moved
@@ -219,7 +217,7 @@ def test_a_version_whose_onnx_file_answers_otherwise_is_not_promoted(
     assert aliases(root) == {}
 
 
-def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_results_are_evaluated_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     night("good")
     first = night("alike")
     monkeypatch.setattr(promote, "run_gate", lambda *_: pytest.fail("judged again"))
@@ -227,7 +225,7 @@ def test_the_same_results_are_judged_once(root: Path, night: Night, monkeypatch:
     assert first.splitlines()[-2:] == night("alike").splitlines()[-2:]
 
 
-def test_the_verdict_on_the_table_is_that_of_the_last_night(root: Path, night: Night) -> None:
+def test_reported_verdict_is_that_of_the_last_run(root: Path, night: Night) -> None:
     night("good")
     night("alike")
     night("poor")
@@ -235,7 +233,7 @@ def test_the_verdict_on_the_table_is_that_of_the_last_night(root: Path, night: N
     assert (root / "artifacts/verdict.md").read_text().startswith("# HOLD: lenet, version 2, beside the champion")
 
 
-def test_where_the_code_has_changed_the_champion_is_asked_again(
+def test_changed_code_makes_the_champion_predict_again(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
@@ -250,7 +248,7 @@ def test_where_the_code_has_changed_the_champion_is_asked_again(
     assert len(asked) == 1
 
 
-def test_the_best_champion_ever_is_a_champion_however_it_was_judged_since(root: Path, night: Night) -> None:
+def test_best_champion_ever_counts_despite_later_verdicts(root: Path, night: Night) -> None:
     night("poor")
     night("good")
     night("poor")  # rejected now, as it has come again
@@ -263,7 +261,7 @@ def test_the_best_champion_ever_is_a_champion_however_it_was_judged_since(root: 
         assert versions.best_ever(store, "convoy", {1}) == 1
 
 
-def test_too_few_test_images_hold_even_on_the_first_night(root: Path, night: Night) -> None:
+def test_too_few_test_images_hold_even_the_first_run(root: Path, night: Night) -> None:
     said = night("good", "register.gate.min_test_images=500")
     assert "HOLD" in said
     assert "there is no champion yet" in said
@@ -315,7 +313,7 @@ def _instead(read: Callable[..., pd.DataFrame], name: str, table: pd.DataFrame) 
     return lambda file, **options: table.copy() if Path(file).name == name else read(file, **options)
 
 
-def test_a_deleted_champion_is_an_error_and_not_a_first_night(root: Path, night: Night) -> None:
+def test_deleted_champion_is_an_error_and_not_a_first_run(root: Path, night: Night) -> None:
     night("poor")
     with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
@@ -356,7 +354,7 @@ def _moving(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any
     return judged
 
 
-def test_a_rolled_back_model_does_not_come_again_by_itself(
+def test_rolled_back_model_is_not_promoted_again(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night("poor")
@@ -374,7 +372,7 @@ def test_a_rolled_back_model_does_not_come_again_by_itself(
     assert aliases(root) == {CHAMPION: 1}
 
 
-def test_a_champion_that_was_trained_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
+def test_champion_trained_on_a_test_image_is_an_error(root: Path, night: Night) -> None:
     night("poor")
     table = root / "artifacts/preprocess/images.parquet"
     images = pd.read_parquet(table)
@@ -497,7 +495,7 @@ def test_without_a_store_no_process_is_started(root: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("lost", ["version", "weights", "store"])
-def test_a_champion_that_is_lost_is_told_before_training(
+def test_lost_champion_is_reported_before_training(
     lost: str, root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
@@ -568,7 +566,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.slow
-def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
+def test_killed_register_is_completed_by_the_next_run(
     root: Path, night: Night, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("poor")
@@ -596,7 +594,7 @@ def test_whatever_dies_between_two_writes_of_register_the_next_night_ends_it(
     assert writes > 8
 
 
-def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
+def test_sync_refills_a_deleted_database_but_has_no_champion(
     root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
@@ -624,7 +622,7 @@ def test_a_deleted_database_is_filled_again_by_sync_and_its_champion_is_missed(
 
 
 @pytest.mark.parametrize("override", ["register.gate.max_looks=7", "register.gate.alpha=0.04"])
-def test_where_the_rule_has_changed_it_is_judged_again(
+def test_changed_gate_settings_are_evaluated_again(
     override: str, root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
@@ -634,7 +632,7 @@ def test_where_the_rule_has_changed_it_is_judged_again(
     assert len(asked) == 1
 
 
-def test_where_the_images_or_the_champion_are_others_it_is_judged_again(
+def test_other_images_or_champion_are_evaluated_again(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("poor")
@@ -659,7 +657,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return asked
 
 
-def test_the_gate_is_told_all_that_is_known_of_both(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_gets_the_evidence_of_both_models(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
     real = promote.gate.decide
 

@@ -21,7 +21,7 @@ needs_real_data = pytest.mark.skipif(not REAL_DATA, reason="CONVOY_REAL_DATA nam
 
 
 @needs_real_data
-def test_cifar10_goes_down_the_road_as_the_zip_that_it_is(tmp_path: Path) -> None:
+def test_cifar10_is_trained_from_its_zip_archive(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", [])
     shutil.rmtree(root / "data")
     shutil.copy(Path(str(REAL_DATA), "cifar10-jpeg.zip"), root / "data")  # as DVC puts there what data.dvc names
@@ -37,7 +37,7 @@ def test_cifar10_goes_down_the_road_as_the_zip_that_it_is(tmp_path: Path) -> Non
 
 
 @needs_real_data
-def test_mnist_keeps_its_test_split_and_lenet_learns_it_in_one_epoch(tmp_path: Path) -> None:
+def test_lenet_learns_mnist_in_one_epoch(tmp_path: Path) -> None:
     overrides = ["dataset=mnist", "model=[lenet]", "train.max_epochs=1", "trainer.threads=1", "register.gate.floor=0.9"]
     root = make_project(tmp_path / "project", overrides)
     raw = root / "downloads" / "mnist" / "MNIST" / "raw"

@@ -15,9 +15,7 @@ BUSY = "while True: sum(number * number for number in range(10_000))"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["googlenet"])  # dropout, batch norm and heads of its own
-def test_two_fresh_copies_train_to_the_same_bytes_one_of_them_on_a_busy_machine(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_two_copies_train_bit_identically_on_a_busy_machine(architecture: str, tmp_path: Path) -> None:
     first = make_project(tmp_path / "one" / "project", [f"model=[{architecture}]", "train.max_epochs=2"])
     run_stages(first, until="preprocess")
     second = tmp_path / "another place" / "project"

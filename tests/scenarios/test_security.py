@@ -73,7 +73,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".ckpt", ".pkl", ".onnx", ""])
-def test_training_starts_from_no_file_that_may_hold_code(suffix: str, fired: Path, tmp_path: Path) -> None:
+def test_training_refuses_a_file_that_may_hold_code(suffix: str, fired: Path, tmp_path: Path) -> None:
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(zipped(fired))
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init=.*it may be scratch"):
@@ -93,7 +93,7 @@ def test_training_starts_from_no_file_that_may_hold_code(suffix: str, fired: Pat
         ({"task": None}, "task: input should be an object"),
     ],
 )
-def test_a_record_that_asks_for_more_than_an_architecture_is_refused(
+def test_record_with_an_invalid_architecture_is_refused(
     change: dict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "record.json", "calibration.json"])
 @pytest.mark.parametrize("change", ["one bit", "poison", "gone", "another"])
-def test_what_answers_is_what_was_registered_or_nothing(
+def test_only_the_registered_files_are_loaded(
     file: str, change: str, root: Path, stored: Path, fired: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = stored / "artifacts" / file
@@ -227,7 +227,7 @@ def test_code_that_was_put_into_a_model_is_refused_and_never_run(
         del sys.modules[name]
 
 
-def test_a_file_more_is_not_even_fetched(root: Path, stored: Path, fired: Path, tmp_path: Path) -> None:
+def test_additional_file_is_not_even_downloaded(root: Path, stored: Path, fired: Path, tmp_path: Path) -> None:
     cache = stored / "code" / "convoy" / "__pycache__" / f"task.{sys.implementation.cache_tag}.pyc"
     cache.parent.mkdir(exist_ok=True)
     for file in (cache, stored / "artifacts" / "model.pt2", stored / "code" / "torch.py"):
@@ -245,9 +245,7 @@ def test_a_version_without_hashes_is_refused(tag: str | None, root: Path) -> Non
             model_loader.load(found)
 
 
-def test_weights_that_change_on_their_way_into_the_store_are_not_registered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_changed_during_upload_are_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     download = mlflow.artifacts.download_artifacts
 
@@ -299,7 +297,7 @@ CHANGES = [("weights.safetensors", "one bit"), ("weights.safetensors", "poison")
 
 
 @pytest.mark.parametrize(("file", "change"), CHANGES)
-def test_a_training_starts_from_no_champion_whose_files_were_changed(
+def test_training_refuses_a_champion_with_modified_files(
     file: str, change: str, root: Path, stored: Path, fired: Path, tmp_path: Path
 ) -> None:
     tamper(stored / "artifacts" / file, change, fired)
@@ -311,7 +309,7 @@ def test_a_training_starts_from_no_champion_whose_files_were_changed(
 
 
 @pytest.mark.parametrize(("file", "change"), CHANGES)
-def test_a_training_starts_from_no_run_whose_files_were_changed(
+def test_training_refuses_a_run_with_modified_files(
     file: str, change: str, root: Path, run: tuple[str, Path], fired: Path, tmp_path: Path
 ) -> None:
     made, folder = run
@@ -323,7 +321,7 @@ def test_a_training_starts_from_no_run_whose_files_were_changed(
 
 
 @pytest.mark.parametrize("init", ["champion", "run"])
-def test_a_training_starts_from_files_that_nobody_touched(
+def test_training_accepts_unmodified_files(
     init: str, root: Path, stored: Path, run: tuple[str, Path], tmp_path: Path
 ) -> None:
     start_from(root, run[0] if init == "run" else init, tmp_path / "start")
@@ -332,7 +330,7 @@ def test_a_training_starts_from_files_that_nobody_touched(
 
 
 @pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json", '{"history.csv": "0123"}'])
-def test_a_training_starts_from_no_run_without_hashes(
+def test_training_refuses_a_run_without_hashes(
     tag: str | None, root: Path, run: tuple[str, Path], tmp_path: Path
 ) -> None:
     with open_store(root, "convoy") as store:
@@ -346,7 +344,7 @@ def test_a_training_starts_from_no_run_without_hashes(
 # The model as MLflow itself loads it
 
 
-def test_the_served_model_refuses_weights_that_are_not_those_it_was_made_with(stored: Path) -> None:
+def test_served_model_refuses_other_weights(stored: Path) -> None:
     weights = stored / "artifacts" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
@@ -358,7 +356,7 @@ def test_the_served_model_refuses_weights_that_are_not_those_it_was_made_with(st
 # Secrets
 
 
-def test_no_secret_of_the_surroundings_is_in_what_is_registered(root: Path) -> None:
+def test_no_secret_of_the_environment_is_registered(root: Path) -> None:
     files = [file for file in root.rglob("*") if file.is_file()]
     assert any(file.name == "mlflow.db" for file in files)
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
@@ -386,7 +384,7 @@ def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REAL)))
-def test_nothing_that_runs_what_it_reads_is_ever_called(file: Path) -> None:
+def test_no_loader_that_executes_code_is_called(file: Path) -> None:
     for name, keywords in calls(file):
         assert not [word for word in RUNS_CODE if f".{word}." in f".{name}."], name
         assert name not in ("eval", "exec")  # a network has an eval() that is another

@@ -49,14 +49,14 @@ def champion_version(root: Path) -> str:
         return str(store.client.get_model_version_by_alias("convoy", "champion").version)
 
 
-def test_the_leaderboard_lists_every_architecture_best_in_validation_first(road: Path) -> None:
+def test_leaderboard_lists_models_by_validation_accuracy(road: Path) -> None:
     table = pd.read_csv(road / "artifacts/register/leaderboard.csv")
     assert set(table["model"]) == {"lenet", "resnet"}
     assert table["val_accuracy"].is_monotonic_decreasing
     assert {"test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_log_loss"} <= set(table.columns)
 
 
-def test_each_run_is_in_mlflow_with_its_curves_settings_and_figures(road: Path) -> None:
+def test_each_run_has_its_curves_settings_and_metrics(road: Path) -> None:
     table = runs(road)
     assert list(table.index) == ["lenet", "resnet"]
     assert set(table["status"]) == {"FINISHED"}
@@ -79,7 +79,7 @@ def test_all_runs_have_the_same_metrics_and_parameters(road: Path) -> None:
     assert not table.isna().any().any()
 
 
-def test_the_champion_answers_plain_images_as_the_evaluation_did(road: Path) -> None:
+def test_champion_predicts_images_as_the_evaluation_did(road: Path) -> None:
     best = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
     recorded = pd.read_parquet(road / f"artifacts/evaluate/{best}/predictions.parquet")
     prepared = pd.read_parquet(road / "artifacts/preprocess/images.parquet").query("split == 'test'")
@@ -131,7 +131,7 @@ def test_an_experiment_leaves_the_champion_as_it_is(
         store.client.set_registered_model_alias("convoy", "champion", str(before["champion"]))
 
 
-def test_an_experiment_in_a_temporary_copy_brings_its_runs_to_the_project(
+def test_experiment_in_a_temporary_copy_logs_to_the_project(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
@@ -144,9 +144,7 @@ def test_an_experiment_in_a_temporary_copy_brings_its_runs_to_the_project(
     assert list(runs(tmp_path / "project").index) == ["lenet", "resnet"]
 
 
-def test_the_conclusion_shows_the_leaderboard_and_what_to_type_next(
-    road: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_shows_the_leaderboard_and_the_next_commands(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_summary(road, config.load(road / "params.yaml"))
     said = capsys.readouterr().out
     assert "lenet" in said
@@ -160,7 +158,7 @@ def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
         print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
 
 
-def test_the_same_settings_train_to_the_same_bytes_in_another_folder(road: Path, tmp_path: Path) -> None:
+def test_training_is_bit_identical_in_another_folder(road: Path, tmp_path: Path) -> None:
     again = make_project(tmp_path / "another" / "place")
     run_stages(again, until="evaluate")
     for mark in sorted(again.glob("artifacts/**/manifest.json")):
@@ -182,9 +180,7 @@ def test_each_run_names_the_data_that_its_model_saw(road: Path) -> None:
 # Data that grow
 
 
-def test_a_class_that_comes_goes_to_the_end_and_one_that_goes_keeps_its_place(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_new_class_is_appended_and_a_removed_one_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "train.max_epochs=1"])
     run_stages(root, until="preprocess")
     first = (root / "artifacts/preprocess/task.json").read_text()
@@ -202,7 +198,7 @@ def test_a_class_that_comes_goes_to_the_end_and_one_that_goes_keeps_its_place(
     assert champion_version(root) == "1"  # and all the stages can live with a class without images
 
 
-def test_the_same_data_seen_again_give_the_same_card(tmp_path: Path) -> None:
+def test_same_data_gives_the_same_card(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     run_stages(root, until="fetch")
     Image.new("L", (12, 12), 7).save(root / "data/lying/new.png")
@@ -229,7 +225,7 @@ def test_test_images_that_are_given_for_training_are_counted(
     assert "note: of the last run's test images 1 train or choose" in capsys.readouterr().out
 
 
-def test_what_never_came_into_an_output_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_reached_no_output_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_project(tmp_path / "project")
     run_stages(root, until="fetch")
     lock = (root / "data.lock").read_bytes()
@@ -247,7 +243,7 @@ def test_what_never_came_into_an_output_is_not_remembered(tmp_path: Path, monkey
     assert b"mistaken" in (root / "data.lock").read_bytes()
 
 
-def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_excluded_images_are_reported_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_project(tmp_path / "project")
     (root / "data/lying/torn.png").write_bytes((root / "data/lying/00.png").read_bytes()[:60])
     (root / "data/lying/again.png").write_bytes((root / "data/lying/00.png").read_bytes())
@@ -258,7 +254,7 @@ def test_what_is_left_out_is_told_by_name(tmp_path: Path, capsys: pytest.Capture
     assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
 
 
-def test_where_too_much_is_bad_the_first_are_told_and_all_are_in_a_file(tmp_path: Path) -> None:
+def test_many_invalid_images_are_listed_completely_in_a_file(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     for number in range(60):
         (root / f"data/lying/torn{number:02}.png").write_bytes(b"torn")
@@ -288,7 +284,7 @@ def test_git_repository_is_found_in_each_of_its_forms(place: str, tmp_path: Path
     check_repository(root)
 
 
-def test_project_without_git_may_tell_dvc_so(tmp_path: Path) -> None:
+def test_project_without_git_may_set_no_scm(tmp_path: Path) -> None:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = True\n")
     check_repository(tmp_path)
@@ -300,9 +296,7 @@ def test_a_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
         dvc_state.read_yaml(tmp_path / "data.dvc")
 
 
-def test_an_mlflow_server_that_can_not_be_reached_is_one_clear_line(
-    road: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_mlflow_server_is_one_clear_line(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConvoyError, match=r"MLflow at http://127.0.0.1:9 fails: .*MLFLOW_TRACKING_URI") as raised:
@@ -351,9 +345,7 @@ def test_several_machines_are_not_started_one_by_one(tmp_path: Path, monkeypatch
         Stage(root, "train", "lenet").run(train)
 
 
-def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_training_is_marked_and_the_others_continue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_project(tmp_path / "project", [*SMALL, "model.resnet.recipe.lr=1e30"])
     run_stages(root)
     shown = capsys.readouterr()
@@ -379,12 +371,12 @@ def test_a_training_that_fails_is_marked_so_and_the_others_go_on(
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
 
 
-def test_who_may_read_a_record_may_read_the_weights(road: Path) -> None:
+def test_weights_have_the_permissions_of_the_record(road: Path) -> None:
     trained = road / "artifacts/train/lenet"
     assert (trained / "weights.safetensors").stat().st_mode == (trained / "record.json").stat().st_mode
 
 
-def test_a_disk_too_full_for_the_weights_says_so_in_the_systems_words(road: Path, tmp_path: Path) -> None:
+def test_full_disk_is_reported_with_the_message_of_the_system(road: Path, tmp_path: Path) -> None:
     root = shutil.copytree(road, tmp_path / "project")
 
     def train_on_a_full_disk(stage: Stage) -> None:
@@ -395,7 +387,7 @@ def test_a_disk_too_full_for_the_weights_says_so_in_the_systems_words(road: Path
         Stage(root, "train", "lenet").run(train_on_a_full_disk)
 
 
-def test_a_training_starts_from_the_champion_and_a_run_and_says_so(
+def test_training_starts_from_the_champion_or_a_run(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REAL))
@@ -421,7 +413,7 @@ def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> Non
         run_stages(root)
 
 
-def test_an_unknown_architecture_in_the_list_is_refused_with_the_one_that_was_meant(tmp_path: Path) -> None:
+def test_unknown_architecture_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"^conf/model/lenett.yaml: there is no such file; did you mean lenet\?$"):
         make_project(tmp_path / "project", ["model=[lenett,resnet]"])
 
@@ -444,7 +436,7 @@ def test_the_epochs_are_compared_by_the_validation_images(road: Path) -> None:
         assert best["val_loss"] == pytest.approx(judged["val_log_loss_uncalibrated"], rel=1e-3)
 
 
-def test_a_data_set_of_other_classes_under_a_known_name_is_refused(tmp_path: Path) -> None:
+def test_other_classes_under_a_known_dataset_name_are_refused(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     name = config.load(root / "params.yaml")["dataset"]["name"]
     (root / "data.lock").write_text(f"{name}:\n  classes: [cat, dog]\n  versions: []\n")
@@ -452,7 +444,7 @@ def test_a_data_set_of_other_classes_under_a_known_name_is_refused(tmp_path: Pat
         run_stages(root, until="fetch")
 
 
-def test_a_training_with_other_settings_does_not_go_on_from_the_checkpoint_of_this_one(
+def test_checkpoint_of_other_settings_is_not_resumed(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = shutil.copytree(road, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))

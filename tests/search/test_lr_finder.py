@@ -10,7 +10,7 @@ from convoy.training.datamodule import ImageData
 from training_fixtures import CPU, bars, build, with_room_for_ten
 
 
-def test_the_guess_trains_and_the_rates_tried_end_where_the_loss_has_left_all_hope() -> None:
+def test_suggested_rate_trains_and_the_sweep_stops_early() -> None:
     classifier = build()
     table = sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
     assert table["lr"].is_monotonic_increasing
@@ -18,13 +18,13 @@ def test_the_guess_trains_and_the_rates_tried_end_where_the_loss_has_left_all_ho
     assert 1e-3 < suggest_learning_rate(table) < 1
 
 
-def test_the_guess_is_where_the_loss_falls_fastest() -> None:
+def test_suggestion_is_where_the_loss_falls_fastest() -> None:
     rates = np.geomspace(1e-5, 10, 200)
     loss = 2 - np.tanh(3 * (np.log10(rates) + 2)) + np.where(rates > 1, (np.log10(rates) * 9) ** 2, 0)
     assert abs(np.log10(suggest_learning_rate(pd.DataFrame({"lr": rates, "loss": loss}))) + 2) < 0.1
 
 
-def test_a_batch_in_pieces_comes_to_the_same_guess() -> None:
+def test_accumulated_batch_gives_the_same_suggestion() -> None:
     whole, pieces = (
         sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU).head(60)
         for classifier in (build(augment={"shift": 0}), build(augment={"shift": 0}, accumulate=4))
@@ -32,17 +32,17 @@ def test_a_batch_in_pieces_comes_to_the_same_guess() -> None:
     np.testing.assert_allclose(pieces["loss"], whole["loss"], rtol=1e-3)
 
 
-def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = with_room_for_ten(build(), monkeypatch)
     with pytest.raises(ConvoyError, match="but 8 do"):
         sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
 
 
-def test_without_two_losses_there_is_no_guess() -> None:
+def test_no_suggestion_without_two_losses() -> None:
     with pytest.raises(ConvoyError, match="no number at a learning rate of 1e-05 already"):
         suggest_learning_rate(pd.DataFrame({"lr": [1e-5, 2e-5], "loss": [2.0, float("nan")]}))
 
 
-def test_a_loss_that_is_no_number_does_not_disturb_the_guess() -> None:
+def test_nan_loss_does_not_change_the_suggestion() -> None:
     table = pd.DataFrame({"lr": [1e-3, 1e-2, 1e-1, 1.0], "loss": [2.0, 1.0, 0.5, float("nan")]})
     assert suggest_learning_rate(table) in (1e-3, 1e-2, 1e-1)

@@ -247,7 +247,7 @@ def test_an_upgrade_that_fails_leaves_the_database_as_it_was(
     assert version(tmp_path / "mlflow.db") == VERSIONS[-7]
 
 
-def test_a_database_that_another_process_has_open_waits(tmp_path: Path, older: Path) -> None:
+def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, older: Path) -> None:
     shutil.copy(older, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path / "mlartifacts/theirs")
     told, tell = os.pipe()
@@ -264,7 +264,7 @@ def test_a_database_that_another_process_has_open_waits(tmp_path: Path, older: P
     assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
 
 
-def test_a_database_that_is_locked_is_said_to_be(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_database_is_reported(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.1)
     shutil.copy(empty, tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:

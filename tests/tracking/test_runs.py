@@ -87,9 +87,7 @@ def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> No
     assert older not in runs
 
 
-def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
-    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_syncs_write_each_point_once(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     write, later = MlflowClient.log_batch, runs._now() + 60_000
 
     def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
@@ -106,16 +104,16 @@ def test_two_machines_that_bring_the_same_results_at_once_write_each_point_once(
         assert [(point.step, point.value) for point in history] == points
 
 
-def test_an_experiment_that_another_machine_makes_at_this_moment_is_the_same_one(store: TrackingStore) -> None:
+def test_experiment_created_concurrently_is_reused(store: TrackingStore) -> None:
     ours = store.experiment
     assert tracking._create_experiment(store.client, ours.name, None).experiment_id == ours.experiment_id
 
 
-def test_figures_that_are_no_number_are_left_out(store: TrackingStore) -> None:
+def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
     assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 
 
-def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
+def test_nested_settings_share_one_parameter() -> None:
     run = runs.run_in_training(RECORD, {}, {})
     assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
     assert run.params["recipe.augment"] == "flip=false"
@@ -127,7 +125,7 @@ def test_what_is_too_much_for_a_parameter_each_stands_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("value", "shown"), [(0.123456789, 0.1234568), (1.23456789e-7, 1.234568e-7), (12345678, 12345678), (2.0, 2.0)]
 )
-def test_figures_are_shown_with_seven_digits_and_counts_whole(value: float, shown: float) -> None:
+def test_metrics_have_seven_digits_and_counts_are_integers(value: float, shown: float) -> None:
     assert runs.rounded(value) == shown
 
 
@@ -136,7 +134,7 @@ def test_an_address_is_shown_without_user_name_and_password() -> None:
     assert tracking.without_login("http://here:5000/a@b") == "http://here:5000/a@b"
 
 
-def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
+def test_mlflow_error_is_one_line_without_a_password() -> None:
     said = tracking.describe_mlflow_error(
         RuntimeError("no answer from http://someone:secret@here@host/api\n\nTraceback ...")
     )
@@ -144,9 +142,7 @@ def test_what_mlflow_says_of_a_failure_is_one_line_without_a_password() -> None:
     assert "\n" not in said
 
 
-def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sqlite_uri_of_mlflow_names_the_embedded_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for uri in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path / 'mlflow.db'}"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with tracking.open_store(tmp_path, "convoy") as store:
@@ -154,7 +150,7 @@ def test_the_embedded_store_is_the_same_by_the_name_that_mlflows_own_commands_ta
     assert (tmp_path / "mlflow.db").exists()
 
 
-def test_a_copied_project_does_not_write_into_the_files_of_the_first(tmp_path: Path, embedded_store: None) -> None:
+def test_copied_project_does_not_write_to_the_original(tmp_path: Path, embedded_store: None) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     with tracking.open_store(first, "convoy"):
@@ -167,7 +163,7 @@ def test_a_copied_project_does_not_write_into_the_files_of_the_first(tmp_path: P
         pass
 
 
-def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
+def test_deleted_experiment_is_restored_with_its_runs(tmp_path: Path, embedded_store: None) -> None:
     with tracking.open_store(tmp_path, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
         store.client.delete_experiment(store.experiment.experiment_id)
@@ -178,7 +174,7 @@ def test_an_experiment_that_was_deleted_is_taken_back_with_its_runs(tmp_path: Pa
         ]
 
 
-def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_store: None) -> None:
+def test_damaged_database_is_one_line_with_the_fix(tmp_path: Path, embedded_store: None) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 500)
     with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
         pass
@@ -191,7 +187,7 @@ def test_a_damaged_database_is_one_line_with_the_mend(tmp_path: Path, embedded_s
 
 
 @pytest.mark.parametrize("uri", ["foo://x", "file:///x", "postgresql+asyncpg://someone:secret@127.0.0.1:9/x"])
-def test_an_address_that_leads_to_no_store_is_one_line_with_the_mend(
+def test_invalid_tracking_uri_is_one_line_with_the_fix(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -216,7 +212,7 @@ def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("given", "waits"), [(None, "600"), ("7", "7")])
-def test_a_server_may_take_its_time_for_a_large_file_and_a_user_decide(
+def test_upload_timeout_is_long_and_can_be_set(
     given: str | None, waits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

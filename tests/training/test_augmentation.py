@@ -62,7 +62,7 @@ def deterministic() -> Iterator[None]:
 # Every change
 
 
-def test_nothing_changes_where_nothing_is_asked() -> None:
+def test_images_are_unchanged_without_augmentation() -> None:
     assert augment(noise(), NOTHING).equal(noise())
 
 
@@ -70,7 +70,7 @@ def test_nothing_changes_where_nothing_is_asked() -> None:
 @grey_and_colour
 @pytest.mark.parametrize("count", [1, 33])
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 4)], ids=str)
-def test_images_keep_their_shape_and_type_and_the_given_ones_stay_as_they_are(
+def test_augment_keeps_shape_and_dtype_and_its_input(
     changes: AugmentConfig, channels: int, count: int, size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_images_keep_their_shape_and_type_and_the_given_ones_stay_as_they_are(
 
 
 @every_change
-def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_gives_others(
+def test_augment_depends_on_the_state_of_the_generator(
     changes: AugmentConfig,
 ) -> None:
     def changed(seed: int) -> Tensor:
@@ -95,7 +95,7 @@ def test_the_same_state_of_torchs_generator_gives_the_same_bits_and_another_give
 
 @every_change
 @grey_and_colour
-def test_a_device_is_told_what_to_do_and_never_asked(changes: AugmentConfig, channels: int) -> None:
+def test_augment_never_synchronizes_with_the_device(changes: AugmentConfig, channels: int) -> None:
     for seed in range(3):  # a policy does something else each time
         torch.manual_seed(seed)
         augment(noise(channels=channels), changes)
@@ -109,14 +109,14 @@ def test_a_device_is_told_what_to_do_and_never_asked(changes: AugmentConfig, cha
 
 
 @every_change
-def test_each_batch_is_changed_by_deterministic_operations(changes: AugmentConfig, deterministic: None) -> None:
+def test_augment_uses_deterministic_operations(changes: AugmentConfig, deterministic: None) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         augment(noise(), changes)
 
 
 @every_change
-def test_images_that_are_not_side_by_side_in_memory_are_changed_alike(changes: AugmentConfig) -> None:
+def test_non_contiguous_images_are_augmented_identically(changes: AugmentConfig) -> None:
     pixels = (
         torch.arange(12 * 10 * 3, dtype=torch.uint8).reshape(1, 3, 12, 10).permute(0, 2, 3, 1).expand(50, -1, -1, -1)
     )
@@ -141,7 +141,7 @@ def is_among(image: Tensor, allowed: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1, 3])
-def test_a_changed_image_is_the_image_moved_by_up_to_shift_and_perhaps_flipped(shift: int, flip: bool) -> None:
+def test_image_is_shifted_up_to_the_maximum_and_maybe_flipped(shift: int, flip: bool) -> None:
     torch.manual_seed(0)
     image = ramp(1)[0]
     ways = range(-shift, shift + 1)
@@ -152,7 +152,7 @@ def test_a_changed_image_is_the_image_moved_by_up_to_shift_and_perhaps_flipped(s
     assert len(changed.unique(dim=0)) == len(allowed)  # and every way comes up
 
 
-def test_each_image_of_a_batch_is_changed_on_its_own() -> None:
+def test_each_image_is_augmented_independently() -> None:
     torch.manual_seed(0)
     changed = augment(ramp(64), asked(shift=2, flip=True))
     assert len(changed.unique(dim=0)) > 20
@@ -163,7 +163,7 @@ def test_each_image_of_a_batch_is_changed_on_its_own() -> None:
     shift=st.integers(0, 12), flip=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=50)
-def test_no_pixel_is_invented_and_the_given_images_stay_as_they_are(
+def test_shift_and_flip_invent_no_pixel(
     height: int, width: int, channels: int, shift: int, flip: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -195,7 +195,7 @@ def drawn(pixels: Tensor, params: AugmentConfig) -> Tensor:
     shift=st.integers(0, 20), flip=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=100)
-def test_a_batch_is_changed_as_its_images_are_one_by_one_and_by_the_same_random_numbers(
+def test_batch_is_augmented_as_its_images_one_by_one(
     count: int, height: int, width: int, channels: int, shift: int, flip: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -223,7 +223,7 @@ def test_about_half_of_the_images_are_flipped_exactly() -> None:
 
 @every_policy
 @grey_and_colour
-def test_a_policy_does_what_torchvision_does_of_the_same_random_numbers(policy: str, channels: int) -> None:
+def test_policy_equals_that_of_torchvision(policy: str, channels: int) -> None:
     from torchvision.transforms.v2 import InterpolationMode, RandAugment, TrivialAugmentWide
 
     smooth = InterpolationMode.BILINEAR
@@ -236,7 +236,7 @@ def test_a_policy_does_what_torchvision_does_of_the_same_random_numbers(policy: 
 
 
 @every_policy
-def test_a_small_batchs_images_draw_each_a_change_of_their_own_and_a_large_batchs_in_groups(policy: str) -> None:
+def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
     torch.manual_seed(0)
     image = noise(1)
     assert len(augment(image.repeat(GROUPS, 1, 1, 1), asked(policy=policy)).unique(dim=0)) > GROUPS / 2
@@ -257,7 +257,7 @@ def test_most_images_are_changed(policy: str, channels: int) -> None:
 
 @every_policy
 @grey_and_colour
-def test_every_change_of_a_policy_comes_up_and_leaves_an_image(policy: str, channels: int) -> None:
+def test_every_operation_of_a_policy_occurs(policy: str, channels: int) -> None:
     torch.manual_seed(0)
     for _ in range(20):  # of 16 groups: that one of 14 changes never comes up has a chance of 1e-9
         changed = augment(noise(16, channels=channels), asked(policy=policy))
@@ -274,7 +274,7 @@ def erased(count: int, size: int, probability: float) -> tuple[Tensor, Tensor]:
     return changed, (changed > 0).any(dim=3)
 
 
-def test_what_is_erased_is_a_rectangle_of_a_sane_size_and_shape_and_the_rest_stays() -> None:
+def test_erased_area_is_a_rectangle_of_valid_size() -> None:
     _, where = erased(200, 64, 1.0)
     highs, wides = where.any(2).sum(1), where.any(1).sum(1)
     assert where.sum((1, 2)).equal(highs * wides)  # each row of the rectangle is as wide as the others
@@ -289,7 +289,7 @@ def test_what_is_erased_is_a_rectangle_of_a_sane_size_and_shape_and_the_rest_sta
     assert 0.4 < (ratios > 1).float().mean() < 0.6
 
 
-def test_as_many_images_are_erased_as_asked_each_in_a_place_of_its_own() -> None:
+def test_requested_fraction_of_images_is_erased() -> None:
     _, where = erased(2000, 16, 0.3)
     assert 0.26 < where.any(2).any(1).float().mean() < 0.34
     assert len(where.unique(dim=0)) > 400
@@ -299,7 +299,7 @@ def test_as_many_images_are_erased_as_asked_each_in_a_place_of_its_own() -> None
     assert torch.allclose(often, often.flip(1), atol=0.03)
 
 
-def test_noise_of_every_level_takes_the_place_of_what_is_erased_and_another_in_each_batch() -> None:
+def test_erased_pixels_become_uniform_noise() -> None:
     changed, where = erased(200, 64, 1.0)
     assert len(changed[where].unique()) == 256
     assert 126 < changed[where].float().mean() < 129
@@ -322,7 +322,7 @@ def before(values: Tensor) -> Tensor:
     return values.roll(1, 0)
 
 
-def test_nothing_is_mixed_where_nothing_is_asked() -> None:
+def test_batch_is_unchanged_without_mixing() -> None:
     x, labels = numbered()
     state = torch.get_rng_state()
     images, targets = mix(x, labels, 5, asked(shift=2, policy="rand", erase=1.0))
@@ -333,9 +333,7 @@ def test_nothing_is_mixed_where_nothing_is_asked() -> None:
 
 @every_mix
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_targets_are_shares_of_an_images_own_class_and_of_that_of_the_one_before(
-    mixed: AugmentConfig, count: int
-) -> None:
+def test_mixed_targets_are_weights_of_two_classes(mixed: AugmentConfig, count: int) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         x, labels = numbered(count)
@@ -360,14 +358,14 @@ def test_a_batch_of_one_class_has_that_class_alone_as_its_target(mixed: AugmentC
 
 
 @every_mix
-def test_an_image_that_is_alone_in_its_batch_stays_as_it_is(mixed: AugmentConfig) -> None:
+def test_single_image_of_a_batch_is_not_mixed(mixed: AugmentConfig) -> None:
     x = torch.randn(1, 3, 8, 8)
     images, targets = mix(x, torch.tensor([1]), 3, mixed)
     assert images.equal(x)
     assert targets.equal(torch.tensor([[0.0, 1.0, 0.0]]))
 
 
-def test_mixup_is_the_mean_of_two_images_weighted_as_their_targets_are() -> None:
+def test_mixup_blends_images_by_their_target_weights() -> None:
     x, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
     shares = []
     for seed in range(300):
@@ -381,7 +379,7 @@ def test_mixup_is_the_mean_of_two_images_weighted_as_their_targets_are() -> None
     assert torch.stack(shares).var().item() == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.15)
 
 
-def test_cutmix_pastes_a_rectangle_of_the_image_before_and_the_targets_are_the_shares_of_the_area() -> None:
+def test_cutmix_weighs_targets_by_the_pasted_area() -> None:
     x, labels = numbered()
     seen = torch.zeros(16, 10)
     for seed in range(300):
@@ -400,7 +398,7 @@ def test_cutmix_pastes_a_rectangle_of_the_image_before_and_the_targets_are_the_s
     assert torch.allclose(seen, seen.flip(1), atol=50)
 
 
-def test_with_both_a_batch_is_blended_or_pasted_as_often() -> None:
+def test_mixup_and_cutmix_are_equally_frequent() -> None:
     x, labels = numbered()
     pasted = 0
     for seed in range(400):
@@ -411,7 +409,7 @@ def test_with_both_a_batch_is_blended_or_pasted_as_often() -> None:
 
 
 @every_mix
-def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives_another(mixed: AugmentConfig) -> None:
+def test_mix_depends_on_the_state_of_the_generator(mixed: AugmentConfig) -> None:
     def after(seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         return mix(*numbered(), 5, mixed)
@@ -421,16 +419,14 @@ def test_the_same_state_of_torchs_generator_gives_the_same_mix_and_another_gives
 
 
 @every_mix
-def test_a_mix_keeps_the_order_of_values_in_memory(mixed: AugmentConfig) -> None:
+def test_mix_keeps_the_memory_format(mixed: AugmentConfig) -> None:
     x = torch.randn(4, 3, 8, 8).to(memory_format=torch.channels_last)
     images, _ = mix(x, torch.arange(4), 4, mixed)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @every_mix
-def test_a_device_mixes_by_deterministic_operations_and_is_never_asked(
-    mixed: AugmentConfig, deterministic: None
-) -> None:
+def test_mix_is_deterministic_and_never_synchronizes(mixed: AugmentConfig, deterministic: None) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
         mix(*numbered(), 5, mixed)

@@ -11,7 +11,7 @@ import torch
 from convoy.training.checkpoint import Checkpoint
 
 
-def test_what_was_saved_last_comes_back(tmp_path: Path) -> None:
+def test_last_saved_checkpoint_is_loaded(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "deep" / "last.pt")
     for step in (1, 2):
         checkpoint.save({"step": step, "weights": {"layer": torch.full((2, 2), float(step))}})
@@ -22,11 +22,11 @@ def test_what_was_saved_last_comes_back(tmp_path: Path) -> None:
     assert [file.name for file in checkpoint.file.parent.iterdir()] == ["last.pt"]
 
 
-def test_where_none_was_saved_there_is_none(tmp_path: Path) -> None:
+def test_missing_checkpoint_loads_as_none(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "last.pt").load() is None
 
 
-def test_a_broken_one_is_said_and_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_checkpoint_is_reported_and_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     checkpoint.save({"step": 1})
     checkpoint.file.write_bytes(checkpoint.file.read_bytes()[:-100])
@@ -34,7 +34,7 @@ def test_a_broken_one_is_said_and_not_used(tmp_path: Path, capsys: pytest.Captur
     assert "last.pt can't be used, so the training starts from the beginning: " in capsys.readouterr().out
 
 
-def test_one_wrong_bit_in_a_tensor_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flipped_bit_in_a_tensor_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     checkpoint.save({"weights": torch.full((1000,), 0.5)})
     spoiled = bytearray(checkpoint.file.read_bytes())
@@ -44,7 +44,7 @@ def test_one_wrong_bit_in_a_tensor_is_found(tmp_path: Path, capsys: pytest.Captu
     assert "can't be used, so the training starts from the beginning: " in capsys.readouterr().out
 
 
-def test_code_in_a_poisoned_one_is_never_run(tmp_path: Path) -> None:
+def test_code_in_a_malicious_checkpoint_is_never_run(tmp_path: Path) -> None:
     class Poison:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "poisoned"),)
@@ -55,7 +55,7 @@ def test_code_in_a_poisoned_one_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "poisoned").exists()
 
 
-def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     checkpoint.save({"step": 1})
 
@@ -78,7 +78,7 @@ def test_a_device_that_is_really_full_raises_an_os_error(tmp_path: Path) -> None
     assert checkpoint.load() is None
 
 
-def test_nothing_is_left_of_a_removed_one(tmp_path: Path) -> None:
+def test_removed_checkpoint_leaves_no_file(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "identity" / "last.pt")
     checkpoint.save({"step": 1})
     checkpoint.file.with_suffix(".4711").write_bytes(b"half")  # of a process that was killed

@@ -31,7 +31,7 @@ def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageDat
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
-def test_the_steps_that_are_left_come_in_order_and_at_least_an_empty_range(done: int) -> None:
+def test_remaining_steps_are_in_order_and_never_no_item(done: int) -> None:
     feed = data()
     assert feed.steps == 25
     feed.step = done
@@ -40,7 +40,7 @@ def test_the_steps_that_are_left_come_in_order_and_at_least_an_empty_range(done:
     assert len(due) >= 1
 
 
-def test_a_batch_has_the_pixels_and_labels_of_its_rows_in_the_epoch_under_way() -> None:
+def test_batch_holds_its_rows_of_the_current_epoch() -> None:
     feed = data()
     for epoch in (0, 1, 0):
         feed.epoch = epoch
@@ -50,21 +50,21 @@ def test_a_batch_has_the_pixels_and_labels_of_its_rows_in_the_epoch_under_way() 
             assert labels.tolist() == rows.tolist() == pixels[:, 0, 0, 0].tolist()
 
 
-def test_no_more_images_are_validated_at_a_time_than_fit_where_a_batch_is_trained() -> None:
+def test_validation_batch_is_no_larger_than_a_micro_batch() -> None:
     feed = data(val=100, batch_size=24, accumulate=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
     feed.share(torch.device("cpu"), rank=1, ranks=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
 
 
-def test_images_are_moved_whole_to_a_device_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     images = numbered(100)
     monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
     assert np.array_equal(datamodule.uploaded(images.pixels, torch.device("cpu")).numpy(), images.pixels)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_validation_images_come_once_each_whoever_shares_them(ranks: int) -> None:
+def test_validation_images_are_divided_among_processes(ranks: int) -> None:
     feed = data(train=VAL_BATCH, val=2 * VAL_BATCH + 5, batch_size=VAL_BATCH)
     seen = []
     for rank in range(ranks):
@@ -75,16 +75,14 @@ def test_validation_images_come_once_each_whoever_shares_them(ranks: int) -> Non
     assert sorted(seen) == list(range(2 * VAL_BATCH + 5))
 
 
-def test_images_are_taken_from_where_they_lie_and_stay_as_they_are() -> None:
+def test_batches_are_copies_of_the_stored_images() -> None:
     feed = data()
     pixels, _ = feed.batch(0)
     pixels.zero_()
     assert feed.train.pixels.max() == 99
 
 
-def test_a_large_memory_map_gives_the_same_batches_and_each_is_asked_for_ahead_of_its_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = numbered(100, size=100)  # rows that begin and end within a page
     np.save(tmp_path / "train_pixels.npy", images.pixels)
     np.save(tmp_path / "train_labels.npy", images.labels)

@@ -25,14 +25,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = 
 
 @pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float32")])
 @pytest.mark.parametrize("gpus", [0, 2])
-def test_bfloat16_is_taken_where_the_hardware_multiplies_it_itself(
+def test_bfloat16_is_chosen_if_the_hardware_supports_it(
     bfloat16: bool, precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, gpus=gpus, bfloat16=bfloat16)
     assert choose(AUTO, build()).precision == precision
 
 
-def test_small_steps_take_one_thread_and_large_ones_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_steps_use_one_thread_and_large_ones_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cores=8)
     assert choose(AUTO, build(batch_size=32)).threads == 1
     assert choose(AUTO, build(name="resnet", batch_size=64)).threads == 1
@@ -41,7 +41,7 @@ def test_small_steps_take_one_thread_and_large_ones_all_cores(monkeypatch: pytes
     assert choose(two, build(name="resnet", batch_size=4096)).threads == 4  # they share the cores
 
 
-def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_is_chosen_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     every = dataclasses.replace(AUTO, devices="all")
     machine(monkeypatch, gpus=4)
     assert choose(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
@@ -62,7 +62,7 @@ def test_a_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPat
     assert hardware.device("gpu").type == "cpu"
 
 
-def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_hardware_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=0)
     with pytest.raises(ConvoyError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
         choose(dataclasses.replace(AUTO, accelerator="gpu"), build())
@@ -71,13 +71,13 @@ def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(dataclasses.replace(AUTO, devices=3), build())
 
 
-def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
     assert choose(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
 
 
-def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
+def test_macs_of_lenet_are_those_of_its_layers() -> None:
     classifier = build()
     expected = (
         28 * 28 * 6 * 25  # C1
@@ -90,7 +90,7 @@ def test_multiply_adds_of_lenet_are_those_of_its_layers() -> None:
     assert classifier.mean.device.type == "cpu"  # counted on a copy
 
 
-def test_the_environment_names_what_the_bits_depend_on() -> None:
+def test_environment_names_what_reproducibility_depends_on() -> None:
     found = environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
     assert found["torch"] == torch.__version__.split("+")[0]
     assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()

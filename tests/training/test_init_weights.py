@@ -74,7 +74,7 @@ every_architecture = pytest.mark.parametrize("name", models.names())
 
 
 @every_architecture
-def test_the_head_is_all_that_depends_on_the_number_of_classes_and_what_only_serves_it(name: str) -> None:
+def test_head_is_what_depends_on_the_number_of_classes(name: str) -> None:
     few, many = (build(name, settings(name), dataset_info([str(k) for k in range(count)])) for count in (3, 5))
     shapes = {key: value.shape for key, value in many.state_dict().items()}
     differ = {key for key, value in few.state_dict().items() if value.shape != shapes[key]}
@@ -144,7 +144,7 @@ def saved(weights: object, file: Path) -> Path:
 
 
 @pytest.mark.parametrize("twin", TWINS)
-def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, publish: Publish, tmp_path: Path) -> None:
+def test_weights_from_the_torchvision_cache_give_its_logits(twin: str, publish: Publish, tmp_path: Path) -> None:
     name, theirs = TWINS[twin], torchvisions(twin)
     file = publish(twin, saved(theirs.state_dict(), tmp_path / "weights.pth"))
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
@@ -170,7 +170,7 @@ def test_from_torchvisions_cache_come_torchvisions_logits(twin: str, publish: Pu
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_every_twin_has_the_layers_of_ours_in_their_order() -> None:
+def test_torchvision_equivalents_have_our_layers_in_order() -> None:
     for name in models.names():
         for twin in models.equivalents(name).settings:
             with torch.device("meta"):
@@ -180,7 +180,7 @@ def test_every_twin_has_the_layers_of_ours_in_their_order() -> None:
             assert [value.shape for value in theirs.values()] == shapes, twin
 
 
-def test_an_old_file_with_the_layers_in_another_order_and_no_count_of_batches_is_the_same(tmp_path: Path) -> None:
+def test_reordered_file_without_batch_counts_loads_equally(tmp_path: Path) -> None:
     # torchvision's files of ResNet are like this: running means first, and from before batches were counted
     weights = torchvisions("resnet18", classes=3).state_dict()
     old = {key: weights[key] for key in reversed(weights) if not key.endswith("num_batches_tracked")}
@@ -194,7 +194,7 @@ def test_an_old_file_with_the_layers_in_another_order_and_no_count_of_batches_is
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
-def test_a_file_of_a_torchvision_network_of_other_classes_gives_its_body(tmp_path: Path) -> None:
+def test_torchvision_file_of_other_classes_gives_its_backbone(tmp_path: Path) -> None:
     theirs = torchvisions("resnet18", classes=7)
     torch.save(theirs.state_dict(), tmp_path / "mine.pth")
     values = settings("resnet", str(tmp_path / "mine.pth"), "resnet18")
@@ -207,7 +207,7 @@ def test_a_file_of_a_torchvision_network_of_other_classes_gives_its_body(tmp_pat
 
 
 @pytest.mark.parametrize("order", ["other names", "another order"])
-def test_of_imagenet_with_other_classes_the_head_is_new(order: str, publish: Publish, tmp_path: Path) -> None:
+def test_imagenet_weights_for_other_classes_get_a_new_head(order: str, publish: Publish, tmp_path: Path) -> None:
     publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
     values = settings("resnet", "pretrained", "resnet18")
     classifier = build("resnet", values, dataset_info(SOME if order == "other names" else NAMES[::-1]))
@@ -216,7 +216,7 @@ def test_of_imagenet_with_other_classes_the_head_is_new(order: str, publish: Pub
     assert torch.equal(classifier.classifier.weight, fresh)
 
 
-def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(publish: Publish, tmp_path: Path) -> None:
+def test_auxiliary_classifiers_of_torchvision_are_not_loaded(publish: Publish, tmp_path: Path) -> None:
     publish("googlenet", saved(torchvisions("googlenet").state_dict(), tmp_path / "weights.pth"))
     values = settings("googlenet", "pretrained", "googlenet")
     classifier = build("googlenet", values, dataset_info(size=64))
@@ -228,7 +228,7 @@ def test_the_auxiliary_classifiers_of_torchvisions_googlenet_are_not_taken(publi
     assert classifier.mean.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_without_a_network_the_message_names_the_file_and_where_it_goes(cache: Path) -> None:
+def test_offline_message_names_the_file_and_its_target_folder(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError) as refusal:
         start(build("resnet", values, dataset_info()), "resnet", values)
@@ -266,7 +266,7 @@ def test_other_weights_under_a_published_name_are_refused(twin: str, place: str,
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
 
 
-def test_one_wrong_bit_in_published_weights_is_found(publish: Publish, tmp_path: Path) -> None:
+def test_flipped_bit_in_published_weights_is_detected(publish: Publish, tmp_path: Path) -> None:
     file = publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -276,14 +276,14 @@ def test_one_wrong_bit_in_published_weights_is_found(publish: Publish, tmp_path:
         start(build("resnet", values, dataset_info()), "resnet", values)
 
 
-def test_a_file_of_the_users_own_is_recorded_as_not_verified(tmp_path: Path) -> None:
+def test_file_of_the_user_is_recorded_as_not_verified(tmp_path: Path) -> None:
     file = saved(torchvisions("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
     values = settings("resnet", str(file), "resnet18")
     record = start(build("resnet", values, dataset_info()), "resnet", values)
     assert (record["sha256"], record["verified"]) == (sha256(file), False)
 
 
-def test_settings_unlike_any_of_torchvision_are_refused_with_what_to_set() -> None:
+def test_settings_unknown_to_torchvision_are_refused_with_a_fix() -> None:
     message = (
         r"model\.resnet\.init: torchvision has no resnet with these settings; for its resnet18 set "
         r"widths: \[64, 128, 256, 512\], stem_kernel: 7, stem_stride: 2"
@@ -318,7 +318,7 @@ class Poison:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
 @pytest.mark.parametrize("place", ["cache", "file"])
-def test_a_poisoned_file_is_refused_and_not_run(form: str, place: str, publish: Publish, tmp_path: Path) -> None:
+def test_malicious_file_is_refused_and_not_run(form: str, place: str, publish: Publish, tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     content = {"conv1.weight": Poison(fired)}
     file = tmp_path / "poison.pth"
@@ -385,7 +385,7 @@ def leave(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 
     return classifier
 
 
-def test_scratch_leaves_a_classifier_as_it_was_drawn() -> None:
+def test_scratch_leaves_the_initial_weights() -> None:
     classifier = build("lenet", settings("lenet"), dataset_info())
     before = copies(classifier)
     assert start(classifier, "lenet", settings("lenet")) == {"init": "scratch"}
@@ -393,7 +393,7 @@ def test_scratch_leaves_a_classifier_as_it_was_drawn() -> None:
 
 
 @every_architecture
-def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> None:
+def test_all_weights_are_loaded_for_the_same_classes(name: str, tmp_path: Path) -> None:
     left = leave(tmp_path, name, settings(name), dataset_info())
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info())
@@ -406,7 +406,7 @@ def test_of_the_same_classes_everything_is_taken(name: str, tmp_path: Path) -> N
 
 @every_architecture
 @pytest.mark.parametrize("classes", [SOME[::-1], ["a", "b", "c"], [*SOME, "elk"]], ids=["order", "names", "number"])
-def test_of_other_classes_all_but_the_head_is_taken(name: str, classes: list[str], tmp_path: Path) -> None:
+def test_all_weights_but_the_head_are_loaded_for_other_classes(name: str, classes: list[str], tmp_path: Path) -> None:
     left = leave(tmp_path, name, settings(name), dataset_info()).state_dict()
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info(classes))
@@ -450,7 +450,7 @@ def test_missing_and_unknown_names_are_refused() -> None:
         init_weights.load_matching(classifier, headless, same_classes=True)
 
 
-def test_of_many_misfits_the_first_are_named() -> None:
+def test_first_of_many_mismatches_are_named() -> None:
     classifier = build("resnet", settings("resnet"), dataset_info())
     with pytest.raises(ConvoyError, match=r"mean is missing; .* and \d+ more$"):
         init_weights.load_matching(classifier, {}, same_classes=False)
@@ -549,7 +549,7 @@ def from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifie
 @pytest.mark.parametrize(
     ("name", "champion", "version"), [("lenet", None, 3), ("lenet", 1, 1), ("lenet", 2, 3), ("resnet", 1, 2)]
 )
-def test_champion_means_the_champion_or_else_the_newest_version_of_the_architecture(
+def test_champion_or_newest_version_is_used(
     store: TrackingStore, name: str, champion: int | None, version: int
 ) -> None:
     store.client.delete_registered_model_alias("convoy", "champion")
@@ -563,7 +563,7 @@ def test_champion_means_the_champion_or_else_the_newest_version_of_the_architect
     assert record["source"].startswith(f"version {version} of model convoy, of run ")
 
 
-def test_an_architecture_that_was_never_registered_is_refused_with_those_that_were(store: TrackingStore) -> None:
+def test_unregistered_architecture_is_refused(store: TrackingStore) -> None:
     message = r"model\.alexnet\.init: .* no version of model convoy of architecture alexnet \(there are lenet, resnet\)"
     with pytest.raises(ConvoyError, match=message):
         from_store(store, "alexnet", settings("alexnet", "champion"))
@@ -645,7 +645,7 @@ def test_broken_weights_of_a_run_are_named_by_the_run(
 
 
 @pytest.mark.parametrize("way", ["conf", "override"])
-def test_the_experiment_finetune_composes_to_what_its_weights_fit(way: str, tmp_path: Path) -> None:
+def test_finetune_experiment_fits_its_weights(way: str, tmp_path: Path) -> None:
     shutil.copytree(CONF, tmp_path / "conf")
     file = tmp_path / "conf" / "config.yaml"
     text = file.read_text()

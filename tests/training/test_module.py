@@ -31,14 +31,14 @@ from training_fixtures import CPU, bars, build, same, train, with_room_for_ten
 # What training leaves
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:
+def test_training_is_bit_identical_for_the_same_seed() -> None:
     first, again, other = train(build()), train(build()), train(build(), seed=1)
     assert same(first.weights, again.weights)
     assert first.history == again.history
     assert not same(first.weights, other.weights)
 
 
-def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> None:
+def test_history_has_every_epoch_and_the_best_is_kept() -> None:
     trained = train(build(), max_epochs=6)
     assert [epoch["epoch"] for epoch in trained.history] == [1, 2, 3, 4, 5, 6]
     assert list(trained.history[0]) == COLUMNS
@@ -48,7 +48,7 @@ def test_every_epoch_is_in_the_history_and_the_best_by_validation_is_kept() -> N
 
 @pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_kept_weights_score_what_the_history_says_of_the_best_epoch(recipe: dict, precision: str) -> None:
+def test_kept_weights_reach_the_best_accuracy_of_the_history(recipe: dict, precision: str) -> None:
     choice = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
     trained = train(build(**recipe), max_epochs=6, choice=choice)
     classifier = build()
@@ -73,18 +73,18 @@ LEARNING = {
 
 
 @pytest.mark.parametrize("recipe", LEARNING.values(), ids=LEARNING)
-def test_a_network_learns_what_can_be_learnt_by_every_recipe(recipe: dict[str, Any]) -> None:
+def test_every_recipe_learns_a_simple_dataset(recipe: dict[str, Any]) -> None:
     assert train(build(**recipe), max_epochs=15).best["val_accuracy"] > 0.9
 
 
-def test_pieces_of_a_batch_add_up_to_the_batch() -> None:
+def test_accumulated_gradients_equal_those_of_the_batch() -> None:
     still = {"augment": {"shift": 0}}  # the pieces would draw other changes
     whole, pieces = train(build(**still), max_epochs=1), train(build(accumulate=4, **still), max_epochs=1)
     for name, weights in whole.weights.items():
         assert pieces.weights[name] == pytest.approx(weights, abs=1e-5)
 
 
-def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
+def test_frozen_backbone_is_unchanged_while_the_head_learns() -> None:
     classifier = build(name="resnet", body_lr=0.0)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     after = train(classifier, max_epochs=1).weights
@@ -92,7 +92,7 @@ def test_a_frozen_body_stays_as_it_was_and_the_head_learns() -> None:
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-def test_norms_and_biases_do_not_decay_and_the_body_has_a_rate_of_its_own() -> None:
+def test_norms_and_biases_do_not_decay() -> None:
     classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     groups = optimizers.make_optimizer(classifier).param_groups
@@ -112,13 +112,13 @@ def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
     assert all(math.isfinite(rate) and 0 <= rate <= 1 for rate in rates)
 
 
-def test_a_training_that_gets_no_better_stops_after_patience_epochs() -> None:
+def test_training_stops_after_patience_epochs() -> None:
     trained = train(build(lr=1e-9), max_epochs=50, patience=2)
     assert trained.stopped == "patience"
     assert len(trained.history) == trained.best["epoch"] + 2 < 50
 
 
-def test_no_epoch_begins_that_would_pass_the_budget_of_minutes() -> None:
+def test_no_epoch_starts_that_would_exceed_max_minutes() -> None:
     trained = train(build(), max_epochs=500, max_minutes=1e-6)
     assert trained.stopped == "max_minutes"
     assert len(trained.history) == 1
@@ -127,7 +127,7 @@ def test_no_epoch_begins_that_would_pass_the_budget_of_minutes() -> None:
 # A training that comes to nothing
 
 
-def test_a_loss_that_is_no_number_ends_the_training_with_its_step_and_rate_and_what_to_try() -> None:
+def test_nan_loss_stops_with_step_rate_and_advice() -> None:
     trained = train(build(lr=1e30), max_epochs=3)
     assert trained.stopped == "failure"
     failure = trained.failure
@@ -151,13 +151,13 @@ def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.Mon
     assert (trained.failure.epoch, trained.failure.step) == (3, 9)  # the step after the one with that rate
 
 
-def test_a_batch_too_large_for_the_memory_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = with_room_for_ten(build(), monkeypatch)
     with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
         train(classifier)
 
 
-def test_no_piece_of_a_batch_is_much_smaller_than_the_others() -> None:
+def test_micro_batches_are_of_similar_size() -> None:
     rows = torch.arange(7)
     assert [labels.tolist() for _, labels in split_batch(rows, rows, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
 
@@ -169,7 +169,7 @@ def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.Monkey
         train(classifier)
 
 
-def test_images_are_changed_in_full_precision_whatever_the_network_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_runs_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     low: list[bool] = []
 
     def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
@@ -182,7 +182,7 @@ def test_images_are_changed_in_full_precision_whatever_the_network_computes_in(m
     assert not any(low)
 
 
-def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_freed_before_smaller_batches_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build()
     heads, held = classifier.heads, []
 
@@ -200,7 +200,7 @@ def test_what_filled_the_memory_is_gone_when_it_is_tried_which_batch_fits(monkey
     assert len(held) == 2  # of the training, and of 16 images that were tried
 
 
-def test_of_two_processes_and_pieces_each_it_is_told_what_fits_into_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advised_batch_size_counts_processes_and_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build(batch_size=50, accumulate=2)
     monkeypatch.setattr(batch_size_errors, "fits_in_memory", lambda *_: _[-1] <= 6)
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
@@ -242,15 +242,13 @@ EVERYTHING = {
     [("lenet", {}), ("alexnet", {}), ("lenet", EVERYTHING), ("resnet", EVERYTHING | {"optimizer": "adamw"})],
     ids=["lenet", "alexnet, which drops out", "lenet with everything", "resnet with everything, adamw"],
 )
-def test_a_training_interrupted_after_any_step_goes_on_to_the_same_bits(
-    name: str, recipe: dict[str, Any], tmp_path: Path
-) -> None:
+def test_training_resumes_bit_identically_after_any_step(name: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     interrupt_and_compare(tmp_path / "last.pt", CPU, name, **recipe)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_training_goes_on_to_the_same_bits_too(tmp_path: Path) -> None:
+def test_compiled_training_resumes_bit_identically(tmp_path: Path) -> None:
     interrupt_and_compare(tmp_path / "last.pt", dataclasses.replace(CPU, compile=True), "alexnet")
 
 
@@ -265,7 +263,7 @@ def interrupt_and_compare(file: Path, choice: ResolvedTrainer, name: str, **reci
     assert resumed.best == undisturbed.best
 
 
-def test_a_training_that_had_ended_ends_again_without_a_step(tmp_path: Path) -> None:
+def test_finished_training_resumes_without_a_step(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     first = train(build(), checkpoint=checkpoint)
     again = train(build(1), checkpoint=checkpoint)
@@ -355,7 +353,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("change", NO_STATES.values(), ids=NO_STATES.keys())
-def test_a_checkpoint_that_is_no_state_is_named_and_not_used(
+def test_invalid_checkpoint_is_named_and_not_used(
     change: Callable[[dict[str, Any]], Any], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
@@ -374,7 +372,7 @@ def test_a_checkpoint_that_is_no_state_is_named_and_not_used(
 
 @pytest.mark.parametrize("name", models.names())
 @pytest.mark.parametrize("recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema": 0.5, "accumulate": 2}], ids=str)
-def test_every_network_goes_on_from_its_checkpoint(
+def test_every_architecture_resumes_from_its_checkpoint(
     name: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe | {"batch_size": 32}
@@ -420,7 +418,7 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
     assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
 
 
-def test_sigterm_ends_a_step_that_does_not_end_and_swallows_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_a_hung_step(monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless:
         def __del__(self) -> None:
             time.sleep(60)  # Python drops what is raised here
@@ -466,7 +464,7 @@ def test_a_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) 
     assert lines[-1].endswith("0:00:00 left")
 
 
-def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_gets_one_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in ("stderr", "stdout"):
         monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True)
     train(build(), max_epochs=3)
@@ -480,7 +478,7 @@ def test_a_terminal_gets_one_calm_bar(capsys: pytest.CaptureFixture[str], monkey
     assert shown.err.count("\r") < 20
 
 
-def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_uses_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
     sure: list[bool] = []
 
     def watched(pixels: Tensor, params: AugmentConfig) -> Tensor:
@@ -494,7 +492,7 @@ def test_no_step_is_made_by_operations_that_may_end_in_other_bits(monkeypatch: p
     assert all(sure)
 
 
-def test_each_process_and_each_step_of_each_seed_draws_its_own_random_numbers() -> None:
+def test_random_state_differs_by_process_step_and_seed() -> None:
     once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     drawn = set()
     for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
@@ -521,7 +519,7 @@ def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: 
 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("lenet", 0.0), ("lenet", 0.2), ("googlenet", 0.0)])
-def test_the_loss_is_that_of_all_heads_by_their_weights_smoothed_as_asked(name: str, smoothing: float) -> None:
+def test_loss_is_the_weighted_sum_over_all_heads(name: str, smoothing: float) -> None:
     made = begun(name, label_smoothing=smoothing)
     pixels, labels = made.data.batch(0)
     seed_step(0, 0, 0, made.device)
@@ -536,7 +534,7 @@ def test_the_loss_is_that_of_all_heads_by_their_weights_smoothed_as_asked(name: 
     assert name == "lenet" or {weight for weight, _ in heads} != {1.0}
 
 
-def test_no_gradient_is_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_norm_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     norms: list[float] = []
     step = torch.optim.SGD.step
 
@@ -560,14 +558,14 @@ def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
     assert max(momenta) == pytest.approx(0.9, abs=0.01)
 
 
-def test_the_running_mean_begins_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_decay_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     decays: list[float] = []
     monkeypatch.setattr(module, "update_ema", lambda average, classifier, decay: decays.append(decay))
     train(build(ema=0.3), max_epochs=2)
     assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
 
 
-def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_of_several_bad_steps_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(self: module.ClassifierModule, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 3 else 1e30
@@ -578,7 +576,7 @@ def test_the_first_of_several_bad_steps_is_told(monkeypatch: pytest.MonkeyPatch)
     assert (failure.epoch, failure.step) == (2, 5)
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_validation_loss_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.batch_metrics
 
     def spoiled(logits: Tensor, labels: Tensor, *loss: Any) -> Tensor:
@@ -591,14 +589,14 @@ def test_a_validation_loss_that_is_no_number_ends_the_training(monkeypatch: pyte
     assert trained.failure.reason == "the validation loss is NaN or infinite"
 
 
-def test_the_budget_of_minutes_counts_those_before_a_restart_and_those_of_the_next_epoch() -> None:
+def test_max_minutes_counts_time_before_a_resume() -> None:
     made = begun()
     made._restore(made.capture_state() | {"minutes": 7.0, "epoch": 4}, rank=0)
     assert made._elapsed_minutes() >= 7
     assert [made._find_reason_to_stop(minutes) for minutes in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done
 
 
-def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_far_above_chance_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.ClassifierModule.compute_loss
     monkeypatch.setattr(module.ClassifierModule, "compute_loss", lambda self, *given: 1e4 * real(self, *given))
     trained = train(build(lr=1e-9))
@@ -606,7 +604,7 @@ def test_a_loss_far_above_that_of_a_guess_ends_the_training(monkeypatch: pytest.
     assert trained.failure.step == 1
 
 
-def test_the_running_mean_has_the_running_means_of_batch_norm_as_they_are() -> None:
+def test_ema_copies_the_batch_norm_statistics() -> None:
     average, classifier = build(0, "resnet"), build(1, "resnet")
     classifier.heads(torch.rand(8, 1, 32, 32))
     optimizers.update_ema(average, classifier, 0.9)

@@ -42,7 +42,7 @@ def train_on_terminal(name: str, columns: int, log: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["lenet", "googlenet"])
-def test_eighty_columns_hold_all_that_a_person_wants_to_know(name: str, tmp_path: Path) -> None:
+def test_progress_bar_fits_into_80_columns(name: str, tmp_path: Path) -> None:
     last = train_on_terminal(name, 80, tmp_path / "log")[-1]
     assert last.startswith(f"{name} 16/16: 100% loss=0.0194 val_accuracy=0.9877 00:00 left ")
     assert last.endswith(" images/s")

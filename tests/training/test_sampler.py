@@ -23,7 +23,7 @@ def epoch(batches: Batches, number: int) -> list[list[int]]:
 
 
 @sizes
-def test_every_batch_is_whole_and_no_image_comes_twice_in_an_epoch(count: int, batch_size: int, seed: int) -> None:
+def test_batches_are_complete_and_repeat_no_image(count: int, batch_size: int, seed: int) -> None:
     batches = Batches(labels(count), batch_size, seed)
     seen = epoch(batches, 3)
     assert len(seen) == len(batches) >= 1
@@ -35,9 +35,7 @@ def test_every_batch_is_whole_and_no_image_comes_twice_in_an_epoch(count: int, b
 
 @sizes
 @settings(max_examples=20)
-def test_the_order_is_that_of_seed_and_epoch_whatever_else_draws_random_numbers(
-    count: int, batch_size: int, seed: int
-) -> None:
+def test_order_depends_on_seed_and_epoch_alone(count: int, batch_size: int, seed: int) -> None:
     expected = epoch(Batches(labels(count), batch_size, seed), 5)
     batches = Batches(labels(count), batch_size, seed)
     batches.epoch(4)
@@ -50,7 +48,7 @@ def test_epochs_and_seeds_differ_in_their_order() -> None:
     assert all(orders.count(order) == 1 for order in orders)
 
 
-def test_over_some_epochs_every_image_is_seen_even_where_the_last_batch_is_left_out() -> None:
+def test_every_image_is_seen_over_several_epochs() -> None:
     batches = Batches(labels(19), 10, 1)
     assert {row for number in range(10) for batch in epoch(batches, number) for row in batch} == set(range(19))
 
@@ -71,7 +69,7 @@ def test_more_processes_than_images_in_a_batch_are_refused() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_balanced_batches_show_each_class_as_often_as_any_other(ranks: int) -> None:
+def test_balanced_batches_draw_classes_equally_often(ranks: int) -> None:
     rare = np.repeat([0, 1, 2], [9000, 900, 100])
     parts = [Batches(rare, 100, 1, balanced=True, rank=rank, ranks=ranks).epoch(0) for rank in range(ranks)]
     seen = np.bincount(rare[np.concatenate([rows for part in parts for rows in part])])
@@ -79,7 +77,7 @@ def test_balanced_batches_show_each_class_as_often_as_any_other(ranks: int) -> N
     assert seen == pytest.approx([3333] * 3, rel=0.1)
 
 
-def test_class_weights_are_one_on_average_and_make_all_classes_weigh_alike() -> None:
+def test_class_weights_average_one_and_balance_the_classes() -> None:
     rare = np.repeat([0, 1, 3], [90, 9, 1])
     weights = class_weights(rare, 4)
     assert weights[rare].mean() == pytest.approx(1)

@@ -37,7 +37,7 @@ def written(file: Path, step: int) -> ImageTable:
 
 
 @pytest.mark.parametrize("step", [1, 15, 16, 17, 100])
-def test_however_the_rows_come_the_bytes_are_the_same_and_all_rows_are_there(tmp_path: Path, step: int) -> None:
+def test_chunk_size_changes_neither_rows_nor_bytes(tmp_path: Path, step: int) -> None:
     rows = written(tmp_path / "one.parquet", step)
     assert rows.file.read_bytes() == written(tmp_path / "other.parquet", 7).file.read_bytes()
     assert len(rows) == COUNT
@@ -45,14 +45,14 @@ def test_however_the_rows_come_the_bytes_are_the_same_and_all_rows_are_there(tmp
     pd.testing.assert_frame_equal(pd.concat(rows.pieces()), images(), check_index_type=False)
 
 
-def test_a_table_of_one_piece_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_chunk_table_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_dataset, "PIECE", COUNT)
     images().to_parquet(tmp_path / "pandas.parquet", index=False)
     assert written(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [15, 16, 99], list(range(COUNT))])
-def test_rows_are_found_and_taken_out_by_their_numbers(tmp_path: Path, chosen: list[int]) -> None:
+def test_rows_are_read_by_index(tmp_path: Path, chosen: list[int]) -> None:
     rows = written(tmp_path / "images.parquet", 10)
     assert rows.at(np.array(chosen, int)).index.tolist() == chosen
     assert rows.at(np.array(chosen, int))["height"].tolist() == chosen
@@ -60,13 +60,13 @@ def test_rows_are_found_and_taken_out_by_their_numbers(tmp_path: Path, chosen: l
     assert rows.columns("height")["height"].tolist() == sorted(set(range(COUNT)) - set(chosen))
 
 
-def test_few_values_come_as_categories_that_are_one_over_all_pieces(tmp_path: Path) -> None:
+def test_repeated_values_share_categories_across_chunks(tmp_path: Path) -> None:
     labels = written(tmp_path / "images.parquet", 10).columns("label")["label"]
     assert labels.dtype == "category"
     assert labels.astype(str).tolist() == images()["label"].tolist()
 
 
-def test_paths_come_back_as_they_were_even_those_that_are_not_utf8() -> None:
+def test_paths_round_trip_even_if_not_utf8() -> None:
     names = ["cat/1.png", "", "caf\udce9/1.png", "\ud800", "\u732b/\0.png"]
     paths = PackedPaths(names)
     assert list(paths) == list(paths) == names

@@ -61,7 +61,7 @@ orders = st.lists(st.integers(0, 60), min_size=1, max_size=60)
 
 
 @given(before=orders.map(lambda numbers: list(dict.fromkeys(numbers))), after=orders, step=st.integers(1, 20))
-def test_the_bytes_are_the_same_however_much_of_them_is_known(
+def test_reused_shards_do_not_change_the_bytes(
     before: list[int], after: list[int], step: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
@@ -82,7 +82,7 @@ def test_any_part_can_be_read(fifty: Shards, start: int, count: int) -> None:
     assert fifty.read(start, count).tobytes() == b"".join(map(image, range(50)))[start : start + count]
 
 
-def test_one_image_more_in_the_middle_leaves_all_shards_but_one_as_they_were(tmp_path: Path) -> None:
+def test_inserted_image_changes_at_most_two_shards(tmp_path: Path) -> None:
     numbers = list(range(400))
     earlier = written(tmp_path / "earlier", numbers)
     grown = written(tmp_path / "grown", [*numbers[:200], 1000, *numbers[200:]], earlier, places(numbers))
@@ -92,7 +92,7 @@ def test_one_image_more_in_the_middle_leaves_all_shards_but_one_as_they_were(tmp
         assert (tmp_path / "grown" / name).samefile(tmp_path / "earlier" / name)
 
 
-def test_where_files_can_not_be_linked_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_linked_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Path) -> None:
         raise OSError(95, "Operation not supported")
 
@@ -102,7 +102,7 @@ def test_where_files_can_not_be_linked_they_are_copied(tmp_path: Path, monkeypat
     assert contents(written(tmp_path / "copy", numbers, earlier, places(numbers)).folder) == contents(earlier.folder)
 
 
-def test_a_shard_that_something_was_added_to_is_not_linked(tmp_path: Path) -> None:
+def test_modified_shard_is_not_linked(tmp_path: Path) -> None:
     numbers = list(range(50))
     earlier = written(tmp_path / "earlier", numbers)
     sound = contents(earlier.folder)
@@ -112,7 +112,7 @@ def test_a_shard_that_something_was_added_to_is_not_linked(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])
-def test_what_is_lost_while_it_is_gone_on_from_is_said(tmp_path: Path, harm: str) -> None:
+def test_shard_lost_during_reuse_is_reported(tmp_path: Path, harm: str) -> None:
     numbers = list(range(50))
     earlier = written(tmp_path / "earlier", numbers)
     for name in earlier.names:
@@ -127,7 +127,7 @@ def test_no_shard_is_much_larger_than_the_others(tmp_path: Path) -> None:
     assert max(file.stat().st_size for file in (tmp_path / "alike").iterdir()) < 22 * SIZE
 
 
-def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:
+def test_identical_shards_take_disk_space_once(tmp_path: Path) -> None:
     numbers = list(range(50))
     last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / pixel_shards.MEAN)
     once = numbers[: last + 1]
@@ -136,7 +136,7 @@ def test_the_same_images_twice_take_the_disk_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "twice").iterdir())) == len(twice.names) // 2 + 1
 
 
-def test_shards_that_are_gone_or_cut_are_noticed(tmp_path: Path) -> None:
+def test_missing_or_truncated_shards_are_detected(tmp_path: Path) -> None:
     there = written(tmp_path / "there", list(range(50)))
     file = tmp_path / "there" / there.names[0]
     file.write_bytes(file.read_bytes()[:-1])

@@ -39,13 +39,13 @@ def test_an_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str)
     assert [content(member) for member in read(data)] == list(PETS.values())
 
 
-def test_names_that_are_utf8_and_do_not_say_so_are_read_as_they_were_meant(data: Path) -> None:
+def test_undeclared_utf8_names_are_read_as_utf8(data: Path) -> None:
     archive = zipped({"caf~~/1.png": png(1), "th~~/1.png": png(2)}).replace(b"~~", "é".encode())
     source = read_folder(write(data, {"pets.zip": archive}))
     assert (source.classes, source.notes) == (["café", "thé"], [])
 
 
-def test_names_in_a_zip_archive_whose_encoding_cant_be_told_are_pointed_out(data: Path) -> None:
+def test_zip_names_of_unknown_encoding_are_reported(data: Path) -> None:
     archive = zipped({"~~~~/1.png": png(1), "dog/1.png": png(2)}).replace(b"~~~~", "猫咪".encode("gbk"))
     (note,) = read_folder(write(data, {"pets.zip": archive})).notes
     assert note == (
@@ -54,7 +54,7 @@ def test_names_in_a_zip_archive_whose_encoding_cant_be_told_are_pointed_out(data
 
 
 @pytest.mark.parametrize("ending", [".tbz2", ".txz"])
-def test_short_endings_of_archives_are_known(ending: str, data: Path) -> None:
+def test_short_archive_suffixes_are_recognized(ending: str, data: Path) -> None:
     archive = tarred(PETS, {".tbz2": "w:bz2", ".txz": "w:xz"}[ending])
     assert read_folder(write(data, {f"pets{ending}": archive})).classes == ["cat", "dog"]
 
@@ -68,7 +68,7 @@ def test_an_archive_for_each_split_keeps_the_split(data: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-def test_data_itself_may_be_one_archive(tmp_path: Path, kind: str) -> None:
+def test_dataset_may_be_a_single_archive(tmp_path: Path, kind: str) -> None:
     (tmp_path / "data").write_bytes(ARCHIVES[kind](SPLIT_PETS))
     assert sorted(rows(tmp_path / "data")) == [
         ("data:test/cat/3.png", "cat", "test"),
@@ -78,7 +78,7 @@ def test_data_itself_may_be_one_archive(tmp_path: Path, kind: str) -> None:
     ]
 
 
-def test_a_tar_archive_that_ends_with_a_zip_archive_is_a_tar_archive(tmp_path: Path) -> None:
+def test_tar_that_ends_with_a_zip_is_read_as_tar(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(tarred(PETS | {"more.zip": zipped({"cat/9.png": png()})}, "w"))
     assert [path for path, _, _ in rows(tmp_path / "data")] == [f"data:{name}" for name in PETS]
 
@@ -121,7 +121,7 @@ def test_an_archive_is_unpacked_from_its_beginning_to_its_end(
 
 
 @every_archive
-def test_half_an_archive_is_refused_by_name(data: Path, kind: str) -> None:
+def test_truncated_archive_is_refused_by_name(data: Path, kind: str) -> None:
     noise = np.random.default_rng(0).bytes(5000)
     whole = ARCHIVES[kind](PETS | {"dog/9.png": noise})
     with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a whole (zip|tar) archive .*: put a sound copy"):
@@ -135,7 +135,7 @@ def test_a_file_that_is_no_archive_is_refused_by_name(data: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("place", [600, 1024, 1100, 2600])
-def test_a_tar_archive_with_a_broken_entry_does_not_lose_those_after_it(data: Path, place: int) -> None:
+def test_broken_tar_entry_does_not_hide_later_entries(data: Path, place: int) -> None:
     # by itself Python's tarfile takes the first broken header for the end of the archive
     archive = bytearray(tarred(PETS, "w"))
     archive[place] ^= 0xFF
@@ -151,7 +151,7 @@ def test_a_tar_archive_cut_between_two_entries_is_refused(data: Path) -> None:
         read_folder(write(data, {"pets.tar": tarred(PETS, "w")[:1024]}))
 
 
-def test_a_wrong_byte_in_a_gz_is_seen_by_its_checksum(data: Path) -> None:
+def test_corrupt_byte_in_gzip_is_found_by_its_checksum(data: Path) -> None:
     archive = io.BytesIO()
     with gzip.GzipFile(fileobj=archive, mode="w", compresslevel=0) as file:  # stored, so that a byte stays a byte
         file.write(tarred(PETS | {"dog/2.png": b"whisker"}, "w"))
@@ -159,7 +159,7 @@ def test_a_wrong_byte_in_a_gz_is_seen_by_its_checksum(data: Path) -> None:
         read_folder(write(data, {"pets.tar.gz": archive.getvalue().replace(b"whisker", b"whisper")}))
 
 
-def test_an_image_with_a_wrong_byte_in_a_zip_archive_is_named_and_the_others_are_read(data: Path) -> None:
+def test_corrupt_zip_entry_is_named_and_the_others_are_read(data: Path) -> None:
     archive = zipped(PETS | {"dog/0.png": b"whisker", "dog/2.png": png()}).replace(b"whisker", b"whisper")
     members = read(write(data, {"pets.zip": archive}))
     assert faults(members) == ["data/pets.zip:dog/0.png can't be read: Bad CRC-32 for file 'dog/0.png'"]
@@ -186,7 +186,7 @@ def test_each_image_of_an_encrypted_archive_is_named(data: Path) -> None:
     kind=st.sampled_from(sorted(ARCHIVES)),
     changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3),
 )
-def test_an_archive_with_wrong_bytes_is_read_or_refused(
+def test_corrupt_archive_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, kind: str, changes: list[tuple[float, int]]
 ) -> None:
     archive = bytearray(ARCHIVES[kind](PETS))
@@ -211,7 +211,7 @@ def test_an_archive_with_wrong_bytes_is_read_or_refused(
     "name",
     ["/etc/cat/1.png", "../cat/1.png", "cat/../../1.png", "cat/..", "..\\cat\\1.png", "C:\\cat\\1.png", "C:/cat/1.png"],
 )
-def test_a_path_that_leads_out_of_an_archive_is_refused(data: Path, kind: str, name: str) -> None:
+def test_path_that_leaves_the_archive_is_refused(data: Path, kind: str, name: str) -> None:
     with pytest.raises(ConvoyError, match=rf"data/pets\.{kind}:.*1?.* points out of the archive"):
         read_folder(write(data, {f"pets.{kind}": ARCHIVES[kind]({name: png(), "cat/1.png": png()})}))
 
@@ -241,7 +241,7 @@ def test_a_link_or_device_in_a_zip_archive_is_refused(data: Path, kind: int) -> 
 
 
 @every_archive
-def test_a_member_that_is_too_large_is_named_and_the_others_are_read(
+def test_oversized_entry_is_named_and_the_others_are_read(
     data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 1000)
@@ -253,7 +253,7 @@ def test_a_member_that_is_too_large_is_named_and_the_others_are_read(
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("promised", [10, 2**32 - 2])
-def test_no_more_is_read_of_a_zip_archive_than_it_promises_or_may(
+def test_zip_entry_is_read_up_to_its_declared_size_at_most(
     data: Path, method: int, promised: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
@@ -268,9 +268,7 @@ def test_no_more_is_read_of_a_zip_archive_than_it_promises_or_may(
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
-def test_an_archive_that_would_unpack_to_far_more_than_images_is_refused(
-    data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decompression_bomb_is_refused(data: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     bomb = {"cat/1.png": bytes(2_000_000), "dog/1.png": b"wag"}
@@ -279,7 +277,7 @@ def test_an_archive_that_would_unpack_to_far_more_than_images_is_refused(
         read_folder(write(data, {f"pets.{kind}": whole}))
 
 
-def test_zeros_without_end_after_a_tar_archive_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_zeros_after_a_tar_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     with pytest.raises(ConvoyError, match=r"data/pets\.tar\.bz2 has \d+ bytes and would unpack to \d+ or more"):
@@ -306,7 +304,7 @@ def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
         (header(tarfile.XHDTYPE, b"0") * 5000, "recursion"),
     ],
 )
-def test_a_tar_archive_that_lies_about_sizes_is_refused(data: Path, entry: bytes, fault: str) -> None:
+def test_tar_with_false_sizes_is_refused(data: Path, entry: bytes, fault: str) -> None:
     archive = tarred({"dog/1.png": b"wag"}, "w")[:1024] + entry + bytes(1024)
     with pytest.raises(ConvoyError, match=rf"data/pets\.tar is not a whole tar archive.*{fault}"):
         read_folder(write(data, {"pets.tar": archive}))
@@ -340,7 +338,7 @@ def test_an_archive_is_never_unpacked_to_the_disk(data: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_each_image_has_its_own_bytes_whatever_lies_before_it(data: Path, kind: str) -> None:
+def test_bytes_of_an_image_do_not_depend_on_earlier_entries(data: Path, kind: str) -> None:
     inside = {"__MACOSX/cat/._1.png": b"junk", "cat/.DS_Store": b"junk"} | PETS
     if kind == "zip":
         inside = {"cat/": b""} | inside | {"dog/": b""}  # folders have entries of their own

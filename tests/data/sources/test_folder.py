@@ -30,7 +30,7 @@ def test_a_folder_for_each_class_is_a_data_set(data: Path) -> None:
     assert {member.group for member in read(data)} == {""}
 
 
-def test_a_loose_file_is_named_and_not_read(data: Path) -> None:
+def test_file_outside_class_folders_is_named_and_not_read(data: Path) -> None:
     write(data, PETS)
     assert [member.content for member in read(data)] == [str(data / name) for name in PETS]
 
@@ -41,7 +41,7 @@ def test_folders_inside_a_class_folder_belong_to_the_class(data: Path) -> None:
 
 
 @pytest.mark.parametrize("outer", ["outer/inner/", "a/" * 1500])
-def test_folders_around_all_classes_are_looked_through(data: Path, outer: str) -> None:
+def test_folders_around_all_classes_are_descended_into(data: Path, outer: str) -> None:
     inside = {f"{outer}{name}": content for name, content in PETS.items()}
     write(data, inside if len(outer) < 100 else {"pets.zip": zipped(inside)})
     assert read_folder(data).classes == ["cat", "dog"]
@@ -90,12 +90,12 @@ def test_a_class_may_be_called_like_a_split(data: Path) -> None:
         ("train/cat train/dog", "cat:train dog:train"),
     ],
 )
-def test_folders_named_after_splits_are_known_wherever_they_stand(data: Path, folders: str, found: str) -> None:
+def test_split_folders_are_recognized_at_any_depth(data: Path, folders: str, found: str) -> None:
     write(data, {f"{folder}/{number}.png": png() for number, folder in enumerate(folders.split())})
     assert {f"{label}:{split}" for _, label, split in rows(data)} == set(found.split())
 
 
-def test_images_in_hidden_folders_are_pointed_out_and_what_systems_leave_is_not(data: Path) -> None:
+def test_images_in_hidden_folders_are_reported(data: Path) -> None:
     write(data, PETS | {".birds/0.png": png(), "cat/._0.png": png(), "__MACOSX/cat/0.png": png(), ".birds/notes": b""})
     source = read_folder(data)
     assert source.classes == ["cat", "dog"]
@@ -104,7 +104,7 @@ def test_images_in_hidden_folders_are_pointed_out_and_what_systems_leave_is_not(
 
 @pytest.mark.parametrize("beside", ["unlabelled/", "meta/", "ground_truth/dog/", "seg_pred/", "nested/cat/"])
 @pytest.mark.parametrize("splits", ["{}/", "seg_{}/", "{}_images/"])
-def test_what_lies_beside_the_folders_of_splits_is_no_class(data: Path, splits: str, beside: str) -> None:
+def test_folder_beside_split_folders_is_no_class(data: Path, splits: str, beside: str) -> None:
     write(data, {f"{splits.format('train')}cat/1.png": png(), f"{splits.format('test')}dog/2.png": png()})
     members = read(write(data, {f"{beside}3.png": png(), f"{beside}notes.txt": b"of these"}))
     assert {member.label for member in members} == {"cat", "dog", ""}
@@ -130,7 +130,7 @@ def test_archives_may_be_named_after_splits(data: Path) -> None:
     }  # fmt: skip
 
 
-def test_an_archive_may_be_named_after_a_split_beside_folders_of_others(data: Path) -> None:
+def test_archive_and_folder_may_each_be_a_split(data: Path) -> None:
     write(data, {"train/cat/1.png": png(1), "train/dog/1.png": png(2), "test.zip": zipped(PETS)})
     assert {(path[:10], split) for path, _, split in rows(data)} == {("data/train", "train"), ("data/test.", "test")}
 
@@ -158,19 +158,19 @@ def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
         ("test-tube flask/small", ""),
     ],
 )
-def test_folders_that_may_be_no_classes_are_pointed_out(names: str, noted: str, data: Path) -> None:
+def test_folders_that_may_be_no_classes_are_reported(names: str, noted: str, data: Path) -> None:
     notes = read_folder(write(data, {f"{name}/1.png": png() for name in names.split()})).notes
     assert any(note.startswith(noted) for note in notes) if noted else not notes
 
 
-def test_images_alone_in_an_archive_that_is_named_after_a_split_have_no_label(data: Path) -> None:
+def test_unlabelled_images_in_a_split_archive_have_no_label(data: Path) -> None:
     flat = {f"test_images/{number}.png": png(number) for number in range(3)}
     write(data, {"train_images.zip": zipped(PETS), "test_images.zip": zipped(flat)})
     assert read_folder(data).classes == ["cat", "dog"]
     assert len(faults(read(data))) == 3
 
 
-def test_the_same_folders_in_every_class_are_pointed_out(data: Path) -> None:
+def test_subfolders_common_to_every_class_are_reported(data: Path) -> None:
     write(data, {f"{site}/{label}/1.png": png() for site in "abcdef" for label in ("normal", "ill")})
     source = read_folder(data)
     assert source.classes == ["a", "b", "c", "d", "e", "f"]
@@ -201,14 +201,14 @@ def test_the_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
 # What is no image with a label
 
 
-def test_what_systems_leave_in_folders_is_passed_over(data: Path) -> None:
+def test_files_that_operating_systems_create_are_ignored(data: Path) -> None:
     write(data, dict.fromkeys((".DS_Store", "cat/.DS_Store", "cat/thumbs.db", "dog/Desktop.ini"), b"junk"))
     write(data, dict.fromkeys(("@eaDir/cat/1.png", "$RECYCLE.BIN/1.png", "cat/Icon\r"), b"junk"))
     write(data, {"__MACOSX/cat/._1.png": b"junk", "cat/._1.png": b"junk", ".git/config": b"junk"})
     assert rows(write(data, PETS)) == AS_ROWS
 
 
-def test_what_lies_beside_the_class_folders_may_be_anything_but_an_image(data: Path) -> None:
+def test_other_files_beside_class_folders_are_ignored(data: Path) -> None:
     extra = {"README.md": b"pets", "LICENSE": b"free", "make.py": b"print()", "sizes.csv": b"name,size\ncat,1\n"}
     write(data, PETS | extra | {"more.zip": zipped({f"more/{n}": c for n, c in (PETS | extra).items()})})
     assert rows(data) == AS_ROWS + [(f"data/more.zip:more/{path[5:]}", label, split) for path, label, split in AS_ROWS]
@@ -221,7 +221,7 @@ def test_files_that_may_hold_images_and_are_not_read_are_named(data: Path) -> No
     assert read_folder(data).notes == [f"{name} {kind}" for name in names]
 
 
-def test_every_file_in_a_class_folder_is_taken_for_an_image(data: Path) -> None:
+def test_every_file_in_a_class_folder_counts_as_an_image(data: Path) -> None:
     write(data, PETS | {"dog/note.txt": b"a note", "dog/table.csv": b"path,label\n"})
     assert [path for path, label, _ in rows(data) if label == "dog"] == [
         "data/dog/1.png", "data/dog/note.txt", "data/dog/table.csv",
@@ -295,9 +295,7 @@ def look(request: pytest.FixtureRequest) -> Callable[[Path], None]:
     return request.param
 
 
-def test_all_links_that_lead_to_no_file_in_the_data_are_listed_at_once(
-    data: Path, look: Callable[[Path], None]
-) -> None:
+def test_all_links_out_of_the_data_are_listed_at_once(data: Path, look: Callable[[Path], None]) -> None:
     write(data.parent, {"outside.png": png(), "outside/1.png": png(), "data-2/1.png": png()})
     write(data, PETS | {".hidden/1.png": png()})
     targets = {
@@ -346,7 +344,7 @@ def test_the_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], No
     look(data.parent / "link" / "data")
 
 
-def test_a_pipe_is_refused_and_not_waited_for(data: Path, look: Callable[[Path], None]) -> None:
+def test_named_pipe_is_refused_without_waiting(data: Path, look: Callable[[Path], None]) -> None:
     os.mkfifo(write(data, PETS) / "cat" / "pipe.png")
     with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is no plain file"):
         look(data)
@@ -371,7 +369,7 @@ def seconds(data: Path, classes: int) -> float:
     return min(taken)
 
 
-def test_folders_in_folders_cost_no_more_than_their_names(data: Path) -> None:
+def test_nested_folders_are_listed_in_linear_time(data: Path) -> None:
     def in_folders(depth: int) -> float:
         inside = {f"{'a/' * depth}{label}/{image}/1.png": b"" for label in range(3) for image in range(50)}
         return seconds(write(data, {"pets.zip": zipped(inside)}), 3)
@@ -379,7 +377,7 @@ def test_folders_in_folders_cost_no_more_than_their_names(data: Path) -> None:
     assert in_folders(4000) < 20 * in_folders(500)  # 8 times the names; if each were compared with each, 64 times
 
 
-def test_many_files_cost_no_more_than_each_of_few(data: Path) -> None:
+def test_cost_per_file_does_not_grow_with_their_number(data: Path) -> None:
     def with_files(numbers: range) -> float:
         for label in range(10):
             (data / str(label)).mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ def as_rows(name: str) -> list[tuple[str, str, str]]:
 # Where tables lie
 
 
-def test_where_a_table_has_the_labels_class_folders_do_not_count(data: Path) -> None:
+def test_labels_of_a_table_override_class_folders(data: Path) -> None:
     write(data, PETS | {"labels.csv": LABELS})
     assert read_folder(data).classes == ["persian", "pug", "siamese"]
     assert rows(data) == as_rows("data/")
@@ -60,7 +60,7 @@ def test_a_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: 
     assert rows(data) == as_rows(f"data/{outer}images.zip:")
 
 
-def test_a_table_and_the_images_may_be_anything_together(data: Path) -> None:
+def test_any_table_format_works_with_any_image_location(data: Path) -> None:
     loose, *others = PETS.items()
     write(data, dict([loose]) | {"a.tar.gz": tarred(dict(others)), "labels.csv": LABELS, "notes.md": b"pets"})
     assert rows(data) == [(f"data/a.tar.gz:{path}" if k else f"data/{path}", label, split)
@@ -73,7 +73,7 @@ def test_the_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None
     assert rows(data) == as_rows("data/")
 
 
-def test_several_tables_are_put_together_and_say_the_split_by_their_names(data: Path) -> None:
+def test_tables_named_after_splits_are_merged(data: Path) -> None:
     write(data, PETS | {"Train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
     write(data, {"more.csv": "file_name,label\ndog/1.png,a\n"})
     assert [(label, split) for _, label, split in rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
@@ -88,7 +88,7 @@ def test_a_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
     ]  # fmt: skip
 
 
-def test_columns_say_the_split_and_the_group(data: Path) -> None:
+def test_split_and_group_come_from_columns(data: Path) -> None:
     table = "group,split,label,path,age\nA,Train,a,cat/1.png,3\nB, validation ,a,cat/2.png,4\n,,b,dog/1.png,5\n"
     members = read(write(data, PETS | {"test.csv": table}))
     assert [(m.label, m.split, m.group) for m in members] == [("a", "train", "A"), ("a", "val", "B"), ("b", "", "")]
@@ -108,7 +108,7 @@ def test_a_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
     assert rows(write(data, {"pets.zip": zipped(PETS | {"a.parquet": table.getvalue()})})) == as_rows("data/pets.zip:")
 
 
-def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: Path) -> None:
+def test_parquet_class_indices_become_class_names(data: Path) -> None:
     table = pa.table({"path": list(PETS), "label": [1, 0, -1]}).replace_schema_metadata(
         {"huggingface": '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'}
     )
@@ -125,7 +125,7 @@ def test_numbers_of_classes_in_a_parquet_table_are_names_where_it_says_so(data: 
 @pytest.mark.parametrize("header", ["Path,Label,Split,Group", "file name, LABEL ,split,group",
                                     "image-path,class,Split,GROUP", "filename,Category,SPLIT,Group"])  # fmt: skip
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-def test_columns_are_known_in_any_case_and_between_any_separators(data: Path, header: str, separator: str) -> None:
+def test_columns_are_found_in_any_case_and_with_any_separator(data: Path, header: str, separator: str) -> None:
     lines = [header, "cat/1.png,siamese,train,A", "cat/2.png,persian,test,B", "dog/1.png,pug,,"]
     write(data, PETS | {"labels.tsv": "\n".join(lines).replace(",", separator)})
     source = read_folder(data)
@@ -135,7 +135,7 @@ def test_columns_are_known_in_any_case_and_between_any_separators(data: Path, he
     ]  # fmt: skip
 
 
-def test_of_several_columns_with_paths_or_labels_the_plainest_counts(data: Path) -> None:
+def test_plainest_of_several_path_or_label_columns_is_used(data: Path) -> None:
     table = "file_name,class,Label,label,path\n1.png,pet,x,siamese,cat/1.png\n2.png,pet,y,persian,cat/2.png\n"
     source = read_folder(write(data, PETS | {"labels.csv": table}))
     assert source.more == ["file_name", "class", "Label"]
@@ -144,7 +144,7 @@ def test_of_several_columns_with_paths_or_labels_the_plainest_counts(data: Path)
 
 @pytest.mark.parametrize("ending", [".png", ""])
 @pytest.mark.parametrize("archive", [False, True])
-def test_files_may_be_named_without_their_folders_and_endings(data: Path, ending: str, archive: bool) -> None:
+def test_files_may_be_named_without_folder_and_suffix(data: Path, ending: str, archive: bool) -> None:
     images = {"images/part-1/a.png": png(1), "images/part-2/b.v2.png": png(2), "images/notes/a.txt": b"of a"}
     write(data, {"images.zip": zipped(images)} if archive else images)
     write(data, {"labels.csv": f"image_id,label\na{ending},cat\nb.v2{ending},dog\n"})
@@ -152,7 +152,7 @@ def test_files_may_be_named_without_their_folders_and_endings(data: Path, ending
 
 
 @pytest.mark.parametrize("outer", ["data/", "home/me/pets/", "work\\"])
-def test_paths_may_begin_with_the_folders_in_which_the_table_was_made(data: Path, outer: str) -> None:
+def test_paths_may_begin_with_folders_of_another_machine(data: Path, outer: str) -> None:
     write(data, PETS | {"labels.csv": LABELS.replace("cat/", f"{outer}cat/").replace("dog/", f"{outer}dog/")})
     assert rows(data) == as_rows("data/")
 
@@ -163,7 +163,7 @@ def test_a_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> 
     assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
 
 
-def test_a_name_that_several_files_have_is_told(data: Path) -> None:
+def test_ambiguous_file_name_is_reported(data: Path) -> None:
     write(
         data, {"x/1.png": png(1), "y/1.png": png(2), "y/2.png": png(3), "labels.csv": "file,label\n1.png,a\n2.png,b\n"}
     )
@@ -174,12 +174,12 @@ def test_a_name_that_several_files_have_is_told(data: Path) -> None:
     ]
 
 
-def test_where_some_rows_are_paths_none_is_a_mere_name(data: Path) -> None:
+def test_rows_are_all_paths_or_all_file_names(data: Path) -> None:
     write(data, {"1.png": png(1), "masks/2.png": png(2), "labels.csv": "path,label\n1.png,a\n2.png,b\n"})
     assert "data/2.png is named in labels.csv, but there is no such file" in faults(read(data))
 
 
-def test_folders_named_after_splits_count_where_a_table_says_nothing_of_them(data: Path) -> None:
+def test_split_folders_count_if_the_table_has_no_split_column(data: Path) -> None:
     write(data, {"train/1.png": png(1), "Test/2.png": png(2), "old/3.png": png(3)})
     write(data, {"labels.csv": "path,label\ntrain/1.png,a\nTest/2.png,b\nold/3.png,a\n"})
     assert [row[1:] for row in rows(data)] == [("b", "test"), ("a", ""), ("a", "train")]
@@ -198,14 +198,14 @@ def test_a_submission_is_no_table_of_labels(data: Path) -> None:
 # Other columns
 
 
-def test_other_columns_come_with_each_image_as_words(data: Path) -> None:
+def test_other_columns_come_with_each_image_as_text(data: Path) -> None:
     table = "site,path,label,path.1,age\nNA,cat/1.png,a,x,007\n,cat/2.png,b,y,7\nlab,dog/1.png,b,x,\n"
     source = read_folder(write(data, PETS | {"labels.csv": table}))
     assert source.more == ["site", "path.1", "age"]
     assert [member.more for member in source.members] == [("NA", "x", "007"), ("", "y", "7"), ("lab", "x", "")]
 
 
-def test_what_one_table_does_not_say_is_empty_and_of_two_rows_the_first_counts(data: Path) -> None:
+def test_missing_columns_are_empty_and_the_first_row_wins(data: Path) -> None:
     write(data, PETS | {"train.csv": "path,label,site\ncat/1.png,a,lab\ncat/1.png,a,home\n"})
     source = read_folder(write(data, {"test.csv": "path,label\ncat/2.png,b\ndog/1.png,a\n"}))
     assert [(member.path, member.more) for member in source.members] == [
@@ -215,7 +215,7 @@ def test_what_one_table_does_not_say_is_empty_and_of_two_rows_the_first_counts(d
     ]
 
 
-def test_a_column_of_more_values_than_can_be_compared_is_left_out(data: Path) -> None:
+def test_column_with_too_many_values_is_excluded(data: Path) -> None:
     names = [f"{number}.png" for number in range(51)]
     table = pd.DataFrame({"path": names, "label": "a", "number": range(51), "coarse": [f"{n % 50}" for n in range(51)]})
     write(data, {name: png(number) for number, name in enumerate(names)})
@@ -242,7 +242,7 @@ def test_other_columns_of_a_parquet_table_come_too_but_for_lists(data: Path) -> 
     'path,label\ncat\\1.png,NA\n.\\cat\\2.png,007\ndog\\1.png,true\n',
     'label,file_name\nNA,cat/1.png\n007,cat/2.png\ntrue,dog/1.png\n',
 ])  # fmt: skip
-def test_labels_are_words_however_the_table_is_written(data: Path, table: str) -> None:
+def test_labels_are_read_as_text(data: Path, table: str) -> None:
     assert [label for _, label, _ in rows(write(data, PETS | {"labels.csv": table}))] == ["NA", "007", "true"]
 
 
@@ -254,7 +254,7 @@ def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> Non
     assert rows(data) == [(f"data/{name}", label, "")]
 
 
-def test_of_two_files_of_one_path_the_second_is_told_why_it_has_no_label(data: Path) -> None:
+def test_second_file_of_the_same_path_gets_no_label(data: Path) -> None:
     table = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
     members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped(PETS)}))
     assert faults(members) == [
@@ -262,7 +262,7 @@ def test_of_two_files_of_one_path_the_second_is_told_why_it_has_no_label(data: P
     ]
 
 
-def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) -> None:
+def test_split_from_one_table_is_kept_if_another_has_none(data: Path) -> None:
     labels = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
     train = "".join(labels.splitlines(keepends=True)[:3])
     for tables in ({"labels.csv": labels, "train.csv": train}, {"a.csv": labels, "train.csv": train}):
@@ -271,7 +271,7 @@ def test_a_split_that_one_table_says_stands_where_another_says_none(data: Path) 
         assert sorted(split for *_, split in found) == [*[""] * (len(PETS) - 2), "train", "train"]
 
 
-def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: Path) -> None:
+def test_missing_file_does_not_hide_the_common_prefix(data: Path) -> None:
     table = "path,label\n" + "".join(
         f"/export/me/{name},{name[:3]}\n".removeprefix("/") for name in ["gone.png", *PETS]
     )
@@ -280,9 +280,7 @@ def test_one_file_that_is_missing_does_not_hide_how_the_others_are_named(data: P
 
 
 @pytest.mark.parametrize(("column", "noted"), [("subset", True), ("split", False)])
-def test_a_column_that_looks_like_a_split_and_is_called_otherwise_is_pointed_out(
-    data: Path, column: str, noted: bool
-) -> None:
+def test_column_with_split_values_is_reported(data: Path, column: str, noted: bool) -> None:
     lines = [f"{name},{name[:3]},{'train' if n else 'Test'}\n" for n, name in enumerate(PETS)]
     source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
     said = f"the column {column} of labels.csv says test, train: call it split if the images are to be split so"
@@ -291,15 +289,13 @@ def test_a_column_that_looks_like_a_split_and_is_called_otherwise_is_pointed_out
 
 @pytest.mark.parametrize(("column", "values", "noted"), [("is_test", "01", True), ("latest", "01", False),
                                                          ("test_bench", "012", False)])  # fmt: skip
-def test_a_column_of_two_values_that_is_named_after_a_split_is_pointed_out(
-    data: Path, column: str, values: str, noted: bool
-) -> None:
+def test_binary_column_named_after_a_split_is_reported(data: Path, column: str, values: str, noted: bool) -> None:
     lines = [f"{name},{name[:3]},{values[n % len(values)]}\n" for n, name in enumerate(PETS)]
     source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
     assert [f"the column {column} of labels.csv is not used" in note for note in source.notes] == [True] * noted
 
 
-def test_a_name_is_the_same_whichever_way_its_accents_are_written(data: Path) -> None:
+def test_names_match_in_either_unicode_normalization(data: Path) -> None:
     apart, together = "cafe\u0301.png", "caf\u00e9.png"
     for file, said in ((apart, together), (together, apart)):
         write(data, PETS | {f"cat/{file}": png(7), "labels.csv": f"path,label\ncat/{said},cat\ndog/0.png,dog\n"})
@@ -309,7 +305,7 @@ def test_a_name_is_the_same_whichever_way_its_accents_are_written(data: Path) ->
         (data / "cat" / file).unlink()
 
 
-def test_a_table_that_lies_too_deep_to_be_looked_at_is_pointed_out(data: Path) -> None:
+def test_table_in_a_class_folder_is_reported_as_unused(data: Path) -> None:
     table = "path,label\n1.png,siamese\n"
     assert (
         "data/cat/labels.csv is not used: tables of labels are looked for at the top alone"
@@ -323,7 +319,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\.")).map(l
 
 
 @given(st.dictionaries(names, st.tuples(words, st.sampled_from(["", "train", "val", "test"]), words), min_size=1))
-def test_any_words_survive_the_way_through_csv(
+def test_any_text_round_trips_through_csv(
     tmp_path_factory: pytest.TempPathFactory, said: dict[str, tuple[str, str, str]]
 ) -> None:
     data = tmp_path_factory.getbasetemp() / "data"
@@ -372,12 +368,12 @@ dog/1.png,dog,test
     assert [m.path for m in members if isinstance(m.content, str)] == ["data/dog/1.png"]
 
 
-def test_an_image_that_several_tables_do_not_name_is_missed_in_all_of_them(data: Path) -> None:
+def test_image_in_no_table_is_reported_with_all_tables(data: Path) -> None:
     write(data, PETS | {"train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
     assert faults(read(data)) == ["data/dog/1.png is not in test.csv or train.csv, so its label is unknown"]
 
 
-def test_a_path_twice_with_one_label_is_one_member_and_with_two_labels_two(data: Path) -> None:
+def test_repeated_path_is_one_sample_per_label(data: Path) -> None:
     table = (
         "path,label\ncat/1.png,cat\n./cat/1.png,cat\ncat/2.png,cat\ncat/2.png,dog\ndog/1.png,dog\nx.png,a\nx.png,a\n"
     )
@@ -388,7 +384,7 @@ def test_a_path_twice_with_one_label_is_one_member_and_with_two_labels_two(data:
     ]  # fmt: skip
 
 
-def test_a_path_in_two_splits_is_two_members(data: Path) -> None:
+def test_path_in_two_splits_is_two_samples(data: Path) -> None:
     write(data, PETS | {"train.csv": LABELS, "test.csv": "path,label\ncat/1.png,siamese\n"})
     assert [split for path, _, split in rows(data) if path == "data/cat/1.png"] == ["test", "train"]
 
@@ -420,9 +416,7 @@ def test_a_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("archived", [False, True])
-def test_a_csv_that_can_not_be_read_is_refused_with_its_mend(
-    data: Path, table: bytes, fault: str, archived: bool
-) -> None:
+def test_unreadable_csv_is_refused_with_the_fix(data: Path, table: bytes, fault: str, archived: bool) -> None:
     files = PETS | {"labels.csv": table}
     write(data, {"pets.zip": zipped(files)} if archived else files)
     name = r"data/pets\.zip:labels\.csv" if archived else r"data/labels\.csv"
@@ -437,7 +431,7 @@ def test_a_table_in_an_archive_that_can_not_be_read_is_refused(data: Path) -> No
 
 
 @pytest.mark.parametrize("table", ["name,size\ncat,3\n", "image_id,dx\ncat/1.png,nv\n", "label\ncat\n", "a;b\n1,5;2\n"])
-def test_another_table_beside_class_folders_is_passed_over_and_named(data: Path, table: str) -> None:
+def test_unrelated_table_is_ignored_and_named(data: Path, table: str) -> None:
     assert rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
     columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
     assert read_folder(data).notes == [
@@ -450,13 +444,13 @@ def test_an_empty_table_is_named_too(data: Path, table: str) -> None:
     assert read_folder(write(data, PETS | {"notes.csv": table})).notes == ["data/notes.csv is empty: it is not used"]
 
 
-def test_a_table_without_the_columns_is_named_where_there_are_no_classes(data: Path) -> None:
+def test_table_without_label_columns_is_named(data: Path) -> None:
     write(data, {"1.png": png(), "labels.csv": "id;breed\n1;pug\n"})
     with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
         read_folder(data)
 
 
-def test_of_the_folders_before_a_path_no_more_are_left_out_than_must_be(data: Path) -> None:
+def test_no_more_leading_folders_are_removed_than_needed(data: Path) -> None:
     write(data, {"1.png": png(1), "cat/1.png": png(2), "labels.csv": "path,label\nold/place/cat/1.png,cat\n"})
     members = read(data)
     assert faults(members) == ["data/1.png is not in labels.csv, so its label is unknown"]

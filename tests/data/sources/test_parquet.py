@@ -48,9 +48,7 @@ def structs(*contents: bytes | None) -> pa.Array:
 
 @pytest.mark.parametrize("column", ["image", "img", "picture"])
 @pytest.mark.parametrize("images", [structs(png(1), png(2)), pa.array([png(1), png(2)])])
-def test_each_row_is_a_member_with_its_bytes_and_classes_are_in_the_order_of_the_hub(
-    data: Path, column: str, images: pa.Array
-) -> None:
+def test_rows_become_samples_in_the_class_order_of_the_hub(data: Path, column: str, images: pa.Array) -> None:
     export(data / "train-00000-of-00001.parquet", {column: images, "label": [1, 0]})
     assert read_folder(data).classes == ["dog", "cat", "bird"]
     assert rows(data) == [
@@ -70,7 +68,7 @@ def test_each_row_is_a_member_with_its_bytes_and_classes_are_in_the_order_of_the
         (pa.array(["NA", "007", "NA"]), ["007", "NA"]),
     ],
 )
-def test_labels_may_be_words_or_numbers_without_names(data: Path, labels: pa.Array, classes: list[str]) -> None:
+def test_labels_may_be_strings_or_unnamed_numbers(data: Path, labels: pa.Array, classes: list[str]) -> None:
     export(data / "pets.parquet", {"image": structs(*[png()] * 3), "label": labels}, classes=None)
     assert read_folder(data).classes == classes
     assert [label for _, label, _ in rows(data)] == [str(label) for label in labels.to_pylist()]
@@ -89,7 +87,7 @@ def test_the_only_column_of_classes_may_have_another_name(data: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "data/", "mnist/"])
-def test_the_split_stands_in_the_name_of_the_file(data: Path, folder: str) -> None:
+def test_split_is_read_from_the_file_name(data: Path, folder: str) -> None:
     names = {"train-00000-of-00002": "train", "train-00001-of-00002": "train", "validation-00000-of-00001": "val",
              "test-00000-of-00001-2f9dd3a6c1b4": "test", "Test": "test", "trainable": "", "pets": ""}  # fmt: skip
     for name in names:
@@ -100,20 +98,20 @@ def test_the_split_stands_in_the_name_of_the_file(data: Path, folder: str) -> No
 
 
 @pytest.mark.parametrize("outer", ["", "default/"])
-def test_the_split_stands_in_the_name_of_the_folder(data: Path, outer: str) -> None:
+def test_split_is_read_from_the_folder_name(data: Path, outer: str) -> None:
     for split in ("train", "validation", "test"):
         export(data / outer / split / "0000.parquet", {"image": structs(png()), "label": [0]})
     assert [split for _, _, split in rows(data)] == ["test", "train", "val"]
 
 
-def test_columns_say_the_split_and_the_group(data: Path) -> None:
+def test_split_and_group_come_from_columns(data: Path) -> None:
     said = {"label": [0, 1, 2], "split": ["test", "Valid", None], "group": [7, None, 8]}
     export(data / "train.parquet", {"image": structs(*[png()] * 3), **said})
     members = read(data)
     assert [(m.split, m.group) for m in members] == [("test", "7"), ("val", ""), ("", "8")]
 
 
-def test_data_itself_may_be_one_file(tmp_path: Path) -> None:
+def test_dataset_may_be_a_single_file(tmp_path: Path) -> None:
     export(tmp_path / "data", {"image": structs(png()), "label": [0]})
     assert rows(tmp_path / "data") == [("data:0", "dog", "")]
 
@@ -163,13 +161,13 @@ def test_a_row_with_nothing_in_it_is_named(data: Path, images: pa.Array) -> None
     assert faults(read(data)) == ["data/a.parquet:1 has no bytes in its row"]
 
 
-def test_whole_numbers_that_were_written_as_others_are_whole(data: Path) -> None:
+def test_floats_without_fraction_are_read_as_integers(data: Path) -> None:
     images = structs(*[png()] * 3)
     export(data / "pets.parquet", {"image": images, "label": [10.0, 9.0, 0.5]}, classes=None)
     assert read_folder(data).classes == ["0.5", "9", "10"]
 
 
-def test_files_may_lie_below_folders_around_them_all(data: Path) -> None:
+def test_files_may_be_in_nested_folders(data: Path) -> None:
     for split in ("train", "test"):
         export(data / "convert" / "default" / split / "0000.parquet", {"image": structs(png()), "label": [1]})
     assert {split for _, _, split in rows(write(data, {"README.md": b"pets"}))} == {"train", "test"}
@@ -218,7 +216,7 @@ def test_images_in_parquet_in_an_archive_are_refused(data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("whole", [0.0, 0.001, 0.5, 0.999])
-def test_a_file_that_is_not_whole_is_refused(data: Path, whole: float) -> None:
+def test_truncated_file_is_refused(data: Path, whole: float) -> None:
     export(data / "a.parquet", {"image": structs(png()), "label": [0]})
     content = (data / "a.parquet").read_bytes()
     (data / "a.parquet").write_bytes(content[: int(whole * len(content))])
@@ -226,7 +224,7 @@ def test_a_file_that_is_not_whole_is_refused(data: Path, whole: float) -> None:
         read_folder(data)
 
 
-def test_words_about_the_schema_that_make_no_sense_are_passed_over(data: Path) -> None:
+def test_invalid_schema_metadata_is_ignored(data: Path) -> None:
     for row, said in enumerate(["{", "[]", '{"info": 3}', '{"info": {"features": {"label": 3}}}']):
         table = pa.table({"image": structs(png()), "label": [row]}).replace_schema_metadata({"huggingface": said})
         pq.write_table(table, data / f"{row}.parquet")
@@ -235,7 +233,7 @@ def test_words_about_the_schema_that_make_no_sense_are_passed_over(data: Path) -
 
 @settings(max_examples=200)
 @given(changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3))
-def test_a_file_with_wrong_bytes_is_read_or_refused(
+def test_corrupt_file_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, int]]
 ) -> None:
     data = tmp_path_factory.getbasetemp() / "data"
@@ -254,7 +252,7 @@ def test_a_file_with_wrong_bytes_is_read_or_refused(
         shutil.rmtree(data)
 
 
-def test_a_wrong_byte_is_seen_by_the_checksum_of_its_page(data: Path) -> None:
+def test_corrupt_byte_is_found_by_the_page_checksum(data: Path) -> None:
     image = png(7)
     options: dict[str, Any] = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
     export(data / "a.parquet", {"image": structs(image, png(8)), "label": [0, 1]}, **options)
@@ -265,7 +263,7 @@ def test_a_wrong_byte_is_seen_by_the_checksum_of_its_page(data: Path) -> None:
         list(read_folder(data).members)
 
 
-def test_no_number_below_zero_is_a_class(data: Path) -> None:
+def test_negative_number_is_no_class(data: Path) -> None:
     export(data / "a.parquet", {"image": structs(*map(png, range(4))), "label": [0, 1, -2, -3]})
     members = read(data)
     assert faults(members) == [
@@ -274,7 +272,7 @@ def test_no_number_below_zero_is_a_class(data: Path) -> None:
     ]
 
 
-def test_a_file_that_gives_fewer_rows_than_it_promises_is_refused(data: Path) -> None:
+def test_file_with_fewer_rows_than_declared_is_refused(data: Path) -> None:
     export(data / "a.parquet", {"image": structs(png()), "label": [0]})
     promised = dataclasses.replace(parquet.open_parquet("a.parquet", str(data / "a.parquet"), ""), count=2)
     with pytest.raises(ConvoyError, match=r"a\.parquet is not a whole Parquet file \(1 of 2 rows\)"):

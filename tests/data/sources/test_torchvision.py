@@ -442,7 +442,7 @@ def assert_is_the_tiny_set(name: str, found: Tiny, downloads: Path) -> list[str]
 
 
 @every_set
-def test_a_set_that_torchvision_knows_is_fetched_and_checked_and_not_fetched_again(
+def test_dataset_is_downloaded_and_verified_only_once(
     name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tiny(name, server.address, monkeypatch)
@@ -457,7 +457,7 @@ def test_a_set_that_torchvision_knows_is_fetched_and_checked_and_not_fetched_aga
 
 
 @every_set
-def test_the_archives_of_a_set_may_be_put_there_by_hand(
+def test_archives_may_be_placed_by_hand(
     name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tiny(name, nowhere, monkeypatch)
@@ -471,7 +471,7 @@ def test_the_archives_of_a_set_may_be_put_there_by_hand(
     [(name, "wrong") for name in SETS]
     + [(name, fault) for name in ("mnist", "cifar10") for fault in ("missing", "cut", "cut in a chunk", "refused")],
 )
-def test_a_failed_download_names_the_set_the_address_and_the_mend_and_leaves_nothing_behind(
+def test_failed_download_names_url_and_fix_and_leaves_no_file(
     name: str, fault: str, tmp_path: Path, server: Server, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = nowhere if fault == "refused" else server.address
@@ -490,7 +490,7 @@ def test_a_failed_download_names_the_set_the_address_and_the_mend_and_leaves_not
 
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 @pytest.mark.parametrize("name", ["mnist", "flowers102", "oxford_pets"])
-def test_a_download_that_fails_at_the_last_file_keeps_what_was_there(
+def test_download_failing_at_its_last_file_keeps_the_old_data(
     name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tiny(name, server.address, monkeypatch)
@@ -511,7 +511,7 @@ def test_a_download_that_fails_at_the_last_file_keeps_what_was_there(
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
-def test_files_of_the_user_outlive_a_download_that_is_killed(
+def test_killed_download_keeps_files_of_the_user(
     renamed: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = tiny("mnist", server.address, monkeypatch)
@@ -541,7 +541,7 @@ class Silent(torchvision.datasets.VisionDataset):
         raise RuntimeError(f"waited {socket.getdefaulttimeout()}")
 
 
-def test_a_server_that_is_silent_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "MNIST", Silent)
     before = socket.getdefaulttimeout()
     with pytest.raises(ConvoyError, match=r"MNIST could not be fetched from its address: waited \d+"):
@@ -552,7 +552,7 @@ def test_a_server_that_is_silent_is_not_waited_for_for_ever(tmp_path: Path, monk
 # What is refused
 
 
-def test_a_name_that_torchvision_does_not_know_is_refused_with_one_like_it(tmp_path: Path) -> None:
+def test_unknown_dataset_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"dataset\.torchvision\.name='MINST': torchvision has no such data set; did you mean MNIST\?"
     ):
@@ -563,9 +563,7 @@ def test_a_name_that_torchvision_does_not_know_is_refused_with_one_like_it(tmp_p
     ("name", "wrong"),
     [("mnist", {"trian": True}), ("emnist", {"split": "leters"}), ("food101", {"split": "val"}), ("eurosat", {"x": 1})],
 )
-def test_arguments_that_a_set_does_not_take_are_refused_by_name(
-    name: str, wrong: dict[str, Any], tmp_path: Path
-) -> None:
+def test_unsupported_arguments_are_refused_by_name(name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
     key, known = next(iter(wrong)), known_set(name)[1].__name__
     with pytest.raises(ConvoyError, match=rf"dataset\.torchvision\.splits=.*{key}.* is not for {known}"):
         read(name, tmp_path, train=wrong)
@@ -580,7 +578,7 @@ def test_images_without_labels_are_refused(tmp_path: Path, nowhere: str, monkeyp
 # Classes and images
 
 
-def test_a_class_that_no_image_has_is_left_out(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_without_images_is_excluded(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "emnist", tiny("emnist", nowhere, monkeypatch).files)
     source = read("emnist", tmp_path, train={"split": "letters", "train": True})
     assert source.classes == list("abcdefghijklmnopqrstuvwxyz")
@@ -590,7 +588,7 @@ def test_a_class_that_no_image_has_is_left_out(tmp_path: Path, nowhere: str, mon
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
+def test_only_the_damaged_file_is_refused_by_name(
     tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
@@ -612,7 +610,7 @@ def test_a_damaged_file_of_a_set_is_refused_by_name_and_the_others_are_not(
 
 
 @pytest.mark.parametrize("name", ["imagenette", "flowers102", "food101", "eurosat", "oxford_pets"])
-def test_no_file_of_a_set_is_opened_while_its_members_are_named(
+def test_listing_samples_opens_no_file(
     name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / name, tiny(name, nowhere, monkeypatch).files)
@@ -628,7 +626,7 @@ def test_no_file_of_a_set_is_opened_while_its_members_are_named(
     assert {member.content for member in read(name, tmp_path).members} == {str(file) for file in files}
 
 
-def test_a_set_is_refused_whose_labels_are_not_its_classes(
+def test_labels_that_do_not_match_the_classes_are_refused(
     tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
@@ -662,7 +660,7 @@ class Listed(Nameless):
 
 
 @pytest.mark.parametrize(("known", "opened"), [(Nameless, 4), (Listed, 0)])
-def test_a_set_without_names_has_numbers_for_classes_and_is_opened_for_them_only_where_it_must_be(
+def test_classes_without_names_are_numbered(
     known: type[Nameless], opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchvision.datasets, "MNIST", known)
@@ -677,15 +675,13 @@ class Annotated(Nameless):
         return super().__getitem__(row)[0], {"annotation": {}}
 
 
-def test_a_set_whose_images_are_not_of_one_class_each_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_multi_label_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "MNIST", Annotated)
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.name='MNIST': its images are not each of one class"):
         read("mnist", tmp_path)
 
 
-def test_images_are_opened_one_at_a_time_and_what_is_no_use_says_why(
+def test_images_are_opened_one_by_one_or_rejected_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchvision.datasets, "MNIST", Listed)

@@ -53,8 +53,9 @@ from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig, TrainConfig
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose
+from convoy.training.hardware import TrainerConfig, choose
 from convoy.training.optimizers import make_optimizer
+from convoy.training.record import ResolvedTrainer
 from convoy.training.trainer import fit
 
 ROOT = Path(__file__).parents[1]

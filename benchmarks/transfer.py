@@ -7,9 +7,7 @@ Each seed draws a donor, the images and the first weights anew. All ways take as
 """
 
 import contextlib
-import dataclasses
 import io
-import json
 import os
 import tempfile
 import time
@@ -33,6 +31,7 @@ from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose
+from convoy.training.record import DatasetVersion, InitialWeights, ResolvedTrainer, TrainingRecord
 from convoy.training.trainer import fit
 
 LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
@@ -124,8 +123,21 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
-    record = {"architecture": "resnet", "settings": values, "task": dataclasses.asdict(classifier.info)}
-    (folder / RECORD).write_text(json.dumps(record))
+    record = TrainingRecord(
+        architecture="resnet",
+        settings=values,
+        seed=seed,
+        train=TrainConfig(max_epochs=EPOCHS_LEFT, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
+        trainer=ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1),
+        dataset_info=classifier.info,
+        data=DatasetVersion(classifier.info.dataset, "", "CIFAR-10", {}),
+        fingerprint="",
+        initial_weights=InitialWeights("scratch"),
+        parameters=sum(each.numel() for each in classifier.parameters()),
+        macs=0,
+        environment={},
+    )
+    record.save(folder / RECORD)
     return accuracy(classifier, held_out(images, 10)[1])
 
 

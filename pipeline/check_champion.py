@@ -5,7 +5,6 @@ the training.
 """
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from convoy.promotion import champion
 from convoy.promotion.evidence import TrainingScope, check_comparable
 from convoy.registry import model_loader
 from convoy.tracking.store import PATIENCE, TrackingStore, open_store
+from convoy.training.record import TrainingRecord
 from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
@@ -81,9 +81,9 @@ def describe(store: TrackingStore, name: str) -> TrainingScope | None:
     found = model_loader.find(store, f"models:/{name}/{version}")
     with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
         model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
-        record = json.loads(Path(scratch, "artifacts", RECORD).read_text())
-    named = f"the champion {record['architecture']} (version {version})"
-    return TrainingScope(named, record["task"]["classes"], model_loader.seen_ever(store, found))
+        record = TrainingRecord.load(Path(scratch, "artifacts", RECORD))
+    named = f"the champion {record.architecture} (version {version})"
+    return TrainingScope(named, record.dataset_info.classes, model_loader.seen_ever(store, found))
 
 
 def check(folder: Path, old: TrainingScope) -> None:

@@ -19,11 +19,11 @@ from convoy.core.artifact_names import (
 )
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
-from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
 from convoy.evaluation.metrics import EvaluateConfig, metrics_with_ci, per_class, prediction_table, slice_metrics
 from convoy.models.base import predict
 from convoy.training import hardware
+from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage, main
 
 
@@ -31,20 +31,20 @@ def evaluate(stage: Stage) -> None:
     """Evaluate one trained architecture on the test images."""
     params = stage.typed(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.foreach_key}"), stage.input("preprocess")
-    record = json.loads((trained / RECORD).read_text())
-    info = DatasetInfo(**record["task"])
+    record = TrainingRecord.load(trained / RECORD)
+    info = record.dataset_info
     test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
     images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     # There is no model to evaluate after a failed training, so the tables stay empty.
-    if record["failure"]:
+    if record.failure:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
         uncalibrated = probabilities = np.empty((0, len(info.classes)))
         calibration = {}
     else:
-        classifier = models.restore(record["architecture"], record["settings"], info, trained / WEIGHTS)
+        classifier = models.restore(record.architecture, record.settings, info, trained / WEIGHTS)
         # The results are bit-identical only with the same number of threads.
-        torch.set_num_threads(record["trainer"]["threads"])
-        classifier.to(hardware.device(record["trainer"]["accelerator"]))
+        torch.set_num_threads(record.trainer.threads)
+        classifier.to(hardware.device(record.trainer.accelerator))
         try:
             in_val, uncalibrated = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))
         except torch.OutOfMemoryError:

@@ -140,8 +140,7 @@ def run_gate(
     near_duplicates = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
     packed, pixels = PackedDataset.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / TRAINING_HASHES).read_text().split()
-    device = hardware.device(record["trainer"]["accelerator"])
-    before = [digest for digest in record["init"].get("lineage", []) if digest != record["data"]["digest"]]
+    device = hardware.device(record.trainer.accelerator)
 
     def contender(version: int) -> tuple[ModelEvidence, Predictor]:
         """Return a registered version with its predictions for the current test images, and its predictor."""
@@ -158,9 +157,9 @@ def run_gate(
         )
         champions = {event.after for event in champion.promotion_events(store, params.name)}
         ever = versions.best_ever(store, params.name, champions) if params.gate.mode == "non_inferior" else None
-        seen_before = model_loader.training_hashes_of(store, params.name, before)
+        seen_before = model_loader.training_hashes_of(store, params.name, record.earlier_data)
     trained_on = None if seen_before is None else [*seen, *seen_before]
-    challenger = ModelEvidence(candidate.architecture, predictions, trained_on, record["parameters"])
+    challenger = ModelEvidence(candidate.architecture, predictions, trained_on, record.parameters)
     if compared is None:
         return gate.decide(
             challenger,
@@ -172,8 +171,8 @@ def run_gate(
             is_first=True,
         )
     old, predictor = contender(compared)
-    settings, weights = record["settings"], candidate.result.trained / WEIGHTS
-    classifier = models.restore(record["architecture"], settings, info, weights).to(device)
+    settings, weights = record.settings, candidate.result.trained / WEIGHTS
+    classifier = models.restore(record.architecture, settings, info, weights).to(device)
     challenger = dataclasses.replace(challenger, latency=latency.latency_ratio(classifier, predictor.classifier))
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None

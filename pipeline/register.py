@@ -20,7 +20,6 @@ from convoy.core.artifact_names import (
     WEIGHTS,
 )
 from convoy.core.errors import ConvoyError
-from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.inference import onnx_export, predictor
 from convoy.promotion import champion, ranking
@@ -44,7 +43,7 @@ def register(stage: Stage) -> None:
     results = {name: sync_mlflow.find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
     figures = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
-    best = {name: record["best"] for name, record in records.items() if not record["failure"]}
+    best = {name: record.best for name, record in records.items() if record.best and not record.failure}
     ranked = [*ranking.rank(best), *(name for name in names if name not in best)]
 
     table = report.leaderboard({name: records[name] for name in ranked}, figures)
@@ -53,8 +52,9 @@ def register(stage: Stage) -> None:
     evaluated = {name: result.evaluated for name, result in results.items()}
     _together(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
     _together(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
-    for name in ranked[len(best) :]:
-        print(f"{name} failed: {records[name]['failure']['reason']}")
+    for name, record in records.items():
+        if record.failure:
+            print(f"{name} failed: {record.failure.reason}")
     # The comparison runs after the leaderboard is published, so that the leaderboard exists after a refusal, too.
     stage.on_published.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
@@ -110,9 +110,9 @@ def _version(store: TrackingStore, name: str, result: sync_mlflow.TrainedResult,
             run_id=run,
             identity=identity,
             model=PACKAGE / "inference/pyfunc_model.py",
-            files=files | exported(record["architecture"], files, result, prepared, scratch),
+            files=files | exported(record.architecture, files, result, prepared, scratch),
             code=PACKAGE,
-            step=int(record["best"]["epoch"]),
+            step=record.best.epoch if record.best else 0,
         )
     return int(made.version)
 
@@ -157,9 +157,9 @@ def _time(store: TrackingStore, run_ids: Mapping[str, sync_mlflow.TrainedResult]
     for run, result in run_ids.items():
         if runs.lacks(store, run, "latency/image_ms_median"):
             record = result.record()
-            name, weights = record["architecture"], result.trained / WEIGHTS
-            classifier = models.restore(name, record["settings"], DatasetInfo(**record["task"]), weights)
-            device = hardware.device(record["trainer"]["accelerator"])
+            name, weights = record.architecture, result.trained / WEIGHTS
+            classifier = models.restore(name, record.settings, record.dataset_info, weights)
+            device = hardware.device(record.trainer.accelerator)
             runs.add_timings(store, run, latency.measure_latency(classifier.to(device)), latency.hardware(device))
 
 

@@ -23,6 +23,7 @@ from convoy.core.errors import ConvoyError, describe_error
 from convoy.reporting import report
 from convoy.tracking import provenance, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
+from convoy.training.record import TrainingRecord
 from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
@@ -41,8 +42,8 @@ class TrainedResult:
         manifests = [(folder / MANIFEST).read_bytes() for folder in (self.trained, self.evaluated)]
         return hashlib.sha256(b"".join(manifests)).hexdigest()
 
-    def record(self) -> dict[str, Any]:
-        return json.loads((self.trained / RECORD).read_text())
+    def record(self) -> TrainingRecord:
+        return TrainingRecord.load(self.trained / RECORD)
 
 
 def main() -> None:
@@ -115,12 +116,12 @@ def sync_runs(
     records = {name: result.record() for name, result in results.items()}
     common = {}
     if set(results) == set(names):
-        identities = sorted(record["identity"] for record in records.values())
+        identities = sorted(record.fingerprint for record in records.values())
         common["reproduction"] = hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
     run_ids = {}
     for name in results:
         record, result, mark = records[name], results[name], results[name].manifest_hash()
-        identity, status = record["identity"], "FAILED" if record["failure"] else "FINISHED"
+        identity, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
         tags = {**common, **colour(names, name)}
         found = runs.find(store, identity)
         if found and runs.is_synced(found, status, mark):
@@ -143,17 +144,17 @@ def sync_runs(
 
 
 def describe(
-    record: dict[str, Any], result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
+    record: TrainingRecord, result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
 ) -> runs.RunRecord:
     """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     figures = json.loads((evaluated / METRICS).read_text())
     files = [trained / RECORD, trained / HISTORY]
     files += [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
-    if not record["failure"]:
-        picture, title = scratch / "confusion.png", f"{record['architecture']} on test images"
+    if not record.failure:
+        picture, title = scratch / "confusion.png", f"{record.architecture} on test images"
         predictions = pd.read_parquet(evaluated / PREDICTIONS, columns=["actual", "predicted"])
-        report.draw_confusion(predictions, record["task"]["classes"], title, picture)
+        report.draw_confusion(predictions, record.dataset_info.classes, title, picture)
         files += [trained / WEIGHTS, picture]
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
     return runs.run_with_results(record, figures, history, tags, origin, files)

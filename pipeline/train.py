@@ -27,6 +27,7 @@ from convoy.training import init_weights
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
+from convoy.training.record import DatasetVersion, EpochMetrics, TrainingRecord
 from convoy.training.result import COLUMNS
 from convoy.training.trainer import fit
 from pipeline.stage import Stage, main
@@ -52,22 +53,23 @@ def train(stage: Stage) -> None:
         raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = environment(choice)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    identity = stage.fingerprint(machine, start)
+    identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = Checkpoint(stage.project_root / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
-    record: dict[str, Any] = {
-        "architecture": architecture,
-        "settings": settings,
-        "seed": seed,
-        "train": stage.section("train"),
-        "trainer": dataclasses.asdict(choice),
-        "task": dataclasses.asdict(info),
-        "data": json.loads((prepared / DATA_PROFILE).read_text()) | {"digest": sha256(prepared / MANIFEST)[:12]},
-        "identity": identity,
-        "init": start,
-        "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
-        "multiply_adds": count_macs(classifier),
-        "environment": machine,
-    }
+    data_facts = json.loads((prepared / DATA_PROFILE).read_text())
+    record = TrainingRecord(
+        architecture=architecture,
+        settings=settings,
+        seed=seed,
+        train=params,
+        trainer=choice,
+        dataset_info=info,
+        data=DatasetVersion(**data_facts, digest=sha256(prepared / MANIFEST)[:12]),
+        fingerprint=identity,
+        initial_weights=start,
+        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        macs=count_macs(classifier),
+        environment=machine,
+    )
     live = Live(stage, record)
     try:
         trained = fit(classifier, data, params, choice, checkpoint, live.on_epoch_end)
@@ -76,12 +78,9 @@ def train(stage: Stage) -> None:
         raise
 
     pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / HISTORY, index=False)
-    record |= {
-        "best": trained.best,
-        "stopped": trained.stopped,
-        "failure": dataclasses.asdict(trained.failure) if trained.failure else None,
-    }
-    (stage.scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    best = EpochMetrics(**trained.best) if trained.best else None  # type: ignore[arg-type]
+    results = {"best": best, "stopped": trained.stopped, "failure": trained.failure}
+    record.model_copy(update=results).save(stage.scratch / RECORD)
     if trained.failure is None:
         # `safetensors.torch.save_file` hides an OSError and creates a file that other users can't read.
         (stage.scratch / WEIGHTS).write_bytes(safetensors.torch.save(trained.weights))
@@ -102,7 +101,7 @@ class Live:
         record: The training record, which is the first message.
     """
 
-    def __init__(self, stage: Stage, record: Mapping[str, Any]) -> None:
+    def __init__(self, stage: Stage, record: TrainingRecord) -> None:
         self.pipe: int | None = None
         if stage.rank or os.environ.get("CONVOY_LIVE") == "0":
             return
@@ -117,7 +116,8 @@ class Live:
         finally:
             os.close(reader)
         # The names of a thousand classes would fill the pipe, so the classes are left out.
-        self._say({"record": dict(record) | {"task": dict(record["task"]) | {"classes": []}}, "process": os.getpid()})
+        sent = record.model_copy(update={"dataset_info": dataclasses.replace(record.dataset_info, classes=[])})
+        self._say({"record": sent.model_dump(mode="json"), "process": os.getpid()})
 
     def on_epoch_end(self, row: Mapping[str, float]) -> None:
         """Report the end of an epoch.

@@ -14,6 +14,7 @@ from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.registry import versions
 from convoy.tracking.store import open_store
+from record_factory import make_record
 from small_project import REAL
 
 PACKAGE = Path(convoy.__file__).parent
@@ -28,8 +29,8 @@ def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = N
     info |= {"mean": [0.5] * channels, "std": [0.25] * channels}
     torch.manual_seed(0)
     save_file(models.build("lenet", settings, DatasetInfo(**info)).state_dict(), folder / "weights.safetensors")
-    record = {"architecture": "lenet", "settings": settings, "task": info, "seed": 1, **(more or {})}
-    (folder / "record.json").write_text(json.dumps(record))
+    record = make_record(settings=settings, dataset_info=DatasetInfo(**info)).model_dump(mode="json")
+    (folder / "record.json").write_text(json.dumps(record | dict(more or {})))
     (folder / "calibration.json").write_text(json.dumps({"temperature": 1.5, "val_log_loss": 0.1}))
     named = {"record": "record.json", "weights": "weights.safetensors", "calibration": "calibration.json"}
     return {key: folder / name for key, name in named.items()}

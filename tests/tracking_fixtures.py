@@ -8,8 +8,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from convoy.tracking.runs import DataVersion
 from convoy.tracking.store import open_store
+from convoy.training.record import DatasetVersion
 from pipeline.stage import Stage
 from pipeline.sync_mlflow import find_result, sync_runs
 from small_project import make_project, run_stages
@@ -61,4 +61,4 @@ def trained_bytes(root: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (root / "artifacts/train/lenet").iterdir()}
 
 
-DIGITS = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797, "train": 1132, "val": 302, "test": 363})
+DIGITS = DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797, "train": 1132, "val": 302, "test": 363})

@@ -15,7 +15,7 @@ from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import ResolvedTrainer
+from convoy.training.record import ResolvedTrainer
 from convoy.training.result import TrainResult
 from convoy.training.trainer import fit
 from small_project import REAL

@@ -68,7 +68,7 @@ def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> No
     for run in found:
         history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
         assert run.info.status == "FINISHED"
-        assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["identity"]
+        assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["fingerprint"]
         for name in CURVES:
             points = curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
@@ -100,7 +100,7 @@ def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> Non
     assert lenet.data.params["init"] == "scratch"
     assert set(lenet.data.metrics) == set(resnet.data.metrics)
     assert lenet.data.metrics["parameters"] == record_of(root, "lenet")["parameters"]
-    assert lenet.data.metrics["multiply_adds"] == record_of(root, "lenet")["multiply_adds"]
+    assert lenet.data.metrics["multiply_adds"] == record_of(root, "lenet")["macs"]
     assert lenet.data.metrics["megabytes"] == pytest.approx(4e-6 * lenet.data.metrics["parameters"], rel=0.05)
     assert lenet.data.tags["reproduction"] == resnet.data.tags["reproduction"]
     assert lenet.data.tags["data"] == "digits@" + record_of(root, "lenet")["data"]["digest"]
@@ -288,7 +288,7 @@ def test_deleted_run_is_restored_and_the_older_of_two_is_kept(short: Path, tmp_p
     assert all_runs(root) == []
     assert list(sync(root).values()) == [run_id]
     # another machine with the same results made one at the same moment
-    client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["identity"]})
+    client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["fingerprint"]})
     assert list(sync(root).values()) == [run_id]
     assert_whole(root, ("lenet",))
     assert len(all_runs(root, ViewType.ALL)) == 2

@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 import stage_processes
 import training_process
+from convoy.core import config
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.stage import Stage
@@ -231,6 +232,7 @@ def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path,
         assert before in settings
         settings = settings.replace(before, after)
     (project / "conf/config.yaml").write_text(settings)
+    config.compose(project)
     for folder in ("pipeline", "src"):  # which DVC hashes
         shutil.copytree(REAL / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for command in ("init --no-scm --quiet", "add --quiet data"):

@@ -27,6 +27,7 @@ from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.registry import model_loader
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
+from convoy.training.record import TrainingRecord
 from pipeline import migrate_mlflow, predict, rollback, sync_mlflow, verify
 from pipeline.evaluate import evaluate
 from pipeline.register import register
@@ -160,7 +161,7 @@ def test_pipeline_from_first_run_to_rollback(
     assert f"  leaderboard  {server}/#/experiments/" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
     rollback.main()
-    assert aliases(server, "road") == {CHALLENGER: 2, CHAMPION: 1, PREVIOUS: 2}
+    assert aliases(server, "road") == {CHAMPION: 1}  # version 2 never becomes the champion again
     assert moves(root, "road") == [(None, 1), (1, 2), (2, 1)]
     assert_no_lock_is_left(server, "road")
 
@@ -170,9 +171,9 @@ def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) 
     client = MlflowClient(server, server)
     found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert len(found) == len(results)
-    runs = {run.data.tags[runs.IDENTITY]: run for run in found}
+    by_identity = {run.data.tags[runs.IDENTITY]: run for run in found}
     for trained in (result / "train/lenet" for result in results):
-        run = runs[json.loads((trained / "record.json").read_text())["identity"]]
+        run = by_identity[TrainingRecord.load(trained / "record.json").fingerprint]
         history = pd.read_csv(trained / "history.csv")
         assert run.info.status == "FINISHED"
         for curve in CURVES:

@@ -123,7 +123,13 @@ def started_from(root: Path, training: str, *lineage: str) -> None:
     """As if a training had begun with weights that were trained on these data."""
     folder = root / "kept" / training / "train" / "lenet"
     record = json.loads((folder / "record.json").read_text())
-    record["init"] = {"init": "0" * 32, "source": "a run", "sha256": "0" * 64, "head": "kept", "lineage": lineage}
+    record["initial_weights"] = {
+        "init": "0" * 32,
+        "source": "a run",
+        "sha256": "0" * 64,
+        "head": "kept",
+        "lineage": lineage,
+    }
     (folder / "record.json").write_text(json.dumps(record))
     hashes = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(hashes | {"record.json": sha256(folder / "record.json")}))

@@ -21,6 +21,7 @@ from convoy.registry import model_loader, versions
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
 from convoy.training import init_weights
+from convoy.training.record import DatasetVersion
 from pipeline import predict
 from registry_fixtures import folder_of, leave, register
 from small_project import REAL
@@ -84,13 +85,13 @@ def test_training_refuses_a_file_that_may_hold_code(suffix: str, fired: Path, tm
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"_target_": "os.system", "task": {"_target_": "os.system"}}, "task"),
+        ({"_target_": "os.system", "dataset_info": {"_target_": "os.system"}}, "dataset_info"),
         ({"settings": {"_target_": "pathlib.Path.touch", "_args_": ["fired"]}}, "_target_: unknown key"),
         ({"settings": "!!python/object/apply:os.system [ls]"}, "settings: input should be an object"),
         ({"architecture": "os"}, "no such architecture"),
         ({"architecture": "../../../evil"}, "no such architecture"),
         ({"architecture": ["lenet"]}, "architecture: input should be a valid string"),
-        ({"task": None}, "task: input should be an object"),
+        ({"dataset_info": None}, "dataset_info: input should be an object"),
     ],
 )
 def test_record_with_an_invalid_architecture_is_refused(
@@ -271,7 +272,7 @@ def test_weights_changed_during_upload_are_not_registered(tmp_path: Path, monkey
 def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """The id of a run with the files of a training, and the folder where these lie."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    data = runs.DataVersion("pets", "0123", "data.dvc", {"images": 3})
+    data = DatasetVersion("pets", "0123", "data.dvc", {"images": 3})
     files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
     tags = {runs.IDENTITY: str(tmp_path)}
     ended = runs.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")

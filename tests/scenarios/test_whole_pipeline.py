@@ -402,9 +402,9 @@ def test_training_starts_from_the_champion_or_a_run(
         monkeypatch.setenv("DVC_ROOT", str(road))
         Stage(root, "train", winner).run(train)
         record = json.loads((root / f"artifacts/train/{winner}/record.json").read_text())
-        assert record["init"]["init"] == init
-        assert record["init"]["head"] == "kept"
-        assert record["init"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
+        assert record["initial_weights"]["init"] == init
+        assert record["initial_weights"]["head"] == "kept"
+        assert record["initial_weights"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
 
 
 def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> None:

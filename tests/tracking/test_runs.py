@@ -16,35 +16,19 @@ from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 from convoy.core.errors import ConvoyError
 from convoy.tracking import runs
 from convoy.tracking import store as tracking
-from convoy.tracking.runs import DataVersion, RunRecord
+from convoy.tracking.runs import RunRecord
 from convoy.tracking.store import TrackingStore
+from convoy.training.record import DatasetVersion
+from record_factory import make_record
 from tracking_fixtures import DIGITS
 
-RECORD = {
-    "architecture": "vgg",
-    "settings": {
-        "widths": [6, 16],
-        "batch_norm": True,
-        "init": "scratch",
-        "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup": 0.1, "augment": {"flip": False}},
-    },
-    "seed": 1,
-    "train": {"max_epochs": 3},
-    "task": {"dataset": "digits", "size": 32},
-    "data": {"name": "digits", "digest": "a99769f9303d", "source": "data.dvc", "profile": {"images": 1797}},
-    "identity": "f" * 64,
-    "environment": {
-        "python": "3.11.7",
-        "numpy": "2.4.6",
-        "pytorch-lightning": "2.6.6",
-        "torch": "2.15.0",
-        "device": "cpu",
-        "instructions": "AVX512",
-        "threads": 2,
-        "precision": "bfloat16",
-        "processes": 1,
-    },
+SETTINGS = {
+    "widths": [6, 16],
+    "batch_norm": True,
+    "init": "scratch",
+    "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup": 0.1, "augment": {"flip": False}},
 }
+RECORD = make_record(architecture="vgg", settings=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
             yield store
 
 
-def bring(store: TrackingStore, name: str, data: DataVersion) -> Found:
+def bring(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
     run = RunRecord(
         name=name,
         params={"model": name},
@@ -79,7 +63,7 @@ def test_a_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
 
 
 def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> None:
-    newer = DataVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
+    newer = DatasetVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
     older = bring(store, "lenet", DIGITS).info.run_id
     runs = {bring(store, name, newer).info.run_id for name in ("lenet", "resnet")}
     found = store.client.search_runs([store.experiment.experiment_id], "dataset.digest = 'b1c2d3e4f5a6'")

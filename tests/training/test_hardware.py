@@ -7,7 +7,8 @@ import torch
 
 from convoy.core.errors import ConvoyError
 from convoy.training import hardware
-from convoy.training.hardware import ResolvedTrainer, TrainerConfig, choose, count_macs, environment
+from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
+from convoy.training.record import ResolvedTrainer
 from training_fixtures import build
 
 AUTO = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")

@@ -1,7 +1,6 @@
 """Transfer: weights that arrive in our own networks, and those that are refused."""
 
 import contextlib
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,10 +28,12 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.registry import model_loader, versions
 from convoy.tracking import runs
-from convoy.tracking.runs import DataVersion, RunRecord
+from convoy.tracking.runs import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import init_weights
+from convoy.training.record import DatasetVersion, InitialWeights
 from model_fixtures import TWINS
+from record_factory import make_record
 from registry_fixtures import leave as leave_registered
 
 Publish = Callable[[str, Path], Path]
@@ -60,7 +61,7 @@ def not_called(init: str, folder: Path) -> str:
     raise AssertionError("MLflow was asked")
 
 
-def start(classifier: Classifier, name: str, values: dict) -> dict[str, str]:
+def start(classifier: Classifier, name: str, values: dict) -> InitialWeights:
     return init_weights.init_weights(classifier, name, values, not_called)
 
 
@@ -159,11 +160,11 @@ def test_weights_from_the_torchvision_cache_give_its_logits(twin: str, publish: 
     values = settings(name, "pretrained", twin)
     ours = build(name, values, dataset_info(NAMES, size=224)).eval()
     record = start(ours, name, values)
-    assert record["sha256"] == sha256(file)
-    assert record["verified"] is True
+    assert record.sha256 == sha256(file)
+    assert record.verified is True
     file.unlink()
-    assert record["source"] == f"torchvision {twin} IMAGENET1K_V1"
-    assert record["head"] == "kept"
+    assert record.source == f"torchvision {twin} IMAGENET1K_V1"
+    assert record.head == "kept"
     with torch.inference_mode():
         found = ours(pixels)
     assert expected.std() > 0.001
@@ -201,7 +202,7 @@ def test_torchvision_file_of_other_classes_gives_its_backbone(tmp_path: Path) ->
     classifier = build("resnet", values, dataset_info())
     fresh = classifier.classifier.weight.clone()
     record = start(classifier, "resnet", values)
-    assert (record["source"], record["head"]) == (str(tmp_path / "mine.pth"), "new")
+    assert (record.source, record.head) == (str(tmp_path / "mine.pth"), "new")
     assert torch.equal(classifier.stem[0].weight, theirs.conv1.weight)
     assert torch.equal(classifier.classifier.weight, fresh)
 
@@ -212,7 +213,7 @@ def test_imagenet_weights_for_other_classes_get_a_new_head(order: str, publish: 
     values = settings("resnet", "pretrained", "resnet18")
     classifier = build("resnet", values, dataset_info(SOME if order == "other names" else NAMES[::-1]))
     fresh = classifier.classifier.weight.clone()
-    assert start(classifier, "resnet", values)["head"] == "new"
+    assert start(classifier, "resnet", values).head == "new"
     assert torch.equal(classifier.classifier.weight, fresh)
 
 
@@ -280,7 +281,7 @@ def test_file_of_the_user_is_recorded_as_not_verified(tmp_path: Path) -> None:
     file = saved(torchvisions("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
     values = settings("resnet", str(file), "resnet18")
     record = start(build("resnet", values, dataset_info()), "resnet", values)
-    assert (record["sha256"], record["verified"]) == (sha256(file), False)
+    assert (record.sha256, record.verified) == (sha256(file), False)
 
 
 def test_settings_unknown_to_torchvision_are_refused_with_a_fix() -> None:
@@ -380,15 +381,14 @@ def leave(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 
     classifier = build(name, values, info, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(classifier.state_dict(), folder / "weights.safetensors")
-    record = {"architecture": name, "settings": values, "task": vars(info)}
-    (folder / "record.json").write_text(json.dumps(record))
+    make_record(architecture=name, settings=values, dataset_info=info).save(folder / "record.json")
     return classifier
 
 
 def test_scratch_leaves_the_initial_weights() -> None:
     classifier = build("lenet", settings("lenet"), dataset_info())
     before = copies(classifier)
-    assert start(classifier, "lenet", settings("lenet")) == {"init": "scratch"}
+    assert start(classifier, "lenet", settings("lenet")) == InitialWeights("scratch")
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
 
 
@@ -398,8 +398,7 @@ def test_all_weights_are_loaded_for_the_same_classes(name: str, tmp_path: Path) 
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info())
     record = start(classifier, name, values)
-    assert set(record) == {"init", "source", "sha256", "verified", "head", "lineage"}
-    assert record["head"] == "kept"
+    assert record.head == "kept"
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
 
@@ -411,7 +410,7 @@ def test_all_weights_but_the_head_are_loaded_for_other_classes(name: str, classe
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info(classes))
     fresh = copies(classifier)
-    assert start(classifier, name, values)["head"] == "new"
+    assert start(classifier, name, values).head == "new"
     for key, value in classifier.state_dict().items():
         assert torch.equal(value, fresh[key] if classifier.is_head(key) else left[key]), key
 
@@ -521,7 +520,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
 def bring(
     store: TrackingStore, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
 ) -> str:
-    data = DataVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
+    data = DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
     run = RunRecord(
         name=name,
         params={"model": name},
@@ -559,8 +558,8 @@ def test_champion_or_newest_version_is_used(
     left = build(name, settings(name), dataset_info(), seed=version).state_dict()
     body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_head(key)}
     assert all(torch.equal(left[key], value) for key, value in body.items())
-    assert (record["init"], record["head"], record["verified"]) == ("champion", "new", True)
-    assert record["source"].startswith(f"version {version} of model convoy, of run ")
+    assert (record.init, record.head, record.verified) == ("champion", "new", True)
+    assert record.source.startswith(f"version {version} of model convoy, of run ")
 
 
 def test_unregistered_architecture_is_refused(store: TrackingStore) -> None:
@@ -578,7 +577,7 @@ def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
     left = leave(tmp_path, "lenet", settings("lenet"), dataset_info(["a", "b"]), seed=9)
     run = bring(store, "lenet", tmp_path)
     classifier, record = from_store(store, "lenet", settings("lenet", run))
-    assert (record["source"], record["head"]) == (f"run {run}", "kept")
+    assert (record.source, record.head) == (f"run {run}", "kept")
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
 

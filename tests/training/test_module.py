@@ -22,8 +22,8 @@ from convoy.recipe import AugmentConfig, TrainConfig
 from convoy.training import batch_size_errors, module, optimizers, termination
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData, split_batch
-from convoy.training.hardware import ResolvedTrainer
 from convoy.training.optimizers import compute_lr_fraction
+from convoy.training.record import ResolvedTrainer
 from convoy.training.result import COLUMNS
 from convoy.training.seeding import seed_step
 from training_fixtures import CPU, bars, build, same, train, with_room_for_ten

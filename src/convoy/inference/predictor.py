@@ -1,7 +1,6 @@
 """The predictor, which is a trained classifier with its data set information and its calibration temperature."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from convoy.data import image_io
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature
 from convoy.models.base import Classifier, predict
+from convoy.training.record import TrainingRecord
 
 # The files that a predictor is restored from.
 FILES = (RECORD, WEIGHTS, CALIBRATION)
@@ -66,16 +66,6 @@ class Predictor:
         return apply_temperature(predict(self.classifier, pixels, batch_size), self.temperature)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Described:
-    """The fields of a training record and its calibration file that a predictor needs."""
-
-    architecture: str
-    settings: dict[str, Any]
-    task: DatasetInfo
-    temperature: Positive
-
-
 def restore(folder: Path) -> Predictor:
     """Restore a predictor from record.json, weights.safetensors and calibration.json in `folder`.
 
@@ -84,27 +74,17 @@ def restore(folder: Path) -> Predictor:
     Raises:
         ConvoyError: If a file is missing, or was not written by training and evaluation.
     """
-    found = {**_table(folder / RECORD), **_table(folder / CALIBRATION)}
-    names = [field.name for field in dataclasses.fields(_Described)]
-    text = json.dumps({name: found[name] for name in names if name in found})
-    try:
-        described = TypeAdapter(_Described).validate_json(text, strict=True, extra="forbid")
-    except ValidationError as error:
-        first = error.errors()[0]
-        said = f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise ConvoyError(f"{folder}: {RECORD} and {CALIBRATION} are not of a trained classifier ({said})") from None
-    classifier = models.restore(described.architecture, described.settings, described.task, folder / WEIGHTS)
-    return Predictor(described.architecture, described.task, classifier, described.temperature)
+    record, temperature = TrainingRecord.load(folder / RECORD), _load_temperature(folder / CALIBRATION)
+    classifier = models.restore(record.architecture, record.settings, record.dataset_info, folder / WEIGHTS)
+    return Predictor(record.architecture, record.dataset_info, classifier, temperature)
 
 
-def _table(file: Path) -> dict[str, Any]:
+def _load_temperature(file: Path) -> float:
     try:
-        table = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvoyError(f"{file} is missing or can't be read ({error})") from None
-    if not isinstance(table, dict):
-        raise ConvoyError(f"{file} holds no table")
-    return table
+        found = TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
+        return TypeAdapter(Positive).validate_python(found.get("temperature"), strict=True)
+    except (OSError, ValidationError) as error:
+        raise ConvoyError(f"{file} is missing, or holds no temperature: evaluate the model again") from error
 
 
 def check(folder: Path, hashes: Mapping[str, str]) -> None:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -30,6 +29,7 @@ from convoy.inference import onnx_export, predictor
 from convoy.inference.predictor import Predictor
 from convoy.tracking.runs import HASHES, hashes_of
 from convoy.tracking.store import ABSENT, TrackingStore
+from convoy.training.record import TrainingRecord
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 # Files of a training that another training can start from.
@@ -166,7 +166,7 @@ def _from_version(store: TrackingStore, name: str, architecture: str, folder: Pa
     others = set()
     for found in sorted(versions, key=lambda each: (str(each.version) != str(champion), -int(each.version))):
         fetch(found, folder, [f"artifacts/{RECORD}"])
-        theirs = json.loads((folder / "artifacts" / RECORD).read_text())["architecture"]
+        theirs = TrainingRecord.load(folder / "artifacts" / RECORD).architecture
         if theirs == architecture:
             fetch(found, folder, [f"artifacts/{WEIGHTS}"])
             return f"version {found.version} of model {name}, of run {found.run_id}", folder / "artifacts"
@@ -202,12 +202,12 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
     return f"run {run_id}", folder
 
 
-def read_record(version: ModelVersion) -> dict[str, Any]:
+def read_record(version: ModelVersion) -> TrainingRecord:
     """Download and return the training record of a version."""
     with tempfile.TemporaryDirectory() as scratch:
         file = f"artifacts/{RECORD}"
         fetch(version, Path(scratch), [file])
-        return json.loads(Path(scratch, file).read_text())
+        return TrainingRecord.load(Path(scratch, file))
 
 
 def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
@@ -217,8 +217,7 @@ def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
         The sha256 of the images, or `None` if they are unknown for one of the trainings.
     """
     record, own = read_record(version), training_hashes(version)
-    data, lineage = record.get("data", {}).get("digest"), record.get("init", {}).get("lineage", [])
-    before = training_hashes_of(store, version.name, [digest for digest in lineage if digest != data])
+    before = training_hashes_of(store, version.name, record.earlier_data)
     return None if own is None or before is None else [*own, *before]
 
 

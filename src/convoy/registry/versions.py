@@ -48,6 +48,8 @@ SERVED_BY = (
     "inference/predictor.py",
     "models",
     "recipe.py",
+    "training/__init__.py",
+    "training/record.py",
 )
 
 

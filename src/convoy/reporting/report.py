@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from convoy.data.card.fonts import find_font_families, find_missing_characters
+from convoy.training.record import TrainingRecord
 
 # The gate's statistics are slow to import, and are not needed to print a table.
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ NAMED = 100  # classes
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
-def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def leaderboard(records: Mapping[str, TrainingRecord], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Make a table with one row for each architecture: its best epoch, test metrics and size.
 
     Rows are in the order of `records`. For a failed training only the name and the size are known.
@@ -33,9 +34,9 @@ def leaderboard(records: Mapping[str, Mapping[str, Any]], figures: Mapping[str, 
     rows = [
         {
             "model": name,
-            **{column: record["best"].get(column) for column in ("val_accuracy", "val_loss", "epoch")},
+            **{column: getattr(record.best, column, None) for column in ("val_accuracy", "val_loss", "epoch")},
             **{f"test_{figure}": value for figure, value in figures[name].items()},
-            "parameters": record["parameters"],
+            "parameters": record.parameters,
         }
         for name, record in records.items()
     ]

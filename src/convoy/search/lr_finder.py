@@ -9,8 +9,8 @@ from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training.batch_size_errors import describe_too_large
 from convoy.training.datamodule import ImageData, split_batch
-from convoy.training.hardware import ResolvedTrainer
 from convoy.training.module import ClassifierModule
+from convoy.training.record import ResolvedTrainer
 from convoy.training.seeding import seed_step
 
 # Range of the learning rates.

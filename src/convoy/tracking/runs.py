@@ -19,6 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from convoy.core.hashing import sha256
 from convoy.tracking.store import TrackingStore, uploading
+from convoy.training.record import DatasetVersion, TrainingRecord
 
 # Tag of a run: the hash of the settings, data and code that define its training.
 IDENTITY = "convoy.identity"
@@ -36,16 +37,6 @@ HASHES = "convoy.sha256"
 PROCESS = "convoy.process"
 
 
-@dataclasses.dataclass(frozen=True)
-class DataVersion:
-    """The version of the data that a model was trained on, as shown in MLflow."""
-
-    name: str
-    digest: str  # at most 36 characters; name and digest together identify the data in MLflow
-    source: str  # where it comes from, such as "data.dvc"
-    profile: Mapping[str, int]  # counts of images, classes, train, val, test, ...
-
-
 # The metrics of an epoch: "epoch", counted from 1, and those in the history, such as "val_loss".
 Row = Mapping[str, float]
 
@@ -58,14 +49,14 @@ class RunRecord:
     params: Mapping[str, object]  # flat dotted names, the same for all architectures
     tags: Mapping[str, str]  # tags that are updated; includes IDENTITY
     origin: Mapping[str, str]  # tags that are never overwritten: commit, who, why
-    data: DataVersion
+    data: DatasetVersion
     history: Sequence[Row] = ()
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     files: Sequence[Path] = ()
     status: str = "RUNNING"  # RUNNING, FINISHED or FAILED
 
 
-def run_in_training(record: Mapping[str, Any], tags: Mapping[str, str], origin: Mapping[str, str]) -> RunRecord:
+def run_in_training(record: TrainingRecord, tags: Mapping[str, str], origin: Mapping[str, str]) -> RunRecord:
     """Create the run of a training that has started.
 
     Args:
@@ -73,31 +64,31 @@ def run_in_training(record: Mapping[str, Any], tags: Mapping[str, str], origin: 
         tags: Additional tags, which are updated.
         origin: Tags that are never overwritten.
     """
-    settings, recipe, environment = record["settings"], dict(record["settings"]["recipe"]), record["environment"]
+    settings, recipe, environment = record.settings, dict(record.settings["recipe"]), record.environment
     shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
     augment = recipe.pop("augment")
-    data = DataVersion(**record["data"])
-    threads = f"{environment['threads']} thread{'s' * (environment['threads'] > 1)}"
-    processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
+    data = record.data
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    processes = f", {environment['processes']} processes" if environment["processes"] != 1 else ""
     versions = {name: environment[name] for name in ("python", "torch", "pytorch-lightning", "numpy")}
     return RunRecord(
-        name=record["architecture"],
+        name=record.architecture,
         params={
-            "model": record["architecture"],
+            "model": record.architecture,
             "model.numbers": _line({name: settings[name] for name in settings if name not in ("init", "recipe")}),
             "init": settings["init"],
             "dataset": data.name,
-            "preprocess.size": record["task"]["size"],
-            "seed": record["seed"],
-            "train.max_epochs": record["train"]["max_epochs"],
+            "preprocess.size": record.dataset_info.size,
+            "seed": record.seed,
+            "train.max_epochs": record.train.max_epochs,
             **shown,
             "recipe.augment": _line(augment),
             "recipe.others": _line(recipe),
         },
         tags={
-            "mlflow.note.content": f"{record['architecture']} on {data.name}",
+            "mlflow.note.content": f"{record.architecture} on {data.name}",
             **tags,
-            IDENTITY: record["identity"],
+            IDENTITY: record.fingerprint,
             "data": f"{data.name}@{data.digest}",
             "hardware": f"{environment['device']}, {environment['instructions']}, {threads}, "
             f"{environment['precision']}{processes}",
@@ -109,7 +100,7 @@ def run_in_training(record: Mapping[str, Any], tags: Mapping[str, str], origin: 
 
 
 def run_with_results(
-    record: Mapping[str, Any],
+    record: TrainingRecord,
     figures: Mapping[str, float],
     history: Sequence[Row],
     tags: Mapping[str, str],
@@ -126,13 +117,14 @@ def run_with_results(
         origin: Tags that are never overwritten.
         files: Files to upload as artifacts.
     """
-    best, max_epochs, failure = record["best"], record["train"]["max_epochs"], record["failure"]
+    best, max_epochs, failure = record.best, record.train.max_epochs, record.failure
     weights = [file for file in files if file.suffix == ".safetensors"]
+    note = ""
     if failure:
-        note = f"failed in epoch {failure['epoch']} of {max_epochs}, {failure['reason']}"
-    else:
+        note = f"failed in epoch {failure.epoch} of {max_epochs}, {failure.reason}"
+    elif best:
         note = (
-            f"{best['val_accuracy']:.4f} in validation (epoch {best['epoch']} of {max_epochs}), "
+            f"{best.val_accuracy:.4f} in validation (epoch {best.epoch} of {max_epochs}), "
             f"{figures['accuracy']:.4f} on test images"
         )
     run = run_in_training(record, tags, origin)
@@ -140,10 +132,10 @@ def run_with_results(
         run,
         tags={**run.tags, "mlflow.note.content": f"{run.tags['mlflow.note.content']}: {note}"},
         metrics={
-            **{f"best/{name}": best[name] for name in ("val_accuracy", "val_loss", "epoch") if name in best},
+            **({f"best/{name}": getattr(best, name) for name in ("val_accuracy", "val_loss", "epoch")} if best else {}),
             **{f"test/{name}": value for name, value in figures.items()},
-            "parameters": record["parameters"],
-            "multiply_adds": record["multiply_adds"],
+            "parameters": record.parameters,
+            "multiply_adds": record.macs,
             **({"megabytes": sum(file.stat().st_size for file in weights) / 1e6} if weights else {}),
         },
         history=history,
@@ -306,7 +298,7 @@ def _define(store: TrackingStore, run: RunRecord, found: Found) -> None:
         store.client.log_inputs(found.info.run_id, datasets=[_training_input(run.data)])
 
 
-def _training_input(data: DataVersion) -> DatasetInput:
+def _training_input(data: DatasetVersion) -> DatasetInput:
     dataset = Dataset(
         name=data.name,
         digest=data.digest,

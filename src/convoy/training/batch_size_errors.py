@@ -8,7 +8,7 @@ import torch
 
 from convoy.models.base import Classifier
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import ResolvedTrainer
+from convoy.training.record import ResolvedTrainer
 
 # Part of torch's error message for a batch norm over a single value.
 BATCH_NORM_ERROR = "Expected more than 1 value per channel"

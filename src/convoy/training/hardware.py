@@ -1,7 +1,6 @@
 """The choice of hardware, precision and number of threads for a training."""
 
 import copy
-import dataclasses
 import platform
 from importlib.metadata import version
 from typing import Annotated, Literal
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convoy.core.config import Count, schema
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
+from convoy.training.record import ResolvedTrainer
 
 # Instruction sets that multiply matrices in half precision.
 MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
@@ -33,18 +33,6 @@ class TrainerConfig:
     precision: Literal["auto", "float32", "bfloat16"]  # precision of the computation; weights are float32
     compile: bool  # torch.compile takes minutes at the start, which pays off in runs of hours
     threads: Threads | Literal["auto"]  # per process; results are bit-identical only for the same number
-
-
-@dataclasses.dataclass(frozen=True)
-class ResolvedTrainer:
-    """Hardware settings without `auto`; results are bit-identical only if all of them are equal."""
-
-    accelerator: str  # cpu or gpu
-    devices: int  # GPUs or CPU processes per machine
-    nodes: int  # machines
-    precision: str  # float32 or bfloat16
-    compile: bool
-    threads: int  # per process
 
 
 def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:

@@ -22,6 +22,7 @@ from convoy.core.artifact_names import RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
+from convoy.training.record import InitialWeights, TrainingRecord
 
 # The ID of an MLflow run.
 RUN = re.compile("[0-9a-f]{32}")
@@ -77,7 +78,7 @@ def init_weights(
     settings: Mapping[str, Any],
     bring: FetchWeights,
     scratch: Path | None = None,
-) -> dict[str, Any]:
+) -> InitialWeights:
     """Initialise a classifier with the weights that the setting `init` names.
 
     The head keeps its random weights, unless the weights have the same classes in the same order. The normalisation is
@@ -91,8 +92,7 @@ def init_weights(
         scratch: Folder for the temporary folder that is passed to `bring`; the system's default if None.
 
     Returns:
-        The entry of the run's record: "init", and unless that is scratch, also "source", "sha256", "verified" (whether
-        torchvision or MLflow confirms the checksum), "head" ("kept" or "new") and "lineage".
+        The description of the initial weights for the training record.
 
     Raises:
         ConvoyError: If the weights do not exist, do not fit the classifier, or the file holds more than tensors.
@@ -101,7 +101,7 @@ def init_weights(
     init = settings["init"]
     channels = classifier.info.channels
     if init == "scratch":
-        return {"init": init}
+        return InitialWeights(init)
     if init == "pretrained":
         # Check before anything is downloaded.
         _check_channels(architecture, 3, channels)
@@ -128,14 +128,9 @@ def init_weights(
         mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
         said = f"model.{architecture}.init: {donor.source}: {error}" + (f"; set {mend}" if mend else "")
         raise ConvoyError(said) from None
-    return {
-        "init": init,
-        "source": donor.source,
-        "sha256": donor.sha256,
-        "verified": donor.verified,
-        "head": "kept" if kept else "new",
-        "lineage": list(donor.lineage),
-    }
+    return InitialWeights(
+        init, donor.source, donor.sha256, donor.verified, head="kept" if kept else "new", lineage=tuple(donor.lineage)
+    )
 
 
 def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
@@ -261,26 +256,20 @@ def _of_ours(file: Path, architecture: str, source: str) -> LoadedWeights:
     beside = file.with_name(RECORD)
     weights_of, record_of = (f"{each.name} of {source}" if source else str(each) for each in (file, beside))
     try:
-        record = json.loads(beside.read_text())
-        found, classes, trained_with = record["architecture"], record["task"]["classes"], record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = TrainingRecord.parse(beside.read_bytes(), record_of)
+    except (OSError, ConvoyError) as error:
         raise ConvoyError(
             f"model.{architecture}.init: {record_of} is missing or can't be read: "
             "put the record of the training that left the weights beside them"
         ) from error
-    if found != architecture:
-        raise ConvoyError(f"model.{architecture}.init: {weights_of} holds weights of {found}, not of {architecture}")
+    if record.architecture != architecture:
+        raise ConvoyError(
+            f"model.{architecture}.init: {weights_of} holds weights of {record.architecture}, not of {architecture}"
+        )
     try:
-        return load_file(file), classes, trained_with, _lineage(record)
+        return load_file(file), record.dataset_info.classes, record.settings, record.lineage
     except SafetensorError as error:
         raise ConvoyError(f"model.{architecture}.init: {weights_of} is no safetensors file ({error})") from error
-
-
-def _lineage(record: Mapping[str, Any]) -> list[str]:
-    """Return the lineage of the weights of a training with this record."""
-    start = record.get("init", {"init": "unknown"})
-    before = start.get("lineage", [] if start["init"] == "scratch" else [""])
-    return sorted({*before, record.get("data", {}).get("digest", "")})
 
 
 def _of_torchvision(

@@ -18,12 +18,12 @@ from convoy.training.augmentation import augment, mix
 from convoy.training.checkpoint import Checkpoint, State, merit
 from convoy.training.datamodule import ImageData, split_batch
 from convoy.training.early_stopping import find_reason_to_stop
-from convoy.training.hardware import ResolvedTrainer
 from convoy.training.losses import batch_metrics, compute_loss
 from convoy.training.optimizers import compute_lr_fraction, make_optimizer, optimizer_state_keys, set_lr, update_ema
 from convoy.training.process_sync import ProcessSync, check_same_step
 from convoy.training.progress import Progress
-from convoy.training.result import COLUMNS, FailureInfo, TrainingDiverged, TrainResult
+from convoy.training.record import FailureInfo, ResolvedTrainer
+from convoy.training.result import COLUMNS, TrainingDiverged, TrainResult
 from convoy.training.sampler import class_weights
 from convoy.training.seeding import seed_step
 from convoy.training.termination import SigtermHandler, exit_after_sigterm

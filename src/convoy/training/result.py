@@ -4,29 +4,14 @@ import dataclasses
 
 from torch import Tensor
 
+from convoy.training.record import FailureInfo
+
 # Keys of a row of the training history.
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]
 
 
 class TrainingDiverged(Exception):
     """Raised when a training diverges; `ClassifierModule.failure` holds the details."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FailureInfo:
-    """Reason and position of the failure of a training."""
-
-    reason: str
-    epoch: int  # from 1
-    step: int  # of the complete training, from 1
-    lr: float  # of that step
-
-    def describe(self, architecture: str) -> str:
-        """Return the message for the user, which suggests how to fix the failure."""
-        return (
-            f"{architecture} failed in epoch {self.epoch}, step {self.step}, at a learning rate of {self.lr:.3g}: "
-            f"{self.reason}. Lower model.{architecture}.recipe.lr, lengthen its warmup or set its clip_norm to 1.0"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

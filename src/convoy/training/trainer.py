@@ -14,8 +14,8 @@ from convoy.recipe import TrainConfig
 from convoy.training.batch_size_errors import BATCH_NORM_ERROR, describe_too_large, describe_too_small
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import ResolvedTrainer
 from convoy.training.module import ClassifierModule, EpochCallback
+from convoy.training.record import ResolvedTrainer
 from convoy.training.result import TrainingDiverged, TrainResult
 
 

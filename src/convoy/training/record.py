@@ -1,0 +1,172 @@
+"""The training record: what later stages, other trainings and MLflow need to know about a training."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from convoy.core.artifact_names import RECORD
+from convoy.core.errors import ConvoyError
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.recipe import TrainConfig
+
+# Names of the fields in format 1, which had no field `format`.
+RENAMED = {"task": "dataset_info", "identity": "fingerprint", "init": "initial_weights", "multiply_adds": "macs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedTrainer:
+    """Hardware settings without `auto`; results are bit-identical only if all of them are equal."""
+
+    accelerator: str  # cpu or gpu
+    devices: int  # GPUs or CPU processes per machine
+    nodes: int  # machines
+    precision: str  # float32 or bfloat16
+    compile: bool
+    threads: int  # per process
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetVersion:
+    """The version of the data set that a model was trained on."""
+
+    name: str
+    digest: str  # at most 36 characters; name and digest together identify the data in MLflow
+    source: str  # where it comes from, such as "data.dvc"
+    profile: Mapping[str, int]  # counts of images, classes, train, val, test, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """The weights that a training started from. For random weights all fields but the first have their default."""
+
+    init: str  # the setting `init`
+    source: str = ""  # description of the model or file
+    sha256: str = ""  # of the weights
+    verified: bool = False  # whether torchvision or MLflow confirms the checksum
+    head: Literal["kept", "new"] = "new"
+    # Digests of the data versions that the weights, and those that they started from, were trained on. "" stands for
+    # data that is not known.
+    lineage: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureInfo:
+    """Reason and position of the failure of a training."""
+
+    reason: str
+    epoch: int  # from 1
+    step: int  # of the complete training, from 1
+    lr: float  # of that step
+
+    def describe(self, architecture: str) -> str:
+        """Return the message for the user, which suggests how to fix the failure."""
+        return (
+            f"{architecture} failed in epoch {self.epoch}, step {self.step}, at a learning rate of {self.lr:.3g}: "
+            f"{self.reason}. Lower model.{architecture}.recipe.lr, lengthen its warmup or set its clip_norm to 1.0"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochMetrics:
+    """Metrics of an epoch, as in a row of history.csv."""
+
+    epoch: int  # from 1
+    lr: float  # of the last step
+    train_accuracy: float
+    train_loss: float
+    val_accuracy: float
+    val_loss: float
+
+
+class TrainingRecord(BaseModel):
+    """Everything about one training but its weights and its history.
+
+    The train stage writes it to record.json. It belongs to every registered model, so records of earlier formats are
+    upgraded when they are read.
+    """
+
+    # NaN and infinity are written by these names, which JSON lacks, rather than as null.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    format: Literal[2] = 2
+    architecture: str
+    settings: dict[str, Any]  # of the architecture, as in params.yaml
+    seed: int
+    train: TrainConfig
+    trainer: ResolvedTrainer
+    dataset_info: DatasetInfo
+    data: DatasetVersion
+    fingerprint: str  # sha256 of settings, data, code, hardware and initial weights
+    initial_weights: InitialWeights
+    parameters: int  # trainable numbers of the network
+    macs: int  # multiply-accumulate operations for one image
+    environment: dict[str, str | int]  # package versions and hardware
+    # The following are unknown while the training runs.
+    best: EpochMetrics | None = None  # the epoch whose weights were kept; None if the first epoch failed
+    stopped: str = ""  # setting that ended the training: max_epochs, patience or max_minutes; or "failure"
+    failure: FailureInfo | None = None
+
+    @property
+    def lineage(self) -> list[str]:
+        """Digests of all data versions that the weights were trained on, including those of their initial weights."""
+        return sorted({*self.initial_weights.lineage, self.data.digest})
+
+    @property
+    def earlier_data(self) -> list[str]:
+        """Digests of the data versions that only the initial weights were trained on."""
+        return [digest for digest in self.initial_weights.lineage if digest != self.data.digest]
+
+    def save(self, file: Path) -> None:
+        """Write the record as JSON."""
+        file.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def parse(cls, text: str | bytes, name: str = RECORD) -> "TrainingRecord":
+        """Read a record of this or an earlier format from JSON.
+
+        Args:
+            text: Content of record.json.
+            name: Name of the file, for messages.
+
+        Raises:
+            ConvoyError: If the text is no training record, or was written by a newer version of convoy.
+        """
+        try:
+            found = pydantic.TypeAdapter(dict[str, Any]).validate_json(text)
+            if found.get("format", 1) not in (1, 2):
+                raise ConvoyError(f"{name}: format {found['format']} is not known here: update this project's code")
+            upgraded = found if "format" in found else _upgrade(found)
+            return cls.model_validate_json(json.dumps(upgraded), strict=True, extra="forbid")
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = f"{where}: " * bool(where) + first["msg"][0].lower() + first["msg"][1:]
+            raise ConvoyError(f"{name} is not the record of a training ({reason})") from None
+
+    @classmethod
+    def load(cls, file: Path) -> "TrainingRecord":
+        """Read a record of this or an earlier format from a file.
+
+        Raises:
+            ConvoyError: If the file can't be read or is no training record.
+        """
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise ConvoyError(f"{file} is missing or can't be read ({error.strerror})") from None
+        return cls.parse(text, str(file))
+
+
+def _upgrade(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a record of format 1."""
+    record = {RENAMED.get(name, name): value for name, value in found.items()}
+    start = record.get("initial_weights", {"init": "unknown"})
+    if isinstance(start, dict) and start.get("init") != "scratch":
+        # Early records do not say what the initial weights had been trained on.
+        start = {"lineage": [""], **start}
+    return {**record, "format": 2, "initial_weights": start, "best": record.get("best") or None}

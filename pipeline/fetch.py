@@ -16,7 +16,7 @@ from convoy.data.sources.torchvision import read_torchvision
 from pipeline.stage import Stage, main, print_limited
 
 SIZES = ("source_height", "source_width", "height", "width", "channels")
-NAMED = 100  # maximum width of the printed class names, in characters
+CLASSES_WIDTH = 100  # maximum width of the printed class names, in characters
 
 
 def fetch(stage: Stage) -> None:
@@ -24,50 +24,57 @@ def fetch(stage: Stage) -> None:
     get_ready()
     params = stage.typed(DatasetConfig, "dataset")
     limits = stage.typed(FetchConfig, "fetch")
-    lock = stage.root / "data.lock"
     origin = check_source(stage.root, params)
-    history = DataLock.load(lock, params.name)
-    made = stage.project_root / "artifacts"
-    decoded = made / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
-    earlier = CacheDir(decoded, made / "fetch")
+    lock_file = stage.root / "data.lock"
+    lock = DataLock.load(lock_file, params.name)
+    artifacts = stage.project_root / "artifacts"
+    decoded = artifacts / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
+    cache = CacheDir(decoded, artifacts / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data")
     else:
         source = read_torchvision(params.torchvision, stage.project_root / "downloads" / params.name)
-    history.check(params.name, source.classes)
-    refused = stage.folder.parent / "refused.csv"
-    refused.unlink(missing_ok=True)
+    lock.check(params.name, source.classes)
+    rejected = stage.folder.parent / "rejected.csv"
+    rejected.unlink(missing_ok=True)
     try:
-        intake = ingest(source, params, limits, history, stage.scratch, earlier)
-    except TooManyInvalidImages as refusal:
-        refusal.quarantine.to_csv(refused, index=False)
-        raise ConvoyError(f"{refusal}\nThe whole list is artifacts/{refused.name}") from refusal
-    packed, quarantine, merged = intake.packed, intake.quarantine, intake.merged
+        result = ingest(source, params, limits, lock, stage.scratch, cache)
+    except TooManyInvalidImages as error:
+        error.quarantine.to_csv(rejected, index=False)
+        raise ConvoyError(f"{error}\nThe complete list is artifacts/{rejected.name}") from error
+    packed, quarantine, merged = result.packed, result.quarantine, result.merged
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
     merged.to_csv(stage.scratch / "merged.csv", index=False)
 
     version = version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine))
-    history = history.grown(packed.classes, version, packed.drawn, origin)
-    changes = history.changes()
-    table = packed.rows.columns("label", "split", "group", *SIZES)
-    found = FetchSummary(params.name, packed.classes, table, packed.image, quarantine, merged, changes, intake.notes)
-    write_fetch_card(found, stage.scratch)
-    tell(found)
+    lock = lock.grown(packed.classes, version, packed.drawn, origin)
+    summary = FetchSummary(
+        name=params.name,
+        classes=packed.classes,
+        table=packed.rows.columns("label", "split", "group", *SIZES),
+        read_image=packed.image,
+        quarantine=quarantine,
+        merged=merged,
+        changes=lock.changes(),
+        notes=result.notes,
+    )
+    write_fetch_card(summary, stage.scratch)
+    print_summary(summary)
     # data.lock is written only after the output is published, so that it never lists data that no output held.
-    stage.on_published.append(lambda: history.save(lock, params.name))
+    stage.on_published.append(lambda: lock.save(lock_file, params.name))
 
 
-def tell(found: FetchSummary) -> None:
-    """Print the rejected images, the changes of the data and a summary."""
-    bad = [f"{path} {reason}" for path, _, reason in found.quarantine.itertuples(index=False)]
-    print_limited("left out", bad, "artifacts/fetch/quarantine.csv")
-    print_limited("changed", found.changes, "artifacts/fetch/card.md")
-    print_limited("note", found.notes, "artifacts/fetch/card.md")
-    names = textwrap.shorten(", ".join(found.classes), NAMED, placeholder=" ...")
+def print_summary(summary: FetchSummary) -> None:
+    """Print the rejected images, the changes of the data, the notes and the number of images."""
+    rejected = [f"{path} {reason}" for path, _, reason in summary.quarantine.itertuples(index=False)]
+    print_limited("left out", rejected, "artifacts/fetch/quarantine.csv")
+    print_limited("changed", summary.changes, "artifacts/fetch/card.md")
+    print_limited("note", summary.notes, "artifacts/fetch/card.md")
+    classes = textwrap.shorten(", ".join(summary.classes), CLASSES_WIDTH, placeholder=" ...")
     print(
-        f"{found.name}: {len(found.table)} images of {len(found.classes)} classes ({names}),"
-        f" {len(found.quarantine)} left out, {len(found.merged)} exact copies merged; artifacts/fetch/card.md shows all"
+        f"{summary.name}: {len(summary.table)} images of {len(summary.classes)} classes ({classes}),"
+        f" {len(rejected)} left out, {len(summary.merged)} exact copies merged; see artifacts/fetch/card.md"
     )
 
 

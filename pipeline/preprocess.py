@@ -19,9 +19,9 @@ from convoy.data.packed.packed_dataset import ImageTable, PackedDataset
 from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
 from pipeline.stage import Stage, main, print_limited
 
-# The pipeline goes on to the training if MLflow has not answered in this time.
-ASK_TIMEOUT_S = 60
-REFUSAL = "convoy: check_champion: "
+# If MLflow has not answered in this time, the check is left to the gate, after the training.
+CHECK_TIMEOUT_S = 60
+CHECK_PREFIX = "convoy: check_champion: "
 
 
 def preprocess(stage: Stage) -> None:
@@ -29,21 +29,21 @@ def preprocess(stage: Stage) -> None:
     params = stage.typed(PreprocessConfig, "preprocess")
     seed = stage.typed(Seed, "seed")
     packed = PackedDataset.load(stage.input("fetch"))
-    made = stage.project_root / "artifacts"
-    earlier = CacheDir(made / ".fitted" / packed.name, made / "preprocess")
-    prepared = prepare(packed, params, seed, stage.scratch, earlier)
+    artifacts = stage.project_root / "artifacts"
+    cache = CacheDir(artifacts / ".fitted" / packed.name, artifacts / "preprocess")
+    prepared = prepare(packed, params, seed, stage.scratch, cache)
     prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "excluded.csv", index=False)
     prepared.alike.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
 
     rows = ImageTable(stage.scratch / IMAGE_TABLE)
-    seen = digests_of(rows, ["train", "val"])
-    write_digests(seen, stage.scratch / TRAINING_HASHES)
-    moved = len(np.intersect1d(seen, tested_in(earlier.output)))
+    training_hashes = digests_of(rows, ["train", "val"])
+    write_hashes(training_hashes, stage.scratch / TRAINING_HASHES)
+    moved_count = len(np.intersect1d(training_hashes, tested_in(cache.output)))
     check_champion(stage)
 
     info, table = prepared.info, rows.columns("label", "split")
-    card = PreprocessSummary(
+    summary = PreprocessSummary(
         name=packed.name,
         **{key: getattr(info, key) for key in ("classes", "size", "channels", "mean", "std")},
         table=table,
@@ -55,20 +55,20 @@ def preprocess(stage: Stage) -> None:
         excluded=prepared.withheld,
         notes=prepared.notes,
     )
-    write_preprocess_card(card, stage.scratch)
+    write_preprocess_card(summary, stage.scratch)
     splits = table["split"].astype(str).value_counts()
     counts = {"images": len(rows), "classes": len(info.classes), **splits}
     profile = {name: int(count) for name, count in counts.items()} | {
         "near_duplicates": prepared.pairs,
         "withheld": len(prepared.withheld),
     }
-    described = {"name": packed.name, "source": packed.origin, "profile": profile}
-    (stage.scratch / DATA_PROFILE).write_text(json.dumps(described, indent=2) + "\n")
+    data = {"name": packed.name, "source": packed.origin, "profile": profile}
+    (stage.scratch / DATA_PROFILE).write_text(json.dumps(data, indent=2) + "\n")
     # This note is printed but not written into the card, because an output must not depend on the previous one.
-    if moved:
+    if moved_count:
         print(
-            f"note: of the last run's test images {moved} train or choose among models now, by another seed or fraction"
-            " than then, or as folders, tables or groups say now: models are not compared by them any more"
+            f"note: {moved_count} test images of the last run are now used for training or validation, because the"
+            " seed, a fraction, or the splits or groups in the data changed: models are no longer compared on them"
         )
     print_limited("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
@@ -90,19 +90,20 @@ def check_champion(stage: Stage) -> None:
         return
     command = [sys.executable, "-m", "pipeline.check_champion", str(stage.scratch)]
     try:
-        asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
+        check = subprocess.run(command, cwd=stage.root, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return
-    if asked.returncode and REFUSAL in asked.stderr:
-        raise ConvoyError(asked.stderr.rpartition(REFUSAL)[2].strip())
-    if asked.returncode:
-        said = asked.stderr.strip().rpartition("\n")[2]
-        print(f"note: the champion could not be asked, and is compared after the training ({said})")
+    if check.returncode and CHECK_PREFIX in check.stderr:
+        raise ConvoyError(check.stderr.rpartition(CHECK_PREFIX)[2].strip())
+    if check.returncode:
+        reason = check.stderr.strip().rpartition("\n")[2]
+        print(f"note: the champion can't be checked now, and is compared after the training ({reason})")
 
 
-def write_digests(digests: np.ndarray, file: Path) -> None:
+def write_hashes(hashes: np.ndarray, file: Path) -> None:
+    """Write sha256 checksums to a text file, one hexadecimal checksum per line."""
     with file.open("w") as lines:
-        lines.writelines(f"{digest.tobytes().hex()}\n" for digest in digests.view("V32"))
+        lines.writelines(f"{each.tobytes().hex()}\n" for each in hashes.view("V32"))
 
 
 if __name__ == "__main__":

@@ -218,11 +218,11 @@ def test_test_images_that_are_given_for_training_are_counted(
         given.parent.mkdir(parents=True, exist_ok=True)
         file.rename(given)
     run_stages(root, until="preprocess")
-    assert "the last run's test images" not in capsys.readouterr().out
+    assert "test images of the last run" not in capsys.readouterr().out
     (file,) = list((root / "data/test").rglob("*.png"))[:1]
     file.rename(root / "data/train" / file.relative_to(root / "data/test"))
     run_stages(root, until="preprocess")
-    assert "note: of the last run's test images 1 train or choose" in capsys.readouterr().out
+    assert "note: 1 test images of the last run are now used for training" in capsys.readouterr().out
 
 
 def test_images_that_reached_no_output_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,9 @@ def test_excluded_images_are_reported_by_name(tmp_path: Path, capsys: pytest.Cap
     run_stages(root, until="fetch")
     said = capsys.readouterr().out
     assert "left out: data/lying/torn.png can't be decoded: " in said
-    assert "digits: 90 images of 3 classes (leaning, lying, standing), 1 left out, 1 exact copies merged; art" in said
+    assert (
+        "digits: 90 images of 3 classes (leaning, lying, standing), 1 left out, 1 exact copies merged; see art" in said
+    )
     assert pd.read_csv(root / "artifacts/fetch/quarantine.csv")["path"].tolist() == ["data/lying/torn.png"]
 
 
@@ -263,12 +265,12 @@ def test_many_invalid_images_are_listed_completely_in_a_file(tmp_path: Path) -> 
     first, *named, more, last = str(refusal.value).splitlines()
     assert first.startswith("60 of 150 images can't be used, more than fetch.max_bad_fraction=0.05 allows")
     assert [line.split()[0] for line in named] == [f"data/lying/torn{number:02}.png" for number in range(50)]
-    assert (more, last) == ("  10 more", "The whole list is artifacts/refused.csv")
-    assert len(pd.read_csv(root / "artifacts/refused.csv")) == 60
+    assert (more, last) == ("  10 more", "The complete list is artifacts/rejected.csv")
+    assert len(pd.read_csv(root / "artifacts/rejected.csv")) == 60
     for file in (root / "data/lying").glob("torn*"):
         file.unlink()
     run_stages(root, until="fetch")
-    assert not (root / "artifacts/refused.csv").exists()
+    assert not (root / "artifacts/rejected.csv").exists()
 
 
 def test_source_archive_without_git_says_what_to_type(tmp_path: Path) -> None:

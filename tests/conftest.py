@@ -1,4 +1,4 @@
-"""What all tests share: one thread, property tests that try the same examples each time, and some fixtures."""
+"""Settings and fixtures that all tests share: one thread, reproducible property tests, an empty MLflow database."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Kills for tests: a process that kills itself at its first write, or its second, and so on."""
+"""Run an operation in a process that is killed at its n-th write."""
 
 import os
 import signal

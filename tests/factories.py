@@ -1,4 +1,4 @@
-"""What tests of the data are given: small images, folders of them, archives."""
+"""Small images, folders and archives for tests of the data."""
 
 import io
 import tarfile

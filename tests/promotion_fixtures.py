@@ -1,4 +1,4 @@
-"""Promotions for tests: their events, and what stands for a process that dies in one."""
+"""Promotion events for tests, and the exception that simulates a killed process."""
 
 from mlflow.store.model_registry.abstract_store import AbstractStore
 

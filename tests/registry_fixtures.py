@@ -1,4 +1,4 @@
-"""A registered model for tests: an untrained network in a store of its own, quickly made."""
+"""A registered model for tests: an untrained network in a store of its own."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Nights, for tests: a project whose retraining ends in a poor, a good or another good LeNet, all trained once."""
+"""A project for tests whose retraining ends in a poor, a good or a similar model, all trained once."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Servers on loopback, for tests: PostgreSQL, a bucket as S3 serves it, and MLflow's own."""
+"""Local servers for tests: PostgreSQL, an S3 bucket, MLflow, and an HTTP server that fails on purpose."""
 
 import contextlib
 import http.server

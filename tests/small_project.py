@@ -1,4 +1,4 @@
-"""A small project for tests: the real settings and stages, made small, on pictures that are drawn here."""
+"""A small project for tests: the real settings and stages with few epochs, on generated images."""
 
 import shutil
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""All stages in a process of their own, for tests that kill it."""
+"""All stages in a separate process, for tests that kill it."""
 
 import os
 from pathlib import Path

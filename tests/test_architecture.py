@@ -1,4 +1,4 @@
-"""The laws of the house: what stands where, and that a thing has one name in all places."""
+"""Rules of the code base: where things are, what may import what, and that one thing has one name."""
 
 import ast
 import contextlib
@@ -106,7 +106,7 @@ def test_imports_are_found_in_every_form() -> None:
 
 
 @every_library_file
-def test_the_library_knows_no_stage_and_imports_by_full_names(file: Path) -> None:
+def test_library_knows_no_stage_and_imports_by_full_names(file: Path) -> None:
     assert not packages(file) & {"pipeline", "None"}
 
 
@@ -118,7 +118,7 @@ def test_only_config_imports_hydra_and_few_files_mlflow(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda file: file.name)
-def test_the_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
+def test_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
     allowed = {"dvc_files.py": {"dvc"}, "dvc_state.py": {"dvc"}}
     assert packages(file) & {"hydra", "omegaconf", "dvc", "mlflow"} <= allowed.get(file.name, set())
 
@@ -174,7 +174,7 @@ def test_stage_names_its_module_command_and_output_folder(stage: str) -> None:
 
 
 @every_stage
-def test_the_settings_that_a_stage_watches_are_there(stage: str, composed: Path) -> None:
+def test_settings_that_a_stage_watches_are_there(stage: str, composed: Path) -> None:
     params = config.load(composed / "params.yaml")
     for section in stage_parts(stage)["params"]:
         name, _, key = section.partition(".")
@@ -245,9 +245,7 @@ def code_deps(stage: str, key: str) -> set[str]:
     ("stage", "key"),
     [(stage, key) for stage in STAGES for key in (models.names() if "do" in STAGES[stage] else [""])],
 )
-def test_a_stage_depends_on_the_very_files_that_it_imports(
-    stage: str, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_depends_on_the_very_files_that_it_imports(stage: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.syspath_prepend(ROOT / "src")  # before the copy that a registered model brings with it
     named = code_deps(stage, key)
@@ -273,12 +271,12 @@ def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
                 assert {name, name.rpartition(".")[0]} & modules
 
 
-def test_the_stages_list_at_most_35_dependencies_on_code() -> None:
+def test_stages_list_at_most_35_dependencies_on_code() -> None:
     assert sum(len(code_deps(stage, "lenet")) for stage in STAGES) <= 35
 
 
 @every_stage
-def test_a_stage_reads_only_what_an_earlier_one_makes(stage: str) -> None:
+def test_stage_reads_only_what_an_earlier_one_makes(stage: str) -> None:
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     others = {dep for dep in stage_parts(stage)["deps"] if not dep.startswith(("src/", "pipeline/"))}
     assert others <= {"data"} | {
@@ -290,7 +288,7 @@ def test_a_stage_reads_only_what_an_earlier_one_makes(stage: str) -> None:
 
 
 @every_file
-def test_a_file_begins_by_saying_what_it_is(file: Path) -> None:
+def test_every_file_begins_with_a_docstring(file: Path) -> None:
     first = file.read_text().partition("\n")[0]
     assert re.fullmatch(r'"""\S.{10,}', first)
     assert first.endswith(('."""', ".", "`.")), "the first line is a sentence"
@@ -306,7 +304,7 @@ def test_no_file_knows_the_machine_it_was_written_on(file: Path) -> None:
     assert not re.findall(r"/(?:work|root|home)\b", file.read_text())
 
 
-def test_the_lock_is_of_hashes_alone_and_names_no_address() -> None:
+def test_lock_is_of_hashes_alone_and_names_no_address() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     requirements = re.split(r"\n(?=\S)", lock.strip())
     assert len(requirements) > 50
@@ -317,7 +315,7 @@ def test_the_lock_is_of_hashes_alone_and_names_no_address() -> None:
         assert word not in lock
 
 
-def test_the_lock_holds_every_package_that_the_project_asks_for() -> None:
+def test_lock_holds_every_package_that_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     locked = re.findall(r"^([a-z0-9._-]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What MLflow shows, for tests: the runs of a small project, and a database that is copied instead of made anew."""
+"""A small project with its runs in MLflow, and helpers that read them."""
 
 import contextlib
 import shutil

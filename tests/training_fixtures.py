@@ -1,4 +1,4 @@
-"""Short trainings for tests: images of bars, a small network, and the trainer's settings for one thread."""
+"""Short trainings for tests: generated images, a small network, settings for one thread."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A training apart: the train stage in a process of its own, for tests that end it at any moment."""
+"""The train stage in a separate process, for tests that stop it at any moment."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""Settings: what is wrong in conf/ is named by its full dotted key, and composing never harms params.yaml."""
+"""Settings: errors name the full dotted key, and composing never damages params.yaml."""
 
 import math
 import os
@@ -72,7 +72,7 @@ def test_integer_is_accepted_for_a_float() -> None:
         ("val_fraction", b"bytes", "preprocess.val_fraction="),
     ],
 )
-def test_a_wrong_value_is_named_with_what_it_may_be(key: str, value: object, message: str) -> None:
+def test_wrong_value_is_named_with_what_it_may_be(key: str, value: object, message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
         typed(PreprocessConfig, SOUND | {key: value}, "preprocess")
     assert message in str(refusal.value)
@@ -80,13 +80,13 @@ def test_a_wrong_value_is_named_with_what_it_may_be(key: str, value: object, mes
 
 @settings(max_examples=30)
 @given(st.one_of(st.text(max_size=5), st.booleans(), st.floats(), st.none(), st.lists(st.integers())))
-def test_only_whole_numbers_pass_for_one(value: object) -> None:
+def test_only_integers_are_accepted_for_an_integer(value: object) -> None:
     with pytest.raises(ConvoyError, match=r"^seed="):
         typed(Whole, value, "seed")
 
 
 @given(st.integers())
-def test_a_number_passes_exactly_if_it_is_in_its_range(value: int) -> None:
+def test_number_passes_exactly_if_it_is_in_its_range(value: int) -> None:
     if value >= 0:
         assert typed(Whole, value, "seed") == value
     else:
@@ -142,7 +142,7 @@ def test_dissimilar_unknown_key_lists_all_known_keys() -> None:
         typed(PreprocessConfig, SOUND | {"x": 3}, "preprocess")
 
 
-def test_a_missing_key_is_named() -> None:
+def test_missing_key_is_named() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.size: missing; set it in conf/$"):
         typed(PreprocessConfig, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
 
@@ -193,7 +193,7 @@ def test_torchvision_dataset_needs_known_splits(splits: dict) -> None:
 KNOWN = ["dataset", "seed", "train"]
 
 
-def test_the_known_sections_pass_even_where_one_is_zero() -> None:
+def test_known_sections_pass_even_if_one_is_zero() -> None:
     check_sections({"dataset": {"name": "x"}, "seed": 0, "train": {"threads": 1}}, KNOWN)
 
 
@@ -207,13 +207,13 @@ def test_the_known_sections_pass_even_where_one_is_zero() -> None:
         ({"seed": None}, "seed: missing or empty"),
     ],
 )
-def test_an_unknown_or_empty_section_is_named(change: dict, message: str) -> None:
+def test_unknown_or_empty_section_is_named(change: dict, message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
         check_sections({"dataset": {"name": "x"}, "seed": 0, "train": {"threads": 1}} | change, KNOWN)
     assert message in str(refusal.value)
 
 
-def test_a_missing_section_is_named() -> None:
+def test_missing_section_is_named() -> None:
     with pytest.raises(ConvoyError, match="seed: missing or empty"):
         check_sections({"dataset": {"name": "x"}, "train": {"threads": 1}}, KNOWN)
 
@@ -236,7 +236,7 @@ def test_composing_returns_what_it_writes(project: Path) -> None:
     assert composed["dataset"]["torchvision"]["name"] == "MNIST"
 
 
-def test_the_architectures_keep_the_order_of_the_list(project: Path) -> None:
+def test_architectures_keep_the_order_of_the_list(project: Path) -> None:
     assert list(config.compose(project, ["model=[vgg,lenet,resnet]"])["model"]) == ["vgg", "lenet", "resnet"]
 
 
@@ -300,7 +300,7 @@ def test_broken_file_in_conf_is_refused_and_changes_nothing(project: Path, conte
     assert (project / "params.yaml").read_text() == "old: 1\n"
 
 
-def test_a_full_disk_leaves_params_yaml_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_params_yaml_as_it_was(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Path, *_: object, **__: object) -> int:
         file.write_bytes(b"")
         raise OSError(28, "No space left on device")
@@ -311,7 +311,7 @@ def test_a_full_disk_leaves_params_yaml_as_it_was(project: Path, monkeypatch: py
     assert (project / "params.yaml").read_text() == "old: 1\n"
 
 
-def test_a_first_params_yaml_is_not_left_behind_by_a_broken_conf(project: Path) -> None:
+def test_first_params_yaml_is_not_left_behind_by_a_broken_conf(project: Path) -> None:
     (project / "params.yaml").unlink()
     with pytest.raises(ConvoyError):
         config.compose(project, ["nope=1"])

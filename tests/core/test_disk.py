@@ -1,4 +1,4 @@
-"""Full disks: recognised however a library reports them, and named by folder."""
+"""Full disks: recognized in the errors of every library, and reported with the folder."""
 
 import errno
 import shutil
@@ -67,7 +67,7 @@ def caught(raises: Callable[[], None]) -> BaseException:
     "raises",
     [raise_by_sqlite, raise_by_mlflow, raise_while_copying, raise_by_torch, raise_by_rust, raise_beyond_a_quota],
 )
-def test_a_full_disk_is_recognised_through_every_library(raises: Callable[[], None], tmp_path: Path) -> None:
+def test_full_disk_is_recognized_in_errors_of_every_library(raises: Callable[[], None], tmp_path: Path) -> None:
     said = disk.explain_full_disk(caught(raises), tmp_path, "go on")
     assert said
     assert said.startswith("the disk is full: make room and go on; what was there is untouched (")
@@ -78,7 +78,7 @@ def test_another_error_is_no_full_disk(error: Exception, tmp_path: Path) -> None
     assert disk.explain_full_disk(error, tmp_path) is None
 
 
-def test_an_unclear_error_counts_where_no_room_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unclear_error_counts_where_no_room_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = sqlite3.OperationalError("disk I/O error")
     assert disk.explain_full_disk(error, tmp_path) is None
     full = shutil.disk_usage(tmp_path)._replace(free=0)
@@ -99,14 +99,14 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_folder_for_temporary_files_is_named_with_tmpdir(small: Path, tmp_path: Path) -> None:
+def test_folder_for_temporary_files_is_named_with_tmpdir(small: Path, tmp_path: Path) -> None:
     said = disk.explain_full_disk(OSError(errno.ENOSPC, "No space", str(small / "tmp7" / "model")), tmp_path)
     assert said
     assert f"({small} has " in said
     assert f"{small} is for temporary files: set TMPDIR to a folder on a larger disk" in said
 
 
-def test_the_target_of_a_copy_is_the_full_one(small: Path, tmp_path: Path) -> None:
+def test_target_of_a_copy_is_the_full_one(small: Path, tmp_path: Path) -> None:
     error = OSError(errno.ENOSPC, "No space", str(small / "source"), None, str(tmp_path / "target"))
     for each in (error, shutil.Error([(str(small / "source"), str(tmp_path / "target"), "No space left on device")])):
         said = disk.explain_full_disk(each, tmp_path)
@@ -116,7 +116,7 @@ def test_the_target_of_a_copy_is_the_full_one(small: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fuller", ["project", "small"])
-def test_where_no_file_is_named_each_file_system_is_listed(
+def test_every_file_system_is_listed_if_no_file_is_named(
     fuller: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -140,7 +140,7 @@ def store(root: Path) -> AbstractContextManager[tracking.TrackingStore]:
     return tracking.open_store(root, "convoy")
 
 
-def test_a_disk_that_fills_up_leaves_no_database_behind(
+def test_disk_that_fills_up_leaves_no_database_behind(
     tmp_path: Path, embedded_store: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill_up(file: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_up_leaves_no_database_behind(
 
 
 @pytest.mark.parametrize("raises", [raise_by_sqlite, raise_by_mlflow, raise_while_copying, raise_by_torch])
-def test_a_full_disk_is_no_damaged_database(
+def test_full_disk_is_no_damaged_database(
     raises: Callable[[], None], tmp_path: Path, empty: Path, embedded_store: None
 ) -> None:
     shutil.copy(empty, tmp_path)
@@ -162,14 +162,14 @@ def test_a_full_disk_is_no_damaged_database(
         raises()
 
 
-def test_a_failing_disk_is_no_damaged_database(tmp_path: Path, empty: Path, embedded_store: None) -> None:
+def test_failing_disk_is_no_damaged_database(tmp_path: Path, empty: Path, embedded_store: None) -> None:
     shutil.copy(empty, tmp_path)
     with pytest.raises(ConvoyError, match=r"The disk that mlflow.db is on fails or is full") as found, store(tmp_path):
         raise sqlite3.OperationalError("disk I/O error")
     assert "away" not in str(found.value)
 
 
-def test_a_full_disk_of_a_server_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_of_a_server_is_not_taken_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(tracking, "_client", raise_by_mlflow)
     with pytest.raises(ConvoyError, match=r"MLflow at http://127.0.0.1:9 fails: .*disk is full"), store(tmp_path):

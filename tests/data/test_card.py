@@ -1,4 +1,4 @@
-"""The data card: it says and shows what is in the data, whatever the labels look like."""
+"""The data card: it describes and shows the data, whatever the labels look like."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -166,7 +166,7 @@ def test_sections_without_content_are_quarantine(tmp_path: Path) -> None:
     assert headings(preprocess_card(tmp_path, table=listed(["cat"], "train"))) == ["Splits", "Network inputs"]
 
 
-def test_a_label_is_shown_as_it_is_whatever_is_in_it(tmp_path: Path) -> None:
+def test_label_is_shown_as_it_is_whatever_is_in_it(tmp_path: Path) -> None:
     shown = cells(fetch_card(tmp_path, table=listed(LABELS), quarantine=some(1).assign(path="a|b/<0>.png")))
     assert set(LABELS) | {"a|b/<0>.png"} <= set(shown)
 

@@ -1,4 +1,4 @@
-"""The history of a data set: no label ever shifts, and what changed is said in words."""
+"""The versions of a data set: labels never shift, and changes are described."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def version(quarantine: int = 0, digest: str = "a", **images: int) -> LockedVers
 
 
 @given(known=names, classes=names)
-def test_the_class_list_only_grows_and_no_label_shifts(known: list[str], classes: list[str]) -> None:
+def test_class_list_only_grows_and_no_label_shifts(known: list[str], classes: list[str]) -> None:
     longer = extended(known, classes)
     assert longer[: len(known)] == known
     assert set(longer) == {*known, *classes}
@@ -57,7 +57,7 @@ def test_missing_splits_are_drawn_once_and_kept(before: list, given: str, drawn:
     assert history.grown(["cat"], version(cat=3), drawn).drawn == drawn
 
 
-def test_the_first_version_has_no_changes() -> None:
+def test_first_version_has_no_changes() -> None:
     assert NEW.grown(["cat"], version(cat=3)).changes() == []
 
 
@@ -123,7 +123,7 @@ def test_several_datasets_share_the_file(tmp_path: Path) -> None:
         ("pets: {classes: cat, versions: []}", "data.lock: pets.classes='cat'"),
     ],
 )
-def test_a_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+def test_damaged_file_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "data.lock").write_text(text)
     with pytest.raises(ConvoyError) as refusal:
         DataLock.load(tmp_path / "data.lock", "pets")
@@ -159,7 +159,7 @@ def know(root: Path, source: str | None) -> None:
     NEW.grown(["cat"], version(cat=2), source=source).save(root / "data.lock", "pets")
 
 
-def test_a_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
+def test_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
     know(tmp_path, "samples")
     describe(tmp_path, "s3://bucket/more pets")
     with pytest.raises(ConvoyError) as refusal:
@@ -207,7 +207,7 @@ def test_every_kind_of_source_is_distinguished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["deps: [", "- pets", "deps: {path: pets}", "deps: [{}]", "deps: [{path: [1]}]", ""])
-def test_a_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
+def test_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text(text)
     with pytest.raises(ConvoyError, match=r"^data\.dvc does not say where the images come from: take it"):
         check_source(tmp_path, pets())

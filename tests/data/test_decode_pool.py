@@ -1,4 +1,4 @@
-"""Decoding: what comes back is what each file holds, in order, whatever a broken one does to the process at work."""
+"""Decoding in worker processes: results keep their order, and broken files don't stop the others."""
 
 import contextlib
 import dataclasses
@@ -117,7 +117,7 @@ def test_invalid_image_keeps_its_place_among_the_others(tmp_path: Path) -> None:
     assert np.array_equal(last, noise(2))
 
 
-def test_a_file_larger_than_any_photograph_is_not_even_read(tmp_path: Path) -> None:
+def test_file_above_the_size_limit_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**28 + 1)
     assert whole([str(tmp_path / "huge.png")]) == (["0"], ["is larger than 256 MiB"])
@@ -132,7 +132,7 @@ def test_large_images_stay_within_the_memory_limit(large: Content) -> None:
     assert len([*waiting]) == 200 - BATCH_BYTES // 2**20  # none is lost
 
 
-def test_pixels_larger_than_asked_are_reduced_too() -> None:
+def test_in_memory_pixels_are_reduced_to_the_requested_size() -> None:
     _, (image,) = whole([noise(0, 64)], longest_side=32)
     assert isinstance(image, np.ndarray)
     assert max(image.shape) == 32

@@ -1,4 +1,4 @@
-"""Fonts: names of classes are drawn in letters, in whatever script they are."""
+"""Fonts: class names are drawn in any script."""
 
 import warnings
 from pathlib import Path

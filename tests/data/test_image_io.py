@@ -1,4 +1,4 @@
-"""Images: what a file holds comes out as it looks, and what is no image is refused with a short reason."""
+"""Reading images: files decode to the pixels that they show, or are refused with a short reason."""
 
 import io
 import struct
@@ -72,7 +72,7 @@ def assert_looks_like(found: np.ndarray, expected: np.ndarray, tolerance: int = 
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_is_decoded_as_it_looks(form: str) -> None:
+def test_every_format_decodes_to_the_expected_pixels(form: str) -> None:
     assert_looks_like(decode(encoded(picture(), form), 512), PICTURE, tolerance=6 if form == "JPEG" else 0)
 
 
@@ -193,7 +193,7 @@ def test_pixels_of_unknown_range_are_refused(kind: type) -> None:
         decode(encoded(Image.fromarray(PICTURE[:, :, 0].astype(kind)), "TIFF"), 512)
 
 
-def test_an_animation_shows_its_first_frame() -> None:
+def test_animation_shows_its_first_frame() -> None:
     file = io.BytesIO()
     picture().save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 16), "black")])
     assert_looks_like(decode(file.getvalue(), 512), PICTURE)

@@ -1,4 +1,4 @@
-"""The intake: a folder of every fault goes through with the right report and the right survivors."""
+"""Ingest: invalid images are reported and excluded, the others are packed."""
 
 import dataclasses
 import io
@@ -215,7 +215,7 @@ def test_images_that_a_pattern_puts_in_no_group_are_counted(data: Path) -> None:
     )
 
 
-def test_a_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
+def test_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"dataset\.group='pateint-.*' finds a group in no path, such as data/cat/0.png"
     ):

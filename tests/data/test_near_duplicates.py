@@ -1,4 +1,4 @@
-"""Likeness: copies of a picture are found however they were saved, and different pictures are told apart."""
+"""Near-duplicates: copies of an image are found however they were saved, and different images are not."""
 
 import io
 import itertools
@@ -112,7 +112,7 @@ def test_comparisons_per_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(pairs) <= 5000 * FEW
 
 
-def test_brightness_and_contrast_leave_the_correlation_at_one() -> None:
+def test_brightness_and_contrast_do_not_change_the_correlation() -> None:
     picture = _grey(thumbnails(PICTURES[:1]))[0] // 2
     images = np.stack([picture, picture + np.uint8(50), 255 - picture])
     assert correlation(images, np.array([[0, 1], [0, 2]])) == pytest.approx([1.0, -1.0])

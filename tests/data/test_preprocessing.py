@@ -1,4 +1,4 @@
-"""Preprocessing: the split follows from the images alone, and the arrays hold what the table says."""
+"""Preprocessing: the split depends on the images alone, and the arrays match the table."""
 
 import dataclasses
 import hashlib
@@ -120,7 +120,7 @@ def test_given_split_is_kept_and_the_missing_one_is_drawn(given_split: str) -> N
     assert set(sides[:1000]) == {"train", drawn}
 
 
-def test_where_the_source_gives_all_three_nothing_is_drawn() -> None:
+def test_no_split_is_drawn_if_the_source_gives_all_three() -> None:
     images = pd.concat([table(100, start=100 * k, split=name) for k, name in enumerate(SPLITS)], ignore_index=True)
     assert sides_of(images, 1).tolist() == images["split"].tolist()
 
@@ -133,7 +133,7 @@ def test_val_and_test_are_drawn_if_only_train_is_given() -> None:
     old=st.lists(st.sampled_from(["", "train", "val", "test"]), min_size=1, max_size=60),
     new=st.lists(st.sampled_from(["", "train", "val", "test"]), max_size=60),
 )
-def test_splits_that_come_with_new_images_move_no_old_one(old: list[str], new: list[str]) -> None:
+def test_splits_given_with_new_images_move_no_old_image(old: list[str], new: list[str]) -> None:
     before, after = table(len(old)).assign(split=old), table(len(old + new)).assign(split=old + new)
     drawn = NEW.draws(set(old))
     later = NEW.grown(["cat"], LockedVersion(digest="", images={}, quarantine=0), drawn).draws(set(old + new))
@@ -331,7 +331,7 @@ def test_each_image_is_packed_once_with_its_label(prepared: Path) -> None:
     assert sorted(values) == [*range(60), *range(150, 210)]
 
 
-def test_the_table_has_the_rows_of_the_arrays_in_their_order(prepared: Path) -> None:
+def test_table_has_the_rows_of_the_arrays_in_their_order(prepared: Path) -> None:
     images = pd.read_parquet(prepared / "images.parquet")
     assert images.columns.tolist() == ["path", "label", "sha256", "group", "split"]
     for name in SPLITS:
@@ -344,7 +344,7 @@ def test_the_table_has_the_rows_of_the_arrays_in_their_order(prepared: Path) -> 
     assert images["split"].unique().tolist() == list(SPLITS)
 
 
-def test_the_arrays_load_by_memory_map(prepared: Path) -> None:
+def test_arrays_load_by_memory_map(prepared: Path) -> None:
     pixels = np.load(prepared / "train_pixels.npy", mmap_mode="r")
     assert isinstance(pixels, np.memmap)
     assert pixels.shape == (len(np.load(prepared / "train_labels.npy")), 32, 32, 1)
@@ -508,7 +508,7 @@ def test_images_of_the_requested_size_are_not_cached(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
+def test_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2), "rare": noise(count, 1, 1)})
     (note,) = made(images, tmp_path).notes
     assert re.fullmatch(
@@ -574,7 +574,7 @@ def summed(pixels: np.ndarray, chunk: int) -> ChannelMoments:
 
 
 @given(value=st.integers(0, 255))
-def test_a_channel_that_never_varies_can_still_be_divided_by(value: int) -> None:
+def test_channel_that_never_varies_can_still_be_divided_by(value: int) -> None:
     pixels = np.full((3, 4, 4, 1), value, np.uint8)
     assert summed(pixels, 3).mean_and_std() == ([round(value / 255, 6)], [round(1 / 255, 6)])
 

@@ -1,4 +1,4 @@
-"""The bundled sample: made by the script beside it, byte for byte, and a sound data set."""
+"""The bundled sample: its script reproduces it byte for byte, and it is a valid data set."""
 
 import runpy
 from pathlib import Path

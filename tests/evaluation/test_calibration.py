@@ -1,4 +1,4 @@
-"""The temperature: it finds what was planted, changes no answer, and never makes the images it was fitted on worse."""
+"""Temperature scaling: it finds a planted temperature and never raises the loss of its images."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def drawn(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]
 
 
 @pytest.mark.parametrize("planted", [0.3, 1.0, 2.5, 8.0])
-def test_a_planted_temperature_is_found(planted: float) -> None:
+def test_planted_temperature_is_found(planted: float) -> None:
     labels, logits = drawn(0, 5000, 7)
     assert fit_temperature(labels, softmax(logits * planted)) == pytest.approx(planted, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""Timing: calls are made in turn, those that warm up do not count, and more work takes longer."""
+"""Latency: calls alternate, warm-up calls don't count, and more work takes longer."""
 
 import time
 from pathlib import Path

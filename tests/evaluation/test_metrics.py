@@ -1,4 +1,4 @@
-"""Evaluation: figures that a reader can check by hand, and intervals that hold the truth as often as they say."""
+"""Metrics: they can be checked by hand, and their intervals have the stated coverage."""
 
 import io
 import json
@@ -100,13 +100,13 @@ def test_ties_in_top5_go_to_the_first_classes() -> None:
     assert figures(np.arange(10), np.full((10, 10), 0.1))["top_5"] == 0.5
 
 
-def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
+def test_class_that_is_never_predicted_counts_as_zero() -> None:
     always_first = np.array([[0.9, 0.1]] * 4)
     assert figures(LABELS, always_first)["macro_f1"] == pytest.approx((6 / 7 + 0) / 2)
     assert list(per_class(["cat", "dog"], LABELS, always_first)["f1"]) == pytest.approx([6 / 7, 0])
 
 
-def test_a_class_of_which_there_is_no_image_does_not_count() -> None:
+def test_class_of_which_there_is_no_image_does_not_count() -> None:
     wider = np.pad(PROBABILITIES, ((0, 0), (0, 1)))
     for name in ("balanced_accuracy", "macro_f1"):
         assert figures(LABELS, wider)[name] == figures(LABELS, PROBABILITIES)[name]
@@ -266,7 +266,7 @@ def test_predictions_carry_groups_and_other_columns() -> None:
 # Slices
 
 
-def test_the_slices_of_a_column_hold_every_image_once() -> None:
+def test_slices_of_a_column_hold_every_image_once() -> None:
     random = np.random.default_rng(0)
     table = answers(random.random(300) < 0.8, column_site=random.choice(["x", "y", ""], 300), column_age="7")
     found = slice_metrics(table)
@@ -280,7 +280,7 @@ def test_the_slices_of_a_column_hold_every_image_once() -> None:
     assert found.iloc[3]["accuracy"] == right / 300
 
 
-def test_a_column_of_more_than_fifty_values_is_not_sliced() -> None:
+def test_column_of_more_than_fifty_values_is_not_sliced() -> None:
     numbers = np.arange(102)
     found = slice_metrics(
         answers(numbers > 9, column_fine=(numbers % 51).astype(str), column_coarse=(numbers % 50).astype(str))
@@ -349,7 +349,7 @@ def test_metrics_can_be_recomputed_from_the_predictions(road: Path) -> None:
     assert slice_metrics(table).to_csv(index=False) == (folder(road) / "slices.csv").read_text()
 
 
-def test_the_temperature_never_makes_validation_worse(road: Path) -> None:
+def test_temperature_never_makes_validation_worse(road: Path) -> None:
     found = json.loads((folder(road) / "calibration.json").read_text())
     assert found["val_log_loss"] <= found["val_log_loss_uncalibrated"]
     assert 0.05 <= found["temperature"] <= 20

@@ -1,4 +1,4 @@
-"""Export: the ONNX file of every architecture answers as the predictor does, explains itself, or is not made."""
+"""ONNX export: the file predicts as the predictor does, or is not created."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("twin", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
-def test_a_network_for_imagenet_exports_too(twin: str, tmp_path: Path) -> None:
+def test_network_for_imagenet_exports_too(twin: str, tmp_path: Path) -> None:
     predictor = lively(TWINS[twin], twin, size=224, channels=3)
     pixels = images(3, 224, channels=3).numpy()
     expected = predictor.probabilities(pixels)
@@ -152,7 +152,7 @@ def test_onnx_file_with_other_predictions_is_detected(file: Path) -> None:
     assert not onnx_export.max_difference(file, pixels, expected * np.nan) <= 1
 
 
-def test_what_is_no_onnx_file_or_of_other_images_is_one_line(
+def test_invalid_or_mismatched_onnx_file_is_one_line(
     file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "model.onnx"

@@ -1,4 +1,4 @@
-"""Serving: the registered model takes plain images in every form that its documentation promises."""
+"""The registered model: it accepts images in every documented form."""
 
 import ast
 import base64
@@ -128,7 +128,7 @@ def test_exif_orientation_of_a_pil_image_is_applied(model: ImageClassifier) -> N
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("library", [np.asarray, torch.tensor])
-def test_channels_that_come_first_are_refused(library, channels: int, model: ImageClassifier) -> None:  # noqa: ANN001
+def test_channels_first_images_are_refused(library, channels: int, model: ImageClassifier) -> None:  # noqa: ANN001
     first = library(picture(channels=channels).transpose(2, 0, 1).copy())
     with pytest.raises(MlflowException, match=rf"channels come last, \(H, W, {channels}\)") as raised:
         model.predict(None, first)
@@ -255,7 +255,7 @@ def test_version_has_a_signature_and_an_input_example(root: Path) -> None:
     assert answer["label"][0] in CLASSES
 
 
-def test_the_signature_bars_no_form_of_images(root: Path, restored: Predictor) -> None:
+def test_signature_bars_no_form_of_images(root: Path, restored: Predictor) -> None:
     loaded, grey = mlflow.pyfunc.load_model("models:/convoy/1"), picture(32, 32, channels=1)
     expected = restored.probabilities(grey[None])
     text = base64.b64encode(png(grey[:, :, 0])).decode()
@@ -272,7 +272,7 @@ def test_model_holds_only_safetensors_json_and_source(root: Path) -> None:
     assert "code/convoy/training/module.py" not in files
 
 
-def test_a_model_brings_the_code_that_it_needs_and_no_more() -> None:
+def test_model_contains_only_the_code_that_it_needs() -> None:
     code = (
         "import sys, convoy.inference.pyfunc_model; print(*(name for name in sys.modules if name.startswith('convoy')))"
     )
@@ -318,7 +318,7 @@ def test_version_with_other_than_recorded_predictions_is_refused(root: Path, res
 
 
 @pytest.mark.parametrize("uri", ["models:/convoy/7", "models:/convoy@best", "models:/other@champion"])
-def test_a_version_that_is_not_there_is_named(root: Path, uri: str) -> None:
+def test_version_that_is_not_there_is_named(root: Path, uri: str) -> None:
     with open_store(root, "convoy") as store, pytest.raises(ConvoyError, match=f"MLflow has no {uri}"):
         served.find(store, uri)
 
@@ -326,7 +326,7 @@ def test_a_version_that_is_not_there_is_named(root: Path, uri: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["convoy", "runs:/1/model", "models:/m-123", "/tmp/model", "models:/convoy/1/artifacts"]
 )
-def test_what_is_no_registered_model_is_refused(root: Path, uri: str) -> None:
+def test_uri_of_no_registered_model_is_refused(root: Path, uri: str) -> None:
     with open_store(root, "convoy") as store, pytest.raises(ConvoyError, match="no registered model"):
         served.find(store, uri)
 

@@ -1,4 +1,4 @@
-"""The architectures: each one that the folder holds, then what is special in five of them."""
+"""The architectures: what all have in common, then what is specific to each."""
 
 import copy
 import re
@@ -77,7 +77,7 @@ def test_pixels_are_normalised_inside(name: str) -> None:
 
 
 @every_architecture
-def test_the_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
+def test_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
     model = build(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,7 +121,7 @@ def test_weights_of_another_dataset_are_refused_by_name(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a safetensors file"])
-def test_a_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
+def test_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     if content is not None:
         weights.write_bytes(content)
@@ -130,7 +130,7 @@ def test_a_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes |
 
 
 @every_architecture
-def test_a_mistyped_key_is_refused_with_the_right_one(name: str) -> None:
+def test_misspelled_key_is_refused_with_a_suggestion(name: str) -> None:
     values = settings(name)
     values["recipe"]["learning_rte"] = 0.1
     with pytest.raises(ConvoyError, match=rf"model\.{name}\.recipe\.learning_rte: unknown key"):
@@ -164,7 +164,7 @@ def test_unknown_architecture_is_refused_with_known_names() -> None:
         models.build("resnt", {}, dataset_info())
 
 
-def test_an_architecture_is_imported_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_is_imported_only_when_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in models.names():
         monkeypatch.delitem(sys.modules, f"convoy.models.{name}", raising=False)
     build("lenet")

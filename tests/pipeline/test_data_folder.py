@@ -1,4 +1,4 @@
-"""The folder data/: it follows data.dvc, and never at the cost of files that a user has put there."""
+"""The folder data/: it follows data.dvc, and never overwrites files of the user."""
 
 import contextlib
 import json
@@ -102,7 +102,7 @@ def follow(root: Path, message: str, heading: str) -> None:
 # Nothing is at stake
 
 
-def test_a_fresh_clone_gets_its_data(fresh: Path) -> None:
+def test_fresh_clone_gets_its_data(fresh: Path) -> None:
     bring(fresh)
     assert read(fresh / "data") == SAMPLE
     assert commands(fresh, update=False) == []
@@ -124,7 +124,7 @@ def test_data_as_recorded_is_left_alone(root: Path) -> None:
     ids=["all removed", "one removed", "empty folders", "copied within", "renamed"],
 )
 @pytest.mark.parametrize("is_fresh", [False, True])
-def test_what_is_safe_elsewhere_is_replaced_without_asking(edit: Edit, is_fresh: bool, root: Path) -> None:
+def test_data_saved_elsewhere_is_replaced_without_asking(edit: Edit, is_fresh: bool, root: Path) -> None:
     if is_fresh:
         shutil.rmtree(root / ".dvc/cache")
     edit(root)
@@ -133,7 +133,7 @@ def test_what_is_safe_elsewhere_is_replaced_without_asking(edit: Edit, is_fresh:
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
-def test_a_changed_source_is_taken_up(is_frozen: bool, root: Path) -> None:
+def test_changed_source_is_taken_up(is_frozen: bool, root: Path) -> None:
     if not is_frozen:
         edit_data_dvc(root, "frozen: true\n", "")
     write(root / "samples", MINE)
@@ -169,7 +169,7 @@ def test_data_that_dvc_added_are_their_own_source(root: Path) -> None:
     assert commands(root, update=False) == []
 
 
-def test_a_remote_source_is_looked_at_only_to_update(root: Path) -> None:
+def test_remote_source_is_checked_only_on_update(root: Path) -> None:
     edit_data_dvc(root, "path: samples", "path: https://example.invalid/flowers")
     with Repo(str(root)) as repo:  # as if it had been imported from there
         stage = repo.stage.load_one(str(root / "data.dvc"))
@@ -233,7 +233,7 @@ def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: 
     ("source", "beside"),
     [("samples", True), ("samples", False), ("a: b/{flowers}", True), ("https://example.invalid/flowers", False)],
 )
-def test_the_user_trains_on_their_files_as_the_message_says(source: str, beside: bool, fresh: Path) -> None:
+def test_training_on_own_files_as_advised_works(source: str, beside: bool, fresh: Path) -> None:
     write(fresh / "data", MINE | (SAMPLE if beside else {}))
     edit_data_dvc(fresh, "path: samples", f"path: {json.dumps(source)}" if " " in source else f"path: {source}")
     write(fresh / "a: b/{flowers}", SAMPLE)
@@ -257,7 +257,7 @@ def test_files_among_those_of_the_sample_move_with_them(fresh: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the sample", "alone"])
-def test_the_user_moves_their_files_away_as_the_message_says(beside: bool, fresh: Path) -> None:
+def test_moving_the_files_as_advised_resolves_the_error(beside: bool, fresh: Path) -> None:
     write(fresh / "data", {"my pictures/ä 'b'.png": "mine", **(SAMPLE if beside else {})})
     (fresh.parent / "my-images").mkdir()  # which is taken
     with pytest.raises(ConvoyError) as refusal:
@@ -268,14 +268,14 @@ def test_the_user_moves_their_files_away_as_the_message_says(beside: bool, fresh
     assert read(fresh.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}
 
 
-def test_a_file_in_the_place_of_the_folder_is_at_stake(fresh: Path) -> None:
+def test_file_in_place_of_the_folder_is_not_overwritten(fresh: Path) -> None:
     (fresh / "data").write_text("all my images")
     with pytest.raises(ConvoyError, match=r"holds a file that .* nowhere else: data. A run"):
         commands(fresh, update=False)
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh: Path) -> None:
+def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh: Path) -> None:
     mine = fresh.parent / "my pictures"
     (fresh / "data").symlink_to(mine)
     if exists:
@@ -309,7 +309,7 @@ def test_plain_dvc_loses_no_file_of_the_user(fresh: Path) -> None:
 
 @pytest.mark.parametrize("change", ["files", "path"])
 @pytest.mark.parametrize("choice", ["To train on data/ as it is", "To train on "])
-def test_what_plain_dvc_recorded_is_neither_mixed_nor_lost(change: str, choice: str, root: Path) -> None:
+def test_data_recorded_by_plain_dvc_is_neither_mixed_nor_lost(change: str, choice: str, root: Path) -> None:
     write(root / "flowers", {"rose/1.png": "a rose"})
     if change == "files":
         write(root / "data", MINE)
@@ -328,7 +328,7 @@ def test_what_plain_dvc_recorded_is_neither_mixed_nor_lost(change: str, choice: 
 # The source
 
 
-def test_a_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "samples")
     assert commands(root, update=False) == []
     assert "samples is not there, where data.dvc says that the images come from: data/ stays" in capsys.readouterr().out

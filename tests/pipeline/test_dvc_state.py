@@ -1,4 +1,4 @@
-"""DVC's own files: whatever a stopped run left of them, the next run starts."""
+"""Files of DVC: the next run starts, whatever a killed one left of them."""
 
 import json
 import os
@@ -15,9 +15,7 @@ from pipeline.dvc_state import remove_damaged_databases, remove_torn_path_locks,
 
 
 @pytest.mark.parametrize("cut", [0, 20, 25, 32, 60, 75, 85])
-def test_a_dvc_lock_that_was_cut_short_is_restored(
-    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dvc_lock_that_was_cut_short_is_restored(cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = tmp_path / "dvc.lock"
     whole = (
         "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
@@ -59,14 +57,16 @@ def held_by(process: int) -> str:
 
 
 @pytest.mark.parametrize("torn", ["", '{"/a', '{"write": {"/made": {"pid": 1', "null", "[]", '{"write": 7}'])
-def test_a_torn_list_of_locked_paths_is_removed(torn: str, dvc_project: Path) -> None:
+def test_truncated_list_of_locked_paths_is_removed(torn: str, dvc_project: Path) -> None:
     file = dvc_project / ".dvc/tmp/rwlock"
     file.write_text(torn)
     remove_torn_path_locks(dvc_project)
     assert not file.exists()
 
 
-def test_dvc_runs_again_after_its_list_of_paths_was_torn(dvc_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dvc_runs_again_after_its_path_list_was_truncated(
+    dvc_project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (dvc_project / ".dvc/tmp/rwlock").write_text('{"/a')
     assert dvc(dvc_project, "repro") == 255
     remove_torn_path_locks(dvc_project)
@@ -75,7 +75,9 @@ def test_dvc_runs_again_after_its_list_of_paths_was_torn(dvc_project: Path, caps
 
 
 @pytest.mark.parametrize("name", ["lock", "rwlock.lock"])
-def test_a_torn_list_stays_while_dvc_is_at_work(name: str, dvc_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_list_is_kept_while_dvc_is_running(
+    name: str, dvc_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dvc.lock.DEFAULT_TIMEOUT", 0)
     file = dvc_project / ".dvc/tmp/rwlock"
     file.write_text('{"/a')
@@ -95,7 +97,7 @@ def test_paths_locked_by_a_living_process_stay_locked(dvc_project: Path) -> None
     file.unlink()
 
 
-def test_a_process_number_given_to_another_locks_no_path(dvc_project: Path) -> None:
+def test_process_number_given_to_another_locks_no_path(dvc_project: Path) -> None:
     file = dvc_project / ".dvc/tmp/rwlock"
     file.write_text(held_by(os.getpid()))
     os.utime(file, (1e9, 1e9))  # written long before this process began
@@ -123,7 +125,7 @@ def test_damaged_databases_of_dvc_are_made_again(
     assert not remove_damaged_databases(dvc_project)
 
 
-def test_a_project_that_dvc_can_not_read_has_no_damage_found(dvc_project: Path) -> None:
+def test_project_that_dvc_cannot_read_has_no_damage_found(dvc_project: Path) -> None:
     config = dvc_project / ".dvc/config"
     before = config.read_text()
     config.write_text("[core]\n    nonsense = true\n")

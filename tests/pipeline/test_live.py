@@ -1,4 +1,4 @@
-"""Live: a training is a run in MLflow while it lasts, and whatever becomes of MLflow, the training does not notice."""
+"""Live reporting: a running training is a run in MLflow, and no failure of MLflow affects it."""
 
 import json
 import multiprocessing

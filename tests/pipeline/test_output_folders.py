@@ -1,4 +1,4 @@
-"""The folders below artifacts/: what stages wrote may be replaced and removed, and nothing else."""
+"""The folders below artifacts/: outputs of stages may be replaced and removed, and nothing else."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def write_output(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("file", ["notes.txt", ".hidden", "more/notes.txt", "mine/manifest.json"])
-def test_a_file_of_the_user_in_an_output_stops_the_run(name: str, file: str, root: Path) -> None:
+def test_file_of_the_user_in_an_output_stops_the_run(name: str, file: str, root: Path) -> None:
     stray = root / "artifacts" / name / file
     stray.parent.mkdir(exist_ok=True)
     stray.write_text("mine")
@@ -45,14 +45,14 @@ def test_a_file_of_the_user_in_an_output_stops_the_run(name: str, file: str, roo
     assert stray.read_text() == "mine"
 
 
-def test_a_file_in_results_off_the_list_stops_the_run(root: Path) -> None:
+def test_file_in_results_off_the_list_stops_the_run(root: Path) -> None:
     (root / "artifacts/train/lenet/notes.txt").write_text("mine")
     with pytest.raises(ConvoyError, match=r"^artifacts/train/lenet/notes\.txt: no stage wrote this"):
         refuse_strays(root, ["resnet"])
 
 
 @pytest.mark.parametrize("name", ["train/resnet", "register", "fetch"])
-def test_a_folder_in_the_place_of_an_output_stops_the_run(name: str, root: Path) -> None:
+def test_folder_in_the_place_of_an_output_stops_the_run(name: str, root: Path) -> None:
     shutil.rmtree(root / "artifacts" / name, ignore_errors=True)
     (root / "artifacts" / name).mkdir()
     (root / "artifacts" / name / "weights.safetensors").write_text("mine")
@@ -61,7 +61,7 @@ def test_a_folder_in_the_place_of_an_output_stops_the_run(name: str, root: Path)
 
 
 @pytest.mark.parametrize("mark", [None, "{", "3", '{"resolt.csv": "hash"}'])
-def test_results_that_lost_their_mark_stop_nothing(mark: str | None, root: Path) -> None:
+def test_results_without_manifest_do_not_stop_the_run(mark: str | None, root: Path) -> None:
     folder = root / "artifacts/train/lenet"
     with Repo(str(root)) as repo:
         repo.cache.local.add([str(folder / "result.csv"), str(folder / "more/result.csv")], repo.fs, HASHES)
@@ -76,7 +76,7 @@ def test_results_that_lost_their_mark_stop_nothing(mark: str | None, root: Path)
     ["artifacts/notes.txt", "artifacts/mine/notes.txt", "artifacts/train/notes.txt", "artifacts/train/mine/notes.txt"],
 )
 @pytest.mark.parametrize("names", [["lenet"], ["resnet"]])
-def test_files_outside_the_outputs_are_let_be(place: str, names: list[str], root: Path) -> None:
+def test_files_outside_the_outputs_are_left_alone(place: str, names: list[str], root: Path) -> None:
     (root / place).parent.mkdir(exist_ok=True)
     (root / place).write_text("mine")
     refuse_strays(root, names)

@@ -1,4 +1,4 @@
-"""Predict: the command that answers images by a registered model."""
+"""The predict command: it predicts images with a registered model."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_predictions_are_in_the_order_of_the_arguments(
 
 
 @pytest.mark.parametrize("pattern", ["*.png", "**/*.[pP][nN][gG]", "more"])
-def test_a_pattern_gives_what_it_matches(
+def test_pattern_gives_what_it_matches(
     pattern: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = {"*.png": ["b.png"], "**/*.[pP][nN][gG]": ["b.png", "more/c.PNG"], "more": ["more/c.PNG"]}[pattern]
@@ -151,7 +151,7 @@ def test_invalid_image_is_named_and_the_others_are_predicted(
     assert "a.jpg" in said.out
 
 
-def test_a_file_may_have_any_name(
+def test_file_may_have_any_name(
     here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a[bold].png", "b\x1b[2J.png", os.fsdecode(b"c\xff.png"), "d [red].txt"):
@@ -166,7 +166,7 @@ def test_a_file_may_have_any_name(
     assert str(pictures / "b\x1b[2J.png") in [each["image"] for each in lines(capsys)]
 
 
-def test_a_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image without an answer"
     assert lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
@@ -202,7 +202,7 @@ def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch
         ("left", "left: no registered model; name one as models:/NAME@ALIAS"),
     ],
 )
-def test_a_model_that_is_not_there_is_one_clear_line(
+def test_model_that_is_not_there_is_one_clear_line(
     uri: str, said: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert str(run(monkeypatch, pictures, "--model", uri)).startswith(f"convoy: predict: {said}")
@@ -262,7 +262,7 @@ def test_model_with_other_recorded_predictions_fails(
     assert "is of 449 images" in str(said)
 
 
-def test_a_folder_without_an_evaluation_is_one_clear_line(
+def test_folder_without_an_evaluation_is_one_clear_line(
     here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)

@@ -1,4 +1,4 @@
-"""params.yaml: composing conf/ never discards what came into it in another way, and conf/ can adopt it."""
+"""params.yaml: composing conf/ never discards other changes to it, and conf/ can adopt them."""
 
 import contextlib
 import os
@@ -151,7 +151,7 @@ def assert_composes(root: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("is_committed", [True, False])
-def test_an_edit_of_conf_is_composed(is_committed: bool, root: Path) -> None:
+def test_edit_of_conf_is_composed(is_committed: bool, root: Path) -> None:
     for seed in (5, 6):
         edit_conf(root, seed)
         if is_committed:
@@ -159,7 +159,7 @@ def test_an_edit_of_conf_is_composed(is_committed: bool, root: Path) -> None:
         assert_composes(root, seed)
 
 
-def test_an_edit_of_conf_is_composed_in_a_fresh_clone(fresh: Path) -> None:
+def test_edit_of_conf_is_composed_in_a_fresh_clone(fresh: Path) -> None:
     edit_conf(fresh, 5)
     assert_composes(fresh, 5)
 
@@ -192,7 +192,7 @@ def test_another_branch_is_composed(root: Path) -> None:
     assert_composes(root, 7)
 
 
-def test_a_params_yaml_that_was_taken_back_is_composed_again(root: Path) -> None:
+def test_params_yaml_that_was_taken_back_is_composed_again(root: Path) -> None:
     edit_conf(root, 5)
     run(root)
     git(root, "checkout", "--quiet", "params.yaml")
@@ -200,7 +200,7 @@ def test_a_params_yaml_that_was_taken_back_is_composed_again(root: Path) -> None
 
 
 @pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_text("")])
-def test_a_missing_params_yaml_is_composed(change: Edit, root: Path) -> None:
+def test_missing_params_yaml_is_composed(change: Edit, root: Path) -> None:
     change(root / "params.yaml")
     assert_composes(root, 1)
 
@@ -211,7 +211,7 @@ def test_comments_in_params_yaml_are_no_settings(root: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [0, 1, 2])
-def test_a_run_that_was_killed_while_it_wrote_is_completed(
+def test_run_that_was_killed_while_it_wrote_is_completed(
     written: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, left = Path.replace, iter([*[True] * written, False])
@@ -232,7 +232,7 @@ def test_a_run_that_was_killed_while_it_wrote_is_completed(
 # Experiments
 
 
-def test_what_an_experiment_leaves_is_composed_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_left_by_an_experiment_are_composed_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (5, 6):
         experiment(root, f"bold-{seed}", f"seed={seed}")
     assert config.load(root / "params.yaml")["seed"] == 6
@@ -240,18 +240,18 @@ def test_what_an_experiment_leaves_is_composed_again(root: Path, capsys: pytest.
     assert "params.yaml held the settings of the last `dvc exp run`: conf/ is composed again" in capsys.readouterr().out
 
 
-def test_an_experiment_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
+def test_experiment_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
     experiment(fresh, "bold", "seed=5", "model=[lenet]", "+more=1")
     assert_composes(fresh, 1)
 
 
-def test_what_a_failed_experiment_leaves_is_composed_again(root: Path) -> None:
+def test_settings_left_by_a_failed_experiment_are_recomposed(root: Path) -> None:
     dvc(root, "exp", "run", "--quiet", "--set-param", "seed=666", status=255)
     assert config.load(root / "params.yaml")["seed"] == 666
     assert_composes(root, 1)
 
 
-def test_an_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
+def test_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
     dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "seed=5")
     dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "seed=6")
     assert_composes(root, 1)
@@ -260,7 +260,7 @@ def test_an_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
 
 
 @pytest.mark.parametrize("later", ["", "run again"])
-def test_an_applied_experiment_stops_composing(later: str, root: Path) -> None:
+def test_applied_experiment_stops_composing(later: str, root: Path) -> None:
     experiment(root, "bold", "seed=5", "train.epochs=2")
     if later:
         assert_composes(root, 1)
@@ -273,7 +273,7 @@ def test_an_applied_experiment_stops_composing(later: str, root: Path) -> None:
 
 @pytest.mark.parametrize("is_fresh", [True, False])
 @pytest.mark.parametrize("merge", [["--ff"], ["--no-ff"], ["--squash"]])
-def test_a_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, root: Path) -> None:
+def test_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, root: Path) -> None:
     experiment(root, "bold", "seed=5")
     dvc(root, "exp", "branch", "bold", "good")
     git(root, "checkout", "--quiet", ".")
@@ -305,7 +305,7 @@ def test_edit_equal_to_an_old_experiment_stops_composing(root: Path) -> None:
 
 @pytest.mark.parametrize("is_fresh", [True, False])
 @pytest.mark.parametrize("is_committed", [True, False])
-def test_an_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool, fresh: Path) -> None:
+def test_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool, fresh: Path) -> None:
     if not is_fresh:
         run(fresh)
     edit_params(fresh)
@@ -339,7 +339,7 @@ def test_another_order_of_the_architectures_is_named(root: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> other\n", "seed: [1\n", "- 1\n"])
-def test_a_params_yaml_that_can_not_be_read_stops_composing(text: str, root: Path) -> None:
+def test_params_yaml_that_cannot_be_read_stops_composing(text: str, root: Path) -> None:
     (root / "params.yaml").write_text(text)
     with pytest.raises(ConvoyError, match=r"params\.yaml can't be read.* `python -m pipeline --compose`"):
         run(root)
@@ -422,7 +422,7 @@ def test_nothing_is_adopted_where_conf_is_composed_already(real: Path) -> None:
         (lambda params: params["model"].update(mynet={}), "params.yaml has model.mynet, for which there is no conf/"),
     ],
 )
-def test_a_key_that_no_file_sets_is_refused_and_conf_stays(
+def test_key_that_no_file_sets_is_refused_and_conf_stays(
     change: Callable[[dict], object], named: str, real: Path
 ) -> None:
     params = config.load(real / "params.yaml")
@@ -441,7 +441,7 @@ def test_wrong_settings_are_not_adopted(real: Path) -> None:
     assert "\nseed: 1 #" in (real / "conf/config.yaml").read_text()
 
 
-def test_an_applied_experiment_is_adopted(root: Path) -> None:
+def test_applied_experiment_is_adopted(root: Path) -> None:
     experiment(root, "bold", "seed=5")
     dvc(root, "exp", "apply", "bold")
     assert run(root, adopt=True)["seed"] == 5

@@ -1,4 +1,4 @@
-"""The signals that end a command: whenever they come, all of it ends, with one line and their own status."""
+"""Signals: they end a command with all its processes, one line and the right exit status."""
 
 import os
 import random
@@ -92,7 +92,7 @@ SWALLOWED = {
 
 @pytest.mark.parametrize("swallow", SWALLOWED)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal.Signals, tmp_path: Path) -> None:
     root = make_project(tmp_path)
     code = "import atexit, threading, time, weakref\nfrom pipeline.stage import main\ndef work(stage):\n"
     code += "    (stage.scratch / 'half').touch()\n    print('at work', flush=True)\n"
@@ -182,7 +182,7 @@ def test_interrupted_summary_is_reported(interrupting: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_that_is_to_be_ignored_is_ignored(number: signal.Signals) -> None:
+def test_signal_that_is_to_be_ignored_is_ignored(number: signal.Signals) -> None:
     code = (
         f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\nfrom pipeline import signals\nsignals.install()"
     )
@@ -213,7 +213,7 @@ def run_dvc(tmp_path: Path, script: str, code: str = "") -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
-def test_the_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals, tmp_path: Path) -> None:
+def test_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals, tmp_path: Path) -> None:
     script = """
         sh -c "trap 'sleep 1; touch saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done" &
         wait
@@ -229,7 +229,7 @@ def test_the_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Sig
     assert said.startswith(f"convoy: {number.name}: the stage at work ends; `make repro` goes on from there\n")
 
 
-def test_where_dvc_alone_is_killed_the_stage_ends_too(tmp_path: Path) -> None:
+def test_stage_ends_if_dvc_alone_is_killed(tmp_path: Path) -> None:
     script = """
         sh -c "trap 'touch saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done" &
         sleep 0.5

@@ -1,4 +1,4 @@
-"""The stage: what it may read, and how its outputs appear."""
+"""Stages: which inputs and settings they may read, and how their outputs appear."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def test_stage_reads_the_sections_listed_in_dvc_yaml(root: Path) -> None:
         ("evaluate", "lenet", "model"),
     ],
 )
-def test_a_stage_that_reads_another_section_fails(root: Path, stage: str, item: str, section: str) -> None:
+def test_stage_that_reads_another_section_fails(root: Path, stage: str, item: str, section: str) -> None:
     with pytest.raises(ConvoyError, match=f"{stage}.* reads '{section}': add it to the stage's params in dvc.yaml"):
         Stage(root, stage, item).section(section)
 
@@ -78,7 +78,7 @@ def test_outputs_appear_complete_with_a_manifest(root: Path) -> None:
     assert Stage(root, "preprocess").input("fetch") == root / "artifacts/fetch"
 
 
-def test_a_stage_that_fails_leaves_no_output(root: Path) -> None:
+def test_stage_that_fails_leaves_no_output(root: Path) -> None:
     def fail(stage: Stage) -> None:
         write_hello(stage)
         raise RuntimeError("half-way")
@@ -193,7 +193,7 @@ def spoil(cache: Path, old: str, new: str) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_a_damaged_file_in_dvcs_cache_is_named_with_its_removal(root: Path) -> None:
+def test_damaged_file_in_dvcs_cache_is_named_with_its_removal(root: Path) -> None:
     Stage(root, "fetch").run(write_hello)
     (root / "artifacts/fetch/hello.txt").write_text("hellO")
     cache = root / ".dvc/cache/files/md5"

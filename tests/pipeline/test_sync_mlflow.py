@@ -1,4 +1,4 @@
-"""Sync: whatever became of MLflow, every run of the current results is there afterwards, whole and once."""
+"""Synchronizing MLflow: afterwards every run of the current results is there, complete and once."""
 
 import json
 import os
@@ -273,7 +273,7 @@ def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> 
     assert runs.hashes_of(all_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
 
 
-def test_a_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
+def test_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     client(root).delete_tag(run_id, runs.HASHES)
@@ -392,7 +392,7 @@ def test_commit_tag_marks_uncommitted_changes(tmp_path: Path) -> None:
     assert provenance.git_commit(tmp_path) == f"{clean} with changes"
 
 
-def test_the_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
+def test_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
     root = copied(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     for _ in range(2):

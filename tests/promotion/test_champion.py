@@ -1,4 +1,4 @@
-"""The champion: moved only from where it was compared, whole or not at all, and back again."""
+"""The champion: promotions and rollbacks are atomic and never act on an outdated comparison."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ def test_promotion_keeps_the_previous_champion_and_is_logged(store: TrackingStor
     assert table["time"].is_monotonic_increasing
 
 
-def test_a_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStore) -> None:
+def test_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStore) -> None:
     set_champion(store, NAME, promotion(None, 1))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")  # by hand
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now: nothing was"):
@@ -94,7 +94,7 @@ def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> N
         set_champion(store, NAME, promotion(1, 2))
 
 
-def test_a_rollback_brings_back_the_champion_before(store: TrackingStore) -> None:
+def test_rollback_restores_the_previous_champion(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
         set_champion(store, NAME, promotion(before, after))
     event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
@@ -124,7 +124,7 @@ def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> N
         roll_back(store, NAME, "bad", "bob", "1" * 40)
 
 
-def test_a_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) -> None:
+def test_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
         set_champion(store, NAME, promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHALLENGER, "2")
@@ -132,14 +132,14 @@ def test_a_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) 
     assert aliases(store) == {CHAMPION: 1}
 
 
-def test_a_rollback_passes_over_deleted_versions(store: TrackingStore) -> None:
+def test_rollback_passes_over_deleted_versions(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
         set_champion(store, NAME, promotion(before, after))
     store.client.delete_model_version(NAME, "2")
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
-def test_a_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> None:
+def test_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
         set_champion(store, NAME, promotion(before, after))
     store.client.delete_model_version(NAME, "3")
@@ -147,7 +147,7 @@ def test_a_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
 
 
-def test_what_was_rolled_back_is_known_after_the_target_is_gone(store: TrackingStore) -> None:
+def test_rollback_is_known_after_its_target_is_deleted(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
         set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
@@ -156,7 +156,7 @@ def test_what_was_rolled_back_is_known_after_the_target_is_gone(store: TrackingS
     assert roll_back(store, NAME, "it was deleted", "bob", "1" * 40).after == 1
 
 
-def test_an_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore) -> None:
+def test_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
         set_champion(store, NAME, promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
@@ -166,7 +166,7 @@ def test_an_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore)
     assert [roll_back(store, NAME, "bad", "bob", "1" * 40).after for _ in range(2)] == [2, 1]
 
 
-def test_a_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore) -> None:
+def test_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
         set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
@@ -176,7 +176,7 @@ def test_a_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore)
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
-def test_the_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) -> None:
+def test_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
         set_champion(store, NAME, promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
@@ -245,7 +245,7 @@ def test_killed_promotion_is_completed_by_next_run(
     steps=st.lists(st.sampled_from(["promote", "promote", "roll back", "delete"]), max_size=40),
     picks=st.lists(st.integers(0, 99), min_size=40, max_size=40),
 )
-def test_a_rollback_target_is_the_last_champion_in_good_standing(steps: list[str], picks: list[int]) -> None:
+def test_rollback_target_is_the_last_champion_in_good_standing(steps: list[str], picks: list[int]) -> None:
     line, there, rolled_back_ever, events = [1], {1}, set(), [promotion(None, 1)]
     for step, pick in zip(steps, picks, strict=False):
         champion_now = line[-1] if line[-1] in there else None
@@ -454,7 +454,7 @@ def test_set_evaluations_are_counted_per_image_set(store: TrackingStore) -> None
     assert [registry.count_test_set_uses(store, NAME, version, "images") for version in (1, 2, 3, 4)] == [2, 2, 3, 3]
 
 
-def test_the_best_ever_is_the_best_of_those_that_were_champions(store: TrackingStore) -> None:
+def test_best_ever_is_the_best_of_those_that_were_champions(store: TrackingStore) -> None:
     for version, accuracy in ((1, 0.5), (2, 0.7), (3, 0.9)):
         registry.save_verdict(store, NAME, version, "key", "HOLD", "images", accuracy)
     assert registry.best_ever(store, NAME, {1, 2, 4}) == 2

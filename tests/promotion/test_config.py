@@ -1,4 +1,4 @@
-"""Promotion: the challenger is the best by validation, and the model is called as the data set."""
+"""Promotion settings: how challengers are ranked, and how models are named."""
 
 import shutil
 from pathlib import Path
@@ -70,7 +70,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_names_of_data_sets_are_names_of_models(
+def test_unusual_dataset_names_are_valid_model_names(
     name: str, tmp_path: Path, empty: Path, embedded_store: None
 ) -> None:
     assert accepts(name) == (True, True)
@@ -100,6 +100,6 @@ def test_names_that_mlflow_could_not_keep_are_refused_for_both(name: object) -> 
         (["register.name=convoy"], "convoy"),
     ],
 )
-def test_a_model_is_called_as_its_data_set(overrides: list[str], name: str, tmp_path: Path) -> None:
+def test_model_is_called_as_its_data_set(overrides: list[str], name: str, tmp_path: Path) -> None:
     shutil.copytree(REAL / "conf", tmp_path / "conf")
     assert config.compose(tmp_path, overrides)["register"]["name"] == name

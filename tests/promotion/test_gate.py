@@ -1,4 +1,4 @@
-"""The gate: what is better passes, what is not shown to be waits, what does harm is refused, and doubt never passes."""
+"""The gate: it promotes what is shown to be better, holds what is not, and rejects what does harm."""
 
 import dataclasses
 import hashlib
@@ -109,7 +109,7 @@ def changed(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvi
 # Really better
 
 
-def test_a_better_challenger_is_promoted() -> None:
+def test_better_challenger_is_promoted() -> None:
     verdict = judged(*pair(30, 5))
     assert verdict.decision == "PROMOTE"
     assert outcomes(verdict, "hold", "reject", "warn") == []
@@ -118,7 +118,7 @@ def test_a_better_challenger_is_promoted() -> None:
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (12, 12), (7, 5), (5, 7), (1, 0)])
-def test_a_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
+def test_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
     verdict = judged(*pair(wins, losses))
     assert verdict.decision == "HOLD"
     assert outcomes(verdict, "hold", "reject") == ["better"]
@@ -131,14 +131,14 @@ def test_summary_names_the_deciding_check() -> None:
     )
 
 
-def test_a_worse_challenger_is_rejected() -> None:
+def test_worse_challenger_is_rejected() -> None:
     verdict = judged(*pair(5, 30))
     assert verdict.decision == "REJECT"
     assert "better" in outcomes(verdict, "reject")
     assert "resnet is worse than the champion vgg: 5 images won, 30 lost" in verdict.summary()
 
 
-def test_a_stricter_alpha_does_not_soften_the_tests_for_harm() -> None:
+def test_stricter_alpha_does_not_soften_the_tests_for_harm() -> None:
     assert result_of(judged(*pair(10, 22), ruled(alpha=0.0001)), "better").outcome == "reject"
 
 
@@ -151,7 +151,7 @@ def test_two_models_are_never_both_promoted_over_each_other(wins: int, losses: i
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_the_p_value_is_that_of_the_exact_binomial_test(wins: int, losses: int) -> None:
+def test_p_value_is_that_of_the_exact_binomial_test(wins: int, losses: int) -> None:
     expected = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
     assert float(mcnemar_p_value(wins, losses)) == pytest.approx(expected)
     by_hand = sum(math.comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
@@ -167,7 +167,7 @@ def test_equal_models_pass_no_more_often_than_alpha_says() -> None:
 # The interval
 
 
-def test_the_interval_is_tangos() -> None:
+def test_interval_is_tangos() -> None:
     # the roots of the quartic equation by Yang, Sun and Hardin (2012) for the same interval
     assert float(gain_lower_bound(40, 20, 160, 0.025)) == pytest.approx(0.03086453, abs=1e-7)
     assert -float(gain_lower_bound(20, 40, 160, 0.025)) == pytest.approx(0.21806424, abs=1e-7)
@@ -175,7 +175,7 @@ def test_the_interval_is_tangos() -> None:
 
 
 @given(counts, counts, st.integers(1, 1000), st.floats(0.001, 0.4))
-def test_the_interval_holds_the_difference_and_stays_in_range(wins: int, losses: int, more: int, alpha: float) -> None:
+def test_interval_holds_the_difference_and_stays_in_range(wins: int, losses: int, more: int, alpha: float) -> None:
     images = wins + losses + more
     low, high = (
         float(gain_lower_bound(wins, losses, images, alpha)),
@@ -185,7 +185,7 @@ def test_the_interval_holds_the_difference_and_stays_in_range(wins: int, losses:
     assert float(gain_lower_bound(wins + 1, losses, images, alpha)) > low
 
 
-def test_where_all_or_none_differ_there_is_still_an_interval() -> None:
+def test_interval_exists_if_all_or_no_predictions_differ() -> None:
     assert -0.01 < float(gain_lower_bound(0, 0, 500, 0.05)) < 0
     assert 0.98 < float(gain_lower_bound(500, 0, 500, 0.05)) < 1
     assert float(gain_lower_bound(0, 500, 500, 0.05)) == -1
@@ -234,7 +234,7 @@ def test_too_many_test_set_evaluations_give_a_warning() -> None:
             judged(new, old, uses=uses)  # type: ignore[arg-type]
 
 
-def test_a_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
+def test_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
     table = pair(0, 0)[0].predictions
     assert fingerprint_test_images(table) == fingerprint_test_images(table.iloc[::-1])
     assert fingerprint_test_images(table) != fingerprint_test_images(table.iloc[1:])
@@ -249,11 +249,11 @@ def test_challenger_below_the_floor_is_rejected_even_if_better() -> None:
     assert "resnet has test accuracy 0.9417, minimum 0.95" in verdict.summary()
 
 
-def test_a_score_at_the_floor_passes() -> None:
+def test_score_at_the_floor_passes() -> None:
     assert judged(*pair(30, 0), ruled(floor=0.95)).decision == "PROMOTE"
 
 
-def test_what_is_no_better_than_the_majority_class_is_rejected() -> None:
+def test_challenger_no_better_than_majority_class_is_rejected() -> None:
     actual = ["cat"] * 550 + ["NA"] * 50
     lazy = contender("lazy", answers(["cat"] * 600, actual))
     verdict = judged(lazy, None, is_first=True)
@@ -261,7 +261,7 @@ def test_what_is_no_better_than_the_majority_class_is_rejected() -> None:
     assert outcomes(verdict, "reject") == ["majority class"]
 
 
-def test_a_class_that_only_the_champion_predicts_is_missed() -> None:
+def test_class_that_only_the_champion_predicts_is_missed() -> None:
     actual = np.array(["cat"] * 500 + ["NA"] * 100 + ["007"] * 5)
     champion = np.where(np.arange(605) < 60, "NA", actual)
     silent = np.where(actual == "007", "cat", actual)
@@ -298,7 +298,7 @@ def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
         (6, 0.03, "pass"),  # 6 of 200 images are no more than this
     ],
 )
-def test_a_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_drop: float, outcome: str) -> None:
+def test_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_drop: float, outcome: str) -> None:
     new, old = pair(0, 0, wrong=0)
     predicted = new.predictions["predicted"].mask(np.isin(np.arange(IMAGES), np.arange(lost) * 3), "cat")
     fallen = dataclasses.replace(new, predictions=answers(predicted, new.predictions["actual"]))
@@ -332,7 +332,7 @@ def test_zero_probability_gives_a_large_finite_loss() -> None:
     assert math.isfinite(result_of(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
 
 
-def test_a_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
+def test_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
     random = np.random.default_rng(0)
     confidence = random.uniform(0.6, 1, 500)
     noise = calibration_noise(confidence, seed=0)
@@ -345,7 +345,7 @@ def test_calibration_is_shown_but_decides_nothing() -> None:
     assert result_of(judged(*pair(30, 5)), "calibration").passed is None
 
 
-def test_the_bootstrap_finds_the_spread_of_a_mean() -> None:
+def test_bootstrap_finds_the_spread_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(1, 2, 400)
     low, high = bootstrap_mean(values, None, 0.05, seed=0)
     assert (low, high) == pytest.approx((values.mean() - 0.1645, values.mean() + 0.1645), abs=0.02)
@@ -356,7 +356,7 @@ def test_the_bootstrap_finds_the_spread_of_a_mean() -> None:
 # Groups
 
 
-def test_the_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
+def test_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
     values = np.repeat(np.random.default_rng(0).normal(0, 1, 40), 10)
     by_image, by_group = bootstrap_mean(values, None, 0.05, 0), bootstrap_mean(values, np.arange(400) // 10, 0.05, 0)
     assert by_group[1] - by_group[0] > 2 * (by_image[1] - by_image[0])
@@ -364,7 +364,7 @@ def test_the_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
     assert bootstrap_mean(np.ones(400), unequal, 0.05, 0) == (1, 1)
 
 
-def test_a_gain_that_comes_from_one_group_is_held() -> None:
+def test_gain_from_one_group_is_held() -> None:
     new, old = pair(30, 5)
     one = np.where(np.arange(IMAGES) < 30, "one film", "")
     film = dataclasses.replace(new, predictions=new.predictions.assign(group=one))
@@ -404,7 +404,7 @@ def test_non_inferior_refresh_passes_in_refresh_mode() -> None:
     assert judged(*pair(5, 30), refresh, best_champion=old).decision == "REJECT"
 
 
-def test_a_refresh_is_held_against_the_best_champion_ever_too() -> None:
+def test_refresh_is_held_against_the_best_champion_ever_too() -> None:
     new, old = pair(12, 12)
     refresh = ruled(mode="non_inferior")
     best = dataclasses.replace(pair(0, 0, wrong=10)[0], name="googlenet")
@@ -416,7 +416,7 @@ def test_a_refresh_is_held_against_the_best_champion_ever_too() -> None:
     assert outcomes(unknown, "hold") == ["best champion"]
 
 
-def test_a_clear_gain_is_non_inferior() -> None:
+def test_clear_gain_is_non_inferior() -> None:
     assert bool(is_non_inferior(30, 5, 600, 0.05, 0.02))
 
 
@@ -510,7 +510,7 @@ def test_first_champion_passes_the_applicable_checks() -> None:
         (ruled(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
     ],
 )
-def test_the_first_champion_must_pass_too(rule: GateConfig, decision: str) -> None:
+def test_first_champion_must_pass_too(rule: GateConfig, decision: str) -> None:
     assert judged(pair(0, 0)[0], None, rule, is_first=True).decision == decision
 
 
@@ -558,7 +558,7 @@ def test_order_of_rows_and_columns_does_not_matter(random: Any) -> None:
         ("sha256", "1.png", "'1.png' is not a sha256"),
     ],
 )
-def test_a_table_that_is_broken_in_one_place_is_an_error(side: int, column: str, value: Any, said: str) -> None:
+def test_table_with_one_invalid_value_is_an_error(side: int, column: str, value: Any, said: str) -> None:
     models = list(pair(30, 5))
     models[side] = changed(models[side], column, 300, value)
     with pytest.raises(ConvoyError, match=said):
@@ -577,7 +577,7 @@ def test_a_table_that_is_broken_in_one_place_is_an_error(side: int, column: str,
         (lambda table: None, "they are not a table"),
     ],
 )
-def test_a_table_that_is_broken_as_a_whole_is_an_error(break_it: Any, said: str) -> None:
+def test_malformed_table_is_an_error(break_it: Any, said: str) -> None:
     new, old = pair(30, 5)
     with pytest.raises(ConvoyError, match=said):
         judged(new, dataclasses.replace(old, predictions=break_it(old.predictions)))
@@ -640,7 +640,7 @@ def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
             typed(GateConfig, good | {key: value}, "gate")
 
 
-def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
+def test_table_has_a_number_and_a_limit_in_every_row() -> None:
     table = judged(*pair(30, 5)).table()
     assert list(table.columns) == ["check", "value", "limit", "outcome", "message"]
     assert table["check"].is_unique
@@ -648,7 +648,7 @@ def test_the_table_has_a_number_and_a_limit_in_every_row() -> None:
     assert table.set_index("check")["value"]["test images"] == "600"
 
 
-def test_a_verdict_can_be_kept_as_json() -> None:
+def test_verdict_can_be_kept_as_json() -> None:
     verdict = judged(*pair(30, 5), ruled(mode="non_inferior"))
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision
 

@@ -1,4 +1,4 @@
-"""Moving: what an embedded store holds is on the server afterwards, as it was, each thing once, whatever ended it."""
+"""Migration to a server: runs and versions are copied unchanged and once, and it resumes after a kill."""
 
 import shutil
 from collections.abc import Callable, Iterator

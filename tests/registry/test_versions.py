@@ -1,4 +1,4 @@
-"""The registry: what registering a model does to the run that it is of, and where it writes."""
+"""Registering: how it changes the run of the model, and where it writes."""
 
 import shutil
 import tempfile
@@ -66,7 +66,7 @@ def fail(error: BaseException) -> Callable[..., None]:
 
 @pytest.mark.parametrize("error", [MlflowException("it has died"), KeyboardInterrupt(), SystemExit(143)])
 @pytest.mark.parametrize("where", ["log_outputs", "log_model_artifacts", "create_registered_model", "check"])
-def test_a_failure_in_registering_leaves_the_run_finished(
+def test_failure_in_registering_leaves_the_run_finished(
     where: str, error: BaseException, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises((ConvoyError, KeyboardInterrupt, SystemExit)):
@@ -76,7 +76,7 @@ def test_a_failure_in_registering_leaves_the_run_finished(
 
 
 @pytest.mark.parametrize("write", [5, 20, 40])
-def test_a_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> None:
+def test_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> None:
     assert run_until_write(lambda: register(root), write)
     assert_run_is_finished(root)
     register(root)
@@ -87,7 +87,7 @@ def test_a_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -
         assert LoggedModelStatus.PENDING not in [model.status for model in models]
 
 
-def test_a_registered_model_belongs_to_its_run(root: Path) -> None:
+def test_registered_model_belongs_to_its_run(root: Path) -> None:
     register(root)
     assert_run_is_finished(root)
     with open_store(root, "convoy") as store:

@@ -1,4 +1,4 @@
-"""Training by several processes: the same batches in the same order, right figures, and one record."""
+"""Distributed training: several processes train on the same batches as one and write one record."""
 
 import json
 import os

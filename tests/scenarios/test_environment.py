@@ -1,4 +1,4 @@
-"""The environment in .venv: `make` uses it while it works, and makes it again where it does not."""
+"""The environment in .venv: `make` keeps it while it works and recreates it otherwise."""
 
 import os
 import shutil

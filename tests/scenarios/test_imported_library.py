@@ -1,4 +1,4 @@
-"""The library that runs is that of the project that it runs in, whatever environment it is started from."""
+"""Every process imports the library of its own project, whatever environment starts it."""
 
 import io
 import os

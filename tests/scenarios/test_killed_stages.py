@@ -1,4 +1,4 @@
-"""Kills: whenever a stage is killed, to run it again ends in the same bits as if nothing had happened."""
+"""Killed stages: running them again gives bit-identical outputs."""
 
 import contextlib
 import multiprocessing
@@ -166,7 +166,7 @@ def pipeline_results(root: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_pipeline_killed_at_random_ends_as_if_undisturbed(
+def test_pipeline_killed_at_random_ends_as_if_undisturbed(
     tmp_path: Path, ready: multiprocessing.context.ForkServerContext, embedded_store: None
 ) -> None:
     def run_apart(root: Path) -> multiprocessing.context.ForkServerProcess:
@@ -216,7 +216,7 @@ def assert_no_temporary_files(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, embedded_store: None) -> None:
+def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, embedded_store: None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CONVOY_LIVE"}
     environment |= {"PYTHONPATH": str(REAL), "DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
 

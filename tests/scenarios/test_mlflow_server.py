@@ -1,4 +1,4 @@
-"""Servers: with MLflow's own, PostgreSQL and a bucket behind it, all is as in the embedded store."""
+"""An MLflow server with PostgreSQL and a bucket: everything works as with the embedded store."""
 
 import contextlib
 import json

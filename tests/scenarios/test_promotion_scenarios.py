@@ -1,4 +1,4 @@
-"""Stories: what becomes of the champion from night to night, through the real stages and a real registry."""
+"""Promotion over several scheduled runs, through the real stages and a real registry."""
 
 import contextlib
 import dataclasses
@@ -328,7 +328,7 @@ def test_deleted_champion_is_an_error_and_not_a_first_run(root: Path, night: Nig
     assert CHAMPION not in aliases(root)
 
 
-def test_a_tampered_champion_is_an_error(root: Path, night: Night) -> None:
+def test_tampered_champion_is_an_error(root: Path, night: Night) -> None:
     night("poor")
     (weights,) = (root / "mlartifacts").glob("**/models/*/artifacts/artifacts/weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -337,7 +337,7 @@ def test_a_tampered_champion_is_an_error(root: Path, night: Night) -> None:
     assert aliases(root)[CHAMPION] == 1
 
 
-def test_an_alias_moved_by_hand_meanwhile_is_left_where_it_is(
+def test_alias_moved_by_hand_meanwhile_is_left_where_it_is(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("poor")
@@ -401,7 +401,7 @@ def test_champion_trained_on_a_test_image_is_an_error(root: Path, night: Night) 
     assert table["val_accuracy"].tolist() == pytest.approx([record["best"]["val_accuracy"]])  # of the refused night
 
 
-def test_a_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
+def test_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
     """It was trained on other data first, which some of today's test images were among."""
     night("poor")
     with open_store(root, "convoy") as store:
@@ -480,13 +480,13 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     assert shown == {"register": True, "fetch": False}  # that of another day is not taken for today's
 
 
-def test_an_experiment_may_split_otherwise(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experiment_may_split_otherwise(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     night("good")
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
     prepare_again(root, "preprocess.test_fraction=0.5")
 
 
-def test_a_server_that_is_down_does_not_stop_the_preparation(
+def test_server_that_is_down_does_not_stop_the_preparation(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night("good")

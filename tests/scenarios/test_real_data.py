@@ -1,4 +1,4 @@
-"""Real data: MNIST and CIFAR-10 down the real road. CONVOY_REAL_DATA names the folder that holds them.
+"""The whole pipeline on MNIST and CIFAR-10, in the folder that CONVOY_REAL_DATA names.
 
 MNIST's four files lie in mnist/; cifar10-jpeg.zip holds train/<class>/<number>.jpg and test/<class>/<number>.jpg.
 """

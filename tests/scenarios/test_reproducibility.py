@@ -1,4 +1,4 @@
-"""The same bits: two fresh copies of a project train to the same bytes, whatever else their machine does."""
+"""Reproducibility: two fresh copies of a project train to identical bytes."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Security: nothing that was put or changed where models lie is run, and no answer comes from it."""
+"""Security: modified model files are neither executed nor used for predictions."""
 
 import ast
 import contextlib
@@ -60,7 +60,7 @@ def zipped(fired: Path) -> bytes:
 
 
 @pytest.mark.parametrize("poison", [pickled, zipped])
-def test_a_pickle_in_place_of_the_weights_is_refused_and_not_run(
+def test_pickle_in_place_of_the_weights_is_refused_and_not_run(
     poison: Callable[[Path], bytes], fired: Path, tmp_path: Path
 ) -> None:
     weights = leave(tmp_path / "left")["weights"]
@@ -109,7 +109,7 @@ def test_record_with_an_invalid_architecture_is_refused(
 @pytest.mark.parametrize(
     "calibration", ["", "[]", "{}", '{"temperature": 0}', '{"temperature": NaN}', '{"temperature": "1"}', "[" * 100_000]
 )
-def test_a_calibration_that_is_no_temperature_is_refused(calibration: str, tmp_path: Path) -> None:
+def test_calibration_that_is_no_temperature_is_refused(calibration: str, tmp_path: Path) -> None:
     files = leave(tmp_path)
     files["calibration"].write_text(calibration)
     with pytest.raises(ConvoyError, match=r"calibration\.json"):
@@ -239,7 +239,7 @@ def test_additional_file_is_not_even_downloaded(root: Path, stored: Path, fired:
 
 
 @pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json"])
-def test_a_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
+def test_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
     with version(root) as found:
         found._tags = {} if tag is None else {versions.HASHES: tag}
         with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.HASHES}"):

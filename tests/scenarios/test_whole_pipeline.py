@@ -1,4 +1,4 @@
-"""The pipeline: from pictures in folders to a champion, and what it says where it can't."""
+"""The whole pipeline: from images in folders to a champion, and its error messages."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def test_registering_the_same_results_again_changes_nothing(road: Path) -> None:
     assert (road / "mlflow.db").read_bytes() == database
 
 
-def test_what_a_killed_register_left_of_a_run_is_completed(road: Path) -> None:
+def test_run_left_by_a_killed_register_is_completed(road: Path) -> None:
     lenet = runs(road).loc["lenet", "run_id"]
     with open_store(road, "convoy") as store:
         store.client.update_run(lenet, status="RUNNING")
@@ -113,7 +113,7 @@ def test_what_a_killed_register_left_of_a_run_is_completed(road: Path) -> None:
     assert after.loc["lenet", "run_id"] == lenet
 
 
-def test_an_experiment_leaves_the_champion_as_it_is(
+def test_experiment_leaves_the_champion_as_it_is(
     road: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def aliases() -> dict[str, str]:
@@ -273,7 +273,7 @@ def test_many_invalid_images_are_listed_completely_in_a_file(tmp_path: Path) -> 
     assert not (root / "artifacts/rejected.csv").exists()
 
 
-def test_source_archive_without_git_says_what_to_type(tmp_path: Path) -> None:
+def test_source_archive_without_git_says_which_command_to_run(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=r"is no git repository, and DVC needs one\. Type `git init"):
         check_repository(tmp_path)
 
@@ -292,7 +292,7 @@ def test_project_without_git_may_set_no_scm(tmp_path: Path) -> None:
     check_repository(tmp_path)
 
 
-def test_a_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
+def test_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text("")
     with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
         dvc_state.read_yaml(tmp_path / "data.dvc")
@@ -331,7 +331,7 @@ def test_unreachable_mlflow_server_is_one_clear_line(road: Path, monkeypatch: py
         ("register.name=''", "register.name='': value error, it names folders"),
     ],
 )
-def test_a_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:
+def test_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:
     root = make_project(tmp_path / "project", [*SMALL, override])
     with pytest.raises(ConvoyError) as raised:
         check(config.load(root / "params.yaml"))
@@ -409,7 +409,7 @@ def test_training_starts_from_the_champion_or_a_run(
         assert record["initial_weights"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
 
 
-def test_where_every_training_fails_nothing_is_registered(tmp_path: Path) -> None:
+def test_nothing_is_registered_if_every_training_fails(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", ["model=[lenet]", "model.lenet.recipe.lr=1e30", "trainer.threads=1"])
     with pytest.raises(ConvoyError, match="the training of lenet failed: there is nothing to register"):
         run_stages(root)
@@ -420,18 +420,18 @@ def test_unknown_architecture_is_refused_with_a_suggestion(tmp_path: Path) -> No
         make_project(tmp_path / "project", ["model=[lenett,resnet]"])
 
 
-def test_refused_settings_leave_params_yaml_as_it_was(road: Path) -> None:
+def test_refused_settings_leave_params_yaml_unchanged(road: Path) -> None:
     before = (road / "params.yaml").read_bytes()
     with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
         config.compose(road, ["train.max_epochs=0"], check=check)
     assert (road / "params.yaml").read_bytes() == before
 
 
-def test_the_committed_settings_pass_the_check() -> None:
+def test_committed_settings_pass_the_check() -> None:
     check(config.load(REAL / "params.yaml"))
 
 
-def test_the_epochs_are_compared_by_the_validation_images(road: Path) -> None:
+def test_epochs_are_compared_by_the_validation_images(road: Path) -> None:
     for name in ("lenet", "resnet"):
         best = json.loads((road / f"artifacts/train/{name}/record.json").read_text())["best"]
         judged = json.loads((road / f"artifacts/evaluate/{name}/calibration.json").read_text())

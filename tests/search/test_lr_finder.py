@@ -1,4 +1,4 @@
-"""The finder: a learning rate between too little and too much."""
+"""The learning-rate finder: its suggestion trains, and the sweep stops early."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""The embedded database: there is a complete one or none, whatever stopped its creation or its upgrade."""
+"""The embedded database: its creation and upgrades are complete or leave nothing behind."""
 
 import contextlib
 import logging
@@ -78,7 +78,7 @@ def version(file: Path) -> str:
 # Creation
 
 
-def test_a_complete_database_is_not_touched(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_database_is_not_touched(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(empty, tmp_path)
     before = contents(tmp_path)
     monkeypatch.setattr(database, "_migrate", lambda _: pytest.fail("nothing is to be done"))
@@ -86,7 +86,7 @@ def test_a_complete_database_is_not_touched(empty: Path, tmp_path: Path, monkeyp
     assert contents(tmp_path) == before
 
 
-def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
+def test_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").touch()
     database.prepare(tmp_path / "mlflow.db")
     assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
@@ -110,7 +110,7 @@ def stopped_after(statements: int, file: Path) -> None:
 
 
 @pytest.mark.parametrize("statements", [1, 4, 6, 40, 150])
-def test_an_incomplete_database_without_runs_is_replaced(
+def test_incomplete_database_without_runs_is_replaced(
     statements: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped_after(statements, tmp_path / "mlflow.db")
@@ -122,7 +122,7 @@ def test_an_incomplete_database_without_runs_is_replaced(
     assert len(list(tmp_path.glob("mlflow.db.incomplete-*"))) == 1
 
 
-def test_a_link_to_a_database_stays_a_link(tmp_path: Path) -> None:
+def test_link_to_a_database_stays_a_link(tmp_path: Path) -> None:
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     for folder in (project, elsewhere):
         folder.mkdir()
@@ -133,7 +133,7 @@ def test_a_link_to_a_database_stays_a_link(tmp_path: Path) -> None:
     assert list(contents(elsewhere)) == ["runs.db"]
 
 
-def test_the_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Path) -> None:
+def test_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copy(empty, file)
     child = os.fork()
@@ -158,7 +158,7 @@ def test_the_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty:
 # Databases of others
 
 
-def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
+def test_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
     execute(tmp_path / "mlflow.db", "create table addresses (name text)", "insert into addresses values ('somebody')")
     before = contents(tmp_path)
     with (
@@ -170,7 +170,7 @@ def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("age", ["current", "older"])
-def test_a_database_of_another_project_is_left_as_it_is(age: str, tmp_path: Path, empty: Path, older: Path) -> None:
+def test_database_of_another_project_is_left_as_it_is(age: str, tmp_path: Path, empty: Path, older: Path) -> None:
     shutil.copy(empty if age == "current" else older, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path.with_name("other") / "mlruns/1")
     before = contents(tmp_path)
@@ -190,7 +190,7 @@ def test_runs_made_by_hand_in_this_folder_stay_beside_ours(tmp_path: Path, empty
     assert runs(tmp_path / "mlflow.db") == ["precious"]
 
 
-def test_a_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty: Path) -> None:
+def test_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty: Path) -> None:
     shutil.copy(empty, tmp_path)
     execute(tmp_path / "mlflow.db", "update alembic_version set version_num = 'f00dfeedf00d'")
     before = contents(tmp_path)
@@ -203,7 +203,7 @@ def test_a_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty: Pa
 
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_a_database_of_an_older_mlflow_is_upgraded_as_a_copy(
+def test_database_of_an_older_mlflow_is_upgraded_as_a_copy(
     mode: str, tmp_path: Path, older: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mlflow.db"
@@ -225,7 +225,7 @@ def break_it(_: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
-def test_an_upgrade_that_fails_leaves_the_database_as_it_was(
+def test_upgrade_that_fails_leaves_the_database_as_it_was(
     mode: str, tmp_path: Path, older: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(older, tmp_path)

@@ -1,4 +1,4 @@
-"""Tracking: what a run in MLflow tells about the data that its model saw, and how its parameters read."""
+"""Runs in MLflow: their data sets, parameters and errors."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def bring(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
     return store.client.get_run(runs.sync_run(store, run, "results", moment=0))
 
 
-def test_a_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
+def test_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
     (found,) = bring(store, "lenet", DIGITS).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("digits", "a99769f9303d")
     assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
@@ -113,7 +113,7 @@ def test_metrics_have_seven_digits_and_counts_are_integers(value: float, shown: 
     assert runs.rounded(value) == shown
 
 
-def test_an_address_is_shown_without_user_name_and_password() -> None:
+def test_address_is_shown_without_user_name_and_password() -> None:
     assert tracking.without_login("http://someone:secret@here:5000/a") == "http://here:5000/a"
     assert tracking.without_login("http://here:5000/a@b") == "http://here:5000/a@b"
 
@@ -182,7 +182,7 @@ def test_invalid_tracking_uri_is_one_line_with_the_fix(
     assert "\n" not in str(raised.value)
 
 
-def test_a_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bucket_that_does_not_open_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -219,7 +219,7 @@ def test_more_points_than_a_server_takes_at_a_time_come_in_parts(
     assert sizes == [1000, 1000, 500]
 
 
-def test_a_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_ours(*_: int) -> None:
         raise PermissionError
 

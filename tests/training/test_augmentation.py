@@ -1,4 +1,4 @@
-"""Augmentation: whole batches changed as asked, each image on its own, on a device that is never asked."""
+"""Augmentation: it changes each image of a batch independently and never waits for the device."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -352,7 +352,7 @@ def test_mixed_targets_are_weights_of_two_classes(mixed: AugmentConfig, count: i
 
 
 @every_mix
-def test_a_batch_of_one_class_has_that_class_alone_as_its_target(mixed: AugmentConfig) -> None:
+def test_batch_of_one_class_has_that_class_alone_as_its_target(mixed: AugmentConfig) -> None:
     x, labels = numbered()
     assert mix(x, labels * 0 + 2, 3, mixed)[1].equal(torch.tensor([[0.0, 0.0, 1.0]]).repeat(5, 1))
 

@@ -1,4 +1,4 @@
-"""The checkpoint: always whole, and replaced in one step."""
+"""The checkpoint: it is always complete and replaced atomically."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: py
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_device_that_is_really_full_raises_an_os_error(tmp_path: Path) -> None:
+def test_device_that_is_really_full_raises_an_os_error(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     beside = checkpoint.file.with_suffix(f".{os.getpid()}")
     beside.symlink_to("/dev/full")  # the kernel's own full disk

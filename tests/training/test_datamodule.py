@@ -1,4 +1,4 @@
-"""The data module: which steps are due, wherever a training stands, and their images whole and in their order."""
+"""The data module: the remaining steps of an epoch, and the batches in their order."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The hardware: `auto` is decided by the machine and the size of the network, never by a trial."""
+"""Hardware: `auto` depends on the machine and the size of the network alone."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_gpu_is_chosen_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(every, build()).devices == 3
 
 
-def test_a_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (6, 1)][number])  # one too old
     assert choose(AUTO, build()).accelerator == "cpu"

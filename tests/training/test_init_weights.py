@@ -1,4 +1,4 @@
-"""Transfer: weights that arrive in our own networks, and those that are refused."""
+"""Initial weights: pretrained weights that are loaded, and those that are refused."""
 
 import contextlib
 import pickle
@@ -240,9 +240,7 @@ def test_offline_message_names_the_file_and_its_target_folder(cache: Path) -> No
     assert list(cache.iterdir()) == []
 
 
-def test_what_is_downloaded_is_checked_against_its_hash(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_is_verified_by_its_checksum(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (answer := tmp_path / "answer").write_bytes(b"something else")
     monkeypatch.setattr("torch.hub.urlopen", lambda *_: urlopen(answer.as_uri()))
     values = settings("resnet", "pretrained", "resnet18")
@@ -340,7 +338,7 @@ def test_malicious_file_is_refused_and_not_run(form: str, place: str, publish: P
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"PK\x03\x04", b"<html>"])
-def test_a_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+def test_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "broken.pth").write_bytes(content)
     values = settings("resnet", str(tmp_path / "broken.pth"), "resnet18")
     with pytest.raises(ConvoyError, match=r"model\.resnet\.init: .*broken\.pth is no file of plain weights"):
@@ -348,14 +346,14 @@ def test_a_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
-def test_a_file_of_more_than_tensors_is_refused(content: object, tmp_path: Path) -> None:
+def test_file_of_more_than_tensors_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
     with pytest.raises(ConvoyError, match="holds more than tensors"):
         start(build("resnet", values, dataset_info()), "resnet", values)
 
 
-def test_a_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
     with pytest.raises(ConvoyError, match=r"other\.pth is not of torchvision's resnet18 .*conv1\.weight"):
@@ -363,12 +361,12 @@ def test_a_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("init", ["pretraind", "0123abc", "", "weights"])
-def test_a_mistyped_init_is_refused_with_what_it_may_be(init: str) -> None:
+def test_mistyped_init_is_refused_with_what_it_may_be(init: str) -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init='.*': it may be scratch, pretrained, champion"):
         init_weights.check("lenet", settings("lenet", init))
 
 
-def test_a_file_that_is_not_there_is_refused_by_name() -> None:
+def test_file_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init: there is no file old/weights\.safetensors"):
         init_weights.check("lenet", settings("lenet", "old/weights.safetensors"))
 
@@ -480,7 +478,7 @@ def test_weights_without_their_record_are_refused(content: str | None, tmp_path:
         start(build("lenet", values, dataset_info()), "lenet", values)
 
 
-def test_a_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     (tmp_path / "weights.safetensors").write_bytes(pickle.dumps({"c1.weight": 1}))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
@@ -573,7 +571,7 @@ def test_before_any_model_is_registered_there_is_no_champion(store: TrackingStor
         model_loader.fetch_weights(store, "another", "lenet", "champion", tmp_path)
 
 
-def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
+def test_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
     left = leave(tmp_path, "lenet", settings("lenet"), dataset_info(["a", "b"]), seed=9)
     run = bring(store, "lenet", tmp_path)
     classifier, record = from_store(store, "lenet", settings("lenet", run))
@@ -582,13 +580,13 @@ def test_a_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
 
 
-def test_a_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path: Path) -> None:
+def test_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), dataset_info())
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
         from_store(store, "resnet", settings("resnet", bring(store, "lenet", tmp_path)))
 
 
-def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingStore, tmp_path: Path) -> None:
+def test_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: MLflow has no run {'0' * 32}"):
         from_store(store, "lenet", settings("lenet", "0" * 32))
     leave(tmp_path, "lenet", settings("lenet"), dataset_info())
@@ -604,7 +602,7 @@ def test_a_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingS
 @pytest.mark.parametrize(
     "use", [model_loader.load, lambda version: model_loader.verify(version, np.empty(0), np.empty(0))]
 )
-def test_a_broken_registered_model_is_named_by_its_uri(
+def test_broken_registered_model_is_named_by_its_uri(
     use: Callable[[ModelVersion], object], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch_broken(version: ModelVersion, folder: Path, files: object = ()) -> None:

@@ -1,4 +1,4 @@
-"""Training: the same bits, also after any interruption, and the best epoch kept."""
+"""Training: bit-identical, also after any interruption, with the best epoch kept."""
 
 import dataclasses
 import math
@@ -103,7 +103,7 @@ def test_norms_and_biases_do_not_decay() -> None:
             assert group["lr_scale"] == (1 if names[id(parameter)].startswith("classifier.") else 0.1)
 
 
-def test_the_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
+def test_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
     rates = [compute_lr_fraction(step, 100, warmup=0.1) for step in range(101)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -139,7 +139,7 @@ def test_nan_loss_stops_with_step_rate_and_advice() -> None:
     assert "Lower model.lenet.recipe.lr" in said
 
 
-def test_the_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode_later(self: module.ClassifierModule, number: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.01 if number < 7 else 1e30
@@ -441,7 +441,7 @@ def test_sigterm_ends_a_hung_step(monkeypatch: pytest.MonkeyPatch) -> None:
     dropped.clear()
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
+def test_full_disk_costs_the_checkpoint_and_not_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way of the folder")
@@ -453,7 +453,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_training(
 # What a person sees
 
 
-def test_a_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_gets_one_line_for_each_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     train(build(), max_epochs=3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
@@ -548,7 +548,7 @@ def test_gradient_norm_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 3
 
 
-def test_the_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
+def test_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
     made = begun(schedule="one_cycle", momentum=0.9, warmup=0.5)
     momenta = []
     for number in range(made.total):

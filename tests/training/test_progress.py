@@ -1,4 +1,4 @@
-"""Progress: what a person sees of a training, on a terminal and in a log."""
+"""Progress: what a training prints on a terminal and into a log."""
 
 import fcntl
 import os
@@ -49,13 +49,13 @@ def test_progress_bar_fits_into_80_columns(name: str, tmp_path: Path) -> None:
     assert len(last) <= 80
 
 
-def test_a_log_beside_a_terminal_gets_its_line_for_each_epoch(tmp_path: Path) -> None:
+def test_log_beside_a_terminal_gets_its_line_for_each_epoch(tmp_path: Path) -> None:
     assert train_on_terminal("lenet", 80, tmp_path / "log")
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line.split("  loss")[0] for line in lines] == [f"lenet  epoch {number}/16" for number in range(1, 17)]
 
 
-def test_a_wide_terminal_gets_a_bar_too(tmp_path: Path) -> None:
+def test_wide_terminal_gets_a_bar_too(tmp_path: Path) -> None:
     last = train_on_terminal("lenet", 120, tmp_path / "log")[-1]
     assert last.startswith("lenet 16/16: 100%|█████")
     assert last.endswith(" images/s")

@@ -1,4 +1,4 @@
-"""Batches: an order of seed and epoch alone, shared evenly among processes, and balanced where that is asked."""
+"""The sampler: its order depends on seed and epoch alone, divided evenly among processes."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_every_image_is_seen_over_several_epochs() -> None:
 
 
 @given(ranks=st.integers(1, 4), count=st.integers(4, 100), batch_size=st.integers(4, 40))
-def test_processes_that_train_together_share_every_batch_evenly(ranks: int, count: int, batch_size: int) -> None:
+def test_batches_are_divided_evenly_among_processes(ranks: int, count: int, batch_size: int) -> None:
     parts = [Batches(labels(count), batch_size, 1, rank=rank, ranks=ranks).epoch(2) for rank in range(ranks)]
     size = min(batch_size, count) // ranks * ranks
     alone = Batches(labels(count), size, 1).epoch(2)
@@ -86,7 +86,7 @@ def test_class_weights_average_one_and_balance_the_classes() -> None:
     assert weights[2] == 0  # there is none to weigh
 
 
-def test_a_split_is_read_from_disk_only_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_split_is_read_from_disk_only_when_requested(tmp_path: Path) -> None:
     np.save(tmp_path / "val_pixels.npy", np.full((3, 8, 8, 1), 7, np.uint8))
     np.save(tmp_path / "val_labels.npy", np.arange(3))
     images = Images.load(tmp_path, "val")

@@ -1,4 +1,4 @@
-"""The packed data set: its table lies on the disk, and comes into memory in parts that make no difference."""
+"""The packed data set: its table is stored on disk and read in chunks."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shards: what is written is what is read, whatever is known already, and what stays is not written again."""
+"""Pixel shards: they return what was written, and unchanged shards are reused."""
 
 import contextlib
 from pathlib import Path

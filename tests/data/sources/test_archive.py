@@ -1,4 +1,4 @@
-"""Archives: what is in a zip or tar archive is read like files in folders; a broken or hostile one does no harm."""
+"""Archives: zip and tar files are read like folders, and damaged or hostile ones do no harm."""
 
 import bz2
 import gzip
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 
 @every_archive
 @pytest.mark.parametrize("outer", ["", "pets/", "./"])
-def test_an_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str) -> None:
+def test_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str) -> None:
     inside = {f"{outer}{name}": content for name, content in PETS.items()} | {f"{outer}__MACOSX/._1.png": b"junk"}
     write(data, {f"pets.{kind}": ARCHIVES[kind](inside)})
     shown = outer.removeprefix("./")
@@ -59,7 +59,7 @@ def test_short_archive_suffixes_are_recognized(ending: str, data: Path) -> None:
     assert read_folder(write(data, {f"pets{ending}": archive})).classes == ["cat", "dog"]
 
 
-def test_an_archive_for_each_split_keeps_the_split(data: Path) -> None:
+def test_archive_for_each_split_keeps_the_split(data: Path) -> None:
     for split in ("train", "test"):
         write(data, {f"{split}.zip": zipped({f"{split}/{name}": content for name, content in PETS.items()})})
     assert {(label, split) for _, label, split in rows(data)} == {
@@ -95,13 +95,13 @@ def test_archives_and_folders_are_one_data_set(data: Path) -> None:
     assert len(read(data)) == 5
 
 
-def test_a_zip_archive_may_have_backslashes_between_its_folders(data: Path) -> None:
+def test_zip_archive_may_have_backslashes_between_its_folders(data: Path) -> None:
     write(data, {"pets.zip": zipped({name.replace("/", "\\"): content for name, content in PETS.items()})})
     assert rows(data) == [(f"data/pets.zip:{name}", name[:3], "") for name in PETS]
 
 
 @every_archive
-def test_an_archive_is_unpacked_from_its_beginning_to_its_end(
+def test_archive_is_unpacked_from_its_beginning_to_its_end(
     data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # sizes in whole blocks and whole buffers, after which `tarfile` by itself steps back by a byte
@@ -129,7 +129,7 @@ def test_truncated_archive_is_refused_by_name(data: Path, kind: str) -> None:
 
 
 @every_archive
-def test_a_file_that_is_no_archive_is_refused_by_name(data: Path, kind: str) -> None:
+def test_file_that_is_no_archive_is_refused_by_name(data: Path, kind: str) -> None:
     with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a whole"):
         read_folder(write(data, PETS | {f"pets.{kind}": b"a note"}))
 
@@ -146,7 +146,7 @@ def test_broken_tar_entry_does_not_hide_later_entries(data: Path, place: int) ->
         assert "data/pets.tar" in str(refusal)
 
 
-def test_a_tar_archive_cut_between_two_entries_is_refused(data: Path) -> None:
+def test_tar_archive_cut_between_two_entries_is_refused(data: Path) -> None:
     with pytest.raises(ConvoyError, match=r"data/pets\.tar is not a whole tar archive"):
         read_folder(write(data, {"pets.tar": tarred(PETS, "w")[:1024]}))
 
@@ -219,7 +219,7 @@ def test_path_that_leaves_the_archive_is_refused(data: Path, kind: str, name: st
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
 )
-def test_a_link_or_device_in_a_tar_archive_is_refused(data: Path, kind: bytes) -> None:
+def test_link_or_device_in_a_tar_archive_is_refused(data: Path, kind: bytes) -> None:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as file:
         link = tarfile.TarInfo("cat/link.png")
@@ -230,7 +230,7 @@ def test_a_link_or_device_in_a_tar_archive_is_refused(data: Path, kind: bytes) -
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_a_link_or_device_in_a_zip_archive_is_refused(data: Path, kind: int) -> None:
+def test_link_or_device_in_a_zip_archive_is_refused(data: Path, kind: int) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         link = zipfile.ZipInfo("cat/link.png")
@@ -320,7 +320,7 @@ def test_zip_entries_that_share_their_bytes_are_read_or_named(data: Path) -> Non
     assert "can't be read" in faults(members)[-1]
 
 
-def test_a_name_that_is_not_utf8_in_a_tar_archive_is_refused(data: Path) -> None:
+def test_name_that_is_not_utf8_in_a_tar_archive_is_refused(data: Path) -> None:
     name = b"cat/caf\xe9.png".decode(errors="surrogateescape")
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as file:
@@ -329,7 +329,7 @@ def test_a_name_that_is_not_utf8_in_a_tar_archive_is_refused(data: Path) -> None
         read_folder(write(data, {"pets.tar": archive.getvalue()}))
 
 
-def test_an_archive_is_never_unpacked_to_the_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archive_is_never_unpacked_to_the_disk(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(data, {f"{kind}/pets.{kind}": make(PETS) for kind, make in ARCHIVES.items()})
     before = sorted(data.parent.rglob("*"))
     monkeypatch.setattr("tempfile.mkstemp", None)

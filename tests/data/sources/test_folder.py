@@ -1,4 +1,4 @@
-"""The data folder: what lies in class folders comes with its label, is named with its fault, or is refused."""
+"""Class folders: each file gets its label, is named with its fault, or is refused."""
 
 import os
 import time
@@ -23,7 +23,7 @@ def data(tmp_path: Path) -> Path:
 # Class folders
 
 
-def test_a_folder_for_each_class_is_a_data_set(data: Path) -> None:
+def test_folder_for_each_class_is_a_data_set(data: Path) -> None:
     write(data, PETS)
     assert read_folder(data).classes == ["cat", "dog"]
     assert rows(data) == AS_ROWS
@@ -58,7 +58,7 @@ def test_train_and_test_folders_keep_their_split(data: Path, outer: str, style: 
     }  # fmt: skip
 
 
-def test_a_class_may_be_called_like_a_split(data: Path) -> None:
+def test_class_may_be_called_like_a_split(data: Path) -> None:
     write(data, {"bus/1.png": png(), "train/1.png": png()})
     assert rows(data) == [("data/bus/1.png", "bus", ""), ("data/train/1.png", "train", "")]
 
@@ -117,7 +117,7 @@ def test_folders_of_splits_without_classes_are_refused(data: Path, files: str) -
         read_folder(write(data, dict.fromkeys(files.split(), png())))
 
 
-def test_a_folder_without_images_is_no_class(data: Path) -> None:
+def test_folder_without_images_is_no_class(data: Path) -> None:
     write(data, SPLIT_PETS | {"meta/classes.txt": b"cat\ndog\n"})
     assert {split for _, _, split in rows(data)} == {"train", "val", "test"}
 
@@ -135,7 +135,7 @@ def test_archive_and_folder_may_each_be_a_split(data: Path) -> None:
     assert {(path[:10], split) for path, _, split in rows(data)} == {("data/train", "train"), ("data/test.", "test")}
 
 
-def test_an_archive_alone_may_be_named_anything(data: Path) -> None:
+def test_archive_alone_may_be_named_anything(data: Path) -> None:
     assert {split for _, _, split in rows(write(data, {"test.zip": zipped(PETS), "old-test.zip": zipped(PETS)}))} == {
         ""
     }
@@ -187,12 +187,12 @@ def test_subfolders_common_to_every_class_are_reported(data: Path) -> None:
 @pytest.mark.parametrize(
     "names", [("NA", "None", "nan"), ("007", "7", "7.0"), ("true", "no", "null"), ("é", "猫", " ")]
 )
-def test_the_names_of_classes_survive(data: Path, names: tuple[str, ...]) -> None:
+def test_names_of_classes_survive(data: Path, names: tuple[str, ...]) -> None:
     write(data, {f"{name}/1.png": png() for name in names})
     assert read_folder(data).classes == [label for _, label, _ in rows(data)] == sorted(names)
 
 
-def test_the_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
+def test_order_is_that_of_the_paths_folder_by_folder(data: Path) -> None:
     names = ["a/2.png", "a/x/1.png", "a/x.png", "a-b/1.png", "b/10.png", "b/9.png"]
     write(data, dict.fromkeys(reversed(names), png()))
     assert [path for path, _, _ in rows(data)] == [f"data/{name}" for name in names]
@@ -237,7 +237,7 @@ def test_every_file_in_a_class_folder_counts_as_an_image(data: Path) -> None:
         ({**PETS, "cat.zip": zipped({"1.png": png()})}, "data/cat.zip:1.png"),
     ],
 )
-def test_an_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
+def test_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
     members = read(write(data, files))
     in_splits = " of a split" if "train/" in named else ""
     assert faults(members) == [f"{named} lies in no class folder{in_splits}, so its label is unknown"]
@@ -267,18 +267,18 @@ def test_data_without_a_label_are_refused_with_what_was_found(data: Path, files:
     assert found in str(refusal.value)
 
 
-def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
+def test_missing_data_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match="data/ holds no images"):
         read_folder(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9/1.png", b"cat/caf\xe9.png", b"caf\xe9.7z", b"caf\xe9.csv"])
-def test_a_name_that_is_not_utf8_is_refused(data: Path, name: bytes) -> None:
+def test_name_that_is_not_utf8_is_refused(data: Path, name: bytes) -> None:
     with pytest.raises(ConvoyError, match=r"caf\\udce9.*not UTF-8: rename it"):
         read_folder(write(data, PETS | {os.fsdecode(name): png()}))
 
 
-def test_a_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: str) -> None:
         raise PermissionError(13, "Permission denied", folder)
 
@@ -320,14 +320,14 @@ def test_all_links_out_of_the_data_are_listed_at_once(data: Path, look: Callable
     ]
 
 
-def test_a_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, look: Callable[[Path], None]) -> None:
+def test_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, look: Callable[[Path], None]) -> None:
     (data / os.fsdecode(b"caf\xe9")).symlink_to("/etc/passwd")
     with pytest.raises(ConvoyError, match=r"data/caf\\udce9 is a link") as refusal:
         look(data)
     assert str(refusal.value).encode()
 
 
-def test_a_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[Path], None]) -> None:
+def test_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[Path], None]) -> None:
     write(data, PETS)
     (data / "dog" / "2.png").symlink_to("../cat/2.png")
     (data / "dog" / "3.png").symlink_to(data / "dog" / "2.png")
@@ -336,7 +336,7 @@ def test_a_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[P
     assert [content(member) for member in read(data)[-2:]] == [PETS["cat/2.png"]] * 2
 
 
-def test_the_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None]) -> None:
+def test_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None]) -> None:
     write(data, PETS)
     (data / "dog" / "2.png").symlink_to(data / "cat" / "2.png")
     (data.parent / "link").mkdir()
@@ -351,7 +351,7 @@ def test_named_pipe_is_refused_without_waiting(data: Path, look: Callable[[Path]
 
 
 @pytest.mark.parametrize("given", ["nothing", "file"])
-def test_where_there_is_no_folder_there_are_no_links(tmp_path: Path, given: str) -> None:
+def test_missing_folder_has_no_links(tmp_path: Path, given: str) -> None:
     (tmp_path / "file").touch()
     refuse_links(tmp_path / given)
 

@@ -1,4 +1,4 @@
-"""Tables of labels: each row finds its image and keeps its words, or is named with what is wrong with it."""
+"""Label tables: each row finds its image and keeps its columns, or is named with its fault."""
 
 import csv
 import io
@@ -40,14 +40,14 @@ def test_labels_of_a_table_override_class_folders(data: Path) -> None:
     assert rows(data) == as_rows("data/")
 
 
-def test_a_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
+def test_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
     write(data, {f"pets/{name}": content for name, content in (PETS | {"labels.csv": LABELS}).items()})
     assert rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
 
 
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
 @pytest.mark.parametrize("make", [zipped, tarred])
-def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
+def test_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
     inside = {f"{outer}{name}": content for name, content in (PETS | {"labels.csv": LABELS.encode()}).items()}
     write(data, {"pets.zip" if make is zipped else "pets.tar.gz": make(inside)})
     assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
@@ -55,7 +55,7 @@ def test_a_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, m
 
 
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
-def test_a_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
+def test_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
     write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": zipped(PETS)})
     assert rows(data) == as_rows(f"data/{outer}images.zip:")
 
@@ -67,7 +67,7 @@ def test_any_table_format_works_with_any_image_location(data: Path) -> None:
                           for k, (path, label, split) in enumerate(AS_ROWS)]  # fmt: skip
 
 
-def test_the_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
+def test_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
     first, *lines = LABELS.splitlines()
     write(data, PETS | {"labels.csv": "\n".join([first, *reversed(lines)])})
     assert rows(data) == as_rows("data/")
@@ -79,7 +79,7 @@ def test_tables_named_after_splits_are_merged(data: Path) -> None:
     assert [(label, split) for _, label, split in rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
 
 
-def test_a_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
+def test_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
     for split, name in (("train", "1.png"), ("validation", "2.png"), ("test", "3.png")):
         write(data / split, {name: png(), "metadata.csv": f"file_name,label\n{name},cat\n"})
     assert rows(data) == [
@@ -94,7 +94,7 @@ def test_split_and_group_come_from_columns(data: Path) -> None:
     assert [(m.label, m.split, m.group) for m in members] == [("a", "train", "A"), ("a", "val", "B"), ("b", "", "")]
 
 
-def test_a_table_may_be_parquet(data: Path) -> None:
+def test_table_may_be_parquet(data: Path) -> None:
     table = pd.read_csv(io.StringIO(LABELS)).assign(split=["train", "test", None], group=[7, 8, 9])
     write(data, PETS)
     table.to_parquet(data / "labels.parquet")
@@ -102,7 +102,7 @@ def test_a_table_may_be_parquet(data: Path) -> None:
     assert [member.group for member in read(data)] == ["7", "8", "9"]
 
 
-def test_a_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
+def test_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
     table = io.BytesIO()
     pd.read_csv(io.StringIO(LABELS)).to_parquet(table)
     assert rows(write(data, {"pets.zip": zipped(PETS | {"a.parquet": table.getvalue()})})) == as_rows("data/pets.zip:")
@@ -157,7 +157,7 @@ def test_paths_may_begin_with_folders_of_another_machine(data: Path, outer: str)
     assert rows(data) == as_rows("data/")
 
 
-def test_a_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:
+def test_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:
     loose, *others = PETS.items()
     write(data, {"labels.csv": LABELS, "of/a.zip": zipped(dict([loose])), "of/b.tar.gz": tarred(dict(others))})
     assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
@@ -187,7 +187,7 @@ def test_split_folders_count_if_the_table_has_no_split_column(data: Path) -> Non
     assert [row[1:] for row in rows(data)] == [("b", "val"), ("a", ""), ("a", "")]
 
 
-def test_a_submission_is_no_table_of_labels(data: Path) -> None:
+def test_submission_is_no_table_of_labels(data: Path) -> None:
     write(data, PETS | {"train.csv": LABELS, "sample_submission.csv": LABELS.replace("pug", "cat")})
     assert [row[1] for row in rows(data)] == ["siamese", "persian", "pug"]
     assert read_folder(data).notes == [
@@ -223,7 +223,7 @@ def test_column_with_too_many_values_is_excluded(data: Path) -> None:
     assert read_folder(data).more == ["coarse"]
 
 
-def test_other_columns_of_a_parquet_table_come_too_but_for_lists(data: Path) -> None:
+def test_other_parquet_columns_are_kept_unless_lists(data: Path) -> None:
     write(data, PETS)
     table = {"path": list(PETS), "label": ["a", "b", "a"], "boxes": [[1], [2], []], "night": [True, None, False]}
     pq.write_table(pa.table(table), data / "labels.parquet")
@@ -389,14 +389,14 @@ def test_path_in_two_splits_is_two_samples(data: Path) -> None:
     assert [split for path, _, split in rows(data) if path == "data/cat/1.png"] == ["test", "train"]
 
 
-def test_a_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": tarred(PETS)})
     source = read_folder(data)
     monkeypatch.setattr("_compression.DecompressReader._rewind", None)
     assert [m.label for m in source.members] == ["siamese", "tabby", "persian", "pug"]
 
 
-def test_a_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
+def test_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
     write(tmp_path, PETS | {"data.csv": LABELS})
     assert faults(read(tmp_path / "data.csv"))[0] == "cat/1.png is named in data.csv, but there is no such file"
 
@@ -424,7 +424,7 @@ def test_unreadable_csv_is_refused_with_the_fix(data: Path, table: bytes, fault:
         read_folder(data)
 
 
-def test_a_table_in_an_archive_that_can_not_be_read_is_refused(data: Path) -> None:
+def test_table_in_an_archive_that_cannot_be_read_is_refused(data: Path) -> None:
     archive = zipped(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
     with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: put a sound copy"):
         read_folder(write(data, {"pets.zip": archive}))
@@ -440,7 +440,7 @@ def test_unrelated_table_is_ignored_and_named(data: Path, table: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["", "\n\n"])
-def test_an_empty_table_is_named_too(data: Path, table: str) -> None:
+def test_empty_table_is_named_too(data: Path, table: str) -> None:
     assert read_folder(write(data, PETS | {"notes.csv": table})).notes == ["data/notes.csv is empty: it is not used"]
 
 

@@ -1,4 +1,4 @@
-"""Parquet with images in it, as data hubs export it: each row is a member, and a broken file is refused."""
+"""Parquet files with images, as data hubs export them: each row is a sample."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_numbers_in_several_files_are_in_the_order_of_numbers(data: Path) -> Non
     assert read_folder(data).classes == ["1", "2", "10"]
 
 
-def test_the_only_column_of_classes_may_have_another_name(data: Path) -> None:
+def test_only_column_of_classes_may_have_another_name(data: Path) -> None:
     classes = {"digit": ["zero", "one"], "split": ["train", "test"]}
     export(data / "a.parquet", {"image": structs(png(), png()), "digit": [0, 1], "split": [1, 0]}, classes)
     assert [row[1:] for row in rows(data)] == [("zero", "test"), ("one", "train")]
@@ -156,7 +156,7 @@ def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path, mon
 
 
 @pytest.mark.parametrize("images", [pa.array([png(), None]), pa.array([{"bytes": png()}, None])])
-def test_a_row_with_nothing_in_it_is_named(data: Path, images: pa.Array) -> None:
+def test_row_with_nothing_in_it_is_named(data: Path, images: pa.Array) -> None:
     export(data / "a.parquet", {"image": images, "label": [0, 0]})
     assert faults(read(data)) == ["data/a.parquet:1 has no bytes in its row"]
 
@@ -174,7 +174,7 @@ def test_files_may_be_in_nested_folders(data: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [["a", ""], ["a", None], [1.0, float("nan")], [7, -1]])
-def test_a_row_with_no_label_is_named(data: Path, labels: list) -> None:
+def test_row_with_no_label_is_named(data: Path, labels: list) -> None:
     export(data / "a.parquet", {"image": structs(png(), png()), "label": labels}, classes=None)
     assert faults(read(data)) == ["data/a.parquet:1 has no label"]
     assert len(read_folder(data).classes) == 1
@@ -193,7 +193,7 @@ def test_a_row_with_no_label_is_named(data: Path, labels: list) -> None:
         ({"label": [0], "img": [b""]}, {}, "has several columns of bytes, image, img: rename"),
     ],
 )  # fmt: skip
-def test_a_file_whose_columns_are_unclear_is_refused(
+def test_file_whose_columns_are_unclear_is_refused(
     data: Path, columns: dict[str, Any], classes: dict[str, list[str]], fault: str
 ) -> None:
     export(data / "a.parquet", {"image": structs(png()), **columns}, classes)

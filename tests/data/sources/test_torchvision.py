@@ -1,4 +1,4 @@
-"""Published sets: torchvision's own code fetches and checks tiny archives in the true layout, from a server here."""
+"""Torchvision data sets: downloaded from a local server as tiny archives in the original layout."""
 
 import dataclasses
 import gc

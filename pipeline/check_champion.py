@@ -80,7 +80,7 @@ def describe(store: TrackingStore, name: str) -> TrainingScope | None:
         return None
     found = model_loader.find(store, f"models:/{name}/{version}")
     with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
-        model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.FILES])
+        model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
         record = TrainingRecord.load(Path(scratch, "artifacts", RECORD))
     named = f"the champion {record.architecture} (version {version})"
     return TrainingScope(named, record.dataset_info.classes, model_loader.seen_ever(store, found))

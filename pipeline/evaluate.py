@@ -20,7 +20,13 @@ from convoy.core.artifact_names import (
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
 from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
-from convoy.evaluation.metrics import EvaluateConfig, metrics_with_ci, per_class, prediction_table, slice_metrics
+from convoy.evaluation.metrics import (
+    EvaluateConfig,
+    metrics_with_ci,
+    per_class_metrics,
+    prediction_table,
+    slice_metrics,
+)
 from convoy.models.base import predict
 from convoy.training import hardware
 from convoy.training.record import TrainingRecord
@@ -63,7 +69,7 @@ def evaluate(stage: Stage) -> None:
     table = prediction_table(info.classes, images, probabilities)
     table.to_parquet(stage.scratch / PREDICTIONS, index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
-    per_class(info.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
+    per_class_metrics(info.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
     slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)

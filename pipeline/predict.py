@@ -129,7 +129,7 @@ def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
             return InvalidImageError("is not a file")
         if path.stat().st_size > MAX_BYTES:
             return InvalidImageError(TOO_LARGE)
-        return predictor.fitted(path.read_bytes())
+        return predictor.preprocess(path.read_bytes())
     except OSError as error:
         return InvalidImageError(f"can't be read: {error.strerror}")
     except InvalidImageError as fault:

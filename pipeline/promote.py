@@ -28,8 +28,8 @@ from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.evaluation import latency
-from convoy.inference.comparison import predict_test_images
 from convoy.inference.predictor import Predictor
+from convoy.inference.test_set import predict_test_images
 from convoy.promotion import champion, gate
 from convoy.promotion.config import RegisterConfig
 from convoy.promotion.evidence import ModelEvidence
@@ -173,7 +173,9 @@ def run_gate(
     old, predictor = contender(compared)
     settings, weights = record.settings, candidate.result.trained / WEIGHTS
     classifier = models.restore(record.architecture, settings, info, weights).to(device)
-    challenger = dataclasses.replace(challenger, latency=latency.latency_ratio(classifier, predictor.classifier))
+    challenger = dataclasses.replace(
+        challenger, latency=latency.measure_latency_ratio(classifier, predictor.classifier)
+    )
     old = dataclasses.replace(old, latency=1.0)
     best = contender(ever)[0] if ever is not None else None
     return gate.decide(

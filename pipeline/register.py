@@ -136,7 +136,7 @@ def exported(
     for file in files.values():
         (scratch / file.name).symlink_to(file.absolute())
     model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, prepared)
-    onnx = scratch / onnx_export.FILE
+    onnx = scratch / onnx_export.ONNX_FILE
     try:
         onnx_export.export(model, onnx)
         difference = onnx_export.max_difference(onnx, pixels, expected)
@@ -160,7 +160,9 @@ def _time(store: TrackingStore, run_ids: Mapping[str, sync_mlflow.TrainedResult]
             name, weights = record.architecture, result.trained / WEIGHTS
             classifier = models.restore(name, record.settings, record.dataset_info, weights)
             device = hardware.device(record.trainer.accelerator)
-            runs.add_timings(store, run, latency.measure_latency(classifier.to(device)), latency.hardware(device))
+            runs.add_timings(
+                store, run, latency.measure_latency(classifier.to(device)), latency.describe_hardware(device)
+            )
 
 
 def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

@@ -16,7 +16,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "PATIENCE", 0.1)
+    monkeypatch.setattr(latency, "MEASURING_TIME_S", 0.1)
 
 
 def build(name: str) -> Classifier:
@@ -34,20 +34,20 @@ def test_latency_is_reported_as_median_and_95th_percentile() -> None:
 
 def test_larger_network_takes_longer_and_repeats_its_time() -> None:
     small, large = build("lenet"), build("resnet")
-    assert latency.latency_ratio(large, small) > 1
-    assert latency.latency_ratio(small, large) < 1
-    assert latency.latency_ratio(small, small, count=8) == pytest.approx(1, abs=0.5)
+    assert latency.measure_latency_ratio(large, small) > 1
+    assert latency.measure_latency_ratio(small, large) < 1
+    assert latency.measure_latency_ratio(small, small, count=8) == pytest.approx(1, abs=0.5)
 
 
 def test_calls_alternate_and_warm_up_calls_do_not_count() -> None:
     made: list[str] = []
-    times = latency.alternately([lambda: made.append("a"), lambda: made.append("b")])
-    assert times.shape == (2, latency.MOST)
-    rounds = ["".join(made[start : start + 2]) for start in range(2 * latency.WARM, len(made), 2)]
-    assert rounds == ["ab", "ba"] * (latency.MOST // 2)
+    times = latency.time_alternately([lambda: made.append("a"), lambda: made.append("b")])
+    assert times.shape == (2, latency.MAX_CALLS)
+    rounds = ["".join(made[start : start + 2]) for start in range(2 * latency.WARMUP_CALLS, len(made), 2)]
+    assert rounds == ["ab", "ba"] * (latency.MAX_CALLS // 2)
 
 
 def test_slow_calls_are_made_ten_times_and_no_more() -> None:
-    times = latency.alternately([lambda: time.sleep(0.02)])
-    assert times.shape == (1, latency.LEAST)
+    times = latency.time_alternately([lambda: time.sleep(0.02)])
+    assert times.shape == (1, latency.MIN_CALLS)
     assert (times >= 20).all()

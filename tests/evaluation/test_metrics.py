@@ -13,10 +13,10 @@ from sklearn import metrics
 
 from convoy.evaluation.calibration import apply_temperature
 from convoy.evaluation.metrics import (
-    BINS,
+    CALIBRATION_BINS,
     calibration_error,
     metrics_with_ci,
-    per_class,
+    per_class_metrics,
     prediction_table,
     slice_metrics,
 )
@@ -82,8 +82,8 @@ def test_calibration_error_is_the_weighted_gap_of_its_bins() -> None:
     labels, probabilities = drawn(np.random.default_rng(0), 400, 3)
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     by_hand = 0.0
-    for number in range(BINS):
-        inside = (confidence >= number / BINS) & (confidence < (number + 1) / BINS)
+    for number in range(CALIBRATION_BINS):
+        inside = (confidence >= number / CALIBRATION_BINS) & (confidence < (number + 1) / CALIBRATION_BINS)
         if inside.any():
             by_hand += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     assert figures(labels, probabilities)["calibration_error"] == pytest.approx(by_hand)
@@ -103,14 +103,14 @@ def test_ties_in_top5_go_to_the_first_classes() -> None:
 def test_class_that_is_never_predicted_counts_as_zero() -> None:
     always_first = np.array([[0.9, 0.1]] * 4)
     assert figures(LABELS, always_first)["macro_f1"] == pytest.approx((6 / 7 + 0) / 2)
-    assert list(per_class(["cat", "dog"], LABELS, always_first)["f1"]) == pytest.approx([6 / 7, 0])
+    assert list(per_class_metrics(["cat", "dog"], LABELS, always_first)["f1"]) == pytest.approx([6 / 7, 0])
 
 
 def test_class_of_which_there_is_no_image_does_not_count() -> None:
     wider = np.pad(PROBABILITIES, ((0, 0), (0, 1)))
     for name in ("balanced_accuracy", "macro_f1"):
         assert figures(LABELS, wider)[name] == figures(LABELS, PROBABILITIES)[name]
-    row = per_class(["cat", "dog", "fox"], LABELS, wider).iloc[2]
+    row = per_class_metrics(["cat", "dog", "fox"], LABELS, wider).iloc[2]
     assert row.drop("class").to_list() == [0] + 3 * [0, 0, 1]
 
 
@@ -127,7 +127,7 @@ def test_calibrated_and_raw_probabilities_are_evaluated() -> None:
 
 
 def test_each_class_has_its_images_precision_recall_and_f1() -> None:
-    table = per_class(["cat", "dog"], LABELS, PROBABILITIES)
+    table = per_class_metrics(["cat", "dog"], LABELS, PROBABILITIES)
     assert list(table["class"]) == ["cat", "dog"]
     assert list(table["images"]) == [3, 1]
     assert list(table["precision"]) == pytest.approx([1, 1 / 2])
@@ -138,7 +138,7 @@ def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [300, 30, 3])
     predicted = np.where(random.random(333) < 0.8, labels, random.integers(0, 3, 333))
-    table = per_class(["cat", "dog", "fox"], labels, certain(labels, predicted, 3))
+    table = per_class_metrics(["cat", "dog", "fox"], labels, certain(labels, predicted, 3))
     for rate in ("precision", "recall", "f1"):
         low, value, high = (table[f"{rate}{end}"] for end in ("_low", "", "_high"))
         assert ((low >= 0) & (low <= value) & (value <= high) & (high <= 1)).all()
@@ -148,7 +148,7 @@ def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
 
 def test_names_of_classes_and_values_round_trip() -> None:
     labels = np.arange(40) % 4
-    table = per_class(HOSTILE, labels, certain(labels, labels, 4))
+    table = per_class_metrics(HOSTILE, labels, certain(labels, labels, 4))
     again = pd.read_csv(io.StringIO(table.to_csv(index=False)), dtype={"class": str}, keep_default_na=False)
     assert list(again["class"]) == HOSTILE
     sliced = slice_metrics(answers(labels == labels, column_site=np.array(HOSTILE)[labels]))
@@ -199,7 +199,7 @@ def test_interval_of_perfect_accuracy_reaches_below_one() -> None:
     perfect = judged(labels, certain(labels, labels, 4))
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
         assert perfect.loc[name].to_list() == pytest.approx([1, 40 / (40 + 1.96**2), 1], abs=1e-4)
-    rows = per_class(["a", "b", "c", "d"], labels, certain(labels, labels, 4))
+    rows = per_class_metrics(["a", "b", "c", "d"], labels, certain(labels, labels, 4))
     assert rows["recall_low"].to_list() == pytest.approx([10 / (10 + 1.96**2)] * 4, abs=1e-4)
     wrong = judged(labels, certain(labels, (labels + 1) % 4, 4)).loc["accuracy"]
     assert wrong.to_list() == pytest.approx([0, 0, 1.96**2 / (40 + 1.96**2)], abs=1e-4)
@@ -213,7 +213,7 @@ def test_copies_in_a_group_make_no_interval_narrower() -> None:
     width = {name: table["high"] - table["low"] for name, table in zip("oat", (once, alone, together), strict=True)}
     assert (width["t"] > 1.5 * width["a"]).all()
     assert width["t"].to_list() == pytest.approx(width["o"].to_list(), rel=0.1)
-    by_class = [per_class(list("abcd"), *copies, groups=by)["recall_low"] for by in (None, groups)]
+    by_class = [per_class_metrics(list("abcd"), *copies, groups=by)["recall_low"] for by in (None, groups)]
     assert (by_class[1] < by_class[0]).all()
 
 

@@ -42,7 +42,7 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
     file.parent.mkdir()
     onnx_export.export(predictor, file)
     alone = file.rename(tmp_path / "alone.onnx")  # where no weights can lie beside it
-    for count in (1, 2, 3, onnx_export.BATCH + 1):
+    for count in (1, 2, 3, onnx_export.BATCH_SIZE + 1):
         pixels = images(count, channels=3).numpy()
         expected = predictor.probabilities(pixels)
         assert expected.std() > 0.01

@@ -224,7 +224,7 @@ def test_serving_preprocesses_photographs_as_training_does(form: str, model: Ima
     seen = np.concatenate([np.load(tmp_path / f"prepared/{split}_pixels.npy") for split in SPLITS])
     assert len(seen) == 6
     for path, pixels in zip(paths, seen, strict=True):
-        np.testing.assert_array_equal(served.fitted(files[path]), pixels)
+        np.testing.assert_array_equal(served.preprocess(files[path]), pixels)
 
 
 # In MLflow

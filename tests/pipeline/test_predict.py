@@ -91,7 +91,7 @@ def test_predictions_are_in_the_order_of_the_arguments(
     given = [pictures / "more/c.PNG", pictures / "a.jpg", pictures / "b.png"]
     assert run(monkeypatch, *given, "--json", "--model", "models:/convoy/1") is None
     restored = predictor.restore(here / "left")
-    expected = restored.probabilities(np.stack([restored.fitted(file.read_bytes()) for file in given]))
+    expected = restored.probabilities(np.stack([restored.preprocess(file.read_bytes()) for file in given]))
     for each, row, file in zip(lines(capsys), expected, given, strict=True):
         assert each["image"] == str(file)
         assert each["label"] == CLASSES[row.argmax()]

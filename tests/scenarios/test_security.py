@@ -216,7 +216,7 @@ def test_code_that_was_put_into_a_model_is_refused_and_never_run(
     attack(stored, fired)
     with version(root) as found:
         model_loader.load(found)  # takes none of it: it has its own code
-        with pytest.raises(ConvoyError, match="is not what was registered; nothing of the model was used"):
+        with pytest.raises(ConvoyError, match="was changed since it was registered; nothing of the model was used"):
             model_loader.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
     assert not fired.exists()
     before, path = set(sys.modules), list(sys.path)
@@ -257,7 +257,7 @@ def test_weights_changed_during_upload_are_not_registered(tmp_path: Path, monkey
         return str(folder)
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", garbled)
-    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model is not what was registered"):
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model was changed since it was registered"):
         register(tmp_path)
     monkeypatch.undo()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -302,7 +302,7 @@ def test_training_refuses_a_champion_with_modified_files(
     file: str, change: str, root: Path, stored: Path, fired: Path, tmp_path: Path
 ) -> None:
     tamper(stored / "artifacts" / file, change, fired)
-    said = rf"model\.lenet\.init: models:/convoy/1: \S*{file} of the model is not what was registered"
+    said = rf"model\.lenet\.init: models:/convoy/1: \S*{file} of the model was changed since it was registered"
     with pytest.raises(ConvoyError, match=said):
         start_from(root, "champion", tmp_path / "start")
     assert list((tmp_path / "start").iterdir()) == []
@@ -350,7 +350,7 @@ def test_served_model_refuses_other_weights(stored: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model is not what was registered"):
+    with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model was changed since it was registered"):
         mlflow.pyfunc.load_model(str(stored))
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 
 # Search range of the temperature.
-RANGE = (0.05, 20.0)
+TEMPERATURE_RANGE = (0.05, 20.0)
 # Standard deviation of the prior of log T. Few networks need a temperature below 0.4 or above 2.7.
-SPREAD = 0.5
+LOG_T_PRIOR_STD = 0.5
 # Smallest probability in the fit, so that its logarithm is finite.
-TINY = 1e-300
+MIN_FIT_PROBABILITY = 1e-300
 # Smallest probability in the log loss, the resolution of float32. With 0 a single image could outweigh all others.
 MIN_PROBABILITY = 2.0**-23
 
@@ -40,7 +40,7 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    logs = np.log(np.maximum(probabilities, TINY))
+    logs = np.log(np.maximum(probabilities, MIN_FIT_PROBABILITY))
     logs -= logs.max(axis=1, keepdims=True)
     actual = logs[np.arange(len(labels)), labels].mean()
 
@@ -48,10 +48,10 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
         scale = np.exp(-log_t)
         # If every image is classified correctly, the log loss alone keeps falling as T approaches 0, where every
         # prediction is certain. The prior prevents that.
-        prior = (log_t / SPREAD) ** 2 / 2 / len(labels)
+        prior = (log_t / LOG_T_PRIOR_STD) ** 2 / 2 / len(labels)
         return float(np.log(np.exp(logs * scale).sum(axis=1)).mean() - actual * scale + prior)
 
-    found = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-6})
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURE_RANGE), method="bounded", options={"xatol": 1e-6})
     temperature = float(np.exp(found.x))
     better = (
         per_image_log_loss(labels, apply_temperature(probabilities, temperature)).mean()

@@ -12,13 +12,13 @@ import torch
 
 from convoy.models.base import Classifier, predict
 
-BATCH = 64  # images
+BATCH_SIZE = 64  # images
 # Number of warm-up calls, in which caches fill, clocks speed up and kernels are selected.
-WARM = 5
+WARMUP_CALLS = 5
 # Minimum and maximum number of measured calls.
-LEAST, MOST = 10, 100
-# Time per measured function, after which measuring stops once `LEAST` calls were made.
-PATIENCE = 1.5  # seconds
+MIN_CALLS, MAX_CALLS = 10, 100
+# Time per measured function, after which measuring stops once `MIN_CALLS` calls were made.
+MEASURING_TIME_S = 1.5
 
 
 def measure_latency(classifier: Classifier) -> dict[str, float]:
@@ -26,17 +26,17 @@ def measure_latency(classifier: Classifier) -> dict[str, float]:
 
     Returns:
         The metrics `image_ms_median`, `image_ms_p95`, `batch_ms_median` and `batch_ms_p95`, in milliseconds per call,
-        for a single image and for a batch of `BATCH` images.
+        for a single image and for a batch of `BATCH_SIZE` images.
     """
-    figures = {}
-    for name, count in (("image", 1), ("batch", BATCH)):
-        (times,) = alternately([_call(classifier, count)])
-        figures[f"{name}_ms_median"] = float(np.median(times))
-        figures[f"{name}_ms_p95"] = float(np.quantile(times, 0.95))
-    return figures
+    latencies = {}
+    for name, count in (("image", 1), ("batch", BATCH_SIZE)):
+        (times,) = time_alternately([_make_call(classifier, count)])
+        latencies[f"{name}_ms_median"] = float(np.median(times))
+        latencies[f"{name}_ms_p95"] = float(np.quantile(times, 0.95))
+    return latencies
 
 
-def hardware(device: torch.device) -> str:
+def describe_hardware(device: torch.device) -> str:
     """Describe the hardware of a device: the GPU, or the processor with its instruction set and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -45,7 +45,7 @@ def hardware(device: torch.device) -> str:
     )
 
 
-def latency_ratio(classifier: Classifier, other: Classifier, count: int = 1) -> float:
+def measure_latency_ratio(classifier: Classifier, other: Classifier, count: int = 1) -> float:
     """Measure the latency of a classifier as a multiple of another's.
 
     The calls of both alternate, so that other load on the machine affects both equally.
@@ -58,23 +58,25 @@ def latency_ratio(classifier: Classifier, other: Classifier, count: int = 1) -> 
     Returns:
         The ratio of the median latencies.
     """
-    times, others = alternately([_call(classifier, count), _call(other, count)])
+    times, others = time_alternately([_make_call(classifier, count), _make_call(other, count)])
     return float(np.median(times) / np.median(others))
 
 
-def alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
+def time_alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
     """Measure functions in turn, reversing the order in every round.
 
     Returns:
         Times in milliseconds, of shape (functions, rounds).
     """
-    for _ in range(WARM):
+    for _ in range(WARMUP_CALLS):
         for call in calls:
             call()
     times: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     start = time.perf_counter()
-    while len(times[0]) < LEAST or (len(times[0]) < MOST and time.perf_counter() - start < PATIENCE * len(calls)):
+    while len(times[0]) < MIN_CALLS or (
+        len(times[0]) < MAX_CALLS and time.perf_counter() - start < MEASURING_TIME_S * len(calls)
+    ):
         for turn in order:
             before = time.perf_counter()
             calls[turn]()
@@ -83,7 +85,7 @@ def alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
     return np.array(times)
 
 
-def _call(classifier: Classifier, count: int) -> Callable[[], object]:
+def _make_call(classifier: Classifier, count: int) -> Callable[[], object]:
     info = classifier.info
     shape = (count, info.size, info.size, info.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

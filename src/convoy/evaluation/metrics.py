@@ -24,14 +24,14 @@ from convoy.evaluation.bootstrap import (
 from convoy.evaluation.calibration import per_image_log_loss
 
 # Number of confidence bins of the calibration error (Guo et al. 2017).
-BINS = 15
-TOP = 5
-# Number of classes from which on the top-`TOP` accuracy is meaningful.
+CALIBRATION_BINS = 15
+TOP_K = 5
+# Number of classes from which on the top-`TOP_K` accuracy is meaningful.
 MIN_CLASSES_FOR_TOP5 = 10
 # Prefix of the columns with class probabilities, followed by the class name.
 PROBABILITY_PREFIX = "probability_"
 METRIC_COLUMNS = ["metric", "value", "low", "high"]
-ERROR = "calibration_error"
+CALIBRATION_ERROR = "calibration_error"
 # Suffixes of metric names, for calibrated and uncalibrated probabilities.
 CALIBRATION_SUFFIXES = ("", "_uncalibrated")
 
@@ -66,14 +66,14 @@ def metrics_with_ci(
     """
     if not len(labels):
         return pd.DataFrame(columns=METRIC_COLUMNS)
-    parts = _counts(labels, probabilities)
+    parts = _count_images(labels, probabilities)
     if probabilities.shape[1] >= MIN_CLASSES_FOR_TOP5:
-        parts["top_5"] = _column(_rank(labels, probabilities) < TOP)
+        parts["top_5"] = _column(_rank_actual_class(labels, probabilities) < TOP_K)
     for suffix, variant in zip(CALIBRATION_SUFFIXES, (probabilities, uncalibrated), strict=True):
-        parts |= {f"{name}{suffix}": part for name, part in _losses(labels, variant).items()}
+        parts |= {f"{name}{suffix}": part for name, part in _compute_losses(labels, variant).items()}
     units = resampling_units(groups, len(labels))
-    sums, resampled = _sums(parts), _resampled_sums(parts, units)
-    values, resampled_values = _metrics(sums), _metrics(resampled)
+    sums, resampled = _sum_images(parts), _sum_resampled_images(parts, units)
+    values, resampled_values = _compute_metrics(sums), _compute_metrics(resampled)
 
     classes = effective_counts(parts["actual"], units)
     present = classes[classes > 0]
@@ -84,15 +84,15 @@ def metrics_with_ci(
     rows = []
     for name, value in values.items():
         low, high = confidence_interval(value, resampled_values[name], counts.get(name, np.nan))
-        if name.startswith(ERROR):
-            gaps = f"gaps{name.removeprefix(ERROR)}"
+        if name.startswith(CALIBRATION_ERROR):
+            gaps = f"gaps{name.removeprefix(CALIBRATION_ERROR)}"
             distances = np.abs(resampled[gaps] / resampled["images"] - sums[gaps] / sums["images"]).sum(axis=1)
             low, high = _calibration_interval(value, resampled_values[name], distances)
         rows.append((name, float(value), float(low), float(high)))
     return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
-def per_class(
+def per_class_metrics(
     classes: list[str], labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None = None
 ) -> pd.DataFrame:
     """Compute precision, recall and F1 of each class with their confidence intervals.
@@ -112,9 +112,9 @@ def per_class(
     names = [f"{rate}{end}" for rate in ("precision", "recall", "f1") for end in ("", "_low", "_high")]
     if not len(labels):
         return pd.DataFrame(columns=["class", "images", *names])
-    parts, units = _counts(labels, probabilities), resampling_units(groups, len(labels))
-    sums = _sums(parts)
-    values, resampled_values = _rates(sums), _rates(_resampled_sums(parts, units))
+    parts, units = _count_images(labels, probabilities), resampling_units(groups, len(labels))
+    sums = _sum_images(parts)
+    values, resampled_values = _compute_rates(sums), _compute_rates(_sum_resampled_images(parts, units))
     table = pd.DataFrame({"class": classes, "images": sums["actual"].astype(int)})
     for rate, of in (("precision", "predicted"), ("recall", "actual"), ("f1", "actual")):
         value = np.nan_to_num(values[rate])
@@ -143,7 +143,7 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
         parts = {"images": images, "correct": _one_hot(codes, len(names), correct)}
         # If the slices are the groups themselves, single images are resampled within them.
         units = resampling_units(None if column == "group" else predictions.get("group"), len(codes))
-        sums, resampled = _sums(parts), _resampled_sums(parts, units)
+        sums, resampled = _sum_images(parts), _sum_resampled_images(parts, units)
         accuracy = sums["correct"] / sums["images"]
         with np.errstate(invalid="ignore"):
             low, high = confidence_interval(
@@ -176,9 +176,9 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
 # Metrics from sums
 
 
-def _metrics(sums: Sums) -> dict[str, np.ndarray]:
+def _compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
     images = sums["images"][..., 0]
-    rates = _rates(sums)
+    rates = _compute_rates(sums)
     metrics = {
         "accuracy": sums["hits"].sum(axis=-1) / images,
         "balanced_accuracy": np.nanmean(rates["recall"], axis=-1),
@@ -189,11 +189,11 @@ def _metrics(sums: Sums) -> dict[str, np.ndarray]:
     for suffix in CALIBRATION_SUFFIXES:
         metrics[f"log_loss{suffix}"] = sums[f"log_loss{suffix}"][..., 0] / images
         metrics[f"brier{suffix}"] = sums[f"brier{suffix}"][..., 0] / images
-        metrics[f"{ERROR}{suffix}"] = np.abs(sums[f"gaps{suffix}"]).sum(axis=-1) / images
+        metrics[f"{CALIBRATION_ERROR}{suffix}"] = np.abs(sums[f"gaps{suffix}"]).sum(axis=-1) / images
     return metrics
 
 
-def _rates(sums: Sums) -> dict[str, np.ndarray]:
+def _compute_rates(sums: Sums) -> dict[str, np.ndarray]:
     """Return precision, recall and F1 of each class, NaN where a class has no images."""
     hits, actual, predicted = sums["hits"], sums["actual"], sums["predicted"]
     with np.errstate(invalid="ignore"):
@@ -210,7 +210,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray
     Returns:
         The calibration errors, of shape (...), in [0, 1].
     """
-    bins = _bins(confidence)
+    bins = _assign_bins(confidence)
     order = np.argsort(bins, kind="stable")
     starts = np.unique(bins[order], return_index=True)[1]
     gaps = np.add.reduceat((correct - confidence)[..., order], starts, axis=-1)
@@ -234,14 +234,14 @@ def calibration_noise(confidence: np.ndarray, seed: int, simulations: int = 200)
     return float(np.concatenate(parts).mean())
 
 
-def _bins(confidence: np.ndarray) -> np.ndarray:
-    return np.minimum((confidence * BINS).astype(int), BINS - 1)
+def _assign_bins(confidence: np.ndarray) -> np.ndarray:
+    return np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
 
 
 # Parts: quantities that are summed over images, each of shape (N, columns of the part)
 
 
-def _counts(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
+def _count_images(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(axis=1)
     return {
@@ -252,18 +252,18 @@ def _counts(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.c
     }
 
 
-def _losses(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
+def _compute_losses(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, sparse.csr_array]:
     actual = probabilities[np.arange(len(labels)), labels]
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
     return {
         "log_loss": _column(per_image_log_loss(labels, probabilities)),
         "brier": _column(np.square(probabilities).sum(axis=1) - 2 * actual + 1),
-        "gaps": _one_hot(_bins(confidence), BINS, correct - confidence),
+        "gaps": _one_hot(_assign_bins(confidence), CALIBRATION_BINS, correct - confidence),
     }
 
 
-def _rank(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+def _rank_actual_class(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Return the rank of each image's actual class, (N,), which is the number of classes with a higher probability.
 
     Of classes with equal probabilities the first ranks higher, as in the choice of the predicted class.
@@ -285,11 +285,13 @@ def _one_hot(codes: np.ndarray, width: int, values: np.ndarray | float = 1.0) ->
 # Sums and intervals
 
 
-def _sums(parts: Mapping[str, sparse.csr_array]) -> dict[str, np.ndarray]:
+def _sum_images(parts: Mapping[str, sparse.csr_array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(part.sum(axis=0)) for name, part in parts.items()}
 
 
-def _resampled_sums(parts: Mapping[str, sparse.csr_array], units: sparse.csr_array | None) -> dict[str, np.ndarray]:
+def _sum_resampled_images(
+    parts: Mapping[str, sparse.csr_array], units: sparse.csr_array | None
+) -> dict[str, np.ndarray]:
     ends = np.cumsum([part.shape[1] for part in parts.values()])
     sums = bootstrap_sums(sparse.hstack(list(parts.values()), format="csr"), units)
     return dict(zip(parts, np.split(sums, ends[:-1], axis=1), strict=True))

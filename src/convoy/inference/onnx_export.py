@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.inference.predictor import Predictor
 
-FILE = "model.onnx"
-BATCH = 32  # images per call of onnxruntime
-MEANING = (
+ONNX_FILE = "model.onnx"
+BATCH_SIZE = 32  # images per call of onnxruntime
+DESCRIPTION = (
     "pixels (N, {size}, {size}, {channels}) uint8: the middle square of an upright {colours} image, reduced to "
     "{longest_side} pixels at most and then resized, both with anti-aliasing (Pillow's thumbnail and ImageOps.fit, "
     "BILINEAR). probabilities (N, {k}) float: calibrated, of `classes` in their order. Normalisation, softmax and "
@@ -55,7 +55,7 @@ def export(predictor: Predictor, file: Path) -> None:
     pixels = torch.zeros(2, info.size, info.size, info.channels, dtype=torch.uint8)
     colours = "RGB" if info.channels == 3 else "grey"
     try:
-        with _quiet():
+        with _suppress_output():
             # Imported here, because the import takes seconds and only this function needs it.
             from onnxscript import ir
 
@@ -74,7 +74,7 @@ def export(predictor: Predictor, file: Path) -> None:
             model.graph.metadata_props.clear()
             for node in model.graph.all_nodes():
                 node.metadata_props.clear()
-            model.doc_string = MEANING.format(**vars(info), colours=colours, k=len(info.classes))
+            model.doc_string = DESCRIPTION.format(**vars(info), colours=colours, k=len(info.classes))
             explained = {
                 "architecture": predictor.architecture,
                 "dataset": info.dataset,
@@ -89,7 +89,7 @@ def export(predictor: Predictor, file: Path) -> None:
         raise
     except Exception as error:
         # Both the network and torch can raise errors of many types.
-        raise ConvoyError(f"torch can't export it ({_reason(error)})") from error
+        raise ConvoyError(f"torch can't export it ({_root_cause(error)})") from error
 
 
 def max_difference(file: Path, pixels: np.ndarray, expected: np.ndarray) -> float:
@@ -101,13 +101,13 @@ def max_difference(file: Path, pixels: np.ndarray, expected: np.ndarray) -> floa
         expected: (N, K) expected probabilities.
 
     Returns:
-        The largest absolute difference of a probability, as computed by `difference`.
+        The largest absolute difference of a probability, as computed by `max_absolute_difference`.
 
     Raises:
         ConvoyError: If onnxruntime can't run the file.
     """
     try:
-        with _quiet():
+        with _suppress_output():
             import onnxruntime
 
             options = onnxruntime.SessionOptions()
@@ -115,23 +115,23 @@ def max_difference(file: Path, pixels: np.ndarray, expected: np.ndarray) -> floa
             # By default onnxruntime pins one thread to each core.
             options.intra_op_num_threads = torch.get_num_threads()
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-            batches = [pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH)]
-            answered = np.concatenate([session.run(["probabilities"], {"pixels": batch})[0] for batch in batches])
+            batches = [pixels[start : start + BATCH_SIZE] for start in range(0, len(pixels), BATCH_SIZE)]
+            predicted = np.concatenate([session.run(["probabilities"], {"pixels": batch})[0] for batch in batches])
     except OSError:
         raise
     except Exception as error:
         # The errors of onnxruntime have no common base class.
-        raise ConvoyError(f"onnxruntime can't run {file.name} ({_reason(error)})") from error
-    return difference(answered, expected)
+        raise ConvoyError(f"onnxruntime can't run {file.name} ({_root_cause(error)})") from error
+    return max_absolute_difference(predicted, expected)
 
 
-def difference(answered: np.ndarray, expected: np.ndarray) -> float:
+def max_absolute_difference(predicted: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest absolute difference of two (N, K) tables of probabilities, or inf if the shapes differ."""
-    return float(np.abs(answered - expected).max()) if answered.shape == expected.shape else np.inf
+    return float(np.abs(predicted - expected).max()) if predicted.shape == expected.shape else np.inf
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_output() -> Iterator[None]:
     """Suppress printed output, log records and warnings of other libraries, whose errors are reported anyway."""
     before = logging.root.manager.disable
     logging.disable()
@@ -146,7 +146,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> str:
     """Return the message of the original cause of an error, shortened to 200 characters."""
     while error.__cause__:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""The predictor, which is a trained classifier with its data set information and its calibration temperature."""
+"""The predictor: a trained classifier with its data set information and its calibration temperature."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from convoy.models.base import Classifier, predict
 from convoy.training.record import TrainingRecord
 
 # The files that a predictor is restored from.
-FILES = (RECORD, WEIGHTS, CALIBRATION)
+PREDICTOR_FILES = (RECORD, WEIGHTS, CALIBRATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Predictor:
     classifier: Classifier
     temperature: float
 
-    def fitted(self, file: bytes) -> np.ndarray:
+    def preprocess(self, file: bytes) -> np.ndarray:
         """Decode an image file and resize it to the network's input.
 
         Args:
@@ -87,7 +87,7 @@ def _load_temperature(file: Path) -> float:
         raise ConvoyError(f"{file} is missing, or holds no temperature: evaluate the model again") from error
 
 
-def check(folder: Path, hashes: Mapping[str, str]) -> None:
+def verify_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
     """Raise `ConvoyError` if a file in `folder` is missing or differs from its checksum.
 
     Args:
@@ -98,4 +98,4 @@ def check(folder: Path, hashes: Mapping[str, str]) -> None:
         if not (folder / file).is_file():
             raise ConvoyError(f"{file} of the model is missing; nothing of the model was used")
         if sha256(folder / file) != digest:
-            raise ConvoyError(f"{file} of the model is not what was registered; nothing of the model was used")
+            raise ConvoyError(f"{file} of the model was changed since it was registered; nothing of the model was used")

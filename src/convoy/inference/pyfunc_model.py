@@ -1,4 +1,4 @@
-"""The MLflow pyfunc model, which serves a trained classifier for plain images."""
+"""The MLflow pyfunc model, which serves a trained classifier."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ class ImageClassifier(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Restore the classifier from its verified record, weights and calibration, without unpickling anything."""
         folder = Path(context.artifacts["record"]).parent
-        predictor.check(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
+        predictor.verify_checksums(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
         self.predictor = predictor.restore(folder)
 
     # `model_input` has no type hint, because MLflow would use it as a schema and reject the inputs documented here.
@@ -49,8 +49,8 @@ class ImageClassifier(PythonModel):
         """
         info = self.predictor.info
         shape = (0, info.size, info.size, info.channels)
-        plain = [self._fitted(image) for image in _each(model_input)]
-        probabilities = self.predictor.probabilities(np.stack(plain) if plain else np.empty(shape, np.uint8))
+        images = [self._preprocess(image) for image in _split_input(model_input)]
+        probabilities = self.predictor.probabilities(np.stack(images) if images else np.empty(shape, np.uint8))
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
@@ -60,23 +60,23 @@ class ImageClassifier(PythonModel):
             }
         )
 
-    def _fitted(self, image: Any) -> np.ndarray:
+    def _preprocess(self, image: Any) -> np.ndarray:
         info = self.predictor.info
         try:
             if isinstance(image, str):
-                image = _decoded(image)
+                image = _decode_base64(image)
             if isinstance(image, bytes):
-                return self.predictor.fitted(image)
+                return self.predictor.preprocess(image)
             if isinstance(image, Image.Image):
                 pixels = image_io.to_grey_or_rgb(image, info.longest_side)
             else:
-                pixels = _plain(image, info.longest_side)
+                pixels = _to_grey_or_rgb(image, info.longest_side)
             return image_io.center_crop_resize(pixels, info.size, info.channels)
         except image_io.InvalidImageError as fault:
             raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
 
 
-def _each(model_input: Any) -> list[Any]:
+def _split_input(model_input: Any) -> list[Any]:
     if isinstance(model_input, pd.DataFrame):
         return model_input.iloc[:, 0].tolist()
     if isinstance(model_input, bytes | str | Image.Image):
@@ -84,11 +84,11 @@ def _each(model_input: Any) -> list[Any]:
     if hasattr(model_input, "__array__"):
         pixels = np.asarray(model_input)
         if pixels.dtype != object:
-            return _each_of_array(pixels)
+            return _split_array(pixels)
     return list(model_input)
 
 
-def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
+def _split_array(pixels: np.ndarray) -> list[np.ndarray]:
     """Split an array into images, where three axes without a channel axis at the end are N grey images."""
     if pixels.ndim == 3 and pixels.shape[2] > 4 and pixels.shape[0] in (3, 4):
         channels = pixels.shape[0]
@@ -100,7 +100,7 @@ def _each_of_array(pixels: np.ndarray) -> list[np.ndarray]:
     return [pixels] if one else list(pixels)
 
 
-def _decoded(text: str) -> bytes:
+def _decode_base64(text: str) -> bytes:
     try:
         # Base64 text is often broken into lines.
         return base64.b64decode("".join(text.split()), validate=True)
@@ -109,7 +109,7 @@ def _decoded(text: str) -> bytes:
         raise image_io.InvalidImageError("is text, but not the base64 of an image file") from None
 
 
-def _plain(image: Any, longest_side: int) -> np.ndarray:
+def _to_grey_or_rgb(image: Any, longest_side: int) -> np.ndarray:
     """Convert the pixels of one image to (H, W, 1 or 3) uint8, with no side longer than `longest_side`."""
     pixels = np.asarray(image)
     if pixels.size == 0:

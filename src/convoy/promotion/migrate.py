@@ -201,7 +201,7 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
     model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(HASHES, "{}"))
     folder = local(model.artifact_location)
     try:
-        predictor.check(folder, hashes)
+        predictor.verify_checksums(folder, hashes)
     except ConvoyError as error:
         raise ConvoyError(f"version {version.version}: {error}. Find out who changed it, or delete it here") from None
     made = next(iter(client.search_logged_models([experiment], f"tags.`{FROM}` = '{old}'")), None)
@@ -214,7 +214,7 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
         client.log_model_artifacts(made.model_id, str(folder))
     with tempfile.TemporaryDirectory(dir=server.scratch) as scratch:
         uri = f"models:/{made.model_id}"
-        predictor.check(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
+        predictor.verify_checksums(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
     if run and version.run_id and made.model_id not in _outputs(server, run):
         points = [Metric(one.key, one.value, one.timestamp, one.step, made.model_id) for one in model.metrics or []]
         runs.log_points(client, run, points)

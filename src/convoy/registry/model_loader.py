@@ -83,7 +83,7 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
     for file in wanted:
         _download(f"{uri}/{file}", folder / file)
     try:
-        predictor.check(folder, wanted)
+        predictor.verify_checksums(folder, wanted)
     except ConvoyError as error:
         raise ConvoyError(f"{uri}: {error}. Find out who changed it, and promote or train another") from None
 
@@ -126,7 +126,7 @@ def load(version: ModelVersion, folder: Path | None = None) -> Predictor:
         folder: The folder for temporary files, with room for a complete model.
     """
     with temporary(f"models:/{version.name}/{version.version}", folder) as scratch:
-        fetch(version, scratch, [f"artifacts/{file}" for file in predictor.FILES])
+        fetch(version, scratch, [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
         return predictor.restore(scratch / "artifacts")
 
 
@@ -277,7 +277,7 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, fold
         fetch(version, model)
         ours = _compare(uri, predictor.restore(model / "artifacts").probabilities(pixels), expected)
         theirs = _compare(uri, _predict_in_subprocess(uri, model, pixels, scratch), expected)
-        onnx = model / "artifacts" / onnx_export.FILE
+        onnx = model / "artifacts" / onnx_export.ONNX_FILE
         exported = (
             _check(f"{uri} by {onnx.name}", onnx_export.max_difference(onnx, pixels, expected))
             if onnx.exists()
@@ -287,7 +287,7 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, fold
 
 
 def _compare(uri: str, answered: np.ndarray, expected: np.ndarray) -> float:
-    return _check(uri, onnx_export.difference(answered, expected))
+    return _check(uri, onnx_export.max_absolute_difference(answered, expected))
 
 
 def _check(uri: str, difference: float) -> float:

@@ -124,7 +124,7 @@ def register(
                 step=step,
             )
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
-        predictor.check(stored / "artifacts", artifacts)
+        predictor.verify_checksums(stored / "artifacts", artifacts)
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)

@@ -1,4 +1,4 @@
-"""Predictions of a registered model for the current test images, also if it was trained on another image size."""
+"""Predictions of a model for the current test images, also if it was trained on another image size."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.evaluation.metrics import prediction_table
 from convoy.inference.predictor import Predictor
 
-PIECE = 256  # images in memory at a time
+CHUNK_SIZE = 256  # images in memory at a time
 
 
 def predict_test_images(
@@ -30,19 +30,25 @@ def predict_test_images(
     Returns:
         The table of predictions, as from `prediction_table`.
     """
-    own = predictor.info
-    pieces = [pixels] if (own.size, own.channels) == (info.size, info.channels) else _fitted_anew(images, packed, own)
-    return prediction_table(own.classes, images, np.concatenate([predictor.probabilities(piece) for piece in pieces]))
+    wanted = predictor.info
+    has_same_shape = (wanted.size, wanted.channels) == (info.size, info.channels)
+    chunks = [pixels] if has_same_shape else _iter_resized(images, packed, wanted)
+    return prediction_table(
+        wanted.classes, images, np.concatenate([predictor.probabilities(chunk) for chunk in chunks])
+    )
 
 
-def _fitted_anew(images: pd.DataFrame, packed: PackedDataset, info: DatasetInfo) -> Iterator[np.ndarray]:
-    """Resize images to the size and channels of `info`, in chunks of shape (at most `PIECE`, size, size, C) uint8.
+def _iter_resized(images: pd.DataFrame, packed: PackedDataset, info: DatasetInfo) -> Iterator[np.ndarray]:
+    """Resize images to the size and channels of `info`, in chunks of shape (at most `CHUNK_SIZE`, size, size, C) uint8.
 
     The images are identified by their column path.
     """
     row_of = pd.Series(np.arange(len(packed.rows)), index=packed.rows.columns("path")["path"])
     rows = row_of[images["path"]].tolist()
-    for start in range(0, len(rows), PIECE):
+    for start in range(0, len(rows), CHUNK_SIZE):
         yield np.stack(
-            [center_crop_resize(packed.image(row), info.size, info.channels) for row in rows[start : start + PIECE]]
+            [
+                center_crop_resize(packed.image(row), info.size, info.channels)
+                for row in rows[start : start + CHUNK_SIZE]
+            ]
         )

@@ -35,7 +35,7 @@ def images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:
     return torch.randint(0, 256, (count, size, size, channels), dtype=torch.uint8)
 
 
-TWINS = {
+TORCHVISION_NAMES = {
     "alexnet": "alexnet",
     "vgg11_bn": "vgg",
     "vgg16": "vgg",

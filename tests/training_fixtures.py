@@ -61,12 +61,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def with_room_for_ten(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Classifier:
     """As on a GPU whose memory holds ten images."""
-    heads = classifier.heads
+    heads = classifier.weighted_heads
 
     def limited(x: Tensor) -> list[tuple[float, Tensor]]:
         if len(x) > 10:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return heads(x)
 
-    monkeypatch.setattr(classifier, "heads", limited)
+    monkeypatch.setattr(classifier, "weighted_heads", limited)
     return classifier

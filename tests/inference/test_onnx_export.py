@@ -17,13 +17,13 @@ from convoy.inference import onnx_export
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry import model_loader
-from model_fixtures import TWINS, build, dataset_info, every_architecture, images, settings
+from model_fixtures import TORCHVISION_NAMES, build, dataset_info, every_architecture, images, settings
 
 
-def lively(name: str, twin: str = "", **of_info: int) -> Predictor:
-    """An untrained network, or one with the numbers of torchvision's `twin`, whose layers all do something."""
+def lively(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
+    """An untrained network, or one with the settings of a torchvision network, whose layers all do something."""
     torch.manual_seed(0)
-    values = settings(name) | (models.equivalents(name).settings[twin] if twin else {})
+    values = settings(name) | (models.equivalents(name).settings[torchvision_name] if torchvision_name else {})
     classifier = models.build(name, values, dataset_info(**of_info)).eval()
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
@@ -31,7 +31,7 @@ def lively(name: str, twin: str = "", **of_info: int) -> Predictor:
             nn.init.normal_(layer.running_mean, std=0.1)
             nn.init.uniform_(layer.running_var, 0.5, 2)
     weights = classifier.state_dict()
-    last = [key for key in weights if classifier.is_head(key) and "auxiliary" not in key and weights[key].ndim == 2]
+    last = [key for key in weights if classifier.is_in_head(key) and "auxiliary" not in key and weights[key].ndim == 2]
     nn.init.normal_(weights[last[-1]], std=0.1)  # fresh output layers hardly prefer a class
     return Predictor(name, classifier.info, classifier, temperature=0.6)
 
@@ -51,9 +51,9 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("twin", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
-def test_network_for_imagenet_exports_too(twin: str, tmp_path: Path) -> None:
-    predictor = lively(TWINS[twin], twin, size=224, channels=3)
+@pytest.mark.parametrize("torchvision_name", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
+def test_network_for_imagenet_exports_too(torchvision_name: str, tmp_path: Path) -> None:
+    predictor = lively(TORCHVISION_NAMES[torchvision_name], torchvision_name, size=224, channels=3)
     pixels = images(3, 224, channels=3).numpy()
     expected = predictor.probabilities(pixels)
     assert expected.std() > 0.01

@@ -47,7 +47,9 @@ def test_images_of_any_size_become_one_logit_for_each_class(name: str, size: int
     with torch.device("meta"):  # shapes without numbers
         model = build(name, size=size, channels=channels, classes=7)
         assert model(images(2, size, channels)).shape == (2, 7)
-        assert all(logits.shape == (2, 7) for _, logits in model.heads(model.normalise(images(2, size, channels))))
+        assert all(
+            logits.shape == (2, 7) for _, logits in model.weighted_heads(model.normalise(images(2, size, channels)))
+        )
 
 
 @every_architecture
@@ -63,7 +65,7 @@ def test_fresh_logits_are_of_moderate_size(name: str) -> None:
     # a first loss far above log(K) is a network that starts out certain and wrong
     model = build(name)
     pixels, labels = images(64), torch.arange(64) % 10
-    weight, logits = model.heads(model.normalise(pixels))[0]
+    weight, logits = model.weighted_heads(model.normalise(pixels))[0]
     assert weight == 1
     assert functional.cross_entropy(logits, labels) < 5
 
@@ -84,7 +86,7 @@ def test_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
             if parameter.ndim == 1:  # a zero gain of a norm holds back all gradients below it
                 parameter.uniform_(0.1, 0.5)
     labels = torch.arange(8)
-    heads = model.heads(model.normalise(images(8)))
+    heads = model.weighted_heads(model.normalise(images(8)))
     sum(weight * functional.cross_entropy(logits, labels) for weight, logits in heads).backward()
     idle = [
         name
@@ -230,7 +232,7 @@ def test_googlenet_heads_equal_those_of_torchvision() -> None:
     theirs.training = True  # of the outermost module alone: it returns all heads, and dropout stays off
     with torch.inference_mode():
         expected = theirs(x)
-        heads = [logits for _, logits in ours.heads(x)]
+        heads = [logits for _, logits in ours.weighted_heads(x)]
     for found, wanted in zip(heads, (expected.logits, expected.aux_logits1, expected.aux_logits2), strict=True):
         assert wanted.std() > 0.001
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
@@ -254,13 +256,13 @@ def test_alexnet_response_norm_equals_that_of_torch() -> None:
 def test_googlenet_auxiliary_classifiers_only_train() -> None:
     model = build("googlenet").eval()
     pixels = images()
-    assert [weight for weight, _ in model.heads(model.normalise(pixels))] == [1.0, 0.3, 0.3]
+    assert [weight for weight, _ in model.weighted_heads(model.normalise(pixels))] == [1.0, 0.3, 0.3]
     before = model(pixels)
     for auxiliary in (model.auxiliary_4a, model.auxiliary_4d):
         for parameter in auxiliary.parameters():
             nn.init.zeros_(parameter)
     assert torch.equal(model(pixels), before)
-    model.heads(model.normalise(pixels))[0][1].sum().backward()
+    model.weighted_heads(model.normalise(pixels))[0][1].sum().backward()
     assert all(parameter.grad is None for parameter in model.auxiliary_4a.parameters())
 
 
@@ -278,6 +280,6 @@ def test_resnet_block_of_equal_shape_starts_as_the_identity(block: str) -> None:
 @pytest.mark.parametrize("module", [lenet, alexnet, vgg, googlenet])
 def test_large_feature_maps_are_averaged_by_equal_windows(module: ModuleType) -> None:
     x = torch.randn(2, 3, 12, 12)
-    assert torch.equal(module.average_to(x, 12), x)
-    assert torch.allclose(module.average_to(x, 4), functional.adaptive_avg_pool2d(x, 4))
-    assert all(module.average_to(x, size).shape == (2, 3, size, size) for size in range(1, 13))
+    assert torch.equal(module.average_pool_to(x, 12), x)
+    assert torch.allclose(module.average_pool_to(x, 4), functional.adaptive_avg_pool2d(x, 4))
+    assert all(module.average_pool_to(x, size).shape == (2, 3, size, size) for size in range(1, 13))

@@ -32,7 +32,7 @@ from convoy.tracking.runs import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion, InitialWeights
-from model_fixtures import TWINS
+from model_fixtures import TORCHVISION_NAMES
 from record_factory import make_record
 from registry_fixtures import leave as leave_registered
 
@@ -42,10 +42,10 @@ NAMES = get_model_weights("resnet18").IMAGENET1K_V1.meta["categories"]  # of Ima
 SOME = ["cat", "dog", "owl"]
 
 
-def settings(name: str, init: str = "scratch", twin: str = "") -> dict:
-    """Of conf/model, or with the numbers of torchvision's `twin`."""
+def settings(name: str, init: str = "scratch", torchvision_name: str = "") -> dict:
+    """Of conf/model, or with the numbers of torchvision's `torchvision_name`."""
     values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())[name] | {"init": init}
-    return values | dict(models.equivalents(name).settings[twin]) if twin else values
+    return values | dict(models.equivalents(name).settings[torchvision_name]) if torchvision_name else values
 
 
 def dataset_info(classes: list[str] = SOME, channels: int = 3, size: int = 32) -> DatasetInfo:
@@ -79,9 +79,9 @@ def test_head_is_what_depends_on_the_number_of_classes(name: str) -> None:
     few, many = (build(name, settings(name), dataset_info([str(k) for k in range(count)])) for count in (3, 5))
     shapes = {key: value.shape for key, value in many.state_dict().items()}
     differ = {key for key, value in few.state_dict().items() if value.shape != shapes[key]}
-    head = {key for key in shapes if few.is_head(key)}
+    head = {key for key in shapes if few.is_in_head(key)}
     assert differ <= head
-    assert all(any(few.is_head(key) for key in differ if key.startswith(layer)) for layer in few.head)
+    assert all(any(few.is_in_head(key) for key in differ if key.startswith(layer)) for layer in few.head_modules)
     assert "mean" not in head
     if name != "googlenet":  # whose auxiliary classifiers are head as a whole
         assert differ == head
@@ -91,12 +91,12 @@ def test_head_is_what_depends_on_the_number_of_classes(name: str) -> None:
 # From torchvision
 
 
-def torchvisions(twin: str, classes: int = 1000) -> nn.Module:
+def torchvisions(torchvision_name: str, classes: int = 1000) -> nn.Module:
     """As torchvision builds it, with numbers for which every layer matters."""
-    options = {"init_weights": False} if twin.startswith(("vgg", "googlenet")) else {}
+    options = {"init_weights": False} if torchvision_name.startswith(("vgg", "googlenet")) else {}
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = torchvision.models.get_model(twin, weights=None, num_classes=classes, **options)
+        model = torchvision.models.get_model(torchvision_name, weights=None, num_classes=classes, **options)
     model.to_empty(device="cpu")
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -130,8 +130,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def publish(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
     """Put a file into the cache as the weights of a torchvision network, published under a name with its hash."""
 
-    def publish(twin: str, file: Path) -> Path:
-        weights = get_model_weights(twin).IMAGENET1K_V1
+    def publish(torchvision_name: str, file: Path) -> Path:
+        weights = get_model_weights(torchvision_name).IMAGENET1K_V1
         name = f"{Path(weights.url).name.rpartition('-')[0]}-{sha256(file)[:8]}.pth"
         monkeypatch.setattr(weights.value, "url", f"https://download.pytorch.org/models/{name}")
         return file.rename(cache / name)
@@ -144,12 +144,14 @@ def saved(weights: object, file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_weights_from_the_torchvision_cache_give_its_logits(twin: str, publish: Publish, tmp_path: Path) -> None:
-    name, theirs = TWINS[twin], torchvisions(twin)
-    file = publish(twin, saved(theirs.state_dict(), tmp_path / "weights.pth"))
+@pytest.mark.parametrize("torchvision_name", TORCHVISION_NAMES)
+def test_weights_from_the_torchvision_cache_give_its_logits(
+    torchvision_name: str, publish: Publish, tmp_path: Path
+) -> None:
+    name, theirs = TORCHVISION_NAMES[torchvision_name], torchvisions(torchvision_name)
+    file = publish(torchvision_name, saved(theirs.state_dict(), tmp_path / "weights.pth"))
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
-    norm = get_model_weights(twin).IMAGENET1K_V1.transforms()
+    norm = get_model_weights(torchvision_name).IMAGENET1K_V1.transforms()
     x = torchvision.transforms.functional.normalize(pixels.permute(0, 3, 1, 2) / 255, norm.mean, norm.std)
     if name == "googlenet":  # with its published weights it is built to change the normalisation once more
         theirs.transform_input = True
@@ -157,13 +159,13 @@ def test_weights_from_the_torchvision_cache_give_its_logits(twin: str, publish: 
         expected = theirs(x)
     del theirs  # VGG fills half a gigabyte
 
-    values = settings(name, "pretrained", twin)
+    values = settings(name, "pretrained", torchvision_name)
     ours = build(name, values, dataset_info(NAMES, size=224)).eval()
     record = start(ours, name, values)
     assert record.sha256 == sha256(file)
     assert record.verified is True
     file.unlink()
-    assert record.source == f"torchvision {twin} IMAGENET1K_V1"
+    assert record.source == f"torchvision {torchvision_name} IMAGENET1K_V1"
     assert record.head == "kept"
     with torch.inference_mode():
         found = ours(pixels)
@@ -173,12 +175,14 @@ def test_weights_from_the_torchvision_cache_give_its_logits(twin: str, publish: 
 
 def test_torchvision_equivalents_have_our_layers_in_order() -> None:
     for name in models.names():
-        for twin in models.equivalents(name).settings:
+        for torchvision_name in models.equivalents(name).settings:
             with torch.device("meta"):
-                theirs = models.equivalents(name).translate(init_weights._blank(twin, 1000).state_dict())
-                ours = models.build(name, settings(name, twin=twin), dataset_info(NAMES, size=224)).state_dict()
+                theirs = models.equivalents(name).translate(init_weights._blank(torchvision_name, 1000).state_dict())
+                ours = models.build(
+                    name, settings(name, torchvision_name=torchvision_name), dataset_info(NAMES, size=224)
+                ).state_dict()
             shapes = [value.shape for key, value in ours.items() if key not in ("mean", "std")]
-            assert [value.shape for value in theirs.values()] == shapes, twin
+            assert [value.shape for value in theirs.values()] == shapes, torchvision_name
 
 
 def test_reordered_file_without_batch_counts_loads_equally(tmp_path: Path) -> None:
@@ -249,12 +253,17 @@ def test_download_is_verified_by_its_checksum(cache: Path, tmp_path: Path, monke
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("twin", ["alexnet", "googlenet", "resnet18"])
+@pytest.mark.parametrize("torchvision_name", ["alexnet", "googlenet", "resnet18"])
 @pytest.mark.parametrize("place", ["cache", "file"])
-def test_other_weights_under_a_published_name_are_refused(twin: str, place: str, cache: Path, tmp_path: Path) -> None:
-    name, published = TWINS[twin], Path(get_model_weights(twin).IMAGENET1K_V1.url)
-    file = saved(torchvisions(twin, classes=3).state_dict(), (cache if place == "cache" else tmp_path) / published.name)
-    values = settings(name, "pretrained" if place == "cache" else str(file), twin)
+def test_other_weights_under_a_published_name_are_refused(
+    torchvision_name: str, place: str, cache: Path, tmp_path: Path
+) -> None:
+    name, published = TORCHVISION_NAMES[torchvision_name], Path(get_model_weights(torchvision_name).IMAGENET1K_V1.url)
+    file = saved(
+        torchvisions(torchvision_name, classes=3).state_dict(),
+        (cache if place == "cache" else tmp_path) / published.name,
+    )
+    values = settings(name, "pretrained" if place == "cache" else str(file), torchvision_name)
     classifier = build(name, values, dataset_info(size=224))
     before = copies(classifier)
     with pytest.raises(ConvoyError) as refusal:
@@ -410,7 +419,7 @@ def test_all_weights_but_the_head_are_loaded_for_other_classes(name: str, classe
     fresh = copies(classifier)
     assert start(classifier, name, values).head == "new"
     for key, value in classifier.state_dict().items():
-        assert torch.equal(value, fresh[key] if classifier.is_head(key) else left[key]), key
+        assert torch.equal(value, fresh[key] if classifier.is_in_head(key) else left[key]), key
 
 
 def test_normalisation_comes_with_the_weights(tmp_path: Path) -> None:
@@ -554,7 +563,7 @@ def test_champion_or_newest_version_is_used(
         store.client.set_registered_model_alias("convoy", "champion", str(champion))
     classifier, record = from_store(store, name, settings(name, "champion"))
     left = build(name, settings(name), dataset_info(), seed=version).state_dict()
-    body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_head(key)}
+    body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_in_head(key)}
     assert all(torch.equal(left[key], value) for key, value in body.items())
     assert (record.init, record.head, record.verified) == ("champion", "new", True)
     assert record.source.startswith(f"version {version} of model convoy, of run ")

@@ -164,7 +164,7 @@ def test_micro_batches_are_of_similar_size() -> None:
 
 def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build(batch_size=2, accumulate=2)
-    monkeypatch.setattr(classifier, "heads", lambda x: [(1.0, torch.nn.BatchNorm1d(1)(x[:, :, 0, 0]))])
+    monkeypatch.setattr(classifier, "weighted_heads", lambda x: [(1.0, torch.nn.BatchNorm1d(1)(x[:, :, 0, 0]))])
     with pytest.raises(ConvoyError, match=r"on one image at a time: raise model\.lenet\.recipe\.batch_size, or lower"):
         train(classifier)
 
@@ -184,7 +184,7 @@ def test_augmentation_runs_in_full_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_memory_is_freed_before_smaller_batches_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build()
-    heads, held = classifier.heads, []
+    heads, held = classifier.weighted_heads, []
 
     def limited(x: Tensor) -> list[tuple[float, Tensor]]:
         assert all(kept() is None for kept in held)
@@ -194,7 +194,7 @@ def test_memory_is_freed_before_smaller_batches_are_tried(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return heads(x)
 
-    monkeypatch.setattr(classifier, "heads", limited)
+    monkeypatch.setattr(classifier, "weighted_heads", limited)
     with pytest.raises(ConvoyError, match="but 8 do"):
         train(classifier)
     assert len(held) == 2  # of the training, and of 16 images that were tried
@@ -525,7 +525,7 @@ def test_loss_is_the_weighted_sum_over_all_heads(name: str, smoothing: float) ->
     seed_step(0, 0, 0, made.device)
     found = made.compute_loss(pixels, labels)
     seed_step(0, 0, 0, made.device)
-    heads = made.classifier.heads(made.classifier.normalise(pixels))
+    heads = made.classifier.weighted_heads(made.classifier.normalise(pixels))
     expected = sum(
         weight * torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
         for weight, logits in heads
@@ -606,7 +606,7 @@ def test_loss_far_above_chance_stops_training(monkeypatch: pytest.MonkeyPatch) -
 
 def test_ema_copies_the_batch_norm_statistics() -> None:
     average, classifier = build(0, "resnet"), build(1, "resnet")
-    classifier.heads(torch.rand(8, 1, 32, 32))
+    classifier.weighted_heads(torch.rand(8, 1, 32, 32))
     optimizers.update_ema(average, classifier, 0.9)
     assert all(map(torch.equal, average.buffers(), classifier.buffers()))
     assert not any(

@@ -19,7 +19,7 @@ progress = Progress(name, 1600 * epochs, epochs, 0)
 for epoch in range(1, epochs + 1):
     progress.advance(epoch, 1600, lambda: 0.5)
     time.sleep(0.02)
-    progress.end({"epoch": epoch, "train_loss": 0.0194, "val_loss": 0.2, "val_accuracy": 0.98765})
+    progress.end_epoch({"epoch": epoch, "train_loss": 0.0194, "val_loss": 0.2, "val_accuracy": 0.98765})
 progress.close()
 """
 

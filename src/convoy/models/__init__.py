@@ -28,8 +28,8 @@ SHARED = ("base",)
 class TorchvisionEquivalent:
     """The torchvision networks that equal an architecture, and how to convert their weights.
 
-    An architecture's module stores its equivalents in the constant `TWINS`. The layers have the same order in both
-    implementations.
+    An architecture's module stores its equivalents in the constant `TORCHVISION_EQUIVALENTS`. The layers have the same
+    order in both implementations.
     """
 
     settings: Mapping[str, Mapping[str, Any]]  # torchvision name -> settings that the weights depend on
@@ -47,7 +47,7 @@ def names() -> list[str]:
 
 def schema(name: str) -> type:
     """Return the `Params` class of architecture `name`, the schema of `conf/model/<name>.yaml`."""
-    return _module(name).Params
+    return _import_architecture(name).Params
 
 
 def build(name: str, values: Mapping[str, Any], info: DatasetInfo) -> Classifier:
@@ -62,8 +62,8 @@ def build(name: str, values: Mapping[str, Any], info: DatasetInfo) -> Classifier
         ConvoyError: If the name is unknown, a setting is invalid, or the images are too small for the settings.
     """
     params: Any = typed(schema(name), values, f"model.{name}")
-    _rehearse(name, params, info)
-    return _class(name)(info, params)
+    _check_image_size(name, params, info)
+    return _find_class(name)(info, params)
 
 
 def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Path) -> Classifier:
@@ -88,7 +88,7 @@ def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Pa
 
 def equivalents(name: str) -> TorchvisionEquivalent:
     """Return the torchvision equivalents of architecture `name`, which may be empty."""
-    return getattr(_module(name), "TWINS", TorchvisionEquivalent({}))
+    return getattr(_import_architecture(name), "TORCHVISION_EQUIVALENTS", TorchvisionEquivalent({}))
 
 
 def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
@@ -97,30 +97,30 @@ def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
     Raises:
         ConvoyError: If torchvision has no such network; the message lists the settings of the most similar one.
     """
-    wanted = {
-        twin: {key: value for key, value in settings.items() if values[key] != value}
-        for twin, settings in equivalents(name).settings.items()
+    differences = {
+        other: {key: value for key, value in settings.items() if values[key] != value}
+        for other, settings in equivalents(name).settings.items()
     }
-    if not wanted:
+    if not differences:
         raise ConvoyError(f"model.{name}.init: torchvision has no {name} with weights from ImageNet; set init: scratch")
-    nearest = min(wanted, key=lambda twin: len(wanted[twin]))
-    if wanted[nearest]:
-        mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in wanted[nearest].items())
+    nearest = min(differences, key=lambda other: len(differences[other]))
+    if differences[nearest]:
+        changes = ", ".join(f"{key}: {json.dumps(value)}" for key, value in differences[nearest].items())
         raise ConvoyError(
-            f"model.{name}.init: torchvision has no {name} with these settings; for its {nearest} set {mend}"
+            f"model.{name}.init: torchvision has no {name} with these settings; for its {nearest} set {changes}"
         )
     return nearest
 
 
-def _module(name: str) -> ModuleType:
+def _import_architecture(name: str) -> ModuleType:
     if name not in names():
         raise ConvoyError(f"model.{name}: no such architecture; {suggest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _class(name: str) -> type:
+def _find_class(name: str) -> type:
     """Return the single `Classifier` subclass that the module of `name` defines."""
-    module = _module(name)
+    module = _import_architecture(name)
     (found,) = (
         value
         for value in vars(module).values()
@@ -129,29 +129,29 @@ def _class(name: str) -> type:
     return found
 
 
-def _rehearse(name: str, params: Any, info: DatasetInfo) -> None:
+def _check_image_size(name: str, params: Any, info: DatasetInfo) -> None:
     """Check the settings by passing one batch through every head on the meta device, which computes only shapes.
 
     Raises:
         ConvoyError: If the images are too small; the message gives the smallest size that fits.
     """
 
-    def refusal(size: int) -> str:
+    def find_error(size: int) -> str:
         try:
             with torch.device("meta"):
-                classifier = _class(name)(dataclasses.replace(info, size=size), params)
+                classifier = _find_class(name)(dataclasses.replace(info, size=size), params)
                 pixels = torch.empty(params.recipe.batch_size, size, size, info.channels, dtype=torch.uint8)
             with torch.inference_mode():
-                classifier.heads(classifier.normalise(pixels))
+                classifier.weighted_heads(classifier.normalise(pixels))
         except (RuntimeError, ValueError) as error:
             return str(error)
         return ""
 
-    if reason := refusal(info.size):
+    if reason := find_error(info.size):
         sizes = range(info.size, 257)
-        smallest = bisect.bisect_left(sizes, True, key=lambda size: not refusal(size))
-        fits = f"images of {sizes[smallest]} px or more" if smallest < len(sizes) else "other numbers for any image"
+        smallest = bisect.bisect_left(sizes, True, key=lambda size: not find_error(size))
+        larger = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
         raise ConvoyError(
-            f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {fits}, "
-            f"or a smaller kernel, stride or pool in conf/model/{name}.yaml"
+            f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {larger}"
+            f"a smaller kernel, stride or pool in conf/model/{name}.yaml"
         )

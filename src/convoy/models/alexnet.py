@@ -10,7 +10,7 @@ from torch.nn import functional
 from convoy.core.config import Count, Share, Whole, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
-from convoy.models.base import Classifier, average_to
+from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
 
 
@@ -31,7 +31,7 @@ class Params:
     recipe: RecipeConfig
 
 
-TWINS = TorchvisionEquivalent(
+TORCHVISION_EQUIVALENTS = TorchvisionEquivalent(
     {
         "alexnet": {
             "widths": [64, 192, 384, 256, 256],
@@ -66,7 +66,7 @@ class AlexNet(Classifier):
         params: Settings of the architecture.
     """
 
-    head: ClassVar[tuple[str, ...]] = ("classifier.6",)
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
@@ -110,7 +110,7 @@ class AlexNet(Classifier):
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, 256, 6, 6)
-        x = average_to(x, self.pool)  # (N, 256, 6, 6) for larger images too
+        x = average_pool_to(x, self.pool)  # (N, 256, 6, 6) for larger images too
         return self.classifier(x.flatten(1))
 
 

@@ -25,7 +25,7 @@ class Classifier(nn.Module, ABC):
     """
 
     # Names of the layers that must be re-initialised when the classes change.
-    head: ClassVar[tuple[str, ...]] = ("classifier",)
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
     mean: Tensor
     std: Tensor
 
@@ -40,7 +40,7 @@ class Classifier(nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Compute the logits (N, K) of normalised images (N, C, H, W)."""
 
-    def heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
+    def weighted_heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
         """Compute the logits of every head that is trained, the main head first.
 
         Args:
@@ -51,9 +51,9 @@ class Classifier(nn.Module, ABC):
         """
         return [(1.0, self.logits(x))]
 
-    def is_head(self, name: str) -> bool:
+    def is_in_head(self, name: str) -> bool:
         """Return whether the layer, parameter or buffer called `name` belongs to a head and not to the backbone."""
-        return f"{name}.".startswith(tuple(f"{layer}." for layer in self.head))
+        return f"{name}.".startswith(tuple(f"{layer}." for layer in self.head_modules))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Scale pixels (N, H, W, C) uint8 to mean 0 and std 1 over the training set, as (N, C, H, W) float32."""
@@ -70,7 +70,7 @@ class Classifier(nn.Module, ABC):
         return self.logits(self.normalise(pixels))
 
 
-def average_to(x: Tensor, size: int) -> Tensor:
+def average_pool_to(x: Tensor, size: int) -> Tensor:
     """Average-pool feature maps to `size` x `size` using windows of equal size.
 
     Feature maps that already have this size are returned unchanged. Unlike `adaptive_avg_pool2d`, the backward pass is

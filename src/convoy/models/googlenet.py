@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from convoy.core.config import Count, Positive, Share, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
-from convoy.models.base import Classifier, average_to
+from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
 
 
@@ -42,7 +42,7 @@ class Channels(NamedTuple):
         return self.one + self.three + self.five + self.pool
 
 
-TABLE = {
+INCEPTION_CHANNELS = {
     #          1x1  reduce 3x3  reduce 5x5  pool
     "3a": Channels(64, 96, 128, 16, 32, 32),
     "3b": Channels(128, 128, 192, 32, 96, 64),
@@ -56,7 +56,7 @@ TABLE = {
 }
 
 
-TWINS = TorchvisionEquivalent(
+TORCHVISION_EQUIVALENTS = TorchvisionEquivalent(
     {"googlenet": {"width": 1, "third_kernel": 3, "stem_kernel": 7, "stem_stride": 2, "stem_pools": True}},
     # The weights were converted from TensorFlow, which scales images to [-1, 1].
     mean=(0.5, 0.5, 0.5),
@@ -85,7 +85,7 @@ class GoogLeNet(Classifier):
 
     # The auxiliary classifiers are heads with all their layers: torchvision's are untrained, and they are used only in
     # training.
-    head: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier", "auxiliary_4a", "auxiliary_4d")
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
@@ -93,7 +93,7 @@ class GoogLeNet(Classifier):
         def scaled(channels: int) -> int:
             return max(1, round(channels * params.width))
 
-        table = {name: Channels(*map(scaled, line)) for name, line in TABLE.items()}
+        table = {name: Channels(*map(scaled, line)) for name, line in INCEPTION_CHANNELS.items()}
         # The input channels of each module are the output channels of the one before it.
         inputs = [scaled(192), *(line.depth for line in table.values())]
         module = {
@@ -127,15 +127,15 @@ class GoogLeNet(Classifier):
                     nn.init.zeros_(layer.bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.end(self.to_4d(self.to_4a(x)))
+        return self.main_head(self.to_4d(self.to_4a(x)))
 
-    def heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
+    def weighted_heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
         x_4a = self.to_4a(x)  # (N, 512, 14, 14)
         x_4d = self.to_4d(x_4a)  # (N, 528, 14, 14)
         # The weight of 0.3 is from section 5 of the paper.
-        return [(1.0, self.end(x_4d)), (0.3, self.auxiliary_4a(x_4a)), (0.3, self.auxiliary_4d(x_4d))]
+        return [(1.0, self.main_head(x_4d)), (0.3, self.auxiliary_4a(x_4a)), (0.3, self.auxiliary_4d(x_4d))]
 
-    def end(self, x: Tensor) -> Tensor:
+    def main_head(self, x: Tensor) -> Tensor:
         x = self.to_5b(x)  # (N, 1024, 7, 7)
         return self.classifier(x.mean((2, 3)))
 
@@ -201,6 +201,6 @@ class Auxiliary(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = average_to(x, 4)  # (N, 512, 4, 4)
+        x = average_pool_to(x, 4)  # (N, 512, 4, 4)
         x = self.convolution(x)  # (N, 128, 4, 4)
         return self.classifier(x.flatten(1))

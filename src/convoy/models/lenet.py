@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from convoy.core.config import Count, schema
 from convoy.data.packed.dataset_info import DatasetInfo
-from convoy.models.base import Classifier, average_to
+from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
 
 
@@ -42,7 +42,7 @@ class LeNet(Classifier):
         params: Settings of the architecture.
     """
 
-    head: ClassVar[tuple[str, ...]] = ("output",)
+    head_modules: ClassVar[tuple[str, ...]] = ("output",)
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
@@ -57,16 +57,16 @@ class LeNet(Classifier):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def logits(self, x: Tensor) -> Tensor:
-        x = squash(self.c1(x))  # (N, 6, 28, 28)
+        x = scaled_tanh(self.c1(x))  # (N, 6, 28, 28)
         x = functional.avg_pool2d(x, 2)  # (N, 6, 14, 14)
-        x = squash(self.c3(x))  # (N, 16, 10, 10)
+        x = scaled_tanh(self.c3(x))  # (N, 16, 10, 10)
         x = functional.avg_pool2d(x, 2)  # (N, 16, 5, 5)
-        x = average_to(x, 5)  # (N, 16, 5, 5) for any image of 32x32 or larger
-        x = squash(self.c5(x)).flatten(1)  # (N, 120)
-        x = squash(self.f6(x))  # (N, 84)
+        x = average_pool_to(x, 5)  # (N, 16, 5, 5) for any image of 32x32 or larger
+        x = scaled_tanh(self.c5(x)).flatten(1)  # (N, 120)
+        x = scaled_tanh(self.f6(x))  # (N, 84)
         return self.output(x)
 
 
-def squash(x: Tensor) -> Tensor:
+def scaled_tanh(x: Tensor) -> Tensor:
     """Apply the scaled tanh of the paper's appendix A, which maps 1 to 1 and -1 to -1."""
     return 1.7159 * (x * (2 / 3)).tanh()

@@ -38,7 +38,7 @@ DEPTHS = {
     "resnet152": ("bottleneck", [3, 8, 36, 3]),
 }
 STEM = {"stem_kernel": 7, "stem_stride": 2, "stem_pool": True}
-TWINS = TorchvisionEquivalent(
+TORCHVISION_EQUIVALENTS = TorchvisionEquivalent(
     {
         name: {"block": block, "blocks": blocks, "widths": [64, 128, 256, 512], **STEM}
         for name, (block, blocks) in DEPTHS.items()
@@ -65,7 +65,7 @@ class ResNet(Classifier):
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
-        block = {"basic": basic, "bottleneck": bottleneck}[params.block]
+        block = {"basic": basic_block, "bottleneck": bottleneck_block}[params.block]
         channels = params.widths[0]
         self.stem = nn.Sequential(
             convolution(info.channels, channels, params.stem_kernel, params.stem_stride),
@@ -120,7 +120,7 @@ class Residual(nn.Module):
         return (self.body(x) + self.shortcut(x)).relu()
 
 
-def basic(inputs: int, width: int, stride: int) -> Residual:
+def basic_block(inputs: int, width: int, stride: int) -> Residual:
     """Create a block of two 3x3 convolutions (figure 5 of the paper, left)."""
     body = nn.Sequential(
         convolution(inputs, width, 3, stride),
@@ -132,7 +132,7 @@ def basic(inputs: int, width: int, stride: int) -> Residual:
     return Residual(body, inputs, width, stride)
 
 
-def bottleneck(inputs: int, width: int, stride: int) -> Residual:
+def bottleneck_block(inputs: int, width: int, stride: int) -> Residual:
     """Create a block with a 3x3 convolution between two 1x1 convolutions (figure 5 of the paper, right).
 
     The last convolution has `4 * width` output channels.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from convoy.core.config import Count, Share, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
-from convoy.models.base import Classifier, average_to
+from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
 
 Stack = Annotated[list[Count], Field(min_length=2, max_length=2)]  # [convolutions, channels]
@@ -29,7 +29,7 @@ class Params:
     recipe: RecipeConfig
 
 
-def fold(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fold the biases of convolutions before a batch norm into the running mean of that batch norm.
 
     Torchvision's convolutions have such biases, ours do not. The network computes the same function.
@@ -56,13 +56,13 @@ STACKS = {
     "vgg16": [[2, 64], [2, 128], [3, 256], [3, 512], [3, 512]],
     "vgg19": [[2, 64], [2, 128], [4, 256], [4, 512], [4, 512]],
 }
-TWINS = TorchvisionEquivalent(
+TORCHVISION_EQUIVALENTS = TorchvisionEquivalent(
     {
         name + ending: {"stacks": stacks, "batch_norm": bool(ending), "pool": 7, "hidden": 4096}
         for name, stacks in STACKS.items()
         for ending in ("", "_bn")
     },
-    translate=fold,
+    translate=fold_biases,
 )
 
 
@@ -82,7 +82,7 @@ class VGG(Classifier):
         params: Settings of the architecture.
     """
 
-    head: ClassVar[tuple[str, ...]] = ("classifier.6",)
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier.6",)
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
@@ -118,5 +118,5 @@ class VGG(Classifier):
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, 512, 7, 7)
-        x = average_to(x, self.pool)  # (N, 512, 7, 7) for larger images too
+        x = average_pool_to(x, self.pool)  # (N, 512, 7, 7) for larger images too
         return self.classifier(x.flatten(1))

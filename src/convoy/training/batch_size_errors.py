@@ -50,7 +50,7 @@ def fits_in_memory(classifier: Classifier, data: ImageData, hardware: ResolvedTr
     try:
         pixels, _ = data.held_train.take(rows)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=hardware.precision == "bfloat16"):
-            heads = classifier.heads(classifier.normalise(pixels))
+            heads = classifier.weighted_heads(classifier.normalise(pixels))
         torch.stack([logits.float().sum() for _, logits in heads]).sum().backward()
     except torch.OutOfMemoryError:
         return False

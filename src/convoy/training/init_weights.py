@@ -146,7 +146,7 @@ def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_cl
     """
     # The tensors share their memory with the classifier.
     own = classifier.state_dict()
-    taken = [name for name in own if same_classes or not classifier.is_head(name)]
+    taken = [name for name in own if same_classes or not classifier.is_in_head(name)]
     if wrong := list(_misfits(own, taken, weights)):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConvoyError(f"the weights don't fit the settings: {'; '.join(wrong[:3])}{more}")

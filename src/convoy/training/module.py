@@ -66,14 +66,14 @@ class ClassifierModule(lightning.LightningModule):
         self.recipe = classifier.recipe
         if self.recipe.body_lr == 0:
             for name, parameter in classifier.named_parameters():
-                parameter.requires_grad_(classifier.is_head(name))
+                parameter.requires_grad_(classifier.is_in_head(name))
         # The exponential moving average of the weights, if the recipe asks for one.
         self.average: Classifier | None = None
         if self.recipe.ema:
             self.average = copy.deepcopy(classifier).requires_grad_(False)
-        self.heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.heads
+        self.weighted_heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.weighted_heads
         if hardware.compile:
-            self.heads = torch.compile(classifier.heads)
+            self.weighted_heads = torch.compile(classifier.weighted_heads)
         classes = len(classifier.info.classes)
         weights = class_weights(data.train.labels, classes) if self.recipe.balance == "loss" else np.ones(classes)
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
@@ -192,7 +192,7 @@ class ClassifierModule(lightning.LightningModule):
         # The batch norms of a frozen backbone must not update their running statistics.
         if self.recipe.body_lr == 0:
             for name, layer in self.classifier.named_modules():
-                if isinstance(layer, torch.nn.BatchNorm2d) and not self.classifier.is_head(name):
+                if isinstance(layer, torch.nn.BatchNorm2d) and not self.classifier.is_in_head(name):
                     layer.eval()
 
     def training_step(self, steps: range) -> None:
@@ -299,7 +299,7 @@ class ClassifierModule(lightning.LightningModule):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.hardware.precision == "bfloat16"):
             x = self.classifier.normalise(pixels)
             x, targets = mix(x, labels, len(self.class_weights), recipe.augment)
-            heads = [(weight, logits.float()) for weight, logits in self.heads(x)]
+            heads = [(weight, logits.float()) for weight, logits in self.weighted_heads(x)]
         class_weights = self.class_weights if recipe.balance == "loss" else None
         loss, metrics = compute_loss(heads, labels, targets, class_weights, recipe.label_smoothing)
         self.running_totals += metrics

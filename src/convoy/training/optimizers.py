@@ -18,7 +18,7 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     recipe = classifier.recipe
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        lr_scale = 1.0 if classifier.is_head(name) else recipe.body_lr
+        lr_scale = 1.0 if classifier.is_in_head(name) else recipe.body_lr
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault((lr_scale, decay), []).append(parameter)

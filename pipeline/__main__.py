@@ -128,7 +128,7 @@ def check(params: dict[str, Any]) -> None:
     typed(TrainerConfig, params["trainer"], "trainer")
     for name, values in params["model"].items():
         typed(models.schema(name), values, f"model.{name}")
-        init_weights.check(name, values)
+        init_weights.check_init(name, values)
 
 
 def check_repository(root: Path) -> None:

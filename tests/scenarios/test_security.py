@@ -78,7 +78,7 @@ def test_training_refuses_a_file_that_may_hold_code(suffix: str, fired: Path, tm
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(zipped(fired))
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init=.*it may be scratch"):
-        init_weights.check("lenet", {"init": str(file)})
+        init_weights.check_init("lenet", {"init": str(file)})
     assert not fired.exists()
 
 

@@ -32,6 +32,7 @@ from convoy.tracking.runs import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion, InitialWeights
+from convoy.training.torchvision_weights import make_meta_network
 from model_fixtures import TORCHVISION_NAMES
 from record_factory import make_record
 from registry_fixtures import leave as leave_registered
@@ -177,7 +178,7 @@ def test_torchvision_equivalents_have_our_layers_in_order() -> None:
     for name in models.names():
         for torchvision_name in models.equivalents(name).settings:
             with torch.device("meta"):
-                theirs = models.equivalents(name).translate(init_weights._blank(torchvision_name, 1000).state_dict())
+                theirs = models.equivalents(name).translate(make_meta_network(torchvision_name, 1000).state_dict())
                 ours = models.build(
                     name, settings(name, torchvision_name=torchvision_name), dataset_info(NAMES, size=224)
                 ).state_dict()
@@ -297,17 +298,17 @@ def test_settings_unknown_to_torchvision_are_refused_with_a_fix() -> None:
         r"widths: \[64, 128, 256, 512\], stem_kernel: 7, stem_stride: 2"
     )
     with pytest.raises(ConvoyError, match=message):
-        init_weights.check("resnet", settings("resnet", "pretrained"))
+        init_weights.check_init("resnet", settings("resnet", "pretrained"))
 
 
 def test_lenet_has_no_weights_from_imagenet() -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init: torchvision has no lenet .* set init: scratch"):
-        init_weights.check("lenet", settings("lenet", "pretrained"))
+        init_weights.check_init("lenet", settings("lenet", "pretrained"))
 
 
 def test_grey_images_are_refused_before_anything_is_downloaded(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
-    with pytest.raises(ConvoyError, match=r"for images with 3 channels, and these have 1: set preprocess\.channels: 3"):
+    with pytest.raises(ConvoyError, match=r"for images with 3 channels instead of 1: set preprocess\.channels: 3"):
         start(build("resnet", values, dataset_info(channels=1)), "resnet", values)
 
 
@@ -338,7 +339,7 @@ def test_malicious_file_is_refused_and_not_run(form: str, place: str, publish: P
         file = publish("resnet18", file)
     values = settings("resnet", "pretrained" if place == "cache" else str(file), "resnet18")
     classifier = build("resnet", values, dataset_info())
-    with pytest.raises(ConvoyError, match="is no file of plain weights, and nothing in it was run"):
+    with pytest.raises(ConvoyError, match="is no file of plain weights, and no code in it was run"):
         start(classifier, "resnet", values)
     assert not fired.exists()
     with contextlib.suppress(RuntimeError):
@@ -358,26 +359,28 @@ def test_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
 def test_file_of_more_than_tensors_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
-    with pytest.raises(ConvoyError, match="holds more than tensors"):
+    with pytest.raises(ConvoyError, match="holds other objects than tensors"):
         start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 def test_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(3, 512), "fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
-    with pytest.raises(ConvoyError, match=r"other\.pth is not of torchvision's resnet18 .*conv1\.weight"):
+    with pytest.raises(
+        ConvoyError, match=r"other\.pth does not hold the weights of torchvision's resnet18 .*conv1\.weight"
+    ):
         start(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("init", ["pretraind", "0123abc", "", "weights"])
 def test_mistyped_init_is_refused_with_what_it_may_be(init: str) -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init='.*': it may be scratch, pretrained, champion"):
-        init_weights.check("lenet", settings("lenet", init))
+        init_weights.check_init("lenet", settings("lenet", init))
 
 
 def test_file_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init: there is no file old/weights\.safetensors"):
-        init_weights.check("lenet", settings("lenet", "old/weights.safetensors"))
+        init_weights.check_init("lenet", settings("lenet", "old/weights.safetensors"))
 
 
 # From our own files
@@ -437,7 +440,7 @@ def test_weights_of_other_settings_are_refused_with_what_to_set(tmp_path: Path) 
     before = copies(classifier)
     message = (
         r"model\.lenet\.init: .*weights\.safetensors: the weights don't fit the settings: "
-        r"f6\.weight has the shape \[90, 120\], and here \[84, 120\]; f6\.bias .*; set f6: 90"
+        r"f6\.weight has the shape \[90, 120\] instead of \[84, 120\]; f6\.bias .*; set f6: 90"
     )
     with pytest.raises(ConvoyError, match=message):
         start(classifier, "lenet", values)
@@ -448,7 +451,7 @@ def test_missing_and_unknown_names_are_refused() -> None:
     classifier = build("lenet", settings("lenet"), dataset_info())
     weights = copies(classifier)
     weights["extra"] = weights.pop("c1.weight")
-    with pytest.raises(ConvoyError, match=r"c1\.weight is missing; extra is unknown here"):
+    with pytest.raises(ConvoyError, match=r"c1\.weight is missing; extra is unknown"):
         init_weights.load_matching(classifier, weights, same_classes=False)
     headless = {key: value for key, value in copies(classifier).items() if not key.startswith("output")}
     init_weights.load_matching(classifier, headless, same_classes=False)
@@ -465,7 +468,7 @@ def test_first_of_many_mismatches_are_named() -> None:
 def test_weights_for_grey_images_are_refused_for_colour(tmp_path: Path) -> None:
     leave(tmp_path, "lenet", settings("lenet"), dataset_info(channels=1))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
-    with pytest.raises(ConvoyError, match=r"for images with 1 channels, and these have 3: set preprocess\.channels: 1"):
+    with pytest.raises(ConvoyError, match=r"for images with 1 channels instead of 3: set preprocess\.channels: 1"):
         start(build("lenet", values, dataset_info()), "lenet", values)
 
 
@@ -669,6 +672,6 @@ def test_finetune_experiment_fits_its_weights(way: str, tmp_path: Path) -> None:
     values = params["model"]["resnet"]
     recipe = typed(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
     assert recipe.body_lr < 1
-    init_weights.check("resnet", values)
+    init_weights.check_init("resnet", values)
     assert values["init"] == "pretrained"
     assert models.torchvision_name("resnet", values) == "resnet18"

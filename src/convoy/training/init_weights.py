@@ -3,31 +3,27 @@
 import dataclasses
 import json
 import re
-import sys
 import tempfile
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from convoy import models
 from convoy.core.artifact_names import RECORD, WEIGHTS
-from convoy.core.errors import ConvoyError, describe_error
+from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
 from convoy.training.record import InitialWeights, TrainingRecord
+from convoy.training.torchvision_weights import TORCH_SUFFIXES, download_weights, is_published, load_weights
 
 # The ID of an MLflow run.
-RUN = re.compile("[0-9a-f]{32}")
-PICKLED = (".pth", ".pt")
-IMAGENET = 1000  # classes
+RUN_ID = re.compile("[0-9a-f]{32}")
+# Largest number of names in a message about weights that don't fit.
+MAX_LISTED_WEIGHTS = 3
 
 # Called with `init` and a folder: it copies the weights and the record of the champion or of a run into the folder, and
 # returns a description of their source.
@@ -48,7 +44,7 @@ class SourceWeights:
     lineage: Sequence[str] = ()
 
 
-def check(architecture: str, settings: Mapping[str, Any]) -> None:
+def check_init(architecture: str, settings: Mapping[str, Any]) -> None:
     """Check the setting `init` without reading any weights.
 
     Args:
@@ -59,9 +55,9 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
         ConvoyError: If `init` is invalid, its file does not exist, or torchvision has no network with these settings.
     """
     init = settings["init"]
-    if init in ("scratch", "champion") or RUN.fullmatch(init):
+    if init in ("scratch", "champion") or RUN_ID.fullmatch(init):
         return
-    if init == "pretrained" or Path(init).suffix in PICKLED:
+    if init == "pretrained" or Path(init).suffix in TORCH_SUFFIXES:
         models.torchvision_name(architecture, settings)
     elif Path(init).suffix != Path(WEIGHTS).suffix:
         raise ConvoyError(
@@ -69,14 +65,16 @@ def check(architecture: str, settings: Mapping[str, Any]) -> None:
             "(32 digits and letters a to f), or a file of weights (.safetensors, .pth)"
         )
     if init != "pretrained" and not Path(init).is_file():
-        raise ConvoyError(f"model.{architecture}.init: there is no file {init}; its path starts where dvc.yaml is")
+        raise ConvoyError(
+            f"model.{architecture}.init: there is no file {init}; the path is relative to the folder of dvc.yaml"
+        )
 
 
 def init_weights(
     classifier: Classifier,
     architecture: str,
     settings: Mapping[str, Any],
-    bring: FetchWeights,
+    fetch: FetchWeights,
     scratch: Path | None = None,
 ) -> InitialWeights:
     """Initialise a classifier with the weights that the setting `init` names.
@@ -88,8 +86,8 @@ def init_weights(
         classifier: A newly built classifier; it is modified in place.
         architecture: Name of the architecture.
         settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
-        bring: Fetches the weights of the champion or a run; not called for other sources.
-        scratch: Folder for the temporary folder that is passed to `bring`; the system's default if None.
+        fetch: Fetches the weights of the champion or a run; not called for other sources.
+        scratch: Folder for the temporary folder that is passed to `fetch`; the system's default if None.
 
     Returns:
         The description of the initial weights for the training record.
@@ -97,7 +95,7 @@ def init_weights(
     Raises:
         ConvoyError: If the weights do not exist, do not fit the classifier, or the file holds more than tensors.
     """
-    check(architecture, settings)
+    check_init(architecture, settings)
     init = settings["init"]
     channels = classifier.info.channels
     if init == "scratch":
@@ -105,32 +103,31 @@ def init_weights(
     if init == "pretrained":
         # Check before anything is downloaded.
         _check_channels(architecture, 3, channels)
-        donor = pretrained(classifier, architecture, settings)
-    elif init == "champion" or RUN.fullmatch(init):
+        file, source = download_weights(architecture, settings)
+        loaded = dataclasses.replace(load_source_weights(file, classifier, architecture, settings), source=source)
+    elif init == "champion" or RUN_ID.fullmatch(init):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             # This also verifies the checksums of both files.
-            source = bring(init, Path(folder))
-            donor = from_file(Path(folder) / WEIGHTS, classifier, architecture, settings, source)
-            donor = dataclasses.replace(donor, verified=True)
+            source = fetch(init, Path(folder))
+            loaded = load_source_weights(Path(folder) / WEIGHTS, classifier, architecture, settings, source)
+            loaded = dataclasses.replace(loaded, verified=True)
     else:
-        donor = from_file(Path(init), classifier, architecture, settings)
-    if "mean" in donor.weights:
-        _check_channels(architecture, donor.weights["mean"].numel(), channels)
-    kept = list(donor.classes) == classifier.info.classes
+        loaded = load_source_weights(Path(init), classifier, architecture, settings)
+    if "mean" in loaded.weights:
+        _check_channels(architecture, loaded.weights["mean"].numel(), channels)
+    same_classes = list(loaded.classes) == classifier.info.classes
     try:
-        load_matching(classifier, donor.weights, same_classes=kept)
+        load_matching(classifier, loaded.weights, same_classes)
     except ConvoyError as error:
-        others = {
-            key: value
-            for key, value in donor.settings.items()
+        changes = [
+            f"{key}: {json.dumps(value)}"
+            for key, value in loaded.settings.items()
             if key not in ("init", "recipe") and settings.get(key) != value
-        }
-        mend = ", ".join(f"{key}: {json.dumps(value)}" for key, value in others.items())
-        said = f"model.{architecture}.init: {donor.source}: {error}" + (f"; set {mend}" if mend else "")
-        raise ConvoyError(said) from None
-    return InitialWeights(
-        init, donor.source, donor.sha256, donor.verified, head="kept" if kept else "new", lineage=tuple(donor.lineage)
-    )
+        ]
+        fix = f"; set {', '.join(changes)}" if changes else ""
+        raise ConvoyError(f"model.{architecture}.init: {loaded.source}: {error}{fix}") from None
+    head: Literal["kept", "new"] = "kept" if same_classes else "new"
+    return InitialWeights(init, loaded.source, loaded.sha256, loaded.verified, head, tuple(loaded.lineage))
 
 
 def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
@@ -146,53 +143,25 @@ def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_cl
     """
     # The tensors share their memory with the classifier.
     own = classifier.state_dict()
-    taken = [name for name in own if same_classes or not classifier.is_in_head(name)]
-    if wrong := list(_misfits(own, taken, weights)):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ConvoyError(f"the weights don't fit the settings: {'; '.join(wrong[:3])}{more}")
-    for name in taken:
+    names = [name for name in own if same_classes or not classifier.is_in_head(name)]
+    if mismatches := list(_find_mismatches(own, names, weights)):
+        listed, hidden = mismatches[:MAX_LISTED_WEIGHTS], len(mismatches) - MAX_LISTED_WEIGHTS
+        more = f" and {hidden} more" if hidden > 0 else ""
+        raise ConvoyError(f"the weights don't fit the settings: {'; '.join(listed)}{more}")
+    for name in names:
         own[name].copy_(weights[name])
 
 
-def _misfits(own: Mapping[str, Tensor], taken: Sequence[str], weights: Mapping[str, Tensor]) -> Iterator[str]:
-    for name in taken:
+def _find_mismatches(own: Mapping[str, Tensor], names: Sequence[str], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in names:
         if name not in weights:
             yield f"{name} is missing"
         elif weights[name].shape != own[name].shape:
-            yield f"{name} has the shape {list(weights[name].shape)}, and here {list(own[name].shape)}"
-    yield from (f"{name} is unknown here" for name in weights if name not in own)
+            yield f"{name} has the shape {list(weights[name].shape)} instead of {list(own[name].shape)}"
+    yield from (f"{name} is unknown" for name in weights if name not in own)
 
 
-def pretrained(classifier: Classifier, architecture: str, settings: Mapping[str, Any]) -> SourceWeights:
-    """Load torchvision's ImageNet weights for these settings, downloading them into torchvision's cache if needed.
-
-    Args:
-        classifier: The classifier whose names the weights are converted to.
-        architecture: Name of the architecture.
-        settings: Settings of the architecture, as in `conf/model/<name>.yaml`.
-
-    Raises:
-        ConvoyError: If torchvision has no such network, or the file can be neither read nor downloaded.
-    """
-    from torchvision.models import get_model_weights
-
-    twin = models.torchvision_name(architecture, settings)
-    published = get_model_weights(twin).IMAGENET1K_V1
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
-    if not file.exists():
-        try:
-            # By default, torchvision would unpickle any object and verify no checksum.
-            published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-        except (OSError, HTTPException, RuntimeError) as error:
-            raise ConvoyError(
-                f"model.{architecture}.init: {published.url} can't be downloaded ({describe_error(error, 200)}); "
-                f"put that file into {file.parent} by hand, or set init: scratch"
-            ) from error
-    donor = from_file(file, classifier, architecture, settings)
-    return dataclasses.replace(donor, source=f"torchvision {twin} {published.name}")
-
-
-def from_file(
+def load_source_weights(
     file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any], source: str = ""
 ) -> SourceWeights:
     """Load weights from a file without running any code that it contains.
@@ -209,126 +178,48 @@ def from_file(
             torchvision published under its name.
     """
     try:
-        digest = sha256(file)
+        checksum = sha256(file)
     except OSError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
-    if file.suffix in PICKLED:
-        verified = _is_published(file, digest, architecture, settings)
-        content = _of_torchvision(file, classifier, architecture, settings)
-    else:
-        verified = False
-        content = _of_ours(file, architecture, source)
-    weights, classes, trained_with, lineage = content
-    return SourceWeights(source or str(file), weights, classes, trained_with, digest, verified, lineage)
+    if file.suffix not in TORCH_SUFFIXES:
+        return _load_own_weights(file, checksum, architecture, source)
+    verified = is_published(file, checksum, architecture, settings)
+    weights, classes = load_weights(file, classifier, architecture, settings)
+    return SourceWeights(source or str(file), weights, classes, settings, checksum, verified)
 
 
-def _is_published(file: Path, digest: str, architecture: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether torchvision published the file, judging by its name and checksum.
-
-    The names of torchvision's files end in the first 8 digits of their sha256.
-
-    Raises:
-        ConvoyError: If the file has such a name but another checksum.
-    """
-    from torchvision.models import get_model_weights
-
-    published = {
-        Path(weights.url).name for weights in get_model_weights(models.torchvision_name(architecture, settings))
-    }
-    if file.name not in published:
-        return False
-    expected = file.stem.rpartition("-")[2]
-    if not digest.startswith(expected):
-        again = "the next run downloads it again" if settings["init"] == "pretrained" else "download it again"
-        raise ConvoyError(
-            f"model.{architecture}.init: {file} is damaged, or not the file that torchvision published under this "
-            f"name: its sha256 begins with {digest[: len(expected)]} instead of {expected}. Remove it, and {again}; if "
-            "it is a file of your own, give it another name"
-        )
-    return True
-
-
-# Weights, classes, settings and lineage of `SourceWeights`.
-LoadedWeights = tuple[Mapping[str, Tensor], Sequence[str], Mapping[str, Any], Sequence[str]]
-
-
-def _of_ours(file: Path, architecture: str, source: str) -> LoadedWeights:
-    beside = file.with_name(RECORD)
-    weights_of, record_of = (f"{each.name} of {source}" if source else str(each) for each in (file, beside))
+def _load_own_weights(file: Path, checksum: str, architecture: str, source: str) -> SourceWeights:
+    record_file = file.with_name(RECORD)
+    weights_name, record_name = (f"{each.name} of {source}" if source else str(each) for each in (file, record_file))
     try:
-        record = TrainingRecord.parse(beside.read_bytes(), record_of)
+        record = TrainingRecord.parse(record_file.read_bytes(), record_name)
     except (OSError, ConvoyError) as error:
         raise ConvoyError(
-            f"model.{architecture}.init: {record_of} is missing or can't be read: "
-            "put the record of the training that left the weights beside them"
+            f"model.{architecture}.init: {record_name} is missing or can't be read: "
+            "put the record of the training that produced the weights into their folder"
         ) from error
     if record.architecture != architecture:
         raise ConvoyError(
-            f"model.{architecture}.init: {weights_of} holds weights of {record.architecture}, not of {architecture}"
+            f"model.{architecture}.init: {weights_name} holds weights of {record.architecture}, not of {architecture}"
         )
     try:
-        return load_file(file), record.dataset_info.classes, record.settings, record.lineage
+        weights = load_file(file)
     except SafetensorError as error:
-        raise ConvoyError(f"model.{architecture}.init: {weights_of} is no safetensors file ({error})") from error
-
-
-def _of_torchvision(
-    file: Path, classifier: Classifier, architecture: str, settings: Mapping[str, Any]
-) -> LoadedWeights:
-    from torchvision.models import get_model_weights
-
-    twin = models.torchvision_name(architecture, settings)
-    weights = _plain(file, architecture)
-    theirs = _blank(twin, IMAGENET)
-    # The last name is the bias of the output layer.
-    *_, last = theirs.state_dict()
-    outputs = weights[last].numel() if last in weights else IMAGENET
-    theirs = _blank(twin, outputs)
-    try:
-        # Load with torchvision's own module, because old files have another order and no batch counters.
-        theirs.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ConvoyError(
-            f"model.{architecture}.init: {file} is not of torchvision's {twin} ({describe_error(error, 300)})"
-        ) from error
-    twins = models.equivalents(architecture)
-    norm = {"mean": torch.tensor(twins.mean).view(1, -1, 1, 1), "std": torch.tensor(twins.std).view(1, -1, 1, 1)}
-    names = [name for name in classifier.state_dict() if name not in norm]
-    layers = zip(names, twins.translate(theirs.state_dict()).values(), strict=True)
-    # The file does not name its classes; a thousand classes are assumed to be those of ImageNet.
-    classes = get_model_weights(twin).IMAGENET1K_V1.meta["categories"] if outputs == IMAGENET else []
-    return {**norm, **dict(layers)}, classes, settings, []
-
-
-def _blank(twin: str, classes: int) -> nn.Module:
-    """Create torchvision's network on the meta device, with shapes but no values."""
-    from torchvision.models import get_model
-
-    with torch.device("meta"), warnings.catch_warnings():
-        # GoogLeNet warns about its initial weights, which are not used here.
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_model(twin, weights=None, num_classes=classes)
-
-
-def _plain(file: Path, architecture: str) -> Mapping[str, Tensor]:
-    try:
-        # Files in the old format cannot be memory-mapped.
-        whole = not zipfile.is_zipfile(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=not whole)
-    # Broken and malicious files raise many kinds of exceptions.
-    except Exception as error:
-        raise ConvoyError(
-            f"model.{architecture}.init: {file} is no file of plain weights, and nothing in it was run "
-            f"({describe_error(error, 200)})"
-        ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ConvoyError(f"model.{architecture}.init: {file} holds more than tensors: save a state_dict() in it")
-    return weights
+        raise ConvoyError(f"model.{architecture}.init: {weights_name} is no safetensors file ({error})") from error
+    return SourceWeights(
+        source or str(file),
+        weights,
+        record.dataset_info.classes,
+        record.settings,
+        checksum,
+        verified=False,
+        lineage=record.lineage,
+    )
 
 
 def _check_channels(architecture: str, theirs: int, ours: int) -> None:
     if theirs != ours:
         raise ConvoyError(
-            f"model.{architecture}.init: the weights are for images with {theirs} channels, and these have {ours}: "
+            f"model.{architecture}.init: the weights are for images with {theirs} channels instead of {ours}: "
             f"set preprocess.channels: {theirs}"
         )

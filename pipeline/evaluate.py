@@ -52,16 +52,18 @@ def evaluate(stage: Stage) -> None:
         torch.set_num_threads(record.trainer.threads)
         classifier.to(hardware.device(record.trainer.accelerator))
         try:
-            in_val, uncalibrated = (predict(classifier, split.pixels, params.batch_size) for split in (val, test))
+            uncalibrated_val = predict(classifier, val.pixels, params.batch_size)
+            uncalibrated = predict(classifier, test.pixels, params.batch_size)
         except torch.OutOfMemoryError:
             raise ConvoyError(
                 f"{params.batch_size} images do not fit into the memory of the GPU: lower evaluate.batch_size"
             ) from None
-        temperature = fit_temperature(val.labels, in_val)
+        temperature = fit_temperature(val.labels, uncalibrated_val)
+        calibrated_val = apply_temperature(uncalibrated_val, temperature)
         calibration = {
             "temperature": temperature,
-            "val_log_loss": float(per_image_log_loss(val.labels, apply_temperature(in_val, temperature)).mean()),
-            "val_log_loss_uncalibrated": float(per_image_log_loss(val.labels, in_val).mean()),
+            "val_log_loss": float(per_image_log_loss(val.labels, calibrated_val).mean()),
+            "val_log_loss_uncalibrated": float(per_image_log_loss(val.labels, uncalibrated_val).mean()),
         }
         probabilities = apply_temperature(uncalibrated, temperature)
 
@@ -73,11 +75,11 @@ def evaluate(stage: Stage) -> None:
     slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)
-    figures = dict(zip(intervals["metric"], intervals["value"], strict=True))
-    for name, values in ((METRICS, figures), (CALIBRATION, calibration)):
+    metrics = dict(zip(intervals["metric"], intervals["value"], strict=True))
+    for name, values in ((METRICS, metrics), (CALIBRATION, calibration)):
         (stage.scratch / name).write_text(json.dumps(values, indent=2) + "\n")
-    said = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not name.endswith("_uncalibrated"))
-    print(f"{stage.foreach_key}: {said or 'its training failed'}")
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_uncalibrated"))
+    print(f"{stage.foreach_key}: {shown or 'its training failed'}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from convoy.reporting import report
 from convoy.tracking import runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import hardware
-from pipeline import sync_mlflow, verify
+from pipeline import verify
 from pipeline.promote import Challenger, promote
 from pipeline.stage import Stage, main
+from pipeline.sync_mlflow import TrainedResult, find_result, sync_runs
 
 PACKAGE = Path(convoy.__file__).parent
 
@@ -40,18 +41,18 @@ def register(stage: Stage) -> None:
     """Write the leaderboard, sync all runs to MLflow and compare the best model by validation with the champion."""
     params = stage.typed(RegisterConfig, "register")
     names = list(stage.section("model"))
-    results = {name: sync_mlflow.find_result(stage, name) for name in names}
+    results = {name: find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
-    figures = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
+    metrics = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
     best = {name: record.best for name, record in records.items() if record.best and not record.failure}
     ranked = [*ranking.rank(best), *(name for name in names if name not in best)]
 
-    table = report.leaderboard({name: records[name] for name in ranked}, figures)
+    table = report.leaderboard({name: records[name] for name in ranked}, metrics)
     table.to_csv(stage.scratch / LEADERBOARD, index=False)
     trained = {name: result.trained for name, result in results.items()}
     evaluated = {name: result.evaluated for name, result in results.items()}
-    _together(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
-    _together(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
+    concat_tables(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
+    concat_tables(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
     for name, record in records.items():
         if record.failure:
             print(f"{name} failed: {record.failure.reason}")
@@ -59,9 +60,7 @@ def register(stage: Stage) -> None:
     stage.on_published.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
 
 
-def compare(
-    stage: Stage, params: RegisterConfig, results: dict[str, sync_mlflow.TrainedResult], trained: Sequence[str]
-) -> None:
+def compare(stage: Stage, params: RegisterConfig, results: dict[str, TrainedResult], trained: Sequence[str]) -> None:
     """Sync the runs of all results to MLflow and compare the first of them with the champion.
 
     Args:
@@ -75,16 +74,16 @@ def compare(
     """
     names, winner = list(stage.section("model")), next(iter(results))
     with open_store(stage.project_root, params.name) as store:
-        run_ids = sync_mlflow.sync_runs(store, stage.root, names, dict(reversed(results.items())))
+        run_ids = sync_runs(store, stage.root, names, dict(reversed(results.items())))
         ui_views.save_views(store)
-        _time(store, {run_ids[name]: results[name] for name in trained if name in run_ids})
+        measure_latencies(store, {run_ids[name]: results[name] for name in trained if name in run_ids})
         if not trained:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
         if experiment := os.environ.get("DVC_EXP_NAME"):
-            print(f"{winner} is the best of experiment {experiment}; an experiment leaves the champion as it is")
+            print(f"{winner} is the best of experiment {experiment}; experiments never change the champion")
             return
         champion.complete_pending(store, params.name)
-        version = _version(store, params.name, results[winner], run_ids[winner], stage.input("preprocess"))
+        version = find_or_register(store, params.name, results[winner], run_ids[winner], stage.input("preprocess"))
         compared = champion.current(store, params.name)
     if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
@@ -92,10 +91,10 @@ def compare(
         promote(stage, params, Challenger(winner, version, results[winner], run_ids[winner]), compared)
 
 
-def _version(store: TrackingStore, name: str, result: sync_mlflow.TrainedResult, run: str, prepared: Path) -> int:
+def find_or_register(store: TrackingStore, name: str, result: TrainedResult, run: str, prepared: Path) -> int:
     """Return the version of the model `name` made from this result, registering it if it does not exist."""
-    identity, record = result.manifest_hash(), result.record()
-    if found := versions.find_version(store, name, identity):
+    manifest_hash, record = result.manifest_hash(), result.record()
+    if found := versions.find_version(store, name, manifest_hash):
         return int(found.version)
     files = {
         "record": result.trained / RECORD,
@@ -104,21 +103,21 @@ def _version(store: TrackingStore, name: str, result: sync_mlflow.TrainedResult,
         "seen": prepared / TRAINING_HASHES,
     }
     with model_loader.temporary(str(result.trained), store.scratch) as scratch:
-        made = versions.register(
+        version = versions.register(
             store,
             name=name,
             run_id=run,
-            identity=identity,
+            identity=manifest_hash,
             model=PACKAGE / "inference/pyfunc_model.py",
-            files=files | exported(record.architecture, files, result, prepared, scratch),
+            files=files | export_onnx(record.architecture, files, result, prepared, scratch),
             code=PACKAGE,
             step=record.best.epoch if record.best else 0,
         )
-    return int(made.version)
+    return int(version.version)
 
 
-def exported(
-    name: str, files: Mapping[str, Path], result: sync_mlflow.TrainedResult, prepared: Path, scratch: Path
+def export_onnx(
+    name: str, files: Mapping[str, Path], result: TrainedResult, prepared: Path, scratch: Path
 ) -> dict[str, Path]:
     """Export a model to an ONNX file in `scratch` and compare its predictions with the evaluation.
 
@@ -147,25 +146,28 @@ def exported(
     except ConvoyError as error:
         print(f"{name} is registered without {onnx.name}: {error}")
         return {}
-    said = f"answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
-    print(f"{name}: {onnx.name} {said}")
+    print(f"{name}: {onnx.name} {verify.describe(len(pixels), difference)}")
     return {"onnx": onnx}
 
 
-def _time(store: TrackingStore, run_ids: Mapping[str, sync_mlflow.TrainedResult]) -> None:
-    """Measure the latency of a single image and of a batch on this machine, for each run that lacks it."""
-    for run, result in run_ids.items():
-        if runs.lacks(store, run, "latency/image_ms_median"):
+def measure_latencies(store: TrackingStore, results: Mapping[str, TrainedResult]) -> None:
+    """Measure the latency of a single image and of a batch on this machine, for each run that lacks it.
+
+    Args:
+        store: The open MLflow store.
+        results: The result that each run ID belongs to.
+    """
+    for run_id, result in results.items():
+        if runs.lacks(store, run_id, "latency/image_ms_median"):
             record = result.record()
             name, weights = record.architecture, result.trained / WEIGHTS
             classifier = models.restore(name, record.settings, record.dataset_info, weights)
             device = hardware.device(record.trainer.accelerator)
-            runs.add_timings(
-                store, run, latency.measure_latency(classifier.to(device)), latency.describe_hardware(device)
-            )
+            timings = latency.measure_latency(classifier.to(device))
+            runs.add_timings(store, run_id, timings, latency.describe_hardware(device))
 
 
-def _together(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
+def concat_tables(folders: Mapping[str, Path], file: str) -> pd.DataFrame:
     """Concatenate a table of every architecture, with the architecture in the column `model`."""
     tables = []
     for name, folder in folders.items():

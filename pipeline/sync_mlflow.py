@@ -27,7 +27,7 @@ from convoy.training.record import TrainingRecord
 from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
-PATIENCE = 40  # s, to wait for a process that still reports a training
+LIVE_TIMEOUT_S = 40  # to wait for a process that still reports a training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +72,27 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
         ConvoyError: If the result is missing or damaged, or the evaluation belongs to another training.
     """
     result = TrainedResult(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
-    stages = _locked(stage.root / "dvc.lock")
-    made = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
-    judged = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
-    if made != judged:
-        raise ConvoyError(f"its evaluation is of an earlier training: run `dvc repro evaluate@{name}`")
+    stages = _locked_stages(stage.root / "dvc.lock")
+    trained = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
+    evaluated = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
+    if trained != evaluated:
+        raise ConvoyError(f"its evaluation belongs to an earlier training: run `dvc repro evaluate@{name}`")
     return result
 
 
-def _locked(file: Path) -> dict[str, Any]:
+def _locked_stages(file: Path) -> dict[str, Any]:
     """Return the stages of dvc.lock, or an empty dict if the file does not exist."""
     try:
         return (yaml.safe_load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
     # The file may hold the markers of a merge conflict.
     except (yaml.YAMLError, AttributeError) as error:
         raise ConvoyError(
-            f"dvc.lock can't be read: take one side of it, and run `dvc repro` ({describe_error(error)})"
+            f"dvc.lock can't be read: resolve the merge conflict, and run `dvc repro` ({describe_error(error)})"
         ) from None
 
 
-def _hashes(stages: Mapping[str, Any], stage: str, side: str) -> dict[str, str]:
-    return {entry["path"]: entry.get("md5", "") for entry in stages.get(stage, {}).get(side, [])}
+def _hashes(stages: Mapping[str, Any], stage: str, kind: str) -> dict[str, str]:
+    return {entry["path"]: entry.get("md5", "") for entry in stages.get(stage, {}).get(kind, [])}
 
 
 def sync_runs(
@@ -116,51 +116,52 @@ def sync_runs(
     records = {name: result.record() for name, result in results.items()}
     common = {}
     if set(results) == set(names):
-        identities = sorted(record.fingerprint for record in records.values())
-        common["reproduction"] = hashlib.sha256("".join(identities).encode()).hexdigest()[:12]
+        fingerprints = sorted(record.fingerprint for record in records.values())
+        common["reproduction"] = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:12]
     run_ids = {}
     for name in results:
-        record, result, mark = records[name], results[name], results[name].manifest_hash()
-        identity, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
-        tags = {**common, **colour(names, name)}
-        found = runs.find(store, identity)
-        if found and runs.is_synced(found, status, mark):
+        record, result, manifest_hash = records[name], results[name], results[name].manifest_hash()
+        fingerprint, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
+        tags = {**common, **colour_tag(names, name)}
+        found = runs.find(store, fingerprint)
+        if found and runs.is_synced(found, status, manifest_hash):
             runs.set_tags(store, found, tags)
             run_ids[name] = found.info.run_id
             continue
         try:
             with (
-                runs.sole_writer(store, identity, PATIENCE),
+                runs.sole_writer(store, fingerprint, LIVE_TIMEOUT_S),
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
-                run = describe(record, result, tags, provenance.provenance_tags(root), Path(folder))
-                run_ids[name] = runs.sync_run(store, run, mark, int((result.trained / MANIFEST).stat().st_mtime * 1000))
-            print(f"{name}: its run is now whole in MLflow")
+                run = build_run(record, result, tags, provenance.provenance_tags(root), Path(folder))
+                end_time = int((result.trained / MANIFEST).stat().st_mtime * 1000)
+                run_ids[name] = runs.sync_run(store, run, manifest_hash, end_time)
+            print(f"{name}: its run is now complete in MLflow")
         except Timeout:
-            print(f"{name} is training at this moment: its run comes level afterwards")
+            print(f"{name} is being trained: its run is completed afterwards")
             if found:
                 run_ids[name] = found.info.run_id
     return run_ids
 
 
-def describe(
+def build_run(
     record: TrainingRecord, result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
 ) -> runs.RunRecord:
     """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
-    figures = json.loads((evaluated / METRICS).read_text())
+    metrics = json.loads((evaluated / METRICS).read_text())
     files = [trained / RECORD, trained / HISTORY]
     files += [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
     if not record.failure:
-        picture, title = scratch / "confusion.png", f"{record.architecture} on test images"
+        plot, title = scratch / "confusion.png", f"{record.architecture} on test images"
         predictions = pd.read_parquet(evaluated / PREDICTIONS, columns=["actual", "predicted"])
-        report.draw_confusion(predictions, record.dataset_info.classes, title, picture)
-        files += [trained / WEIGHTS, picture]
+        report.draw_confusion(predictions, record.dataset_info.classes, title, plot)
+        files += [trained / WEIGHTS, plot]
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
-    return runs.run_with_results(record, figures, history, tags, origin, files)
+    return runs.run_with_results(record, metrics, history, tags, origin, files)
 
 
-def colour(names: Sequence[str], name: str) -> dict[str, str]:
+def colour_tag(names: Sequence[str], name: str) -> dict[str, str]:
     """Return the tag that sets the colour of an architecture in MLflow's charts, by its position in `names`."""
     return {"mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)]}
 

@@ -17,14 +17,14 @@ from convoy.tracking.store import TrackingStore, open_store
 from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
-IMAGES = 200  # maximum number of images to predict
+MAX_IMAGES = 200  # images to predict
 
 
 def main() -> None:
     """Check the files of MODEL, load it in a new process and compare its predictions with the recorded ones."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=main.__doc__)
     parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("evaluated", type=Path, help="folder with predictions.parquet, as artifacts/evaluate/lenet")
+    parser.add_argument("evaluated", type=Path, help="folder of an evaluation, such as artifacts/evaluate/lenet")
     parser.add_argument("prepared", type=Path, nargs="?", default=Path("artifacts/preprocess"))
     options = parser.parse_args()
     root = Path.cwd()
@@ -51,7 +51,12 @@ def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> s
     """
     pixels, expected = sample(evaluated, prepared)
     difference = model_loader.verify(model_loader.find(store, uri), pixels, expected, store.scratch)
-    return f"{uri} answers {len(pixels)} images as evaluated; probabilities differ by {difference:.1g} at most"
+    return f"{uri} {describe(len(pixels), difference)}"
+
+
+def describe(count: int, difference: float) -> str:
+    """Return the message for a model that predicts `count` images as evaluated, up to a difference in probability."""
+    return f"predicts {count} images as evaluated; probabilities differ by {difference:.1g} at most"
 
 
 def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -62,25 +67,25 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
         prepared: The output folder of the preprocess stage.
 
     Returns:
-        The pixels, (N, H, W, C) uint8, and the probabilities, (N, K), with N <= `IMAGES`.
+        The pixels, (N, H, W, C) uint8, and the probabilities, (N, K), with N <= `MAX_IMAGES`.
 
     Raises:
         ConvoyError: If a file is missing, or the folders are of different images or classes.
     """
     for file in (evaluated / PREDICTIONS, prepared / DATASET_INFO, prepared / "test_pixels.npy"):
         if not file.is_file():
-            raise ConvoyError(f"there is no {file}: name the folder of an evaluation, as artifacts/evaluate/lenet")
-    recorded = pd.read_parquet(evaluated / PREDICTIONS)
+            raise ConvoyError(f"{file} does not exist: give the folder of an evaluation, such as artifacts/evaluate/x")
+    predictions = pd.read_parquet(evaluated / PREDICTIONS)
     classes = json.loads((prepared / DATASET_INFO).read_text())["classes"]
     columns = [f"{PROBABILITY_PREFIX}{name}" for name in classes]
-    if not set(columns) <= set(recorded):
-        raise ConvoyError(f"{evaluated} is of other classes than {prepared}: run `dvc repro`")
-    expected = recorded[columns].to_numpy()
+    if not set(columns) <= set(predictions):
+        raise ConvoyError(f"{evaluated} and {prepared} have different classes: run `dvc repro`")
+    expected = predictions[columns].to_numpy()
     test = Images.load(prepared, "test")
     if len(test) != len(expected):
-        raise ConvoyError(f"{evaluated} is of {len(expected)} images and {prepared} of {len(test)}: run `dvc repro`")
+        raise ConvoyError(f"{evaluated} has {len(expected)} images and {prepared} has {len(test)}: run `dvc repro`")
     # Evenly spaced rows cover every class, because the test images are ordered by class.
-    rows = np.unique(np.linspace(0, len(test) - 1, IMAGES).round().astype(int))
+    rows = np.unique(np.linspace(0, len(test) - 1, MAX_IMAGES).round().astype(int))
     return test.pixels[rows], expected[rows]
 
 

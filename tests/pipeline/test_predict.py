@@ -246,7 +246,7 @@ def test_model_that_predicts_as_evaluated_passes_in_one_line(
     here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(monkeypatch, "models:/convoy@champion", evaluated, evaluated) is None
-    assert capsys.readouterr().out.startswith("models:/convoy@champion answers 200 images as evaluated; probabilities")
+    assert capsys.readouterr().out.startswith("models:/convoy@champion predicts 200 images as evaluated; probabilities")
 
 
 def test_model_with_other_recorded_predictions_fails(
@@ -259,7 +259,7 @@ def test_model_with_other_recorded_predictions_fails(
     assert str(said).startswith("convoy: verify: models:/convoy/1 does not answer as it was evaluated")
     table[1:].to_parquet(evaluated / "predictions.parquet")
     said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
-    assert "is of 449 images" in str(said)
+    assert "has 449 images" in str(said)
 
 
 def test_folder_without_an_evaluation_is_one_clear_line(
@@ -267,9 +267,11 @@ def test_folder_without_an_evaluation_is_one_clear_line(
 ) -> None:
     said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)
     assert said == (
-        "convoy: verify: there is no nowhere/predictions.parquet: name the folder of an evaluation, as "
-        "artifacts/evaluate/lenet"
+        "convoy: verify: nowhere/predictions.parquet does not exist: give the folder of an evaluation, such as "
+        "artifacts/evaluate/x"
     )
-    assert "there is no nowhere/task.json" in str(check(monkeypatch, "models:/convoy@champion", evaluated, "nowhere"))
+    assert "nowhere/task.json does not exist" in str(
+        check(monkeypatch, "models:/convoy@champion", evaluated, "nowhere")
+    )
     pd.DataFrame({"probability_yak": [1.0]}).to_parquet(evaluated / "predictions.parquet")
-    assert "of other classes" in str(check(monkeypatch, "models:/convoy@champion", evaluated, evaluated))
+    assert "have different classes" in str(check(monkeypatch, "models:/convoy@champion", evaluated, evaluated))

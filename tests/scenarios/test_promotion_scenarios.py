@@ -31,7 +31,7 @@ from convoy.tracking.store import open_store
 from pipeline import check_champion, promote, rollback, sync_mlflow
 from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
-from pipeline.register import exported, register
+from pipeline.register import export_onnx, register
 from pipeline.stage import Stage
 from promotion_fixtures import WRITES, Killed
 from retraining_scenarios import BASE, SETTINGS, answer, end_in, make_nights
@@ -66,7 +66,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.function is not test_first_run_then_better_worse_and_tied_challengers:
         monkeypatch.setattr(model_loader, "_predict_in_subprocess", answer)
         if "onnx" not in request.function.__name__:  # some seconds
-            monkeypatch.setattr("pipeline.register.exported", lambda *_: {})
+            monkeypatch.setattr("pipeline.register.export_onnx", lambda *_: {})
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_onnx_file_with_other_predictions_is_not_kept(
     files = {name: next(folder.glob(f"{name}.*")) for name, folder in names.items()}
     monkeypatch.setattr(onnx_export, "export", lambda *_: None)
     monkeypatch.setattr(onnx_export, "max_difference", lambda *_: difference)
-    found = exported("lenet", files, result, root / "artifacts/preprocess", tmp_path)
+    found = export_onnx("lenet", files, result, root / "artifacts/preprocess", tmp_path)
     assert (list(found) == ["onnx"]) == kept
     refusal = f"lenet is registered without model.onnx: its probabilities differ by up to {difference:.2g}, more than"
     assert (refusal in capsys.readouterr().out) != kept

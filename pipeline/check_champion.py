@@ -25,7 +25,7 @@ from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 # For requests to a server. One that is too slow for this check is queried again by the gate.
-REQUEST_TIMEOUT_S, RETRIES = "5", "0"
+REQUEST_TIMEOUT_S, MAX_RETRIES = "5", "0"
 
 
 def main() -> None:
@@ -35,32 +35,32 @@ def main() -> None:
     folder = parser.parse_args().folder
     root = Path.cwd()
     os.environ.setdefault(PATIENCE, REQUEST_TIMEOUT_S)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MAX_RETRIES)
     with exit_on_error("check_champion"):
         name = config.load(root / "params.yaml")["register"]["name"]
-        if found := find_champion(project_root(root), name):
-            check(folder, found)
+        if old := find_champion(project_root(root), name):
+            check(folder, old)
 
 
-def find_champion(home: Path, name: str) -> TrainingScope | None:
+def find_champion(project: Path, name: str) -> TrainingScope | None:
     """Return the champion of a registered model, or None if there is none or MLflow can't be reached.
 
     Args:
-        home: The project folder.
+        project: The project folder.
         name: The name of the registered model.
 
     Raises:
         ConvoyError: If the model had a champion that is missing or was modified.
     """
     # Opening the store would create mlflow.db, which this check must not do.
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-        champion.check_note(home / "artifacts" / ".champions", name)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (project / "mlflow.db").exists():
+        champion.check_note(project / "artifacts" / ".champions", name)
         return None
     refusal: ConvoyError | None = None
     try:
-        with open_store(home, name) as store:
+        with open_store(project, name) as store:
             try:
-                return describe(store, name)
+                return describe_champion(store, name)
             except model_loader.NotFetched as error:
                 # With a server this may be a temporary outage.
                 refusal = None if os.environ.get("MLFLOW_TRACKING_URI") else error
@@ -73,17 +73,17 @@ def find_champion(home: Path, name: str) -> TrainingScope | None:
     return None
 
 
-def describe(store: TrackingStore, name: str) -> TrainingScope | None:
+def describe_champion(store: TrackingStore, name: str) -> TrainingScope | None:
     """Verify the files of the champion and return what the gate needs to know of it, or None if there is none."""
     version = champion.current(store, name)
     if version is None:
         return None
-    found = model_loader.find(store, f"models:/{name}/{version}")
+    model = model_loader.find(store, f"models:/{name}/{version}")
     with tempfile.TemporaryDirectory(dir=store.scratch) as scratch:
-        model_loader.fetch(found, Path(scratch), [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
+        model_loader.fetch(model, Path(scratch), [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
         record = TrainingRecord.load(Path(scratch, "artifacts", RECORD))
-    named = f"the champion {record.architecture} (version {version})"
-    return TrainingScope(named, record.dataset_info.classes, model_loader.seen_ever(store, found))
+    title = f"the champion {record.architecture} (version {version})"
+    return TrainingScope(title, record.dataset_info.classes, model_loader.seen_ever(store, model))
 
 
 def check(folder: Path, old: TrainingScope) -> None:
@@ -98,11 +98,11 @@ def check(folder: Path, old: TrainingScope) -> None:
     """
     images = pd.read_parquet(folder / IMAGE_TABLE, columns=["path", "sha256", "label", "split"])
     images = images[images["split"] == "test"]
-    seen = (folder / TRAINING_HASHES).read_text().split()
-    new = TrainingScope("a model of these images", DatasetInfo.load(folder / DATASET_INFO).classes, seen)
+    training_hashes = (folder / TRAINING_HASHES).read_text().split()
+    new = TrainingScope("a model of these images", DatasetInfo.load(folder / DATASET_INFO).classes, training_hashes)
     paths = dict(zip(images["sha256"], images["path"], strict=True))
-    digests, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
-    check_comparable(digests, actual, [new, old], pd.read_parquet(folder / CROSS_SPLIT_DUPLICATES), paths)
+    hashes, actual = (images[column].to_numpy(object) for column in ("sha256", "label"))
+    check_comparable(hashes, actual, [new, old], pd.read_parquet(folder / CROSS_SPLIT_DUPLICATES), paths)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def main() -> None:
     root = Path.cwd()
     with exit_on_error("migrate_mlflow"):
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
-            raise ConvoyError("say where to: export MLFLOW_TRACKING_URI=http://server:5000")
+            raise ConvoyError("set the target: export MLFLOW_TRACKING_URI=http://server:5000")
         name = config.load(root / "params.yaml")["register"]["name"]
         with open_store(root, name) as server:
             lines = 0
@@ -27,7 +27,7 @@ def main() -> None:
                 print(line, flush=True)
                 lines += 1
             table, curves = ui_views.save_views(server)
-        print("everything is there:" if lines else "everything was there already:")
+        print("everything is copied:" if lines else "everything was copied already:")
         print(f"  leaderboard  {table}\n  curves       {curves}")
 
 

@@ -23,33 +23,33 @@ from convoy.training import hardware
 from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
-BATCH = 64  # images in memory at a time
+BATCH_SIZE = 64  # images in memory at a time
 
 # The keys are image and either label and probability, or error.
-Answer = dict[str, str | float]
+Prediction = dict[str, str | float]
 
 
 def main() -> None:
     """Print the label and probability of each IMAGE: a file, a folder (recursively) or a pattern such as '*.png'."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=main.__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; the champion, if not given")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line, instead of a table")
+    parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; default: the champion")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line instead of a table")
     options = parser.parse_args()
     try:
         with exit_on_error("predict"):
-            title, predictor = registered(Path.cwd(), options.model)
-            answers = answer(predictor, options.images)
-            unread = print_lines(answers) if options.json else print_table(answers, title)
+            title, predictor = load_model(Path.cwd(), options.model)
+            predictions = predict(predictor, options.images)
+            failed = print_lines(predictions) if options.json else print_table(predictions, title)
     # The reader closed the pipe, as `head` does.
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    if unread:
-        sys.exit(f"convoy: predict: {unread} image{'s' if unread > 1 else ''} without an answer")
+    if failed:
+        sys.exit(f"convoy: predict: {failed} image{'s' if failed > 1 else ''} could not be predicted")
 
 
-def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
+def load_model(root: Path, uri: str | None) -> tuple[str, Predictor]:
     """Load a registered model.
 
     Args:
@@ -64,35 +64,37 @@ def registered(root: Path, uri: str | None) -> tuple[str, Predictor]:
     """
     params = config.load(root / "params.yaml")
     name = params["register"]["name"]
-    home = project_root(root)
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-        raise ConvoyError("there is no mlflow.db here: `make repro` makes it, or set MLFLOW_TRACKING_URI")
-    with open_store(home, name) as store:
+    project = project_root(root)
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (project / "mlflow.db").exists():
+        raise ConvoyError("mlflow.db does not exist: run `make repro`, or set MLFLOW_TRACKING_URI")
+    with open_store(project, name) as store:
         version = model_loader.find(store, uri or f"models:/{name}@champion")
         predictor = model_loader.load(version, store.scratch)
     predictor.classifier.to(hardware.device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
 
 
-def answer(predictor: Predictor, given: Sequence[str]) -> Iterator[Answer]:
+def predict(predictor: Predictor, paths: Sequence[str]) -> Iterator[Prediction]:
     """Yield a prediction or an error for each image.
 
-    The order is that of the arguments; images of a folder or a pattern are sorted by name.
+    The order is that of the paths; images of a folder or a pattern are sorted by name.
 
     Args:
         predictor: The model.
-        given: Files, folders or patterns.
+        paths: Files, folders or patterns.
     """
     batch: list[tuple[str, np.ndarray | InvalidImageError]] = []
-    for path in found(given):
-        batch.append((str(path), read(path, predictor)))
-        if len(batch) == BATCH:
-            yield from _answer(predictor, batch)
+    for path in find_images(paths):
+        batch.append((str(path), read_image(path, predictor)))
+        if len(batch) == BATCH_SIZE:
+            yield from _predict_batch(predictor, batch)
             batch = []
-    yield from _answer(predictor, batch)
+    yield from _predict_batch(predictor, batch)
 
 
-def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | InvalidImageError]]) -> Iterator[Answer]:
+def _predict_batch(
+    predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | InvalidImageError]]
+) -> Iterator[Prediction]:
     pixels = [image for _, image in batch if isinstance(image, np.ndarray)]
     rows = iter(predictor.probabilities(np.stack(pixels)) if pixels else [])
     for path, image in batch:
@@ -104,26 +106,29 @@ def _answer(predictor: Predictor, batch: Sequence[tuple[str, np.ndarray | Invali
             yield {"image": path, "label": predictor.info.classes[best], "probability": float(row[best])}
 
 
-def found(given: Sequence[str]) -> Iterator[Path]:
-    """Yield the files that the arguments name; an argument that matches nothing is yielded unchanged."""
-    for name in given:
+def find_images(paths: Sequence[str]) -> Iterator[Path]:
+    """Yield the files that the paths name; a path that matches nothing is yielded unchanged."""
+    for name in paths:
         matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute one)
         for path in map(Path, matches or [name]):
             below = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else []
             files = [file for file in below if not is_junk(str(file.relative_to(path)))]
             inside = [file for file in files if is_image(file.name) or not file.suffix]
             if other := len(files) - len(inside):
-                print(f"{printable(str(path))}: {other} files in it are not called as images are", file=sys.stderr)
+                print(
+                    f"{escape_unprintable(str(path))}: {other} files without an image suffix are ignored",
+                    file=sys.stderr,
+                )
             yield from inside or [path]
 
 
-def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
+def read_image(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
     """Return an image preprocessed for the network, or the error that explains why it can't be used."""
     try:
         if path.is_dir():
             return InvalidImageError("is a folder without images")
         if not path.exists():
-            return InvalidImageError("is not there")
+            return InvalidImageError("does not exist")
         # Reading a pipe or a device might never end.
         if not path.is_file():
             return InvalidImageError("is not a file")
@@ -136,35 +141,34 @@ def read(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageError:
         return fault
 
 
-def print_lines(answers: Iterator[Answer]) -> int:
+def print_lines(predictions: Iterator[Prediction]) -> int:
     """Print one JSON object per line, and return the number of images without a prediction."""
-    unread = 0
-    for each in answers:
-        unread += "error" in each
-        print(json.dumps(each), flush=True)
-    return unread
+    failed = 0
+    for prediction in predictions:
+        failed += "error" in prediction
+        print(json.dumps(prediction), flush=True)
+    return failed
 
 
-def print_table(answers: Iterator[Answer], title: str) -> int:
+def print_table(predictions: Iterator[Prediction], title: str) -> int:
     """Print predictions as a table and errors to standard error, and return the number of errors."""
-
     from convoy.reporting import report
 
-    rows, unread = [], 0
-    for each in answers:
-        image = printable(str(each["image"]))
-        if "error" in each:
-            unread += 1
-            print(f"{image} {each['error']}", file=sys.stderr)
+    rows, failed = [], 0
+    for prediction in predictions:
+        image = escape_unprintable(str(prediction["image"]))
+        if "error" in prediction:
+            failed += 1
+            print(f"{image} {prediction['error']}", file=sys.stderr)
         else:
-            label = printable(str(each["label"]))
-            rows.append({"image": image, "label": label, "probability": each["probability"]})
+            label = escape_unprintable(str(prediction["label"]))
+            rows.append({"image": image, "label": label, "probability": prediction["probability"]})
     if rows:
         report.print_table(pd.DataFrame(rows), title)
-    return unread
+    return failed
 
 
-def printable(name: str) -> str:
+def escape_unprintable(name: str) -> str:
     """Escape the unprintable characters of a name, so that none of them reaches the terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
 

@@ -117,7 +117,7 @@ class Live:
             os.close(reader)
         # The names of a thousand classes would fill the pipe, so the classes are left out.
         sent = record.model_copy(update={"dataset_info": dataclasses.replace(record.dataset_info, classes=[])})
-        self._say({"record": sent.model_dump(mode="json"), "process": os.getpid()})
+        self._send({"record": sent.model_dump(mode="json"), "process": os.getpid()})
 
     def on_epoch_end(self, row: Mapping[str, float]) -> None:
         """Report the end of an epoch.
@@ -125,7 +125,7 @@ class Live:
         Args:
             row: The row of the epoch in the history.
         """
-        self._say({"row": row})
+        self._send({"row": row})
 
     def end(self, status: str) -> None:
         """Report the end of the training.
@@ -133,12 +133,12 @@ class Live:
         Args:
             status: The status of the run in MLflow, "FINISHED" or "FAILED".
         """
-        self._say({"status": status})
+        self._send({"status": status})
         if self.pipe is not None:
             os.close(self.pipe)
             self.pipe = None
 
-    def _say(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any]) -> None:
         if self.pipe is None:
             return
         line = json.dumps({**message, "moment": int(time.time() * 1000)}) + "\n"
@@ -162,10 +162,10 @@ def fetch_weights(stage: Stage, init: str, folder: Path) -> str:
         ConvoyError: If the weights can't be fetched.
     """
     command = [sys.executable, "-m", "pipeline.fetch_weights", stage.foreach_key, init, str(folder)]
-    asked = subprocess.run(command, cwd=stage.root, capture_output=True, text=True)
-    if asked.returncode:
-        raise ConvoyError(asked.stderr.strip().removeprefix("convoy: fetch_weights: "))
-    return asked.stdout.strip()
+    fetched = subprocess.run(command, cwd=stage.root, capture_output=True, text=True)
+    if fetched.returncode:
+        raise ConvoyError(fetched.stderr.strip().removeprefix("convoy: fetch_weights: "))
+    return fetched.stdout.strip()
 
 
 if __name__ == "__main__":

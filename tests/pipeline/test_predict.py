@@ -82,7 +82,7 @@ def test_files_without_suffix_are_images_and_others_are_counted(
     assert run(monkeypatch, pictures / "more", "--json") is None
     said = capsys.readouterr()
     assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(pictures / "more/c")]
-    assert "more: 1 files in it are not called as images are" in said.err
+    assert "more: 1 files without an image suffix are ignored" in said.err
 
 
 def test_predictions_are_in_the_order_of_the_arguments(
@@ -109,7 +109,7 @@ def test_pattern_gives_what_it_matches(
 
 def test_name_that_looks_like_a_pattern_is_a_file_first(pictures: Path) -> None:
     draw(7).save(pictures / "a[1].png")
-    assert list(predict.found([str(pictures / "a[1].png")])) == [pictures / "a[1].png"]
+    assert list(predict.find_images([str(pictures / "a[1].png")])) == [pictures / "a[1].png"]
 
 
 def test_table_shows_model_label_and_probability(
@@ -134,18 +134,18 @@ def test_invalid_image_is_named_and_the_others_are_predicted(
     reasons = {
         "torn.png": "can't be decoded: ",
         "labels.csv": "is not an image in BMP, GIF",
-        "none.png": "is not there",
+        "none.png": "does not exist",
         "empty": "is a folder without images",
-        "no*.gif": "is not there",
+        "no*.gif": "does not exist",
     }
-    assert run(monkeypatch, *given, "--json") == "convoy: predict: 5 images without an answer"
+    assert run(monkeypatch, *given, "--json") == "convoy: predict: 5 images could not be predicted"
     found = {Path(each["image"]).name: each for each in lines(capsys)}
     assert list(found) == [path.name for path in given]
     assert all(found[name]["error"].startswith(reason) for name, reason in reasons.items())
     assert found["a.jpg"]["label"] in CLASSES
 
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, *given[:3]) == "convoy: predict: 2 images without an answer"
+    assert run(monkeypatch, *given[:3]) == "convoy: predict: 2 images could not be predicted"
     said = capsys.readouterr()
     assert f"{pictures / 'torn.png'} can't be decoded: " in said.err
     assert "a.jpg" in said.out
@@ -157,7 +157,7 @@ def test_file_may_have_any_name(
     for name in ("a[bold].png", "b\x1b[2J.png", os.fsdecode(b"c\xff.png"), "d [red].txt"):
         (pictures / name).write_bytes((pictures / "b.png").read_bytes() if name.endswith("png") else b"no image")
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, pictures, pictures / "d [red].txt") == "convoy: predict: 1 image without an answer"
+    assert run(monkeypatch, pictures, pictures / "d [red].txt") == "convoy: predict: 1 image could not be predicted"
     said = capsys.readouterr()
     assert all(name in said.out for name in ("a[bold].png", r"b\x1b[2J.png", r"c\udcff.png"))
     assert "\x1b" not in said.out
@@ -167,7 +167,7 @@ def test_file_may_have_any_name(
 
 
 def test_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image without an answer"
+    assert run(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image could not be predicted"
     assert lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
 
@@ -186,12 +186,12 @@ def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Predictor, "probabilities", probabilities)
     monkeypatch.setattr(predict, "read", pixels)
     names = [f"{number}.png" for number in range(1000)]
-    answers = predict.answer(predictor.restore(here / "left"), names)
+    answers = predict.predict(predictor.restore(here / "left"), names)
     assert next(answers)["image"] == "0.png"
-    assert len(read) == predict.BATCH
+    assert len(read) == predict.BATCH_SIZE
     assert [each["image"] for each in answers] == names[1:]
     assert sum(sizes) == len(read) == 1000
-    assert max(sizes) == predict.BATCH
+    assert max(sizes) == predict.BATCH_SIZE
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_nothing_is_created_if_no_model_is_registered(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert "params.yaml is missing" in str(run(monkeypatch, "a.png"))
     (tmp_path / "params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: cpu\n")
-    assert "there is no mlflow.db here" in str(run(monkeypatch, "a.png"))
+    assert "mlflow.db does not exist" in str(run(monkeypatch, "a.png"))
     assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
 
 

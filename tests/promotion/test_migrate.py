@@ -288,6 +288,6 @@ def test_missing_server_address_is_reported(address: str | None, monkeypatch: py
     if address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     with pytest.raises(
-        SystemExit, match=r"^convoy: migrate_mlflow: say where to: export MLFLOW_TRACKING_URI=http://server:5000$"
+        SystemExit, match=r"^convoy: migrate_mlflow: set the target: export MLFLOW_TRACKING_URI=http://server:5000$"
     ):
         pipeline.migrate_mlflow.main()

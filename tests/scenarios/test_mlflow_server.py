@@ -351,12 +351,12 @@ def test_migrated_store_continues_on_the_server(
     monkeypatch.chdir(root)
     out, err = (moving := start(root, "pipeline.migrate_mlflow")).communicate()
     assert moving.returncode == 0, err
-    assert "version 2 of moved\neverything is there:\n" in out
+    assert "version 2 of moved\neverything is copied:\n" in out
     assert "secret" not in out + err
     monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
     capsys.readouterr()
     migrate_mlflow.main()
-    assert capsys.readouterr().out.startswith("everything was there already:\n")
+    assert capsys.readouterr().out.startswith("everything was copied already:\n")
 
     results = [root / "kept" / training for training in ("poor", "good")]
     assert_whole_runs(whole, "moved", results, "verdict.md", "promotions.csv")

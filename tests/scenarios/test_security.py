@@ -183,7 +183,7 @@ def test_only_the_registered_files_are_loaded(
         model_loader.load(found)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConvoyError, match=rf"models:/convoy/1.*{file}"):
-        predict.registered(root, None)
+        predict.load_model(root, None)
     assert not fired.exists()
 
 

@@ -52,9 +52,9 @@ class Ending(ImageData):
 classifier = models.build("lenet", settings, info)
 trainer = Trainer(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
 params = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
-choice = choose(trainer, classifier)
-environment(choice)
-fit(classifier, Ending(images, images, classifier.recipe, 0), params, choice)
+hardware = resolve_trainer(trainer, classifier)
+describe_environment(hardware)
+fit(classifier, Ending(images, images, classifier.recipe, 0), params, hardware)
 """,
     "evaluate": "import pipeline.evaluate, convoy.models.lenet",
     "evaluate, to the first batch": TINY

@@ -53,7 +53,7 @@ from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig, TrainConfig
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import TrainerConfig, choose
+from convoy.training.hardware import TrainerConfig, resolve_trainer
 from convoy.training.optimizers import make_optimizer
 from convoy.training.record import ResolvedTrainer
 from convoy.training.trainer import fit
@@ -194,10 +194,10 @@ class Store:
         return pixels.view(-1, self.height, self.width, self.channels), self.labels.index_select(0, index)
 
 
-def limit(classifier: Classifier, images: Images, choice: ResolvedTrainer, compiled: bool) -> list["Mark"]:
+def limit(classifier: Classifier, images: Images, hardware: ResolvedTrainer, compiled: bool) -> list["Mark"]:
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    torch.set_num_threads(choice.threads)
+    torch.set_num_threads(hardware.threads)
     classifier.to(DEVICE, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = make_optimizer(classifier)
     size = classifier.recipe.batch_size
@@ -208,7 +208,7 @@ def limit(classifier: Classifier, images: Images, choice: ResolvedTrainer, compi
 
     def forward(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = pixels.flatten(2).float().mul_(scale).sub_(offset)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=choice.precision == "bfloat16"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=hardware.precision == "bfloat16"):
             logits = classifier.logits(rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)).float()
         return functional.cross_entropy(logits, labels), (logits.detach().argmax(dim=1) == labels).sum()
 
@@ -219,7 +219,7 @@ def limit(classifier: Classifier, images: Images, choice: ResolvedTrainer, compi
     for _ in range(WARM + 1):
         marks.append(Mark.now())
         for index in torch.randperm(store.count, device=DEVICE).split(size):
-            loss, correct = forward(*store.take(index))
+            loss, correct = forward(*store.gather(index))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -258,13 +258,15 @@ class MarkedData(ImageData):
         return Marked(super().val_dataloader(), self.marks)
 
 
-def ours(classifier: Classifier, images: Images, choice: ResolvedTrainer, rest: list[dict[str, float]]) -> list["Mark"]:
+def ours(
+    classifier: Classifier, images: Images, hardware: ResolvedTrainer, rest: list[dict[str, float]]
+) -> list["Mark"]:
     """The two marks; how long `fit` took before and after them goes to `rest`."""
     data = MarkedData(images, Images(images.pixels[:VALIDATED], images.labels[:VALIDATED]), classifier.recipe, 0)
     params = TrainConfig(max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     with tempfile.TemporaryDirectory() as name, silence():
         called = Mark.now()
-        trained = fit(classifier, data, params, choice, Checkpoint(Path(name, "last.pt")))
+        trained = fit(classifier, data, params, hardware, Checkpoint(Path(name, "last.pt")))
         ended = Mark.now()
     assert trained.failure is None
     first, last = data.marks[-2:]
@@ -331,11 +333,11 @@ class Usual(lightning.LightningModule):
 
 
 def usual(
-    classifier: Classifier, images: Images, choice: ResolvedTrainer, precision: str, workers: int
+    classifier: Classifier, images: Images, hardware: ResolvedTrainer, precision: str, workers: int
 ) -> list["Mark"]:
     """Without progress bar, checkpoints and a logger's file, which would only take more time."""
     torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(choice.threads)
+    torch.set_num_threads(hardware.threads)
     info, recipe = classifier.info, classifier.recipe
     flip = [transforms.RandomHorizontalFlip()] if recipe.augment.flip else []
     change = transforms.Compose([
@@ -395,18 +397,20 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
         return contest.build(info, recipe)
 
     asked = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
-    choice = choose(asked, fresh())
+    hardware = resolve_trainer(asked, fresh())
     rest: list[dict[str, float]] = []
     ways: dict[str, Callable[[Classifier, Images], list[Mark]]] = {
-        LIMIT: functools.partial(limit, choice=choice, compiled=compiled),
-        OURS: functools.partial(ours, choice=choice, rest=rest),
+        LIMIT: functools.partial(limit, hardware=hardware, compiled=compiled),
+        OURS: functools.partial(ours, hardware=hardware, rest=rest),
     }
     if compiled:
-        ways[f"{OURS}, compiled"] = functools.partial(ours, choice=dataclasses.replace(choice, compile=True), rest=[])
+        ways[f"{OURS}, compiled"] = functools.partial(
+            ours, hardware=dataclasses.replace(hardware, compile=True), rest=[]
+        )
     for workers in (0, 2):
-        way = functools.partial(usual, choice=choice, workers=workers)
-        ways[f"Lightning, {workers} workers"] = functools.partial(way, precision=choice.precision)
-        if choice.precision != "float32":
+        way = functools.partial(usual, hardware=hardware, workers=workers)
+        ways[f"Lightning, {workers} workers"] = functools.partial(way, precision=hardware.precision)
+        if hardware.precision != "float32":
             ways[f"Lightning, {workers} workers, float32"] = functools.partial(way, precision="float32")
     few = Images(images.pixels[: contest.batch_size], images.labels[: contest.batch_size])
     for way in ways.values():  # what is loaded late, is loaded
@@ -422,7 +426,7 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
             begin, end = way(fresh(), images)
             rows.append((name, number, len(images), end.wall - begin.wall, end.cpu - begin.cpu))
     table = pd.DataFrame(rows, columns=["way", "round", "images", "wall", "cpu"])
-    words = f"batch {contest.batch_size}, {choice.precision}, threads: {choice.threads}"
+    words = f"batch {contest.batch_size}, {hardware.precision}, threads: {hardware.threads}"
     table.attrs = {"ways": list(ways), "words": words}
     return table, pd.DataFrame(rest)
 

@@ -30,7 +30,7 @@ from convoy.models.base import Classifier, predict
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import TrainerConfig, choose
+from convoy.training.hardware import TrainerConfig, resolve_trainer
 from convoy.training.record import DatasetVersion, InitialWeights, ResolvedTrainer, TrainingRecord
 from convoy.training.trainer import fit
 
@@ -112,7 +112,9 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
     init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
     params = TrainConfig(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
-        trained = fit(classifier, ImageData(kept, val, classifier.recipe, seed), params, choose(TRAINER, classifier))
+        trained = fit(
+            classifier, ImageData(kept, val, classifier.recipe, seed), params, resolve_trainer(TRAINER, classifier)
+        )
     classifier.load_state_dict(trained.weights)
     return classifier
 

@@ -50,7 +50,7 @@ def evaluate(stage: Stage) -> None:
         classifier = models.restore(record.architecture, record.settings, info, trained / WEIGHTS)
         # The results are bit-identical only with the same number of threads.
         torch.set_num_threads(record.trainer.threads)
-        classifier.to(hardware.device(record.trainer.accelerator))
+        classifier.to(hardware.select_device(record.trainer.accelerator))
         try:
             uncalibrated_val = predict(classifier, val.pixels, params.batch_size)
             uncalibrated = predict(classifier, test.pixels, params.batch_size)

@@ -13,7 +13,7 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.reporting import report
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import TrainerConfig, choose
+from convoy.training.hardware import TrainerConfig, resolve_trainer
 from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
@@ -26,7 +26,7 @@ def find_lr(stage: Stage) -> None:
     name = stage.foreach_key
     classifier = models.build(name, stage.section(f"model.{name}"), DatasetInfo.load(prepared / DATASET_INFO))
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    table = sweep_learning_rates(classifier, data, choose(stage.typed(TrainerConfig, "trainer"), classifier))
+    table = sweep_learning_rates(classifier, data, resolve_trainer(stage.typed(TrainerConfig, "trainer"), classifier))
 
     steepest = suggest_learning_rate(table)
     plot = stage.root / "artifacts" / "lr" / f"{name}.png"

@@ -70,7 +70,7 @@ def load_model(root: Path, uri: str | None) -> tuple[str, Predictor]:
     with open_store(project, name) as store:
         version = model_loader.find(store, uri or f"models:/{name}@champion")
         predictor = model_loader.load(version, store.scratch)
-    predictor.classifier.to(hardware.device(params["trainer"]["accelerator"]))
+    predictor.classifier.to(hardware.select_device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
 
 

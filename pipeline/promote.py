@@ -140,7 +140,7 @@ def run_gate(
     near_duplicates = pd.read_parquet(prepared / CROSS_SPLIT_DUPLICATES)
     packed, pixels = PackedDataset.load(stage.input("fetch")), Images.load(prepared, "test").pixels
     record, seen = candidate.result.record(), (prepared / TRAINING_HASHES).read_text().split()
-    device = hardware.device(record.trainer.accelerator)
+    device = hardware.select_device(record.trainer.accelerator)
 
     def contender(version: int) -> tuple[ModelEvidence, Predictor]:
         """Return a registered version with its predictions for the current test images, and its predictor."""

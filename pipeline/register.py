@@ -162,7 +162,7 @@ def measure_latencies(store: TrackingStore, results: Mapping[str, TrainedResult]
             record = result.record()
             name, weights = record.architecture, result.trained / WEIGHTS
             classifier = models.restore(name, record.settings, record.dataset_info, weights)
-            device = hardware.device(record.trainer.accelerator)
+            device = hardware.select_device(record.trainer.accelerator)
             timings = latency.measure_latency(classifier.to(device))
             runs.add_timings(store, run_id, timings, latency.describe_hardware(device))
 

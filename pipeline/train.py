@@ -26,7 +26,7 @@ from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.checkpoint import Checkpoint
 from convoy.training.datamodule import ImageData
-from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
+from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.record import DatasetVersion, EpochMetrics, TrainingRecord
 from convoy.training.result import COLUMNS
 from convoy.training.trainer import fit
@@ -47,11 +47,11 @@ def train(stage: Stage) -> None:
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
-    choice = choose(stage.typed(TrainerConfig, "trainer"), classifier)
+    hardware = resolve_trainer(stage.typed(TrainerConfig, "trainer"), classifier)
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
-    if choice.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        raise ConvoyError(f"trainer.nodes={choice.nodes}: start it on each machine by torchrun, as README.md shows")
-    machine = environment(choice)
+    if hardware.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun, as README.md shows")
+    machine = describe_environment(hardware)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = Checkpoint(stage.project_root / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
@@ -61,7 +61,7 @@ def train(stage: Stage) -> None:
         settings=settings,
         seed=seed,
         train=params,
-        trainer=choice,
+        trainer=hardware,
         dataset_info=info,
         data=DatasetVersion(**data_facts, digest=sha256(prepared / MANIFEST)[:12]),
         fingerprint=identity,
@@ -72,7 +72,7 @@ def train(stage: Stage) -> None:
     )
     live = Live(stage, record)
     try:
-        trained = fit(classifier, data, params, choice, checkpoint, live.on_epoch_end)
+        trained = fit(classifier, data, params, hardware, checkpoint, live.on_epoch_end)
     except Exception:
         live.end("FAILED")
         raise

@@ -47,12 +47,12 @@ def train(
     classifier: Classifier,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
-    choice: ResolvedTrainer = CPU,
+    hardware: ResolvedTrainer = CPU,
     **params: Any,
 ) -> TrainResult:
     data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, seed)
     settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
-    return fit(classifier, data, TrainConfig(**settings), choice, checkpoint)
+    return fit(classifier, data, TrainConfig(**settings), hardware, checkpoint)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -39,7 +39,7 @@ def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.Monke
 
 
 def test_no_suggestion_without_two_losses() -> None:
-    with pytest.raises(ConvoyError, match="no number at a learning rate of 1e-05 already"):
+    with pytest.raises(ConvoyError, match="NaN even at a learning rate of 1e-05"):
         suggest_learning_rate(pd.DataFrame({"lr": [1e-5, 2e-5], "loss": [2.0, float("nan")]}))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from convoy.recipe import AugmentConfig
-from convoy.training.augmentation import GROUPS, augment, mix
+from convoy.training.augmentation import POLICY_GROUPS, augment, mix
 
 NOTHING = AugmentConfig(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
 
@@ -239,10 +239,10 @@ def test_policy_equals_that_of_torchvision(policy: str, channels: int) -> None:
 def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
     torch.manual_seed(0)
     image = noise(1)
-    assert len(augment(image.repeat(GROUPS, 1, 1, 1), asked(policy=policy)).unique(dim=0)) > GROUPS / 2
-    groups = augment(image.repeat(4 * GROUPS, 1, 1, 1), asked(policy=policy)).split(4)
+    assert len(augment(image.repeat(POLICY_GROUPS, 1, 1, 1), asked(policy=policy)).unique(dim=0)) > POLICY_GROUPS / 2
+    groups = augment(image.repeat(4 * POLICY_GROUPS, 1, 1, 1), asked(policy=policy)).split(4)
     assert all(len(group.unique(dim=0)) == 1 for group in groups)
-    assert len(torch.cat(groups).unique(dim=0)) > GROUPS / 2
+    assert len(torch.cat(groups).unique(dim=0)) > POLICY_GROUPS / 2
 
 
 @every_policy

@@ -12,8 +12,8 @@ from convoy.core.config import typed
 from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
 from convoy.training import datamodule
-from convoy.training.datamodule import PREFETCH_STEPS, VAL_BATCH, ImageData, ImageStore
-from convoy.training.sampler import Batches
+from convoy.training.datamodule import MAX_VAL_BATCH_SIZE, PREFETCH_STEPS, ImageData, ImageStore
+from convoy.training.sampler import BatchSampler
 from small_project import REAL
 
 
@@ -44,7 +44,7 @@ def test_batch_holds_its_rows_of_the_current_epoch() -> None:
     feed = data()
     for epoch in (0, 1, 0):
         feed.epoch = epoch
-        for step, rows in enumerate(Batches(np.arange(100), 4, 1).epoch(epoch)):
+        for step, rows in enumerate(BatchSampler(np.arange(100), 4, 1).draw_epoch(epoch)):
             pixels, labels = feed.batch(step)
             assert pixels.dtype == torch.uint8
             assert labels.tolist() == rows.tolist() == pixels[:, 0, 0, 0].tolist()
@@ -53,26 +53,26 @@ def test_batch_holds_its_rows_of_the_current_epoch() -> None:
 def test_validation_batch_is_no_larger_than_a_micro_batch() -> None:
     feed = data(val=100, batch_size=24, accumulate=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
-    feed.share(torch.device("cpu"), rank=1, ranks=2)
+    feed.set_rank(torch.device("cpu"), rank=1, world_size=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
 
 
 def test_images_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     images = numbered(100)
     monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
-    assert np.array_equal(datamodule.uploaded(images.pixels, torch.device("cpu")).numpy(), images.pixels)
+    assert np.array_equal(datamodule.copy_to_device(images.pixels, torch.device("cpu")).numpy(), images.pixels)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_validation_images_are_divided_among_processes(ranks: int) -> None:
-    feed = data(train=VAL_BATCH, val=2 * VAL_BATCH + 5, batch_size=VAL_BATCH)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_images_are_divided_among_processes(world_size: int) -> None:
+    feed = data(train=MAX_VAL_BATCH_SIZE, val=2 * MAX_VAL_BATCH_SIZE + 5, batch_size=MAX_VAL_BATCH_SIZE)
     seen = []
-    for rank in range(ranks):
-        feed.share(torch.device("cpu"), rank, ranks)
+    for rank in range(world_size):
+        feed.set_rank(torch.device("cpu"), rank, world_size)
         batches = list(feed.val_dataloader())
-        assert all(len(rows) <= VAL_BATCH for rows in batches)
+        assert all(len(rows) <= MAX_VAL_BATCH_SIZE for rows in batches)
         seen += [row for rows in batches for row in rows]
-    assert sorted(seen) == list(range(2 * VAL_BATCH + 5))
+    assert sorted(seen) == list(range(2 * MAX_VAL_BATCH_SIZE + 5))
 
 
 def test_batches_are_copies_of_the_stored_images() -> None:
@@ -88,14 +88,14 @@ def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkey
     np.save(tmp_path / "train_labels.npy", images.labels)
     monkeypatch.setattr(datamodule, "MMAP_PREFETCH_BYTES", 0)
     asked: list[list[int]] = []
-    expect = ImageStore.expect
+    prefetch = ImageStore.prefetch
 
     def noted(held: ImageStore, rows: np.ndarray) -> None:
-        expect(held, rows)
+        prefetch(held, rows)
         assert held.file
         asked.append(rows.tolist())
 
-    monkeypatch.setattr(ImageStore, "expect", noted)
+    monkeypatch.setattr(ImageStore, "prefetch", noted)
     streamed, held = data(Images.load(tmp_path, "train")), data(images)
     batches = [streamed.batch(step) for step in range(25)]
     monkeypatch.undo()

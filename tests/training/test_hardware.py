@@ -7,7 +7,7 @@ import torch
 
 from convoy.core.errors import ConvoyError
 from convoy.training import hardware
-from convoy.training.hardware import TrainerConfig, choose, count_macs, environment
+from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.record import ResolvedTrainer
 from training_fixtures import build
 
@@ -30,52 +30,52 @@ def test_bfloat16_is_chosen_if_the_hardware_supports_it(
     bfloat16: bool, precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, gpus=gpus, bfloat16=bfloat16)
-    assert choose(AUTO, build()).precision == precision
+    assert resolve_trainer(AUTO, build()).precision == precision
 
 
 def test_small_steps_use_one_thread_and_large_ones_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cores=8)
-    assert choose(AUTO, build(batch_size=32)).threads == 1
-    assert choose(AUTO, build(name="resnet", batch_size=64)).threads == 1
-    assert choose(AUTO, build(name="resnet", batch_size=4096)).threads == 8
+    assert resolve_trainer(AUTO, build(batch_size=32)).threads == 1
+    assert resolve_trainer(AUTO, build(name="resnet", batch_size=64)).threads == 1
+    assert resolve_trainer(AUTO, build(name="resnet", batch_size=4096)).threads == 8
     two = dataclasses.replace(AUTO, devices=2)
-    assert choose(two, build(name="resnet", batch_size=4096)).threads == 4  # they share the cores
+    assert resolve_trainer(two, build(name="resnet", batch_size=4096)).threads == 4  # they share the cores
 
 
 def test_gpu_is_chosen_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     every = dataclasses.replace(AUTO, devices="all")
     machine(monkeypatch, gpus=4)
-    assert choose(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
-    assert choose(every, build()).devices == 4
-    assert choose(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
+    assert resolve_trainer(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
+    assert resolve_trainer(every, build()).devices == 4
+    assert resolve_trainer(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
     machine(monkeypatch, gpus=0, cores=3)
-    assert choose(AUTO, build()).accelerator == "cpu"
-    assert choose(every, build()).devices == 3
+    assert resolve_trainer(AUTO, build()).accelerator == "cpu"
+    assert resolve_trainer(every, build()).devices == 3
 
 
 def test_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (6, 1)][number])  # one too old
-    assert choose(AUTO, build()).accelerator == "cpu"
+    assert resolve_trainer(AUTO, build()).accelerator == "cpu"
     machine(monkeypatch, gpus=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # though its driver, too old for torch, counts two
-    assert choose(AUTO, build()).accelerator == "cpu"
-    assert hardware.device("gpu").type == "cpu"
+    assert resolve_trainer(AUTO, build()).accelerator == "cpu"
+    assert hardware.select_device("gpu").type == "cpu"
 
 
 def test_unavailable_hardware_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=0)
     with pytest.raises(ConvoyError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
-        choose(dataclasses.replace(AUTO, accelerator="gpu"), build())
+        resolve_trainer(dataclasses.replace(AUTO, accelerator="gpu"), build())
     machine(monkeypatch, gpus=2)
     with pytest.raises(ConvoyError, match=r"trainer\.devices=3: this machine has 2 GPUs"):
-        choose(dataclasses.replace(AUTO, devices=3), build())
+        resolve_trainer(dataclasses.replace(AUTO, devices=3), build())
 
 
 def test_explicit_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch)
     asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
-    assert choose(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
+    assert resolve_trainer(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
 
 
 def test_macs_of_lenet_are_those_of_its_layers() -> None:
@@ -92,7 +92,7 @@ def test_macs_of_lenet_are_those_of_its_layers() -> None:
 
 
 def test_environment_names_what_reproducibility_depends_on() -> None:
-    found = environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
+    found = describe_environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
     assert found["torch"] == torch.__version__.split("+")[0]
     assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()
     assert {"python", "numpy", "pytorch-lightning", "instructions"} <= found.keys()

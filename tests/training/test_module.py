@@ -49,8 +49,8 @@ def test_history_has_every_epoch_and_the_best_is_kept() -> None:
 @pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_kept_weights_reach_the_best_accuracy_of_the_history(recipe: dict, precision: str) -> None:
-    choice = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
-    trained = train(build(**recipe), max_epochs=6, choice=choice)
+    hardware = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
+    trained = train(build(**recipe), max_epochs=6, hardware=hardware)
     classifier = build()
     classifier.load_state_dict(trained.weights)
     val = bars(40, 2)
@@ -177,7 +177,7 @@ def test_augmentation_runs_in_full_precision(monkeypatch: pytest.MonkeyPatch) ->
         return pixels
 
     monkeypatch.setattr(module, "augment", watched)
-    train(build(), choice=dataclasses.replace(CPU, precision="bfloat16"), max_epochs=1)
+    train(build(), hardware=dataclasses.replace(CPU, precision="bfloat16"), max_epochs=1)
     assert low
     assert not any(low)
 
@@ -252,12 +252,12 @@ def test_compiled_training_resumes_bit_identically(tmp_path: Path) -> None:
     interrupt_and_compare(tmp_path / "last.pt", dataclasses.replace(CPU, compile=True), "alexnet")
 
 
-def interrupt_and_compare(file: Path, choice: ResolvedTrainer, name: str, **recipe: Any) -> None:
-    undisturbed = train(build(name=name, **recipe), choice=choice)
+def interrupt_and_compare(file: Path, hardware: ResolvedTrainer, name: str, **recipe: Any) -> None:
+    undisturbed = train(build(name=name, **recipe), hardware=hardware)
     for after in (1, 1, 2, 3, 1):  # of 3 epochs of 3 steps; at an epoch's end two saves follow each other
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train(build(name=name, **recipe), 0, Interrupted(file, after), choice, checkpoint_minutes=1e-9)
-    resumed = train(build(name=name, **recipe), 0, Checkpoint(file), choice)
+            train(build(name=name, **recipe), 0, Interrupted(file, after), hardware, checkpoint_minutes=1e-9)
+    resumed = train(build(name=name, **recipe), 0, Checkpoint(file), hardware)
     assert same(resumed.weights, undisturbed.weights)
     assert resumed.history == undisturbed.history
     assert resumed.best == undisturbed.best

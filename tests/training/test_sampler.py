@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
-from convoy.training.sampler import Batches, class_weights
+from convoy.training.sampler import BatchSampler, class_weights
 
 sizes = given(count=st.integers(1, 200), batch_size=st.integers(1, 80), seed=st.integers(0, 2**40))
 
@@ -18,13 +18,13 @@ def labels(count: int, classes: int = 3) -> np.ndarray:
     return np.arange(count) % classes
 
 
-def epoch(batches: Batches, number: int) -> list[list[int]]:
-    return [rows.tolist() for rows in batches.epoch(number)]
+def epoch(batches: BatchSampler, number: int) -> list[list[int]]:
+    return [rows.tolist() for rows in batches.draw_epoch(number)]
 
 
 @sizes
 def test_batches_are_complete_and_repeat_no_image(count: int, batch_size: int, seed: int) -> None:
-    batches = Batches(labels(count), batch_size, seed)
+    batches = BatchSampler(labels(count), batch_size, seed)
     seen = epoch(batches, 3)
     assert len(seen) == len(batches) >= 1
     assert {len(batch) for batch in seen} == {min(batch_size, count)}
@@ -36,42 +36,48 @@ def test_batches_are_complete_and_repeat_no_image(count: int, batch_size: int, s
 @sizes
 @settings(max_examples=20)
 def test_order_depends_on_seed_and_epoch_alone(count: int, batch_size: int, seed: int) -> None:
-    expected = epoch(Batches(labels(count), batch_size, seed), 5)
-    batches = Batches(labels(count), batch_size, seed)
-    batches.epoch(4)
+    expected = epoch(BatchSampler(labels(count), batch_size, seed), 5)
+    batches = BatchSampler(labels(count), batch_size, seed)
+    batches.draw_epoch(4)
     np.random.default_rng().random()
     assert epoch(batches, 5) == expected
 
 
 def test_epochs_and_seeds_differ_in_their_order() -> None:
-    orders = [epoch(Batches(labels(100), 10, seed), number) for seed in (1, 2) for number in (0, 1)]
+    orders = [epoch(BatchSampler(labels(100), 10, seed), number) for seed in (1, 2) for number in (0, 1)]
     assert all(orders.count(order) == 1 for order in orders)
 
 
 def test_every_image_is_seen_over_several_epochs() -> None:
-    batches = Batches(labels(19), 10, 1)
+    batches = BatchSampler(labels(19), 10, 1)
     assert {row for number in range(10) for batch in epoch(batches, number) for row in batch} == set(range(19))
 
 
-@given(ranks=st.integers(1, 4), count=st.integers(4, 100), batch_size=st.integers(4, 40))
-def test_batches_are_divided_evenly_among_processes(ranks: int, count: int, batch_size: int) -> None:
-    parts = [Batches(labels(count), batch_size, 1, rank=rank, ranks=ranks).epoch(2) for rank in range(ranks)]
-    size = min(batch_size, count) // ranks * ranks
-    alone = Batches(labels(count), size, 1).epoch(2)
+@given(world_size=st.integers(1, 4), count=st.integers(4, 100), batch_size=st.integers(4, 40))
+def test_batches_are_divided_evenly_among_processes(world_size: int, count: int, batch_size: int) -> None:
+    parts = [
+        BatchSampler(labels(count), batch_size, 1, rank=rank, world_size=world_size).draw_epoch(2)
+        for rank in range(world_size)
+    ]
+    size = min(batch_size, count) // world_size * world_size
+    alone = BatchSampler(labels(count), size, 1).draw_epoch(2)
     for step, together in enumerate(alone):
-        assert {len(part[step]) for part in parts} == {size // ranks}
+        assert {len(part[step]) for part in parts} == {size // world_size}
         assert sorted(np.concatenate([part[step] for part in parts])) == sorted(together)
 
 
 def test_more_processes_than_images_in_a_batch_are_refused() -> None:
     with pytest.raises(ConvoyError, match="4 processes can't share a batch of 3 images"):
-        Batches(labels(9), 3, 1, ranks=4)
+        BatchSampler(labels(9), 3, 1, world_size=4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_balanced_batches_draw_classes_equally_often(ranks: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_balanced_batches_draw_classes_equally_often(world_size: int) -> None:
     rare = np.repeat([0, 1, 2], [9000, 900, 100])
-    parts = [Batches(rare, 100, 1, balanced=True, rank=rank, ranks=ranks).epoch(0) for rank in range(ranks)]
+    parts = [
+        BatchSampler(rare, 100, 1, balanced=True, rank=rank, world_size=world_size).draw_epoch(0)
+        for rank in range(world_size)
+    ]
     seen = np.bincount(rare[np.concatenate([rows for part in parts for rows in part])])
     assert seen.sum() == 10_000
     assert seen == pytest.approx([3333] * 3, rel=0.1)

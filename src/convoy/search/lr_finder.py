@@ -14,49 +14,49 @@ from convoy.training.record import ResolvedTrainer
 from convoy.training.seeding import seed_step
 
 # Range of the learning rates.
-LOWEST, HIGHEST = 1e-5, 10.0
+MIN_LR, MAX_LR = 1e-5, 10.0
 # Number of learning rates, each tried for one step.
-STEPS = 150
+SWEEP_STEPS = 150
 # Decay per step of the moving average of the loss.
-SMOOTH = 0.9
+LOSS_SMOOTHING = 0.9
 # The sweep ends when the smoothed loss reaches this multiple of its minimum so far.
-HOPELESS = 4
+DIVERGENCE_RATIO = 4
 
 
-def sweep_learning_rates(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> pd.DataFrame:
+def sweep_learning_rates(classifier: Classifier, data: ImageData, hardware: ResolvedTrainer) -> pd.DataFrame:
     """Train with an exponentially increasing learning rate until the loss diverges, and record the smoothed loss.
 
     Args:
         classifier: The classifier; its weights are not usable afterwards.
         data: Images to train on.
-        choice: Hardware, precision and number of threads.
+        hardware: Hardware, precision and number of threads.
 
     Returns:
-        A table with one row per step, `STEPS` rows at most, and the columns `lr` and `loss`.
+        A table with one row per step, `SWEEP_STEPS` rows at most, and the columns `lr` and `loss`.
 
     Raises:
         ConvoyError: If a batch does not fit into the memory of the GPU.
     """
     try:
-        return _tried(classifier, data, choice)
+        return _sweep(classifier, data, hardware)
     except torch.OutOfMemoryError:
         pass
     # Not in the except block, where the error still references the tensors that fill the memory.
-    raise ConvoyError(describe_too_large(classifier, data, choice))
+    raise ConvoyError(describe_too_large(classifier, data, hardware))
 
 
-def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> pd.DataFrame:
-    device = torch.device("cuda" if choice.accelerator == "gpu" else "cpu")
-    torch.set_num_threads(choice.threads)
+def _sweep(classifier: Classifier, data: ImageData, hardware: ResolvedTrainer) -> pd.DataFrame:
+    device = torch.device("cuda" if hardware.accelerator == "gpu" else "cpu")
+    torch.set_num_threads(hardware.threads)
     once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
-    training = ClassifierModule(classifier, data, once, choice).to(device)
-    training.running_totals = training.running_totals.to(device)
-    training.progress.close()
-    optimizer = training.configure_optimizers()
-    data.share(device, 0, 1)
+    module = ClassifierModule(classifier, data, once, hardware).to(device)
+    module.running_totals = module.running_totals.to(device)
+    module.progress.close()
+    optimizer = module.configure_optimizers()
+    data.set_rank(device, 0, 1)
     rows: list[dict[str, float]] = []
     mean = 0.0
-    for number, lr in enumerate(np.geomspace(LOWEST, HIGHEST, STEPS)):
+    for number, lr in enumerate(np.geomspace(MIN_LR, MAX_LR, SWEEP_STEPS)):
         data.epoch, step = divmod(number, data.steps)
         seed_step(data.seed, number, data.rank, device)
         for group in optimizer.param_groups:
@@ -64,15 +64,15 @@ def _tried(classifier: Classifier, data: ImageData, choice: ResolvedTrainer) -> 
         pixels, labels = data.batch(step)
         optimizer.zero_grad()
         loss = 0.0
-        for micro_batch in split_batch(pixels, labels, training.recipe.accumulate):
-            micro_batch_loss = training.compute_loss(*micro_batch) / len(labels)
+        for micro_batch in split_batch(pixels, labels, module.recipe.accumulate):
+            micro_batch_loss = module.compute_loss(*micro_batch) / len(labels)
             micro_batch_loss.backward()
             loss += micro_batch_loss.item()
         optimizer.step()
-        mean = SMOOTH * mean + (1 - SMOOTH) * loss
-        rows.append({"lr": lr, "loss": mean / (1 - SMOOTH ** (number + 1))})
+        mean = LOSS_SMOOTHING * mean + (1 - LOSS_SMOOTHING) * loss
+        rows.append({"lr": lr, "loss": mean / (1 - LOSS_SMOOTHING ** (number + 1))})
         lowest = min(row["loss"] for row in rows)
-        if not rows[-1]["loss"] < HOPELESS * lowest:
+        if not rows[-1]["loss"] < DIVERGENCE_RATIO * lowest:
             break
     return pd.DataFrame(rows)
 
@@ -88,7 +88,7 @@ def suggest_learning_rate(table: pd.DataFrame) -> float:
     """
     falling = table[np.isfinite(table["loss"])].reset_index(drop=True)
     if len(falling) < 2:
-        raise ConvoyError(f"the loss is no number at a learning rate of {LOWEST:g} already: set clip_norm to 1.0")
+        raise ConvoyError(f"the loss is NaN even at a learning rate of {MIN_LR:g}: set clip_norm to 1.0")
     until = max(2, int(falling["loss"].idxmin()) + 1)
     slopes = np.gradient(falling["loss"].to_numpy())[:until]
     return float(falling["lr"].iloc[int(slopes.argmin())])

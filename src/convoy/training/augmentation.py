@@ -10,7 +10,7 @@ from torch.distributions import Beta
 from convoy.recipe import AugmentConfig
 
 # Number of groups in a batch that each share one draw of a policy; 64 groups would take twice as long.
-GROUPS = 16
+POLICY_GROUPS = 16
 
 
 def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
@@ -28,19 +28,19 @@ def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
     count = len(pixels)
     if params.shift:
         down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
-        pixels = move(pixels, params.shift, down, right)
+        pixels = translate(pixels, params.shift, down, right)
     if params.flip:
         image = torch.arange(count) + count * (torch.rand(count) < 0.5)
         both = torch.cat([pixels, pixels.flip(2)])
         pixels = both.index_select(0, image.to(pixels.device, non_blocking=True))
     if params.policy != "none":
-        pixels = follow(params.policy, pixels)
+        pixels = apply_policy(params.policy, pixels)
     if params.erase:
         pixels = erase(pixels, params.erase)
     return pixels
 
 
-def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
+def translate(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
     """Translate each image, repeating the pixels at its edges to fill the gaps.
 
     Args:
@@ -56,16 +56,16 @@ def move(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:
     wide = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
     # Each row of the result is contiguous in `wide`, so complete rows are copied; indexing every pixel takes four times
     # as long.
-    pieces = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
+    windows = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
     row = (torch.arange(height) + down).clamp(0, height - 1) + height * torch.arange(count)[:, None]  # (N, H)
-    piece = row * (width + 2 * shift) + shift + right
-    return pieces.index_select(0, piece.flatten().to(pixels.device, non_blocking=True)).view(pixels.shape)
+    window = row * (width + 2 * shift) + shift + right
+    return windows.index_select(0, window.flatten().to(pixels.device, non_blocking=True)).view(pixels.shape)
 
 
-def follow(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
+def apply_policy(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
     """Apply an augmentation policy of torchvision, filling gaps with black.
 
-    The batch is split into up to `GROUPS` groups, and the images of a group share one draw. Because batches are
+    The batch is split into up to `POLICY_GROUPS` groups, and the images of a group share one draw. Because batches are
     shuffled, other images share a draw in the next epoch.
 
     Args:
@@ -81,7 +81,7 @@ def follow(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
 
     smooth = InterpolationMode.BILINEAR
     change = TrivialAugmentWide(interpolation=smooth) if policy == "trivial" else RandAugment(interpolation=smooth)
-    groups = pixels.permute(0, 3, 1, 2).chunk(GROUPS)
+    groups = pixels.permute(0, 3, 1, 2).chunk(POLICY_GROUPS)
     return torch.cat([change(group) for group in groups]).permute(0, 2, 3, 1)
 
 
@@ -99,34 +99,34 @@ def erase(pixels: Tensor, probability: float) -> Tensor:
         The images with erased rectangles, (N, H, W, C) uint8.
     """
     count, height, width, channels = pixels.shape
-    chance, area, ratio, down, right = torch.rand(5, count, 1)
+    draw, area, ratio, down, right = torch.rand(5, count, 1)
     area = height * width * (0.02 + (0.33 - 0.02) * area)  # pixels
     # Height over width, log-uniform, so that tall and wide rectangles are equally frequent.
     ratio = 0.3 * (3.3 / 0.3) ** ratio
     high, wide = (area * ratio).sqrt(), (area / ratio).sqrt()
-    erased = chance < probability
-    rows = within(height, high, down) & erased
-    columns = within(width, wide, right).repeat_interleave(channels, dim=1)
+    erased = draw < probability
+    rows = interval_mask(height, high, down) & erased
+    columns = interval_mask(width, wide, right).repeat_interleave(channels, dim=1)
     noise = torch.randint(256, (height, width * channels), dtype=torch.uint8)
     rows, columns, noise = (each.to(pixels.device, non_blocking=True) for each in (rows, columns, noise))
     # Work on complete image rows: with the channels innermost in memory, the inner loops would have a length of 3.
     return torch.where(rows[:, :, None] & columns[:, None, :], noise, pixels.flatten(2)).view(pixels.shape)
 
 
-def within(size: int, length: Tensor, place: Tensor) -> Tensor:
+def interval_mask(size: int, length: Tensor, position: Tensor) -> Tensor:
     """Compute a mask of the pixels inside an interval along one axis.
 
     Args:
         size: Number of pixels along the axis.
         length: Lengths (N, 1) of the intervals in pixels, rounded and clamped to [1, size].
-        place: Positions (N, 1) in [0, 1), from the lowest possible start to the highest; uniform positions make all
+        position: Positions (N, 1) in [0, 1), from the lowest possible start to the highest; uniform positions make all
             starts equally likely.
 
     Returns:
         The mask, (N, size) bool.
     """
     length = length.round().clamp(1, size)
-    start = (place * (size - length + 1)).floor()
+    start = (position * (size - length + 1)).floor()
     pixel = torch.arange(size)
     return (pixel >= start) & (pixel < start + length)
 
@@ -150,10 +150,10 @@ def mix(x: Tensor, labels: Tensor, classes: int, params: AugmentConfig) -> tuple
     if not (params.mixup or params.cutmix):
         return x, labels
     both = params.mixup > 0 and params.cutmix > 0
-    blended = float(torch.rand(())) < 0.5 if both else params.mixup > 0
-    x, share = mixup(x, params.mixup) if blended else cutmix(x, params.cutmix)
+    use_mixup = float(torch.rand(())) < 0.5 if both else params.mixup > 0
+    x, weight = mixup(x, params.mixup) if use_mixup else cutmix(x, params.cutmix)
     targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
-    return x, torch.lerp(before(targets), targets, share)
+    return x, torch.lerp(roll_batch(targets), targets, weight)
 
 
 def mixup(x: Tensor, alpha: float) -> tuple[Tensor, float]:
@@ -166,8 +166,8 @@ def mixup(x: Tensor, alpha: float) -> tuple[Tensor, float]:
     Returns:
         The mixed images and the weight of the original image, in [0, 1].
     """
-    share = float(Beta(alpha, alpha).sample())
-    return torch.lerp(before(x), x, share), share
+    weight = float(Beta(alpha, alpha).sample())
+    return torch.lerp(roll_batch(x), x, weight), weight
 
 
 def cutmix(x: Tensor, alpha: float) -> tuple[Tensor, float]:
@@ -187,29 +187,29 @@ def cutmix(x: Tensor, alpha: float) -> tuple[Tensor, float]:
     # Fraction of the image's height and width.
     side = math.sqrt(1 - float(Beta(alpha, alpha).sample()))
     down, right = torch.rand(2).tolist()
-    top, bottom = stretch(height, side, down)
-    left, end = stretch(width, side, right)
+    top, bottom = clip_interval(height, side, down)
+    left, end = clip_interval(width, side, right)
     mixed = x.clone()
-    mixed[:, :, top:bottom, left:end] = before(x[:, :, top:bottom, left:end])
+    mixed[:, :, top:bottom, left:end] = roll_batch(x[:, :, top:bottom, left:end])
     return mixed, 1 - (bottom - top) * (end - left) / (height * width)
 
 
-def stretch(size: int, share: float, centre: float) -> tuple[int, int]:
+def clip_interval(size: int, fraction: float, centre: float) -> tuple[int, int]:
     """Compute the start and end of an interval along one axis, clipped to the axis.
 
     Args:
         size: Number of pixels along the axis.
-        share: Length of the interval as a fraction of `size`.
+        fraction: Length of the interval as a fraction of `size`.
         centre: Centre of the interval as a fraction of `size`, in [0, 1).
 
     Returns:
         The first pixel and one past the last.
     """
-    length = round(share * size)
+    length = round(fraction * size)
     first = int(centre * size) - length // 2
     return max(first, 0), min(first + length, size)
 
 
-def before(values: Tensor) -> Tensor:
+def roll_batch(values: Tensor) -> Tensor:
     """Roll entries by one along the batch dimension, preserving a channels-last memory format."""
     return torch.cat([values[-1:], values[:-1]])

@@ -21,7 +21,7 @@ def describe_too_large(classifier: Classifier, data: ImageData, hardware: Resolv
     images_per_process = math.ceil(classifier.recipe.batch_size / processes)
     size = math.ceil(images_per_process / classifier.recipe.accumulate)
     # Lightning may have moved it to another device.
-    classifier.to(data.held_train.device)
+    classifier.to(data.train_store.device)
     fits = size // 2
     while fits and not fits_in_memory(classifier, data, hardware, fits):
         fits //= 2
@@ -48,7 +48,7 @@ def fits_in_memory(classifier: Classifier, data: ImageData, hardware: ResolvedTr
     classifier.zero_grad()
     rows = np.arange(size) % len(data.train)
     try:
-        pixels, _ = data.held_train.take(rows)
+        pixels, _ = data.train_store.gather(rows)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=hardware.precision == "bfloat16"):
             heads = classifier.weighted_heads(classifier.normalise(pixels))
         torch.stack([logits.float().sum() for _, logits in heads]).sum().backward()

@@ -153,7 +153,7 @@ class State:
         for row in self.history:
             if set(row) != set(columns) or min(row["train_accuracy"], row["val_accuracy"], row["lr"]) < 0:
                 raise ValueError(f"no row of a history: {row}")
-        if self.best != max(self.history, key=merit, default={}):
+        if self.best != max(self.history, key=ranking_key, default={}):
             raise ValueError("the best epoch is not the best of the history")
         _check_tensors("classifier", self.classifier, weights)
         if self.average is not None:
@@ -178,7 +178,7 @@ class State:
                 raise ValueError(f"the optimizer has done {tensors['step']} steps of {done}")
 
 
-def merit(epoch: Mapping[str, float]) -> tuple[float, float]:
+def ranking_key(epoch: Mapping[str, float]) -> tuple[float, float]:
     """Return the sort key that ranks epochs by validation accuracy, then by validation loss."""
     return epoch["val_accuracy"], -epoch["val_loss"]
 

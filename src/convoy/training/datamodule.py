@@ -11,16 +11,16 @@ from torch import Tensor
 
 from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
-from convoy.training.sampler import Batches
+from convoy.training.sampler import BatchSampler
 
 # Steps per call of `training_step`: Lightning's overhead is 1 ms per call.
 STEPS_PER_CALL = 16  # steps
 # Largest validation batch. Without gradients, twice as many images as in training need less memory than in training.
-VAL_BATCH = 512  # images
+MAX_VAL_BATCH_SIZE = 512  # images
 # Amount of data that is copied to a GPU at a time.
 UPLOAD_BYTES = 2**26  # bytes
 # Largest fraction of the free GPU memory that the images may occupy.
-ON_DEVICE = 0.5
+GPU_MEMORY_FRACTION = 0.5
 # Size from which a memory map is read image by image, with each image prefetched.
 MMAP_PREFETCH_BYTES = 2**30  # bytes
 # Number of steps that images are prefetched ahead of their use.
@@ -43,19 +43,20 @@ class ImageStore:
         self.images = images
         self.device = device
         self.resident: tuple[Tensor, Tensor] | None = None
-        if device.type == "cuda" and images.pixels.nbytes < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
-            self.resident = uploaded(images.pixels, device), torch.from_numpy(images.labels).to(device)
+        fits = device.type == "cuda" and images.pixels.nbytes < GPU_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
+        if fits:
+            self.resident = copy_to_device(images.pixels, device), torch.from_numpy(images.labels).to(device)
         # Offset of the pixels in the file, in bytes.
-        self.first = 0
+        self.offset = 0
         self.file: mmap.mmap | None = None
         pixels = images.pixels
         large = isinstance(pixels, np.memmap) and pixels.nbytes >= MMAP_PREFETCH_BYTES
         if large and shuffled and self.resident is None and isinstance(pixels.base, mmap.mmap):
-            self.file, self.first = pixels.base, pixels.offset
+            self.file, self.offset = pixels.base, pixels.offset
             # Without this, the kernel would also read the data around each image.
             self.file.madvise(mmap.MADV_RANDOM)
 
-    def expect(self, rows: np.ndarray) -> None:
+    def prefetch(self, rows: np.ndarray) -> None:
         """Start reading images from the disk in the background, if they have to be prefetched.
 
         Args:
@@ -64,11 +65,11 @@ class ImageStore:
         if self.file is None:
             return
         size = self.images.pixels[0].nbytes
-        for start in (self.first + rows * size).tolist():
+        for start in (self.offset + rows * size).tolist():
             page = start - start % mmap.PAGESIZE
             self.file.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def take(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def gather(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Gather images on the device without blocking the host on the device.
 
         Args:
@@ -88,7 +89,7 @@ class ImageStore:
         return pixels, labels
 
 
-def uploaded(pixels: np.ndarray, device: torch.device) -> Tensor:
+def copy_to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """Copy pixels (N, H, W, C) uint8 to a device, using only `UPLOAD_BYTES` bytes of host memory at a time."""
     there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     step = max(1, UPLOAD_BYTES // pixels[0].nbytes)
@@ -119,29 +120,29 @@ class ImageData(LightningDataModule):
         self.seed = seed
         self.epoch = 0
         self.step = 0
-        self.share(torch.device("cpu"), 0, 1)
+        self.set_rank(torch.device("cpu"), 0, 1)
 
-    def share(self, device: torch.device, rank: int, ranks: int) -> None:
+    def set_rank(self, device: torch.device, rank: int, world_size: int) -> None:
         """Place the images for a device, and select this process's part of each batch.
 
         Args:
             device: Device that the batches are used on.
-            rank: Index of this process, in [0, ranks).
-            ranks: Number of processes that train together.
+            rank: Index of this process, in [0, world_size).
+            world_size: Number of processes that train together.
         """
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.world_size = rank, world_size
         balanced = self.recipe.balance == "sampler"
-        self.batches = Batches(
-            self.train.labels, self.recipe.batch_size, self.seed, balanced=balanced, rank=rank, ranks=ranks
+        self.sampler = BatchSampler(
+            self.train.labels, self.recipe.batch_size, self.seed, balanced=balanced, rank=rank, world_size=world_size
         )
         # An epoch and the rows of each of its steps.
         self.order: tuple[int, list[np.ndarray]] = (-1, [])
-        self.held_train, self.held_val = ImageStore(self.train, device, shuffled=True), ImageStore(self.val, device)
+        self.train_store, self.val_store = ImageStore(self.train, device, shuffled=True), ImageStore(self.val, device)
 
     @property
     def steps(self) -> int:
         """Return the number of steps in an epoch."""
-        return len(self.batches)
+        return len(self.sampler)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return this process's part of the batch of a step in the current epoch, and prefetch a later one.
@@ -153,22 +154,23 @@ class ImageData(LightningDataModule):
             Pixels (N, H, W, C) uint8 and labels (N,) int64, on the device.
         """
         if self.order[0] != self.epoch:
-            self.order = self.epoch, self.batches.epoch(self.epoch)
+            self.order = self.epoch, self.sampler.draw_epoch(self.epoch)
         _, rows = self.order
         for later in rows[step + PREFETCH_STEPS : step + PREFETCH_STEPS + 1]:
-            self.held_train.expect(later)
-        return self.held_train.take(rows[step])
+            self.train_store.prefetch(later)
+        return self.train_store.gather(rows[step])
 
     @property
-    def piece(self) -> int:
+    def micro_batch_size(self) -> int:
         """Return the micro-batch size, the number of images that this process computes the gradient of at a time."""
-        return math.ceil(self.batches.batch_size / self.ranks / self.recipe.accumulate)
+        return math.ceil(self.sampler.batch_size / self.world_size / self.recipe.accumulate)
 
     def train_dataloader(self) -> "StepLoader":
         return StepLoader(self)
 
     def val_dataloader(self) -> "ValLoader":
-        return ValLoader(np.arange(self.rank, len(self.val), self.ranks), min(VAL_BATCH, 2 * self.piece))
+        rows = np.arange(self.rank, len(self.val), self.world_size)
+        return ValLoader(rows, min(MAX_VAL_BATCH_SIZE, 2 * self.micro_batch_size))
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         # The batch consists of indices that are used on the host.

@@ -16,9 +16,9 @@ from convoy.models.base import Classifier
 from convoy.training.record import ResolvedTrainer
 
 # Instruction sets that multiply matrices in half precision.
-MATRICES = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+HALF_PRECISION_SETS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 # Work in a training step for which one more thread is worthwhile: about 0.1 s.
-PER_THREAD = 4e9  # MACs
+MACS_PER_THREAD = 4e9  # MACs
 # Torch crashes with about ten thousand threads.
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
@@ -35,10 +35,10 @@ class TrainerConfig:
     threads: Threads | Literal["auto"]  # per process; results are bit-identical only for the same number
 
 
-def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
+def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
     """Replace each `auto` by a value that depends only on the hardware and the size of the network.
 
-    Nothing is measured, so that all runs on a machine make the same choice, regardless of its load.
+    Nothing is measured, so that all runs on a machine make the same decisions, regardless of its load.
 
     Args:
         trainer: Settings, which may be `auto`.
@@ -47,10 +47,10 @@ def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
     Raises:
         ConvoyError: If the settings ask for a GPU and there is none, or for more GPUs than there are.
     """
-    there = gpus()
+    there = count_gpus()
     if trainer.accelerator == "gpu" and not there:
         raise ConvoyError("trainer.accelerator=gpu: this machine has no GPU that torch can use; set it to auto or cpu")
-    gpu = device(trainer.accelerator).type == "cuda"
+    gpu = select_device(trainer.accelerator).type == "cuda"
     cores = joblib.cpu_count(only_physical_cores=True)
     devices = trainer.devices if trainer.devices != "all" else there if gpu else cores
     if gpu and devices > there:
@@ -64,22 +64,22 @@ def choose(trainer: TrainerConfig, classifier: Classifier) -> ResolvedTrainer:
     if trainer.threads == "auto":
         work = 3 * count_macs(classifier) * classifier.recipe.batch_size / devices / trainer.nodes
         # In a small step, threads wait for each other longer than they work, especially on a busy machine.
-        threads = 1 if gpu else max(1, min(cores // devices, int(work / PER_THREAD)))
+        threads = 1 if gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
     else:
         threads = trainer.threads
     return ResolvedTrainer("gpu" if gpu else "cpu", devices, trainer.nodes, precision, trainer.compile, threads)
 
 
-def device(accelerator: str) -> torch.device:
+def select_device(accelerator: str) -> torch.device:
     """Return the device for an accelerator setting: the CPU or the first GPU.
 
     Args:
         accelerator: The `accelerator` of a `TrainerConfig` or a `ResolvedTrainer`.
     """
-    return torch.device("cuda" if accelerator != "cpu" and gpus() else "cpu")
+    return torch.device("cuda" if accelerator != "cpu" and count_gpus() else "cpu")
 
 
-def gpus() -> int:
+def count_gpus() -> int:
     """Return the number of GPUs that torch can use, which is 0 if the driver or any GPU is too old for it."""
     if not torch.cuda.is_available():
         return 0
@@ -104,20 +104,20 @@ def count_macs(classifier: Classifier) -> int:
     return counter.get_total_flops() // 2
 
 
-def environment(choice: ResolvedTrainer) -> dict[str, str | int]:
+def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
     """Return the package versions and hardware that results depend on, besides code, settings and data."""
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in ("numpy", "pytorch-lightning", "torch")},
-        "device": torch.cuda.get_device_name() if choice.accelerator == "gpu" else "cpu",
-        "instructions": instructions(),
-        "threads": choice.threads,
-        "precision": choice.precision,
-        "processes": choice.devices * choice.nodes,
+        "device": torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
+        "instructions": instruction_sets(),
+        "threads": hardware.threads,
+        "precision": hardware.precision,
+        "processes": hardware.devices * hardware.nodes,
     }
 
 
-def instructions() -> str:
+def instruction_sets() -> str:
     """Return the instruction sets that affect the processor's rounding, such as "AVX512 avx512_bf16"."""
     can = torch.cpu.get_capabilities()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in MATRICES if can.get(name))])
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in HALF_PRECISION_SETS if can.get(name))])

@@ -15,7 +15,7 @@ from torch import Tensor
 from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training.augmentation import augment, mix
-from convoy.training.checkpoint import Checkpoint, State, merit
+from convoy.training.checkpoint import Checkpoint, State, ranking_key
 from convoy.training.datamodule import ImageData, split_batch
 from convoy.training.early_stopping import find_reason_to_stop
 from convoy.training.losses import batch_metrics, compute_loss
@@ -100,7 +100,7 @@ class ClassifierModule(lightning.LightningModule):
                 on_epoch_end(row)
         # The setting that ends the training, or an empty string.
         self.stopped = self._find_reason_to_stop(self.earlier_minutes)
-        images = data.batches.batch_size
+        images = data.sampler.batch_size
         images_done = (data.epoch * data.steps + data.step) * images
         self.progress = Progress(
             type(classifier).__name__.lower(), self.total * images, params.max_epochs, images_done, silent=rank > 0
@@ -131,7 +131,7 @@ class ClassifierModule(lightning.LightningModule):
             raise ValueError("average: recipe.ema is enabled in only one of the two trainings")
         # Divide the batch among the processes as in training, so that a step has the same number of images.
         processes = self.hardware.devices * self.hardware.nodes
-        batch_size = self.data.batches.batch_size // processes * processes
+        batch_size = self.data.sampler.batch_size // processes * processes
         loaded.check(
             epochs=self.params.max_epochs,
             steps=len(self.data.train) // batch_size,
@@ -179,7 +179,7 @@ class ClassifierModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         check_same_step(self.trainer.strategy, self.data.epoch * self.data.steps + self.data.step)
-        self.data.share(self.device, self.global_rank, self.trainer.world_size)
+        self.data.set_rank(self.device, self.global_rank, self.trainer.world_size)
         self.running_totals = self.running_totals.to(self.device)
         self.first_bad_step = self.first_bad_step.to(self.device)
 
@@ -200,7 +200,7 @@ class ClassifierModule(lightning.LightningModule):
             self._step(step)
             self._between_steps()
         if steps:
-            self.progress.advance(self.data.epoch + 1, len(steps) * self.data.batches.batch_size, self._loss_so_far)
+            self.progress.advance(self.data.epoch + 1, len(steps) * self.data.sampler.batch_size, self._loss_so_far)
 
     def on_validation_epoch_start(self) -> None:
         self.val_totals = torch.zeros(3, device=self.device)
@@ -210,7 +210,7 @@ class ClassifierModule(lightning.LightningModule):
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, rows: np.ndarray) -> None:
-        pixels, labels = self.data.held_val.take(rows)
+        pixels, labels = self.data.val_store.gather(rows)
         # In float32, as in inference.
         self.val_totals += batch_metrics((self.average or self.classifier)(pixels), labels)
         # All training steps of the epoch are done, so a resumed training only repeats the validation.
@@ -233,7 +233,7 @@ class ClassifierModule(lightning.LightningModule):
         if not math.isfinite(row["val_loss"]):
             self._fail((self.data.epoch + 1) * self.data.steps - 1, "the validation loss is NaN or infinite")
         self.history.append(row)
-        if not self.best or merit(row) > merit(self.best):
+        if not self.best or ranking_key(row) > ranking_key(self.best):
             self.best = row
             self.weights = {
                 name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

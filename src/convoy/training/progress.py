@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from tqdm import tqdm
 
 # Width from which a terminal has room for a bar.
-WIDE = 100  # columns
+MIN_BAR_COLUMNS = 100  # columns
 
 
 class Progress:
@@ -21,23 +21,23 @@ class Progress:
         name: Name of the architecture.
         images: Images in the complete training, over all epochs.
         epochs: Epochs of the complete training.
-        seen: Images that earlier processes have trained on.
+        images_done: Images that earlier processes have trained on.
         silent: Whether to display nothing.
     """
 
-    def __init__(self, name: str, images: int, epochs: int, seen: int, *, silent: bool = False) -> None:
+    def __init__(self, name: str, images: int, epochs: int, images_done: int, *, silent: bool = False) -> None:
         self.name = name
         self.images = images
         self.epochs = epochs
-        self.seen = self.first = seen
+        self.images_done = self.initial_images = images_done
         self.silent = silent
-        self.began = self.told = time.monotonic()
+        self.started = self.last_update = time.monotonic()
         # Metrics that the bar shows.
-        self.known: dict[str, str] = {}
+        self.metrics: dict[str, str] = {}
         self.bar: tqdm | None = None
         if sys.stderr.isatty() and not silent:
             self.bar = tqdm(
-                total=images, initial=seen, desc=f"{name}: ", unit=" images", unit_scale=True, mininterval=1,
+                total=images, initial=images_done, desc=f"{name}: ", unit=" images", unit_scale=True, mininterval=1,
                 dynamic_ncols=True, bar_format=self._format(None),
             )  # fmt: skip
 
@@ -49,8 +49,8 @@ class Progress:
             images: Images that were trained on since the last call.
             loss: Returns the current loss. It is called at most once a second, because it blocks the host.
         """
-        self.seen += images
-        if self.bar is not None and time.monotonic() > self.told + 1:
+        self.images_done += images
+        if self.bar is not None and time.monotonic() > self.last_update + 1:
             self._show(epoch, loss=loss())
 
     def end_epoch(self, row: Mapping[str, float]) -> None:
@@ -58,8 +58,9 @@ class Progress:
         if self.bar is not None:
             self._show(int(row["epoch"]), loss=row["train_loss"], val_accuracy=row["val_accuracy"])
         if not self.silent and (self.bar is None or not sys.stdout.isatty()):
-            rate = (self.seen - self.first) / (time.monotonic() - self.began)
-            left = datetime.timedelta(seconds=round((self.images - self.seen) / rate)) if rate else "an unknown time"
+            rate = (self.images_done - self.initial_images) / (time.monotonic() - self.started)
+            images_left = self.images - self.images_done
+            left = datetime.timedelta(seconds=round(images_left / rate)) if rate else "an unknown time"
             print(
                 f"{self.name}  epoch {row['epoch']}/{self.epochs}  loss {row['train_loss']:.4f}  "
                 f"val_loss {row['val_loss']:.4f}  val_accuracy {row['val_accuracy']:.4f}  "
@@ -72,16 +73,16 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def _show(self, epoch: int, **figures: float) -> None:
+    def _show(self, epoch: int, **metrics: float) -> None:
         assert self.bar is not None
-        self.told = time.monotonic()
-        self.known |= {name: f"{figure:.4f}" for name, figure in figures.items()}
+        self.last_update = time.monotonic()
+        self.metrics |= {name: f"{value:.4f}" for name, value in metrics.items()}
         self.bar.set_description(f"{self.name} {epoch}/{self.epochs}", refresh=False)
         self.bar.bar_format = self._format(self.bar.format_dict["ncols"])
-        self.bar.update(self.seen - self.bar.n)
+        self.bar.update(self.images_done - self.bar.n)
 
     def _format(self, columns: int | None) -> str:
         # A terminal of 80 columns has room only for the numbers. tqdm cuts off what exceeds the width.
-        drawn = "|{bar}|" if columns is None or columns >= WIDE else ""
-        figures = "".join(f" {name}={figure}" for name, figure in self.known.items())
-        return f"{{desc}}{{percentage:3.0f}}%{drawn}{figures} {{remaining}} left {{rate_noinv_fmt}}"
+        bar = "|{bar}|" if columns is None or columns >= MIN_BAR_COLUMNS else ""
+        metrics = "".join(f" {name}={value}" for name, value in self.metrics.items())
+        return f"{{desc}}{{percentage:3.0f}}%{bar}{metrics} {{remaining}} left {{rate_noinv_fmt}}"

@@ -5,7 +5,7 @@ import numpy as np
 from convoy.core.errors import ConvoyError
 
 
-class Batches:
+class BatchSampler:
     """Batch sampler whose order depends only on the seed and the epoch, not on any other random numbers.
 
     Each row occurs at most once in an epoch, unless `balanced` is set. An incomplete last batch is dropped, because
@@ -14,49 +14,57 @@ class Batches:
     Args:
         labels: Labels (N,) int64 of all images.
         batch_size: Images per optimizer step, over all processes; limited to N and rounded down to a multiple of
-            `ranks`.
+            `world_size`.
         seed: Seed of the order.
         balanced: Whether to sample rows with replacement so that all classes are equally frequent on average.
-        rank: Index of this process, in [0, ranks). It gets every `ranks`-th row of a batch, starting at `rank`.
-        ranks: Number of processes that train together.
+        rank: Index of this process, in [0, world_size). It gets every `world_size`-th row of a batch, starting at
+            `rank`.
+        world_size: Number of processes that train together.
 
     Raises:
         ConvoyError: If a batch has fewer images than there are processes.
     """
 
     def __init__(
-        self, labels: np.ndarray, batch_size: int, seed: int, *, balanced: bool = False, rank: int = 0, ranks: int = 1
+        self,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        balanced: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.labels = labels
-        self.batch_size = min(batch_size, len(labels)) // ranks * ranks
+        self.batch_size = min(batch_size, len(labels)) // world_size * world_size
         if not self.batch_size:
-            raise ConvoyError(f"{ranks} processes can't share a batch of {min(batch_size, len(labels))} images")
+            raise ConvoyError(f"{world_size} processes can't share a batch of {min(batch_size, len(labels))} images")
         self.seed = seed
         self.balanced = balanced
         self.rank = rank
-        self.ranks = ranks
+        self.world_size = world_size
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch."""
         return len(self.labels) // self.batch_size
 
-    def epoch(self, number: int) -> list[np.ndarray]:
+    def draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the rows of this process for each step of an epoch.
 
         Args:
-            number: Index of the epoch, from 0.
+            epoch: Index of the epoch, from 0.
 
         Returns:
-            One array (batch_size / ranks,) int64 of row indices per step.
+            One array (batch_size / world_size,) int64 of row indices per step.
         """
-        random = np.random.default_rng([self.seed, number])
+        random = np.random.default_rng([self.seed, epoch])
         if self.balanced:
-            shares = 1 / np.bincount(self.labels)[self.labels]
-            order = random.choice(len(self.labels), len(self.labels), p=shares / shares.sum())
+            probabilities = 1 / np.bincount(self.labels)[self.labels]
+            order = random.choice(len(self.labels), len(self.labels), p=probabilities / probabilities.sum())
         else:
             order = random.permutation(len(self.labels))
-        whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
-        return list(np.ascontiguousarray(whole[:, self.rank :: self.ranks]))
+        complete = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        return list(np.ascontiguousarray(complete[:, self.rank :: self.world_size]))
 
 
 def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:

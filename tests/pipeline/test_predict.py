@@ -184,7 +184,7 @@ def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch
         return np.zeros((32, 32, 1), np.uint8)
 
     monkeypatch.setattr(Predictor, "probabilities", probabilities)
-    monkeypatch.setattr(predict, "read", pixels)
+    monkeypatch.setattr(predict, "read_image", pixels)
     names = [f"{number}.png" for number in range(1000)]
     answers = predict.predict(predictor.restore(here / "left"), names)
     assert next(answers)["image"] == "0.png"

@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-CHANGES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
-READS = ("SELECT", "PRAGMA", "BEGIN", "--")
+CHANGING_EVENTS = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+READ_STATEMENTS = ("SELECT", "PRAGMA", "BEGIN", "--")
 
 
 def run_until_write(operation: Callable[[], None], number: int) -> bool:
@@ -32,7 +32,7 @@ def run_until_write(operation: Callable[[], None], number: int) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def see_statement(statement: str) -> None:
-            if not statement.lstrip().upper().startswith(READS):
+            if not statement.lstrip().upper().startswith(READ_STATEMENTS):
                 count()
 
         connect = sqlite3.connect
@@ -43,7 +43,7 @@ def run_until_write(operation: Callable[[], None], number: int) -> bool:
             return connection
 
         def see(event: str, given: tuple[Any, ...]) -> None:
-            if event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            if event in CHANGING_EVENTS or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
                 count()
 
         sys.addaudithook(see)

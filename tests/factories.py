@@ -13,14 +13,19 @@ from convoy.data.sources.base import Sample
 from convoy.data.sources.folder import read_folder
 
 
-def png(value: int = 0) -> bytes:
+def make_png(value: int = 0) -> bytes:
     file = io.BytesIO()
     Image.new("L", (4, 3), value).save(file, "PNG")
     return file.getvalue()
 
 
-PETS = {"cat/1.png": png(1), "cat/2.png": png(2), "dog/1.png": png(3)}
-SPLIT_PETS = {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "test/cat/3.png": png(3), "valid/dog/4.png": png(4)}
+PETS = {"cat/1.png": make_png(1), "cat/2.png": make_png(2), "dog/1.png": make_png(3)}
+SPLIT_PETS = {
+    "train/cat/1.png": make_png(1),
+    "train/dog/2.png": make_png(2),
+    "test/cat/3.png": make_png(3),
+    "valid/dog/4.png": make_png(4),
+}
 
 
 def write(data: Path, files: Mapping[str, bytes | str]) -> Path:
@@ -30,7 +35,7 @@ def write(data: Path, files: Mapping[str, bytes | str]) -> Path:
     return data
 
 
-def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def make_zip(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in files.items():
@@ -38,7 +43,7 @@ def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) ->
     return archive.getvalue()
 
 
-def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
+def make_tar(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode=mode) as file:
         for name, content in files.items():
@@ -49,13 +54,13 @@ def tarred(files: Mapping[str, bytes], mode: str = "w:gz") -> bytes:
 
 
 ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {
-    "zip": zipped,
-    "ZIP": zipped,
-    "tar": lambda files: tarred(files, "w"),
-    "tar.gz": lambda files: tarred(files, "w:gz"),
-    "tgz": lambda files: tarred(files, "w:gz"),
-    "tar.bz2": lambda files: tarred(files, "w:bz2"),
-    "tar.xz": lambda files: tarred(files, "w:xz"),
+    "zip": make_zip,
+    "ZIP": make_zip,
+    "tar": lambda files: make_tar(files, "w"),
+    "tar.gz": lambda files: make_tar(files, "w:gz"),
+    "tgz": lambda files: make_tar(files, "w:gz"),
+    "tar.bz2": lambda files: make_tar(files, "w:bz2"),
+    "tar.xz": lambda files: make_tar(files, "w:xz"),
 }
 
 
@@ -68,18 +73,18 @@ def read(data: Path) -> list[Sample]:
     return members
 
 
-def rows(data: Path) -> list[tuple[str, str, str]]:
+def read_rows(data: Path) -> list[tuple[str, str, str]]:
     """The path, label and split of all members, none of which has a fault."""
     members = read(data)
-    assert faults(members) == []
+    assert list_faults(members) == []
     return [(member.path, member.label, member.split) for member in members]
 
 
-def faults(members: list[Sample]) -> list[str]:
+def list_faults(members: list[Sample]) -> list[str]:
     return [f"{member.path} {member.content}" for member in members if isinstance(member.content, InvalidImageError)]
 
 
-def content(member: Sample) -> bytes:
+def read_content(member: Sample) -> bytes:
     """What a member holds, which is read here where it is only named."""
     assert isinstance(member.content, str | bytes), str(member.content)
     return Path(member.content).read_bytes() if isinstance(member.content, str) else member.content

@@ -8,19 +8,17 @@ from torch import Tensor
 from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
-from small_project import REAL
+from small_project import ROOT
 
-CONF = REAL / "conf" / "model"
-
-
+CONF = ROOT / "conf" / "model"
 every_architecture = pytest.mark.parametrize("name", models.names())
 
 
-def settings(name: str) -> dict:
+def load_settings(name: str) -> dict:
     return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
 
 
-def dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
+def make_dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
     return DatasetInfo(
         "test", [f"class {k}" for k in range(classes)], size, channels, [0.4] * channels, [0.2] * channels
     )
@@ -28,10 +26,10 @@ def dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> Datase
 
 def build(name: str, seed: int = 0, **of_info: int) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(name, settings(name), dataset_info(**of_info))
+    return models.build(name, load_settings(name), make_dataset_info(**of_info))
 
 
-def images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:
+def make_images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:
     return torch.randint(0, 256, (count, size, size, channels), dtype=torch.uint8)
 
 

@@ -6,15 +6,15 @@ from convoy.promotion import champion
 from convoy.promotion.champion import PromotionEvent
 
 
-def promotion(before: int | None, after: int) -> PromotionEvent:
+def make_promotion(before: int | None, after: int) -> PromotionEvent:
     return PromotionEvent(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
 
 
-class Killed(BaseException):
+class SimulatedKill(BaseException):
     """As if the process had died here."""
 
 
-WRITES = sorted(
+REGISTRY_WRITES = sorted(
     name
     for name in vars(AbstractStore)
     if name.split("_")[0] in ("create", "set", "delete", "update", "rename")

@@ -15,16 +15,16 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.registry import versions
 from convoy.tracking.store import open_store
 from record_factory import make_record
-from small_project import REAL
+from small_project import ROOT
 
-PACKAGE = Path(convoy.__file__).parent
+LIBRARY = Path(convoy.__file__).parent
 CLASSES = ["cat", "dog", "fox"]
 
 
-def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = None) -> dict[str, Path]:
+def write_trained_files(folder: Path, channels: int = 1, more: Mapping[str, object] | None = None) -> dict[str, Path]:
     """What training and evaluation leave of a LeNet: record, weights and calibration."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]
+    settings = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]
     info = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
     info |= {"mean": [0.5] * channels, "std": [0.25] * channels}
     torch.manual_seed(0)
@@ -36,9 +36,9 @@ def leave(folder: Path, channels: int = 1, more: Mapping[str, object] | None = N
     return {key: folder / name for key, name in named.items()}
 
 
-def register(root: Path) -> ModelVersion:
+def register_model(root: Path) -> ModelVersion:
     """A version in the embedded store of the project folder `root`, and the champion's alias on it."""
-    files = leave(root / "left")
+    files = write_trained_files(root / "left")
     root.joinpath("params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: auto\n")
     with open_store(root, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id).info.run_id
@@ -47,16 +47,16 @@ def register(root: Path) -> ModelVersion:
             name="convoy",
             run_id=run,
             identity="made here",
-            model=PACKAGE / "inference/pyfunc_model.py",
+            model=LIBRARY / "inference/pyfunc_model.py",
             files=files,
-            code=PACKAGE,
+            code=LIBRARY,
             step=1,
         )
         store.client.set_registered_model_alias("convoy", "champion", version.version)
     return version
 
 
-def folder_of(root: Path) -> Path:
+def find_model_folder(root: Path) -> Path:
     """Where the files of the one registered model lie."""
     (found,) = root.glob("mlartifacts/convoy/models/*/artifacts")
     return found

@@ -34,16 +34,16 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
     raise AssertionError(f"not within {seconds} seconds")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return asked.getsockname()[1]
 
 
 @contextlib.contextmanager
-def running(command: list[str], said: Path, **options: object) -> Iterator[subprocess.Popen]:
+def run_process(command: list[str], log: Path, **options: object) -> Iterator[subprocess.Popen]:
     """A process and all that it starts, for as long as this lasts; what they say goes into a file."""
-    with said.open("ab") as file:
+    with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, **options)  # type: ignore[call-overload]
     try:
         yield process
@@ -57,7 +57,7 @@ def running(command: list[str], said: Path, **options: object) -> Iterator[subpr
 
 
 @contextlib.contextmanager
-def postgres() -> Iterator[str]:
+def run_postgres() -> Iterator[str]:
     """The URI of an empty database, as SQLAlchemy reads it. Skips the test where PostgreSQL is not installed."""
     places = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr/local/pgsql").glob("bin")]
     initdb = shutil.which("initdb", path=os.pathsep.join([os.environ["PATH"], *map(str, places)]))
@@ -80,17 +80,17 @@ def postgres() -> Iterator[str]:
                 return True
             return False
 
-        with running(command, Path(folder, "said"), **options):
+        with run_process(command, Path(folder, "said"), **options):
             wait_until(answers)
             yield f"postgresql+psycopg2://convoy@/postgres?host={folder}"
 
 
 @contextlib.contextmanager
-def s3(folder: Path) -> Iterator[str]:
+def run_s3(folder: Path) -> Iterator[str]:
     """The address of an S3 with a bucket called "convoy"."""
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "s3.log"):
-        wait_until(lambda: _answers(address))
+    address = f"http://127.0.0.1:{(port := find_free_port())}"
+    with run_process([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], folder / "s3.log"):
+        wait_until(lambda: _is_up(address))
         keys = {"aws_access_key_id": BUCKET["AWS_ACCESS_KEY_ID"], "region_name": BUCKET["AWS_DEFAULT_REGION"]}
         keys["aws_secret_access_key"] = BUCKET["AWS_SECRET_ACCESS_KEY"]
         boto3.client("s3", endpoint_url=address, **keys).create_bucket(Bucket="convoy")
@@ -98,30 +98,30 @@ def s3(folder: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def mlflow(folder: Path, port: int, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[int]:
+def run_mlflow(folder: Path, port: int, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[int]:
     """MLflow's server at http://127.0.0.1:port with these options; the number of its process, which leads its group."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     given = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")} | (environment or {})
     given["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # which nobody here needs, and which takes seconds
-    with running([*command, *options], folder / "mlflow.log", cwd=folder, env=given) as process:
-        wait_until(lambda: process.poll() is not None or _answers(f"http://127.0.0.1:{port}/health"))
+    with run_process([*command, *options], folder / "mlflow.log", cwd=folder, env=given) as process:
+        wait_until(lambda: process.poll() is not None or _is_up(f"http://127.0.0.1:{port}/health"))
         assert process.poll() is None, (folder / "mlflow.log").read_text()[-3000:]
         yield process.pid
 
 
-def _answers(address: str) -> bool:
+def _is_up(address: str) -> bool:
     with contextlib.suppress(requests.RequestException):
         return requests.get(address, timeout=5).status_code < 500
     return False
 
 
-class Server(http.server.ThreadingHTTPServer):
+class FaultyServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     answer = "500"
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    server: Server
+class FaultyHandler(http.server.BaseHTTPRequestHandler):
+    server: FaultyServer
 
     def do_GET(self) -> None:
         match self.server.answer:

@@ -15,7 +15,7 @@ from pipeline.register import register
 from pipeline.stage import Stage
 from pipeline.train import train
 
-REAL = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 SMALL = (
     "model=[lenet,resnet]",
     "train.max_epochs=3",
@@ -28,17 +28,17 @@ SMALL = (
 def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
     """The project's own conf/ and dvc.yaml in `root`, composed with `overrides`, and 30 pictures of 3 classes."""
     root.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(REAL / "conf", root / "conf")
-    shutil.copy(REAL / "dvc.yaml", root)
+    shutil.copytree(ROOT / "conf", root / "conf")
+    shutil.copy(ROOT / "dvc.yaml", root)
     settings = root / "conf" / "config.yaml"
     # tests name the experiment and the model themselves; by default the data set does
     settings.write_text(settings.read_text().replace("name: ${dataset.name}", "name: convoy"))
     config.compose(root, overrides)
-    draw_pictures(root / "data", each=30)
+    draw_images(root / "data", each=30)
     return root
 
 
-def draw_pictures(data: Path, each: int) -> None:
+def draw_images(data: Path, each: int) -> None:
     """Grey pictures of 12x12 pixels in class folders: a bright bar that stands, lies or leans, in noise."""
     random = np.random.default_rng(0)
     masks = {"lying": np.eye(12)[6][:, None] * np.ones(12), "leaning": np.eye(12)}

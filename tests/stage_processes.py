@@ -6,7 +6,7 @@ from pathlib import Path
 from small_project import run_stages
 
 
-def run_stages_there(root: Path) -> None:
+def run_remaining_stages(root: Path) -> None:
     """Run every stage whose output is not there yet, as DVC would, and the last one in any case."""
     os.chdir(root)
     os.setpgid(0, 0)  # so that what it starts can be killed with it

@@ -15,7 +15,7 @@ from pipeline.sync_mlflow import find_result, sync_runs
 from small_project import make_project, run_stages
 
 
-def make_road(root: Path, overrides: list[str], *, until: str = "evaluate") -> Path:
+def make_trained_project(root: Path, overrides: list[str], *, until: str = "evaluate") -> Path:
     """A project whose stages have run, with a database that has no run yet."""
     make_project(root, overrides)
     run_stages(root, until=until)
@@ -23,7 +23,7 @@ def make_road(root: Path, overrides: list[str], *, until: str = "evaluate") -> P
         return root
 
 
-def copied(road: Path, root: Path) -> Path:
+def copy_project(road: Path, root: Path) -> Path:
     """The project with its database, as if it had been made there."""
     shutil.copytree(road, root, ignore=shutil.ignore_patterns("mlartifacts"))
     place = (root / "mlartifacts/convoy").as_uri()
@@ -32,21 +32,21 @@ def copied(road: Path, root: Path) -> Path:
     return root
 
 
-def client(root: Path) -> MlflowClient:
+def make_client(root: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
 
 
-def all_runs(root: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+def list_runs(root: Path, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
     """By their names."""
-    asked = client(root)
+    asked = make_client(root)
     experiment = asked.get_experiment_by_name("convoy")
     found = asked.search_runs([experiment.experiment_id], run_view_type=view) if experiment else []
     return sorted(found, key=lambda run: run.info.run_name)
 
 
-def curve(root: Path, run: Run, name: str) -> list[tuple[int, float]]:
+def read_curve(root: Path, run: Run, name: str) -> list[tuple[int, float]]:
     """Every point that there is, the older first."""
-    points = client(root).get_metric_history(run.info.run_id, name)
+    points = make_client(root).get_metric_history(run.info.run_id, name)
     return sorted((point.step, point.value) for point in points)
 
 
@@ -57,7 +57,7 @@ def sync(root: Path) -> dict[str, str]:
         return sync_runs(store, root, names, {name: find_result(stage, name) for name in names})
 
 
-def trained_bytes(root: Path) -> dict[str, bytes]:
+def read_trained_files(root: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (root / "artifacts/train/lenet").iterdir()}
 
 

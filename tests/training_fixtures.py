@@ -18,14 +18,14 @@ from convoy.training.datamodule import ImageData
 from convoy.training.record import ResolvedTrainer
 from convoy.training.result import TrainResult
 from convoy.training.trainer import fit
-from small_project import REAL
+from small_project import ROOT
 
-BARS = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
+BARS_INFO = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
 
 CPU = ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
 
 
-def bars(count: int, seed: int) -> Images:
+def make_bars(count: int, seed: int) -> Images:
     """Pictures of 32x32 pixels in two classes: a bright row or a bright column."""
     random = np.random.default_rng(seed)
     pixels = random.integers(0, 100, (count, 32, 32, 1), dtype=np.uint8)
@@ -36,11 +36,11 @@ def bars(count: int, seed: int) -> Images:
 
 
 def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> Classifier:
-    settings = yaml.safe_load((REAL / f"conf/model/{name}.yaml").read_text())[name]
+    settings = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())[name]
     settings["recipe"] |= recipe
     settings["recipe"]["augment"] |= augment or {}
     torch.manual_seed(seed)
-    return models.build(name, settings, BARS)
+    return models.build(name, settings, BARS_INFO)
 
 
 def train(
@@ -50,16 +50,16 @@ def train(
     hardware: ResolvedTrainer = CPU,
     **params: Any,
 ) -> TrainResult:
-    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, seed)
+    data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, seed)
     settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
     return fit(classifier, data, TrainConfig(**settings), hardware, checkpoint)
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def with_room_for_ten(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Classifier:
+def limit_memory_to_ten_images(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> Classifier:
     """As on a GPU whose memory holds ten images."""
     heads = classifier.weighted_heads
 

@@ -14,7 +14,7 @@ from pipeline.train import train
 IMPORTED = (convoy.models.lenet, convoy.models.resnet)
 
 
-def train_there(root: Path, architecture: str) -> None:
+def run_train_stage(root: Path, architecture: str) -> None:
     """Run the train stage of the project in `root`, as its command does."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -21,8 +21,8 @@ from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion.config import GateConfig
+from small_project import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOUND: dict[str, Any] = {
     "size": 32,
     "channels": "auto",

@@ -11,8 +11,9 @@ from convoy.data.ingest import FetchConfig, ingest
 from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.folder import read_folder
+from small_project import ROOT
 
-SAMPLES = Path(__file__).parents[2] / "samples"
+SAMPLES = ROOT / "samples"
 
 
 def test_script_reproduces_the_sample_byte_for_byte(tmp_path: Path) -> None:

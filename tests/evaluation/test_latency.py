@@ -1,7 +1,6 @@
 """Latency: calls alternate, warm-up calls don't count, and more work takes longer."""
 
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +9,9 @@ from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.models.base import Classifier
+from small_project import ROOT
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 
 
 @pytest.fixture(autouse=True)

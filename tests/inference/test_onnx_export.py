@@ -17,14 +17,14 @@ from convoy.inference import onnx_export
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry import model_loader
-from model_fixtures import TORCHVISION_NAMES, build, dataset_info, every_architecture, images, settings
+from model_fixtures import TORCHVISION_NAMES, build, every_architecture, load_settings, make_dataset_info, make_images
 
 
 def lively(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
     """An untrained network, or one with the settings of a torchvision network, whose layers all do something."""
     torch.manual_seed(0)
-    values = settings(name) | (models.equivalents(name).settings[torchvision_name] if torchvision_name else {})
-    classifier = models.build(name, values, dataset_info(**of_info)).eval()
+    values = load_settings(name) | (models.equivalents(name).settings[torchvision_name] if torchvision_name else {})
+    classifier = models.build(name, values, make_dataset_info(**of_info)).eval()
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -43,7 +43,7 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
     onnx_export.export(predictor, file)
     alone = file.rename(tmp_path / "alone.onnx")  # where no weights can lie beside it
     for count in (1, 2, 3, onnx_export.BATCH_SIZE + 1):
-        pixels = images(count, channels=3).numpy()
+        pixels = make_images(count, channels=3).numpy()
         expected = predictor.probabilities(pixels)
         assert expected.std() > 0.01
         assert onnx_export.max_difference(alone, pixels, expected) < 1e-5
@@ -54,7 +54,7 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
 @pytest.mark.parametrize("torchvision_name", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
 def test_network_for_imagenet_exports_too(torchvision_name: str, tmp_path: Path) -> None:
     predictor = lively(TORCHVISION_NAMES[torchvision_name], torchvision_name, size=224, channels=3)
-    pixels = images(3, 224, channels=3).numpy()
+    pixels = make_images(3, 224, channels=3).numpy()
     expected = predictor.probabilities(pixels)
     assert expected.std() > 0.01
     onnx_export.export(predictor, tmp_path / "model.onnx")
@@ -136,13 +136,13 @@ def test_export_failure_is_one_line_with_the_reason(
 
 
 def test_wrongly_exported_network_is_detected(tmp_path: Path) -> None:
-    predictor, pixels = strange("be another then"), images(8).numpy()
+    predictor, pixels = strange("be another then"), make_images(8).numpy()
     onnx_export.export(predictor, tmp_path / "model.onnx")
     assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
 
 
 def test_onnx_file_with_other_predictions_is_detected(file: Path) -> None:
-    pixels = images(40, size=36).numpy()
+    pixels = make_images(40, size=36).numpy()
     expected = lively("lenet", size=36, classes=3).probabilities(pixels)
     assert onnx_export.max_difference(file, pixels, expected) < 1e-6
     other = expected.copy()
@@ -159,6 +159,6 @@ def test_invalid_or_mismatched_onnx_file_is_one_line(
     broken.write_bytes(file.read_bytes()[:-1000])
     for given, size in ((broken, 36), (file, 32)):
         with pytest.raises(ConvoyError, match=r"^onnxruntime can't run model.onnx \(") as refusal:
-            onnx_export.max_difference(given, images(2, size=size).numpy(), np.zeros((2, 3)))
+            onnx_export.max_difference(given, make_images(2, size=size).numpy(), np.zeros((2, 3)))
         assert len(str(refusal.value).splitlines()) == 1
     assert capfd.readouterr() == ("", "")

@@ -44,8 +44,8 @@ from convoy.inference.pyfunc_model import ImageClassifier
 from convoy.registry import model_loader as served
 from convoy.registry import versions
 from convoy.tracking.store import open_store
-from registry_fixtures import CLASSES, folder_of, leave, register
-from small_project import REAL
+from registry_fixtures import CLASSES, find_model_folder, register_model, write_trained_files
+from small_project import ROOT
 
 Files = dict[str, Path]
 
@@ -63,7 +63,7 @@ def loaded(files: Files) -> ImageClassifier:
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageClassifier:
     """An untrained LeNet behind the model that MLflow loads."""
-    return loaded(leave(tmp_path_factory.mktemp("served"), request.param))
+    return loaded(write_trained_files(tmp_path_factory.mktemp("served"), request.param))
 
 
 def picture(height: int = 40, width: int = 60, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -186,7 +186,7 @@ def test_input_that_is_no_image_gets_a_clear_message(model: ImageClassifier, mod
 
 
 def test_temperature_softens_probabilities_and_keeps_the_label(tmp_path: Path) -> None:
-    files = leave(tmp_path)
+    files = write_trained_files(tmp_path)
     images = [picture(seed=seed) for seed in range(20)]
     answers = {}
     for temperature in (1, 2.5):
@@ -236,7 +236,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("registered")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        register(folder)
+        register_model(folder)
         yield folder
 
 
@@ -265,7 +265,7 @@ def test_signature_bars_no_form_of_images(root: Path, restored: Predictor) -> No
 
 
 def test_model_holds_only_safetensors_json_and_source(root: Path) -> None:
-    folder = folder_of(root)
+    folder = find_model_folder(root)
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix != ".pyc" and file.is_file()}
     assert {Path(file).suffix for file in files} == {"", ".json", ".py", ".safetensors", ".txt", ".yaml"}
     assert not any("pickle" in line for line in (folder / "MLmodel").read_text().splitlines() if "version" not in line)
@@ -276,7 +276,7 @@ def test_model_contains_only_the_code_that_it_needs() -> None:
     code = (
         "import sys, convoy.inference.pyfunc_model; print(*(name for name in sys.modules if name.startswith('convoy')))"
     )
-    environment = os.environ | {"PYTHONPATH": str(REAL / "src")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     found = done.stdout.split()
     # MLflow keeps this one beside the rest
@@ -286,7 +286,7 @@ def test_model_contains_only_the_code_that_it_needs() -> None:
 
 
 def test_pinned_requirements_are_what_the_model_imports(root: Path) -> None:
-    folder, owners = folder_of(root), packages_distributions()
+    folder, owners = find_model_folder(root), packages_distributions()
     imported = set()
     for file in [folder / "pyfunc_model.py", *(folder / "code").rglob("*.py")]:
         for node in ast.parse(file.read_text()).body:  # what a function imports, no answer needs

@@ -19,7 +19,7 @@ from convoy.core.config import typed
 from convoy.core.errors import ConvoyError
 from convoy.models import alexnet, googlenet, lenet, vgg
 from convoy.models.base import Classifier
-from model_fixtures import CONF, build, dataset_info, every_architecture, images, settings
+from model_fixtures import CONF, build, every_architecture, load_settings, make_dataset_info, make_images
 
 
 def parameters(model: nn.Module) -> int:
@@ -46,16 +46,17 @@ def test_settings_file_has_its_name_as_key_and_fits_the_schema(name: str) -> Non
 def test_images_of_any_size_become_one_logit_for_each_class(name: str, size: int, channels: int) -> None:
     with torch.device("meta"):  # shapes without numbers
         model = build(name, size=size, channels=channels, classes=7)
-        assert model(images(2, size, channels)).shape == (2, 7)
+        assert model(make_images(2, size, channels)).shape == (2, 7)
         assert all(
-            logits.shape == (2, 7) for _, logits in model.weighted_heads(model.normalise(images(2, size, channels)))
+            logits.shape == (2, 7)
+            for _, logits in model.weighted_heads(model.normalise(make_images(2, size, channels)))
         )
 
 
 @every_architecture
 @pytest.mark.parametrize("size", [32, 33, 64])
 def test_logits_are_finite_and_differ_between_images(name: str, size: int) -> None:
-    logits = build(name, size=size, channels=3).eval()(images(4, size, channels=3))
+    logits = build(name, size=size, channels=3).eval()(make_images(4, size, channels=3))
     assert logits.isfinite().all()
     assert logits.std(dim=0).min() > 0
 
@@ -64,7 +65,7 @@ def test_logits_are_finite_and_differ_between_images(name: str, size: int) -> No
 def test_fresh_logits_are_of_moderate_size(name: str) -> None:
     # a first loss far above log(K) is a network that starts out certain and wrong
     model = build(name)
-    pixels, labels = images(64), torch.arange(64) % 10
+    pixels, labels = make_images(64), torch.arange(64) % 10
     weight, logits = model.weighted_heads(model.normalise(pixels))[0]
     assert weight == 1
     assert functional.cross_entropy(logits, labels) < 5
@@ -73,7 +74,7 @@ def test_fresh_logits_are_of_moderate_size(name: str) -> None:
 @every_architecture
 def test_pixels_are_normalised_inside(name: str) -> None:
     model = build(name, channels=3).eval()
-    pixels = images(3, channels=3)
+    pixels = make_images(3, channels=3)
     x = (pixels.permute(0, 3, 1, 2) / 255 - 0.4) / 0.2
     assert torch.allclose(model(pixels), model.logits(x), atol=1e-4)
 
@@ -86,7 +87,7 @@ def test_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
             if parameter.ndim == 1:  # a zero gain of a norm holds back all gradients below it
                 parameter.uniform_(0.1, 0.5)
     labels = torch.arange(8)
-    heads = model.weighted_heads(model.normalise(images(8)))
+    heads = model.weighted_heads(model.normalise(make_images(8)))
     sum(weight * functional.cross_entropy(logits, labels) for weight, logits in heads).backward()
     idle = [
         name
@@ -106,11 +107,13 @@ def test_weights_depend_on_the_seed(name: str) -> None:
 @every_architecture
 def test_saved_weights_restore_the_same_classifier(name: str, tmp_path: Path) -> None:
     model = build(name, channels=3)
-    model(images(8, channels=3))  # in training mode: batch norms move
+    model(make_images(8, channels=3))  # in training mode: batch norms move
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    restored = models.restore(name, settings(name), dataset_info(channels=3), tmp_path / "weights.safetensors")
+    restored = models.restore(
+        name, load_settings(name), make_dataset_info(channels=3), tmp_path / "weights.safetensors"
+    )
     assert not restored.training
-    pixels = images(4, channels=3)
+    pixels = make_images(4, channels=3)
     assert torch.equal(restored(pixels), model.eval()(pixels))
 
 
@@ -119,7 +122,7 @@ def test_weights_of_another_dataset_are_refused_by_name(name: str, tmp_path: Pat
     weights = tmp_path / "weights.safetensors"
     save_file(build(name, classes=9).state_dict(), weights)
     with pytest.raises(ConvoyError, match=f"weights.safetensors: not the weights of this {name}"):
-        models.restore(name, settings(name), dataset_info(), weights)
+        models.restore(name, load_settings(name), make_dataset_info(), weights)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a safetensors file"])
@@ -128,24 +131,24 @@ def test_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes | N
     if content is not None:
         weights.write_bytes(content)
     with pytest.raises(ConvoyError, match=r"weights\.safetensors"):
-        models.restore("lenet", settings("lenet"), dataset_info(), weights)
+        models.restore("lenet", load_settings("lenet"), make_dataset_info(), weights)
 
 
 @every_architecture
 def test_misspelled_key_is_refused_with_a_suggestion(name: str) -> None:
-    values = settings(name)
+    values = load_settings(name)
     values["recipe"]["learning_rte"] = 0.1
     with pytest.raises(ConvoyError, match=rf"model\.{name}\.recipe\.learning_rte: unknown key"):
-        models.build(name, values, dataset_info())
+        models.build(name, values, make_dataset_info())
 
 
 @every_architecture
 def test_every_setting_is_needed(name: str) -> None:
-    for key in settings(name):
-        values = settings(name)
+    for key in load_settings(name):
+        values = load_settings(name)
         del values[key]
         with pytest.raises(ConvoyError, match=rf"model\.{name}\.{key}: missing"):
-            models.build(name, values, dataset_info())
+            models.build(name, values, make_dataset_info())
 
 
 @every_architecture
@@ -163,7 +166,7 @@ def test_too_small_images_are_refused_with_the_minimum_size(name: str) -> None:
 
 def test_unknown_architecture_is_refused_with_known_names() -> None:
     with pytest.raises(ConvoyError, match=r"model\.resnt: no such architecture; did you mean resnet\?$"):
-        models.build("resnt", {}, dataset_info())
+        models.build("resnt", {}, make_dataset_info())
 
 
 def test_architecture_is_imported_only_when_requested(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +200,9 @@ def imagenet(theirs: str, size: int = 224) -> Classifier:
     name = IMAGENET[theirs]
     with torch.device("meta"):
         return models.build(
-            name, settings(name) | models.equivalents(name).settings[theirs], dataset_info(size, 3, classes=1000)
+            name,
+            load_settings(name) | models.equivalents(name).settings[theirs],
+            make_dataset_info(size, 3, classes=1000),
         )
 
 
@@ -242,9 +247,9 @@ def test_googlenet_heads_equal_those_of_torchvision() -> None:
 
 
 def test_imagenet_stem_on_small_images_is_refused() -> None:
-    values = settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
+    values = load_settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
     with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
-        models.build("alexnet", values, dataset_info())
+        models.build("alexnet", values, make_dataset_info())
 
 
 def test_alexnet_response_norm_equals_that_of_torch() -> None:
@@ -255,7 +260,7 @@ def test_alexnet_response_norm_equals_that_of_torch() -> None:
 
 def test_googlenet_auxiliary_classifiers_only_train() -> None:
     model = build("googlenet").eval()
-    pixels = images()
+    pixels = make_images()
     assert [weight for weight, _ in model.weighted_heads(model.normalise(pixels))] == [1.0, 0.3, 0.3]
     before = model(pixels)
     for auxiliary in (model.auxiliary_4a, model.auxiliary_4d):
@@ -268,8 +273,8 @@ def test_googlenet_auxiliary_classifiers_only_train() -> None:
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_resnet_block_of_equal_shape_starts_as_the_identity(block: str) -> None:
-    values = settings("resnet") | {"block": block}
-    model = models.build("resnet", values, dataset_info())
+    values = load_settings("resnet") | {"block": block}
+    model = models.build("resnet", values, make_dataset_info())
     x = torch.rand(2, model.blocks[1].outputs, 8, 8)
     assert torch.equal(model.blocks[1](x), x)
     changed = copy.deepcopy(model.blocks[1])

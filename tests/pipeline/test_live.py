@@ -24,9 +24,17 @@ from convoy.tracking import runs
 from pipeline.evaluate import evaluate
 from pipeline.live import Reporter
 from pipeline.stage import Stage
-from servers import Answer, Server
-from small_project import REAL, run_stages
-from tracking_fixtures import all_runs, client, copied, curve, make_road, sync, trained_bytes
+from servers import FaultyHandler, FaultyServer
+from small_project import ROOT, run_stages
+from tracking_fixtures import (
+    copy_project,
+    list_runs,
+    make_client,
+    make_trained_project,
+    read_curve,
+    read_trained_files,
+    sync,
+)
 
 Message = dict[str, Any]
 
@@ -39,12 +47,12 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         overrides = ["model=[lenet]", "train.max_epochs=60", "trainer.threads=1", "train.checkpoint_minutes=0.0005"]
-        return make_road(tmp_path_factory.mktemp("road") / "project", overrides, until="preprocess")
+        return make_trained_project(tmp_path_factory.mktemp("road") / "project", overrides, until="preprocess")
 
 
 @pytest.fixture(scope="module")
 def record(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
-    root = copied(road, tmp_path_factory.mktemp("trained") / "project")
+    root = copy_project(road, tmp_path_factory.mktemp("trained") / "project")
     config.compose(root, ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
     run_stages(root, until="train")
     return json.loads((root / "artifacts/train/lenet/record.json").read_text())
@@ -52,7 +60,7 @@ def record(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
 
 @pytest.fixture
 def root(road: Path, tmp_path: Path) -> Path:
-    return copied(road, tmp_path / "project")
+    return copy_project(road, tmp_path / "project")
 
 
 # What the reporter makes of what it is told
@@ -79,21 +87,21 @@ def report(root: Path, *messages: Message) -> None:
 
 
 def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: Message) -> None:
-    environment = os.environ | {"PYTHONPATH": str(REAL)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pipeline.live", "lenet"]
     process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdin
     for number in range(3):
         process.stdin.write(json.dumps(epoch(number) if number else begun(record)) + "\n")
-        wait_until(lambda: len(all_runs(root)) == 1 and len(curve(root, all_runs(root)[0], "val/loss")) == number)  # noqa: B023
-        assert all_runs(root)[0].info.status == "RUNNING"
+        wait_until(lambda: [len(read_curve(root, run, "val/loss")) for run in list_runs(root)] == [number])  # noqa: B023
+        assert list_runs(root)[0].info.status == "RUNNING"
     os.kill(process.pid, signal.SIGTERM)  # as an impatient system would: it is not for the reporter to end
     process.stdin.write(json.dumps(ended("FINISHED")) + "\n")
     process.stdin.close()
     assert process.wait() == 0
-    (run,) = all_runs(root)
+    (run,) = list_runs(root)
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_000, 9_000)
-    assert curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
+    assert read_curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
     assert run.data.params["recipe.lr"] == str(record["settings"]["recipe"]["lr"])
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
 
@@ -108,11 +116,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_resumed_training_continues_its_run(root: Path, record: Message) -> None:
     report(root, begun(record), epoch(1), epoch(2), ended("KILLED"))
-    assert all_runs(root)[0].info.status == "KILLED"
+    assert list_runs(root)[0].info.status == "KILLED"
     report(root, begun(record), epoch(1), epoch(2), epoch(3), ended("FINISHED"))
-    (run,) = all_runs(root)
+    (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3]
+    assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3]
 
 
 def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: Message) -> None:
@@ -124,7 +132,7 @@ def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: Messag
 
 def test_failed_training_is_marked_failed(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
-    assert all_runs(root)[0].info.status == "FAILED"
+    assert list_runs(root)[0].info.status == "FAILED"
 
 
 def test_failed_request_is_retried_and_logged_once(
@@ -147,8 +155,8 @@ def test_failed_request_is_retried_and_logged_once(
         time.sleep(0.1)
     inbox.put(ended("FINISHED"))
     reporter.join()
-    (run,) = all_runs(root)
-    assert [step for step, _ in curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
+    (run,) = list_runs(root)
+    assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -156,8 +164,8 @@ def test_failed_request_is_retried_and_logged_once(
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Answer) as server:
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer(("127.0.0.1", 0), FaultyHandler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield server
@@ -167,7 +175,7 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("answer", ["500", "401", "403", "404", "rubbish", "later", "nothing"])
 def test_unusable_server_is_one_line_without_the_password(
     answer: str,
-    server: Server,
+    server: FaultyServer,
     root: Path,
     record: Message,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,7 +204,7 @@ Start = Callable[..., multiprocessing.context.ForkServerProcess]
 @pytest.fixture
 def start(ready: multiprocessing.context.ForkServerContext, tmp_path: Path) -> Start:
     def start(root: Path, **environment: str) -> multiprocessing.context.ForkServerProcess:
-        given = {"CONVOY_LIVE": "1", "PYTHONPATH": str(REAL)} | environment
+        given = {"CONVOY_LIVE": "1", "PYTHONPATH": str(ROOT)} | environment
         process = ready.Process(target=train_live, args=(root, given, tmp_path / "said"))
         process.start()
         return process
@@ -208,7 +216,7 @@ def train_live(root: Path, environment: dict[str, str], said: Path) -> None:
     os.environ.update(environment)
     os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.chdir(root)
-    training_process.train_there(root, "lenet")
+    training_process.run_train_stage(root, "lenet")
 
 
 def reporters(root: Path) -> list[psutil.Process]:
@@ -232,23 +240,23 @@ def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start)
     first.kill()
     first.join()
     all_reported(root)
-    (killed,) = all_runs(root)
+    (killed,) = list_runs(root)
     assert killed.info.status == "KILLED"
 
     start(root).join()
     all_reported(root)
-    (run,) = all_runs(root)
+    (run,) = list_runs(root)
     assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
-    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     assert list(sync(root).values()) == [run.info.run_id]
-    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
-    assert all_runs(root)[0].info.end_time == run.info.end_time
+    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert list_runs(root)[0].info.end_time == run.info.end_time
 
 
 def test_hung_or_killed_reporter_does_not_affect_training(root: Path, tmp_path: Path, start: Start) -> None:
-    undisturbed = copied(root, tmp_path / "undisturbed")
+    undisturbed = copy_project(root, tmp_path / "undisturbed")
     before = time.monotonic()
     start(undisturbed, CONVOY_LIVE="0").join()
     alone = time.monotonic() - before
@@ -262,13 +270,13 @@ def test_hung_or_killed_reporter_does_not_affect_training(root: Path, tmp_path: 
     assert training.exitcode == 0
     assert time.monotonic() - before < 2 * alone + 3
     reporter.kill()
-    assert trained_bytes(root) == trained_bytes(undisturbed)
+    assert read_trained_files(root) == read_trained_files(undisturbed)
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     sync(root)
-    (run,) = all_runs(root)
+    (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -285,7 +293,7 @@ def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path
 
 def test_failed_and_reported_training_is_not_started_again(root: Path, record: Message) -> None:
     report(root, begun(record), ended("FAILED"))
-    run_id = all_runs(root)[0].info.run_id
-    client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
+    run_id = list_runs(root)[0].info.run_id
+    make_client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
     report(root, begun(record), ended("KILLED"))
-    assert all_runs(root)[0].info.status == "FAILED"
+    assert list_runs(root)[0].info.status == "FAILED"

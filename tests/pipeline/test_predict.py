@@ -13,7 +13,7 @@ from PIL import Image
 from convoy.inference import predictor
 from convoy.inference.predictor import Predictor
 from pipeline import predict, verify
-from registry_fixtures import CLASSES, register
+from registry_fixtures import CLASSES, register_model
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        register(folder)
+        register_model(folder)
     return folder
 
 

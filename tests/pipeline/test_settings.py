@@ -20,8 +20,8 @@ from convoy.core.errors import ConvoyError
 from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
 from pipeline.settings import RECORD, compose
+from small_project import ROOT
 
-ROOT = Path(__file__).parents[2]
 Edit = Callable[[Path], object]
 # little of it, as composing all of the project's conf/ takes a quarter of a second
 CONF = {

@@ -16,20 +16,20 @@ import pytest
 from convoy.core import config
 from pipeline.__main__ import dvc, is_alive
 from pipeline.signals import ENDING
-from small_project import REAL, make_project
+from small_project import ROOT, make_project
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 # the process that reports a training to MLflow is not to end before it
 COMMANDS = sorted(
     file.stem
-    for file in (REAL / "pipeline").glob("*.py")
+    for file in (ROOT / "pipeline").glob("*.py")
     if '__name__ == "__main__"' in file.read_text() and file.stem != "live"
 )
 
 
 def environment(**more: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(REAL), "PATH": path, **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **more}
 
 
 # A stage, and what libraries do to the exception that ends it
@@ -140,7 +140,7 @@ def interrupt(
     root: Path, site: Path, command: str, at: str, number: int, *arguments: str
 ) -> subprocess.CompletedProcess:
     """Run a command, with the signal at the import of a module."""
-    path = f"{site}{os.pathsep}{REAL}"
+    path = f"{site}{os.pathsep}{ROOT}"
     return subprocess.run(
         [sys.executable, "-m", command, *arguments],
         cwd=root,
@@ -159,7 +159,7 @@ def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -
 def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting: Path) -> None:
     name = "pipeline" if command == "__main__" else f"pipeline.{command}"
     number = ENDING[len(command) % len(ENDING)]
-    assert_one_line(interrupt(REAL, interrupting, name, "convoy.core.config", number), number)
+    assert_one_line(interrupt(ROOT, interrupting, name, "convoy.core.config", number), number)
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
@@ -291,8 +291,8 @@ def test_zombie_process_is_not_waited_for() -> None:
 def test_run_ended_by_a_random_signal_is_completed_by_the_next(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
     for folder in ("pipeline", "src"):
-        shutil.copytree(REAL / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REAL / ".dvcignore", root)
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".dvcignore", root)
     settings = root / "conf/config.yaml"
     text = settings.read_text().replace("[lenet, alexnet, vgg, googlenet, resnet]", "[lenet]")
     text = text.replace("max_epochs: 16", "max_epochs: 3").replace("floor: 0.9", "floor: 0.0")

@@ -18,7 +18,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.preprocessing import PreprocessConfig
 from pipeline.stage import RANKS, Stage, print_limited
-from small_project import REAL, SMALL, make_project
+from small_project import ROOT, SMALL, make_project
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_error_that_the_user_can_fix_is_one_line(root: Path) -> None:
 
 def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PYTHONPATH": str(REAL), "PATH": path}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
 
 
 def test_fingerprint_covers_settings_data_code_and_machine(root: Path) -> None:

@@ -28,8 +28,8 @@ from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
 from pipeline.sync_mlflow import find_result, main
 from pipeline.train import train
-from small_project import REAL, SMALL
-from tracking_fixtures import all_runs, client, copied, curve, make_road, sync
+from small_project import ROOT, SMALL
+from tracking_fixtures import copy_project, list_runs, make_client, make_trained_project, read_curve, sync
 
 CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
 
@@ -44,13 +44,13 @@ def started_by_hand(embedded_store: None, monkeypatch: pytest.MonkeyPatch) -> No
 def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return make_road(tmp_path_factory.mktemp("road") / "project", list(SMALL))
+        return make_trained_project(tmp_path_factory.mktemp("road") / "project", list(SMALL))
 
 
 @pytest.fixture(scope="module")
 def short(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with one architecture."""
-    root = copied(road, tmp_path_factory.mktemp("short") / "project")
+    root = copy_project(road, tmp_path_factory.mktemp("short") / "project")
     shutil.rmtree(root / "artifacts/train/resnet")
     shutil.rmtree(root / "artifacts/evaluate/resnet")
     config.compose(root, [*SMALL, "model=[lenet]"])
@@ -63,37 +63,37 @@ def record_of(root: Path, name: str) -> dict[str, Any]:
 
 def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> None:
     """Every run once, each point of its curves once, and all files."""
-    found = all_runs(root)
+    found = list_runs(root)
     assert [run.info.run_name for run in found] == list(names)
     for run in found:
         history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
         assert run.info.status == "FINISHED"
         assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["fingerprint"]
         for name in CURVES:
-            points = curve(root, run, name)
+            points = read_curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
             assert [value for _, value in points] == pytest.approx(list(history[name.replace("/", "_")]), abs=1e-6)
         assert run.data.metrics["test/accuracy"] <= 1
         assert len(run.inputs.dataset_inputs) == 1
-        files = {file.path for file in client(root).list_artifacts(run.info.run_id)}
+        files = {file.path for file in make_client(root).list_artifacts(run.info.run_id)}
         assert {"record.json", "history.csv", "weights.safetensors", "per_class.csv", "confusion.png"} <= files
 
 
 def test_runs_are_complete_and_a_second_sync_changes_nothing(road: Path, tmp_path: Path) -> None:
-    root = copied(road, tmp_path / "project")
+    root = copy_project(road, tmp_path / "project")
     ids = sync(root)
     assert_whole(root)
-    assert ids == {run.info.run_name: run.info.run_id for run in all_runs(root)}
+    assert ids == {run.info.run_name: run.info.run_id for run in list_runs(root)}
     before = (root / "mlflow.db").read_bytes()
     assert sync(root) == ids
     assert (root / "mlflow.db").read_bytes() == before
 
 
 def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> None:
-    root = copied(road, tmp_path / "project")
+    root = copy_project(road, tmp_path / "project")
     (root / "requirements.lock").write_text("torch==1\n")
     sync(root)
-    lenet, resnet = all_runs(root)
+    lenet, resnet = list_runs(root)
     assert set(lenet.data.params) == set(resnet.data.params)
     assert len(lenet.data.params) <= 12
     assert lenet.data.params["recipe.lr"] == str(record_of(root, "lenet")["settings"]["recipe"]["lr"])
@@ -112,7 +112,7 @@ def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> Non
 
 
 def test_deleted_database_is_recreated_with_every_run(road: Path, tmp_path: Path) -> None:
-    root = copied(road, tmp_path / "project")
+    root = copy_project(road, tmp_path / "project")
     (root / "mlflow.db").unlink()
     sync(root)
     assert_whole(root)
@@ -130,7 +130,7 @@ def test_confusion_plot_of_many_classes_has_a_limited_size(classes: int, tmp_pat
 def test_sync_killed_at_any_time_is_completed_by_the_next(
     short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
     left = 0
 
@@ -161,9 +161,9 @@ def test_sync_killed_at_any_time_is_completed_by_the_next(
             died += 1
         sync(root)
         assert_whole(root, ("lenet",))
-        (run,) = all_runs(root)
-        client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
-        client(root).delete_run(run.info.run_id)
+        (run,) = list_runs(root)
+        make_client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
+        make_client(root).delete_run(run.info.run_id)
     assert died > 20
 
 
@@ -171,7 +171,7 @@ def test_sync_killed_at_any_time_is_completed_by_the_next(
 def test_training_run_is_finished_even_if_sync_then_fails(
     where: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
 
     def fail(*_: Any, **__: Any) -> None:
         raise MlflowException("the server has died")
@@ -179,7 +179,7 @@ def test_training_run_is_finished_even_if_sync_then_fails(
     with monkeypatch.context() as patch, pytest.raises(ConvoyError, match="the server has died"):
         patch.setattr(MlflowClient, where, fail)
         sync(root)
-    (run,) = all_runs(root)
+    (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
     assert run.info.end_time
     sync(root)
@@ -194,7 +194,7 @@ def test_killed_first_sync_is_completed_by_the_next(
     monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
     monkeypatch.setattr(database, "_migrate", lambda file: shutil.copy(empty, file))
     for number in range(1, 1000, 5):
-        root = copied(short, tmp_path / str(number))
+        root = copy_project(short, tmp_path / str(number))
         (root / "mlflow.db").unlink()
         killed = run_until_write(lambda root=root: sync(root), number)  # type: ignore[misc]
         sync(root)
@@ -220,11 +220,11 @@ def test_killed_store_creation_is_completed_by_the_next(tmp_path: Path) -> None:
     assert number > 400
     create()
     assert not (tmp_path / "mlflow.db.new").exists()
-    assert client(tmp_path).get_experiment_by_name("convoy")
+    assert make_client(tmp_path).get_experiment_by_name("convoy")
 
 
 def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     record = record_of(root, "lenet")
     with open_store(root, "convoy") as store:
         run = runs.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
@@ -232,18 +232,18 @@ def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> N
         assert begun
         first = pd.read_csv(root / "artifacts/train/lenet/history.csv").to_dict("records")[0]
         runs.log_points(store.client, begun, runs.curve_points(first, 2_000))  # type: ignore[arg-type]
-    assert all_runs(root)[0].info.status == "RUNNING"
+    assert list_runs(root)[0].info.status == "RUNNING"
     assert sync(root) == {"lenet": begun}
     assert_whole(root, ("lenet",))
-    assert [point.timestamp for point in client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
-    (found,) = all_runs(root)
+    assert [point.timestamp for point in make_client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
+    (found,) = list_runs(root)
     assert found.info.start_time == 1_000
     assert found.info.end_time == int((root / "artifacts/train/lenet" / MANIFEST).stat().st_mtime * 1000)
     assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
 
 
 def test_new_evaluation_of_a_training_updates_its_run(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     folder = root / "artifacts/evaluate/lenet"
     figures = json.loads((folder / "metrics.json").read_text()) | {"accuracy": 0.125}
@@ -251,14 +251,14 @@ def test_new_evaluation_of_a_training_updates_its_run(short: Path, tmp_path: Pat
     marks = json.loads((folder / MANIFEST).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
     (folder / MANIFEST).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
-    (found,) = all_runs(root)
+    (found,) = list_runs(root)
     assert found.data.metrics["test/accuracy"] == 0.125
     assert "0.1250 on test images" in found.data.tags["mlflow.note.content"]
     assert_whole(root, ("lenet",))
 
 
 def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     (tmp_path / "stored").mkdir()
     folder = root / "artifacts/train/lenet"
@@ -268,36 +268,36 @@ def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> 
     marks = json.loads((folder / MANIFEST).read_text()) | {weights.name: sha256(weights)}
     (folder / MANIFEST).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
-    stored = Path(client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
+    stored = Path(make_client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
     assert (stored / weights.name).read_bytes() == weights.read_bytes()
-    assert runs.hashes_of(all_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
+    assert runs.hashes_of(list_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
 
 
 def test_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (run_id,) = sync(root).values()
-    client(root).delete_tag(run_id, runs.HASHES)
+    make_client(root).delete_tag(run_id, runs.HASHES)
     assert list(sync(root).values()) == [run_id]
-    assert runs.hashes_of(all_runs(root)[0])["weights.safetensors"]
+    assert runs.hashes_of(list_runs(root)[0])["weights.safetensors"]
 
 
 def test_deleted_run_is_restored_and_the_older_of_two_is_kept(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (run_id,) = sync(root).values()
-    client(root).delete_run(run_id)
-    assert all_runs(root) == []
+    make_client(root).delete_run(run_id)
+    assert list_runs(root) == []
     assert list(sync(root).values()) == [run_id]
     # another machine with the same results made one at the same moment
-    client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["fingerprint"]})
+    make_client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["fingerprint"]})
     assert list(sync(root).values()) == [run_id]
     assert_whole(root, ("lenet",))
-    assert len(all_runs(root, ViewType.ALL)) == 2
+    assert len(list_runs(root, ViewType.ALL)) == 2
 
 
 @pytest.mark.slow
 def test_concurrent_syncs_create_each_run_once(road: Path, tmp_path: Path) -> None:
-    root = copied(road, tmp_path / "project")
-    command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(REAL)}
+    root = copy_project(road, tmp_path / "project")
+    command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -306,20 +306,20 @@ def test_concurrent_syncs_create_each_run_once(road: Path, tmp_path: Path) -> No
 
 
 def test_run_of_a_dead_local_process_is_marked_killed(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    asked = client(root)
+    asked = make_client(root)
     here, there = os.uname().nodename, "another-machine"
     for name, process in (("1 gone", f"{here} {gone.pid}"), ("2 alive", f"{here} {os.getpid()}")):
         asked.create_run("1", run_name=name, tags={runs.PROCESS: process})
     asked.create_run("1", run_name="3 elsewhere", tags={runs.PROCESS: f"{there} {gone.pid}"})
     sync(root)
-    assert [run.info.status for run in all_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
+    assert [run.info.status for run in list_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
 
 
 def test_evaluation_of_an_earlier_training_is_not_logged(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     train, path = "train@lenet:\n    outs:\n    - path: artifacts/train/lenet\n", "artifacts/train/lenet"
     lock = "schema: '2.0'\nstages:\n  {}      md5: {}\n  evaluate@lenet:\n    deps:\n    - path: {}\n      md5: {}\n"
     (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "old.dir"))
@@ -331,7 +331,7 @@ def test_evaluation_of_an_earlier_training_is_not_logged(short: Path, tmp_path: 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "stages"])
 def test_unreadable_dvc_lock_is_reported(text: str, short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (root / "dvc.lock").write_text(text)
     with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict, and run `dvc repro`"):
         find_result(Stage(root, "register"), "lenet")
@@ -346,14 +346,14 @@ def test_missing_project_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_failed_training_is_logged_with_the_same_parameters(road: Path, tmp_path: Path) -> None:
-    root = copied(road, tmp_path / "project")
+    root = copy_project(road, tmp_path / "project")
     for folder in ("train", "evaluate"):
         shutil.rmtree(root / "artifacts" / folder / "lenet")
     config.compose(root, [*SMALL, "model.lenet.recipe.lr=1e30"])
     Stage(root, "train", "lenet").run(train)
     Stage(root, "evaluate", "lenet").run(evaluate)
     sync(root)
-    lenet, resnet = all_runs(root)
+    lenet, resnet = list_runs(root)
     assert (lenet.info.status, resnet.info.status) == ("FAILED", "FINISHED")
     assert set(lenet.data.params) == set(resnet.data.params)
     assert "failed in epoch " in lenet.data.tags["mlflow.note.content"]
@@ -393,8 +393,8 @@ def test_commit_tag_marks_uncommitted_changes(tmp_path: Path) -> None:
 
 
 def test_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
-    root = copied(short, tmp_path / "project")
+    root = copy_project(short, tmp_path / "project")
     (run_id,) = sync(root).values()
     for _ in range(2):
-        runs.log_points(client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])
-    assert curve(root, all_runs(root)[0], "extra") == [(7, 0.5)]
+        runs.log_points(make_client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])
+    assert read_curve(root, list_runs(root)[0], "extra") == [(7, 0.5)]

@@ -33,7 +33,7 @@ from convoy.promotion.champion import (
 )
 from convoy.registry import versions as registry
 from convoy.tracking.store import TrackingStore, open_store
-from promotion_fixtures import WRITES, Killed, promotion
+from promotion_fixtures import REGISTRY_WRITES, SimulatedKill, make_promotion
 
 NAME = "convoy"
 
@@ -56,14 +56,14 @@ def aliases(store: TrackingStore) -> dict[str, int]:
 
 def test_champion_exists_after_the_first_promotion(store: TrackingStore) -> None:
     assert current(store, NAME) is None
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     assert current(store, NAME) == 1
     assert aliases(store) == {CHAMPION: 1}
 
 
 def test_promotion_keeps_the_previous_champion_and_is_logged(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
     table = audit_log(store, NAME)
     assert table["after"].tolist() == [1, 3]
@@ -73,17 +73,17 @@ def test_promotion_keeps_the_previous_champion_and_is_logged(store: TrackingStor
 
 
 def test_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStore) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")  # by hand
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now: nothing was"):
-        set_champion(store, NAME, promotion(1, 3))
+        set_champion(store, NAME, make_promotion(1, 3))
     assert aliases(store) == {CHAMPION: 2}
     assert audit_log(store, NAME)["after"].tolist() == [1]
 
 
 @pytest.mark.parametrize("how", ["version", "alias"])
 def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     if how == "version":
         store.client.delete_model_version(NAME, "1")
     else:
@@ -91,12 +91,12 @@ def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> N
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
         current(store, NAME)
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is none now"):
-        set_champion(store, NAME, promotion(1, 2))
+        set_champion(store, NAME, make_promotion(1, 2))
 
 
 def test_rollback_restores_the_previous_champion(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
     assert (event.before, event.after) == (2, 1)
     assert aliases(store) == {CHAMPION: 1}
@@ -109,7 +109,7 @@ def test_rollback_restores_the_previous_champion(store: TrackingStore) -> None:
 
 def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 2
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad, too", "bob", "1" * 40).after == 1
@@ -117,7 +117,7 @@ def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> N
         roll_back(store, NAME, "bad, too", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 1}
 
-    set_champion(store, NAME, promotion(1, 4))
+    set_champion(store, NAME, make_promotion(1, 4))
     assert aliases(store) == {CHAMPION: 4, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
@@ -126,7 +126,7 @@ def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> N
 
 def test_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHALLENGER, "2")
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 1}
@@ -134,14 +134,14 @@ def test_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) ->
 
 def test_rollback_passes_over_deleted_versions(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     store.client.delete_model_version(NAME, "2")
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
 def test_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     store.client.delete_model_version(NAME, "3")
     roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
@@ -149,7 +149,7 @@ def test_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> 
 
 def test_rollback_is_known_after_its_target_is_deleted(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.delete_model_version(NAME, "2")
     assert was_rolled_back(store, NAME, 3) is not None
@@ -158,27 +158,27 @@ def test_rollback_is_known_after_its_target_is_deleted(store: TrackingStore) -> 
 
 def test_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2), (2, 3)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
     complete_pending(store, NAME)
     assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
-    set_champion(store, NAME, promotion(2, 4))
+    set_champion(store, NAME, make_promotion(2, 4))
     assert [roll_back(store, NAME, "bad", "bob", "1" * 40).after for _ in range(2)] == [2, 1]
 
 
 def test_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
-    set_champion(store, NAME, promotion(2, 3))
+    set_champion(store, NAME, make_promotion(2, 3))
     assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
 def test_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 2)):
-        set_champion(store, NAME, promotion(before, after))
+        set_champion(store, NAME, make_promotion(before, after))
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, PREVIOUS, "2")
     complete_pending(store, NAME)
@@ -186,7 +186,7 @@ def test_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) ->
 
 
 def test_rollback_without_a_previous_champion_is_refused(store: TrackingStore) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "why not", "bob", "1" * 40)
 
@@ -200,13 +200,13 @@ def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     def counted(original: Any) -> Any:
         def write(*arguments: Any, **named: Any) -> Any:
             if left[0] <= 0:
-                raise Killed
+                raise SimulatedKill
             left[0] -= 1
             return original(*arguments, **named)
 
         return write
 
-    for name in WRITES:
+    for name in REGISTRY_WRITES:
         monkeypatch.setattr(registry, name, counted(getattr(registry, name)))
     yield left
 
@@ -214,15 +214,15 @@ def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 def test_killed_promotion_is_completed_by_next_run(
     store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     before, after, ends = 1, 2, set()
     for writes in range(30):
         dying[0] = writes
         try:
-            set_champion(store, NAME, promotion(before, after))
+            set_champion(store, NAME, make_promotion(before, after))
             died = False
-        except Killed:
+        except SimulatedKill:
             died = True
         dying[0] = 10**9
         assert aliases(store)[CHAMPION] in (before, after)
@@ -246,7 +246,7 @@ def test_killed_promotion_is_completed_by_next_run(
     picks=st.lists(st.integers(0, 99), min_size=40, max_size=40),
 )
 def test_rollback_target_is_the_last_champion_in_good_standing(steps: list[str], picks: list[int]) -> None:
-    line, there, rolled_back_ever, events = [1], {1}, set(), [promotion(None, 1)]
+    line, there, rolled_back_ever, events = [1], {1}, set(), [make_promotion(None, 1)]
     for step, pick in zip(steps, picks, strict=False):
         champion_now = line[-1] if line[-1] in there else None
         expected = next((version for version in line[-2::-1] if version in there), None)
@@ -258,7 +258,7 @@ def test_rollback_target_is_the_last_champion_in_good_standing(steps: list[str],
         if step == "promote" and champion_now:
             line.append(len(events) + 1)
             there.add(line[-1])
-            events.append(promotion(champion_now, line[-1]))
+            events.append(make_promotion(champion_now, line[-1]))
         elif step == "roll back" and expected:
             events.append(PromotionEvent(champion.now(), "rollback", champion_now, expected, "ada", "", "bad"))
             rolled_back_ever |= {champion_now} - {None}
@@ -317,7 +317,7 @@ def test_rollbacks_go_back_through_any_history(
                 continue
             after = line[: line.index(expected) + 1]
         dying[0] = writes
-        with contextlib.suppress(Killed):
+        with contextlib.suppress(SimulatedKill):
             act()
         dying[0] = 10**9
         complete_pending(store, name)
@@ -340,8 +340,8 @@ def test_killed_first_promotion_leaves_none_or_the_first(
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     for writes in range(30):
         dying[0] = writes
-        with contextlib.suppress(Killed):
-            set_champion(store, NAME, promotion(None, 1))
+        with contextlib.suppress(SimulatedKill):
+            set_champion(store, NAME, make_promotion(None, 1))
         dying[0] = 10**9
         complete_pending(store, NAME)
         if current(store, NAME) is not None:
@@ -357,7 +357,7 @@ def test_incomplete_verdict_does_not_count(store: TrackingStore, dying: list[int
     for writes in range(5):
         registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
         dying[0] = writes
-        with pytest.raises(Killed):
+        with pytest.raises(SimulatedKill):
             registry.save_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
         dying[0] = 10**9
         assert registry.cached_verdict(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
@@ -366,12 +366,12 @@ def test_incomplete_verdict_does_not_count(store: TrackingStore, dying: list[int
 
 
 def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     ends: list[str] = []
 
     def contend(after: int) -> None:
         try:
-            set_champion(dataclasses.replace(store, client=MlflowClient()), NAME, promotion(1, after))
+            set_champion(dataclasses.replace(store, client=MlflowClient()), NAME, make_promotion(1, after))
             ends.append(f"moved to {after}")
         except ConvoyError as error:
             ends.append(str(error))
@@ -390,15 +390,15 @@ def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
 def test_lock_is_waited_for_and_then_reported(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(champion, "PATIENCE", 1)
     with champion.registry_lock(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
-        set_champion(store, NAME, promotion(None, 1))
-    set_champion(store, NAME, promotion(None, 1))
+        set_champion(store, NAME, make_promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
 
 
 def test_lock_of_a_dead_process_is_broken(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getpid", lambda: 2**30)  # larger than any
     champion._acquire(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
     monkeypatch.undo()
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     assert current(store, NAME) == 1
 
 
@@ -419,7 +419,7 @@ def test_process_with_a_broken_lock_keeps_the_lock_of_the_next(store: TrackingSt
 def test_alias_set_by_hand_during_a_promotion_is_detected(
     store: TrackingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_champion(store, NAME, promotion(None, 1))
+    set_champion(store, NAME, make_promotion(None, 1))
     write = MlflowClient.set_registered_model_alias
 
     def overtaken(client: MlflowClient, name: str, alias: str, version: str) -> None:
@@ -429,7 +429,7 @@ def test_alias_set_by_hand_during_a_promotion_is_detected(
 
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", overtaken)
     with pytest.raises(ConvoyError, match="was moved by another at the same moment"):
-        set_champion(store, NAME, promotion(1, 2))
+        set_champion(store, NAME, make_promotion(1, 2))
     monkeypatch.undo()
     complete_pending(store, NAME)
     assert audit_log(store, NAME)["after"].tolist() == [1]

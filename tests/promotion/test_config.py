@@ -14,7 +14,7 @@ from convoy.promotion import champion
 from convoy.promotion.config import RegisterConfig
 from convoy.promotion.ranking import rank
 from convoy.tracking.store import open_store
-from small_project import REAL
+from small_project import ROOT
 
 
 def scored(accuracy: float, loss: float = 0.5) -> dict[str, float]:
@@ -31,7 +31,7 @@ def test_ranking_ignores_test_metrics() -> None:
     assert rank(best)[0] == "vgg"
 
 
-GATE = yaml.safe_load((REAL / "conf/config.yaml").read_text())["register"]["gate"]
+GATE = yaml.safe_load((ROOT / "conf/config.yaml").read_text())["register"]["gate"]
 
 
 def accepts(name: object) -> tuple[bool, bool]:
@@ -101,5 +101,5 @@ def test_names_that_mlflow_could_not_keep_are_refused_for_both(name: object) -> 
     ],
 )
 def test_model_is_called_as_its_data_set(overrides: list[str], name: str, tmp_path: Path) -> None:
-    shutil.copytree(REAL / "conf", tmp_path / "conf")
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
     assert config.compose(tmp_path, overrides)["register"]["name"] == name

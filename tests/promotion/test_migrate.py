@@ -19,8 +19,8 @@ from convoy.registry import versions as registry
 from convoy.tracking import runs
 from convoy.tracking.database import local
 from convoy.tracking.store import TrackingStore, open_store
-from promotion_fixtures import Killed, promotion
-from registry_fixtures import PACKAGE, leave
+from promotion_fixtures import SimulatedKill, make_promotion
+from registry_fixtures import LIBRARY, write_trained_files
 from tracking_fixtures import DIGITS
 
 NAME = "convoy"
@@ -43,9 +43,9 @@ def train(store: TrackingStore, name: str, **more: Any) -> str:
 
 
 def register(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
-    files = leave(root / f"left {seed}", more={"seed": seed})
+    files = write_trained_files(root / f"left {seed}", more={"seed": seed})
     given = {"name": NAME, "run_id": run, "identity": f"of {seed}", "files": files, "step": 2}
-    return registry.register(store, **given, model=PACKAGE / "inference/pyfunc_model.py", code=PACKAGE)  # type: ignore[arg-type]
+    return registry.register(store, **given, model=LIBRARY / "inference/pyfunc_model.py", code=LIBRARY)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
             for seed, run in enumerate([trained[0], trained[1], trained[1], trained[2]], start=1):
                 register(store, root, run, seed)
-            champion.set_champion(store, NAME, promotion(None, 1))
-            champion.set_champion(store, NAME, promotion(1, 3))
+            champion.set_champion(store, NAME, make_promotion(None, 1))
+            champion.set_champion(store, NAME, make_promotion(1, 3))
             registry.save_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", 0.5)
             store.client.update_registered_model(NAME, "which image it is")
             store.client.delete_model_version(NAME, "2")
@@ -178,10 +178,10 @@ def test_migration_killed_between_two_writes_is_resumed(
             nonlocal left
             left -= 1
             if left < 0 and not answered:
-                raise Killed
+                raise SimulatedKill
             answer = call(*given, **named)
             if left < 0:
-                raise Killed
+                raise SimulatedKill
             return answer
 
         return dies
@@ -193,7 +193,7 @@ def test_migration_killed_between_two_writes_is_resumed(
         try:
             list(migrate(source, server, NAME))
             break
-        except Killed:
+        except SimulatedKill:
             pass
     assert writes > 8
     left = 10**9
@@ -204,9 +204,9 @@ def test_placeholder_versions_are_deleted(
     source: TrackingStore, server: TrackingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
-        raise Killed
+        raise SimulatedKill
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(SimulatedKill):
         patch.setattr(MlflowClient, "delete_model_version", dies)
         list(migrate(source, server, NAME))
     assert sorted(versions(server)) == [1, 2]
@@ -235,7 +235,7 @@ def test_champion_is_managed_by_the_server_after_migration(
     source: TrackingStore, server: TrackingStore, home: Path
 ) -> None:
     list(migrate(source, server, NAME))
-    champion.set_champion(server, NAME, promotion(3, 4))
+    champion.set_champion(server, NAME, make_promotion(3, 4))
     newer = source.client.create_model_version(NAME, source.experiment.artifact_location)
     try:
         said = list(migrate(source, server, NAME))

@@ -15,7 +15,7 @@ from convoy.inference import predictor
 from convoy.registry import model_loader, versions
 from convoy.tracking.store import open_store
 from crash_injection import run_until_write
-from registry_fixtures import PACKAGE, leave
+from registry_fixtures import LIBRARY, write_trained_files
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def root(tmp_path: Path, empty: Path, embedded_store: None) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
     shutil.copy(empty, folder)
-    leave(folder / "left")
+    write_trained_files(folder / "left")
     with open_store(folder, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
         store.client.log_metric(run.info.run_id, "val/accuracy", 0.5, step=1)
@@ -45,9 +45,9 @@ def register(root: Path) -> None:
             name="convoy",
             run_id=run(store.client, store.experiment.experiment_id)[0],
             identity="made here",
-            model=PACKAGE / "inference/pyfunc_model.py",
+            model=LIBRARY / "inference/pyfunc_model.py",
             files={file.stem: file for file in sorted((root / "left").iterdir())},
-            code=PACKAGE,
+            code=LIBRARY,
             step=1,
         )
 

@@ -20,7 +20,7 @@ from convoy import models
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import predict
-from small_project import REAL, make_project, run_stages
+from small_project import ROOT, make_project, run_stages
 
 # no random changes to images, which each process draws for its own part of a batch
 STILL = [
@@ -33,7 +33,7 @@ DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.p
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(REAL), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def train_lenet(root: Path) -> subprocess.CompletedProcess:
@@ -140,7 +140,7 @@ def test_validation_uses_the_synchronized_batch_norm_statistics(ema: float, tmp_
 def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
     """The train stage on as many machines, which here are folders."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(roots)}", "--nproc-per-node=1"]
-    command += ["--master-addr=127.0.0.1", f"--master-port={servers.free_port()}"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={servers.find_free_port()}"]
     return [
         subprocess.Popen(
             [*command, f"--node-rank={rank}", "-m", "pipeline.train", "lenet"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from small_project import REAL
+from small_project import ROOT
 
 AGAIN = "making it again"
 
@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
     root.mkdir()
     for file in ("requirements.lock", "pyproject.toml", "Makefile"):
-        shutil.copy(REAL / file, root)
+        shutil.copy(ROOT / file, root)
     venv.create(root / ".venv", symlinks=True)
     packages = next((root / ".venv").glob("lib/python*/site-packages"))
     (packages / "dvc.py").touch()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from small_project import REAL, make_project
+from small_project import ROOT, make_project
 
 LENET = Path("src/convoy/models/lenet.py")
 WITHOUT_CACHES = shutil.ignore_patterns("__pycache__")
@@ -22,7 +22,7 @@ def project(tmp_path: Path) -> Path:
     """A copy of the project with code of its own, while the environment's editable install is of the first."""
     root = make_project(tmp_path / "copy", ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
     for folder in ("pipeline", "src"):
-        shutil.copytree(REAL / folder, root / folder, ignore=WITHOUT_CACHES)
+        shutil.copytree(ROOT / folder, root / folder, ignore=WITHOUT_CACHES)
     return root
 
 
@@ -68,15 +68,15 @@ def test_missing_library_is_named(project: Path) -> None:
 
 
 def test_stages_of_another_project_are_refused(project: Path) -> None:
-    done = run(project, sys.executable, "-P", "-m", "pipeline.fetch", PYTHONPATH=str(REAL))
+    done = run(project, sys.executable, "-P", "-m", "pipeline.fetch", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
-    assert f"the stages of {REAL} would run in {project}" in done.stderr
+    assert f"the stages of {ROOT} would run in {project}" in done.stderr
 
 
 @pytest.fixture
 def repository(project: Path) -> Path:
     """The copy as a git and DVC repository of its own, its first results made."""
-    shutil.copy(REAL / ".gitignore", project)
+    shutil.copy(ROOT / ".gitignore", project)
     for command in (
         ("git", "init", "--quiet"),
         ("git", "config", "user.email", "someone@example.org"),

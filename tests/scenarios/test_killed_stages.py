@@ -21,7 +21,7 @@ from convoy.core import config
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.stage import Stage
-from small_project import REAL, make_project, run_stages
+from small_project import ROOT, make_project, run_stages
 
 OVERRIDES = ["model=[lenet]", "train.max_epochs=2", "trainer.threads=1"]
 OVERRIDES += ["register.gate.floor=0.0", "register.gate.min_test_images=1"]
@@ -29,7 +29,7 @@ WORK = {"fetch": fetch, "preprocess": preprocess}
 
 
 def start(root: Path, stage: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(REAL)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", f"pipeline.{stage}"],
         cwd=root,
@@ -110,7 +110,7 @@ def test_repeatedly_killed_training_ends_bit_identical(
     run_stages(root, until="preprocess")
 
     def train_apart() -> multiprocessing.context.ForkServerProcess:
-        process = ready.Process(target=training_process.train_there, args=(root, architecture))
+        process = ready.Process(target=training_process.run_train_stage, args=(root, architecture))
         process.start()
         return process
 
@@ -170,7 +170,7 @@ def test_pipeline_killed_at_random_ends_as_if_undisturbed(
     tmp_path: Path, ready: multiprocessing.context.ForkServerContext, embedded_store: None
 ) -> None:
     def run_apart(root: Path) -> multiprocessing.context.ForkServerProcess:
-        process = ready.Process(target=stage_processes.run_stages_there, args=(root,))
+        process = ready.Process(target=stage_processes.run_remaining_stages, args=(root,))
         process.start()
         return process
 
@@ -218,7 +218,7 @@ def assert_no_temporary_files(root: Path) -> None:
 @pytest.mark.slow
 def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, embedded_store: None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CONVOY_LIVE"}
-    environment |= {"PYTHONPATH": str(REAL), "DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
 
     def run_main(root: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "pipeline"]
@@ -234,7 +234,7 @@ def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, emb
     (project / "conf/config.yaml").write_text(settings)
     config.compose(project)
     for folder in ("pipeline", "src"):  # which DVC hashes
-        shutil.copytree(REAL / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for command in ("init --no-scm --quiet", "add --quiet data"):
         subprocess.run([sys.executable, "-m", "dvc", *command.split()], cwd=project, env=environment, check=True)
 

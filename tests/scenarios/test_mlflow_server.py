@@ -33,10 +33,10 @@ from pipeline.evaluate import evaluate
 from pipeline.register import register
 from pipeline.stage import Stage
 from pipeline.train import train
-from retraining_scenarios import BASE, answer, end_in, make_nights
-from servers import Answer, Server
-from small_project import REAL, make_project
-from tracking_fixtures import trained_bytes
+from retraining_scenarios import BASE, make_retraining_project, predict_in_this_process, restore_training
+from servers import FaultyHandler, FaultyServer
+from small_project import ROOT, make_project
+from tracking_fixtures import read_trained_files
 
 pytestmark = pytest.mark.usefixtures("embedded_store")
 
@@ -45,27 +45,27 @@ CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
 
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_nights(tmp_path_factory.mktemp("nights") / "project")
+    return make_retraining_project(tmp_path_factory.mktemp("nights") / "project")
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
-    with servers.postgres() as uri:
+    with servers.run_postgres() as uri:
         yield uri
 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What a process needs to know of the bucket."""
-    with servers.s3(tmp_path_factory.mktemp("s3")) as address:
+    with servers.run_s3(tmp_path_factory.mktemp("s3")) as address:
         yield {**servers.BUCKET, "MLFLOW_S3_ENDPOINT_URL": address}
 
 
 @pytest.fixture(scope="module")
 def whole(database: str, bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder, port = tmp_path_factory.mktemp("server"), servers.free_port()
+    folder, port = tmp_path_factory.mktemp("server"), servers.find_free_port()
     options = ["--backend-store-uri", database, "--artifacts-destination", "s3://convoy/artifacts"]
-    with servers.mlflow(folder, port, *options, environment=bucket):
+    with servers.run_mlflow(folder, port, *options, environment=bucket):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -80,7 +80,7 @@ def server(whole: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def quick() -> Iterator[pytest.MonkeyPatch]:
     """A model answers here and not in a fresh process, which takes ten seconds; until this is undone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_loader, "_predict_in_subprocess", answer)
+        patch.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
         yield patch
 
 
@@ -93,7 +93,7 @@ def start() -> Iterator[Start]:
     with contextlib.ExitStack() as ends:
 
         def start(root: Path, *command: str) -> subprocess.Popen:
-            environment, whole = {**os.environ, "PYTHONPATH": str(REAL)}, [sys.executable, "-m", *command]
+            environment, whole = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-m", *command]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             process = ends.enter_context(subprocess.Popen(whole, cwd=root, env=environment, **pipes))
             ends.callback(process.kill)
@@ -139,7 +139,7 @@ def test_pipeline_from_first_run_to_rollback(
     root = Path(shutil.copytree(nights, tmp_path / "project"))
     monkeypatch.chdir(root)
     for training in ("poor", "good"):
-        Stage(end_in(root, training, "register.name=road"), "register").run(register)
+        Stage(restore_training(root, training, "register.name=road"), "register").run(register)
         said = capsys.readouterr()
         assert "lenet is now the champion: models:/road@champion" in said.out
         assert "secret" not in said.out + said.err
@@ -198,7 +198,7 @@ def test_client_writing_to_the_bucket_sees_the_same_champion(
     MlflowClient(server, server).create_experiment("direct", "s3://convoy/direct")
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
-    Stage(end_in(root, "good", "register.name=direct"), "register").run(register)
+    Stage(restore_training(root, "good", "register.name=direct"), "register").run(register)
     assert aliases(server, "direct") == {CHALLENGER: 1, CHAMPION: 1}
     version = MlflowClient(server, server).get_model_version("direct", "1")
     assert MlflowClient(server, server).get_model_version_download_uri("direct", "1").startswith("s3://convoy/direct/")
@@ -224,7 +224,7 @@ class Machine:
 
 
 def obey(connection: Connection, barrier: threading.Barrier) -> None:
-    model_loader._predict_in_subprocess = answer
+    model_loader._predict_in_subprocess = predict_in_this_process
     meet = ""
 
     def meeting(call: str, original: Any) -> Any:
@@ -272,9 +272,9 @@ def at_the_same_moment(machines: list[Machine], roots: list[Path], server: str, 
 def test_one_of_two_concurrent_retrainings_sets_the_champion(
     two: list[Path], server: str, start: Start, machines: list[Machine], quick: pytest.MonkeyPatch
 ) -> None:
-    Stage(end_in(two[0], "poor", "register.name=race"), "register").run(register)
-    for root, training in zip(two, ("good", "alike"), strict=True):
-        end_in(root, training, "register.name=race")
+    Stage(restore_training(two[0], "poor", "register.name=race"), "register").run(register)
+    for root, training in zip(two, ("good", "similar"), strict=True):
+        restore_training(root, training, "register.name=race")
     processes = [start(root, "pipeline.register") for root in two]
     ended = [(*process.communicate(), process.returncode) for process in processes]
     assert numbers(server, "race") == [1, 2, 3]
@@ -290,7 +290,7 @@ def test_one_of_two_concurrent_retrainings_sets_the_champion(
     assert at_the_same_moment(machines, two, server) == ["", ""]
     assert moves(two[0], "race") == [(None, 1), (1, won)]
     assert numbers(server, "race") == [1, 2, 3]
-    results = [two[0] / "kept" / training for training in ("poor", "good", "alike")]
+    results = [two[0] / "kept" / training for training in ("poor", "good", "similar")]
     assert_whole_runs(server, "race", results)
 
     known = moves(two[0], "race")
@@ -318,7 +318,7 @@ def test_concurrent_identical_first_runs_give_one_champion(
     two: list[Path], server: str, machines: list[Machine]
 ) -> None:
     for root in two:
-        end_in(root, "good", "register.name=first")
+        restore_training(root, "good", "register.name=first")
     ended = at_the_same_moment(machines, two, server, meet="create_experiment")
     assert "" in ended
     for _ in range(2):
@@ -343,7 +343,7 @@ def test_migrated_store_continues_on_the_server(
 ) -> None:
     root = Path(shutil.copytree(nights, tmp_path / "project"))
     for training in ("poor", "good"):
-        Stage(end_in(root, training, "register.name=moved"), "register").run(register)
+        Stage(restore_training(root, training, "register.name=moved"), "register").run(register)
     before = moves(root, "moved")
     with open_store(root, "moved") as store:
         hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
@@ -371,10 +371,10 @@ def test_migrated_store_continues_on_the_server(
     predict.main()
     assert "lying" in capsys.readouterr().out
 
-    quick.setattr(model_loader, "_predict_in_subprocess", answer)
-    Stage(end_in(root, "good", "register.name=moved"), "register").run(register)
+    quick.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
+    Stage(restore_training(root, "good", "register.name=moved"), "register").run(register)
     assert "lenet stays the champion: models:/moved@champion, version 2" in capsys.readouterr().out
-    Stage(end_in(root, "alike", "register.name=moved"), "register").run(register)
+    Stage(restore_training(root, "similar", "register.name=moved"), "register").run(register)
     assert "version 2 stays the champion" in capsys.readouterr().out
     assert numbers(whole, "moved") == [1, 2, 3]
     assert_whole_runs(whole, "moved", [*results, root / "kept/alike"])
@@ -399,7 +399,7 @@ def test_server_outage_during_training_loses_no_data(
     Stage(undisturbed, "train", "lenet").run(train)
     alone = time.monotonic() - begun
 
-    folder, port = tmp_path / "server", servers.free_port()
+    folder, port = tmp_path / "server", servers.find_free_port()
     folder.mkdir()
     server, client = f"http://127.0.0.1:{port}", MlflowClient(f"http://127.0.0.1:{port}")
     options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
@@ -411,7 +411,7 @@ def test_server_outage_during_training_loses_no_data(
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("CONVOY_LIVE", "1")
-    with servers.mlflow(folder, port, *options) as process:
+    with servers.run_mlflow(folder, port, *options) as process:
         training = start(root, "pipeline.train", "lenet")
         assert training.stdout
         assert training.stderr
@@ -426,7 +426,7 @@ def test_server_outage_during_training_loses_no_data(
     assert training.wait() == 0
     assert time.monotonic() - begun < 2 * alone + 5
     assert sum("epoch " in line for line in said) == 60
-    assert trained_bytes(root) == trained_bytes(undisturbed)
+    assert read_trained_files(root) == read_trained_files(undisturbed)
     (line,) = training.stderr.read().splitlines()  # the reporter's as well, to its end
     assert line.startswith(f"convoy: live: MLflow at {server} fails: ")
     assert "`make sync` brings its run there" in line
@@ -436,7 +436,7 @@ def test_server_outage_during_training_loses_no_data(
     monkeypatch.setattr("sys.argv", ["sync_mlflow"])
     with pytest.raises(SystemExit, match=f"^convoy: sync_mlflow: MLflow at {server} fails: .* run this again$"):
         sync_mlflow.main()
-    with servers.mlflow(folder, port, *options):
+    with servers.run_mlflow(folder, port, *options):
         (cut,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
         assert (cut.info.status, epochs()) != ("FINISHED", 60)
         for _ in range(2):
@@ -446,7 +446,7 @@ def test_server_outage_during_training_loses_no_data(
             assert (whole.info.run_id, whole.info.start_time) == (cut.info.run_id, cut.info.start_time)
 
 
-class Refusal(Answer):
+class Refusal(FaultyHandler):
     """As MLflow's own login does it."""
 
     def do_GET(self) -> None:
@@ -457,11 +457,11 @@ class Refusal(Answer):
 
 @pytest.mark.parametrize("answer", ["401", "403"])
 def test_refused_login_is_one_line_without_the_password(
-    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predict_in_this_process: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_project(tmp_path / "project"))
-    with Server(("127.0.0.1", 0), Refusal) as refusing:
-        refusing.answer = answer
+    with FaultyServer(("127.0.0.1", 0), Refusal) as refusing:
+        refusing.answer = predict_in_this_process
         threading.Thread(target=refusing.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{refusing.server_port}")
         for command, arguments in ((sync_mlflow, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
@@ -470,6 +470,6 @@ def test_refused_login_is_one_line_without_the_password(
                 command.main()
             (line,) = str(end.value).splitlines()
             assert f"MLflow at http://127.0.0.1:{refusing.server_port} fails: " in line
-            assert answer in line
+            assert predict_in_this_process in line
             assert "secret" not in line
         refusing.shutdown()

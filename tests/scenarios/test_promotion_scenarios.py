@@ -33,9 +33,15 @@ from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
 from pipeline.register import export_onnx, register
 from pipeline.stage import Stage
-from promotion_fixtures import WRITES, Killed
-from retraining_scenarios import BASE, SETTINGS, answer, end_in, make_nights
-from small_project import REAL
+from promotion_fixtures import REGISTRY_WRITES, SimulatedKill
+from retraining_scenarios import (
+    BASE,
+    TRAINING_OVERRIDES,
+    make_retraining_project,
+    predict_in_this_process,
+    restore_training,
+)
+from small_project import ROOT
 
 Night = Callable[..., str]
 
@@ -45,7 +51,7 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with three trainings of LeNet, poor, good, and one like it, and nothing registered yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        root = make_nights(tmp_path_factory.mktemp("nights") / "project")
+        root = make_retraining_project(tmp_path_factory.mktemp("nights") / "project")
         with open_store(root, "convoy"):
             pass
     return root
@@ -64,17 +70,17 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
     if request.function is not test_first_run_then_better_worse_and_tied_challengers:
-        monkeypatch.setattr(model_loader, "_predict_in_subprocess", answer)
+        monkeypatch.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
         if "onnx" not in request.function.__name__:  # some seconds
             monkeypatch.setattr("pipeline.register.export_onnx", lambda *_: {})
 
 
 @pytest.fixture
 def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
-    """Lets a night end in a training ("poor", "good", "alike") and register; returns what was said."""
+    """Lets a night end in a training ("poor", "good", "similar") and register; returns what was said."""
 
     def play(training: str, *overrides: str) -> str:
-        end_in(root, training, *overrides)
+        restore_training(root, training, *overrides)
         capsys.readouterr()
         Stage(root, "register").run(register)
         return capsys.readouterr().out
@@ -102,7 +108,7 @@ def test_first_run_then_better_worse_and_tied_challengers(root: Path, night: Nig
     assert "version 2 stays the champion" in said
     assert aliases(root) == {CHAMPION: 2, PREVIOUS: 1}
 
-    said = night("alike")
+    said = night("similar")
     assert "HOLD" in said
     assert "version 2 stays the champion" in said
     assert aliases(root) == {CHALLENGER: 3, CHAMPION: 2, PREVIOUS: 1}
@@ -202,7 +208,7 @@ def test_onnx_file_with_other_predictions_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    result = sync_mlflow.find_result(Stage(end_in(root, "good"), "register"), "lenet")
+    result = sync_mlflow.find_result(Stage(restore_training(root, "good"), "register"), "lenet")
     names = {"record": result.trained, "weights": result.trained, "calibration": result.evaluated}
     files = {name: next(folder.glob(f"{name}.*")) for name, folder in names.items()}
     monkeypatch.setattr(onnx_export, "export", lambda *_: None)
@@ -225,17 +231,17 @@ def test_version_with_a_deviating_onnx_file_is_not_promoted(
 
 def test_same_results_are_evaluated_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     night("good")
-    first = night("alike")
+    first = night("similar")
     monkeypatch.setattr(promote, "run_gate", lambda *_: pytest.fail("judged again"))
-    assert "HOLD" in night("alike")
-    assert first.splitlines()[-2:] == night("alike").splitlines()[-2:]
+    assert "HOLD" in night("similar")
+    assert first.splitlines()[-2:] == night("similar").splitlines()[-2:]
 
 
 def test_reported_verdict_is_that_of_the_last_run(root: Path, night: Night) -> None:
     night("good")
-    night("alike")
+    night("similar")
     night("poor")
-    night("alike")  # which was judged already
+    night("similar")  # which was judged already
     assert (root / "artifacts/verdict.md").read_text().startswith("# HOLD: lenet, version 2, beside the champion")
 
 
@@ -243,14 +249,14 @@ def test_changed_code_makes_the_champion_predict_again(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
-    night("alike")
+    night("similar")
     asked = []
     real = promote.run_gate
     monkeypatch.setattr(promote, "run_gate", lambda *given: (asked.append(given), real(*given))[1])
-    night("alike")
+    night("similar")
     assert not asked
     monkeypatch.setattr(promote, "sha256", lambda file: file.name == "comparison.py" or sha256(file))
-    night("alike")
+    night("similar")
     assert len(asked) == 1
 
 
@@ -258,7 +264,7 @@ def test_best_champion_ever_counts_despite_later_verdicts(root: Path, night: Nig
     night("poor")
     night("good")
     night("poor")  # rejected now, as it has come again
-    night("alike", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
+    night("similar", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
     verdict = (root / "artifacts/verdict.md").read_text()
     assert "than the best champion ever, lenet (version 2)" in verdict
     with open_store(root, "convoy") as store:
@@ -341,7 +347,7 @@ def test_alias_moved_by_hand_meanwhile_is_left_where_it_is(
     root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("poor")
-    night("alike")
+    night("similar")
     with open_store(root, "convoy") as store:
         store.client.set_registered_model_alias("convoy", CHAMPION, "1")
     monkeypatch.setattr(promote, "run_gate", _moving(promote.run_gate, root, to="2"))
@@ -417,7 +423,7 @@ def test_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Ni
         more = {1: [tested.iloc[0]]}
         patch.setattr(model_loader, "training_hashes", lambda found: [*real(found), *more.get(int(found.version), [])])
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
-            night("alike")
+            night("similar")
         with open_store(root, "convoy") as store:
             found = check_champion.describe(store, "convoy")
         assert found is not None
@@ -430,9 +436,9 @@ def test_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Ni
 
 def prepare_again(root: Path, *overrides: str) -> None:
     """As `dvc repro` does where a setting of the split has changed."""
-    config.compose(root, [*BASE, *SETTINGS["good"], *overrides])
+    config.compose(root, [*BASE, *TRAINING_OVERRIDES["good"], *overrides])
     if not (root / "pipeline").exists():
-        (root / "pipeline").symlink_to(REAL / "pipeline")
+        (root / "pipeline").symlink_to(ROOT / "pipeline")
     Stage(root, "preprocess").run(preprocess)
 
 
@@ -457,7 +463,7 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     night("good")
     with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
-    end_in(root, "alike")
+    restore_training(root, "similar")
     monkeypatch.chdir(root)
     monkeypatch.setattr("sys.argv", ["pipeline"])
     for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
@@ -559,13 +565,13 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def counted(original: Any) -> Any:
         def write(*arguments: Any, **named: Any) -> Any:
             if left[0] <= 0:
-                raise Killed
+                raise SimulatedKill
             left[0] -= 1
             return original(*arguments, **named)
 
         return write
 
-    for name in WRITES:
+    for name in REGISTRY_WRITES:
         if name in vars(SqlAlchemyStore):
             monkeypatch.setattr(SqlAlchemyStore, name, counted(vars(SqlAlchemyStore)[name]))
     yield left
@@ -584,7 +590,7 @@ def test_killed_register_is_completed_by_the_next_run(
         try:
             night("good")
             died = False
-        except Killed:
+        except SimulatedKill:
             died = True
         dying[0] = 10**9
         assert aliases(root)[CHAMPION] in (1, 2)
@@ -632,9 +638,9 @@ def test_changed_gate_settings_are_evaluated_again(
     override: str, root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     night("good")
-    night("alike")
+    night("similar")
     asked = watched(monkeypatch)
-    night("alike", override)
+    night("similar", override)
     assert len(asked) == 1
 
 
@@ -643,15 +649,15 @@ def test_other_images_or_champion_are_evaluated_again(
 ) -> None:
     night("poor")
     night("good")
-    night("alike")
+    night("similar")
     asked = watched(monkeypatch)
     (root / "artifacts/preprocess/near_duplicates.csv").write_text("others\n")
     renew_mark(root / "artifacts/preprocess")
-    night("alike")
+    night("similar")
     assert len(asked) == 1
     with open_store(root, "convoy") as store:
         champion.roll_back(store, "convoy", "it fails at night", "ada", "0" * 40)
-    night("alike")
+    night("similar")
     assert len(asked) == 2
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from small_project import REAL, make_project, run_stages
+from small_project import ROOT, make_project, run_stages
 
 BUSY = "while True: sum(number * number for number in range(10_000))"
 
@@ -25,7 +25,7 @@ def test_two_copies_train_bit_identically_on_a_busy_machine(architecture: str, t
     for root, others in ((first, 0), (second, 3)):
         busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(others)]
         try:
-            environment = {**os.environ, "PYTHONPATH": str(REAL), "HOME": str(root)}
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(root)}
             environment.pop("OMP_NUM_THREADS", None)  # as a person has it
             command = [sys.executable, "-m", "pipeline.train", architecture]
             subprocess.run(command, cwd=root, env=environment, check=True)

@@ -23,8 +23,8 @@ from convoy.tracking.store import open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
 from pipeline import predict
-from registry_fixtures import folder_of, leave, register
-from small_project import REAL
+from registry_fixtures import find_model_folder, register_model, write_trained_files
+from small_project import ROOT
 
 SECRET = "correct-horse-battery-staple"
 
@@ -63,7 +63,7 @@ def zipped(fired: Path) -> bytes:
 def test_pickle_in_place_of_the_weights_is_refused_and_not_run(
     poison: Callable[[Path], bytes], fired: Path, tmp_path: Path
 ) -> None:
-    weights = leave(tmp_path / "left")["weights"]
+    weights = write_trained_files(tmp_path / "left")["weights"]
     weights.write_bytes(poison(fired))
     with pytest.raises(ConvoyError, match=r"weights\.safetensors: not the weights of this lenet"):
         predictor.restore(weights.parent)
@@ -100,7 +100,7 @@ def test_record_with_an_invalid_architecture_is_refused(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text("open('fired', 'w')")
-    leave(tmp_path / "left", more=change)
+    write_trained_files(tmp_path / "left", more=change)
     with pytest.raises(ConvoyError, match=said):
         predictor.restore(tmp_path / "left")
     assert not (tmp_path / "fired").exists()
@@ -110,7 +110,7 @@ def test_record_with_an_invalid_architecture_is_refused(
     "calibration", ["", "[]", "{}", '{"temperature": 0}', '{"temperature": NaN}', '{"temperature": "1"}', "[" * 100_000]
 )
 def test_calibration_that_is_no_temperature_is_refused(calibration: str, tmp_path: Path) -> None:
-    files = leave(tmp_path)
+    files = write_trained_files(tmp_path)
     files["calibration"].write_text(calibration)
     with pytest.raises(ConvoyError, match=r"calibration\.json"):
         predictor.restore(tmp_path)
@@ -127,14 +127,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
             patch.setenv(name, SECRET)
-        register(folder)
+        register_model(folder)
         yield folder
 
 
 @pytest.fixture
 def stored(root: Path) -> Iterator[Path]:
     """The folder of the model's files, which is put right after the test."""
-    folder, kept = folder_of(root), root / "kept"
+    folder, kept = find_model_folder(root), root / "kept"
     shutil.copytree(folder, kept)
     yield folder
     shutil.rmtree(folder)
@@ -258,7 +258,7 @@ def test_weights_changed_during_upload_are_not_registered(tmp_path: Path, monkey
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", garbled)
     with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model was changed since it was registered"):
-        register(tmp_path)
+        register_model(tmp_path)
     monkeypatch.undo()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with open_store(tmp_path, "convoy") as store:
@@ -369,7 +369,7 @@ RUNS_CODE = {
     "pickle", "cloudpickle", "dill", "shelve", "marshal", "runpy", "read_pickle", "instantiate",
     "load_state_dict_from_url", "unsafe_load", "full_load", "pyfunc.load_model", "pytorch.load_model",
 }  # fmt: skip
-SOURCES = sorted(file for folder in ("src", "pipeline") for file in (REAL / folder).rglob("*.py"))
+SOURCES = sorted(file for folder in ("src", "pipeline") for file in (ROOT / folder).rglob("*.py"))
 
 
 def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
@@ -384,7 +384,7 @@ def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
             yield from ((f"{node.module}.{alias.name}", {}) for alias in node.names)
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(REAL)))
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_loader_that_executes_code_is_called(file: Path) -> None:
     for name, keywords in calls(file):
         assert not [word for word in RUNS_CODE if f".{word}." in f".{name}."], name

@@ -21,7 +21,7 @@ from pipeline.__main__ import check, check_repository, print_summary
 from pipeline.register import register
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
-from small_project import REAL, SMALL, make_project, run_stages
+from small_project import ROOT, SMALL, make_project, run_stages
 
 
 @pytest.fixture(autouse=True)
@@ -392,7 +392,7 @@ def test_full_disk_is_reported_with_the_message_of_the_system(road: Path, tmp_pa
 def test_training_starts_from_the_champion_or_a_run(
     road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REAL))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     winner = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
     run = runs(road).loc[winner, "run_id"]
     for init in ("champion", run):
@@ -428,7 +428,7 @@ def test_refused_settings_leave_params_yaml_unchanged(road: Path) -> None:
 
 
 def test_committed_settings_pass_the_check() -> None:
-    check(config.load(REAL / "params.yaml"))
+    check(config.load(ROOT / "params.yaml"))
 
 
 def test_epochs_are_compared_by_the_validation_images(road: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 from convoy.core.errors import ConvoyError
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
-from training_fixtures import CPU, bars, build, with_room_for_ten
+from training_fixtures import CPU, build, limit_memory_to_ten_images, make_bars
 
 
 def test_suggested_rate_trains_and_the_sweep_stops_early() -> None:
     classifier = build()
-    table = sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
+    table = sweep_learning_rates(classifier, ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0), CPU)
     assert table["lr"].is_monotonic_increasing
     assert table["lr"].iloc[0] == 1e-5
     assert 1e-3 < suggest_learning_rate(table) < 1
@@ -26,16 +26,18 @@ def test_suggestion_is_where_the_loss_falls_fastest() -> None:
 
 def test_accumulated_batch_gives_the_same_suggestion() -> None:
     whole, pieces = (
-        sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU).head(60)
+        sweep_learning_rates(classifier, ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0), CPU).head(
+            60
+        )
         for classifier in (build(augment={"shift": 0}), build(augment={"shift": 0}, accumulate=4))
     )
     np.testing.assert_allclose(pieces["loss"], whole["loss"], rtol=1e-3)
 
 
 def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = with_room_for_ten(build(), monkeypatch)
+    classifier = limit_memory_to_ten_images(build(), monkeypatch)
     with pytest.raises(ConvoyError, match="but 8 do"):
-        sweep_learning_rates(classifier, ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0), CPU)
+        sweep_learning_rates(classifier, ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0), CPU)
 
 
 def test_no_suggestion_without_two_losses() -> None:

@@ -14,7 +14,7 @@ from convoy.recipe import RecipeConfig
 from convoy.training import datamodule
 from convoy.training.datamodule import MAX_VAL_BATCH_SIZE, PREFETCH_STEPS, ImageData, ImageStore
 from convoy.training.sampler import BatchSampler
-from small_project import REAL
+from small_project import ROOT
 
 
 def numbered(count: int, size: int = 8) -> Images:
@@ -26,7 +26,7 @@ def numbered(count: int, size: int = 8) -> Images:
 
 def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
     images = numbered(train) if isinstance(train, int) else train
-    values = yaml.safe_load((REAL / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
+    values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
     return ImageData(images, numbered(val), typed(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
 
 

@@ -35,10 +35,11 @@ from convoy.training.record import DatasetVersion, InitialWeights
 from convoy.training.torchvision_weights import make_meta_network
 from model_fixtures import TORCHVISION_NAMES
 from record_factory import make_record
-from registry_fixtures import leave as leave_registered
+from registry_fixtures import write_trained_files as leave_registered
+from small_project import ROOT
 
 Publish = Callable[[str, Path], Path]
-CONF = Path(__file__).parents[2] / "conf"
+CONF = ROOT / "conf"
 NAMES = get_model_weights("resnet18").IMAGENET1K_V1.meta["categories"]  # of ImageNet's 1000 classes
 SOME = ["cat", "dog", "owl"]
 

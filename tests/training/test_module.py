@@ -26,16 +26,16 @@ from convoy.training.optimizers import compute_lr_fraction
 from convoy.training.record import ResolvedTrainer
 from convoy.training.result import COLUMNS
 from convoy.training.seeding import seed_step
-from training_fixtures import CPU, bars, build, same, train, with_room_for_ten
+from training_fixtures import CPU, are_equal, build, limit_memory_to_ten_images, make_bars, train
 
 # What training leaves
 
 
 def test_training_is_bit_identical_for_the_same_seed() -> None:
     first, again, other = train(build()), train(build()), train(build(), seed=1)
-    assert same(first.weights, again.weights)
+    assert are_equal(first.weights, again.weights)
     assert first.history == again.history
-    assert not same(first.weights, other.weights)
+    assert not are_equal(first.weights, other.weights)
 
 
 def test_history_has_every_epoch_and_the_best_is_kept() -> None:
@@ -53,7 +53,7 @@ def test_kept_weights_reach_the_best_accuracy_of_the_history(recipe: dict, preci
     trained = train(build(**recipe), max_epochs=6, hardware=hardware)
     classifier = build()
     classifier.load_state_dict(trained.weights)
-    val = bars(40, 2)
+    val = make_bars(40, 2)
     accuracy = (predict(classifier, val.pixels, 16).argmax(axis=1) == val.labels).mean()
     assert accuracy == pytest.approx(trained.best["val_accuracy"])
 
@@ -152,7 +152,7 @@ def test_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyP
 
 
 def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = with_room_for_ten(build(), monkeypatch)
+    classifier = limit_memory_to_ten_images(build(), monkeypatch)
     with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
         train(classifier)
 
@@ -203,7 +203,7 @@ def test_memory_is_freed_before_smaller_batches_are_tried(monkeypatch: pytest.Mo
 def test_advised_batch_size_counts_processes_and_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = build(batch_size=50, accumulate=2)
     monkeypatch.setattr(batch_size_errors, "fits_in_memory", lambda *_: _[-1] <= 6)
-    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0)
     said = batch_size_errors.describe_too_large(classifier, data, dataclasses.replace(CPU, devices=2))
     assert "a batch of 13 images does not fit" in said
     assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
@@ -258,7 +258,7 @@ def interrupt_and_compare(file: Path, hardware: ResolvedTrainer, name: str, **re
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             train(build(name=name, **recipe), 0, Interrupted(file, after), hardware, checkpoint_minutes=1e-9)
     resumed = train(build(name=name, **recipe), 0, Checkpoint(file), hardware)
-    assert same(resumed.weights, undisturbed.weights)
+    assert are_equal(resumed.weights, undisturbed.weights)
     assert resumed.history == undisturbed.history
     assert resumed.best == undisturbed.best
 
@@ -267,7 +267,7 @@ def test_finished_training_resumes_without_a_step(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "last.pt")
     first = train(build(), checkpoint=checkpoint)
     again = train(build(1), checkpoint=checkpoint)
-    assert same(first.weights, again.weights)
+    assert are_equal(first.weights, again.weights)
     assert first.history == again.history
 
 
@@ -415,7 +415,7 @@ def test_sigterm_saves_what_is_done_and_exits_with_143(
         "_step": (0, 2), "on_train_batch_end": (1, 3), "on_validation_epoch_start": (1, 3), "on_train_epoch_end": (2, 0)
     }[where]  # fmt: skip
     monkeypatch.undo()
-    assert same(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
+    assert are_equal(train(build(), checkpoint=checkpoint).weights, undisturbed.weights)
 
 
 def test_sigterm_ends_a_hung_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +497,7 @@ def test_random_state_differs_by_process_step_and_seed() -> None:
     drawn = set()
     for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
         classifier = build()
-        data = ImageData(bars(14, 1), bars(8, 2), classifier.recipe, seed)
+        data = ImageData(make_bars(14, 1), make_bars(8, 2), classifier.recipe, seed)
         begun = module.ClassifierModule(classifier, data, once, CPU, None)
         data.rank = rank
         seed_step(data.seed, step, data.rank, begun.device)
@@ -511,7 +511,7 @@ def test_random_state_differs_by_process_step_and_seed() -> None:
 def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
     """A training before its first step."""
     classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
-    data = ImageData(bars(96, 1), bars(40, 2), classifier.recipe, 0)
+    data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0)
     params = TrainConfig(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
     made = module.ClassifierModule(classifier, data, params, CPU, None)
     made.configure_optimizers()

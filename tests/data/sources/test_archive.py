@@ -18,7 +18,19 @@ from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources import archive as archives
 from convoy.data.sources.folder import read_folder
-from factories import ARCHIVES, PETS, SPLIT_PETS, content, faults, png, read, rows, tarred, write, zipped
+from factories import (
+    ARCHIVES,
+    PETS,
+    SPLIT_PETS,
+    list_faults,
+    make_png,
+    make_tar,
+    make_zip,
+    read,
+    read_content,
+    read_rows,
+    write,
+)
 
 every_archive = pytest.mark.parametrize("kind", ARCHIVES)
 
@@ -35,18 +47,18 @@ def test_archive_holds_what_a_folder_holds(data: Path, kind: str, outer: str) ->
     inside = {f"{outer}{name}": content for name, content in PETS.items()} | {f"{outer}__MACOSX/._1.png": b"junk"}
     write(data, {f"pets.{kind}": ARCHIVES[kind](inside)})
     shown = outer.removeprefix("./")
-    assert rows(data) == [(f"data/pets.{kind}:{shown}{name}", name[:3], "") for name in PETS]
-    assert [content(member) for member in read(data)] == list(PETS.values())
+    assert read_rows(data) == [(f"data/pets.{kind}:{shown}{name}", name[:3], "") for name in PETS]
+    assert [read_content(member) for member in read(data)] == list(PETS.values())
 
 
 def test_undeclared_utf8_names_are_read_as_utf8(data: Path) -> None:
-    archive = zipped({"caf~~/1.png": png(1), "th~~/1.png": png(2)}).replace(b"~~", "é".encode())
+    archive = make_zip({"caf~~/1.png": make_png(1), "th~~/1.png": make_png(2)}).replace(b"~~", "é".encode())
     source = read_folder(write(data, {"pets.zip": archive}))
     assert (source.classes, source.notes) == (["café", "thé"], [])
 
 
 def test_zip_names_of_unknown_encoding_are_reported(data: Path) -> None:
-    archive = zipped({"~~~~/1.png": png(1), "dog/1.png": png(2)}).replace(b"~~~~", "猫咪".encode("gbk"))
+    archive = make_zip({"~~~~/1.png": make_png(1), "dog/1.png": make_png(2)}).replace(b"~~~~", "猫咪".encode("gbk"))
     (note,) = read_folder(write(data, {"pets.zip": archive})).notes
     assert note == (
         "data/pets.zip does not say how it writes ├¿▀Σ/1.png: if that looks wrong, pack it anew with names in UTF-8"
@@ -55,14 +67,14 @@ def test_zip_names_of_unknown_encoding_are_reported(data: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".tbz2", ".txz"])
 def test_short_archive_suffixes_are_recognized(ending: str, data: Path) -> None:
-    archive = tarred(PETS, {".tbz2": "w:bz2", ".txz": "w:xz"}[ending])
+    archive = make_tar(PETS, {".tbz2": "w:bz2", ".txz": "w:xz"}[ending])
     assert read_folder(write(data, {f"pets{ending}": archive})).classes == ["cat", "dog"]
 
 
 def test_archive_for_each_split_keeps_the_split(data: Path) -> None:
     for split in ("train", "test"):
-        write(data, {f"{split}.zip": zipped({f"{split}/{name}": content for name, content in PETS.items()})})
-    assert {(label, split) for _, label, split in rows(data)} == {
+        write(data, {f"{split}.zip": make_zip({f"{split}/{name}": content for name, content in PETS.items()})})
+    assert {(label, split) for _, label, split in read_rows(data)} == {
         (label, split) for label in ("cat", "dog") for split in ("train", "test")
     }
 
@@ -70,7 +82,7 @@ def test_archive_for_each_split_keeps_the_split(data: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_dataset_may_be_a_single_archive(tmp_path: Path, kind: str) -> None:
     (tmp_path / "data").write_bytes(ARCHIVES[kind](SPLIT_PETS))
-    assert sorted(rows(tmp_path / "data")) == [
+    assert sorted(read_rows(tmp_path / "data")) == [
         ("data:test/cat/3.png", "cat", "test"),
         ("data:train/cat/1.png", "cat", "train"),
         ("data:train/dog/2.png", "dog", "train"),
@@ -79,25 +91,27 @@ def test_dataset_may_be_a_single_archive(tmp_path: Path, kind: str) -> None:
 
 
 def test_tar_that_ends_with_a_zip_is_read_as_tar(tmp_path: Path) -> None:
-    (tmp_path / "data").write_bytes(tarred(PETS | {"more.zip": zipped({"cat/9.png": png()})}, "w"))
-    assert [path for path, _, _ in rows(tmp_path / "data")] == [f"data:{name}" for name in PETS]
+    (tmp_path / "data").write_bytes(make_tar(PETS | {"more.zip": make_zip({"cat/9.png": make_png()})}, "w"))
+    assert [path for path, _, _ in read_rows(tmp_path / "data")] == [f"data:{name}" for name in PETS]
 
 
 def test_data_that_is_one_file_and_no_archive_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "data").write_bytes(png())
+    (tmp_path / "data").write_bytes(make_png())
     with pytest.raises(ConvoyError, match="data is not a whole tar archive"):
         read_folder(tmp_path / "data")
 
 
 def test_archives_and_folders_are_one_data_set(data: Path) -> None:
-    write(data, PETS | {"a.zip": zipped({"cat/3.png": png()}), "x/b.tar.gz": tarred({"bird/1.png": png()})})
+    write(
+        data, PETS | {"a.zip": make_zip({"cat/3.png": make_png()}), "x/b.tar.gz": make_tar({"bird/1.png": make_png()})}
+    )
     assert read_folder(data).classes == ["bird", "cat", "dog"]
     assert len(read(data)) == 5
 
 
 def test_zip_archive_may_have_backslashes_between_its_folders(data: Path) -> None:
-    write(data, {"pets.zip": zipped({name.replace("/", "\\"): content for name, content in PETS.items()})})
-    assert rows(data) == [(f"data/pets.zip:{name}", name[:3], "") for name in PETS]
+    write(data, {"pets.zip": make_zip({name.replace("/", "\\"): content for name, content in PETS.items()})})
+    assert read_rows(data) == [(f"data/pets.zip:{name}", name[:3], "") for name in PETS]
 
 
 @every_archive
@@ -114,7 +128,7 @@ def test_archive_is_unpacked_from_its_beginning_to_its_end(
         raise AssertionError("unpacked anew")
 
     monkeypatch.setattr("_compression.DecompressReader._rewind", refuse)
-    assert [content(member) for member in source.members] == list(inside.values())
+    assert [read_content(member) for member in source.members] == list(inside.values())
 
 
 # Broken archives
@@ -137,7 +151,7 @@ def test_file_that_is_no_archive_is_refused_by_name(data: Path, kind: str) -> No
 @pytest.mark.parametrize("place", [600, 1024, 1100, 2600])
 def test_broken_tar_entry_does_not_hide_later_entries(data: Path, place: int) -> None:
     # by itself Python's tarfile takes the first broken header for the end of the archive
-    archive = bytearray(tarred(PETS, "w"))
+    archive = bytearray(make_tar(PETS, "w"))
     archive[place] ^= 0xFF
     write(data, {"pets.tar": bytes(archive)})
     try:
@@ -148,35 +162,35 @@ def test_broken_tar_entry_does_not_hide_later_entries(data: Path, place: int) ->
 
 def test_tar_archive_cut_between_two_entries_is_refused(data: Path) -> None:
     with pytest.raises(ConvoyError, match=r"data/pets\.tar is not a whole tar archive"):
-        read_folder(write(data, {"pets.tar": tarred(PETS, "w")[:1024]}))
+        read_folder(write(data, {"pets.tar": make_tar(PETS, "w")[:1024]}))
 
 
 def test_corrupt_byte_in_gzip_is_found_by_its_checksum(data: Path) -> None:
     archive = io.BytesIO()
     with gzip.GzipFile(fileobj=archive, mode="w", compresslevel=0) as file:  # stored, so that a byte stays a byte
-        file.write(tarred(PETS | {"dog/2.png": b"whisker"}, "w"))
+        file.write(make_tar(PETS | {"dog/2.png": b"whisker"}, "w"))
     with pytest.raises(ConvoyError, match=r"data/pets\.tar\.gz is not a whole tar archive \(CRC check failed"):
         read_folder(write(data, {"pets.tar.gz": archive.getvalue().replace(b"whisker", b"whisper")}))
 
 
 def test_corrupt_zip_entry_is_named_and_the_others_are_read(data: Path) -> None:
-    archive = zipped(PETS | {"dog/0.png": b"whisker", "dog/2.png": png()}).replace(b"whisker", b"whisper")
+    archive = make_zip(PETS | {"dog/0.png": b"whisker", "dog/2.png": make_png()}).replace(b"whisker", b"whisper")
     members = read(write(data, {"pets.zip": archive}))
-    assert faults(members) == ["data/pets.zip:dog/0.png can't be read: Bad CRC-32 for file 'dog/0.png'"]
-    assert [content(member) for member in members if member.path != "data/pets.zip:dog/0.png"] == [
+    assert list_faults(members) == ["data/pets.zip:dog/0.png can't be read: Bad CRC-32 for file 'dog/0.png'"]
+    assert [read_content(member) for member in members if member.path != "data/pets.zip:dog/0.png"] == [
         *PETS.values(),
-        png(),
+        make_png(),
     ]
 
 
 def test_each_image_of_an_encrypted_archive_is_named(data: Path) -> None:
-    archive = bytearray(zipped(PETS))
+    archive = bytearray(make_zip(PETS))
     for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         start = archive.find(mark)
         while start >= 0:
             archive[start + place] |= 1  # the bit that says encrypted
             start = archive.find(mark, start + 1)
-    found = faults(read(write(data, {"pets.zip": bytes(archive)})))
+    found = list_faults(read(write(data, {"pets.zip": bytes(archive)})))
     assert len(found) == 3
     assert all("can't be read: File" in fault and "encrypted" in fault for fault in found)
 
@@ -213,7 +227,7 @@ def test_corrupt_archive_is_read_or_refused(
 )
 def test_path_that_leaves_the_archive_is_refused(data: Path, kind: str, name: str) -> None:
     with pytest.raises(ConvoyError, match=rf"data/pets\.{kind}:.*1?.* points out of the archive"):
-        read_folder(write(data, {f"pets.{kind}": ARCHIVES[kind]({name: png(), "cat/1.png": png()})}))
+        read_folder(write(data, {f"pets.{kind}": ARCHIVES[kind]({name: make_png(), "cat/1.png": make_png()})}))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +261,7 @@ def test_oversized_entry_is_named_and_the_others_are_read(
     monkeypatch.setattr(archives, "MAX_BYTES", 1000)
     write(data, {f"pets.{kind}": ARCHIVES[kind](PETS | {"dog/0.png": bytes(1001), "dog/9.png": bytes(1000)})})
     members = read(data)
-    assert faults(members) == [f"data/pets.{kind}:dog/0.png is larger than 256 MiB"]
+    assert list_faults(members) == [f"data/pets.{kind}:dog/0.png is larger than 256 MiB"]
     assert len(members) == 5
 
 
@@ -258,12 +272,12 @@ def test_zip_entry_is_read_up_to_its_declared_size_at_most(
 ) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
     monkeypatch.setattr(archives, "MAX_UNPACKED", 2**33)
-    archive = zipped({"cat/1.png": bytes(10_000_000), "dog/1.png": b"wag"}, method)
+    archive = make_zip({"cat/1.png": bytes(10_000_000), "dog/1.png": b"wag"}, method)
     first = archive.index(b"PK\x01\x02") + 24  # the size in the directory
     archive = archive[:first] + promised.to_bytes(4, "little") + archive[first + 4 :]
     members = read(write(data, {"pets.zip": archive}))
     reason = "can't be read: Bad CRC-32 for file 'cat/1.png'" if promised == 10 else "is larger than 256 MiB"
-    assert faults(members) == [f"data/pets.zip:cat/1.png {reason}"]
+    assert list_faults(members) == [f"data/pets.zip:cat/1.png {reason}"]
     assert members[1].content == b"wag"
 
 
@@ -272,7 +286,7 @@ def test_decompression_bomb_is_refused(data: Path, kind: str, monkeypatch: pytes
     monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     bomb = {"cat/1.png": bytes(2_000_000), "dog/1.png": b"wag"}
-    whole = zipped(bomb, zipfile.ZIP_DEFLATED) if kind == "zip" else ARCHIVES[kind](bomb)
+    whole = make_zip(bomb, zipfile.ZIP_DEFLATED) if kind == "zip" else ARCHIVES[kind](bomb)
     with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} has \d+ bytes and would unpack to \d+ or more"):
         read_folder(write(data, {f"pets.{kind}": whole}))
 
@@ -281,7 +295,7 @@ def test_endless_zeros_after_a_tar_are_refused(data: Path, monkeypatch: pytest.M
     monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     with pytest.raises(ConvoyError, match=r"data/pets\.tar\.bz2 has \d+ bytes and would unpack to \d+ or more"):
-        read_folder(write(data, {"pets.tar.bz2": bz2.compress(tarred(PETS, "w") + bytes(2_000_000))}))
+        read_folder(write(data, {"pets.tar.bz2": bz2.compress(make_tar(PETS, "w") + bytes(2_000_000))}))
 
 
 def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
@@ -305,19 +319,19 @@ def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
     ],
 )
 def test_tar_with_false_sizes_is_refused(data: Path, entry: bytes, fault: str) -> None:
-    archive = tarred({"dog/1.png": b"wag"}, "w")[:1024] + entry + bytes(1024)
+    archive = make_tar({"dog/1.png": b"wag"}, "w")[:1024] + entry + bytes(1024)
     with pytest.raises(ConvoyError, match=rf"data/pets\.tar is not a whole tar archive.*{fault}"):
         read_folder(write(data, {"pets.tar": archive}))
 
 
 def test_zip_entries_that_share_their_bytes_are_read_or_named(data: Path) -> None:
     # as zip bombs do; newer versions of Python refuse such entries
-    archive = zipped({"cat/1.png": b"meow", "cat/2.png": b"meow"})
+    archive = make_zip({"cat/1.png": b"meow", "cat/2.png": b"meow"})
     second = archive.rindex(b"PK\x01\x02") + 42  # where its bytes begin
     archive = archive[:second] + bytes(4) + archive[second + 4 :]
     members = read(write(data, {"pets.zip": archive}))
     assert len(members) == 2
-    assert "can't be read" in faults(members)[-1]
+    assert "can't be read" in list_faults(members)[-1]
 
 
 def test_name_that_is_not_utf8_in_a_tar_archive_is_refused(data: Path) -> None:
@@ -343,4 +357,4 @@ def test_bytes_of_an_image_do_not_depend_on_earlier_entries(data: Path, kind: st
     if kind == "zip":
         inside = {"cat/": b""} | inside | {"dog/": b""}  # folders have entries of their own
     write(data, {f"pets.{kind}": ARCHIVES[kind](inside)})
-    assert [content(member) for member in read(data)] == list(PETS.values())
+    assert [read_content(member) for member in read(data)] == list(PETS.values())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.folder import read_folder
-from factories import PETS, content, faults, png, read, rows, tarred, write, zipped
+from factories import PETS, list_faults, make_png, make_tar, make_zip, read, read_content, read_rows, write
 
 LABELS = "path,label\ncat/1.png,siamese\ncat/2.png,persian\ndog/1.png,pug\n"
 AS_ROWS = [("cat/1.png", "siamese", ""), ("cat/2.png", "persian", ""), ("dog/1.png", "pug", "")]
@@ -37,52 +37,52 @@ def as_rows(name: str) -> list[tuple[str, str, str]]:
 def test_labels_of_a_table_override_class_folders(data: Path) -> None:
     write(data, PETS | {"labels.csv": LABELS})
     assert read_folder(data).classes == ["persian", "pug", "siamese"]
-    assert rows(data) == as_rows("data/")
+    assert read_rows(data) == as_rows("data/")
 
 
 def test_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
     write(data, {f"pets/{name}": content for name, content in (PETS | {"labels.csv": LABELS}).items()})
-    assert rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
+    assert read_rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
 
 
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
-@pytest.mark.parametrize("make", [zipped, tarred])
+@pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, make: type) -> None:
     inside = {f"{outer}{name}": content for name, content in (PETS | {"labels.csv": LABELS.encode()}).items()}
-    write(data, {"pets.zip" if make is zipped else "pets.tar.gz": make(inside)})
-    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
-    assert [content(member) for member in read(data)] == list(PETS.values())
+    write(data, {"pets.zip" if make is make_zip else "pets.tar.gz": make(inside)})
+    assert [row[1:] for row in read_rows(data)] == [row[1:] for row in AS_ROWS]
+    assert [read_content(member) for member in read(data)] == list(PETS.values())
 
 
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
 def test_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
-    write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": zipped(PETS)})
-    assert rows(data) == as_rows(f"data/{outer}images.zip:")
+    write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": make_zip(PETS)})
+    assert read_rows(data) == as_rows(f"data/{outer}images.zip:")
 
 
 def test_any_table_format_works_with_any_image_location(data: Path) -> None:
     loose, *others = PETS.items()
-    write(data, dict([loose]) | {"a.tar.gz": tarred(dict(others)), "labels.csv": LABELS, "notes.md": b"pets"})
-    assert rows(data) == [(f"data/a.tar.gz:{path}" if k else f"data/{path}", label, split)
+    write(data, dict([loose]) | {"a.tar.gz": make_tar(dict(others)), "labels.csv": LABELS, "notes.md": b"pets"})
+    assert read_rows(data) == [(f"data/a.tar.gz:{path}" if k else f"data/{path}", label, split)
                           for k, (path, label, split) in enumerate(AS_ROWS)]  # fmt: skip
 
 
 def test_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
     first, *lines = LABELS.splitlines()
     write(data, PETS | {"labels.csv": "\n".join([first, *reversed(lines)])})
-    assert rows(data) == as_rows("data/")
+    assert read_rows(data) == as_rows("data/")
 
 
 def test_tables_named_after_splits_are_merged(data: Path) -> None:
     write(data, PETS | {"Train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
     write(data, {"more.csv": "file_name,label\ndog/1.png,a\n"})
-    assert [(label, split) for _, label, split in rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
+    assert [(label, split) for _, label, split in read_rows(data)] == [("a", "train"), ("b", "test"), ("a", "")]
 
 
 def test_table_in_the_folder_of_a_split_is_of_that_split(data: Path) -> None:
     for split, name in (("train", "1.png"), ("validation", "2.png"), ("test", "3.png")):
-        write(data / split, {name: png(), "metadata.csv": f"file_name,label\n{name},cat\n"})
-    assert rows(data) == [
+        write(data / split, {name: make_png(), "metadata.csv": f"file_name,label\n{name},cat\n"})
+    assert read_rows(data) == [
         ("data/test/3.png", "cat", "test"), ("data/train/1.png", "cat", "train"),
         ("data/validation/2.png", "cat", "val"),
     ]  # fmt: skip
@@ -98,14 +98,16 @@ def test_table_may_be_parquet(data: Path) -> None:
     table = pd.read_csv(io.StringIO(LABELS)).assign(split=["train", "test", None], group=[7, 8, 9])
     write(data, PETS)
     table.to_parquet(data / "labels.parquet")
-    assert [row[1:] for row in rows(data)] == [("siamese", "train"), ("persian", "test"), ("pug", "")]
+    assert [row[1:] for row in read_rows(data)] == [("siamese", "train"), ("persian", "test"), ("pug", "")]
     assert [member.group for member in read(data)] == ["7", "8", "9"]
 
 
 def test_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
     table = io.BytesIO()
     pd.read_csv(io.StringIO(LABELS)).to_parquet(table)
-    assert rows(write(data, {"pets.zip": zipped(PETS | {"a.parquet": table.getvalue()})})) == as_rows("data/pets.zip:")
+    assert read_rows(write(data, {"pets.zip": make_zip(PETS | {"a.parquet": table.getvalue()})})) == as_rows(
+        "data/pets.zip:"
+    )
 
 
 def test_parquet_class_indices_become_class_names(data: Path) -> None:
@@ -116,7 +118,7 @@ def test_parquet_class_indices_become_class_names(data: Path) -> None:
     pq.write_table(table, data / "labels.parquet")
     members = read(data)
     assert [member.label for member in members] == ["dog", "cat", ""]
-    assert faults(members) == ["data/dog/1.png has no label in labels.parquet"]
+    assert list_faults(members) == ["data/dog/1.png has no label in labels.parquet"]
 
 
 # What columns may be called, and paths may be
@@ -145,29 +147,35 @@ def test_plainest_of_several_path_or_label_columns_is_used(data: Path) -> None:
 @pytest.mark.parametrize("ending", [".png", ""])
 @pytest.mark.parametrize("archive", [False, True])
 def test_files_may_be_named_without_folder_and_suffix(data: Path, ending: str, archive: bool) -> None:
-    images = {"images/part-1/a.png": png(1), "images/part-2/b.v2.png": png(2), "images/notes/a.txt": b"of a"}
-    write(data, {"images.zip": zipped(images)} if archive else images)
+    images = {"images/part-1/a.png": make_png(1), "images/part-2/b.v2.png": make_png(2), "images/notes/a.txt": b"of a"}
+    write(data, {"images.zip": make_zip(images)} if archive else images)
     write(data, {"labels.csv": f"image_id,label\na{ending},cat\nb.v2{ending},dog\n"})
-    assert [label for _, label, _ in rows(data)] == ["cat", "dog"]
+    assert [label for _, label, _ in read_rows(data)] == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("outer", ["data/", "home/me/pets/", "work\\"])
 def test_paths_may_begin_with_folders_of_another_machine(data: Path, outer: str) -> None:
     write(data, PETS | {"labels.csv": LABELS.replace("cat/", f"{outer}cat/").replace("dog/", f"{outer}dog/")})
-    assert rows(data) == as_rows("data/")
+    assert read_rows(data) == as_rows("data/")
 
 
 def test_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:
     loose, *others = PETS.items()
-    write(data, {"labels.csv": LABELS, "of/a.zip": zipped(dict([loose])), "of/b.tar.gz": tarred(dict(others))})
-    assert [row[1:] for row in rows(data)] == [row[1:] for row in AS_ROWS]
+    write(data, {"labels.csv": LABELS, "of/a.zip": make_zip(dict([loose])), "of/b.tar.gz": make_tar(dict(others))})
+    assert [row[1:] for row in read_rows(data)] == [row[1:] for row in AS_ROWS]
 
 
 def test_ambiguous_file_name_is_reported(data: Path) -> None:
     write(
-        data, {"x/1.png": png(1), "y/1.png": png(2), "y/2.png": png(3), "labels.csv": "file,label\n1.png,a\n2.png,b\n"}
+        data,
+        {
+            "x/1.png": make_png(1),
+            "y/1.png": make_png(2),
+            "y/2.png": make_png(3),
+            "labels.csv": "file,label\n1.png,a\n2.png,b\n",
+        },
     )
-    assert faults(read(data)) == [
+    assert list_faults(read(data)) == [
         "data/x/1.png is not in labels.csv, so its label is unknown",
         "data/y/1.png is not in labels.csv, so its label is unknown",
         "data/1.png is named in labels.csv, and 2 files are called so: write their folders, too",
@@ -175,21 +183,21 @@ def test_ambiguous_file_name_is_reported(data: Path) -> None:
 
 
 def test_rows_are_all_paths_or_all_file_names(data: Path) -> None:
-    write(data, {"1.png": png(1), "masks/2.png": png(2), "labels.csv": "path,label\n1.png,a\n2.png,b\n"})
-    assert "data/2.png is named in labels.csv, but there is no such file" in faults(read(data))
+    write(data, {"1.png": make_png(1), "masks/2.png": make_png(2), "labels.csv": "path,label\n1.png,a\n2.png,b\n"})
+    assert "data/2.png is named in labels.csv, but there is no such file" in list_faults(read(data))
 
 
 def test_split_folders_count_if_the_table_has_no_split_column(data: Path) -> None:
-    write(data, {"train/1.png": png(1), "Test/2.png": png(2), "old/3.png": png(3)})
+    write(data, {"train/1.png": make_png(1), "Test/2.png": make_png(2), "old/3.png": make_png(3)})
     write(data, {"labels.csv": "path,label\ntrain/1.png,a\nTest/2.png,b\nold/3.png,a\n"})
-    assert [row[1:] for row in rows(data)] == [("b", "test"), ("a", ""), ("a", "train")]
+    assert [row[1:] for row in read_rows(data)] == [("b", "test"), ("a", ""), ("a", "train")]
     write(data, {"labels.csv": "path,label,split\ntrain/1.png,a,\nTest/2.png,b,val\nold/3.png,a,\n"})
-    assert [row[1:] for row in rows(data)] == [("b", "val"), ("a", ""), ("a", "")]
+    assert [row[1:] for row in read_rows(data)] == [("b", "val"), ("a", ""), ("a", "")]
 
 
 def test_submission_is_no_table_of_labels(data: Path) -> None:
     write(data, PETS | {"train.csv": LABELS, "sample_submission.csv": LABELS.replace("pug", "cat")})
-    assert [row[1] for row in rows(data)] == ["siamese", "persian", "pug"]
+    assert [row[1] for row in read_rows(data)] == ["siamese", "persian", "pug"]
     assert read_folder(data).notes == [
         "data/sample_submission.csv is named after a submission, whose labels are mere examples: it is not used"
     ]
@@ -218,7 +226,7 @@ def test_missing_columns_are_empty_and_the_first_row_wins(data: Path) -> None:
 def test_column_with_too_many_values_is_excluded(data: Path) -> None:
     names = [f"{number}.png" for number in range(51)]
     table = pd.DataFrame({"path": names, "label": "a", "number": range(51), "coarse": [f"{n % 50}" for n in range(51)]})
-    write(data, {name: png(number) for number, name in enumerate(names)})
+    write(data, {name: make_png(number) for number, name in enumerate(names)})
     table.to_csv(data / "labels.csv", index=False)
     assert read_folder(data).more == ["coarse"]
 
@@ -243,21 +251,21 @@ def test_other_parquet_columns_are_kept_unless_lists(data: Path) -> None:
     'label,file_name\nNA,cat/1.png\n007,cat/2.png\ntrue,dog/1.png\n',
 ])  # fmt: skip
 def test_labels_are_read_as_text(data: Path, table: str) -> None:
-    assert [label for _, label, _ in rows(write(data, PETS | {"labels.csv": table}))] == ["NA", "007", "true"]
+    assert [label for _, label, _ in read_rows(write(data, PETS | {"labels.csv": table}))] == ["NA", "007", "true"]
 
 
 def test_commas_quotes_and_spaces_in_paths_and_labels_survive(data: Path) -> None:
     name, label = 'a, "b" c/ 1 .png', ' a, "b"\nc '
     file = io.StringIO()
     csv.writer(file).writerows([("path", "label"), (name, label)])
-    write(data, {name: png(), "labels.csv": file.getvalue()})
-    assert rows(data) == [(f"data/{name}", label, "")]
+    write(data, {name: make_png(), "labels.csv": file.getvalue()})
+    assert read_rows(data) == [(f"data/{name}", label, "")]
 
 
 def test_second_file_of_the_same_path_gets_no_label(data: Path) -> None:
     table = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
-    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped(PETS)}))
-    assert faults(members) == [
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": make_zip(PETS)}))
+    assert list_faults(members) == [
         f"data/pets.zip:{name} has the path of data/{name}, for which labels.csv is taken: keep one" for name in PETS
     ]
 
@@ -267,7 +275,7 @@ def test_split_from_one_table_is_kept_if_another_has_none(data: Path) -> None:
     train = "".join(labels.splitlines(keepends=True)[:3])
     for tables in ({"labels.csv": labels, "train.csv": train}, {"a.csv": labels, "train.csv": train}):
         shutil.rmtree(data, ignore_errors=True)
-        found = rows(write(data, PETS | tables))
+        found = read_rows(write(data, PETS | tables))
         assert sorted(split for *_, split in found) == [*[""] * (len(PETS) - 2), "train", "train"]
 
 
@@ -298,7 +306,7 @@ def test_binary_column_named_after_a_split_is_reported(data: Path, column: str, 
 def test_names_match_in_either_unicode_normalization(data: Path) -> None:
     apart, together = "cafe\u0301.png", "caf\u00e9.png"
     for file, said in ((apart, together), (together, apart)):
-        write(data, PETS | {f"cat/{file}": png(7), "labels.csv": f"path,label\ncat/{said},cat\ndog/0.png,dog\n"})
+        write(data, PETS | {f"cat/{file}": make_png(7), "labels.csv": f"path,label\ncat/{said},cat\ndog/0.png,dog\n"})
         labels = {member.path: member.label for member in read(data)}
         assert labels[f"data/cat/{file}"] == "cat"
         assert f"data/cat/{said}" not in labels
@@ -339,7 +347,7 @@ def test_any_text_round_trips_through_csv(
 
 
 def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path) -> None:
-    outside = write(data.parent, {"outside.png": png()}) / "outside.png"
+    outside = write(data.parent, {"outside.png": make_png()}) / "outside.png"
     table = f"""path,label,split
 cat/1.png,,train
 cat/2.png,cat,trian
@@ -352,8 +360,8 @@ C:\\cat\\1.png,cat,
 ,cat,
 dog/1.png,dog,test
 """
-    members = read(write(data, PETS | {"labels.csv": table, "dog/2.png": png(), "dog/note.txt": b"a note"}))
-    assert faults(members) == [
+    members = read(write(data, PETS | {"labels.csv": table, "dog/2.png": make_png(), "dog/note.txt": b"a note"}))
+    assert list_faults(members) == [
         "data/cat/1.png has no label in labels.csv",
         "data/cat/2.png has the split 'trian' in labels.csv, which is none of train, val, test",
         "data/dog/2.png is not in labels.csv, so its label is unknown",
@@ -370,14 +378,14 @@ dog/1.png,dog,test
 
 def test_image_in_no_table_is_reported_with_all_tables(data: Path) -> None:
     write(data, PETS | {"train.csv": "path,label\ncat/1.png,a\n", "test.csv": "path,label\ncat/2.png,b\n"})
-    assert faults(read(data)) == ["data/dog/1.png is not in test.csv or train.csv, so its label is unknown"]
+    assert list_faults(read(data)) == ["data/dog/1.png is not in test.csv or train.csv, so its label is unknown"]
 
 
 def test_repeated_path_is_one_sample_per_label(data: Path) -> None:
     table = (
         "path,label\ncat/1.png,cat\n./cat/1.png,cat\ncat/2.png,cat\ncat/2.png,dog\ndog/1.png,dog\nx.png,a\nx.png,a\n"
     )
-    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": zipped({"dog/2.png": png()})}))
+    members = read(write(data, PETS | {"labels.csv": table, "pets.zip": make_zip({"dog/2.png": make_png()})}))
     assert [(member.path, member.label) for member in members] == [
         ("data/cat/1.png", "cat"), ("data/cat/2.png", "cat"), ("data/cat/2.png", "dog"), ("data/dog/1.png", "dog"),
         ("data/pets.zip:dog/2.png", ""), ("data/x.png", "a"),
@@ -386,11 +394,11 @@ def test_repeated_path_is_one_sample_per_label(data: Path) -> None:
 
 def test_path_in_two_splits_is_two_samples(data: Path) -> None:
     write(data, PETS | {"train.csv": LABELS, "test.csv": "path,label\ncat/1.png,siamese\n"})
-    assert [split for path, _, split in rows(data) if path == "data/cat/1.png"] == ["test", "train"]
+    assert [split for path, _, split in read_rows(data) if path == "data/cat/1.png"] == ["test", "train"]
 
 
 def test_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": tarred(PETS)})
+    write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": make_tar(PETS)})
     source = read_folder(data)
     monkeypatch.setattr("_compression.DecompressReader._rewind", None)
     assert [m.label for m in source.members] == ["siamese", "tabby", "persian", "pug"]
@@ -398,7 +406,7 @@ def test_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypa
 
 def test_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
     write(tmp_path, PETS | {"data.csv": LABELS})
-    assert faults(read(tmp_path / "data.csv"))[0] == "cat/1.png is named in data.csv, but there is no such file"
+    assert list_faults(read(tmp_path / "data.csv"))[0] == "cat/1.png is named in data.csv, but there is no such file"
 
 
 # Tables that are none
@@ -418,21 +426,21 @@ def test_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("archived", [False, True])
 def test_unreadable_csv_is_refused_with_the_fix(data: Path, table: bytes, fault: str, archived: bool) -> None:
     files = PETS | {"labels.csv": table}
-    write(data, {"pets.zip": zipped(files)} if archived else files)
+    write(data, {"pets.zip": make_zip(files)} if archived else files)
     name = r"data/pets\.zip:labels\.csv" if archived else r"data/labels\.csv"
     with pytest.raises(ConvoyError, match=rf"{name} {fault}.*: (save it as CSV in UTF-8|put commas between)"):
         read_folder(data)
 
 
 def test_table_in_an_archive_that_cannot_be_read_is_refused(data: Path) -> None:
-    archive = zipped(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
+    archive = make_zip(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
     with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: put a sound copy"):
         read_folder(write(data, {"pets.zip": archive}))
 
 
 @pytest.mark.parametrize("table", ["name,size\ncat,3\n", "image_id,dx\ncat/1.png,nv\n", "label\ncat\n", "a;b\n1,5;2\n"])
 def test_unrelated_table_is_ignored_and_named(data: Path, table: str) -> None:
-    assert rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
+    assert read_rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
     columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
     assert read_folder(data).notes == [
         f"data/notes.csv has the columns {columns}, and not path and label: it is not used"
@@ -445,13 +453,13 @@ def test_empty_table_is_named_too(data: Path, table: str) -> None:
 
 
 def test_table_without_label_columns_is_named(data: Path) -> None:
-    write(data, {"1.png": png(), "labels.csv": "id;breed\n1;pug\n"})
+    write(data, {"1.png": make_png(), "labels.csv": "id;breed\n1;pug\n"})
     with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
         read_folder(data)
 
 
 def test_no_more_leading_folders_are_removed_than_needed(data: Path) -> None:
-    write(data, {"1.png": png(1), "cat/1.png": png(2), "labels.csv": "path,label\nold/place/cat/1.png,cat\n"})
+    write(data, {"1.png": make_png(1), "cat/1.png": make_png(2), "labels.csv": "path,label\nold/place/cat/1.png,cat\n"})
     members = read(data)
-    assert faults(members) == ["data/1.png is not in labels.csv, so its label is unknown"]
+    assert list_faults(members) == ["data/1.png is not in labels.csv, so its label is unknown"]
     assert [m.path for m in members if m.label == "cat"] == ["data/cat/1.png"]

@@ -31,8 +31,8 @@ from convoy.data.decode_pool import decode_all
 from convoy.data.image_io import FORMATS
 from convoy.data.sources.base import Sample, Source, TorchvisionSet
 from convoy.data.sources.torchvision import read_torchvision
+from small_project import ROOT
 
-ROOT = Path(__file__).parents[3]
 SETS = {
     file.stem: content["torchvision"]
     for file in sorted((ROOT / "conf/dataset").glob("*.yaml"))

@@ -457,11 +457,11 @@ class Refusal(FaultyHandler):
 
 @pytest.mark.parametrize("answer", ["401", "403"])
 def test_refused_login_is_one_line_without_the_password(
-    predict_in_this_process: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(make_project(tmp_path / "project"))
     with FaultyServer(("127.0.0.1", 0), Refusal) as refusing:
-        refusing.answer = predict_in_this_process
+        refusing.answer = answer
         threading.Thread(target=refusing.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{refusing.server_port}")
         for command, arguments in ((sync_mlflow, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
@@ -470,6 +470,6 @@ def test_refused_login_is_one_line_without_the_password(
                 command.main()
             (line,) = str(end.value).splitlines()
             assert f"MLflow at http://127.0.0.1:{refusing.server_port} fails: " in line
-            assert predict_in_this_process in line
+            assert answer in line
             assert "secret" not in line
         refusing.shutdown()

@@ -54,7 +54,9 @@ def train(stage: Stage) -> None:
     machine = describe_environment(hardware)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
-    checkpoint = Checkpoint(stage.project_root / "artifacts/.checkpoints" / stage.name / identity[:12] / "last.pt")
+    checkpoint = Checkpoint(
+        stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.pt"
+    )
     data_facts = json.loads((prepared / DATA_PROFILE).read_text())
     record = TrainingRecord(
         architecture=architecture,

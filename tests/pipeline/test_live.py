@@ -236,7 +236,7 @@ def all_reported(root: Path) -> None:
 
 def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start) -> None:
     first = start(root)
-    wait_until(lambda: any((root / "artifacts/.checkpoints").rglob("last.pt")))
+    wait_until(lambda: any((root / "artifacts/.cache/checkpoints").rglob("last.pt")))
     first.kill()
     first.join()
     all_reported(root)

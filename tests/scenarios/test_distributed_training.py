@@ -115,7 +115,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
         assert running.wait(10) == 143, (root / "said.txt").read_text()
         psutil.wait_procs(others, timeout=10)
         assert not [process for process in others if process.is_running()]
-        (saved,) = (root / "artifacts/.checkpoints").rglob("last.pt")
+        (saved,) = (root / "artifacts/.cache/checkpoints").rglob("last.pt")
         assert saved.stat().st_mtime > told - 0.1  # the clock of files is a little late
 
 
@@ -166,7 +166,7 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
 
     # both machines go down, and only the first has kept a checkpoint
     processes = by_torchrun([first, second])
-    while not list((first / "artifacts/.checkpoints").rglob("last.pt")):
+    while not list((first / "artifacts/.cache/checkpoints").rglob("last.pt")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
     for process in processes:
@@ -176,7 +176,7 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
         process.communicate()
     said = [process.communicate()[1] for process in by_torchrun([first, second])]
     assert any("convoy: train: the machines begin at different steps, 0 and " in words for words in said), said
-    shutil.rmtree(first / "artifacts/.checkpoints")
+    shutil.rmtree(first / "artifacts/.cache/checkpoints")
 
     done = [(process.communicate()[1], process.returncode) for process in by_torchrun([first, second])]
     assert [code for _, code in done] == [0, 0], done

@@ -109,6 +109,7 @@ class AlexNet(Classifier):
         nn.init.normal_(output.weight, std=0.01)
 
     def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
         x = self.features(x)  # (N, 256, 6, 6)
         x = average_pool_to(x, self.pool)  # (N, 256, 6, 6) for larger images too
         return self.classifier(x.flatten(1))
@@ -122,6 +123,7 @@ class LocalResponse(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise feature maps (N, C, H, W) across channels."""
         channel = torch.arange(x.shape[1], device=x.device)
         neighbours = ((channel[:, None] - channel).abs() <= 2).to(x.dtype)  # (C, C)
         # Summing with a 1x1 convolution is 3 times as fast on a CPU as average pooling across channels.

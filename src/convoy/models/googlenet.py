@@ -39,6 +39,7 @@ class Channels(NamedTuple):
 
     @property
     def depth(self) -> int:
+        """Return the number of output channels of the module."""
         return self.one + self.three + self.five + self.pool
 
 
@@ -127,15 +128,18 @@ class GoogLeNet(Classifier):
                     nn.init.zeros_(layer.bias)
 
     def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
         return self.main_head(self.to_4d(self.to_4a(x)))
 
     def weighted_heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
+        """Compute the logits of the main head and both auxiliary classifiers, with their weights in the loss."""
         x_4a = self.to_4a(x)  # (N, 512, 14, 14)
         x_4d = self.to_4d(x_4a)  # (N, 528, 14, 14)
         # The weight of 0.3 is from section 5 of the paper.
         return [(1.0, self.main_head(x_4d)), (0.3, self.auxiliary_4a(x_4a)), (0.3, self.auxiliary_4d(x_4d))]
 
     def main_head(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) from the output of module 4d."""
         x = self.to_5b(x)  # (N, 1024, 7, 7)
         return self.classifier(x.mean((2, 3)))
 
@@ -176,6 +180,7 @@ class Inception(nn.Module):
         self.pool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), convolution(inputs, channels.pool, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the feature maps of all branches, (N, channels.depth, H, W)."""
         return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], dim=1)
 
 
@@ -201,6 +206,7 @@ class Auxiliary(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) from feature maps (N, C, H, W)."""
         x = average_pool_to(x, 4)  # (N, 512, 4, 4)
         x = self.convolution(x)  # (N, 128, 4, 4)
         return self.classifier(x.flatten(1))

@@ -57,6 +57,7 @@ class LeNet(Classifier):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
         x = scaled_tanh(self.c1(x))  # (N, 6, 28, 28)
         x = functional.avg_pool2d(x, 2)  # (N, 6, 14, 14)
         x = scaled_tanh(self.c3(x))  # (N, 16, 10, 10)

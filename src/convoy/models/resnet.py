@@ -89,6 +89,7 @@ class ResNet(Classifier):
         nn.init.zeros_(self.classifier.bias)
 
     def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
         x = self.stem(x)  # (N, 64, 56, 56)
         x = self.blocks(x)  # (N, 512, 7, 7)
         return self.classifier(x.mean((2, 3)))
@@ -117,6 +118,7 @@ class Residual(nn.Module):
         nn.init.zeros_(body[-1].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the feature maps (N, outputs, H / stride, W / stride)."""
         return (self.body(x) + self.shortcut(x)).relu()
 
 

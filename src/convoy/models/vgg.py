@@ -117,6 +117,7 @@ class VGG(Classifier):
         nn.init.normal_(output.weight, std=0.01)
 
     def logits(self, x: Tensor) -> Tensor:
+        """Compute the logits (N, K) of normalised images (N, C, H, W)."""
         x = self.features(x)  # (N, 512, 7, 7)
         x = average_pool_to(x, self.pool)  # (N, 512, 7, 7) for larger images too
         return self.classifier(x.flatten(1))

@@ -166,14 +166,16 @@ class ImageData(LightningDataModule):
         return math.ceil(self.sampler.batch_size / self.world_size / self.recipe.accumulate)
 
     def train_dataloader(self) -> "StepLoader":
+        """Return a loader of ranges of the remaining steps of the epoch."""
         return StepLoader(self)
 
     def val_dataloader(self) -> "ValLoader":
+        """Return a loader of the rows of this process's validation batches."""
         rows = np.arange(self.rank, len(self.val), self.world_size)
         return ValLoader(rows, min(MAX_VAL_BATCH_SIZE, 2 * self.micro_batch_size))
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
-        # The batch consists of indices that are used on the host.
+        """Return the batch unchanged, because it consists of indices that are used on the host."""
         return batch
 
 

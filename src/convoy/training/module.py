@@ -170,6 +170,7 @@ class ClassifierModule(lightning.LightningModule):
     # Hooks of Lightning
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Create the optimizer, with its state from the checkpoint if there is one."""
         self.optimizer = make_optimizer(self.classifier)
         if self.optimizer_state:
             # The checkpoint has no parameter groups, because they follow from the settings and the step.
@@ -178,15 +179,18 @@ class ClassifierModule(lightning.LightningModule):
         return self.optimizer
 
     def on_fit_start(self) -> None:
+        """Move the state to the device and select this process's part of the data."""
         check_same_step(self.trainer.strategy, self.data.epoch * self.data.steps + self.data.step)
         self.data.set_rank(self.device, self.global_rank, self.trainer.world_size)
         self.running_totals = self.running_totals.to(self.device)
         self.first_bad_step = self.first_bad_step.to(self.device)
 
     def on_train_start(self) -> None:
+        """Replace Lightning's handler of SIGTERM by our own."""
         self.sigterm.reinstall()
 
     def on_train_epoch_start(self) -> None:
+        """Switch to training mode, except for the batch norms of a frozen backbone."""
         self.sync = ProcessSync(self.trainer.strategy, self.data.step)
         self.classifier.train()
         # The batch norms of a frozen backbone must not update their running statistics.
@@ -196,6 +200,7 @@ class ClassifierModule(lightning.LightningModule):
                     layer.eval()
 
     def training_step(self, steps: range) -> None:
+        """Take several optimizer steps, and save or exit between them if needed."""
         for step in steps:
             self._step(step)
             self._between_steps()
@@ -203,6 +208,7 @@ class ClassifierModule(lightning.LightningModule):
             self.progress.advance(self.data.epoch + 1, len(steps) * self.data.sampler.batch_size, self._loss_so_far)
 
     def on_validation_epoch_start(self) -> None:
+        """Reset the validation metrics, and share the running statistics of the first process."""
         self.val_totals = torch.zeros(3, device=self.device)
         # Validate with the running statistics of the first process, which are the ones that are saved.
         if self.trainer.world_size > 1:
@@ -210,6 +216,7 @@ class ClassifierModule(lightning.LightningModule):
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, rows: np.ndarray) -> None:
+        """Add the metrics of a validation batch to `val_totals`."""
         pixels, labels = self.data.val_store.gather(rows)
         # In float32, as in inference.
         self.val_totals += batch_metrics((self.average or self.classifier)(pixels), labels)
@@ -219,6 +226,7 @@ class ClassifierModule(lightning.LightningModule):
             exit_after_sigterm()
 
     def on_train_epoch_end(self) -> None:
+        """Append the epoch to the history, keep the best weights, save the state and decide whether to stop."""
         totals = self.trainer.strategy.reduce(torch.stack([self.running_totals, self.val_totals]), reduce_op="sum")
         self._fail_if_diverged()
         (loss, correct, count), (val_loss, val_correct, val_count) = totals.tolist()

@@ -52,5 +52,5 @@ def check_same_step(strategy: Strategy, steps_done: int) -> None:
     if last != -first:
         raise ConvoyError(
             f"the machines begin at different steps, {-first} and {last}, because not all have the checkpoint: put "
-            "artifacts/.checkpoints on a disk that they share, or remove it on all of them"
+            "artifacts/.cache/checkpoints on a disk that they share, or remove it on all of them"
         )

@@ -28,7 +28,7 @@ test: $(READY) ## the tests
 	python -m pytest -q --numprocesses auto --dist loadfile
 
 test-slow: $(READY) ## the tests that take longer: several processes, fresh clones, what pays
-	python -m pytest -q -m slow
+	python -m pytest -q -m slow --numprocesses auto --dist loadfile
 
 lint: $(READY) ## style and types
 	ruff check .

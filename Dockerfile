@@ -1,5 +1,5 @@
 # The pipeline in a container: `docker build -t convoy .`, then `docker run --rm --gpus all convoy` (or without
-# --gpus all, on the CPU). torch brings the CUDA libraries; the host needs only NVIDIA's driver and container toolkit.
+# --gpus all, on the CPU). The torch wheel contains the CUDA libraries; the host needs only NVIDIA's driver and container toolkit.
 FROM python:3.12-slim
 
 RUN apt-get update \
@@ -11,7 +11,7 @@ RUN mkdir /home/convoy/pipeline
 WORKDIR /home/convoy/pipeline
 ENV VENV=/home/convoy/venv PATH=/home/convoy/venv/bin:$PATH UV_NO_CACHE=1 NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# the libraries change seldom, and have a layer of their own
+# The libraries rarely change, so they have a layer of their own.
 COPY --chown=convoy requirements.lock ./
 RUN python -m venv $VENV \
     && python -m pip install --no-cache-dir --quiet uv \

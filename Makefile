@@ -1,11 +1,11 @@
-# `make repro` runs the whole pipeline, `make test` the tests. Both make .venv from requirements.lock when it is
-# missing, stale or broken. PYTHON is the interpreter to make it from: 3.11, 3.12 or 3.13.
+# `make repro` runs the whole pipeline, `make test` the tests. Both create .venv from requirements.lock if it is
+# missing, outdated or broken. PYTHON is the interpreter to create it with: 3.11, 3.12 or 3.13.
 ASKED := $(PYTHON)
 PYTHON ?= python3
 VENV ?= .venv
 READY := $(VENV)/ready
-# Every script in an environment holds the path that it was made in, and its packages are of one interpreter. Where it
-# was moved or copied, or its interpreter is gone or not the one that PYTHON asks for, it is made again.
+# The scripts of an environment contain its path, and its packages belong to one interpreter. It is therefore created
+# again if it was moved or copied, or if its interpreter is gone or is not the one that PYTHON names.
 VERSION := -c 'import sys; print(*sys.version_info[:2])'
 BROKEN := $(shell test ! -e $(READY) || { \
     test "$$(cat $(READY))" = "$(abspath $(VENV))" \
@@ -16,59 +16,59 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: help install repro test test-slow lint sync ui lock retrain push push-retrain-branch rollback again
 
-help: ## show what can be made
-	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-22s%s\n", $$1, $$2 }'
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
 
-install: $(READY) ## the environment that requirements.lock describes
+install: $(READY) ## create the environment from requirements.lock
 
-repro: $(READY) ## the whole pipeline: compose conf/, run what is not up to date, show the leaderboard
+repro: $(READY) ## run the whole pipeline: compose conf/, run the stages that are not up to date, show the leaderboard
 	python -m pipeline
 
-test: $(READY) ## the tests
+test: $(READY) ## run the tests
 	python -m pytest -q --numprocesses auto --dist loadfile
 
-test-slow: $(READY) ## the tests that take longer: several processes, fresh clones, what pays
+test-slow: $(READY) ## run the slow tests: several processes, fresh clones, kills at every write
 	python -m pytest -q -m slow --numprocesses auto --dist loadfile
 
-lint: $(READY) ## style and types
+lint: $(READY) ## run the linters and the type checker
 	ruff check .
 	ruff format --check .
 	mypy
 	PYTHONPATH=src lint-imports --no-cache
 
-sync: $(READY) ## the runs of the current results brought to MLflow, where they are not there or not whole
+sync: $(READY) ## sync the runs of the current results to MLflow
 	python -m pipeline.sync_mlflow
 
-ui: $(READY) ## MLflow's pages on this machine, for comparing runs
+ui: $(READY) ## start the MLflow UI on this machine
 	@python -m pipeline --show
 	@test -n "$$MLFLOW_TRACKING_URI" || \
 		mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
 
-rollback: $(READY) ## the champion before this one again: make rollback REASON="why"
+rollback: $(READY) ## restore the previous champion: make rollback REASON="why"
 	@python -m pipeline.rollback --reason "$$REASON"
 
-lock: $(READY) ## requirements.lock anew from pyproject.toml: the newest versions, with hashes
+lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml --quiet
 
-retrain: $(READY) ## the newest data, then the pipeline, taking results that the DVC remote has already
+retrain: $(READY) ## fetch the newest data and run the pipeline, reusing results on the DVC remote
 	python -m pipeline --update --pull
 
-push: $(READY) ## results and run cache to the DVC remote
+push: $(READY) ## push the results and the run cache to the DVC remote
 	dvc push --run-cache
 
-push-retrain-branch: ## what a retraining changed, as a commit on a branch of its own, pushed to origin
+push-retrain-branch: ## commit the lock files that a retraining changed to a new branch and push it
 	git diff --quiet -- data.dvc data.lock dvc.lock params.yaml || { \
 		git switch --create retrain-$$(date -u +%Y-%m-%d-%H%M) && \
 		git commit --message "Retrain on the newest data" -- data.dvc data.lock dvc.lock params.yaml && \
 		git push --set-upstream origin HEAD; }
 
-# uv writes no bytecode unless told, and without it each stage would start seconds later
+# Without --compile-bytecode, uv writes no bytecode, and each stage would start seconds later.
 $(READY): requirements.lock pyproject.toml $(if $(BROKEN),again)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "convoy needs Python 3.11 to 3.13, and $(PYTHON) is another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+		{ echo "convoy needs Python 3.11 to 3.13, and $(PYTHON) is another version: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -z "$(BROKEN)" || \
-		{ echo "$(VENV) was made elsewhere, or its Python is gone or not the one asked for: making it again" && rm -rf $(VENV); }
+		{ echo "$(VENV) was created elsewhere, or its Python is gone or another version: making it again" && rm -rf $(VENV); }
 	$(VENV)/bin/uv --version >/dev/null 2>&1 || \
 		{ $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet uv; }
 	uv pip sync --python $(VENV) --quiet --compile-bytecode requirements.lock

@@ -69,10 +69,10 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         for stage in ("fetch", "preprocess"):
             made[stage] = home / f"{stage}.new"
             made[stage].mkdir(parents=True)
-        earlier = CacheDir(home / ".decoded" / "benchmark" / "here", home / "fetch")
+        earlier = CacheDir(home / ".cache/decoded" / "benchmark" / "here", home / "fetch")
         limits = FetchConfig(max_bad_fraction=0.0)
         intake = ingest(source, dataset, limits, NEW, made["fetch"], earlier)
-        prepare(intake.packed, params, 1, made["preprocess"], CacheDir(home / ".fitted", home / "preprocess"))
+        prepare(intake.packed, params, 1, made["preprocess"], CacheDir(home / ".cache/resized", home / "preprocess"))
         for stage, folder in made.items():  # as a stage publishes them
             shutil.rmtree(home / stage, ignore_errors=True)
             folder.rename(home / stage)

@@ -28,7 +28,7 @@ def fetch(stage: Stage) -> None:
     lock_file = stage.root / "data.lock"
     lock = DataLock.load(lock_file, params.name)
     artifacts = stage.project_root / "artifacts"
-    decoded = artifacts / ".decoded" / params.name / decoding_fingerprint(params.longest_side)
+    decoded = artifacts / ".cache/decoded" / params.name / decoding_fingerprint(params.longest_side)
     cache = CacheDir(decoded, artifacts / "fetch")
 
     if params.torchvision is None:

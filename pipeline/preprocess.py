@@ -30,7 +30,7 @@ def preprocess(stage: Stage) -> None:
     seed = stage.typed(Seed, "seed")
     packed = PackedDataset.load(stage.input("fetch"))
     artifacts = stage.project_root / "artifacts"
-    cache = CacheDir(artifacts / ".fitted" / packed.name, artifacts / "preprocess")
+    cache = CacheDir(artifacts / ".cache/resized" / packed.name, artifacts / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, cache)
     prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
     prepared.withheld.to_csv(stage.scratch / "excluded.csv", index=False)

@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convoy import models
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.malloc import keep_memory
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -133,7 +133,7 @@ class Full(Classifier):
 
     def __init__(self, info: DatasetInfo, recipe: dict[str, Any]) -> None:
         values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-        super().__init__(info, typed(RecipeConfig, values | recipe, "recipe"))
+        super().__init__(info, validate(RecipeConfig, values | recipe, "recipe"))
         self.hidden = nn.Linear(info.channels * info.size**2, 128)
         self.classifier = nn.Linear(128, len(info.classes))
 

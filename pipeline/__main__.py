@@ -17,7 +17,7 @@ import psutil
 
 from convoy.core import config
 from convoy.core.artifact_names import LEADERBOARD
-from convoy.core.config import Seed, typed
+from convoy.core.config import Seed, validate
 from convoy.core.disk import explain_full_disk
 from convoy.core.errors import ConvoyError
 from convoy.data import data_lock
@@ -73,7 +73,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
     output_folders.refuse_strays(root, models)
     output_folders.remove_unlisted(root, models)
     dvc_state.read_yaml(root / "data.dvc")
-    data_lock.check_source(root, typed(DatasetConfig, params["dataset"], "dataset"))
+    data_lock.check_source(root, validate(DatasetConfig, params["dataset"], "dataset"))
     commands = data_folder.commands(root, update=options.update)
     commands.append(["repro", *(["--pull"] if options.pull else [])])
     before = leaderboard_time(root)
@@ -116,7 +116,7 @@ def check(params: dict[str, Any]) -> None:
     }
     config.check_sections(params, [*light, "train", "trainer", "model"])
     for name, schema in light.items():
-        typed(schema, params[name], name)
+        validate(schema, params[name], name)
 
     # These modules import torch, which takes seconds, so they are imported after the checks that need no torch.
     from convoy import models
@@ -124,10 +124,10 @@ def check(params: dict[str, Any]) -> None:
     from convoy.training import init_weights
     from convoy.training.hardware import TrainerConfig
 
-    typed(TrainConfig, params["train"], "train")
-    typed(TrainerConfig, params["trainer"], "trainer")
+    validate(TrainConfig, params["train"], "train")
+    validate(TrainerConfig, params["trainer"], "trainer")
     for name, values in params["model"].items():
-        typed(models.schema(name), values, f"model.{name}")
+        validate(models.schema(name), values, f"model.{name}")
         init_weights.check_init(name, values)
 
 

@@ -66,7 +66,7 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
         raise ConvoyError(f"params.yaml has model.{unknown[0]}, for which there is no conf/model/{unknown[0]}.yaml")
     try:
         _choose_experiment(root, wanted)
-        present = config.parse(config.composed(root))
+        present = config.parse(config.compose_text(root))
         for group in ("dataset", "trainer"):
             if group in wanted and wanted[group] != present.get(group):
                 _choose_file(root, group, wanted)
@@ -91,7 +91,7 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def _differences(root: Path, wanted: Mapping[str, Any], *overrides: str) -> Differences:
-    return differences(wanted, config.parse(config.composed(root, overrides)))
+    return differences(wanted, config.parse(config.compose_text(root, overrides)))
 
 
 # Choices

@@ -35,7 +35,7 @@ from pipeline.stage import Stage, main
 
 def evaluate(stage: Stage) -> None:
     """Evaluate one trained architecture on the test images."""
-    params = stage.typed(EvaluateConfig, "evaluate")
+    params = stage.validate(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.foreach_key}"), stage.input("preprocess")
     record = TrainingRecord.load(trained / RECORD)
     info = record.dataset_info

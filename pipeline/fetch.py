@@ -22,8 +22,8 @@ CLASSES_WIDTH = 100  # maximum width of the printed class names, in characters
 def fetch(stage: Stage) -> None:
     """Decode, validate and pack the labelled images."""
     get_ready()
-    params = stage.typed(DatasetConfig, "dataset")
-    limits = stage.typed(FetchConfig, "fetch")
+    params = stage.validate(DatasetConfig, "dataset")
+    limits = stage.validate(FetchConfig, "fetch")
     origin = check_source(stage.root, params)
     lock_file = stage.root / "data.lock"
     lock = DataLock.load(lock_file, params.name)

@@ -20,13 +20,15 @@ from pipeline.stage import Stage
 
 def find_lr(stage: Stage) -> None:
     """Print a suggested learning rate for ARCHITECTURE, and plot the loss over the learning rate."""
-    seed = stage.typed(Seed, "seed")
+    seed = stage.validate(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
     name = stage.foreach_key
     classifier = models.build(name, stage.section(f"model.{name}"), DatasetInfo.load(prepared / DATASET_INFO))
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    table = sweep_learning_rates(classifier, data, resolve_trainer(stage.typed(TrainerConfig, "trainer"), classifier))
+    table = sweep_learning_rates(
+        classifier, data, resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
+    )
 
     steepest = suggest_learning_rate(table)
     plot = stage.root / "artifacts" / "lr" / f"{name}.png"

@@ -26,8 +26,8 @@ CHECK_PREFIX = "convoy: check_champion: "
 
 def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
-    params = stage.typed(PreprocessConfig, "preprocess")
-    seed = stage.typed(Seed, "seed")
+    params = stage.validate(PreprocessConfig, "preprocess")
+    seed = stage.validate(Seed, "seed")
     packed = PackedDataset.load(stage.input("fetch"))
     artifacts = stage.project_root / "artifacts"
     cache = CacheDir(artifacts / ".cache/resized" / packed.name, artifacts / "preprocess")

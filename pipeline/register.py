@@ -39,7 +39,7 @@ PACKAGE = Path(convoy.__file__).parent
 
 def register(stage: Stage) -> None:
     """Write the leaderboard, sync all runs to MLflow and compare the best model by validation with the champion."""
-    params = stage.typed(RegisterConfig, "register")
+    params = stage.validate(RegisterConfig, "register")
     names = list(stage.section("model"))
     results = {name: find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}

@@ -44,13 +44,13 @@ def compose(
             set, or `check` fails.
     """
     params = root / "params.yaml"
-    text = config.composed(root)
+    text = config.compose_text(root)
     present = params.read_bytes() if params.exists() else b""
     if adopt:
         wanted = config.load(params)
         check(wanted)
         adopt_settings(root, wanted)
-        text = config.composed(root)
+        text = config.compose_text(root)
     elif not discard and present.strip():
         _refuse_loss(root, present, text)
     sections = config.parse(text)
@@ -161,7 +161,7 @@ def _composed_at(root: Path, commit: str) -> str | None:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             files.extractall(folder, filter="data")
         try:
-            return config.composed(Path(folder))
+            return config.compose_text(Path(folder))
         except ConvoyError:
             return None
 

@@ -77,9 +77,9 @@ class Stage:
             values = values[key]
         return values
 
-    def typed(self, schema: type[Schema], name: str) -> Schema:
+    def validate(self, schema: type[Schema], name: str) -> Schema:
         """Return a section of params.yaml, validated as an instance of `schema`."""
-        return config.typed(schema, self.section(name), name)
+        return config.validate(schema, self.section(name), name)
 
     def input(self, name: str) -> Path:
         """Return the output folder of an earlier stage after verifying the checksums of its files.

@@ -35,8 +35,8 @@ from pipeline.stage import Stage, main
 
 def train(stage: Stage) -> None:
     """Train one architecture."""
-    params = stage.typed(TrainConfig, "train")
-    seed = stage.typed(Seed, "seed")
+    params = stage.validate(TrainConfig, "train")
+    seed = stage.validate(Seed, "seed")
     architecture = stage.foreach_key
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
@@ -47,7 +47,7 @@ def train(stage: Stage) -> None:
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
-    hardware = resolve_trainer(stage.typed(TrainerConfig, "trainer"), classifier)
+    hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
     if hardware.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun, as README.md shows")

@@ -18,7 +18,7 @@ import yaml
 
 from convoy import models
 from convoy.core import config
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.data.sources.base import DatasetConfig
 
 ROOT = Path(__file__).parents[1]
@@ -195,12 +195,12 @@ def test_architecture_names_its_python_and_yaml_file() -> None:
 def test_settings_of_every_architecture_fit_its_schema(name: str, composed: Path) -> None:
     params = config.compose(composed, [f"model=[{name}]"])
     assert list(params["model"]) == [name]
-    typed(models.schema(name), params["model"][name], f"model.{name}")
+    validate(models.schema(name), params["model"][name], f"model.{name}")
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "conf/dataset").iterdir()))
 def test_settings_of_every_dataset_fit_the_schema(name: str, composed: Path) -> None:
-    dataset = typed(DatasetConfig, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
+    dataset = validate(DatasetConfig, config.compose(composed, [f"dataset={name}"])["dataset"], "dataset")
     assert name in (dataset.name, "folder")
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from convoy.core.config import Count, Decay, NotNegative, Positive, Share, Whole, schema
+from convoy.core.config import Decay, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, schema
 
 Balance = Literal["none", "loss", "sampler"]
 
@@ -15,42 +15,42 @@ class AugmentConfig:
     images and their labels.
     """
 
-    shift: Whole  # pixels; largest translation in each direction, gaps are filled by repeating the edge
+    shift: NonNegativeInt  # pixels; largest translation in each direction, gaps are filled by repeating the edge
     flip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
     # TrivialAugment applies one of 14 geometric or colour changes, RandAugment two.
     policy: Literal["none", "trivial", "rand"]
-    erase: Share  # probability that a rectangle of the image is replaced by noise
-    mixup: NotNegative  # alpha of the Beta distribution; 0 disables MixUp
+    erase: Fraction  # probability that a rectangle of the image is replaced by noise
+    mixup: NonNegativeFloat  # alpha of the Beta distribution; 0 disables MixUp
     # If both mixup and cutmix are set, each batch uses one of them.
-    cutmix: NotNegative  # alpha of the Beta distribution; 0 disables CutMix
+    cutmix: NonNegativeFloat  # alpha of the Beta distribution; 0 disables CutMix
 
 
 @schema
 class TrainConfig:
     """Training settings that all architectures share."""
 
-    max_epochs: Count
-    patience: Whole  # epochs without improvement before training stops; 0 disables early stopping
-    max_minutes: NotNegative  # time limit; no epoch starts that is expected to exceed it; 0 means no limit
-    checkpoint_minutes: Positive  # interval between checkpoints within an epoch; each epoch's end also writes one
+    max_epochs: PositiveInt
+    patience: NonNegativeInt  # epochs without improvement before training stops; 0 disables early stopping
+    max_minutes: NonNegativeFloat  # time limit; no epoch starts that is expected to exceed it; 0 means no limit
+    checkpoint_minutes: PositiveFloat  # interval between checkpoints within an epoch; each epoch's end also writes one
 
 
 @schema
 class RecipeConfig:
     """Training settings of one architecture."""
 
-    batch_size: Count  # images per optimizer step, over all devices
-    accumulate: Count  # micro-batches that a batch is split into to save memory
+    batch_size: PositiveInt  # images per optimizer step, over all devices
+    accumulate: PositiveInt  # micro-batches that a batch is split into to save memory
     optimizer: Literal["sgd", "adamw"]  # sgd uses Nesterov momentum
     # Both decay the learning rate by a cosine; one_cycle also varies the momentum inversely to the learning rate.
     schedule: Literal["cosine", "one_cycle"]
-    lr: Positive  # peak learning rate, reached after the warm-up
-    body_lr: Share  # fraction of lr for all layers except the heads; 0 freezes these layers
+    lr: PositiveFloat  # peak learning rate, reached after the warm-up
+    body_lr: Fraction  # fraction of lr for all layers except the heads; 0 freezes these layers
     momentum: Decay  # momentum of sgd, beta1 of adamw
-    weight_decay: NotNegative  # applied to weights, never to biases and normalisation layers
-    warmup: Share  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
-    label_smoothing: Share  # probability mass moved from the true class to all classes
-    clip_norm: NotNegative  # maximum norm of the gradient; 0 disables clipping
+    weight_decay: NonNegativeFloat  # applied to weights, never to biases and normalisation layers
+    warmup: Fraction  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
+    label_smoothing: Fraction  # probability mass moved from the true class to all classes
+    clip_norm: NonNegativeFloat  # maximum norm of the gradient; 0 disables clipping
     ema: Decay  # decay per step of the weight average that is validated and saved; 0 disables it
     balance: Balance  # class balancing: none, loss weights, or a sampler that draws all classes equally often
     augment: AugmentConfig

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from convoy import models
 from convoy.core import config
-from convoy.core.config import Count, Share, Whole, check_sections, typed
+from convoy.core.config import Fraction, NonNegativeInt, PositiveInt, check_sections, validate
 from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
@@ -42,12 +42,12 @@ def lenet(**augment: object) -> dict[str, Any]:
 
 
 def test_valid_values_are_returned_unchanged() -> None:
-    params = typed(PreprocessConfig, SOUND, "preprocess")
+    params = validate(PreprocessConfig, SOUND, "preprocess")
     assert {key: getattr(params, key) for key in SOUND} == SOUND
 
 
 def test_integer_is_accepted_for_a_float() -> None:
-    assert typed(Share, 1, "register.floor") == 1.0
+    assert validate(Fraction, 1, "register.floor") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_integer_is_accepted_for_a_float() -> None:
 )
 def test_wrong_value_is_named_with_what_it_may_be(key: str, value: object, message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
-        typed(PreprocessConfig, SOUND | {key: value}, "preprocess")
+        validate(PreprocessConfig, SOUND | {key: value}, "preprocess")
     assert message in str(refusal.value)
 
 
@@ -82,27 +82,27 @@ def test_wrong_value_is_named_with_what_it_may_be(key: str, value: object, messa
 @given(st.one_of(st.text(max_size=5), st.booleans(), st.floats(), st.none(), st.lists(st.integers())))
 def test_only_integers_are_accepted_for_an_integer(value: object) -> None:
     with pytest.raises(ConvoyError, match=r"^seed="):
-        typed(Whole, value, "seed")
+        validate(NonNegativeInt, value, "seed")
 
 
 @given(st.integers())
 def test_number_passes_exactly_if_it_is_in_its_range(value: int) -> None:
     if value >= 0:
-        assert typed(Whole, value, "seed") == value
+        assert validate(NonNegativeInt, value, "seed") == value
     else:
         with pytest.raises(ConvoyError, match=r"seed=-\d+: input should be greater than or equal to 0"):
-            typed(Whole, value, "seed")
+            validate(NonNegativeInt, value, "seed")
 
 
 @config.schema
 class Crew:
-    hands: Count | Literal["all"]
-    watches: list[Count | Literal["dog"]]
+    hands: PositiveInt | Literal["all"]
+    watches: list[PositiveInt | Literal["dog"]]
 
 
 @pytest.mark.parametrize("hands", [1, "all"])
 def test_each_type_of_a_union_is_accepted(hands: int | str) -> None:
-    assert typed(Crew, {"hands": hands, "watches": [2, "dog"]}, "crew").hands == hands
+    assert validate(Crew, {"hands": hands, "watches": [2, "dog"]}, "crew").hands == hands
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_each_type_of_a_union_is_accepted(hands: int | str) -> None:
 )
 def test_key_of_union_type_lists_both_types_in_one_line(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
-        typed(Crew, {"hands": 1, "watches": []} | wrong, "crew")
+        validate(Crew, {"hands": 1, "watches": []} | wrong, "crew")
     assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("values", [None, 3, "abc", [1, 2]])
 def test_section_that_is_no_mapping_is_refused_by_name(values: object) -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess="):
-        typed(PreprocessConfig, values, "preprocess")
+        validate(PreprocessConfig, values, "preprocess")
 
 
 # Keys
@@ -131,7 +131,7 @@ def test_section_that_is_no_mapping_is_refused_by_name(values: object) -> None:
 
 def test_unknown_key_suggests_the_similar_known_key() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.siz: unknown key; did you mean size\?$"):
-        typed(PreprocessConfig, SOUND | {"siz": 3}, "preprocess")
+        validate(PreprocessConfig, SOUND | {"siz": 3}, "preprocess")
 
 
 def test_dissimilar_unknown_key_lists_all_known_keys() -> None:
@@ -139,17 +139,17 @@ def test_dissimilar_unknown_key_lists_all_known_keys() -> None:
         r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
     )
     with pytest.raises(ConvoyError, match=message):
-        typed(PreprocessConfig, SOUND | {"x": 3}, "preprocess")
+        validate(PreprocessConfig, SOUND | {"x": 3}, "preprocess")
 
 
 def test_missing_key_is_named() -> None:
     with pytest.raises(ConvoyError, match=r"^preprocess\.size: missing; set it in conf/$"):
-        typed(PreprocessConfig, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
+        validate(PreprocessConfig, {key: value for key, value in SOUND.items() if key != "size"}, "preprocess")
 
 
 def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(ConvoyError) as refusal:
-        typed(PreprocessConfig, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
+        validate(PreprocessConfig, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
     named = {line.split(":")[0].split("=")[0] for line in str(refusal.value).splitlines()}
     keys = ("size", "siz", "channels", "test_fraction", "val_fraction", "near_duplicate")
     assert named == {f"preprocess.{key}" for key in keys}
@@ -165,9 +165,9 @@ def test_all_errors_are_reported_at_once() -> None:
     ],
 )
 def test_nested_key_is_named_by_its_full_path(augment: dict, message: str) -> None:
-    typed(models.schema("lenet"), lenet(), "model.lenet")
+    validate(models.schema("lenet"), lenet(), "model.lenet")
     with pytest.raises(ConvoyError, match=f"^{message}"):
-        typed(models.schema("lenet"), lenet(**augment), "model.lenet")
+        validate(models.schema("lenet"), lenet(**augment), "model.lenet")
 
 
 def test_key_in_an_optional_section_gets_a_suggestion_too() -> None:
@@ -178,14 +178,14 @@ def test_key_in_an_optional_section_gets_a_suggestion_too() -> None:
         "torchvision": {"nme": "MNIST", "name": "MNIST", "splits": {"all": {}}},
     }
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.nme: unknown key; did you mean name\?$"):
-        typed(DatasetConfig, values, "dataset")
+        validate(DatasetConfig, values, "dataset")
 
 
 @pytest.mark.parametrize("splits", [{}, {"training": {"train": True}}])
 def test_torchvision_dataset_needs_known_splits(splits: dict) -> None:
     values = {"name": "x", "longest_side": 9, "group": None, "torchvision": {"name": "MNIST", "splits": splits}}
     with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.splits"):
-        typed(DatasetConfig, values, "dataset")
+        validate(DatasetConfig, values, "dataset")
 
 
 # Sections
@@ -346,10 +346,10 @@ def test_invalid_params_yaml_is_refused_with_the_fix(tmp_path: Path, content: by
 def test_unquoted_yaml_text_is_refused_with_the_quotes(written: str, said: str) -> None:
     values = yaml.safe_load((ROOT / "conf/dataset/folder.yaml").read_text()) | {"name": yaml.safe_load(written)}
     with pytest.raises(ConvoyError, match=re.escape(said)):
-        typed(DatasetConfig, values, "dataset")
+        validate(DatasetConfig, values, "dataset")
 
 
 def test_unquoted_class_name_in_a_list_is_refused_too() -> None:
     gate = yaml.safe_load((ROOT / "params.yaml").read_text())["register"]["gate"]
     with pytest.raises(ConvoyError, match=r"register.gate.acknowledge.0=False: .* such as 'no'"):
-        typed(GateConfig, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")
+        validate(GateConfig, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.data_lock import NEW, DataLock, LockedVersion, check_source, extended, version_of
 from convoy.data.sources.base import DatasetConfig
@@ -144,7 +144,7 @@ def test_full_disk_leaves_data_lock_unchanged(tmp_path: Path, monkeypatch: pytes
 
 
 def pets(torchvision: dict | None = None) -> DatasetConfig:
-    return typed(
+    return validate(
         DatasetConfig, {"name": "pets", "longest_side": 9, "group": None, "torchvision": torchvision}, "dataset"
     )
 

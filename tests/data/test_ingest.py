@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import NEW, DataLock, LockedVersion
@@ -78,7 +78,7 @@ def taken_in(
 
 
 def pets(group: str | None = None) -> DatasetConfig:
-    return typed(DatasetConfig, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
+    return validate(DatasetConfig, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
 
 
 def kept(intake: IngestResult) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from convoy import models
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.models import alexnet, googlenet, lenet, vgg
 from convoy.models.base import Classifier
@@ -37,7 +37,7 @@ def test_every_module_has_a_settings_file_of_its_name() -> None:
 def test_settings_file_has_its_name_as_key_and_fits_the_schema(name: str) -> None:
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert list(content) == [name]
-    params = typed(models.schema(name), content[name], f"model.{name}")
+    params = validate(models.schema(name), content[name], f"model.{name}")
     assert params.recipe.batch_size == content[name]["recipe"]["batch_size"]
 
 

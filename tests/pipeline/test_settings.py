@@ -137,13 +137,13 @@ def assert_stops(root: Path, *lines: str) -> None:
     assert named == list(lines)
     assert "  python -m pipeline --adopt" in str(refusal.value)
     assert "  python -m pipeline --compose" in str(refusal.value)
-    assert run(root, discard=True) == config.parse(config.composed(root))
+    assert run(root, discard=True) == config.parse(config.compose_text(root))
     run(root)
 
 
 def assert_composes(root: Path, seed: int) -> None:
     assert run(root)["seed"] == seed
-    assert (root / "params.yaml").read_text() == config.composed(root)
+    assert (root / "params.yaml").read_text() == config.compose_text(root)
     run(root)
 
 
@@ -377,16 +377,16 @@ def test_conf_adopts_whatever_an_experiment_may_set(overrides: list[str], real: 
     wanted = config.compose(real, overrides)
     text = (real / "params.yaml").read_text()
     assert run(real, adopt=True) == wanted
-    assert (real / "params.yaml").read_text() == config.composed(real) == text
+    assert (real / "params.yaml").read_text() == config.compose_text(real) == text
 
 
 def test_adopting_again_takes_back_an_earlier_choice(real: Path) -> None:
-    first = config.composed(real)
+    first = config.compose_text(real)
     config.compose(real, ["experiment=finetune", "dataset=mnist"])
     run(real, adopt=True)
     (real / "params.yaml").write_text(first)
     run(real, adopt=True)
-    assert config.composed(real) == first
+    assert config.compose_text(real) == first
 
 
 def test_adopting_changes_the_lines_that_it_must(real: Path) -> None:

@@ -51,7 +51,7 @@ def test_interrupted_replacement_of_an_output_is_restored(root: Path, monkeypatc
 
 
 def test_stage_reads_the_sections_listed_in_dvc_yaml(root: Path) -> None:
-    assert Stage(root, "preprocess").typed(PreprocessConfig, "preprocess").size == 32
+    assert Stage(root, "preprocess").validate(PreprocessConfig, "preprocess").size == 32
     assert Stage(root, "train", "resnet").section("model.resnet")["block"] == "basic"
 
 

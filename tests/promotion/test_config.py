@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from convoy.core import config
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion import champion
@@ -42,7 +42,7 @@ def accepts(name: object) -> tuple[bool, bool]:
     found = []
     for kind, values, section in kinds:
         try:
-            typed(kind, values, section)
+            validate(kind, values, section)
             found.append(True)
         except ConvoyError as error:
             assert str(error).startswith(f"{section}.name=")

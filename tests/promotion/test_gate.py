@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.evaluation.metrics import calibration_error, calibration_noise
 from convoy.promotion.checks import CheckResult
@@ -634,10 +634,10 @@ def test_near_duplicates_of_training_images_are_excluded(side: int) -> None:
 
 def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
     good = dataclasses.asdict(RULE)
-    assert typed(GateConfig, good, "gate") == RULE
+    assert validate(GateConfig, good, "gate") == RULE
     for key, value in (("alpha", math.nan), ("alpha", 0.5), ("floor", math.nan), ("mode", "any"), ("acknowledge", [7])):
         with pytest.raises(ConvoyError, match=f"gate.{key}"):
-            typed(GateConfig, good | {key: value}, "gate")
+            validate(GateConfig, good | {key: value}, "gate")
 
 
 def test_table_has_a_number_and_a_limit_in_every_row() -> None:

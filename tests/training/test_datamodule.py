@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
 from convoy.training import datamodule
@@ -27,7 +27,7 @@ def numbered(count: int, size: int = 8) -> Images:
 def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
     images = numbered(train) if isinstance(train, int) else train
     values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-    return ImageData(images, numbered(val), typed(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
+    return ImageData(images, numbered(val), validate(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 24, 25])

@@ -21,7 +21,7 @@ from torchvision.models import get_model_weights
 import convoy
 from convoy import models
 from convoy.core import config
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -671,7 +671,7 @@ def test_finetune_experiment_fits_its_weights(way: str, tmp_path: Path) -> None:
     assert params["preprocess"]["channels"] == 3
     assert params["train"]["max_epochs"] < plain["train"]["max_epochs"]
     values = params["model"]["resnet"]
-    recipe = typed(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
+    recipe = validate(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
     assert recipe.body_lr < 1
     init_weights.check_init("resnet", values)
     assert values["init"] == "pretrained"

@@ -17,12 +17,12 @@ from pydantic import AfterValidator, Field
 
 from convoy.core.errors import ConvoyError, describe_error, suggest
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+ProperFraction = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 # Short enough to be a file name even where every character takes four bytes in UTF-8.
 MAX_NAME_LENGTH = 60  # characters
@@ -80,7 +80,7 @@ def compose(
         ConvoyError: If Hydra can't compose the settings, or the file can't be written. Errors that `check` raises are
             passed on.
     """
-    text = composed(root, overrides)
+    text = compose_text(root, overrides)
     sections = parse(text)
     check(sections)
     try:
@@ -90,7 +90,7 @@ def compose(
     return sections
 
 
-def composed(root: Path, overrides: Sequence[str] = ()) -> str:
+def compose_text(root: Path, overrides: Sequence[str] = ()) -> str:
     """Compose `root/conf` and return the text, which is identical to what `dvc exp run` writes.
 
     Raises:
@@ -128,7 +128,7 @@ def load(params: Path) -> dict[str, Any]:
         return parse(params.read_text(encoding="utf-8"))
     # Bytes that are not UTF-8 raise ValueError.
     except (ValueError, OSError) as error:
-        raise ConvoyError(_unreadable(error)) from error
+        raise ConvoyError(_describe_unreadable(error)) from error
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def parse(text: str) -> dict[str, Any]:
         sections = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     # The markers of a merge conflict, for example, are not valid YAML.
     except (YAMLError, ValueError, OSError) as error:
-        raise ConvoyError(_unreadable(error)) from error
+        raise ConvoyError(_describe_unreadable(error)) from error
     if not isinstance(sections, dict):
         raise ConvoyError(
             "params.yaml is not a table of sections: compose it again with `python -m pipeline --compose`"
@@ -152,11 +152,11 @@ def parse(text: str) -> dict[str, Any]:
     return sections  # type: ignore[return-value]
 
 
-def _unreadable(error: object) -> str:
+def _describe_unreadable(error: object) -> str:
     return f"params.yaml can't be read: compose it again with `python -m pipeline --compose` ({error})"
 
 
-def typed(schema: type[Schema], values: Any, section: str) -> Schema:
+def validate(schema: type[Schema], values: Any, section: str) -> Schema:
     """Validate values against a schema, and return an instance of it.
 
     Args:
@@ -171,7 +171,7 @@ def typed(schema: type[Schema], values: Any, section: str) -> Schema:
         # Strict validation of JSON still converts a mapping to a dataclass; that of Python objects does not.
         return pydantic.TypeAdapter(schema).validate_json(json.dumps(values, default=str), strict=True)
     except pydantic.ValidationError as error:
-        raise ConvoyError("\n".join(_complaints(error, schema, values, section))) from None
+        raise ConvoyError("\n".join(_describe_errors(error, schema, values, section))) from None
 
 
 def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -188,27 +188,27 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
 
 
-def _complaints(error: pydantic.ValidationError, schema: Any, values: Any, section: str) -> Iterator[str]:
+def _describe_errors(error: pydantic.ValidationError, schema: Any, values: Any, section: str) -> Iterator[str]:
     # Messages by value. A value whose type is a union gets one for each member of the union.
     wrong: dict[str, list[str]] = {}
-    for complaint in error.errors():
-        *parents, key = complaint["loc"] or ("",)
-        name = ".".join(str(part) for part in (section, *complaint["loc"]))
-        match complaint["type"]:
+    for detail in error.errors():
+        *parents, key = detail["loc"] or ("",)
+        name = ".".join(str(part) for part in (section, *detail["loc"]))
+        match detail["type"]:
             case "unexpected_keyword_argument":
-                known = _fields(schema, parents)
+                known = _list_fields(schema, parents)
                 yield f"{name}: unknown key; {suggest(str(key), known)}"
             case "missing" | "missing_argument":
                 yield f"{name}: missing; set it in conf/"
             case _:
-                name = ".".join((section, *_keys(complaint["loc"], values)))
-                said = complaint["msg"][0].lower() + complaint["msg"][1:]
-                kind, value = complaint["type"], complaint["input"]
+                name = ".".join((section, *_find_keys(detail["loc"], values)))
+                message = detail["msg"][0].lower() + detail["msg"][1:]
+                kind, value = detail["type"], detail["input"]
                 if kind == "string_type" or (kind == "literal_error" and isinstance(value, bool)):
-                    said += _quoting_hint(value)
-                wrong.setdefault(f"{name}={complaint['input']!r}: ", []).append(said)
+                    message += _quoting_hint(value)
+                wrong.setdefault(f"{name}={detail['input']!r}: ", []).append(message)
     for name, (first, *others) in wrong.items():
-        yield name + ", or ".join([first, *(said.removeprefix("input should be ") for said in others)])
+        yield name + ", or ".join([first, *(message.removeprefix("input should be ") for message in others)])
 
 
 def _quoting_hint(value: Any) -> str:
@@ -224,7 +224,7 @@ def _quoting_hint(value: Any) -> str:
     return ""
 
 
-def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:
+def _find_keys(location: Sequence[Any], values: Any) -> Iterator[str]:
     """Yield the keys and list indices in pydantic's location of an error, without the names of union members."""
     for part in location:
         if (isinstance(values, Mapping) and part in values) or (isinstance(values, list) and isinstance(part, int)):
@@ -232,7 +232,7 @@ def _keys(location: Sequence[Any], values: Any) -> Iterator[str]:
             yield str(part)
 
 
-def _fields(schema: Any, parents: Sequence[Any]) -> list[str]:
+def _list_fields(schema: Any, parents: Sequence[Any]) -> list[str]:
     for parent in parents:
         kind = next((field.type for field in dataclasses.fields(schema) if field.name == parent), None)
         # For an optional schema (`Schema | None`), take the schema.

@@ -6,22 +6,22 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # Messages of Linux and macOS, and of SQLite, for libraries that keep only the text of the original error.
-WORDS = ("no space left on device", "disk quota exceeded", "database or disk is full")
+DISK_FULL_MESSAGES = ("no space left on device", "disk quota exceeded", "database or disk is full")
 # SQLite reports this for some writes to a full disk, but also for a failing disk.
-UNCLEAR = "disk i/o error"
+SQLITE_IO_MESSAGE = "disk i/o error"
 # With less free space than this, an unclear error is attributed to a full disk.
-NO_ROOM = 2**20  # bytes
+MIN_FREE_BYTES = 2**20  # bytes
 
 
-def explain_full_disk(error: BaseException, root: Path, again: str = "run this again") -> str | None:
+def explain_full_disk(error: BaseException, root: Path, fix: str = "run this again") -> str | None:
     """Return a message for an error that a full disk caused.
 
     Args:
         error: Error as it was caught. Its causes and contexts are checked, too.
         root: Project folder.
-        again: What the user should do once there is space, for the message.
+        fix: What the user should do once there is space, for the message.
 
     Returns:
         The message, or None if the disk is not full.
@@ -29,20 +29,20 @@ def explain_full_disk(error: BaseException, root: Path, again: str = "run this a
     full = [each for each in _chain(error) if _is_full(each, root)]
     if not full:
         return None
-    named = _find_folder(place for each in full for place in _places(each))
+    found = _find_folder(path for each in full for path in _find_paths(each))
     # Most write errors name no file. Then it may be any of the file systems that we write to.
-    folders = [named] if named else _distinct([root, Path(tempfile.gettempdir())])
+    folders = [found] if found else _select_one_per_disk([root, Path(tempfile.gettempdir())])
     free = {folder: shutil.disk_usage(folder).free for folder in folders}
     hint = ""
-    if _is_temporary(min(folders, key=free.__getitem__), root):
+    if _is_on_temporary_disk(min(folders, key=free.__getitem__), root):
         hint = f". {tempfile.gettempdir()} is for temporary files: set TMPDIR to a folder on a larger disk"
-    listed = ", ".join(f"{folder} has {_size(free[folder])} free" for folder in folders)
-    return f"the disk is full: make room and {again}; what was there is untouched ({listed}){hint}"
+    listed = ", ".join(f"{folder} has {_format_size(free[folder])} free" for folder in folders)
+    return f"the disk is full: make room and {fix}; what was there is untouched ({listed}){hint}"
 
 
 def is_disk_error(error: BaseException) -> bool:
     """Return whether SQLite failed to read or write because of the disk, not because of the database."""
-    return any(UNCLEAR in str(each).lower() for each in _chain(error))
+    return any(SQLITE_IO_MESSAGE in str(each).lower() for each in _chain(error))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -58,14 +58,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_full(error: BaseException, root: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
         return True
     # The text of a shutil.Error includes that of the errors in it.
     text = str(error).lower()
-    return any(words in text for words in WORDS) or (UNCLEAR in text and shutil.disk_usage(root).free < NO_ROOM)
+    return any(message in text for message in DISK_FULL_MESSAGES) or (
+        SQLITE_IO_MESSAGE in text and shutil.disk_usage(root).free < MIN_FREE_BYTES
+    )
 
 
-def _places(error: BaseException) -> Iterator[Path]:
+def _find_paths(error: BaseException) -> Iterator[Path]:
     """Yield the files that could not be written according to an error."""
     # A shutil.Error holds a list of (source, target, message).
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
@@ -77,28 +79,28 @@ def _places(error: BaseException) -> Iterator[Path]:
             yield Path(name if isinstance(name, str) else name.decode(errors="surrogateescape"))
 
 
-def _find_folder(places: Iterable[Path]) -> Path | None:
-    """Return the nearest existing parent folder of the first place.
+def _find_folder(paths: Iterable[Path]) -> Path | None:
+    """Return the nearest existing parent folder of the first path.
 
     The folder that was written to may be gone, as temporary folders are.
     """
-    for place in places:
-        for folder in place.absolute().parents:
+    for path in paths:
+        for folder in path.absolute().parents:
             if folder.is_dir():
                 return folder
     return None
 
 
-def _is_temporary(folder: Path, root: Path) -> bool:
+def _is_on_temporary_disk(folder: Path, root: Path) -> bool:
     """Return whether a folder is on the file system for temporary files, and the project is on another one."""
     device = Path(tempfile.gettempdir()).stat().st_dev
     return folder.stat().st_dev == device != root.stat().st_dev
 
 
-def _distinct(folders: list[Path]) -> list[Path]:
+def _select_one_per_disk(folders: list[Path]) -> list[Path]:
     """Return the first of the folders on each file system."""
     return list({folder.stat().st_dev: folder for folder in reversed(folders)}.values())[::-1]
 
 
-def _size(count: int) -> str:
+def _format_size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

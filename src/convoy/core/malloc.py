@@ -2,9 +2,9 @@
 
 import ctypes
 
-# Parameters of mallopt: M_TRIM_THRESHOLD, the free bytes from which memory is returned to the system, and
-# M_MMAP_THRESHOLD, the size in bytes from which an allocation gets a memory map of its own.
-TRIM, MAP = -1, -3
+# Parameters of mallopt: the free bytes from which memory is returned to the system, and the size in bytes from which an
+# allocation gets a memory map of its own.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_memory() -> None:
@@ -16,5 +16,5 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         # This is the largest threshold that mallopt accepts.
-        mallopt(MAP, 2**25)
-        mallopt(TRIM, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from convoy.core.config import Whole, schema, typed
+from convoy.core.config import NonNegativeInt, schema, validate
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.sources.base import DatasetConfig
@@ -32,8 +32,8 @@ class LockedVersion:
     """One version of a data set."""
 
     digest: str  # of all images with their labels and splits, independent of order and file names
-    images: dict[str, Whole]  # class -> number of images
-    quarantine: Whole  # number of excluded images
+    images: dict[str, NonNegativeInt]  # class -> number of images
+    quarantine: NonNegativeInt  # number of excluded images
 
 
 @schema
@@ -53,7 +53,7 @@ class DataLock:
             ConvoyError: If the file is damaged.
         """
         values = _sections(file).get(name, {"classes": [], "versions": []})
-        return typed(cls, values, f"{file.name}: {name}")
+        return validate(cls, values, f"{file.name}: {name}")
 
     def save(self, file: Path, name: str) -> None:
         """Save the lock to `file`, keeping the locks of other data sets."""

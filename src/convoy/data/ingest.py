@@ -15,7 +15,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from convoy.core.artifact_names import IMAGE_TABLE
-from convoy.core.config import Share, schema
+from convoy.core.config import Fraction, schema
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
 from convoy.data.data_lock import DataLock, extended
@@ -34,7 +34,7 @@ TOLD = 50  # images
 class FetchConfig:
     """Limits beyond which the fetch stage fails."""
 
-    max_bad_fraction: Share  # in [0, 1], of all images: those that are unusable or have contradictory labels
+    max_bad_fraction: Fraction  # in [0, 1], of all images: those that are unusable or have contradictory labels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from convoy.core.artifact_names import DATASET_INFO, IMAGE_TABLE
-from convoy.core.config import Fraction, schema
+from convoy.core.config import ProperFraction, schema
 from convoy.core.errors import ConvoyError
-from convoy.core.text import FEW, truncate_names
+from convoy.core.text import MAX_LISTED_NAMES, truncate_names
 from convoy.data.cache import CacheDir
 from convoy.data.near_duplicates import candidate_pairs, confirm_pairs
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -37,9 +37,9 @@ class PreprocessConfig:
     size: Annotated[int, Field(ge=32, le=1024)]  # pixels; height and width
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
     # Fraction of the images without a given split; also of the given training images if no test images are given.
-    test_fraction: Fraction
+    test_fraction: ProperFraction
     # Fraction of the remaining such images; also of the given training images if no validation images are given.
-    val_fraction: Fraction
+    val_fraction: ProperFraction
     # Correlation of their thumbnails from which two images are near-duplicates.
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
 
@@ -348,7 +348,9 @@ def _notes(packed: PackedDataset, labels: np.ndarray, sides: np.ndarray) -> list
         note
         for lack, each in notes.items()
         for note in (
-            each.values() if len(each) <= FEW else [f"{len(each)} classes {lack}: {truncate_names(list(each))}"]
+            each.values()
+            if len(each) <= MAX_LISTED_NAMES
+            else [f"{len(each)} classes {lack}: {truncate_names(list(each))}"]
         )
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from convoy.core.config import Count, schema
+from convoy.core.config import PositiveInt, schema
 from convoy.data.packed.packed_dataset import COLUMN, FEW
 from convoy.evaluation.bootstrap import (
     BLOCK_SIZE,
@@ -43,7 +43,7 @@ Sums = Mapping[str, np.ndarray]
 class EvaluateConfig:
     """Settings of the evaluation on test images."""
 
-    batch_size: Count  # images per batch; limits the memory use
+    batch_size: PositiveInt  # images per batch; limits the memory use
 
 
 def metrics_with_ci(

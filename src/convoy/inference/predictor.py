@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from convoy import models
 from convoy.core.artifact_names import CALIBRATION, RECORD, WEIGHTS
-from convoy.core.config import Positive
+from convoy.core.config import PositiveFloat
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data import image_io
@@ -82,7 +82,7 @@ def restore(folder: Path) -> Predictor:
 def _load_temperature(file: Path) -> float:
     try:
         found = TypeAdapter(dict[str, Any]).validate_json(file.read_bytes())
-        return TypeAdapter(Positive).validate_python(found.get("temperature"), strict=True)
+        return TypeAdapter(PositiveFloat).validate_python(found.get("temperature"), strict=True)
     except (OSError, ValidationError) as error:
         raise ConvoyError(f"{file} is missing, or holds no temperature: evaluate the model again") from error
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError, suggest
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
@@ -61,7 +61,7 @@ def build(name: str, values: Mapping[str, Any], info: DatasetInfo) -> Classifier
     Raises:
         ConvoyError: If the name is unknown, a setting is invalid, or the images are too small for the settings.
     """
-    params: Any = typed(schema(name), values, f"model.{name}")
+    params: Any = validate(schema(name), values, f"model.{name}")
     _check_image_size(name, params, info)
     return _find_class(name)(info, params)
 

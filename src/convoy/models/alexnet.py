@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.core.config import Count, Share, Whole, schema
+from convoy.core.config import Fraction, NonNegativeInt, PositiveInt, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier, average_pool_to
@@ -19,14 +19,14 @@ class Params:
     """Settings of AlexNet."""
 
     # Channels of each convolution; paper 96, 256, 384, 384, 256.
-    widths: Annotated[list[Count], Field(min_length=5, max_length=5)]
-    stem_kernel: Count  # pixels; kernel size of the first convolution; paper 11
-    stem_stride: Count  # pixels; stride of the first convolution; paper 4
-    stem_padding: Whole  # pixels; 2 yields the paper's 55x55 feature maps for images of 224 px
+    widths: Annotated[list[PositiveInt], Field(min_length=5, max_length=5)]
+    stem_kernel: PositiveInt  # pixels; kernel size of the first convolution; paper 11
+    stem_stride: PositiveInt  # pixels; stride of the first convolution; paper 4
+    stem_padding: NonNegativeInt  # pixels; 2 yields the paper's 55x55 feature maps for images of 224 px
     response_norm: bool  # local response normalisation after the first two convolutions; paper true
-    pool: Count  # pixels; height and width of the fully connected layers' input; paper 6
-    hidden: Count  # units of each of the two hidden fully connected layers; paper 4096
-    dropout: Share  # probability that an input of a hidden fully connected layer is zeroed; paper 0.5
+    pool: PositiveInt  # pixels; height and width of the fully connected layers' input; paper 6
+    hidden: PositiveInt  # units of each of the two hidden fully connected layers; paper 4096
+    dropout: Fraction  # probability that an input of a hidden fully connected layer is zeroed; paper 0.5
     init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 

@@ -5,7 +5,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convoy.core.config import Count, Positive, Share, schema
+from convoy.core.config import Fraction, PositiveFloat, PositiveInt, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier, average_pool_to
@@ -16,13 +16,13 @@ from convoy.recipe import RecipeConfig
 class Params:
     """Settings of GoogLeNet."""
 
-    width: Positive  # factor on the channels of the paper's table 1; paper 1
-    third_kernel: Count  # pixels, odd; kernel size of a module's third branch; paper 5, torchvision 3
-    stem_kernel: Count  # pixels, odd; kernel size of the first convolution; paper 7
-    stem_stride: Count  # pixels; stride of the first convolution; paper 2
+    width: PositiveFloat  # factor on the channels of the paper's table 1; paper 1
+    third_kernel: PositiveInt  # pixels, odd; kernel size of a module's third branch; paper 5, torchvision 3
+    stem_kernel: PositiveInt  # pixels, odd; kernel size of the first convolution; paper 7
+    stem_stride: PositiveInt  # pixels; stride of the first convolution; paper 2
     stem_pools: bool  # 3x3 max pooling with stride 2 after the first and third convolutions; paper true
-    dropout: Share  # probability that an input of the last layer is zeroed; paper 0.4
-    auxiliary_dropout: Share  # the same probability in the auxiliary classifiers; paper 0.7
+    dropout: Fraction  # probability that an input of the last layer is zeroed; paper 0.4
+    auxiliary_dropout: Fraction  # the same probability in the auxiliary classifiers; paper 0.7
     init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 

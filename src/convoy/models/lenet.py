@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from convoy.core.config import Count, schema
+from convoy.core.config import PositiveInt, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
@@ -16,10 +16,10 @@ from convoy.recipe import RecipeConfig
 class Params:
     """Settings of LeNet; the layers are named as in the paper."""
 
-    c1: Count  # feature maps of the first 5x5 convolution; paper 6
-    c3: Count  # feature maps of the second 5x5 convolution; paper 16
-    c5: Count  # units of the third 5x5 convolution, which covers its complete 5x5 input; paper 120
-    f6: Count  # units of the fully connected layer; paper 84
+    c1: PositiveInt  # feature maps of the first 5x5 convolution; paper 6
+    c3: PositiveInt  # feature maps of the second 5x5 convolution; paper 16
+    c5: PositiveInt  # units of the third 5x5 convolution, which covers its complete 5x5 input; paper 120
+    f6: PositiveInt  # units of the fully connected layer; paper 84
     init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from convoy.core.config import Count, schema
+from convoy.core.config import PositiveInt, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig
 
-FourStages = Annotated[list[Count], Field(min_length=4, max_length=4)]  # conv2_x to conv5_x
+FourStages = Annotated[list[PositiveInt], Field(min_length=4, max_length=4)]  # conv2_x to conv5_x
 
 
 @schema
@@ -22,8 +22,8 @@ class Params:
     # Blocks per stage in the paper: 18 layers [2, 2, 2, 2], 34 and 50 layers [3, 4, 6, 3], 101 layers [3, 4, 23, 3]
     blocks: FourStages
     widths: FourStages  # channels of each stage's 3x3 convolutions; paper 64, 128, 256, 512
-    stem_kernel: Count  # pixels, odd; kernel size of the first convolution; paper 7
-    stem_stride: Count  # pixels; stride of the first convolution; paper 2
+    stem_kernel: PositiveInt  # pixels, odd; kernel size of the first convolution; paper 7
+    stem_stride: PositiveInt  # pixels; stride of the first convolution; paper 2
     stem_pool: bool  # 3x3 max pooling with stride 2 after the first convolution; paper true
     init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig

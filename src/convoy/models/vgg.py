@@ -5,13 +5,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from convoy.core.config import Count, Share, schema
+from convoy.core.config import Fraction, PositiveInt, schema
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import TorchvisionEquivalent
 from convoy.models.base import Classifier, average_pool_to
 from convoy.recipe import RecipeConfig
 
-Stack = Annotated[list[Count], Field(min_length=2, max_length=2)]  # [convolutions, channels]
+Stack = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]  # [convolutions, channels]
 
 
 @schema
@@ -22,9 +22,9 @@ class Params:
     #        D [2, 64], [2, 128], [3, 256], [3, 512], [3, 512], known as VGG-16
     stacks: Annotated[list[Stack], Field(min_length=1)]
     batch_norm: bool  # batch norm after each convolution; paper false
-    pool: Count  # pixels; height and width of the fully connected layers' input; paper 7
-    hidden: Count  # units of each of the two hidden fully connected layers; paper 4096
-    dropout: Share  # probability that an output of a hidden fully connected layer is zeroed; paper 0.5
+    pool: PositiveInt  # pixels; height and width of the fully connected layers' input; paper 7
+    hidden: PositiveInt  # units of each of the two hidden fully connected layers; paper 4096
+    dropout: Fraction  # probability that an output of a hidden fully connected layer is zeroed; paper 0.5
     init: str  # source of the initial weights: scratch, pretrained, champion, a run ID or a file
     recipe: RecipeConfig
 

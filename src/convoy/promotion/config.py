@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from convoy.core.config import Count, Fraction, Name, NotNegative, Share, Whole, schema
+from convoy.core.config import Fraction, Name, NonNegativeFloat, NonNegativeInt, PositiveInt, ProperFraction, schema
 
 
 @schema
@@ -13,14 +13,14 @@ class GateConfig:
 
     mode: Literal["better", "non_inferior"]  # non_inferior: for newer data, or a smaller or faster network
     alpha: Annotated[float, Field(gt=0, lt=0.5)]  # (0, 0.5): risk per evaluation of promoting an equally good model
-    margin: Fraction  # (0, 1): largest accuracy loss accepted in mode non_inferior, with confidence 1 - alpha
-    min_test_images: Count  # >= 1: with fewer test images the decision is always HOLD
-    floor: Share  # [0, 1]: minimum test accuracy
-    class_drop: Share  # [0, 1]: largest accepted drop in the recall of a class; only a significant drop blocks
-    min_class_images: Count  # >= 1: minimum number of test images of a class for its recall to be checked
-    max_parameters: Whole  # maximum number of parameters of the network; 0: no limit
-    max_latency_ratio: NotNegative  # maximum latency, as a multiple of the champion's; 0: no limit
-    max_looks: Count  # >= 1: evaluations on one set of test images, after which the gate warns
+    margin: ProperFraction  # (0, 1): largest accuracy loss accepted in mode non_inferior, with confidence 1 - alpha
+    min_test_images: PositiveInt  # >= 1: with fewer test images the decision is always HOLD
+    floor: Fraction  # [0, 1]: minimum test accuracy
+    class_drop: Fraction  # [0, 1]: largest accepted drop in the recall of a class; only a significant drop blocks
+    min_class_images: PositiveInt  # >= 1: minimum number of test images of a class for its recall to be checked
+    max_parameters: NonNegativeInt  # maximum number of parameters of the network; 0: no limit
+    max_latency_ratio: NonNegativeFloat  # maximum latency, as a multiple of the champion's; 0: no limit
+    max_looks: PositiveInt  # >= 1: evaluations on one set of test images, after which the gate warns
     acknowledge: list[str]  # names of classes that were added, removed or are no longer predicted on purpose
 
 

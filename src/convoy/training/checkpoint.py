@@ -11,7 +11,7 @@ import torch
 from pydantic import InstanceOf, ValidationError
 from torch import Tensor
 
-from convoy.core.config import NotNegative, Whole, schema
+from convoy.core.config import NonNegativeFloat, NonNegativeInt, schema
 from convoy.core.errors import describe_error
 
 Tensors = dict[str, InstanceOf[Tensor]]
@@ -106,9 +106,9 @@ def _reason(error: Exception) -> str:
 class State:
     """Contents of a checkpoint: the state that the rest of the training depends on."""
 
-    epoch: Whole  # completed epochs
-    step: Whole  # completed steps in the current epoch
-    minutes: NotNegative  # training time so far
+    epoch: NonNegativeInt  # completed epochs
+    step: NonNegativeInt  # completed steps in the current epoch
+    minutes: NonNegativeFloat  # training time so far
     classifier: Tensors  # state dict of the trained weights
     average: Tensors | None  # state dict of the exponential moving average of the weights
     optimizer: dict[int, Tensors]  # index of a parameter -> its optimizer state

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from convoy.core.config import Count, schema
+from convoy.core.config import PositiveInt, schema
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
 from convoy.training.record import ResolvedTrainer
@@ -28,8 +28,8 @@ class TrainerConfig:
     """Hardware settings; `auto` selects what was measured to be best (benchmarks/README.md)."""
 
     accelerator: Literal["auto", "cpu", "gpu"]  # auto uses a GPU if there is one
-    devices: Count | Literal["all"]  # GPUs or CPU processes per machine; more than one use DDP
-    nodes: Count  # machines
+    devices: PositiveInt | Literal["all"]  # GPUs or CPU processes per machine; more than one use DDP
+    nodes: PositiveInt  # machines
     precision: Literal["auto", "float32", "bfloat16"]  # precision of the computation; weights are float32
     compile: bool  # torch.compile takes minutes at the start, which pays off in runs of hours
     threads: Threads | Literal["auto"]  # per process; results are bit-identical only for the same number

@@ -24,7 +24,7 @@ import torchvision
 import yaml
 from PIL import Image
 
-from convoy.core.config import typed
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.decode_pool import decode_all
@@ -305,7 +305,7 @@ LAYOUTS: dict[type, Callable[[Any, str, pytest.MonkeyPatch], Tiny]] = {
 
 
 def known_set(name: str) -> tuple[TorchvisionSet, type]:
-    params = typed(TorchvisionSet, SETS[name], "dataset.torchvision")
+    params = validate(TorchvisionSet, SETS[name], "dataset.torchvision")
     return params, getattr(torchvision.datasets, params.name)
 
 

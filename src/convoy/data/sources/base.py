@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from convoy.core.config import Count, Name, schema
+from convoy.core.config import Name, PositiveInt, schema
 from convoy.data.image_io import InvalidImageError
 
 
@@ -34,7 +34,7 @@ class DatasetConfig:
     """Settings that say where labelled images come from."""
 
     name: Name  # used in reports, folder names and, by default, for the experiment and the model in MLflow
-    longest_side: Count  # pixels; larger images are downscaled when decoded, which bounds the disk usage
+    longest_side: PositiveInt  # pixels; larger images are downscaled when decoded, which bounds the disk usage
     # "folder", a regular expression that finds the name of the group in a path, or None for no groups.
     group: Annotated[str, AfterValidator(_is_pattern)] | None
     torchvision: TorchvisionSet | None = None  # None for the folders and archives in data/

@@ -52,7 +52,7 @@ def _load(images: "torch.utils.data.Dataset", size: int, workers: int) -> int:  
 def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None) -> int:
     """All of fetch and preprocess but the cards: judged, hashed, packed, near duplicates found, split, resized."""
     from convoy.data.cache import CacheDir
-    from convoy.data.data_lock import NEW
+    from convoy.data.data_lock import DataLock
     from convoy.data.ingest import FetchConfig, ingest
     from convoy.data.preprocessing import PreprocessConfig, prepare
     from convoy.data.sources.base import DatasetConfig
@@ -69,10 +69,12 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
         for stage in ("fetch", "preprocess"):
             made[stage] = home / f"{stage}.new"
             made[stage].mkdir(parents=True)
-        earlier = CacheDir(home / ".cache/decoded" / "benchmark" / "here", home / "fetch")
+        decoded = CacheDir(home / "decoded" / "benchmark" / "here", home / "fetch")
+        resized = CacheDir(home / "resized", home / "preprocess")
         limits = FetchConfig(max_bad_fraction=0.0)
-        intake = ingest(source, dataset, limits, NEW, made["fetch"], earlier)
-        prepare(intake.packed, params, 1, made["preprocess"], CacheDir(home / ".cache/resized", home / "preprocess"))
+        lock = DataLock(classes=[], versions=[])
+        packed = ingest(source, dataset, limits, lock, made["fetch"], decoded).packed
+        prepare(packed, params, 1, made["preprocess"], resized)
         for stage, folder in made.items():  # as a stage publishes them
             shutil.rmtree(home / stage, ignore_errors=True)
             folder.rename(home / stage)
@@ -102,9 +104,11 @@ def main(way: str, folder: str, size: str, remembered: str = "") -> None:
     if way == OURS:  # imports are not measured
         import convoy.data.ingest
         import convoy.data.preprocessing  # noqa: F401
-        from convoy.data.decode_pool import get_ready
+        from convoy.data.decode_pool import start_fork_server
 
-        first = get_ready().Process(target=int)  # there when the process that its like are copied from has its imports
+        first = start_fork_server().Process(
+            target=int
+        )  # there when the process that its like are copied from has its imports
         first.start()
         first.join()
     else:

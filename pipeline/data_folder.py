@@ -7,7 +7,7 @@ from pathlib import Path
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.sources.file_listing import is_junk
-from convoy.data.sources.folder import refuse_links
+from convoy.data.sources.folder import reject_links
 from pipeline.dvc_files import Import, read_import
 
 MAX_MOVED = 8  # names in a suggested command
@@ -32,14 +32,14 @@ def commands(root: Path, *, update: bool) -> list[list[str]]:
     data = root / "data"
     if data.is_symlink():
         raise ConvoyError(_refuse_link(data))
-    refuse_links(data)
+    reject_links(data)
     found = read_import(root, "data.dvc")
     # After `dvc add data`, data/ itself is the source, and DVC tracks what is in it.
     if found is None:
         return [] if data.exists() else [["checkout", "data.dvc"]]
     source = root / found.source
     if found.is_local and source.is_dir():
-        refuse_links(source)
+        reject_links(source)
     if found.at_stake:
         raise ConvoyError(_refuse_loss(found, root))
     is_gone = found.is_local and found.offered is None

@@ -6,8 +6,8 @@ from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card.card import write_fetch_card
 from convoy.data.card.summary import FetchSummary
-from convoy.data.data_lock import DataLock, check_source, version_of
-from convoy.data.decode_pool import get_ready
+from convoy.data.data_lock import DataLock, check_source, compute_version
+from convoy.data.decode_pool import start_fork_server
 from convoy.data.decode_worker import decoding_fingerprint
 from convoy.data.ingest import FetchConfig, TooManyInvalidImages, ingest
 from convoy.data.sources.base import DatasetConfig
@@ -21,7 +21,7 @@ CLASSES_WIDTH = 100  # maximum width of the printed class names, in characters
 
 def fetch(stage: Stage) -> None:
     """Decode, validate and pack the labelled images."""
-    get_ready()
+    start_fork_server()
     params = stage.validate(DatasetConfig, "dataset")
     limits = stage.validate(FetchConfig, "fetch")
     origin = check_source(stage.root, params)
@@ -47,16 +47,16 @@ def fetch(stage: Stage) -> None:
     quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
     merged.to_csv(stage.scratch / "merged.csv", index=False)
 
-    version = version_of(packed.rows.pieces("sha256", "label", "split"), len(quarantine))
-    lock = lock.grown(packed.classes, version, packed.drawn, origin)
+    version = compute_version(packed.table.iter_chunks("sha256", "label", "split"), len(quarantine))
+    lock = lock.add_version(packed.classes, version, packed.drawn, origin)
     summary = FetchSummary(
         name=params.name,
         classes=packed.classes,
-        table=packed.rows.columns("label", "split", "group", *SIZES),
-        read_image=packed.image,
+        table=packed.table.read_columns("label", "split", "group", *SIZES),
+        read_image=packed.read_image,
         quarantine=quarantine,
         merged=merged,
-        changes=lock.changes(),
+        changes=lock.describe_changes(),
         notes=result.notes,
     )
     write_fetch_card(summary, stage.scratch)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
-from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.decode_worker import MAX_FILE_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.file_listing import is_image, is_junk
 from convoy.inference.predictor import Predictor
@@ -132,7 +132,7 @@ def read_image(path: Path, predictor: Predictor) -> np.ndarray | InvalidImageErr
         # Reading a pipe or a device might never end.
         if not path.is_file():
             return InvalidImageError("is not a file")
-        if path.stat().st_size > MAX_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             return InvalidImageError(TOO_LARGE)
         return predictor.preprocess(path.read_bytes())
     except OSError as error:

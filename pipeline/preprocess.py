@@ -16,7 +16,7 @@ from convoy.data.card.card import write_preprocess_card
 from convoy.data.card.summary import PreprocessSummary
 from convoy.data.image_io import center_crop_resize
 from convoy.data.packed.packed_dataset import ImageTable, PackedDataset
-from convoy.data.preprocessing import PreprocessConfig, digests_of, prepare, tested_in
+from convoy.data.preprocessing import PreprocessConfig, prepare, read_checksums, read_test_checksums
 from pipeline.stage import Stage, main, print_limited
 
 # If MLflow has not answered in this time, the check is left to the gate, after the training.
@@ -32,35 +32,35 @@ def preprocess(stage: Stage) -> None:
     artifacts = stage.project_root / "artifacts"
     cache = CacheDir(artifacts / ".cache/resized" / packed.name, artifacts / "preprocess")
     prepared = prepare(packed, params, seed, stage.scratch, cache)
-    prepared.near.to_csv(stage.scratch / "near_duplicates.csv", index=False)
-    prepared.withheld.to_csv(stage.scratch / "excluded.csv", index=False)
-    prepared.alike.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
+    prepared.near_duplicates.to_csv(stage.scratch / "near_duplicates.csv", index=False)
+    prepared.excluded.to_csv(stage.scratch / "excluded.csv", index=False)
+    prepared.cross_split_duplicates.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
 
     rows = ImageTable(stage.scratch / IMAGE_TABLE)
-    training_hashes = digests_of(rows, ["train", "val"])
+    training_hashes = read_checksums(rows, ["train", "val"])
     write_hashes(training_hashes, stage.scratch / TRAINING_HASHES)
-    moved_count = len(np.intersect1d(training_hashes, tested_in(cache.output)))
+    moved_count = len(np.intersect1d(training_hashes, read_test_checksums(cache.output)))
     check_champion(stage)
 
-    info, table = prepared.info, rows.columns("label", "split")
+    info, table = prepared.info, rows.read_columns("label", "split")
     summary = PreprocessSummary(
         name=packed.name,
         **{key: getattr(info, key) for key in ("classes", "size", "channels", "mean", "std")},
         table=table,
-        read_image=lambda row: center_crop_resize(packed.image(prepared.rows[row]), info.size, info.channels),
-        read_original=packed.named,
-        near_duplicates=prepared.near,
-        pair_count=prepared.pairs,
-        conflict_count=prepared.doubtful,
-        excluded=prepared.withheld,
+        read_image=lambda row: center_crop_resize(packed.read_image(prepared.rows[row]), info.size, info.channels),
+        read_original=packed.read_image_at,
+        near_duplicates=prepared.near_duplicates,
+        pair_count=prepared.pair_count,
+        conflict_count=prepared.conflict_count,
+        excluded=prepared.excluded,
         notes=prepared.notes,
     )
     write_preprocess_card(summary, stage.scratch)
     splits = table["split"].astype(str).value_counts()
     counts = {"images": len(rows), "classes": len(info.classes), **splits}
     profile = {name: int(count) for name, count in counts.items()} | {
-        "near_duplicates": prepared.pairs,
-        "withheld": len(prepared.withheld),
+        "near_duplicates": prepared.pair_count,
+        "excluded": len(prepared.excluded),
     }
     data = {"name": packed.name, "source": packed.origin, "profile": profile}
     (stage.scratch / DATA_PROFILE).write_text(json.dumps(data, indent=2) + "\n")

@@ -6,11 +6,17 @@ import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pandas as pd
 from PIL import Image
 
+from convoy.data.data_lock import DataLock
 from convoy.data.image_io import InvalidImageError
+from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.data.sources.base import Sample
 from convoy.data.sources.folder import read_folder
+
+# The lock of a data set that has never been fetched.
+EMPTY_LOCK = DataLock(classes=[], versions=[])
 
 
 def make_png(value: int = 0) -> bytes:
@@ -67,7 +73,7 @@ ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {
 def read(data: Path) -> list[Sample]:
     """All members of the data, which are as many and of the classes that were promised."""
     source = read_folder(data)
-    members = list(source.members)
+    members = list(source.samples)
     assert len(members) == source.count
     assert {member.label for member in members} - {""} <= set(source.classes)
     return members
@@ -88,3 +94,8 @@ def read_content(member: Sample) -> bytes:
     """What a member holds, which is read here where it is only named."""
     assert isinstance(member.content, str | bytes), str(member.content)
     return Path(member.content).read_bytes() if isinstance(member.content, str) else member.content
+
+
+def read_table(packed: PackedDataset) -> pd.DataFrame:
+    """Load the complete table of a packed data set."""
+    return pd.read_parquet(packed.table.file)

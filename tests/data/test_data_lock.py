@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
-from convoy.data.data_lock import NEW, DataLock, LockedVersion, check_source, extended, version_of
+from convoy.data.data_lock import DataLock, LockedVersion, check_source, compute_version, extend_classes
 from convoy.data.sources.base import DatasetConfig
+from factories import EMPTY_LOCK
 
 names = st.lists(st.text(max_size=5), unique=True, max_size=6)
 
@@ -22,20 +23,20 @@ def version(quarantine: int = 0, digest: str = "a", **images: int) -> LockedVers
 
 @given(known=names, classes=names)
 def test_class_list_only_grows_and_no_label_shifts(known: list[str], classes: list[str]) -> None:
-    longer = extended(known, classes)
+    longer = extend_classes(known, classes)
     assert longer[: len(known)] == known
     assert set(longer) == {*known, *classes}
     assert len(set(longer)) == len(longer)
-    assert extended(longer, classes) == longer
+    assert extend_classes(longer, classes) == longer
 
 
 def test_data_without_a_known_class_is_another_dataset() -> None:
-    history = NEW.grown(["cat", "dog"], version(cat=3))
-    NEW.check("pets", ["rose"])
+    history = EMPTY_LOCK.add_version(["cat", "dog"], version(cat=3))
+    EMPTY_LOCK.check("pets", ["rose"])
     history.check("pets", ["dog", "rose"])
     with pytest.raises(
         ConvoyError,
-        match=r"^none of the classes that data.lock knows of pets \(cat, dog\) is there, but rose, tulip: give an",
+        match=r"^the data has the classes rose, tulip, but none of those that data.lock records for pets \(cat, dog\)",
     ):
         history.check("pets", ["rose", "tulip"])
 
@@ -52,22 +53,22 @@ def test_data_without_a_known_class_is_another_dataset() -> None:
     ],
 )
 def test_missing_splits_are_drawn_once_and_kept(before: list, given: str, drawn: list) -> None:
-    history = NEW.grown(["cat"], version(cat=3), before)
-    assert history.draws({"", *given.split()}) == drawn
-    assert history.grown(["cat"], version(cat=3), drawn).drawn == drawn
+    history = EMPTY_LOCK.add_version(["cat"], version(cat=3), before)
+    assert history.splits_to_draw({"", *given.split()}) == drawn
+    assert history.add_version(["cat"], version(cat=3), drawn).drawn == drawn
 
 
 def test_first_version_has_no_changes() -> None:
-    assert NEW.grown(["cat"], version(cat=3)).changes() == []
+    assert EMPTY_LOCK.add_version(["cat"], version(cat=3)).describe_changes() == []
 
 
 def test_added_and_removed_images_are_described() -> None:
-    history = NEW.grown(["cat", "dog"], version(cat=3, dog=4, quarantine=1, digest="a"))
-    history = history.grown(["cat", "owl"], version(cat=5, owl=7, digest="b"))
+    history = EMPTY_LOCK.add_version(["cat", "dog"], version(cat=3, dog=4, quarantine=1, digest="a"))
+    history = history.add_version(["cat", "owl"], version(cat=5, owl=7, digest="b"))
     assert history.classes == ["cat", "dog", "owl"]
-    assert history.changes() == [
+    assert history.describe_changes() == [
         "new classes: 'owl'",
-        "classes that have no images any more: 'dog'; they keep their places",
+        "classes without images now: 'dog'; they keep their labels",
         "12 images, +5 (7 before)",
         "class 'cat': 5 images (3 before)",
         "0 images in quarantine (1 before)",
@@ -75,13 +76,17 @@ def test_added_and_removed_images_are_described() -> None:
 
 
 def test_replaced_images_of_equal_count_are_detected() -> None:
-    history = NEW.grown(["cat"], version(cat=3, digest="a")).grown(["cat"], version(cat=3, digest="b"))
-    assert history.changes() == ["as many images in each class as before, but not the same ones, or in another split"]
+    history = EMPTY_LOCK.add_version(["cat"], version(cat=3, digest="a")).add_version(
+        ["cat"], version(cat=3, digest="b")
+    )
+    assert history.describe_changes() == [
+        "the number of images in each class is unchanged, but the images or their splits differ"
+    ]
 
 
 def test_repeated_version_reports_the_same_changes() -> None:
-    once = NEW.grown(["cat"], version(cat=3)).grown(["cat"], version(cat=4))
-    assert once.grown(["cat"], version(cat=4)) == once
+    once = EMPTY_LOCK.add_version(["cat"], version(cat=3)).add_version(["cat"], version(cat=4))
+    assert once.add_version(["cat"], version(cat=4)) == once
 
 
 def table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
@@ -90,17 +95,17 @@ def table(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
 
 def test_version_depends_on_labels_and_splits_alone() -> None:
     rows = [("a", "cat", ""), ("b", "dog", ""), ("c", "dog", "")]
-    same = version_of([table(rows)], 0)
+    same = compute_version([table(rows)], 0)
     assert same.images == {"cat": 1, "dog": 2}
-    assert version_of([table(rows[::-1])], 0) == same
-    assert version_of([table([("a", "dog", ""), *rows[1:]])], 0).digest != same.digest
-    assert version_of([table([("a", "cat", "test"), *rows[1:]])], 0).digest != same.digest
+    assert compute_version([table(rows[::-1])], 0) == same
+    assert compute_version([table([("a", "dog", ""), *rows[1:]])], 0).digest != same.digest
+    assert compute_version([table([("a", "cat", "test"), *rows[1:]])], 0).digest != same.digest
 
 
 @given(labels=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, min_size=1, max_size=5))
 def test_any_class_name_round_trips(labels: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("history") / "data.lock"
-    history = NEW.grown(labels, version(**dict.fromkeys(labels, 2)))
+    history = EMPTY_LOCK.add_version(labels, version(**dict.fromkeys(labels, 2)))
     history.save(file, "pets")
     assert DataLock.load(file, "pets") == history
 
@@ -108,17 +113,17 @@ def test_any_class_name_round_trips(labels: list[str], tmp_path_factory: pytest.
 def test_several_datasets_share_the_file(tmp_path: Path) -> None:
     file = tmp_path / "data.lock"
     for name in ("pets", "digits"):
-        NEW.grown(["no", "007"], version(no=1)).save(file, name)
+        EMPTY_LOCK.add_version(["no", "007"], version(no=1)).save(file, name)
     assert file.read_text().startswith("# ")
     assert list(yaml.safe_load(file.read_text())) == ["pets", "digits"]
-    assert DataLock.load(file, "flowers") == NEW
+    assert DataLock.load(file, "flowers") == EMPTY_LOCK
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pets: [", "data.lock can't be read: take it from git again"),
-        ("- pets", "data.lock is not a table of data sets: take it from git again"),
+        ("pets: [", "data.lock can't be read: restore it from git"),
+        ("- pets", "data.lock is not a mapping of data sets: restore it from git"),
         ("pets: {classes: [cat]}", "data.lock: pets.versions: missing"),
         ("pets: {classes: cat, versions: []}", "data.lock: pets.classes='cat'"),
     ],
@@ -135,11 +140,11 @@ def test_full_disk_leaves_data_lock_unchanged(tmp_path: Path, monkeypatch: pytes
         file.write_bytes(b"")
         raise OSError(28, "No space left on device")
 
-    known = NEW.grown(["cat"], version(cat=2))
+    known = EMPTY_LOCK.add_version(["cat"], version(cat=2))
     known.save(tmp_path / "data.lock", "pets")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
-        known.grown(["dog"], version(cat=2, dog=1)).save(tmp_path / "data.lock", "pets")
+        known.add_version(["dog"], version(cat=2, dog=1)).save(tmp_path / "data.lock", "pets")
     assert DataLock.load(tmp_path / "data.lock", "pets") == known
 
 
@@ -156,7 +161,7 @@ def describe(root: Path, source: str | None, repo: str | None = None) -> None:
 
 
 def know(root: Path, source: str | None) -> None:
-    NEW.grown(["cat"], version(cat=2), source=source).save(root / "data.lock", "pets")
+    EMPTY_LOCK.add_version(["cat"], version(cat=2), source=source).save(root / "data.lock", "pets")
 
 
 def test_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConvoyError) as refusal:
         check_source(tmp_path, pets())
     said = str(refusal.value)
-    assert "come from s3://bucket/more pets, and came from samples until now" in said
+    assert "would come from s3://bucket/more pets, but data.lock records that they come from samples" in said
     assert "set `name:` in conf/dataset/folder.yaml" in said
     assert "set `source: s3://bucket/more pets` under pets in data.lock" in said
 
@@ -192,7 +197,7 @@ def test_known_or_first_source_is_accepted(known: str | None, tmp_path: Path) ->
 def test_source_is_kept_without_data_dvc(tmp_path: Path) -> None:
     know(tmp_path, "samples")
     assert check_source(tmp_path, pets()) is None
-    grown = DataLock.load(tmp_path / "data.lock", "pets").grown(["dog"], version(dog=2), source=None)
+    grown = DataLock.load(tmp_path / "data.lock", "pets").add_version(["dog"], version(dog=2), source=None)
     assert grown.source == "samples"
 
 
@@ -209,5 +214,5 @@ def test_every_kind_of_source_is_distinguished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["deps: [", "- pets", "deps: {path: pets}", "deps: [{}]", "deps: [{path: [1]}]", ""])
 def test_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text(text)
-    with pytest.raises(ConvoyError, match=r"^data\.dvc does not say where the images come from: take it"):
+    with pytest.raises(ConvoyError, match=r"^data\.dvc does not contain the source of the images: restore it"):
         check_source(tmp_path, pets())

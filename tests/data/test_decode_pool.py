@@ -22,14 +22,15 @@ from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_info
 
 import convoy.data.cache
-from convoy.data import decode_pool, decode_worker, near_duplicates
+from convoy.data import decode_cache, decode_pool, decode_worker, near_duplicates
 from convoy.data import image_io as images
 from convoy.data.cache import CacheDir
-from convoy.data.decode_pool import _taken, decode_all
-from convoy.data.decode_worker import BATCH_BYTES, INDEX, RECORDS, Batch, DecodeCache, decode_batch, keep
+from convoy.data.decode_cache import INDEX_FILE, RECORDS_FILE, DecodeCache, write_decode_cache
+from convoy.data.decode_pool import _take_batch, decode_all
+from convoy.data.decode_worker import BATCH_BYTES, Batch, decode_batch
 from convoy.data.image_io import FORMATS, InvalidImageError, decode
 from convoy.data.packed import pixel_shards
-from convoy.data.packed.pixel_shards import LIST, NEW, ShardWriter
+from convoy.data.packed.pixel_shards import NOT_STORED, SHARD_LIST, ShardWriter
 from convoy.data.sources.base import Content, Sample, Source
 
 NOTHING = CacheDir(Path("nothing is remembered here"), Path("or here"))
@@ -60,11 +61,11 @@ def whole(contents: list[Content], longest_side: int = 512) -> tuple[list[str], 
     return paths, found
 
 
-def images_of(batch: Batch, earlier: CacheDir = NOTHING) -> list[np.ndarray]:
+def images_of(batch: Batch, cache_dir: CacheDir = NOTHING) -> list[np.ndarray]:
     images, start = [], 0
-    with contextlib.closing(DecodeCache.load(earlier)) as known:
+    with contextlib.closing(DecodeCache.load(cache_dir)) as known:
         for record, size in zip(batch.records, batch.sizes.tolist(), strict=True):
-            if record["offset"] == NEW:
+            if record["offset"] == NOT_STORED:
                 pixels = np.frombuffer(batch.pixels[start : (start := start + size)], np.uint8)
             else:
                 pixels = known.pixels.read(int(record["offset"]), size)
@@ -73,15 +74,15 @@ def images_of(batch: Batch, earlier: CacheDir = NOTHING) -> list[np.ndarray]:
     return images
 
 
-def threads(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+def threads(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
     """As `decode_batch`, but the fault is the number of threads with which NumPy multiplies."""
     numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
-    return dataclasses.replace(decode_batch(contents, longest_side, earlier), faults=[f"threads: {numbers}"])
+    return dataclasses.replace(decode_batch(contents, longest_side, cache_dir), faults=[f"threads: {numbers}"])
 
 
-def two_at_most(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+def two_at_most(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
     """As `decode_batch` where images are large: it takes the first of them only."""
-    return decode_batch(contents[:2], longest_side, earlier)
+    return decode_batch(contents[:2], longest_side, cache_dir)
 
 
 def test_partially_read_batch_yields_each_image_once(
@@ -95,9 +96,9 @@ def test_partially_read_batch_yields_each_image_once(
 
 def test_processes_that_decode_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_pool, "decode_batch", threads)
-    monkeypatch.setenv(decode_pool.THREADS, "2")
+    monkeypatch.setenv(decode_pool.THREADS_VARIABLE, "2")
     assert whole([saved(noise(0))]) == (["0"], ["threads: {1}"])
-    assert os.environ[decode_pool.THREADS] == "2"
+    assert os.environ[decode_pool.THREADS_VARIABLE] == "2"
 
 
 def test_files_bytes_and_pixels_are_decoded_in_order(tmp_path: Path) -> None:
@@ -126,9 +127,9 @@ def test_file_above_the_size_limit_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("large", [bytes(2**20), np.zeros((1024, 1024, 1), np.uint8)], ids=["files", "pixels"])
 def test_large_images_stay_within_the_memory_limit(large: Content) -> None:
     contents: list[Content] = [*map(saved, 300 * [noise(0)]), *200 * [large]]
-    waiting = source(contents).members
-    assert len(_taken(waiting, 300)) == 300
-    assert len(_taken(waiting, 300)) == BATCH_BYTES // 2**20
+    waiting = source(contents).samples
+    assert len(_take_batch(waiting, 300)) == 300
+    assert len(_take_batch(waiting, 300)) == BATCH_BYTES // 2**20
     assert len([*waiting]) == 200 - BATCH_BYTES // 2**20  # none is lost
 
 
@@ -143,7 +144,7 @@ def test_recorded_fields_of_a_file_are_complete() -> None:
     one, other = batch.records
     assert (one["source_height"], one["source_width"], one["height"], one["width"]) == (64, 64, 32, 32)
     assert one["sha256"] != other["sha256"]  # of the file
-    assert one["picture"] == other["picture"]  # of the pixels
+    assert one["pixel_hash"] == other["pixel_hash"]  # of the pixels
     assert one["phash"] == other["phash"]
 
 
@@ -156,20 +157,20 @@ def test_decode_worker_imports_no_large_library() -> None:
 # Processes that die
 
 
-def crash(contents: list[Content], longest_side: int, earlier: CacheDir) -> Batch:
+def crash(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
     """Decode as `decode_batch`, but one image ends the process, as broken PNGs did, and another takes for ever."""
     if b"crash" in contents:
         os.kill(os.getpid(), signal.SIGSEGV)
     if b"hang" in contents:
         time.sleep(600)
-    return decode_batch(contents, longest_side, earlier)
+    return decode_batch(contents, longest_side, cache_dir)
 
 
 def test_image_that_crashes_or_hangs_its_decoder_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(decode_pool, "decode_batch", crash)
-    monkeypatch.setattr(decode_pool, "PATIENCE", 2)
+    monkeypatch.setattr(decode_pool, "IMAGE_TIMEOUT_S", 2)
     pictures = [noise(number) for number in range(50)]
     contents: list[Content] = [saved(picture) for picture in pictures]
     contents[3], contents[45] = b"crash", b"hang"
@@ -218,7 +219,7 @@ def test_flipped_bits_neither_crash_nor_hang_a_decoder(data: bytes) -> None:
     random = np.random.default_rng(0)
     _, found = whole([flipped(flipped(data, random), random) for _ in range(600)])
     assert len(found) == 600
-    assert not {"crashes its decoder", f"takes more than {decode_pool.PATIENCE} seconds to decode"} & {
+    assert not {"crashes its decoder", f"takes more than {decode_pool.IMAGE_TIMEOUT_S} seconds to decode"} & {
         fault for fault in found if isinstance(fault, str)
     }
 
@@ -239,9 +240,9 @@ def remembered(folder: Path, contents: list[Content]) -> Batch:
     records["offset"] = np.cumsum(batch.sizes) - batch.sizes
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(ShardWriter(folder / "pixels", None)) as pixels:
-        pixels.write(batch.records["picture"], batch.sizes, batch.records["offset"], batch.pixels)
-    (folder / RECORDS).write_bytes(records.tobytes())
-    keep(folder / RECORDS, folder / "pixels", memory(folder).folder)
+        pixels.write(batch.records["pixel_hash"], batch.sizes, batch.records["offset"], batch.pixels)
+    (folder / RECORDS_FILE).write_bytes(records.tobytes())
+    write_decode_cache(folder / RECORDS_FILE, folder / "pixels", memory(folder).folder)
     return batch
 
 
@@ -282,7 +283,7 @@ def test_cached_and_new_images_keep_the_requested_order(
 def test_corrupt_cached_image_is_decoded_again(tmp_path: Path, harm: str) -> None:
     first = remembered(tmp_path / "spoiled", [saved(noise(1)), saved(noise(2))])
     earlier = memory(tmp_path / "spoiled")
-    (shard,) = (file for file in (tmp_path / "spoiled/pixels").iterdir() if file.name != LIST)
+    (shard,) = (file for file in (tmp_path / "spoiled/pixels").iterdir() if file.name != SHARD_LIST)
     if harm == "a bit":
         shard.write_bytes(flipped(shard.read_bytes(), np.random.default_rng(0)))
     elif harm == "the end":
@@ -295,7 +296,7 @@ def test_corrupt_cached_image_is_decoded_again(tmp_path: Path, harm: str) -> Non
     assert all(np.array_equal(*pair) for pair in zip(images_of(again, earlier), images_of(first), strict=True))
 
 
-@pytest.mark.parametrize("name", [INDEX, LIST])
+@pytest.mark.parametrize("name", [INDEX_FILE, SHARD_LIST])
 def test_cache_without_disk_space_is_skipped(tmp_path: Path, name: str) -> None:
     remembered(tmp_path, [saved(noise(1))])
     (memory(tmp_path).folder / name).write_bytes(b"")
@@ -323,7 +324,7 @@ def test_file_is_reread_only_if_its_size_or_times_change(
     for number, file in enumerate(files, 1):
         file.write_bytes(saved(noise(number, 9), "BMP"))
     before, paths = files[1].stat(), [str(file) for file in files]
-    monkeypatch.setattr(decode_worker, "SETTLED", 0)
+    monkeypatch.setattr(decode_worker, "SETTLED_NS", 0)
     remembered(tmp_path, [*paths])
     read.clear()
     assert decode_batch([*paths], 512, memory(tmp_path)).faults == ["", ""]
@@ -342,7 +343,7 @@ def test_file_may_be_written_in_several_parts(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(decode_worker.os, "read", lambda file, size: truly(file, min(size, 100)))
     told = {name: getattr(file.stat(), name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns")}
     monkeypatch.setattr(decode_worker.os, "fstat", lambda _: SimpleNamespace(**told, st_ino=2**64 - 1))
-    monkeypatch.setattr(decode_worker, "SETTLED", 0)
+    monkeypatch.setattr(decode_worker, "SETTLED_NS", 0)
     assert decode_batch([str(file)], 512, NOTHING).faults == [""]
 
 
@@ -357,7 +358,7 @@ def test_recently_modified_file_is_read_again(read: list[Content], tmp_path: Pat
 def test_cache_in_use_by_another_process_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied_and_filled_again(folder: Path, ignore_errors: bool) -> None:
         (folder / "here").mkdir(parents=True)
-        (folder / "here" / LIST).write_bytes(b"others")
+        (folder / "here" / SHARD_LIST).write_bytes(b"others")
 
     monkeypatch.setattr(shutil, "rmtree", emptied_and_filled_again)
     remembered(tmp_path, [saved(noise(1))])
@@ -368,7 +369,7 @@ def test_equal_bytes_of_another_shape_are_another_image() -> None:
     pixels = noise(0)
     shapes = [(8, 8, 3), (4, 16, 3), (16, 4, 3), (24, 8, 1)]
     records = decode_batch([pixels.reshape(shape) for shape in shapes], 512, NOTHING).records
-    assert len(set(records["picture"].tolist())) == len(set(records["sha256"].tolist())) == len(shapes)
+    assert len(set(records["pixel_hash"].tolist())) == len(set(records["sha256"].tolist())) == len(shapes)
 
 
 def test_file_modified_two_seconds_ago_is_not_trusted(
@@ -383,7 +384,7 @@ def test_file_modified_two_seconds_ago_is_not_trusted(
 
 
 @pytest.mark.parametrize(
-    "module", [images, near_duplicates, pixel_shards, decode_worker], ids=lambda module: module.__name__
+    "module", [images, near_duplicates, pixel_shards, decode_cache, decode_worker], ids=lambda module: module.__name__
 )
 def test_images_decoded_by_other_code_are_not_reused(
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,11 +16,12 @@ from PIL import Image
 from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
-from convoy.data.data_lock import NEW, DataLock, LockedVersion
-from convoy.data.ingest import FetchConfig, IngestResult, group_in, ingest
+from convoy.data.data_lock import DataLock, LockedVersion
+from convoy.data.ingest import FetchConfig, IngestResult, find_group, ingest
 from convoy.data.packed import pixel_shards
 from convoy.data.sources.base import DatasetConfig, Sample, Source
 from convoy.data.sources.folder import read_folder
+from factories import EMPTY_LOCK, read_table
 
 SIZE = 16
 
@@ -64,7 +65,7 @@ def taken_in(
     data: Path,
     max_bad_fraction: float = 1.0,
     group: str | None = None,
-    history: DataLock = NEW,
+    history: DataLock = EMPTY_LOCK,
     into: str = "packed",
 ) -> IngestResult:
     folder, before = data.parent / into, data.parent / "before"
@@ -82,7 +83,7 @@ def pets(group: str | None = None) -> DatasetConfig:
 
 
 def kept(intake: IngestResult) -> list[str]:
-    return intake.packed.table["path"].tolist()
+    return read_table(intake.packed)["path"].tolist()
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ FAULTS = {
     "dog/page.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n", "is not an image"),
     "dog/bomb.png": (bomb(), "has more than the limit of 100000000 pixels"),
     "dog/range.tif": (saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "has F pixels (32 bits)"),
-    "stray.png": (saved(picture(52)), "lies in no class folder, so its label is unknown"),
+    "stray.png": (saved(picture(52)), "is in no class folder, so its label is unknown"),
 }
 
 
@@ -122,8 +123,8 @@ def test_folder_with_every_fault_gives_the_expected_report(data: Path) -> None:
     assert set(reasons) == {f"data/{name}" for name in [*FAULTS, "cat/both.png", "dog/both.bmp"]}
     for name, (_, reason) in FAULTS.items():
         assert reasons[f"data/{name}"].startswith(reason)
-    assert reasons["data/cat/both.png"] == "shows the same picture as data/dog/both.bmp, which is labelled 'dog'"
-    assert reasons["data/dog/both.bmp"] == "shows the same picture as data/cat/both.png, which is labelled 'cat'"
+    assert reasons["data/cat/both.png"] == "has the same pixels as data/dog/both.bmp, which is labelled 'dog'"
+    assert reasons["data/dog/both.bmp"] == "has the same pixels as data/cat/both.png, which is labelled 'cat'"
 
 
 def test_file_with_two_labels_is_excluded_under_both(data: Path) -> None:
@@ -131,17 +132,17 @@ def test_file_with_two_labels_is_excluded_under_both(data: Path) -> None:
     write(data, PETS | {"a.csv": f"path,label\n{rows}".encode(), "b.csv": b"path,label\ncat/0.png,dog\n"})
     intake = taken_in(data)
     assert intake.quarantine.to_dict("records") == [
-        {"path": "data/cat/0.png", "label": "cat", "reason": "is labelled 'dog' as well"},
-        {"path": "data/cat/0.png", "label": "dog", "reason": "is labelled 'cat' as well"},
+        {"path": "data/cat/0.png", "label": "cat", "reason": "is also labelled 'dog'"},
+        {"path": "data/cat/0.png", "label": "dog", "reason": "is also labelled 'cat'"},
     ]
 
 
 def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
     write(data, PETS | {"cat/1_broken.png": PNG[:50], "cat/2_again.png": PETS["cat/0.png"]})
     packed = taken_in(data).packed
-    for row, path in enumerate(packed.table["path"]):
+    for row, path in enumerate(read_table(packed)["path"]):
         with Image.open(data.parent / path) as image:
-            assert np.array_equal(packed.image(row), np.asarray(image))
+            assert np.array_equal(packed.read_image(row), np.asarray(image))
 
 
 def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None:
@@ -150,7 +151,7 @@ def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None
         taken_in(data, max_bad_fraction=0.2)
     message = str(refusal.value)
     assert message.startswith(
-        "3 of 11 images can't be used, more than fetch.max_bad_fraction=0.2 allows; mend or remove"
+        "3 of 11 images can't be used, more than fetch.max_bad_fraction=0.2 allows; fix or remove"
     )
     assert all(f"data/cat/{number}.jpg is empty" in message for number in range(3))
     assert len(taken_in(data, max_bad_fraction=3 / 11).quarantine) == 3
@@ -169,7 +170,7 @@ def test_copies_in_different_splits_are_left_to_the_split(data: Path) -> None:
     for split in ("train", "test", "val"):
         write(data / split, PETS)
     intake = taken_in(write(data / "test", {"cat/again.png": PETS["cat/0.png"]}).parent)
-    assert intake.packed.table["split"].value_counts().to_dict() == {"train": 8, "test": 8, "val": 8}
+    assert read_table(intake.packed)["split"].value_counts().to_dict() == {"train": 8, "test": 8, "val": 8}
     assert intake.merged["kept"].tolist() == ["data/test/cat/0.png"]
 
 
@@ -177,7 +178,7 @@ def test_new_classes_are_appended_and_removed_ones_kept(data: Path) -> None:
     write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
     assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
     assert taken_in(
-        data, history=NEW.grown(["owl", "dog"], LockedVersion(digest="", images={}, quarantine=0))
+        data, history=EMPTY_LOCK.add_version(["owl", "dog"], LockedVersion(digest="", images={}, quarantine=0))
     ).packed.classes == ["owl", "dog", "ape", "cat"]
 
 
@@ -196,14 +197,14 @@ def test_new_classes_are_appended_and_removed_ones_kept(data: Path) -> None:
     ],
 )
 def test_group_is_the_folder_or_a_match_of_the_pattern(pattern: str | None, group: str) -> None:
-    assert group_in("data/patient-7/left/1.png", "ill", pattern) == group
-    assert group_in("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", "ill", pattern) == group
+    assert find_group("data/patient-7/left/1.png", "ill", pattern) == group
+    assert find_group("data/week-1/hospital-3.tar.gz:patient-7/left/1.png", "ill", pattern) == group
 
 
 @pytest.mark.parametrize("around", ["data/", "data/pets/", "data/train/", "data/more/pets.zip:", "data:"])
 def test_group_excludes_class_folders_and_those_around_them(around: str) -> None:
-    assert group_in(f"{around}cat/litter-7/left/1.png", "cat", "folder") == "cat/litter-7/left"
-    assert group_in(f"{around}cat/1.png", "cat", "folder") == ""
+    assert find_group(f"{around}cat/litter-7/left/1.png", "cat", "folder") == "cat/litter-7/left"
+    assert find_group(f"{around}cat/1.png", "cat", "folder") == ""
 
 
 def test_images_that_a_pattern_puts_in_no_group_are_counted(data: Path) -> None:
@@ -223,13 +224,13 @@ def test_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
 
 
 def test_invalid_regular_expression_is_refused_by_name() -> None:
-    with pytest.raises(ConvoyError, match=r"dataset\.group='\(': .*neither null nor folder nor a regular expression"):
+    with pytest.raises(ConvoyError, match=r"dataset\.group='\(': .*must be null, folder or a regular expression"):
         pets("(")
 
 
 def test_group_of_the_source_overrides_the_pattern(data: Path) -> None:
     write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
-    table = taken_in(data, group="folder").packed.table
+    table = read_table(taken_in(data, group="folder").packed)
     assert table["group"].tolist() == ["tom", "", "rex"]
 
 
@@ -240,13 +241,13 @@ def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:
     )
     intake = taken_in(data, group="folder")
     assert intake.merged.to_dict("records") == [{"path": "data/cat/b/1.png", "kept": "data/cat/b/0.png"}]
-    assert (intake.packed.table["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
+    assert (read_table(intake.packed)["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
 
 
 def test_classes_that_are_the_same_number_are_reported(data: Path) -> None:
     write(data, {"1/1.png": PETS["cat/0.png"], "1.0/1.png": PETS["cat/1.png"], "10/1.png": PETS["cat/2.png"]})
     assert taken_in(data).notes == [
-        "the classes '1' and '1.0' are learned apart: give them one name if they are one class"
+        "the classes '1' and '1.0' are different classes: if they are one, give them the same name"
     ]
 
 
@@ -254,8 +255,9 @@ def test_classes_that_are_the_same_number_are_reported(data: Path) -> None:
 def test_classes_with_confusable_names_are_reported(data: Path, twin: str) -> None:
     write(data, PETS | {f"{twin}/9.png": saved(picture(9))})
     (note,) = taken_in(data).notes
-    assert note == f"the classes {twin!r} and 'cat' are learned apart: give them one name if they are one class" or (
-        note == f"the classes 'cat' and {twin!r} are learned apart: give them one name if they are one class"
+    assert (
+        note == f"the classes {twin!r} and 'cat' are different classes: if they are one, give them the same name"
+        or (note == f"the classes 'cat' and {twin!r} are different classes: if they are one, give them the same name")
     )
 
 
@@ -263,17 +265,19 @@ def test_drawn_splits_stay_drawn_when_others_are_given(data: Path) -> None:
     write(data, {f"train/{name}": content for name, content in PETS.items()})
     first = taken_in(data)
     assert (first.packed.drawn, first.notes) == (["val", "test"], [])
-    history = NEW.grown(first.packed.classes, LockedVersion(digest="", images={}, quarantine=0), first.packed.drawn)
+    history = EMPTY_LOCK.add_version(
+        first.packed.classes, LockedVersion(digest="", images={}, quarantine=0), first.packed.drawn
+    )
     later = taken_in(write(data, {"test/cat/9.png": saved(picture(9))}), history=history)
     assert later.packed.drawn == ["val", "test"]
-    assert later.notes[0].startswith("test images are given now, and some of those given for training stay test images")
+    assert later.notes[0].startswith("the source assigns test images now; some of its training images stay test images")
 
 
 # Growth
 
 
 def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixel_shards, "MEAN", 1)  # so that each image lies in a shard of its own
+    monkeypatch.setattr(pixel_shards, "MEAN_SHARD_BYTES", 1)  # so that each image lies in a shard of its own
     others = write(data.parent / "others" / "data", dict(list(PETS.items())[1:]))
     taken_in(others)
     taken_in(write(data, PETS))
@@ -281,14 +285,14 @@ def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypat
     def members(source: Source) -> Iterator[Sample]:
         shutil.rmtree(data.parent / "remembered")
         shutil.copytree(others.parent / "remembered", data.parent / "remembered")
-        yield from source.members
+        yield from source.samples
 
     source = read_folder(data)
-    source = dataclasses.replace(source, members=members(source))
+    source = dataclasses.replace(source, samples=members(source))
     (data.parent / "again").mkdir()
     earlier = CacheDir(data.parent / "remembered" / "here", data.parent / "packed")
-    packed = ingest(source, pets(), FetchConfig(max_bad_fraction=0), NEW, data.parent / "again", earlier).packed
-    assert [saved(packed.image(row)) for row in range(len(PETS))] == list(PETS.values())
+    packed = ingest(source, pets(), FetchConfig(max_bad_fraction=0), EMPTY_LOCK, data.parent / "again", earlier).packed
+    assert [saved(packed.read_image(row)) for row in range(len(PETS))] == list(PETS.values())
 
 
 def test_second_run_with_new_images_is_bit_identical(data: Path) -> None:
@@ -298,7 +302,7 @@ def test_second_run_with_new_images_is_bit_identical(data: Path) -> None:
     grown = taken_in(data)
     shutil.rmtree(data.parent / "remembered")
     afresh = taken_in(data, into="afresh")
-    pd.testing.assert_frame_equal(grown.packed.table, afresh.packed.table)
+    pd.testing.assert_frame_equal(read_table(grown.packed), read_table(afresh.packed))
     pd.testing.assert_frame_equal(grown.quarantine, afresh.quarantine)
     one, other = (
         {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -311,7 +315,7 @@ def test_other_table_columns_are_kept_beside_recorded_ones(tmp_path: Path) -> No
     files = {f"{number}.png": saved(picture(number)) for number in range(4)} | {"4.png": b"torn"}
     rows = [f"{number}.png,{'ab'[number % 2]},site {number}" for number in range(5)]
     data = write(tmp_path / "data", files | {"labels.csv": "\n".join(["path,label,label_site", *rows]).encode()})
-    table = taken_in(data).packed.table
+    table = read_table(taken_in(data).packed)
     assert table["column_label_site"].tolist() == [f"site {number}" for number in range(4)]
     assert table["path"].tolist() == [f"data/{number}.png" for number in range(4)]
     assert (table["height"] == SIZE).all()

@@ -14,14 +14,14 @@ from sklearn.datasets import load_sample_images
 
 from convoy.data import near_duplicates
 from convoy.data.near_duplicates import (
-    DISTANCE,
-    FEW,
-    _grey,
-    candidate_pairs,
+    MAX_DISTANCE_BITS,
+    MIN_NEIGHBOURS,
+    _to_grey,
+    compute_perceptual_hashes,
     confirm_pairs,
-    correlation,
-    perceptual_hash,
-    thumbnails,
+    correlate,
+    find_candidate_pairs,
+    make_thumbnails,
 )
 
 # 84 real pictures of 160x160 pixels
@@ -49,7 +49,7 @@ COPIES = {
 
 
 def hashes(pictures: list[np.ndarray]) -> np.ndarray:
-    return perceptual_hash(thumbnails(pictures))
+    return compute_perceptual_hashes(make_thumbnails(pictures))
 
 
 def near(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
@@ -66,7 +66,7 @@ def as_array(image: Image.Image) -> np.ndarray:
 def test_copies_of_photographs_are_found_as_near_duplicates(change: object) -> None:
     copies = [as_array(change(Image.fromarray(picture))) for picture in PICTURES]  # type: ignore[operator]
     far = np.bitwise_count(hashes(PICTURES) ^ hashes(copies))
-    assert (far <= DISTANCE).mean() > 0.9
+    assert (far <= MAX_DISTANCE_BITS).mean() > 0.9
     assert near(PICTURES, copies).mean() > 0.85
 
 
@@ -84,14 +84,14 @@ def test_hash_equals_that_of_imagehash() -> None:
 @given(arrays(np.uint8, (3, 32, 32, 3)))
 def test_colors_become_grey_as_in_pillow(pixels: np.ndarray) -> None:
     expected = [np.asarray(Image.fromarray(picture).convert("L")) for picture in pixels]
-    assert (_grey(pixels) == np.stack(expected)).all()
+    assert (_to_grey(pixels) == np.stack(expected)).all()
 
 
 def test_block_size_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [picture for picture in PICTURES[:20] for _ in range(2)]
     pairs = np.array(list(itertools.combinations(range(40), 2)))
     at_once = confirm_pairs(images.__getitem__, pairs, 0.98)
-    monkeypatch.setattr(near_duplicates, "BLOCK", 7)
+    monkeypatch.setattr(near_duplicates, "BLOCK_THUMBNAILS", 7)
     assert (confirm_pairs(images.__getitem__, pairs, 0.98) == at_once).all()
     assert at_once.sum() >= 20
     assert confirm_pairs(images.__getitem__, pairs[:0], 0.98).tolist() == []
@@ -100,28 +100,28 @@ def test_block_size_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -
 def test_constant_images_have_no_near_duplicates() -> None:
     even = [np.full((9, 9, 3), level, np.uint8) for level in (0, 3, 255)]
     assert hashes(even).tolist() == [0, 0, 0]
-    assert len(candidate_pairs(hashes(even))) == 0
+    assert len(find_candidate_pairs(hashes(even))) == 0
 
 
 def test_comparisons_per_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near_duplicates, "ENOUGH", 10_000)
+    monkeypatch.setattr(near_duplicates, "MANY_PAIRS", 10_000)
     alike = np.full(5000, 12345, np.uint64)
-    pairs = candidate_pairs(alike)
+    pairs = find_candidate_pairs(alike)
     assert len(np.unique(pairs, axis=0)) == len(pairs)
-    assert np.bincount(pairs.ravel(), minlength=5000).min() >= FEW
-    assert len(pairs) <= 5000 * FEW
+    assert np.bincount(pairs.ravel(), minlength=5000).min() >= MIN_NEIGHBOURS
+    assert len(pairs) <= 5000 * MIN_NEIGHBOURS
 
 
 def test_brightness_and_contrast_do_not_change_the_correlation() -> None:
-    picture = _grey(thumbnails(PICTURES[:1]))[0] // 2
+    picture = _to_grey(make_thumbnails(PICTURES[:1]))[0] // 2
     images = np.stack([picture, picture + np.uint8(50), 255 - picture])
-    assert correlation(images, np.array([[0, 1], [0, 2]])) == pytest.approx([1.0, -1.0])
+    assert correlate(images, np.array([[0, 1], [0, 2]])) == pytest.approx([1.0, -1.0])
 
 
 @given(arrays(np.uint8, (4, 5, 5)))
 def test_correlation_equals_that_of_numpy(images: np.ndarray) -> None:
     pairs = np.array(list(itertools.combinations(range(4), 2)))
-    for (one, other), found in zip(pairs, correlation(images, pairs), strict=True):
+    for (one, other), found in zip(pairs, correlate(images, pairs), strict=True):
         if np.ptp(images[one]) and np.ptp(images[other]):
             assert found == pytest.approx(np.corrcoef(images[one].ravel(), images[other].ravel())[0, 1])
         else:
@@ -147,9 +147,9 @@ def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], cha
     expected = [
         [one, other]
         for one, other in itertools.combinations(range(len(values)), 2)
-        if int(values[one] ^ values[other]).bit_count() <= DISTANCE
+        if int(values[one] ^ values[other]).bit_count() <= MAX_DISTANCE_BITS
     ]
-    assert candidate_pairs(values).tolist() == expected
+    assert find_candidate_pairs(values).tolist() == expected
 
 
 def test_pale_colours_count_too() -> None:

@@ -23,22 +23,20 @@ import convoy.data.image_io
 import convoy.data.resize
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
-from convoy.data.data_lock import NEW, LockedVersion
+from convoy.data.data_lock import LockedVersion
 from convoy.data.image_io import center_crop_resize
 from convoy.data.ingest import FetchConfig, ingest
 from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
 from convoy.data.packed.packed_dataset import SPLITS, PackedDataset
 from convoy.data.preprocessing import (
-    Prepared,
     PreprocessConfig,
-    assign_groups,
-    cross_split_duplicates,
-    exclude_leaks,
-    near_duplicates,
+    PreprocessResult,
+    find_near_duplicates,
     prepare,
-    split_ids,
 )
 from convoy.data.sources.base import DatasetConfig, Sample, Source
+from convoy.data.splitting import assign_groups, draw_splits, exclude_leaks, find_cross_split_duplicates
+from factories import EMPTY_LOCK, read_table
 
 PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
 
@@ -48,13 +46,17 @@ def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
     hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(start, start + count)]
     paths = [f"data/cat/{number}.png" for number in range(start, start + count)]
     pictures = np.arange(start, start + count)
-    images = {"path": paths, "label": "cat", "split": "", "group": "", "sha256": hashes, "picture": pictures}
+    images = {"path": paths, "label": "cat", "split": "", "group": "", "sha256": hashes, "pixel_hash": pictures}
     return pd.DataFrame(images).assign(**columns)
 
 
 def sides_of(images: pd.DataFrame, seed: int = 1) -> pd.Series:
     """As the first version of the data is split."""
-    return split_ids(images, PARAMS, seed, NEW.draws(set(images["split"])))
+    return split(images, seed, EMPTY_LOCK.splits_to_draw(set(images["split"])))
+
+
+def split(images: pd.DataFrame, seed: int, drawn: Sequence[str]) -> pd.Series:
+    return draw_splits(images, PARAMS.test_fraction, PARAMS.val_fraction, seed, drawn)
 
 
 def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
@@ -88,7 +90,9 @@ def test_new_images_never_move_an_old_one(kept: int, seed: int) -> None:
 
 def test_split_of_an_image_depends_on_its_pixels_alone() -> None:
     images = table()
-    changed = images.sample(frac=1, random_state=0).assign(path="data/elsewhere.png", label="dog", picture=0, height=9)
+    changed = images.sample(frac=1, random_state=0).assign(
+        path="data/elsewhere.png", label="dog", pixel_hash=0, height=9
+    )
     assert by_hash(changed) == by_hash(images)
 
 
@@ -135,9 +139,11 @@ def test_val_and_test_are_drawn_if_only_train_is_given() -> None:
 )
 def test_splits_given_with_new_images_move_no_old_image(old: list[str], new: list[str]) -> None:
     before, after = table(len(old)).assign(split=old), table(len(old + new)).assign(split=old + new)
-    drawn = NEW.draws(set(old))
-    later = NEW.grown(["cat"], LockedVersion(digest="", images={}, quarantine=0), drawn).draws(set(old + new))
-    assert split_ids(before, PARAMS, 1, drawn).equals(split_ids(after, PARAMS, 1, later)[: len(old)])
+    drawn = EMPTY_LOCK.splits_to_draw(set(old))
+    later = EMPTY_LOCK.add_version(["cat"], LockedVersion(digest="", images={}, quarantine=0), drawn).splits_to_draw(
+        set(old + new)
+    )
+    assert split(before, 1, drawn).equals(split(after, 1, later)[: len(old)])
 
 
 @given(
@@ -148,8 +154,8 @@ def test_splits_given_with_new_images_move_no_old_image(old: list[str], new: lis
 )  # fmt: skip
 def test_group_is_in_one_split_alone_whatever_is_given(rows: list[tuple[str, str]]) -> None:
     images = table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
-    drawn = NEW.draws(set(images["split"]))
-    own = split_ids(images, PARAMS, 1, drawn)
+    drawn = EMPTY_LOCK.splits_to_draw(set(images["split"]))
+    own = split(images, 1, drawn)
     places = assign_groups(images, own.map(SPLITS.index).to_numpy(), drawn)
     sides = pd.Series(np.array(SPLITS)[places[0]])
     withheld = exclude_leaks(images, *places, np.empty((0, 2), int))
@@ -160,7 +166,7 @@ def test_group_is_in_one_split_alone_whatever_is_given(rows: list[tuple[str, str
     assert set(images["split"][withheld.index]) <= {"train", "val"}  # what has no split goes where its group is
     moved = sides[(images["split"] == "train") & (sides != own)]
     assert set(moved) <= set(drawn)
-    assert withheld["reason"].str.fullmatch(r"is of the group '\w+', of which there are (val|test) images").all()
+    assert withheld["reason"].str.fullmatch(r"is in the group '\w+', which has (val|test) images").all()
 
 
 # Near duplicates
@@ -173,7 +179,7 @@ def likenesses(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
     pictures = draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
     row = st.integers(0, count - 1)
     pairs = draw(st.lists(st.tuples(row, row).filter(lambda pair: pair[0] != pair[1]), max_size=60))
-    return table(count).assign(picture=pictures), np.array(pairs, np.int64).reshape(-1, 2)
+    return table(count).assign(pixel_hash=pictures), np.array(pairs, np.int64).reshape(-1, 2)
 
 
 def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
@@ -191,7 +197,7 @@ def test_no_near_duplicates_are_in_two_splits(drawn: tuple[pd.DataFrame, np.ndar
     hashes = images["sha256"].to_numpy()
     for one, other in hashes[near]:
         assert not (one in sides and other in sides and sides[one] != sides[other])
-    assert not images[images["sha256"].isin(list(sides))]["picture"].duplicated().any()
+    assert not images[images["sha256"].isin(list(sides))]["pixel_hash"].duplicated().any()
 
 
 @given(likenesses(), st.integers(0, 20))
@@ -215,7 +221,7 @@ def test_excluded_images_depend_on_neither_order_nor_names(
 def test_new_images_do_not_move_a_test_image(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
     alone = by_hash(images, seed)
-    pictures = images.set_index("sha256")["picture"]
+    pictures = images.set_index("sha256")["pixel_hash"]
     for digest, side in alone.items():
         if side == "test" and (pictures == pictures[digest]).sum() == 1:
             assert used(images, near, seed)[digest] == "test"
@@ -226,21 +232,21 @@ def test_exclusion_reason_names_the_near_duplicate() -> None:
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val")])
     withheld = exclude_leaks(images, sides, sides, np.array([[0, 1], [2, 1]]))
     assert withheld.to_dict("records") == [
-        {"path": "data/cat/0.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
-        {"path": "data/cat/2.png", "label": "cat", "reason": "nearly equals the test image data/cat/1.png"},
+        {"path": "data/cat/0.png", "label": "cat", "reason": "is a near-duplicate of the test image data/cat/1.png"},
+        {"path": "data/cat/2.png", "label": "cat", "reason": "is a near-duplicate of the test image data/cat/1.png"},
     ]
-    same = exclude_leaks(images.assign(picture=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
-    assert same["reason"].tolist() == ["shows the same picture as data/cat/1.png"]
+    same = exclude_leaks(images.assign(pixel_hash=[5, 5, 6]), sides, sides, np.empty((0, 2), int))
+    assert same["reason"].tolist() == ["has the same pixels as data/cat/1.png"]
 
 
 def test_cross_split_duplicates_of_test_images_are_recorded() -> None:
-    images = table(6).assign(picture=[1, 2, 3, 4, 2, 6])
+    images = table(6).assign(pixel_hash=[1, 2, 3, 4, 2, 6])
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val", "test", "train", "train")])
-    found = cross_split_duplicates(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
+    found = find_cross_split_duplicates(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
     names = images["sha256"].tolist()
     pairs = {(names.index(test), names.index(other)) for test, other in found.itertuples(index=False)}
     assert pairs == {(1, 0), (3, 2), (1, 4)}
-    assert not len(cross_split_duplicates(images.assign(picture=range(6)), sides, np.empty((0, 2), int)))
+    assert not len(find_cross_split_duplicates(images.assign(pixel_hash=range(6)), sides, np.empty((0, 2), int)))
 
 
 def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
@@ -252,8 +258,8 @@ def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
         Image.fromarray(picture).save(file, "JPEG", quality=70)
         copies.append(file.getvalue())
     images = packed(tmp_path / "packed", {"china": pictures, "copies": copies})
-    found = near_duplicates(images, 0.98)
-    paths = images.table["path"].to_numpy()[found]
+    found = find_near_duplicates(images, 0.98)
+    paths = read_table(images)["path"].to_numpy()[found]
     expected = {(f"data/china/{number}.png", f"data/copies/{number}.png") for number in range(8)}
     assert {tuple(sorted(pair)) for pair in paths} == expected
 
@@ -262,12 +268,12 @@ def test_training_image_of_a_cross_split_pair_is_excluded(tmp_path: Path) -> Non
     pictures = noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
     found = made(packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), tmp_path)
-    assert len(found.near) == 60
-    assert 10 < len(found.withheld) < 40
-    assert found.withheld["reason"].str.contains("nearly equals the (?:test|val) image data/cat/").all()
+    assert len(found.near_duplicates) == 60
+    assert 10 < len(found.excluded) < 40
+    assert found.excluded["reason"].str.contains("is a near-duplicate of the (?:test|val) image data/cat/").all()
     used = pd.read_parquet(tmp_path / "images.parquet")
-    assert not set(found.withheld["path"]) & set(used["path"])
-    assert len(found.withheld) + len(used) == 180
+    assert not set(found.excluded["path"]) & set(used["path"])
+    assert len(found.excluded) + len(used) == 180
 
 
 # The arrays
@@ -294,10 +300,10 @@ def packed_of(members: Sequence[Sample], folder: Path, longest_side: int = 512) 
     source = Source(sorted({member.label for member in members}), len(members), iter(members))
     limits = FetchConfig(max_bad_fraction=0.0)
     pets = DatasetConfig(name="pets", longest_side=longest_side, group=None)
-    return ingest(source, pets, limits, NEW, folder, CacheDir(folder / "remembered" / "here", folder)).packed
+    return ingest(source, pets, limits, EMPTY_LOCK, folder, CacheDir(folder / "remembered" / "here", folder)).packed
 
 
-def made(packed: PackedDataset, folder: Path, params: PreprocessConfig = PARAMS) -> Prepared:
+def made(packed: PackedDataset, folder: Path, params: PreprocessConfig = PARAMS) -> PreprocessResult:
     return prepare(packed, params, 1, folder, CacheDir(folder / "remembered", folder))
 
 
@@ -388,7 +394,7 @@ def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
 def test_groups_are_suggested_for_many_near_duplicates(tmp_path: Path) -> None:
     frames = [np.maximum(noise(1)[0], shade) for shade in range(20)]
     notes = made(packed(tmp_path / "packed", {"cat": frames, "dog": noise(40, seed=3)}), tmp_path).notes
-    assert any("look like others on another side" in note and "dataset.group" in note for note in notes)
+    assert any("near-duplicates of images in other splits" in note and "dataset.group" in note for note in notes)
 
 
 @pytest.mark.parametrize(("longest_side", "noted"), [(40, False), (32, False), (30, True)])
@@ -530,21 +536,21 @@ def test_known_class_without_images_keeps_its_label(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
     found = made(images, tmp_path)
-    assert found.notes == ["class 'owl' has no image: the networks keep its place, and can't learn it"]
+    assert found.notes == ["class 'owl' has no image: it stays in the class list, but no network can learn it"]
     assert found.info.classes == ["owl", "cat", "dog"]
     assert set(np.load(tmp_path / "train_labels.npy")) == {1, 2}
 
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
-    with pytest.raises(ConvoyError, match="there is no train image left of 40: all of pets is given for test, by"):
+    with pytest.raises(ConvoyError, match="there is no train image left of 40: all of pets is assigned to test, by"):
         made(images, tmp_path)
 
 
 def test_message_counts_groups_if_a_split_gets_no_image(tmp_path: Path) -> None:
     images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, group="one")
     with pytest.raises(
-        ConvoyError, match=r"no .* image left of 40 in 1 groups, each of which stays together: pets needs"
+        ConvoyError, match=r"no .* image left of 40 in 1 groups, none of which is divided between splits: add"
     ):
         made(images, tmp_path)
 
@@ -630,8 +636,8 @@ def test_excluded_images_are_not_cached(tmp_path: Path) -> None:
     pictures = noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
     images = packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2, size=40)})
-    withheld = len(made(images, tmp_path).withheld)
+    withheld = len(made(images, tmp_path).excluded)
     (index,) = (tmp_path / "remembered").glob("*/index.npy")
-    sides = np.load(index)["side"]
+    sides = np.load(index)["split_id"]
     assert withheld > 0
     assert (len(sides), sides.min()) == (180 - withheld, 0)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from convoy.data.cache import CacheDir
-from convoy.data.data_lock import NEW
 from convoy.data.ingest import FetchConfig, ingest
 from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.folder import read_folder
+from factories import EMPTY_LOCK, read_table
 from small_project import ROOT
 
 SAMPLES = ROOT / "samples"
@@ -26,7 +26,7 @@ def packed(folder: Path) -> PackedDataset:
     dataset = DatasetConfig(name="digits", longest_side=512, group=None)
     limits = FetchConfig(max_bad_fraction=0.0)
     return ingest(
-        read_folder(SAMPLES), dataset, limits, NEW, folder, CacheDir(folder / "remembered" / "here", folder)
+        read_folder(SAMPLES), dataset, limits, EMPTY_LOCK, folder, CacheDir(folder / "remembered" / "here", folder)
     ).packed
 
 
@@ -34,8 +34,8 @@ def test_sample_is_a_dataset_of_ten_digits(tmp_path: Path) -> None:
     digits = packed(tmp_path)
     assert digits.classes == list("0123456789")
     assert len(digits.table) == 1797
-    assert {digits.image(row).shape for row in range(1797)} == {(8, 8, 1)}
-    assert digits.table["path"][0] == "samples/digits.zip:digits/0/0000.png"
+    assert {digits.read_image(row).shape for row in range(1797)} == {(8, 8, 1)}
+    assert read_table(digits)["path"][0] == "samples/digits.zip:digits/0/0000.png"
 
 
 def test_sample_has_the_17_grey_levels_of_its_source(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ from sklearn.datasets import load_sample_images
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.cache import CacheDir
-from convoy.data.data_lock import NEW
 from convoy.data.ingest import FetchConfig, ingest
 from convoy.data.packed.packed_dataset import SPLITS
 from convoy.data.preprocessing import PreprocessConfig, prepare
@@ -44,6 +43,7 @@ from convoy.inference.pyfunc_model import ImageClassifier
 from convoy.registry import model_loader as served
 from convoy.registry import versions
 from convoy.tracking.store import open_store
+from factories import EMPTY_LOCK
 from registry_fixtures import CLASSES, find_model_folder, register_model, write_trained_files
 from small_project import ROOT
 
@@ -214,7 +214,7 @@ def test_serving_preprocesses_photographs_as_training_does(form: str, model: Ima
         CacheDir(tmp_path / "remembered/here", tmp_path / "nowhere"),
     )
     dataset = DatasetConfig(name="pets", longest_side=90, group=None)
-    packed = ingest(source, dataset, FetchConfig(max_bad_fraction=0), NEW, tmp_path / "packed", nothing).packed
+    packed = ingest(source, dataset, FetchConfig(max_bad_fraction=0), EMPTY_LOCK, tmp_path / "packed", nothing).packed
     channels = model.predictor.info.channels
     params = PreprocessConfig(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
     info = prepare(packed, params, 1, tmp_path / "prepared", nothing).info

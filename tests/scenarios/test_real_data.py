@@ -30,8 +30,8 @@ def test_cifar10_is_trained_from_its_zip_archive(tmp_path: Path) -> None:
     profile = json.loads((root / "artifacts/preprocess/data.json").read_text())["profile"]
     assert profile["classes"] == 10
     assert profile["test"] == 10_000
-    assert profile["train"] + profile["val"] + profile["withheld"] == 50_000
-    assert 0 < profile["withheld"] < 50  # near duplicates of test images, which the set is known for
+    assert profile["train"] + profile["val"] + profile["excluded"] == 50_000
+    assert 0 < profile["excluded"] < 50  # near duplicates of test images, which the set is known for
     assert np.load(root / "artifacts/preprocess/test_pixels.npy", mmap_mode="r").shape == (10_000, 32, 32, 3)
     assert len((root / "artifacts/fetch/quarantine.csv").read_text().splitlines()) == 1  # its header
 

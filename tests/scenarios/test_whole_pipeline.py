@@ -442,7 +442,7 @@ def test_other_classes_under_a_known_dataset_name_are_refused(tmp_path: Path) ->
     root = make_project(tmp_path / "project")
     name = config.load(root / "params.yaml")["dataset"]["name"]
     (root / "data.lock").write_text(f"{name}:\n  classes: [cat, dog]\n  versions: []\n")
-    with pytest.raises(ConvoyError, match=r"none of the classes that data\.lock knows of"):
+    with pytest.raises(ConvoyError, match=r"none of those that data\.lock records for"):
         run_stages(root, until="fetch")
 
 

@@ -30,26 +30,27 @@ def fingerprint(modules: Sequence[ModuleType], packages: Sequence[str], *setting
         16 hexadecimal digits.
     """
     code = [Path(module.__file__ or "").read_bytes() for module in modules]
-    told = [*(f"{package} {version(package)}" for package in packages), *map(str, settings)]
-    return hashlib.sha256(b"\n".join([*code, *(line.encode() for line in told)])).hexdigest()[:16]
+    versions = [f"{package} {version(package)}" for package in packages]
+    facts = [*code, *(fact.encode() for fact in [*versions, *map(str, settings)])]
+    return hashlib.sha256(b"\n".join(facts)).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def snapshot(earlier: CacheDir, folder: Path) -> Iterator[CacheDir]:
+def snapshot(cache: CacheDir, folder: Path) -> Iterator[CacheDir]:
     """Keep a snapshot of the index in `folder` while the context is active.
 
     All processes that read it see the same version, whatever another run writes in the meantime.
     """
     # Not every file system supports hard links; then the snapshot is empty.
     with contextlib.suppress(OSError):
-        shutil.copytree(earlier.folder, folder, copy_function=os.link)
+        shutil.copytree(cache.folder, folder, copy_function=os.link)
     try:
-        yield CacheDir(folder, earlier.output)
+        yield CacheDir(folder, cache.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_cache(folder: Path, describe: Callable[[Path], None]) -> None:
+def write_cache(folder: Path, write_index: Callable[[Path], None]) -> None:
     """Write a cache index into `folder`, removing all other folders beside it.
 
     The parent folder belongs to one kind of result, and `folder` to one fingerprint of it. If writing fails, or another
@@ -57,9 +58,9 @@ def write_cache(folder: Path, describe: Callable[[Path], None]) -> None:
 
     Args:
         folder: Folder to create.
-        describe: Function that writes the index into the folder.
+        write_index: Function that writes the index into the folder.
     """
     shutil.rmtree(folder.parent, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True)
-        describe(folder)
+        write_index(folder)

@@ -17,14 +17,14 @@ from convoy.core.text import truncate_names
 from convoy.data.sources.base import DatasetConfig
 
 HEADER = """\
-# What the fetch stage has seen of each data set: where its images come from (data.dvc says so; if the same images have
-# moved, write the new place here), its classes in the order of their labels, and the last two versions.
-# Commit it. A class that has no images any more keeps its place; to drop one for good, take it off the list here.
-# Splits that are drawn from images given for training go on to be, so that no test image becomes a training image.
+# What the fetch stage knows of each data set: where its images come from (see data.dvc; if the same images were moved,
+# write the new location here), its classes in the order of their labels, and the last two versions.
+# Commit this file. A class without images keeps its label; to remove it for good, delete it from the list.
+# Splits that are once drawn from training images are always drawn, so that no test image becomes a training image.
 """
 
-Drawn = Literal["val", "test"]
-DRAWN: tuple[Drawn, Drawn] = ("val", "test")
+DrawnSplit = Literal["val", "test"]
+DRAWN_SPLITS: tuple[DrawnSplit, DrawnSplit] = ("val", "test")
 
 
 @schema
@@ -38,12 +38,12 @@ class LockedVersion:
 
 @schema
 class DataLock:
-    """The history of a data set, as recorded in data.lock."""
+    """The recorded state of a data set: an entry of data.lock."""
 
     source: str | None = None  # where the images come from, see `check_source`; None if not recorded
     classes: list[str]
     versions: Annotated[list[LockedVersion], Field(max_length=2)]  # newest last
-    drawn: list[Drawn] = dataclasses.field(default_factory=list)  # splits drawn from training images
+    drawn: list[DrawnSplit] = dataclasses.field(default_factory=list)  # splits drawn from training images
 
     @classmethod
     def load(cls, file: Path, name: str) -> "DataLock":
@@ -52,17 +52,17 @@ class DataLock:
         Raises:
             ConvoyError: If the file is damaged.
         """
-        values = _sections(file).get(name, {"classes": [], "versions": []})
+        values = _load_sections(file).get(name, {"classes": [], "versions": []})
         return validate(cls, values, f"{file.name}: {name}")
 
     def save(self, file: Path, name: str) -> None:
         """Save the lock to `file`, keeping the locks of other data sets."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-        sections = _sections(file) | {name: values}
+        sections = _load_sections(file) | {name: values}
         text = HEADER + yaml.safe_dump(sections, sort_keys=False)
-        arriving = file.with_name(f"{file.name}.arriving")
-        arriving.write_text(text, encoding="utf-8")
-        arriving.replace(file)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
 
     def check(self, name: str, classes: Sequence[str]) -> None:
         """Check that at least one known class is still present; otherwise this is a different data set.
@@ -72,12 +72,13 @@ class DataLock:
         """
         if self.classes and not set(self.classes) & set(classes):
             raise ConvoyError(
-                f"none of the classes that data.lock knows of {name} ({truncate_names(self.classes)}) is there, but"
-                f" {truncate_names(classes)}: give another data set another name in conf/dataset/, or take this one out"
-                " of data.lock; if these are folders around the classes, put the classes themselves at the top"
+                f"the data has the classes {truncate_names(classes)}, but none of those that data.lock records for"
+                f" {name} ({truncate_names(self.classes)}): give a new data set a new name in conf/dataset/, or remove"
+                f" {name} from data.lock; if these are folders that contain the classes, move the class folders to the"
+                " top"
             )
 
-    def draws(self, given: Set[str]) -> list[Drawn]:
+    def splits_to_draw(self, given: Set[str]) -> list[DrawnSplit]:
         """Return the splits to draw from the images that the source assigns to training.
 
         These are the splits that the source does not assign, or did not assign in an earlier version.
@@ -87,12 +88,12 @@ class DataLock:
         """
         # A source that assigns no splits now may assign these images to training later.
         if given <= {""}:
-            return [*DRAWN]
+            return [*DRAWN_SPLITS]
         if "train" not in given:
             return self.drawn
-        return [split for split in DRAWN if split in self.drawn or split not in given]
+        return [split for split in DRAWN_SPLITS if split in self.drawn or split not in given]
 
-    def grown(
+    def add_version(
         self, classes: Sequence[str], version: LockedVersion, drawn: Collection[str] = (), source: str | None = None
     ) -> "DataLock":
         """Return a copy with new classes appended and `version` as the newest version.
@@ -106,55 +107,55 @@ class DataLock:
             source: Where the images come from; None keeps the recorded source.
         """
         versions = self.versions if self.versions[-1:] == [version] else [*self.versions[-1:], version]
-        ever = [split for split in DRAWN if split in self.drawn or split in drawn]
-        source = source or self.source
-        return DataLock(source=source, classes=extended(self.classes, classes), versions=versions, drawn=ever)
+        all_drawn = [split for split in DRAWN_SPLITS if split in self.drawn or split in drawn]
+        return DataLock(
+            source=source or self.source,
+            classes=extend_classes(self.classes, classes),
+            versions=versions,
+            drawn=all_drawn,
+        )
 
-    def changes(self) -> list[str]:
+    def describe_changes(self) -> list[str]:
         """Describe the changes from the previous version to the newest, one message for each change."""
         if len(self.versions) < 2:
             return []
         before, now = self.versions
-        words = []
+        messages = []
         if new := [name for name in now.images if name not in before.images]:
-            words.append(f"new classes: {', '.join(map(repr, new))}")
+            messages.append(f"new classes: {', '.join(map(repr, new))}")
         if gone := [name for name in before.images if name not in now.images]:
-            words.append(f"classes that have no images any more: {', '.join(map(repr, gone))}; they keep their places")
-        total, earlier = sum(now.images.values()), sum(before.images.values())
-        if total != earlier:
-            words.append(f"{total} images, {total - earlier:+} ({earlier} before)")
+            messages.append(f"classes without images now: {', '.join(map(repr, gone))}; they keep their labels")
+        total, total_before = sum(now.images.values()), sum(before.images.values())
+        if total != total_before:
+            messages.append(f"{total} images, {total - total_before:+} ({total_before} before)")
         for name in now.images:
             if name in before.images and now.images[name] != before.images[name]:
-                words.append(f"class {name!r}: {now.images[name]} images ({before.images[name]} before)")
-        if not words and now.digest != before.digest:
-            words.append("as many images in each class as before, but not the same ones, or in another split")
+                messages.append(f"class {name!r}: {now.images[name]} images ({before.images[name]} before)")
+        if not messages and now.digest != before.digest:
+            messages.append("the number of images in each class is unchanged, but the images or their splits differ")
         if now.quarantine != before.quarantine:
-            words.append(f"{now.quarantine} images in quarantine ({before.quarantine} before)")
-        return words
+            messages.append(f"{now.quarantine} images in quarantine ({before.quarantine} before)")
+        return messages
 
 
-# The lock of a data set that has never been fetched.
-NEW = DataLock(classes=[], versions=[])
-
-
-def extended(known: Sequence[str], classes: Sequence[str]) -> list[str]:
+def extend_classes(known: Sequence[str], classes: Sequence[str]) -> list[str]:
     """Return the class list `known` with new classes appended, so that the index of a class never changes."""
     return list(dict.fromkeys([*known, *classes]))
 
 
-def version_of(pieces: Iterable[pd.DataFrame], quarantine: int) -> LockedVersion:
-    """Return the version that consists of the given images.
+def compute_version(chunks: Iterable[pd.DataFrame], quarantine: int) -> LockedVersion:
+    """Compute the version that consists of the given images.
 
     Args:
-        pieces: Tables with a row for each image and the columns sha256, label and split.
+        chunks: Tables with a row for each image and the columns sha256, label and split.
         quarantine: The number of excluded images.
     """
     # The digest is a sum of hashes, because a sum does not depend on the order and needs no memory.
     total, counts = 0, collections.Counter[str]()
-    for piece in pieces:
-        for row in zip(*(piece[name].tolist() for name in ("sha256", "label", "split")), strict=True):
+    for chunk in chunks:
+        for row in zip(*(chunk[name].tolist() for name in ("sha256", "label", "split")), strict=True):
             total += int.from_bytes(hashlib.sha256("\t".join(row).encode()).digest())
-        counts.update(piece["label"].tolist())
+        counts.update(chunk["label"].tolist())
     return LockedVersion(
         digest=f"{total % 2**128:032x}",
         images=dict(sorted(counts.items())),
@@ -175,39 +176,39 @@ def check_source(root: Path, dataset: DatasetConfig) -> str | None:
     Raises:
         ConvoyError: If data.lock records another source for the data set of this name.
     """
-    source = _source(root / "data.dvc", dataset)
-    known = DataLock.load(root / "data.lock", dataset.name).source
-    if source is None or known is None or source == known:
+    source = _find_source(root / "data.dvc", dataset)
+    recorded = DataLock.load(root / "data.lock", dataset.name).source
+    if source is None or recorded is None or source == recorded:
         return source
     file = "conf/dataset/" + ("" if dataset.torchvision else "folder.yaml")
     line = yaml.safe_dump({"source": source}, allow_unicode=True, width=10**6).strip()
     raise ConvoyError(
-        f"the images of {dataset.name} are to come from {source}, and came from {known} until now (data.lock). If they "
-        f"are another data set, give it a name of its own: set `name:` in {file}. If the same images have moved, set "
-        f"`{line}` under {dataset.name} in data.lock"
+        f"the images of {dataset.name} would come from {source}, but data.lock records that they come from {recorded}."
+        f" If this is a different data set, give it its own name: set `name:` in {file}. If the same images were moved,"
+        f" set `{line}` under {dataset.name} in data.lock"
     )
 
 
-def _source(described: Path, dataset: DatasetConfig) -> str | None:
+def _find_source(dvc_file: Path, dataset: DatasetConfig) -> str | None:
     if dataset.torchvision is not None:
         return dataset.origin
-    if not described.exists():
+    if not dvc_file.exists():
         return None
     try:
-        (dep,) = yaml.safe_load(described.read_text(encoding="utf-8")).get("deps") or [{"path": "data"}]
+        (dep,) = yaml.safe_load(dvc_file.read_text(encoding="utf-8")).get("deps") or [{"path": "data"}]
         return " ".join([*([dep["repo"]["url"]] if "repo" in dep else []), dep["path"]])
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        said = f"{described.name} does not say where the images come from"
-        raise ConvoyError(f"{said}: take it from git again ({error})") from None
+        problem = f"{dvc_file.name} does not contain the source of the images"
+        raise ConvoyError(f"{problem}: restore it from git ({error})") from None
 
 
-def _sections(file: Path) -> dict[str, Any]:
+def _load_sections(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
         sections = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConvoyError(f"{file.name} can't be read: take it from git again ({error})") from error
+        raise ConvoyError(f"{file.name} can't be read: restore it from git ({error})") from error
     if not isinstance(sections, dict):
-        raise ConvoyError(f"{file.name} is not a table of data sets: take it from git again")
+        raise ConvoyError(f"{file.name} is not a mapping of data sets: restore it from git")
     return sections

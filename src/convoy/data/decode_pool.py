@@ -6,8 +6,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import sys
-import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from multiprocessing import forkserver
@@ -18,148 +16,130 @@ from joblib import cpu_count
 from pebble import ProcessExpired, ProcessPool
 
 from convoy.data.cache import CacheDir
-from convoy.data.decode_worker import BATCH_BYTES, RECORD, Batch, decode_batch, init_worker
+from convoy.data.decode_cache import RECORD
+from convoy.data.decode_worker import BATCH_BYTES, Batch, decode_batch, init_worker
 from convoy.data.sources.base import Content, Sample, Source
 
 # Number of images in the first and in the largest batch; other batches have about `BATCH_BYTES` of pixels.
-FIRST_BATCH, LARGEST_BATCH = 16, 512
+FIRST_BATCH_IMAGES, MAX_BATCH_IMAGES = 16, 512
 # Environment variable with the number of threads, which OpenBLAS and MKL read when they are loaded.
-THREADS = "OMP_NUM_THREADS"
-# Time limit for one image in seconds; a batch gets twice as much.
-PATIENCE = 60
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+# Time limit for one image; a batch gets twice as much.
+IMAGE_TIMEOUT_S = 60
 
 
-def decode_all(source: Source, longest_side: int, earlier: CacheDir) -> Iterator[tuple[list[Sample], Batch]]:
+def decode_all(source: Source, longest_side: int, cache_dir: CacheDir) -> Iterator[tuple[list[Sample], Batch]]:
     """Decode all samples of a source in parallel processes.
 
     Args:
         source: The source of the samples.
         longest_side: Larger images are reduced to this many pixels on their longest side.
-        earlier: Cache that `decode_worker.keep` wrote. Images whose bytes it contains are not decoded again.
+        cache_dir: Cache that `write_decode_cache` wrote. Images whose bytes it contains are not decoded again.
 
     Yields:
         Batches of samples and their results, in the order of the source.
     """
     workers = cpu_count()
-    judging = functools.partial(decode_batch, longest_side=longest_side, earlier=earlier)
-    ahead: collections.deque[tuple[list[Sample], Future]] = collections.deque()
-    size = FIRST_BATCH
-    with _pool(workers) as pool:
-        while members := _taken(source.members, size):
-            contents = [member.content for member in members]
-            ahead.append((members, pool.schedule(judging, [contents], timeout=2 * PATIENCE)))
-            if len(ahead) > 2 * workers + 4:
-                for done, batch in _outcomes(pool, judging, *ahead.popleft()):
-                    yield done, batch
-                    size = _next_size(done, batch)
-        while ahead:
-            yield from _outcomes(pool, judging, *ahead.popleft())
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPool]:
-    pool = ProcessPool(workers, context=get_ready(), initializer=init_worker)
+    decode = functools.partial(decode_batch, longest_side=longest_side, cache_dir=cache_dir)
+    pending: collections.deque[tuple[list[Sample], Future]] = collections.deque()
+    size = FIRST_BATCH_IMAGES
+    pool = ProcessPool(workers, context=start_fork_server(), initializer=init_worker)
     try:
-        with _without_main():
-            yield pool
+        while samples := _take_batch(source.samples, size):
+            contents = [sample.content for sample in samples]
+            pending.append((samples, pool.schedule(decode, [contents], timeout=2 * IMAGE_TIMEOUT_S)))
+            if len(pending) > 2 * workers + 4:
+                for decoded, batch in _collect(pool, decode, *pending.popleft()):
+                    yield decoded, batch
+                    size = _next_size(decoded, batch)
+        while pending:
+            yield from _collect(pool, decode, *pending.popleft())
     finally:
         pool.stop()
         pool.join()
 
 
-def get_ready() -> BaseContext:
+def start_fork_server() -> BaseContext:
     """Start the server process from which the decode workers are forked.
 
-    The server imports what the workers need, and shares no lock, file or thread with this process. Calling this
-    function early hides the time of the imports.
+    The server shares no lock, file or thread with this process. Calling this function early hides the time of the
+    imports.
 
     Returns:
         The multiprocessing context of the workers.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([decode_batch.__module__, ProcessPool.__module__])
+    # Each worker imports the main module, and with it this one; the server imports pandas and others once for all.
+    context.set_forkserver_preload(["convoy.data.ingest", ProcessPool.__module__])
     # More NumPy threads per worker would only wait for each other.
-    with _threads("1"):
+    with _set_threads("1"):
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def _threads(number: str) -> Iterator[None]:
+def _set_threads(number: str) -> Iterator[None]:
     """Set the number of threads of processes that start while the context is active."""
-    before = os.environ.get(THREADS)
-    os.environ[THREADS] = number
+    previous = os.environ.get(THREADS_VARIABLE)
+    os.environ[THREADS_VARIABLE] = number
     try:
         yield
     finally:
-        os.environ.pop(THREADS)
-        if before is not None:
-            os.environ[THREADS] = before
+        os.environ.pop(THREADS_VARIABLE)
+        if previous is not None:
+            os.environ[THREADS_VARIABLE] = previous
 
 
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Prevent processes that start in this context from importing the main module, and with it pandas and others.
-
-    Importing what decoding needs took 0.3 s, and everything that ingesting needs 1.0 s.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _taken(members: Iterator[Sample], most: int) -> list[Sample]:
-    """Take the next samples, at most `most`, and stop once those in memory have `BATCH_BYTES`.
+def _take_batch(samples: Iterator[Sample], max_count: int) -> list[Sample]:
+    """Take the next samples, at most `max_count`, and stop once those in memory have `BATCH_BYTES`.
 
     Without this limit, large images that follow small ones would make a batch too large.
     """
-    taken, size = [], 0
-    for member in itertools.islice(members, most):
-        taken.append(member)
-        match member.content:
+    batch, size = [], 0
+    for sample in itertools.islice(samples, max_count):
+        batch.append(sample)
+        match sample.content:
             case bytes() as file:
                 size += len(file)
             case np.ndarray() as pixels:
                 size += pixels.nbytes
         if size >= BATCH_BYTES:
             break
-    return taken
+    return batch
 
 
-def _next_size(members: list[Sample], batch: Batch) -> int:
+def _next_size(samples: list[Sample], batch: Batch) -> int:
     """Return the number of images whose pixels have about `BATCH_BYTES`.
 
     Small batches cost time because each is a task of its own, and large ones cost memory.
     """
-    return int(np.clip(BATCH_BYTES * len(members) // (batch.sizes.sum() + 1), 4, LARGEST_BATCH))
+    return int(np.clip(BATCH_BYTES * len(samples) // (batch.sizes.sum() + 1), 4, MAX_BATCH_IMAGES))
 
 
-def _outcomes(
-    pool: ProcessPool, judging: Callable, members: list[Sample], whole: Future
+def _collect(
+    pool: ProcessPool, decode: Callable, samples: list[Sample], future: Future
 ) -> Iterator[tuple[list[Sample], Batch]]:
-    while members:
+    """Yield the results of a batch, which the worker may have decoded only in part."""
+    while samples:
         try:
-            batch = whole.result()
-            done, members = members[: len(batch.faults)], members[len(batch.faults) :]
-            yield done, batch
-            if members:
-                rest = [member.content for member in members]
-                whole = pool.schedule(judging, [rest], timeout=2 * PATIENCE)
+            batch = future.result()
+            decoded, samples = samples[: len(batch.faults)], samples[len(batch.faults) :]
+            yield decoded, batch
+            if samples:
+                contents = [sample.content for sample in samples]
+                future = pool.schedule(decode, [contents], timeout=2 * IMAGE_TIMEOUT_S)
         # Decoding each image by itself shows which of them is broken.
         except (ProcessExpired, TimeoutError):
-            for member in members:
-                yield [member], _alone(pool, judging, member.content)
+            for sample in samples:
+                yield [sample], _decode_single(pool, decode, sample.content)
             return
 
 
-def _alone(pool: ProcessPool, judging: Callable, content: Content) -> Batch:
+def _decode_single(pool: ProcessPool, decode: Callable, content: Content) -> Batch:
     try:
-        return pool.schedule(judging, [[content]], timeout=PATIENCE).result()
+        return pool.schedule(decode, [[content]], timeout=IMAGE_TIMEOUT_S).result()
     except ProcessExpired:
         fault = "crashes its decoder"
     except TimeoutError:
-        fault = f"takes more than {PATIENCE} seconds to decode"
+        fault = f"takes more than {IMAGE_TIMEOUT_S} seconds to decode"
     return Batch([fault], np.empty(0, RECORD), b"")

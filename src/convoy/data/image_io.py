@@ -12,20 +12,20 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImageError
 
-# Only these decoders ever see a file.
+# Pillow may use only the decoders of these formats.
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]
 # By its header, an image with more pixels is rejected as a decompression bomb.
 MAX_PIXELS = 100_000_000
 # A JPEG may be decoded to this fraction of the longest side: for 256 pixels, an image of 500 is decoded to 250.
-NEARLY = 0.95
+MIN_SIZE_FRACTION = 0.95
 # The first bytes of a JPEG file.
-JPEG = b"\xff\xd8\xff"
+JPEG_START = b"\xff\xd8\xff"
 # The byte of a JPEG with the major revision of its format, which should be 1.
-REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)
+JFIF_REVISION = re.compile(rb"(?<=\xff\xe0..JFIF\0).", re.DOTALL)
 # A JPEG with an orientation contains one of these.
 EXIF, XMP = b"Exif\0\0", b"tiff:Orientation"
 # EXIF orientation -> the transposition that turns the image upright.
-UPRIGHT = {
+TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,9 +35,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # The ends of Pillow's names for raw modes with two bytes a channel, by byte order.
-SIXTEEN = (";16B", ";16L", ";16N")
+RAW_MODES_16_BIT = (";16B", ";16L", ";16N")
 # The TIFF tag PhotometricInterpretation; its value is 0 if 0 is white.
-PHOTOMETRIC = 262
+PHOTOMETRIC_TAG = 262
 
 
 class InvalidImageError(Exception):
@@ -73,7 +73,7 @@ def decode(data: bytes, longest_side: int) -> Decoded:
     if not data:
         raise InvalidImageError("is empty")
     try:
-        return (_decode_jpeg if data.startswith(JPEG) else _decode_other)(data, longest_side)
+        return (_decode_jpeg if data.startswith(JPEG_START) else _decode_other)(data, longest_side)
     except InvalidImageError:
         raise
     except UnidentifiedImageError:
@@ -83,8 +83,8 @@ def decode(data: bytes, longest_side: int) -> Decoded:
     # For broken bytes, Pillow's decoders raise all kinds of errors, even OverflowError.
     except Exception as error:
         # Cats vs Dogs has files with the revisions 0 and 2, which mean the same as 1.
-        if "unknown JFIF revision" in str(error) and data != (known := REVISION.sub(b"\1", data)):
-            return decode(known, longest_side)
+        if "unknown JFIF revision" in str(error) and data != (standard := JFIF_REVISION.sub(b"\1", data)):
+            return decode(standard, longest_side)
         raise InvalidImageError(f"can't be decoded: {str(error) or type(error).__name__}") from None
 
 
@@ -95,7 +95,7 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     # simplejpeg raises KeyError if it can't find the colour space.
     except KeyError:
-        raise InvalidImageError("can't be decoded: its header is not whole") from None
+        raise InvalidImageError("can't be decoded: its header is incomplete") from None
     _check_size(height, width)
     if colours in ("CMYK", "YCCK"):
         # Decoding checks the file strictly; the pixels come from Pillow, which converts these colours.
@@ -107,12 +107,12 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
         if not (EXIF in data or XMP in data):
             return Decoded(pixels, height, width)
     else:
-        scale = NEARLY * longest_side / max(height, width)
-        least = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
+        scale = MIN_SIZE_FRACTION * longest_side / max(height, width)
+        min_size = {"min_height": math.ceil(height * scale), "min_width": math.ceil(width * scale)}
         # Decoding to a half, a quarter or an eighth of the size is cheaper.
-        pixels = simplejpeg.decode_jpeg(data, space, **least, min_factor=2)
+        pixels = simplejpeg.decode_jpeg(data, space, **min_size, min_factor=2)
     image = as_image(pixels)
-    with _quiet():
+    with _ignore_warnings():
         # Pillow raises for some broken EXIF although the pixels are complete.
         with contextlib.suppress(Exception):
             # EXIF and XMP contain the orientation.
@@ -128,7 +128,7 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
     if image.format == "PNG":
         image.verify()
         image = _open(data)
-    with _quiet():
+    with _ignore_warnings():
         # When it loads a TIFF, Pillow follows the tags that point to other directories, and raises if one is broken.
         if image.format == "TIFF":
             with contextlib.suppress(Exception):
@@ -136,15 +136,15 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
                 for tag in exif.keys() & TiffTags.TAGS_V2_GROUPS.keys():
                     del exif[tag]
         # Loading the image drops its raw mode.
-        rawmode = _rawmode(image)
+        raw_mode = _raw_mode(image)
         image.draft(None, (longest_side, longest_side))
         image.load()
-        if rawmode.endswith(SIXTEEN) and not image.mode.startswith("I;16"):
-            return Decoded(to_grey_or_rgb(_higher_8_bits(image, rawmode), longest_side), height, width)
+        if raw_mode.endswith(RAW_MODES_16_BIT) and not image.mode.startswith("I;16"):
+            return Decoded(to_grey_or_rgb(_adapt_16_bit(image, raw_mode), longest_side), height, width)
         return Decoded(to_grey_or_rgb(image, longest_side), height, width)
 
 
-def _rawmode(image: ImageFile.ImageFile) -> str:
+def _raw_mode(image: ImageFile.ImageFile) -> str:
     """Return Pillow's name for the format of the pixels in the file, "" for WebP."""
     # Images in WebP have no tiles, and only one format of pixels.
     if not image.tile:
@@ -153,7 +153,7 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return args if isinstance(args, str) else str(args[0])
 
 
-def _higher_8_bits(image: Image.Image, rawmode: str) -> Image.Image:
+def _adapt_16_bit(image: Image.Image, raw_mode: str) -> Image.Image:
     """Adapt an image with 16 bits a channel, of which Pillow has kept the higher 8.
 
     Grey images with an alpha channel, which Pillow loads as RGBA, become LA again.
@@ -168,16 +168,16 @@ def _higher_8_bits(image: Image.Image, rawmode: str) -> Image.Image:
     # The transparent colour still has 16 bits, and Pillow would compare its lower 8.
     if "transparency" in image.info:
         image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
-    return image.convert("LA") if rawmode.startswith("LA") else image
+    return image.convert("LA") if raw_mode.startswith("LA") else image
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    with _quiet():
+    with _ignore_warnings():
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _ignore_warnings() -> Iterator[None]:
     """Suppress Pillow's warnings, because this module decides what makes an image invalid."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -202,20 +202,20 @@ def to_grey_or_rgb(image: Image.Image, longest_side: int | None = None) -> np.nd
     Raises:
         InvalidImageError: If the pixels have 32 bits.
     """
-    turn = _turn(image)
-    image = _grey_or_rgb(image)
-    if turn is not None:
-        image = image.transpose(turn)
+    transposition = _find_transposition(image)
+    image = _convert_mode(image)
+    if transposition is not None:
+        image = image.transpose(transposition)
     if longest_side and max(image.size) > longest_side:
         # Bilinear, as in `center_crop_resize`, takes 0.6 of the time of bicubic.
         image.thumbnail((longest_side, longest_side), Image.Resampling.BILINEAR)
-    return _pixels(image)
+    return _to_pixels(image)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def _find_transposition(image: Image.Image) -> Image.Transpose | None:
     """Return the transposition that turns an image upright, None if there is none or the EXIF is broken."""
     try:
-        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     # For broken EXIF, Pillow raises all kinds of errors, even TypeError; the image itself can still be used.
     except Exception:
         return None
@@ -237,7 +237,7 @@ def center_crop_resize(pixels: np.ndarray, size: int, channels: int) -> np.ndarr
     image = as_image(pixels)
     if pixels.shape[2] != channels:
         image = image.convert("L" if channels == 1 else "RGB")
-    return _pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+    return _to_pixels(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
 
 def as_image(pixels: np.ndarray) -> Image.Image:
@@ -245,24 +245,24 @@ def as_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _to_pixels(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
+def _convert_mode(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InvalidImageError(f"has {image.mode} pixels (32 bits), whose range is unknown: save it with 8 or 16 bits")
     # Pillow's own conversion would clip nearly all of the image to white.
     if image.mode.startswith("I;16"):
-        return _grey_of_16_bits(image)
-    grey = image.mode in ("1", "L", "LA", "La")
+        return _reduce_16_bit_grey(image)
+    is_grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if grey else "RGB")
+    return image.convert("L" if is_grey else "RGB")
 
 
-def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+def _reduce_16_bit_grey(image: Image.Image) -> Image.Image:
     """Reduce a grey image of 16 bits to the highest 8 of the bits that it uses.
 
     A file does not say how many bits it uses, so the fewest of 8, 12 and 16 that hold the largest value are assumed.
@@ -270,12 +270,12 @@ def _grey_of_16_bits(image: Image.Image) -> Image.Image:
     would be nearly black and all similar. Images of 14 bits are treated as 16 bits, and keep 6.
     """
     values = np.asarray(image).astype(np.uint16)
-    hidden = values == image.info.get("transparency", -1)
-    largest = values.max(initial=0, where=~hidden)
+    is_transparent = values == image.info.get("transparency", -1)
+    largest = values.max(initial=0, where=~is_transparent)
     bits = next(bits for bits in (8, 12, 16) if largest < 2**bits)
     # Pillow inverts images in which 0 is white only if they have 8 bits.
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_TAG) == 0:
         values = 2**bits - 1 - values
     pixels = (values >> bits - 8).astype(np.uint8)
-    pixels[hidden] = 255
+    pixels[is_transparent] = 255
     return Image.fromarray(pixels)

@@ -18,16 +18,22 @@ from convoy.core.artifact_names import IMAGE_TABLE
 from convoy.core.config import Fraction, schema
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
-from convoy.data.data_lock import DataLock, extended
+from convoy.data.data_lock import DataLock, extend_classes
+from convoy.data.decode_cache import RECORD, RECORDS_FILE, DecodeCache, write_decode_cache
 from convoy.data.decode_pool import decode_all
-from convoy.data.decode_worker import RECORD, RECORDS, DecodeCache, keep
-from convoy.data.packed.packed_dataset import COLUMN, DESCRIPTION, ImageTable, PackedDataset
-from convoy.data.packed.pixel_shards import PIXELS, LostShard, ShardWriter
-from convoy.data.sources.archive import ARCHIVES
+from convoy.data.packed.packed_dataset import COLUMN_PREFIX, DESCRIPTION_FILE, ImageTable, PackedDataset
+from convoy.data.packed.pixel_shards import PIXELS_FOLDER, MissingShardError, ShardWriter
+from convoy.data.sources.archive import ARCHIVE_SUFFIXES
 from convoy.data.sources.base import DatasetConfig, Source
 
 # An error message lists this many invalid images by name, and counts the rest.
-TOLD = 50  # images
+MAX_LISTED_IMAGES = 50
+# The columns of the image table that come from a `RECORD`.
+RECORD_COLUMNS = [name for name in RECORD.names or () if name not in ("sha256", "file_stamp")]
+# The beginning of a path that is not searched for a group: the name of the data folder or of an archive.
+PATH_PREFIX = re.compile(
+    rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVE_SUFFIXES))}):|[^/:]*[/:])", re.IGNORECASE | re.DOTALL
+)
 
 
 @schema
@@ -52,17 +58,18 @@ class TooManyInvalidImages(ConvoyError):
 
     def __init__(self, quarantine: pd.DataFrame, count: int, params: FetchConfig) -> None:
         self.quarantine = quarantine
-        first = quarantine.head(TOLD).itertuples(index=False)
+        first = quarantine.head(MAX_LISTED_IMAGES).itertuples(index=False)
+        more = len(quarantine) - MAX_LISTED_IMAGES
         super().__init__(
             f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction="
-            f"{params.max_bad_fraction} allows; mend or remove them:"
+            f"{params.max_bad_fraction} allows; fix or remove them:"
             + "".join(f"\n  {path} {reason}" for path, _, reason in first)
-            + (f"\n  {len(quarantine) - TOLD} more" if len(quarantine) > TOLD else "")
+            + (f"\n  {more} more" if more > 0 else "")
         )
 
 
 def ingest(
-    source: Source, dataset: DatasetConfig, params: FetchConfig, history: DataLock, folder: Path, earlier: CacheDir
+    source: Source, dataset: DatasetConfig, params: FetchConfig, lock: DataLock, folder: Path, cache_dir: CacheDir
 ) -> IngestResult:
     """Decode and validate every image of a source, and pack the valid ones into `folder`.
 
@@ -70,9 +77,9 @@ def ingest(
         source: The labelled images; its samples are consumed.
         dataset: Name, group pattern and maximum image size of the data set.
         params: The limits beyond which ingestion fails.
-        history: The lock of the data set. Classes that are not in it are placed after those that are.
+        lock: The lock of the data set. Classes that are not in it are placed after those that are.
         folder: Where the packed data set is written.
-        earlier: The cache. Images that an earlier run decoded are not decoded again, and what this run decodes is
+        cache_dir: The cache. Images that an earlier run decoded are not decoded again, and what this run decodes is
             cached for the next one.
 
     Returns:
@@ -83,51 +90,51 @@ def ingest(
         ConvoyError: If fewer than two classes have images, or if the group pattern matches no path.
     """
     try:
-        with snapshot(earlier, folder / "earlier") as known:
-            faulty = _decode(source, dataset, folder, known)
-    except LostShard as lost:
-        raise ConvoyError(str(lost)) from lost
-    rows = ImageTable(folder / IMAGE_TABLE)
-    shared = rows.columns("picture")["picture"].duplicated(keep=False)
+        with snapshot(cache_dir, folder / "earlier") as cache_snapshot:
+            invalid = _decode(source, dataset, folder, cache_snapshot)
+    except MissingShardError as error:
+        raise ConvoyError(str(error)) from error
+    table = ImageTable(folder / IMAGE_TABLE)
+    is_repeated = table.read_columns("pixel_hash")["pixel_hash"].duplicated(keep=False)
     # Only images with the same pixels can contradict or repeat each other, and these are few.
-    several = rows.at(np.flatnonzero(shared))
-    contradictions = _contradictions(several)
-    quarantine = pd.concat([faulty, contradictions], ignore_index=True)
+    repeated = table.read_rows(np.flatnonzero(is_repeated))
+    contradictions = _find_contradictions(repeated)
+    quarantine = pd.concat([invalid, contradictions], ignore_index=True)
     if len(quarantine) > params.max_bad_fraction * source.count:
         raise TooManyInvalidImages(quarantine, source.count, params)
-    copies = _copies(several.drop(index=contradictions.index))
+    copies = _find_copies(repeated.drop(index=contradictions.index))
     if len(contradictions) + len(copies):
-        rows.drop(np.union1d(contradictions.index, copies.index))
-    labels = set(rows.columns("label")["label"].unique())
-    _check_classes(dataset.name, labels, source.notes)
+        table.drop_rows(np.union1d(contradictions.index, copies.index))
+    labels = set(table.read_columns("label")["label"].unique())
+    _check_class_count(dataset.name, labels, source.notes)
 
-    classes = extended(history.classes, [label for label in source.classes if label in labels])
-    given = set(rows.columns("split")["split"].unique())
-    drawn = history.draws(given)
-    described = {
+    classes = extend_classes(lock.classes, [label for label in source.classes if label in labels])
+    given = set(table.read_columns("split")["split"].unique())
+    drawn = lock.splits_to_draw(given)
+    description = {
         "name": dataset.name,
         "origin": dataset.origin,
         "longest_side": dataset.longest_side,
         "classes": classes,
         "drawn": drawn,
     }
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
-    keep(folder / RECORDS, folder / PIXELS, earlier.folder)
-    notes = [*source.notes, *_twins(classes), *_ungrouped(rows, dataset.group)]
+    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    write_decode_cache(folder / RECORDS_FILE, folder / PIXELS_FOLDER, cache_dir.folder)
+    notes = [*source.notes, *_note_equal_names(classes), *_note_ungrouped(table, dataset.group)]
     notes += [
-        f"{split} images are given now, and some of those given for training stay {split} images as well, as they were"
-        " before: data.lock says so under drawn, and may be mended there"
+        f"the source assigns {split} images now; some of its training images stay {split} images, as before: to change"
+        " this, edit drawn in data.lock"
         for split in drawn
         if split in given
     ]
     return IngestResult(PackedDataset.load(folder), quarantine, copies.reset_index(drop=True), notes)
 
 
-def group_in(path: str, label: str, pattern: str | None) -> str:
+def find_group(path: str, label: str, pattern: str | None) -> str:
     """Return the name of the group that an image belongs to.
 
-    The name of the data folder or of an archive is not part of the path that is searched, because next week's archive
-    has another name.
+    The name of the data folder or of an archive is not searched, because the next version of an archive may have
+    another name.
 
     Args:
         path: The path of the image, as in `Sample.path`.
@@ -142,154 +149,150 @@ def group_in(path: str, label: str, pattern: str | None) -> str:
     """
     if pattern is None:
         return ""
-    path = _AROUND.sub("", path)
+    path = PATH_PREFIX.sub("", path)
     if pattern == "folder":
         folders = path.split("/")[:-1]
-        inside = folders[folders.index(label) :] if label in folders else folders
-        return "/".join(inside) if inside != [label] else ""
+        folders = folders[folders.index(label) :] if label in folders else folders
+        return "/".join(folders) if folders != [label] else ""
     match = re.search(pattern, path)
     return (match[min(1, match.re.groups)] or "") if match else ""
 
 
-_AROUND = re.compile(rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVES))}):|[^/:]*[/:])", re.IGNORECASE | re.DOTALL)
+def _note_ungrouped(table: ImageTable, pattern: str | None) -> list[str]:
+    """Return a note if the group pattern matches only some paths.
 
-
-def _ungrouped(rows: ImageTable, pattern: str | None) -> list[str]:
-    """Return a warning if the group pattern matches only some paths; raise an error if it matches none."""
+    Raises:
+        ConvoyError: If it matches none.
+    """
     if pattern is None:
         return []
-    there = rows.columns("group")["group"] == ""
-    if not there.any():
+    has_no_group = table.read_columns("group")["group"] == ""
+    if not has_no_group.any():
         return []
-    first = rows.at(np.flatnonzero(there)[:1])["path"].iloc[0]
-    if there.all():
+    example = table.read_rows(np.flatnonzero(has_no_group)[:1])["path"].iloc[0]
+    if has_no_group.all():
         raise ConvoyError(
-            f"dataset.group={pattern!r} finds a group in no path, such as {first}: mend it in conf/dataset/, or set it"
-            " to null"
+            f"dataset.group={pattern!r} finds a group in no path, such as {example}: fix it in conf/dataset/, or set"
+            " it to null"
         )
     return [
-        f"dataset.group={pattern!r} finds no group in the paths of {there.sum()} of {len(there)} images, such as"
-        f" {first}: each of them is split on its own"
+        f"dataset.group={pattern!r} finds no group in the paths of {has_no_group.sum()} of {len(has_no_group)} images,"
+        f" such as {example}: each of them is split on its own"
     ]
 
 
-def _twins(classes: Sequence[str]) -> list[str]:
-    """Return warnings about classes whose names look the same."""
-    named = collections.defaultdict(list)
+def _note_equal_names(classes: Sequence[str]) -> list[str]:
+    """Return notes about classes whose names look the same."""
+    by_plain_name = collections.defaultdict(list)
     for name in classes:
         plain = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
         # pandas writes integers as 1.0 in a column with missing values.
-        named[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)
+        by_plain_name[re.sub(r"^(\d+)\.0+$", r"\1", plain)].append(name)
     return [
-        f"the classes {' and '.join(map(repr, names))} are learned apart: give them one name if they are one class"
-        for names in named.values()
+        f"the classes {' and '.join(map(repr, names))} are different classes: if they are one, give them the same name"
+        for names in by_plain_name.values()
         if len(names) > 1
     ]
 
 
-def _decode(source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir) -> pd.DataFrame:
+def _decode(source: Source, dataset: DatasetConfig, folder: Path, cache_dir: CacheDir) -> pd.DataFrame:
     """Write pixels, table and records of the usable images, and return path, label and reason of the others.
 
     Everything is written to disk batch by batch, so that memory does not grow with the number of images.
     """
-    faults: list[tuple[str, str, str]] = []
-    ImageTable(folder / IMAGE_TABLE).write(_tables(source, dataset, folder, earlier, faults))
-    return pd.DataFrame(faults, columns=["path", "label", "reason"], dtype="str")
+    invalid: list[tuple[str, str, str]] = []
+    ImageTable(folder / IMAGE_TABLE).write(_iter_tables(source, dataset, folder, cache_dir, invalid))
+    return pd.DataFrame(invalid, columns=["path", "label", "reason"], dtype="str")
 
 
-def _tables(
-    source: Source, dataset: DatasetConfig, folder: Path, earlier: CacheDir, faults: list[tuple[str, str, str]]
+def _iter_tables(
+    source: Source, dataset: DatasetConfig, folder: Path, cache_dir: CacheDir, invalid: list[tuple[str, str, str]]
 ) -> Iterator[pa.Table]:
-    """Yield the table rows of the usable images batch by batch, and append the other images to `faults`."""
-    schema, unsaid = _schema(source.more), ("",) * len(source.more)
+    """Yield the table rows of the usable images batch by batch, and append the other images to `invalid`."""
+    schema, no_values = _table_schema(source.extra_columns), ("",) * len(source.extra_columns)
     yield schema.empty_table()
     offset = 0
     with (
-        contextlib.closing(DecodeCache.load(earlier)) as known,
-        contextlib.closing(ShardWriter(folder / PIXELS, known.pixels)) as pixels,
-        (folder / RECORDS).open("wb") as records,
+        contextlib.closing(DecodeCache.load(cache_dir)) as cache,
+        contextlib.closing(ShardWriter(folder / PIXELS_FOLDER, cache.pixels)) as shards,
+        (folder / RECORDS_FILE).open("wb") as records,
         tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
     ):
-        for members, batch in decode_all(source, dataset.longest_side, earlier):
+        for samples, batch in decode_all(source, dataset.longest_side, cache_dir):
             sizes = batch.sizes
-            pixels.write(batch.records["picture"], sizes, batch.records["offset"], batch.pixels)
+            shards.write(batch.records["pixel_hash"], sizes, batch.records["offset"], batch.pixels)
             batch.records["offset"] = offset + np.cumsum(sizes) - sizes
             offset += int(sizes.sum())
             records.write(batch.records.tobytes())
 
-            sound = []
-            for member, fault in zip(members, batch.faults, strict=True):
+            rows = []
+            for sample, fault in zip(samples, batch.faults, strict=True):
                 if fault:
-                    faults.append((member.path, member.label, fault))
+                    invalid.append((sample.path, sample.label, fault))
                 else:
-                    group = member.group or group_in(member.path, member.label, dataset.group)
-                    sound.append((member.path, member.label, member.split, group, *(member.more or unsaid)))
-            yield pa.Table.from_arrays(_columns(sound, batch.records, 4 + len(source.more)), schema=schema)
-            bar.update(len(members))
+                    group = sample.group or find_group(sample.path, sample.label, dataset.group)
+                    rows.append((sample.path, sample.label, sample.split, group, *(sample.extra_values or no_values)))
+            columns = _build_columns(rows, batch.records, 4 + len(source.extra_columns))
+            yield pa.Table.from_arrays(columns, schema=schema)
+            bar.update(len(samples))
 
 
-RECORDED = [name for name in RECORD.names or () if name not in ("sha256", "stamp")]
-
-
-def _schema(more: Sequence[str]) -> pa.Schema:
+def _table_schema(extra_columns: Sequence[str]) -> pa.Schema:
     """Return the schema of the image table as pandas writes it, so that pandas reads back the same types."""
     texts = ["path", "label", "split", "group", "sha256"]
     fields = [(name, pa.large_string()) for name in texts]
-    fields += [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORDED]
-    fields += [(f"{COLUMN}{name}", pa.large_string()) for name in more]
+    fields += [(name, pa.from_numpy_dtype(RECORD[name])) for name in RECORD_COLUMNS]
+    fields += [(f"{COLUMN_PREFIX}{name}", pa.large_string()) for name in extra_columns]
     return pa.Table.from_pandas(pa.schema(fields).empty_table().to_pandas(), preserve_index=False).schema
 
 
-def _columns(said: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
-    """Return the columns of a batch in the order of `_schema`, with the SHA-256 in hexadecimal.
+def _build_columns(rows: list[tuple[str, ...]], records: np.ndarray, width: int) -> list[pa.Array]:
+    """Return the columns of a batch in the order of `_table_schema`, with the SHA-256 in hexadecimal.
 
     Args:
-        said: For each image: path, label, split and group, then the additional columns of the source.
+        rows: For each image: path, label, split and group, then the additional columns of the source.
         records: (N,) `RECORD`, one for each image.
-        width: The number of strings for each image in `said`.
+        width: The number of strings for each image in `rows`.
     """
-    texts = _strings(said, width)
-    digests = pa.array([digest.hex() for digest in records["sha256"].tolist()], pa.large_string())
-    recorded = [pa.array(records[name]) for name in RECORDED]
-    return [*texts[:4], digests, *recorded, *texts[4:]]
+    texts = [pa.array([row[column] for row in rows], pa.large_string()) for column in range(width)]
+    checksums = pa.array([sha256.hex() for sha256 in records["sha256"].tolist()], pa.large_string())
+    recorded = [pa.array(records[name]) for name in RECORD_COLUMNS]
+    return [*texts[:4], checksums, *recorded, *texts[4:]]
 
 
-def _strings(rows: list[tuple], width: int) -> list[pa.Array]:
-    return [pa.array([row[column] for row in rows], pa.large_string()) for column in range(width)]
-
-
-def _contradictions(table: pd.DataFrame) -> pd.DataFrame:
+def _find_contradictions(table: pd.DataFrame) -> pd.DataFrame:
     """Return path, label and reason of the rows whose pixels also occur under another label, by their index."""
-    codes = pd.Series(pd.factorize(table["label"])[0], index=table.index).groupby(table["picture"])
-    several = table[codes.transform("min") != codes.transform("max")]
+    codes = pd.Series(pd.factorize(table["label"])[0], index=table.index).groupby(table["pixel_hash"])
+    contradictory = table[codes.transform("min") != codes.transform("max")]
     reasons = {}
-    for _, same in several.groupby("picture", sort=False):
-        first = same.drop_duplicates("label")
+    for _, same_pixels in contradictory.groupby("pixel_hash", sort=False):
+        first = same_pixels.drop_duplicates("label")
         others = {label: first[first["label"] != label].iloc[0] for label in first["label"]}
-        for row, label in same["label"].items():
+        for row, label in same_pixels["label"].items():
             other = others[label]
-            same_file = other["path"] == table.at[row, "path"]
-            picture = "" if same_file else f"shows the same picture as {other['path']}, which "
-            reasons[row] = f"{picture}is labelled {other['label']!r}{' as well' * same_file}"
-    return several[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
+            if other["path"] == table.at[row, "path"]:
+                reasons[row] = f"is also labelled {other['label']!r}"
+            else:
+                reasons[row] = f"has the same pixels as {other['path']}, which is labelled {other['label']!r}"
+    return contradictory[["path", "label"]].assign(reason=pd.Series(reasons, dtype="str"))
 
 
-def _copies(table: pd.DataFrame) -> pd.DataFrame:
+def _find_copies(table: pd.DataFrame) -> pd.DataFrame:
     """Return path and kept of the rows whose file already occurs in an earlier row, by their index.
 
     A copy with another group or split is not listed: the two may belong to different splits, and only the preprocess
     stage knows the splits.
     """
-    same = table["sha256"] + " " + table["split"] + " " + table["group"]
-    again = same.duplicated()
-    kept = dict(zip(same[~again], table["path"][~again], strict=True))
-    return pd.DataFrame({"path": table["path"][again], "kept": same[again].map(kept)})
+    key = table["sha256"] + " " + table["split"] + " " + table["group"]
+    is_copy = key.duplicated()
+    kept = dict(zip(key[~is_copy], table["path"][~is_copy], strict=True))
+    return pd.DataFrame({"path": table["path"][is_copy], "kept": key[is_copy].map(kept)})
 
 
-def _check_classes(name: str, classes: Collection[str], notes: Sequence[str]) -> None:
+def _check_class_count(name: str, classes: Collection[str], notes: Sequence[str]) -> None:
     if len(classes) < 2:
-        have = f"images of one class, {next(iter(classes))!r}" if classes else "no images that can be used"
+        found = f"images of one class, {next(iter(classes))!r}" if classes else "no images that can be used"
         raise ConvoyError(
-            f"{name} has {have}, and a classifier needs two classes or more: give each class a folder of its own"
+            f"{name} has {found}, and a classifier needs two classes or more: give each class a folder of its own"
             + "".join(f"\n  {note}" for note in notes)
         )

@@ -15,24 +15,24 @@ import xxhash
 from joblib import cpu_count
 from tqdm import tqdm
 
-from convoy.data import image_io as images
+from convoy.data import image_io
 from convoy.data.cache import CacheDir, fingerprint, write_cache
 from convoy.data.image_io import center_crop_resize
 from convoy.data.packed.dataset_info import ChannelMoments
 from convoy.data.packed.packed_dataset import PackedDataset
 from convoy.data.packed.pixel_shards import contiguous_ranges
 
-# Indices of splits; images that are in no split have `EXCLUDED`.
+# Index of the training split, and the one of images that are in no split.
 TRAIN, EXCLUDED = 0, -1
 # Bytes of pixels that are resized at a time.
-CHUNK = 2**24
-INDEX = "index.npy"
+CHUNK_BYTES = 2**24
+INDEX_FILE = "index.npy"
 # A resized image in the cache.
 ENTRY = np.dtype(
     [
-        ("picture", np.uint64),  # pixel hash of the original image
-        ("check", np.uint64),  # hash of the resized pixels
-        ("side", np.int8),  # index of the split
+        ("pixel_hash", np.uint64),  # of the original image
+        ("resized_hash", np.uint64),  # hash of the resized pixels
+        ("split_id", np.int8),  # index of the split
         ("row", np.int64),  # position among the images of the split
     ]
 )
@@ -40,7 +40,7 @@ Shape = tuple[int, int, int]  # height, width, channels
 
 
 def write_resized(
-    packed: PackedDataset, sides: np.ndarray, shape: Shape, files: Sequence[Path], earlier: CacheDir
+    packed: PackedDataset, split_ids: np.ndarray, shape: Shape, files: Sequence[Path], cache_dir: CacheDir
 ) -> ChannelMoments:
     """Resize images to a fixed size, reusing cached results.
 
@@ -49,43 +49,43 @@ def write_resized(
 
     Args:
         packed: The data set with the images.
-        sides: The index of each image's file in `files`, or `EXCLUDED`.
+        split_ids: The index of each image's file in `files`, or `EXCLUDED`.
         shape: Height, width and channels of the resized images.
         files: The `.npy` file to write for each split.
-        earlier: Cache of an earlier run. It is replaced by one for this run.
+        cache_dir: Cache of an earlier run. It is replaced by one for this run.
 
     Returns:
         The channel sums of the training images.
     """
-    sums = ChannelMoments(shape[-1])
-    folder = earlier.folder / fingerprint([images, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
-    index = np.empty(len(sides), ENTRY)
-    index["picture"], index["side"] = packed.rows.columns("picture")["picture"], sides
+    moments = ChannelMoments(shape[-1])
+    folder = cache_dir.folder / fingerprint([image_io, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
+    index = np.empty(len(split_ids), ENTRY)
+    index["pixel_hash"], index["split_id"] = packed.table.read_columns("pixel_hash")["pixel_hash"], split_ids
     with contextlib.ExitStack() as stack:
-        known = stack.enter_context(
-            contextlib.closing(ResizeCache.load(folder, [earlier.output / file.name for file in files], shape))
+        cache = stack.enter_context(
+            contextlib.closing(ResizeCache.load(folder, [cache_dir.output / file.name for file in files], shape))
         )
-        opened = [stack.enter_context(file.open("wb")) for file in files]
-        for side, file in enumerate(opened):
-            rows = np.flatnonzero(sides == side)
+        outputs = [stack.enter_context(file.open("wb")) for file in files]
+        for split_id, output in enumerate(outputs):
+            rows = np.flatnonzero(split_ids == split_id)
             index["row"][rows] = np.arange(len(rows))
-            described = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
-            np.lib.format.write_array_header_1_0(file, described)
-        start, bar = 0, stack.enter_context(tqdm(total=len(sides), desc="preprocess", unit=" images"))
-        for fitted, checks in _fitted(packed, index["picture"], shape, known):
-            here = slice(start, start := start + len(fitted))
-            parts = [fitted[sides[here] == side] for side in range(len(opened))]
-            for part, file in zip(parts, opened, strict=True):
-                file.write(part.data)
-            sums.add(parts[TRAIN])
-            index["check"][here] = checks
-            bar.update(len(fitted))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
+            np.lib.format.write_array_header_1_0(output, header)
+        start, bar = 0, stack.enter_context(tqdm(total=len(split_ids), desc="preprocess", unit=" images"))
+        for resized, hashes in _iter_resized(packed, index["pixel_hash"], shape, cache):
+            chunk = slice(start, start := start + len(resized))
+            by_split = [resized[split_ids[chunk] == split_id] for split_id in range(len(outputs))]
+            for pixels, output in zip(by_split, outputs, strict=True):
+                output.write(pixels.data)
+            moments.add(by_split[TRAIN])
+            index["resized_hash"][chunk] = hashes
+            bar.update(len(resized))
     # If all images have the right shape already, there is nothing worth caching.
-    if (packed.places[:, :3] != shape).any():
-        index = index[index["side"] != EXCLUDED]
-        index = index[index["picture"].argsort(kind="stable")]
-        write_cache(folder, lambda folder: np.save(folder / INDEX, index))
-    return sums
+    if (packed.pixel_extents[:, :3] != shape).any():
+        index = index[index["split_id"] != EXCLUDED]
+        index = index[index["pixel_hash"].argsort(kind="stable")]
+        write_cache(folder, lambda folder: np.save(folder / INDEX_FILE, index))
+    return moments
 
 
 class ResizeCache:
@@ -99,7 +99,7 @@ class ResizeCache:
 
     def __init__(self, index: np.ndarray, files: Sequence[IO[bytes]], shape: Shape) -> None:
         self.index, self.files, self.shape = index, files, shape
-        self.pictures = np.ascontiguousarray(index["picture"])
+        self.pixel_hashes = np.ascontiguousarray(index["pixel_hash"])
         self.starts = [file.tell() for file in files]
 
     @classmethod
@@ -111,91 +111,92 @@ class ResizeCache:
                 for file in opened:
                     np.lib.format.read_magic(file)
                     np.lib.format.read_array_header_1_0(file)
-                known = cls(np.load(folder / INDEX), opened, shape)
+                cache = cls(np.load(folder / INDEX_FILE), opened, shape)
             # The files are missing or incomplete.
             except (OSError, ValueError, EOFError):
                 return cls(np.empty(0, ENTRY), [], shape)
             stack.pop_all()
-            return known
+            return cache
 
     def close(self) -> None:
+        """Close the files of the splits."""
         for file in self.files:
             file.close()
 
-    def find(self, pictures: np.ndarray) -> list[tuple[np.ndarray, int] | None]:
+    def find(self, pixel_hashes: np.ndarray) -> list[tuple[np.ndarray, int] | None]:
         """Look up images by their pixel hashes.
 
         Args:
-            pictures: (N,) uint64 pixel hashes.
+            pixel_hashes: (N,) uint64, of the original images.
 
         Returns:
             For each hash the resized image (H, W, C) uint8 and its hash, or None if it is not cached or is damaged.
         """
         if not len(self.index):
-            return [None] * len(pictures)
-        entries = self.index[np.minimum(self.pictures.searchsorted(pictures), len(self.index) - 1)]
+            return [None] * len(pixel_hashes)
+        entries = self.index[np.minimum(self.pixel_hashes.searchsorted(pixel_hashes), len(self.index) - 1)]
         return [
-            self._read(entry) if entry["picture"] == picture else None
-            for entry, picture in zip(entries, pictures, strict=True)
+            self._read(entry) if entry["pixel_hash"] == pixel_hash else None
+            for entry, pixel_hash in zip(entries, pixel_hashes, strict=True)
         ]
 
     def _read(self, entry: np.void) -> tuple[np.ndarray, int] | None:
         size = math.prod(self.shape)
-        side, row = int(entry["side"]), int(entry["row"])
-        read = os.pread(self.files[side].fileno(), size, self.starts[side] + row * size)
-        check = xxhash.xxh3_64_intdigest(read)
-        sound = len(read) == size and check == entry["check"]
-        return (np.frombuffer(read, np.uint8).reshape(self.shape), check) if sound else None
+        split_id, row = int(entry["split_id"]), int(entry["row"])
+        data = os.pread(self.files[split_id].fileno(), size, self.starts[split_id] + row * size)
+        resized_hash = xxhash.xxh3_64_intdigest(data)
+        is_intact = len(data) == size and resized_hash == entry["resized_hash"]
+        return (np.frombuffer(data, np.uint8).reshape(self.shape), resized_hash) if is_intact else None
 
 
-def _fitted(
-    packed: PackedDataset, pictures: np.ndarray, shape: Shape, known: ResizeCache
+def _iter_resized(
+    packed: PackedDataset, pixel_hashes: np.ndarray, shape: Shape, cache: ResizeCache
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield chunks of all images in order, as resized pixels (N, H, W, C) uint8 and their (N,) uint64 hashes."""
-    at = packed.places
-    sizes = at[:, 0] * at[:, 1] * at[:, 2]
-    step = int(np.clip(CHUNK // max(math.prod(shape), sizes.max()), 1, 256))
+    extents = packed.pixel_extents
+    sizes = extents[:, 0] * extents[:, 1] * extents[:, 2]
+    step = int(np.clip(CHUNK_BYTES // max(math.prod(shape), sizes.max()), 1, 256))
     # Only the chunks in this queue are in memory.
-    ahead: collections.deque[Future] = collections.deque()
+    pending: collections.deque[Future] = collections.deque()
     workers = cpu_count()
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(at), step):
-            here = slice(start, start + step)
-            ahead.append(pool.submit(_fit, packed, at[here], pictures[here], shape, known))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for start in range(0, len(extents), step):
+            chunk = slice(start, start + step)
+            pending.append(pool.submit(_resize_chunk, packed, extents[chunk], pixel_hashes[chunk], shape, cache))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _fit(
-    packed: PackedDataset, at: np.ndarray, pictures: np.ndarray, shape: Shape, known: ResizeCache
+def _resize_chunk(
+    packed: PackedDataset, extents: np.ndarray, pixel_hashes: np.ndarray, shape: Shape, cache: ResizeCache
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read or resize a chunk of images.
 
     Args:
         packed: The data set with the images.
-        at: (N, 4) height, width, channels and offset of each image.
-        pictures: (N,) uint64 pixel hashes.
+        extents: (N, 4) height, width, channels and offset of each image.
+        pixel_hashes: (N,) uint64.
         shape: Height, width and channels of the resized images.
-        known: Cache of resized images.
+        cache: Cache of resized images.
 
     Returns:
         Pixels (N, H, W, C) uint8 and their hashes (N,) uint64. The hashes are 0 if no image had to be resized.
     """
-    sizes = at[:, 0] * at[:, 1] * at[:, 2]
+    sizes, offsets = extents[:, 0] * extents[:, 1] * extents[:, 2], extents[:, 3]
     # If no image has to be resized and there are no gaps between them, one read is enough.
-    if (at[:, :3] == shape).all() and (at[1:, 3] == at[:-1, 3] + sizes[:-1]).all():
-        pixels = packed.pixels.read(int(at[0, 3]), int(sizes.sum()))
-        return pixels.reshape(-1, *shape), np.zeros(len(at), np.uint64)
-    found = known.find(pictures)
-    unknown = np.array([row for row, there in enumerate(found) if there is None], np.int64)
-    for some in contiguous_ranges(at[unknown, 3], sizes[unknown]):
-        rows = unknown[some]
-        pixels, start = packed.pixels.read(int(at[rows[0], 3]), int(sizes[rows].sum())), 0
+    if (extents[:, :3] == shape).all() and (offsets[1:] == offsets[:-1] + sizes[:-1]).all():
+        pixels = packed.pixels.read(int(offsets[0]), int(sizes.sum()))
+        return pixels.reshape(-1, *shape), np.zeros(len(extents), np.uint64)
+    results = cache.find(pixel_hashes)
+    missing = np.array([row for row, result in enumerate(results) if result is None], np.int64)
+    for contiguous in contiguous_ranges(offsets[missing], sizes[missing]):
+        rows = missing[contiguous]
+        pixels, start = packed.pixels.read(int(offsets[rows[0]]), int(sizes[rows].sum())), 0
         for row in rows.tolist():
-            image = pixels[start : (start := start + int(sizes[row]))].reshape(at[row, :3])
-            fitted = center_crop_resize(image, shape[0], shape[2])
-            found[row] = fitted, xxhash.xxh3_64_intdigest(fitted.data)
-    images, checks = zip(*found, strict=True)  # type: ignore[arg-type]
-    return np.stack(images), np.array(checks, np.uint64)
+            image = pixels[start : (start := start + int(sizes[row]))].reshape(extents[row, :3])
+            resized = center_crop_resize(image, shape[0], shape[2])
+            results[row] = resized, xxhash.xxh3_64_intdigest(resized.data)
+    images, hashes = zip(*results, strict=True)  # type: ignore[arg-type]
+    return np.stack(images), np.array(hashes, np.uint64)

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from convoy.core.config import PositiveInt, schema
-from convoy.data.packed.packed_dataset import COLUMN, FEW
+from convoy.data.packed.packed_dataset import COLUMN_PREFIX, MAX_SLICE_VALUES
 from convoy.evaluation.bootstrap import (
     BLOCK_SIZE,
     QUANTILES,
@@ -126,7 +126,7 @@ def per_class_metrics(
 def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
     """Compute the accuracy of each slice of the test set, which is the set of images with the same value in a column.
 
-    Slices are made by the group and by each column of the label table that has at most `FEW` different values.
+    Slices are made by the group and by each column of the label table with at most `MAX_SLICE_VALUES` values.
 
     Returns:
         A table with one row per slice and the columns column, value, images, accuracy, low and high.
@@ -134,10 +134,10 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
     tables = [pd.DataFrame(columns=["column", "value", "images", "accuracy", "low", "high"])]
     correct = (predictions["actual"] == predictions["predicted"]).to_numpy(float)
     for column in predictions:
-        if column != "group" and not str(column).startswith(COLUMN):
+        if column != "group" and not str(column).startswith(COLUMN_PREFIX):
             continue
         codes, names = pd.factorize(predictions[column].to_numpy(object), sort=True)
-        if not 1 <= len(names) <= FEW:
+        if not 1 <= len(names) <= MAX_SLICE_VALUES:
             continue
         images = _one_hot(codes, len(names))
         parts = {"images": images, "correct": _one_hot(codes, len(names), correct)}
@@ -149,7 +149,11 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
             low, high = confidence_interval(
                 accuracy, resampled["correct"] / resampled["images"], effective_counts(images, units)
             )
-        found = {"column": str(column).removeprefix(COLUMN), "value": names, "images": sums["images"].astype(int)}
+        found = {
+            "column": str(column).removeprefix(COLUMN_PREFIX),
+            "value": names,
+            "images": sums["images"].astype(int),
+        }
         tables.append(pd.DataFrame(found | {"accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(tables[1:], ignore_index=True) if len(tables) > 1 else tables[0]
 
@@ -168,7 +172,9 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
     """
     table = pd.DataFrame({"sha256": images["sha256"].to_numpy(), "actual": images["label"].to_numpy()})
     table["predicted"] = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
-    more = [name for name in images.columns if name.startswith(COLUMN) or (name == "group" and images[name].any())]
+    more = [
+        name for name in images.columns if name.startswith(COLUMN_PREFIX) or (name == "group" and images[name].any())
+    ]
     numbers = pd.DataFrame(probabilities, columns=[f"{PROBABILITY_PREFIX}{name}" for name in classes])
     return pd.concat([table, images[more].reset_index(drop=True), numbers], axis=1)
 

@@ -43,12 +43,12 @@ def _iter_resized(images: pd.DataFrame, packed: PackedDataset, info: DatasetInfo
 
     The images are identified by their column path.
     """
-    row_of = pd.Series(np.arange(len(packed.rows)), index=packed.rows.columns("path")["path"])
+    row_of = pd.Series(np.arange(len(packed.table)), index=packed.table.read_columns("path")["path"])
     rows = row_of[images["path"]].tolist()
     for start in range(0, len(rows), CHUNK_SIZE):
         yield np.stack(
             [
-                center_crop_resize(packed.image(row), info.size, info.channels)
+                center_crop_resize(packed.read_image(row), info.size, info.channels)
                 for row in rows[start : start + CHUNK_SIZE]
             ]
         )

@@ -17,7 +17,7 @@ COUNT = 100
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_dataset, "PIECE", 16)
+    monkeypatch.setattr(packed_dataset, "CHUNK_ROWS", 16)
 
 
 def images() -> pd.DataFrame:
@@ -42,11 +42,11 @@ def test_chunk_size_changes_neither_rows_nor_bytes(tmp_path: Path, step: int) ->
     assert rows.file.read_bytes() == written(tmp_path / "other.parquet", 7).file.read_bytes()
     assert len(rows) == COUNT
     pd.testing.assert_frame_equal(pd.read_parquet(rows.file), images())
-    pd.testing.assert_frame_equal(pd.concat(rows.pieces()), images(), check_index_type=False)
+    pd.testing.assert_frame_equal(pd.concat(rows.iter_chunks()), images(), check_index_type=False)
 
 
 def test_single_chunk_table_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_dataset, "PIECE", COUNT)
+    monkeypatch.setattr(packed_dataset, "CHUNK_ROWS", COUNT)
     images().to_parquet(tmp_path / "pandas.parquet", index=False)
     assert written(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
 
@@ -54,14 +54,14 @@ def test_single_chunk_table_has_the_bytes_that_pandas_writes(tmp_path: Path, mon
 @pytest.mark.parametrize("chosen", [[], [0], [15, 16, 99], list(range(COUNT))])
 def test_rows_are_read_by_index(tmp_path: Path, chosen: list[int]) -> None:
     rows = written(tmp_path / "images.parquet", 10)
-    assert rows.at(np.array(chosen, int)).index.tolist() == chosen
-    assert rows.at(np.array(chosen, int))["height"].tolist() == chosen
-    rows.drop(np.array(chosen, int))
-    assert rows.columns("height")["height"].tolist() == sorted(set(range(COUNT)) - set(chosen))
+    assert rows.read_rows(np.array(chosen, int)).index.tolist() == chosen
+    assert rows.read_rows(np.array(chosen, int))["height"].tolist() == chosen
+    rows.drop_rows(np.array(chosen, int))
+    assert rows.read_columns("height")["height"].tolist() == sorted(set(range(COUNT)) - set(chosen))
 
 
 def test_repeated_values_share_categories_across_chunks(tmp_path: Path) -> None:
-    labels = written(tmp_path / "images.parquet", 10).columns("label")["label"]
+    labels = written(tmp_path / "images.parquet", 10).read_columns("label")["label"]
     assert labels.dtype == "category"
     assert labels.astype(str).tolist() == images()["label"].tolist()
 

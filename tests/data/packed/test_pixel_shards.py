@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convoy.data.packed import pixel_shards
-from convoy.data.packed.pixel_shards import LIST, NEW, LostShard, Shards, ShardWriter
+from convoy.data.packed.pixel_shards import NOT_STORED, SHARD_LIST, MissingShardError, Shards, ShardWriter
 
 SIZE = 100
 
@@ -19,9 +19,9 @@ SIZE = 100
 def small() -> None:
     """Eight images in a shard, and a run of less."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixel_shards, "MEAN", 8 * SIZE)
-        patch.setattr(pixel_shards, "MOST", 20 * SIZE)
-        patch.setattr(pixel_shards, "RUN", 5 * SIZE)
+        patch.setattr(pixel_shards, "MEAN_SHARD_BYTES", 8 * SIZE)
+        patch.setattr(pixel_shards, "MAX_SHARD_BYTES", 20 * SIZE)
+        patch.setattr(pixel_shards, "CHUNK_BYTES", 5 * SIZE)
         yield
 
 
@@ -33,6 +33,11 @@ def picture(number: int) -> int:
     return xxhash.xxh3_64_intdigest(image(number))
 
 
+def is_last(number: int) -> bool:
+    """Check whether the image is the last of its shard."""
+    return picture(number) / 2**64 < len(image(number)) / pixel_shards.MEAN_SHARD_BYTES
+
+
 def written(
     folder: Path, numbers: list[int], earlier: Shards | None = None, at: dict | None = None, step: int = 7
 ) -> Shards:
@@ -40,8 +45,8 @@ def written(
     with contextlib.closing(ShardWriter(folder, earlier)) as writer:
         for start in range(0, len(numbers), step):
             some = numbers[start : start + step]
-            offsets = [(at or {}).get(number, NEW) for number in some]
-            new = b"".join(image(number) for number, offset in zip(some, offsets, strict=True) if offset == NEW)
+            offsets = [(at or {}).get(number, NOT_STORED) for number in some]
+            new = b"".join(image(number) for number, offset in zip(some, offsets, strict=True) if offset == NOT_STORED)
             pictures = np.array([picture(number) for number in some], np.uint64)
             sizes = np.array([len(image(number)) for number in some])
             writer.write(pictures, sizes, np.array(offsets), new)
@@ -117,19 +122,25 @@ def test_shard_lost_during_reuse_is_reported(tmp_path: Path, harm: str) -> None:
     earlier = written(tmp_path / "earlier", numbers)
     for name in earlier.names:
         (earlier.folder / name).unlink() if harm == "gone" else (earlier.folder / name).write_bytes(b"")
-    with pytest.raises(LostShard, match="earlier was changed while it was gone on from: run this again"):
+    with pytest.raises(MissingShardError, match="earlier was changed while it was read: run this again"):
         written(tmp_path / "grown", [*numbers[1:]], earlier, places(numbers))
 
 
 def test_no_shard_is_much_larger_than_the_others(tmp_path: Path) -> None:
-    alike = next(number for number in range(99) if picture(number) / 2**64 > len(image(number)) / pixel_shards.MEAN)
+    alike = next(
+        number for number in range(99) if picture(number) / 2**64 > len(image(number)) / pixel_shards.MEAN_SHARD_BYTES
+    )
     written(tmp_path / "alike", [alike] * 100)
     assert max(file.stat().st_size for file in (tmp_path / "alike").iterdir()) < 22 * SIZE
 
 
 def test_identical_shards_take_disk_space_once(tmp_path: Path) -> None:
     numbers = list(range(50))
-    last = next(number for number in numbers[::-1] if picture(number) / 2**64 < len(image(number)) / pixel_shards.MEAN)
+    last = next(
+        number
+        for number in numbers[::-1]
+        if picture(number) / 2**64 < len(image(number)) / pixel_shards.MEAN_SHARD_BYTES
+    )
     once = numbers[: last + 1]
     twice = written(tmp_path / "twice", once * 2)
     assert twice.read(0, 10**6).tobytes() == b"".join(map(image, once * 2))
@@ -144,6 +155,6 @@ def test_missing_or_truncated_shards_are_detected(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(FileNotFoundError):
         there.read(0, 1)
-    (tmp_path / "there" / LIST).write_text("[]")
+    (tmp_path / "there" / SHARD_LIST).write_text("[]")
     with pytest.raises(ValueError, match="not enough values"):
         Shards.load(tmp_path / "there")

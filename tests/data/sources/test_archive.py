@@ -61,7 +61,7 @@ def test_zip_names_of_unknown_encoding_are_reported(data: Path) -> None:
     archive = make_zip({"~~~~/1.png": make_png(1), "dog/1.png": make_png(2)}).replace(b"~~~~", "猫咪".encode("gbk"))
     (note,) = read_folder(write(data, {"pets.zip": archive})).notes
     assert note == (
-        "data/pets.zip does not say how it writes ├¿▀Σ/1.png: if that looks wrong, pack it anew with names in UTF-8"
+        "data/pets.zip does not declare the encoding of ├¿▀Σ/1.png: if this looks wrong, pack it again with UTF-8 names"
     )
 
 
@@ -97,7 +97,7 @@ def test_tar_that_ends_with_a_zip_is_read_as_tar(tmp_path: Path) -> None:
 
 def test_data_that_is_one_file_and_no_archive_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(make_png())
-    with pytest.raises(ConvoyError, match="data is not a whole tar archive"):
+    with pytest.raises(ConvoyError, match="data is not a complete tar archive"):
         read_folder(tmp_path / "data")
 
 
@@ -128,7 +128,7 @@ def test_archive_is_unpacked_from_its_beginning_to_its_end(
         raise AssertionError("unpacked anew")
 
     monkeypatch.setattr("_compression.DecompressReader._rewind", refuse)
-    assert [read_content(member) for member in source.members] == list(inside.values())
+    assert [read_content(member) for member in source.samples] == list(inside.values())
 
 
 # Broken archives
@@ -138,13 +138,13 @@ def test_archive_is_unpacked_from_its_beginning_to_its_end(
 def test_truncated_archive_is_refused_by_name(data: Path, kind: str) -> None:
     noise = np.random.default_rng(0).bytes(5000)
     whole = ARCHIVES[kind](PETS | {"dog/9.png": noise})
-    with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a whole (zip|tar) archive .*: put a sound copy"):
+    with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a complete (zip|tar) archive .*: replace it"):
         read_folder(write(data, {f"pets.{kind}": whole[: len(whole) // 2]}))
 
 
 @every_archive
 def test_file_that_is_no_archive_is_refused_by_name(data: Path, kind: str) -> None:
-    with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a whole"):
+    with pytest.raises(ConvoyError, match=rf"data/pets\.{kind} is not a complete"):
         read_folder(write(data, PETS | {f"pets.{kind}": b"a note"}))
 
 
@@ -161,7 +161,7 @@ def test_broken_tar_entry_does_not_hide_later_entries(data: Path, place: int) ->
 
 
 def test_tar_archive_cut_between_two_entries_is_refused(data: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"data/pets\.tar is not a whole tar archive"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.tar is not a complete tar archive"):
         read_folder(write(data, {"pets.tar": make_tar(PETS, "w")[:1024]}))
 
 
@@ -169,7 +169,7 @@ def test_corrupt_byte_in_gzip_is_found_by_its_checksum(data: Path) -> None:
     archive = io.BytesIO()
     with gzip.GzipFile(fileobj=archive, mode="w", compresslevel=0) as file:  # stored, so that a byte stays a byte
         file.write(make_tar(PETS | {"dog/2.png": b"whisker"}, "w"))
-    with pytest.raises(ConvoyError, match=r"data/pets\.tar\.gz is not a whole tar archive \(CRC check failed"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.tar\.gz is not a complete tar archive \(CRC check failed"):
         read_folder(write(data, {"pets.tar.gz": archive.getvalue().replace(b"whisker", b"whisper")}))
 
 
@@ -208,7 +208,7 @@ def test_corrupt_archive_is_read_or_refused(
         archive[int(place * len(archive))] = byte
     data = write(tmp_path_factory.getbasetemp() / "data", {f"pets.{kind}": bytes(archive)})
     try:
-        members = list(read_folder(data).members)
+        members = list(read_folder(data).samples)
     except ConvoyError as refusal:
         assert f"pets.{kind}" in str(refusal) or "holds no images" in str(refusal)
     else:
@@ -239,7 +239,7 @@ def test_link_or_device_in_a_tar_archive_is_refused(data: Path, kind: bytes) -> 
         link = tarfile.TarInfo("cat/link.png")
         link.type, link.linkname = kind, "/etc/passwd"
         file.addfile(link)
-    with pytest.raises(ConvoyError, match=r"data/pets\.tar:cat/link\.png is no plain file"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.tar:cat/link\.png is not a regular file"):
         read_folder(write(data, {"pets.tar": archive.getvalue()}))
 
 
@@ -250,7 +250,7 @@ def test_link_or_device_in_a_zip_archive_is_refused(data: Path, kind: int) -> No
         link = zipfile.ZipInfo("cat/link.png")
         link.external_attr = kind << 16
         file.writestr(link, "/etc/passwd")
-    with pytest.raises(ConvoyError, match=r"data/pets\.zip:cat/link\.png is no plain file"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:cat/link\.png is not a regular file"):
         read_folder(write(data, {"pets.zip": archive.getvalue()}))
 
 
@@ -258,7 +258,7 @@ def test_link_or_device_in_a_zip_archive_is_refused(data: Path, kind: int) -> No
 def test_oversized_entry_is_named_and_the_others_are_read(
     data: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "MAX_BYTES", 1000)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1000)
     write(data, {f"pets.{kind}": ARCHIVES[kind](PETS | {"dog/0.png": bytes(1001), "dog/9.png": bytes(1000)})})
     members = read(data)
     assert list_faults(members) == [f"data/pets.{kind}:dog/0.png is larger than 256 MiB"]
@@ -270,8 +270,8 @@ def test_oversized_entry_is_named_and_the_others_are_read(
 def test_zip_entry_is_read_up_to_its_declared_size_at_most(
     data: Path, method: int, promised: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(archives, "MAX_UNPACKED", 2**33)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 2**33)
     archive = make_zip({"cat/1.png": bytes(10_000_000), "dog/1.png": b"wag"}, method)
     first = archive.index(b"PK\x01\x02") + 24  # the size in the directory
     archive = archive[:first] + promised.to_bytes(4, "little") + archive[first + 4 :]
@@ -283,7 +283,7 @@ def test_zip_entry_is_read_up_to_its_declared_size_at_most(
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
 def test_decompression_bomb_is_refused(data: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     bomb = {"cat/1.png": bytes(2_000_000), "dog/1.png": b"wag"}
     whole = make_zip(bomb, zipfile.ZIP_DEFLATED) if kind == "zip" else ARCHIVES[kind](bomb)
@@ -292,7 +292,7 @@ def test_decompression_bomb_is_refused(data: Path, kind: str, monkeypatch: pytes
 
 
 def test_endless_zeros_after_a_tar_are_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_UNPACKED", 1_000_000)
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 1_000_000)
     monkeypatch.setattr(archives, "MAX_RATIO", 100)
     with pytest.raises(ConvoyError, match=r"data/pets\.tar\.bz2 has \d+ bytes and would unpack to \d+ or more"):
         read_folder(write(data, {"pets.tar.bz2": bz2.compress(make_tar(PETS, "w") + bytes(2_000_000))}))
@@ -313,14 +313,17 @@ def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
         (header(tarfile.XHDTYPE, b"77777777777"), "a header of 8589934591 bytes"),  # pax, which is read whole
         (header(tarfile.GNUTYPE_LONGNAME, b"77777777777"), "a header of 8589934591 bytes"),
         (header(tarfile.REGTYPE, b"\xff" * 12), "a header of -1 bytes"),
-        (header(tarfile.XHDTYPE, b"16") + b"14 size=-2048\n".ljust(512, b"\0") + header(b"0", b"0"), "no bytes"),
+        (
+            header(tarfile.XHDTYPE, b"16") + b"14 size=-2048\n".ljust(512, b"\0") + header(b"0", b"0"),
+            "of negative size",
+        ),
         (header(tarfile.REGTYPE, b"7777"), "unexpected end of data"),
         (header(tarfile.XHDTYPE, b"0") * 5000, "recursion"),
     ],
 )
 def test_tar_with_false_sizes_is_refused(data: Path, entry: bytes, fault: str) -> None:
     archive = make_tar({"dog/1.png": b"wag"}, "w")[:1024] + entry + bytes(1024)
-    with pytest.raises(ConvoyError, match=rf"data/pets\.tar is not a whole tar archive.*{fault}"):
+    with pytest.raises(ConvoyError, match=rf"data/pets\.tar is not a complete tar archive.*{fault}"):
         read_folder(write(data, {"pets.tar": archive}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConvoyError
-from convoy.data.sources.folder import read_folder, refuse_links
+from convoy.data.sources.folder import read_folder, reject_links
 from factories import PETS, SPLIT_PETS, list_faults, make_png, make_tar, make_zip, read, read_content, read_rows, write
 
 AS_ROWS = [("data/cat/1.png", "cat", ""), ("data/cat/2.png", "cat", ""), ("data/dog/1.png", "dog", "")]
@@ -108,7 +108,7 @@ def test_images_in_hidden_folders_are_reported(data: Path) -> None:
     )
     source = read_folder(data)
     assert source.classes == ["cat", "dog"]
-    assert source.notes == [".birds/0.png: not used, as a folder around it is hidden"]
+    assert source.notes == [".birds/0.png: not used, because a folder that contains it is hidden"]
 
 
 @pytest.mark.parametrize("beside", ["unlabelled/", "meta/", "ground_truth/dog/", "seg_pred/", "nested/cat/"])
@@ -117,12 +117,12 @@ def test_folder_beside_split_folders_is_no_class(data: Path, splits: str, beside
     write(data, {f"{splits.format('train')}cat/1.png": make_png(), f"{splits.format('test')}dog/2.png": make_png()})
     members = read(write(data, {f"{beside}3.png": make_png(), f"{beside}notes.txt": b"of these"}))
     assert {member.label for member in members} == {"cat", "dog", ""}
-    assert list_faults(members) == [f"data/{beside}3.png lies in no class folder of a split, so its label is unknown"]
+    assert list_faults(members) == [f"data/{beside}3.png is in no class folder of a split, so its label is unknown"]
 
 
 @pytest.mark.parametrize("files", ["train_images/1.png test_images/2.png", "Train/1.png Test/2.png Meta/3.png"])
 def test_folders_of_splits_without_classes_are_refused(data: Path, files: str) -> None:
-    with pytest.raises(ConvoyError, match=r"no images with a label(.|\n)*1\.png lies in no class folder"):
+    with pytest.raises(ConvoyError, match=r"no images with a label(.|\n)*1\.png is in no class folder"):
         read_folder(write(data, dict.fromkeys(files.split(), make_png())))
 
 
@@ -158,11 +158,11 @@ def test_archive_alone_may_be_named_anything(data: Path) -> None:
     [
         (
             "ds/train/cat ds/train/dog ds/test/cat docs",
-            "ds is taken for a class, and has folders of splits with folders",
+            "ds is taken for a class, but has split folders with folders",
         ),
-        ("ds/ds/train/cat ds/ds/train/dog ds/ds/test/cat docs", "ds is taken for a class, and has folders of splits"),
+        ("ds/ds/train/cat ds/ds/train/dog ds/ds/test/cat docs", "ds is taken for a class, but has split folders"),
         ("cat dog test/cat test/dog", "test: taken for a class, not for splits"),
-        ("cat dog new/cat", "new is taken for a class, and has folders that are called as classes are: cat"),
+        ("cat dog new/cat", "new is taken for a class, but has folders with the names of classes: cat"),
         (
             "asl_train/asl_train/A asl_train/asl_train/B asl_test/asl_test",
             "asl_train: taken for a class, not for splits",
@@ -187,7 +187,7 @@ def test_subfolders_common_to_every_class_are_reported(data: Path) -> None:
     source = read_folder(data)
     assert source.classes == ["a", "b", "c", "d", "e", "f"]
     assert source.notes == [
-        "a, b, c, d, e and 1 more are taken for the classes, and several of them have the folders ill, normal: if those"
+        "a, b, c, d, e and 1 more are taken for the classes, but several of them have the folders ill, normal: if those"
         " are the classes, put them at the top, one folder for each"
     ]
     assert read_folder(write(data, {"a/strange/1.png": make_png(), "e/1.png": make_png()})).notes
@@ -232,7 +232,7 @@ def test_files_that_may_hold_images_and_are_not_read_are_named(data: Path) -> No
     write(
         data, PETS | {"more.7z": b"7z", "pets.zip": make_zip(PETS | {"inner.zip": make_zip(PETS)}), "labels.npy": b""}
     )
-    kind = "is of a kind that is not read: put there what is in it"
+    kind = "has an unsupported format: extract or convert it"
     names = ["data/labels.npy", "data/more.7z", "data/pets.zip:inner.zip"]
     assert read_folder(data).notes == [f"{name} {kind}" for name in names]
 
@@ -256,7 +256,7 @@ def test_every_file_in_a_class_folder_counts_as_an_image(data: Path) -> None:
 def test_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], named: str) -> None:
     members = read(write(data, files))
     in_splits = " of a split" if "train/" in named else ""
-    assert list_faults(members) == [f"{named} lies in no class folder{in_splits}, so its label is unknown"]
+    assert list_faults(members) == [f"{named} is in no class folder{in_splits}, so its label is unknown"]
     assert [member.path for member in members if member.label == ""] == [named]
     assert len(members) == 1 + len(SPLIT_PETS if "train/cat/1.png" in files else PETS)
 
@@ -268,10 +268,10 @@ def test_image_in_no_class_folder_is_named(data: Path, files: dict[str, bytes], 
         ({"README.md": b"soon"}, "data/README.md is none of these"),
         ({"empty.zip": make_zip({})}, ""),
         ({"empty.tar": make_tar({}, "w")}, ""),
-        ({"1.png": make_png(), "2.png": make_png()}, "data/1.png lies in no class folder"),
-        ({"train/1.png": make_png(), "test/2.png": make_png()}, "data/test/2.png lies in no class folder"),
-        ({"cat.zip": make_zip({"1.png": make_png()})}, "data/cat.zip:1.png lies in no class folder"),
-        ({"a.csv": b"id,breed\n1,pug\n"}, "data/a.csv has the columns id, breed, and not path and label"),
+        ({"1.png": make_png(), "2.png": make_png()}, "data/1.png is in no class folder"),
+        ({"train/1.png": make_png(), "test/2.png": make_png()}, "data/test/2.png is in no class folder"),
+        ({"cat.zip": make_zip({"1.png": make_png()})}, "data/cat.zip:1.png is in no class folder"),
+        ({"a.csv": b"id,breed\n1,pug\n"}, "data/a.csv has the columns id, breed, but needs path and label"),
         ({"a.csv": b"path,label\n1.png,\n", "1.png": make_png()}, "data/1.png has no label in a.csv"),
     ],
 )
@@ -306,7 +306,7 @@ def test_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.M
 # Links
 
 
-@pytest.fixture(params=[read_folder, refuse_links])
+@pytest.fixture(params=[read_folder, reject_links])
 def look(request: pytest.FixtureRequest) -> Callable[[Path], None]:
     return request.param
 
@@ -330,8 +330,7 @@ def test_all_links_out_of_the_data_are_listed_at_once(data: Path, look: Callable
     with pytest.raises(ConvoyError) as refusal:
         look(data)
     assert str(refusal.value).splitlines() == [
-        f"data/{name} is a link to {target}, which would bring in what is no file in the data: put the file itself"
-        " there"
+        f"data/{name} is a link to {target}, which is not a file in the data: replace it by the file itself"
         for name, target in sorted(targets.items())
     ]
 
@@ -362,14 +361,14 @@ def test_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None])
 
 def test_named_pipe_is_refused_without_waiting(data: Path, look: Callable[[Path], None]) -> None:
     os.mkfifo(write(data, PETS) / "cat" / "pipe.png")
-    with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is no plain file"):
+    with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is not a regular file"):
         look(data)
 
 
 @pytest.mark.parametrize("given", ["nothing", "file"])
 def test_missing_folder_has_no_links(tmp_path: Path, given: str) -> None:
     (tmp_path / "file").touch()
-    refuse_links(tmp_path / given)
+    reject_links(tmp_path / given)
 
 
 # Many files

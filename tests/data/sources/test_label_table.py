@@ -131,8 +131,8 @@ def test_columns_are_found_in_any_case_and_with_any_separator(data: Path, header
     lines = [header, "cat/1.png,siamese,train,A", "cat/2.png,persian,test,B", "dog/1.png,pug,,"]
     write(data, PETS | {"labels.tsv": "\n".join(lines).replace(",", separator)})
     source = read_folder(data)
-    assert source.more == []
-    assert [(m.label, m.split, m.group) for m in source.members] == [
+    assert source.extra_columns == []
+    assert [(m.label, m.split, m.group) for m in source.samples] == [
         ("siamese", "train", "A"), ("persian", "test", "B"), ("pug", "", ""),
     ]  # fmt: skip
 
@@ -140,8 +140,8 @@ def test_columns_are_found_in_any_case_and_with_any_separator(data: Path, header
 def test_plainest_of_several_path_or_label_columns_is_used(data: Path) -> None:
     table = "file_name,class,Label,label,path\n1.png,pet,x,siamese,cat/1.png\n2.png,pet,y,persian,cat/2.png\n"
     source = read_folder(write(data, PETS | {"labels.csv": table}))
-    assert source.more == ["file_name", "class", "Label"]
-    assert [member.label for member in source.members][:2] == ["siamese", "persian"]
+    assert source.extra_columns == ["file_name", "class", "Label"]
+    assert [member.label for member in source.samples][:2] == ["siamese", "persian"]
 
 
 @pytest.mark.parametrize("ending", [".png", ""])
@@ -178,7 +178,7 @@ def test_ambiguous_file_name_is_reported(data: Path) -> None:
     assert list_faults(read(data)) == [
         "data/x/1.png is not in labels.csv, so its label is unknown",
         "data/y/1.png is not in labels.csv, so its label is unknown",
-        "data/1.png is named in labels.csv, and 2 files are called so: write their folders, too",
+        "data/1.png is named in labels.csv, but 2 files have this name: add their folders",
     ]
 
 
@@ -199,7 +199,7 @@ def test_submission_is_no_table_of_labels(data: Path) -> None:
     write(data, PETS | {"train.csv": LABELS, "sample_submission.csv": LABELS.replace("pug", "cat")})
     assert [row[1] for row in read_rows(data)] == ["siamese", "persian", "pug"]
     assert read_folder(data).notes == [
-        "data/sample_submission.csv is named after a submission, whose labels are mere examples: it is not used"
+        "data/sample_submission.csv has the name of a sample submission, whose labels are only examples: it is not used"
     ]
 
 
@@ -209,14 +209,14 @@ def test_submission_is_no_table_of_labels(data: Path) -> None:
 def test_other_columns_come_with_each_image_as_text(data: Path) -> None:
     table = "site,path,label,path.1,age\nNA,cat/1.png,a,x,007\n,cat/2.png,b,y,7\nlab,dog/1.png,b,x,\n"
     source = read_folder(write(data, PETS | {"labels.csv": table}))
-    assert source.more == ["site", "path.1", "age"]
-    assert [member.more for member in source.members] == [("NA", "x", "007"), ("", "y", "7"), ("lab", "x", "")]
+    assert source.extra_columns == ["site", "path.1", "age"]
+    assert [member.extra_values for member in source.samples] == [("NA", "x", "007"), ("", "y", "7"), ("lab", "x", "")]
 
 
 def test_missing_columns_are_empty_and_the_first_row_wins(data: Path) -> None:
     write(data, PETS | {"train.csv": "path,label,site\ncat/1.png,a,lab\ncat/1.png,a,home\n"})
     source = read_folder(write(data, {"test.csv": "path,label\ncat/2.png,b\ndog/1.png,a\n"}))
-    assert [(member.path, member.more) for member in source.members] == [
+    assert [(member.path, member.extra_values) for member in source.samples] == [
         ("data/cat/1.png", ("lab",)),
         ("data/cat/2.png", ("",)),
         ("data/dog/1.png", ("",)),
@@ -228,7 +228,7 @@ def test_column_with_too_many_values_is_excluded(data: Path) -> None:
     table = pd.DataFrame({"path": names, "label": "a", "number": range(51), "coarse": [f"{n % 50}" for n in range(51)]})
     write(data, {name: make_png(number) for number, name in enumerate(names)})
     table.to_csv(data / "labels.csv", index=False)
-    assert read_folder(data).more == ["coarse"]
+    assert read_folder(data).extra_columns == ["coarse"]
 
 
 def test_other_parquet_columns_are_kept_unless_lists(data: Path) -> None:
@@ -236,8 +236,8 @@ def test_other_parquet_columns_are_kept_unless_lists(data: Path) -> None:
     table = {"path": list(PETS), "label": ["a", "b", "a"], "boxes": [[1], [2], []], "night": [True, None, False]}
     pq.write_table(pa.table(table), data / "labels.parquet")
     source = read_folder(data)
-    assert source.more == ["night"]
-    assert [member.more for member in source.members] == [("True",), ("",), ("False",)]
+    assert source.extra_columns == ["night"]
+    assert [member.extra_values for member in source.samples] == [("True",), ("",), ("False",)]
 
 
 # Words as they are written
@@ -266,7 +266,7 @@ def test_second_file_of_the_same_path_gets_no_label(data: Path) -> None:
     table = "path,label\n" + "".join(f"{name},{name[:3]}\n" for name in PETS)
     members = read(write(data, PETS | {"labels.csv": table, "pets.zip": make_zip(PETS)}))
     assert list_faults(members) == [
-        f"data/pets.zip:{name} has the path of data/{name}, for which labels.csv is taken: keep one" for name in PETS
+        f"data/pets.zip:{name} has the path of data/{name}, to which labels.csv refers: keep one" for name in PETS
     ]
 
 
@@ -291,7 +291,9 @@ def test_missing_file_does_not_hide_the_common_prefix(data: Path) -> None:
 def test_column_with_split_values_is_reported(data: Path, column: str, noted: bool) -> None:
     lines = [f"{name},{name[:3]},{'train' if n else 'Test'}\n" for n, name in enumerate(PETS)]
     source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
-    said = f"the column {column} of labels.csv says test, train: call it split if the images are to be split so"
+    said = (
+        f"the column {column} of labels.csv has the values test, train: to split the images by it, rename it to split"
+    )
     assert source.notes == [said] * noted
 
 
@@ -316,7 +318,7 @@ def test_names_match_in_either_unicode_normalization(data: Path) -> None:
 def test_table_in_a_class_folder_is_reported_as_unused(data: Path) -> None:
     table = "path,label\n1.png,siamese\n"
     assert (
-        "data/cat/labels.csv is not used: tables of labels are looked for at the top alone"
+        "data/cat/labels.csv is not used: tables of labels must be at the top"
         in read_folder(write(data, PETS | {"cat/labels.csv": table})).notes
     )
 
@@ -401,7 +403,7 @@ def test_label_twice_in_an_archive_does_not_unpack_it_twice(data: Path, monkeypa
     write(data, {"labels.csv": LABELS + "cat/1.png,tabby\n", "pets.tar.gz": make_tar(PETS)})
     source = read_folder(data)
     monkeypatch.setattr("_compression.DecompressReader._rewind", None)
-    assert [m.label for m in source.members] == ["siamese", "tabby", "persian", "pug"]
+    assert [m.label for m in source.samples] == ["siamese", "tabby", "persian", "pug"]
 
 
 def test_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
@@ -417,10 +419,10 @@ def test_table_alone_names_files_that_are_not_there(tmp_path: Path) -> None:
     [
         (b"path,label\ncat/1.png,caf\xe9\n", "is not in UTF-8"),
         (LABELS.encode("utf-16"), "is not in UTF-8"),
-        (b'path,label\n"cat/1.png,cat\n', "is not whole CSV .*EOF inside string"),
-        (b"path,label\ncat/1.png,cat,3\ncat/2.png,cat,4\n", "is not whole CSV .*Length of header"),
-        (b"path,label\ncat/1.png,cat\ncat/2.png,cat,4\n", "is not whole CSV .*Expected 2 fields in line 3, saw 3"),
-        (b'"path,label\n', "is not whole CSV .*EOF inside string"),
+        (b'path,label\n"cat/1.png,cat\n', "is not complete CSV .*EOF inside string"),
+        (b"path,label\ncat/1.png,cat,3\ncat/2.png,cat,4\n", "is not complete CSV .*Length of header"),
+        (b"path,label\ncat/1.png,cat\ncat/2.png,cat,4\n", "is not complete CSV .*Expected 2 fields in line 3, saw 3"),
+        (b'"path,label\n', "is not complete CSV .*EOF inside string"),
     ],
 )
 @pytest.mark.parametrize("archived", [False, True])
@@ -434,7 +436,7 @@ def test_unreadable_csv_is_refused_with_the_fix(data: Path, table: bytes, fault:
 
 def test_table_in_an_archive_that_cannot_be_read_is_refused(data: Path) -> None:
     archive = make_zip(PETS | {"labels.csv": LABELS.encode()}).replace(b"siamese", b"japanes")
-    with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: put a sound copy"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:labels\.csv can't be read: Bad CRC-32.*: replace it"):
         read_folder(write(data, {"pets.zip": archive}))
 
 
@@ -443,7 +445,7 @@ def test_unrelated_table_is_ignored_and_named(data: Path, table: str) -> None:
     assert read_rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
     columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
     assert read_folder(data).notes == [
-        f"data/notes.csv has the columns {columns}, and not path and label: it is not used"
+        f"data/notes.csv has the columns {columns}, but needs path and label: it is not used"
     ]
 
 
@@ -454,7 +456,7 @@ def test_empty_table_is_named_too(data: Path, table: str) -> None:
 
 def test_table_without_label_columns_is_named(data: Path) -> None:
     write(data, {"1.png": make_png(), "labels.csv": "id;breed\n1;pug\n"})
-    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, and not path and label"):
+    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, but needs path and label"):
         read_folder(data)
 
 

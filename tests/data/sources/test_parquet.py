@@ -131,7 +131,7 @@ def test_no_more_than_a_few_rows_are_in_memory_at_once(data: Path, options: dict
     pool = pa.default_memory_pool()
     pool.release_unused()
     before = pool.bytes_allocated()
-    most = max(pool.bytes_allocated() - before for _ in read_folder(data).members)
+    most = max(pool.bytes_allocated() - before for _ in read_folder(data).samples)
     assert most < 10_000_000
 
 
@@ -139,7 +139,7 @@ def test_no_more_than_a_few_rows_are_in_memory_at_once(data: Path, options: dict
 
 
 def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "MAX_BYTES", 1000)
+    monkeypatch.setattr(parquet, "MAX_FILE_BYTES", 1000)
     images = structs(make_png(), None, make_png(), make_png(), make_png(), bytes(1001), make_png())
     said = {"label": [0, 0, -1, None, 3, 0, 0], "split": ["train"] * 6 + ["trian"]}
     export(data / "a.parquet", {"image": images, **said})
@@ -148,7 +148,7 @@ def test_every_row_with_a_fault_is_named_and_the_others_are_read(data: Path, mon
         "data/a.parquet:1 has no bytes in its row",
         "data/a.parquet:2 has no label",
         "data/a.parquet:3 has no label",
-        "data/a.parquet:4 has the label 3, and its file has names for 0 to 2",
+        "data/a.parquet:4 has the label 3, but its file has names only for 0 to 2",
         "data/a.parquet:5 is larger than 256 MiB",
         "data/a.parquet:6 has the split 'trian', which is none of train, val, test",
     ]
@@ -187,8 +187,8 @@ def test_row_with_no_label_is_named(data: Path, labels: list) -> None:
     ("columns", "classes", "fault"),
     [
         ({"fine": [0], "coarse": [0]}, {"fine": ["a"], "coarse": ["b"]},
-         "has several columns of classes, fine, coarse, and none called label: rename the one to be learned to label"),
-        ({"breed": [0]}, {}, "has no column called label, but image, breed: rename"),
+         "has several columns of classes, fine, coarse, but no column label: rename the one to predict to label"),
+        ({"breed": [0]}, {}, "has the columns image, breed, but no column label: rename"),
         ({"label": [[0, 1]]}, {}, "has several labels for an image in the column label"),
         ({"label": [0], "img": [b""]}, {}, "has several columns of bytes, image, img: rename"),
     ],
@@ -211,7 +211,7 @@ def test_two_columns_of_one_name_are_refused(data: Path) -> None:
 def test_images_in_parquet_in_an_archive_are_refused(data: Path, tmp_path: Path) -> None:
     export(tmp_path / "a.parquet", {"image": structs(make_png()), "label": [0]})
     write(data, {"pets.zip": make_zip({"a.parquet": (tmp_path / "a.parquet").read_bytes()})})
-    with pytest.raises(ConvoyError, match=r"data/pets\.zip:a\.parquet holds images: take it out of the archive"):
+    with pytest.raises(ConvoyError, match=r"data/pets\.zip:a\.parquet contains images: extract it from the archive"):
         read_folder(data)
 
 
@@ -220,7 +220,7 @@ def test_truncated_file_is_refused(data: Path, whole: float) -> None:
     export(data / "a.parquet", {"image": structs(make_png()), "label": [0]})
     content = (data / "a.parquet").read_bytes()
     (data / "a.parquet").write_bytes(content[: int(whole * len(content))])
-    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a whole Parquet file .*: put a sound copy there"):
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a complete Parquet file .*: replace it"):
         read_folder(data)
 
 
@@ -243,7 +243,7 @@ def test_corrupt_file_is_read_or_refused(
         content[int(place * len(content))] = byte
     (data / "a.parquet").write_bytes(content)
     try:
-        members = list(read_folder(data).members)
+        members = list(read_folder(data).samples)
     except ConvoyError as refusal:
         assert "a.parquet" in str(refusal) or "holds no images" in str(refusal)
     else:
@@ -259,15 +259,15 @@ def test_corrupt_byte_is_found_by_the_page_checksum(data: Path) -> None:
     content = (data / "a.parquet").read_bytes()
     assert len(read_rows(data)) == 2
     (data / "a.parquet").write_bytes(content.replace(image, image[:-1] + b"\0"))
-    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a whole Parquet file"):
-        list(read_folder(data).members)
+    with pytest.raises(ConvoyError, match=r"data/a\.parquet is not a complete Parquet file"):
+        list(read_folder(data).samples)
 
 
 def test_negative_number_is_no_class(data: Path) -> None:
     export(data / "a.parquet", {"image": structs(*map(make_png, range(4))), "label": [0, 1, -2, -3]})
     members = read(data)
     assert list_faults(members) == [
-        f"data/a.parquet:{row} has the label {label}, and its file has names for 0 to 2"
+        f"data/a.parquet:{row} has the label {label}, but its file has names only for 0 to 2"
         for row, label in ((2, -2), (3, -3))
     ]
 
@@ -275,5 +275,5 @@ def test_negative_number_is_no_class(data: Path) -> None:
 def test_file_with_fewer_rows_than_declared_is_refused(data: Path) -> None:
     export(data / "a.parquet", {"image": structs(make_png()), "label": [0]})
     promised = dataclasses.replace(parquet.open_parquet("a.parquet", str(data / "a.parquet"), ""), count=2)
-    with pytest.raises(ConvoyError, match=r"a\.parquet is not a whole Parquet file \(1 of 2 rows\)"):
-        list(parquet.members(promised))
+    with pytest.raises(ConvoyError, match=r"a\.parquet is not a complete Parquet file \(1 of 2 rows\)"):
+        list(parquet.iter_samples(promised))

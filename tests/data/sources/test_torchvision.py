@@ -29,7 +29,7 @@ from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.decode_pool import decode_all
 from convoy.data.image_io import FORMATS
-from convoy.data.sources.base import Sample, Source, TorchvisionSet
+from convoy.data.sources.base import Sample, Source, TorchvisionConfig
 from convoy.data.sources.torchvision import read_torchvision
 from small_project import ROOT
 
@@ -304,8 +304,8 @@ LAYOUTS: dict[type, Callable[[Any, str, pytest.MonkeyPatch], Tiny]] = {
 }
 
 
-def known_set(name: str) -> tuple[TorchvisionSet, type]:
-    params = validate(TorchvisionSet, SETS[name], "dataset.torchvision")
+def known_set(name: str) -> tuple[TorchvisionConfig, type]:
+    params = validate(TorchvisionConfig, SETS[name], "dataset.torchvision")
     return params, getattr(torchvision.datasets, params.name)
 
 
@@ -401,7 +401,7 @@ def contents(folder: Path) -> Files:
 def read(name: str, downloads: Path, **chosen: dict[str, Any]) -> Source:
     """The set of that name in conf/dataset/, or the splits `chosen` from it."""
     params, _ = known_set(name)
-    params = TorchvisionSet(name=params.name, splits=chosen) if chosen else params  # type: ignore[arg-type]
+    params = TorchvisionConfig(name=params.name, splits=chosen) if chosen else params  # type: ignore[arg-type]
     return read_torchvision(params, downloads / name)
 
 
@@ -422,7 +422,7 @@ def assert_is_the_tiny_set(name: str, found: Tiny, downloads: Path) -> list[str]
     params, known = known_set(name)
     count = len(found.classes)
     source = read(name, downloads)
-    members = list(source.members)
+    members = list(source.samples)
     assert source.classes == list(found.classes)
     assert source.count == len(members) == count * len(params.splits)
     assert sorted((member.split, member.label, shade(member)) for member in members) == sorted(
@@ -480,7 +480,7 @@ def test_failed_download_names_url_and_fix_and_leaves_no_file(
         read(name, tmp_path)
     message = str(refusal.value)
     assert message.startswith(f"{known_set(name)[1].__name__} could not be fetched from {address}")
-    assert f"put the files that torchvision looks for into {tmp_path / name}/" in message
+    assert f"copy the original files that torchvision downloads into {tmp_path / name}/" in message
     assert list(tmp_path.iterdir()) == []
 
     found = tiny(name, server.address, monkeypatch)
@@ -556,7 +556,7 @@ def test_unknown_dataset_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"dataset\.torchvision\.name='MINST': torchvision has no such data set; did you mean MNIST\?"
     ):
-        read_torchvision(TorchvisionSet(name="MINST", splits={"train": {}}), tmp_path)
+        read_torchvision(TorchvisionConfig(name="MINST", splits={"train": {}}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -571,7 +571,7 @@ def test_unsupported_arguments_are_refused_by_name(name: str, wrong: dict[str, A
 
 def test_images_without_labels_are_refused(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "stl10", tiny("stl10", nowhere, monkeypatch).files)
-    with pytest.raises(ConvoyError, match=r"splits=.*unlabeled.* selects images of STL10 that have no label"):
+    with pytest.raises(ConvoyError, match=r"splits=.*unlabeled.* selects images of STL10 without labels"):
         read("stl10", tmp_path, train={"split": "train+unlabeled"}, test={"split": "test"})
 
 
@@ -582,7 +582,7 @@ def test_class_without_images_is_excluded(tmp_path: Path, nowhere: str, monkeypa
     write(tmp_path / "emnist", tiny("emnist", nowhere, monkeypatch).files)
     source = read("emnist", tmp_path, train={"split": "letters", "train": True})
     assert source.classes == list("abcdefghijklmnopqrstuvwxyz")
-    assert [member.label for member in source.members] == list("defghijklmnopqrstuvwxyzabc")
+    assert [member.label for member in source.samples] == list("defghijklmnopqrstuvwxyzabc")
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -623,7 +623,7 @@ def test_listing_samples_opens_no_file(
         pytest.fail("Pillow was asked to open a file")
 
     monkeypatch.setattr(Image, "open", opened)
-    assert {member.content for member in read(name, tmp_path).members} == {str(file) for file in files}
+    assert {member.content for member in read(name, tmp_path).samples} == {str(file) for file in files}
 
 
 def test_labels_that_do_not_match_the_classes_are_refused(
@@ -677,7 +677,7 @@ class Annotated(Nameless):
 
 def test_multi_label_dataset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "MNIST", Annotated)
-    with pytest.raises(ConvoyError, match=r"^dataset\.torchvision\.name='MNIST': its images are not each of one class"):
+    with pytest.raises(ConvoyError, match=r"torchvision\.name='MNIST': its images do not have one class each"):
         read("mnist", tmp_path)
 
 
@@ -687,7 +687,7 @@ def test_images_are_opened_one_by_one_or_rejected_with_a_reason(
     monkeypatch.setattr(torchvision.datasets, "MNIST", Listed)
     monkeypatch.setattr(Listed, "opened", 0)
     found = []
-    for number, member in enumerate(read("mnist", tmp_path).members, start=1):
+    for number, member in enumerate(read("mnist", tmp_path).samples, start=1):
         assert Listed.opened == number
         found.append((member.path, member.label, member.split, str(member.content)[:12]))
     assert found == [

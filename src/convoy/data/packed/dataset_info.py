@@ -22,17 +22,19 @@ class DatasetInfo:
     longest_side: int = 4096
 
     def save(self, file: Path) -> None:
+        """Write the description to `file`, as JSON."""
         file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> "DatasetInfo":
+        """Load a description that `save` wrote."""
         return cls(**json.loads(file.read_text()))
 
 
 # Images of up to this many bytes are summed as one vector, larger ones row by row.
-SMALL = 2**14
+MAX_VECTOR_BYTES = 2**14
 # The number of values whose squares float32 sums exactly: 256 * 255**2 < 2**24.
-EXACT = 256
+EXACT_ROWS = 256
 
 
 class ChannelMoments:
@@ -59,11 +61,11 @@ class ChannelMoments:
             pixels: (N, H, W, C) uint8.
         """
         channels, size = len(self.sums), math.prod(pixels.shape[1:])
-        rows = pixels.reshape(-1, size if size <= SMALL else size // pixels.shape[1])
+        rows = pixels.reshape(-1, size if size <= MAX_VECTOR_BYTES else size // pixels.shape[1])
         self.count += pixels.size // channels
-        for start in range(0, len(rows), EXACT):
-            some = rows[start : start + EXACT].astype(np.float32)
-            for total, sums in ((self.sums, some.sum(0)), (self.squares, np.einsum("rp,rp->p", some, some))):
+        for start in range(0, len(rows), EXACT_ROWS):
+            block = rows[start : start + EXACT_ROWS].astype(np.float32)
+            for total, sums in ((self.sums, block.sum(0)), (self.squares, np.einsum("rp,rp->p", block, block))):
                 total += sums.astype(np.uint64).reshape(-1, channels).sum(0)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:

@@ -12,18 +12,19 @@ import numpy as np
 import xxhash
 
 # The folder of the shards, and the file in it with the name and size in bytes of each shard, in order.
-PIXELS, LIST = "pixels", "shards.json"
-ARRIVING = "arriving"
-# Average and largest size of a shard, in bytes. With small shards, most are unchanged when images are added; with large
-# ones, there are few files.
-MEAN, MOST = 2**24, 2**26
+PIXELS_FOLDER, SHARD_LIST = "pixels", "shards.json"
+# A shard has this name until it is complete.
+PARTIAL_SHARD = "partial"
+# Average and largest size of a shard. With small shards, most are unchanged when images are added; with large ones,
+# there are few files.
+MEAN_SHARD_BYTES, MAX_SHARD_BYTES = 2**24, 2**26
 # Bytes that are in memory at a time.
-RUN = 2**23
+CHUNK_BYTES = 2**23
 # Offset of an image whose pixels are not in an earlier version of the shards.
-NEW = -1
+NOT_STORED = -1
 
 
-class LostShard(Exception):
+class MissingShardError(Exception):
     """Error for pixels of an earlier run that disappear while they are being copied."""
 
 
@@ -36,18 +37,18 @@ class Shards:
     ends: np.ndarray  # (S,) int64, bytes; the offset at which each shard ends
 
     @classmethod
-    def load(cls, folder: Path, listed: Path | None = None) -> "Shards":
+    def load(cls, folder: Path, list_file: Path | None = None) -> "Shards":
         """Load the list of the shards in a folder.
 
         Args:
             folder: Folder of the shards.
-            listed: File with the list of shards, by default the one in `folder`.
+            list_file: File with the list of shards, by default the one in `folder`.
 
         Raises:
             OSError: If there is no list.
             ValueError: If the list is damaged or empty.
         """
-        names, sizes = zip(*json.loads((listed or folder / LIST).read_text()), strict=True)
+        names, sizes = zip(*json.loads((list_file or folder / SHARD_LIST).read_text()), strict=True)
         return cls(folder, list(names), np.cumsum(sizes, dtype=np.int64))
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -66,26 +67,27 @@ class Shards:
             OSError: If a file is missing.
         """
         stop, parts = start + count, []
-        for shard in range(self._at(start), len(self.names)):
-            begin, end = self._extent(shard)
+        for shard in range(self._find_shard(start), len(self.names)):
+            shard_range = self._shard_range(shard)
             # A count of -1 would make NumPy read the rest of the file.
-            here = max(min(stop, end) - start, 0)
-            parts.append(np.fromfile(self.folder / self.names[shard], np.uint8, here, offset=start - begin))
-            start += here
+            part_count = max(min(stop, shard_range.stop) - start, 0)
+            file = self.folder / self.names[shard]
+            parts.append(np.fromfile(file, np.uint8, part_count, offset=start - shard_range.start))
+            start += part_count
             if start >= stop:
                 break
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def file_of(self, part: range) -> Path | None:
+    def find_file(self, byte_range: range) -> Path | None:
         """Return the file of the shard that contains exactly this range of bytes, None if there is none."""
-        shard = self._at(part.start)
-        return self.folder / self.names[shard] if self._extent(shard) == (part.start, part.stop) else None
+        shard = self._find_shard(byte_range.start)
+        return self.folder / self.names[shard] if self._shard_range(shard) == byte_range else None
 
-    def _at(self, place: int) -> int:
-        return int(self.ends.searchsorted(place, "right").clip(max=len(self.names) - 1))
+    def _find_shard(self, offset: int) -> int:
+        return int(self.ends.searchsorted(offset, "right").clip(max=len(self.names) - 1))
 
-    def _extent(self, shard: int) -> tuple[int, int]:
-        return int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard])
+    def _shard_range(self, shard: int) -> range:
+        return range(int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard]))
 
 
 class ShardWriter:
@@ -102,91 +104,93 @@ class ShardWriter:
     def __init__(self, folder: Path, earlier: Shards | None) -> None:
         folder.mkdir()
         self.folder, self.earlier = folder, earlier
-        self.listed: list[tuple[str, int]] = []
-        self._begin()
+        self.names_and_sizes: list[tuple[str, int]] = []
+        self._start_shard()
 
-    def _begin(self) -> None:
-        self.name, self.size = xxhash.xxh3_128(), 0
+    def _start_shard(self) -> None:
+        self.name_hash, self.size = xxhash.xxh3_128(), 0
         # The range of bytes of `earlier` with which this shard begins, and which is not written yet.
-        self.known = range(0)
+        self.reused = range(0)
         self.file: IO[bytes] | None = None
 
-    def write(self, pictures: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, pixels: bytes) -> None:
+    def write(self, pixel_hashes: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, pixels: bytes) -> None:
         """Append N images.
 
         Args:
-            pictures: (N,) uint64 pixel hashes.
+            pixel_hashes: (N,) uint64.
             sizes: (N,) sizes of the images, in bytes.
-            offsets: (N,) offsets of the images in `earlier`; `NEW` for those that are not there.
-            pixels: Pixels of the `NEW` images, end to end.
+            offsets: (N,) offsets of the images in `earlier`; `NOT_STORED` for those that are not there.
+            pixels: Pixels of the `NOT_STORED` images, end to end.
         """
-        new = offsets == NEW
-        starts = np.where(new, np.cumsum(sizes * new) - sizes, offsets)
-        # An image is the last of its shard with a probability of its size / `MEAN`; its hash is the random number.
-        last = pictures / 2.0**64 < sizes / MEAN
+        is_new = offsets == NOT_STORED
+        starts = np.where(is_new, np.cumsum(sizes * is_new) - sizes, offsets)
+        # An image is the last of its shard with a probability of its size / mean size; its hash is the random number.
+        is_last = pixel_hashes / 2.0**64 < sizes / MEAN_SHARD_BYTES
         begin = 0
         while begin < len(sizes):
-            ends = np.flatnonzero(last[begin:] | (self.size + np.cumsum(sizes[begin:]) > MOST))
+            ends = np.flatnonzero(is_last[begin:] | (self.size + np.cumsum(sizes[begin:]) > MAX_SHARD_BYTES))
             end = begin + int(ends[0]) + 1 if len(ends) else len(sizes)
-            for some in contiguous_ranges(starts[begin:end], sizes[begin:end], new[begin:end]):
-                here = slice(begin + some.start, begin + some.stop)
-                part = range(int(starts[here.start]), int(starts[here.stop - 1] + sizes[here.stop - 1]))
-                self._add(part, memoryview(pixels)[part.start : part.stop] if new[here.start] else None)
-            self.name.update(np.ascontiguousarray(pictures[begin:end]).data)
+            for images in contiguous_ranges(starts[begin:end], sizes[begin:end], is_new[begin:end]):
+                first, last = begin + images.start, begin + images.stop - 1
+                byte_range = range(int(starts[first]), int(starts[last] + sizes[last]))
+                if is_new[first]:
+                    self._open_file().write(memoryview(pixels)[byte_range.start : byte_range.stop])
+                else:
+                    self._append_earlier(byte_range)
+            self.name_hash.update(np.ascontiguousarray(pixel_hashes[begin:end]).data)
             self.size += int(sizes[begin:end].sum())
             if len(ends):
-                self._end()
+                self._finish_shard()
             begin = end
 
-    def _add(self, part: range, new: memoryview | None) -> None:
-        """Append new bytes, or a range of bytes of `earlier` if `new` is None."""
-        if new is not None:
-            self._opened().write(new)
-        elif self.file is None and (not self.known or self.known.stop == part.start):
-            self.known = range((self.known or part).start, part.stop)
+    def _append_earlier(self, byte_range: range) -> None:
+        """Append a range of bytes of `earlier`."""
+        if self.file is None and (not self.reused or self.reused.stop == byte_range.start):
+            self.reused = range((self.reused or byte_range).start, byte_range.stop)
         else:
-            self._copy(self._opened(), part)
+            self._copy(self._open_file(), byte_range)
 
     def close(self) -> None:
+        """Finish the last shard, and write the list of shards."""
         if self.size:
-            self._end()
-        (self.folder / LIST).write_text(json.dumps(self.listed) + "\n")
+            self._finish_shard()
+        (self.folder / SHARD_LIST).write_text(json.dumps(self.names_and_sizes) + "\n")
 
-    def _opened(self) -> IO[bytes]:
+    def _open_file(self) -> IO[bytes]:
         if self.file is None:
-            self.file = (self.folder / ARRIVING).open("wb")
-            self._copy(self.file, self.known)
+            self.file = (self.folder / PARTIAL_SHARD).open("wb")
+            self._copy(self.file, self.reused)
         return self.file
 
-    def _copy(self, file: IO[bytes], part: range) -> None:
-        for start in part[::RUN]:
+    def _copy(self, file: IO[bytes], byte_range: range) -> None:
+        for start in byte_range[::CHUNK_BYTES]:
             assert self.earlier is not None
-            count = min(RUN, part.stop - start)
+            count = min(CHUNK_BYTES, byte_range.stop - start)
             try:
-                read = self.earlier.read(start, count)
+                chunk = self.earlier.read(start, count)
             # A missing file is treated like one that is too short.
             except OSError:
-                read = np.empty(0, np.uint8)
-            if len(read) < count:
-                raise LostShard(f"{self.earlier.folder} was changed while it was gone on from: run this again")
-            file.write(read.data)
+                chunk = np.empty(0, np.uint8)
+            if len(chunk) < count:
+                raise MissingShardError(f"{self.earlier.folder} was changed while it was read: run this again")
+            file.write(chunk.data)
 
-    def _end(self) -> None:
-        shard = self.folder / self.name.hexdigest()
-        if self.file is not None or not self._linked(shard):
-            with self._opened():
+    def _finish_shard(self) -> None:
+        shard = self.folder / self.name_hash.hexdigest()
+        if self.file is not None or not self._link(shard):
+            with self._open_file():
                 pass
-            (self.folder / ARRIVING).replace(shard)
-        self.listed.append((shard.name, self.size))
-        self._begin()
+            (self.folder / PARTIAL_SHARD).replace(shard)
+        self.names_and_sizes.append((shard.name, self.size))
+        self._start_shard()
 
-    def _linked(self, shard: Path) -> bool:
+    def _link(self, shard: Path) -> bool:
         """Hard-link the shard from `earlier`, and return whether it exists there and could be linked."""
-        there = self.earlier.file_of(self.known) if self.earlier else None
+        earlier = self.earlier.find_file(self.reused) if self.earlier else None
         try:
-            if there is None or there.name != shard.name or there.stat().st_size != self.size:
+            if earlier is None or earlier.name != shard.name or earlier.stat().st_size != self.size:
                 return False
-            os.link(there, shard)
+            os.link(earlier, shard)
         # An earlier shard of this folder has the same images.
         except FileExistsError:
             return True
@@ -197,7 +201,7 @@ class ShardWriter:
 
 
 def contiguous_ranges(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray | None = None) -> Iterator[slice]:
-    """Group chunks that are of one kind and end to end into ranges of about `RUN` bytes.
+    """Group chunks that are of one kind and end to end into ranges of about `CHUNK_BYTES`.
 
     Args:
         starts: (N,) offsets of the chunks.
@@ -207,9 +211,9 @@ def contiguous_ranges(starts: np.ndarray, sizes: np.ndarray, kinds: np.ndarray |
     Returns:
         Slices of the N chunks, in order.
     """
-    blocks = np.cumsum(sizes) // RUN
-    apart = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
+    blocks = np.cumsum(sizes) // CHUNK_BYTES
+    is_gap = (starts[1:] != starts[:-1] + sizes[:-1]) | (blocks[1:] != blocks[:-1])
     if kinds is not None:
-        apart |= kinds[1:] != kinds[:-1]
-    ends = [0, *(np.flatnonzero(apart) + 1).tolist(), len(starts)]
+        is_gap |= kinds[1:] != kinds[:-1]
+    ends = [0, *(np.flatnonzero(is_gap) + 1).tolist(), len(starts)]
     return (slice(start, end) for start, end in itertools.pairwise(ends) if start < end)

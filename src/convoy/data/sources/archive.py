@@ -13,24 +13,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convoy.core.errors import ConvoyError, describe_error
-from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.decode_worker import MAX_FILE_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.base import FileContent
-from convoy.data.sources.file_listing import FileSet, PackedPaths, below, is_junk
+from convoy.data.sources.file_listing import FileSet, PackedPaths, is_junk, normalize_path
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-# An archive that unpacks to more than both of these limits is refused as a decompression bomb.
-MAX_UNPACKED = 1 << 30  # bytes
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+# An archive that unpacks to more than both of these limits is rejected as a decompression bomb.
+MAX_UNPACKED_BYTES = 1 << 30
 MAX_RATIO = 1000  # times the size of the archive; deflate reaches at most 1032
 # The maximum size of a header, such as that of a long name, in a tar archive.
-MAX_HEADER = 1 << 20  # bytes
+MAX_HEADER_BYTES = 1 << 20
 # The flag of a zip entry that says that its name is in UTF-8.
-UTF_8 = 0x800
+UTF_8_FLAG = 0x800
 # Small, because bzip2 and LZMA can expand this many bytes to up to 90 MB.
-CHUNK = 4096  # bytes
+CHUNK_BYTES = 4096
 
 # The errors that Python's archive modules raise for broken data.
-BROKEN = (OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
+ARCHIVE_ERRORS = (OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
           zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
 
 
@@ -50,46 +50,46 @@ def open_archive(archive: Path, name: str) -> FileSet:
     """
     with archive.open("rb") as file:
         is_zip = archive.suffix.lower() == ".zip" or file.read(4) in (b"PK\3\4", b"PK\5\6")
-    kind, list_files = ("zip", _zip_files) if is_zip else ("tar", _tar_files)
+    kind, list_files = ("zip", _list_zip) if is_zip else ("tar", _list_tar)
     try:
         return list_files(archive, name)
-    except BROKEN as error:
+    except ARCHIVE_ERRORS as error:
         raise ConvoyError(
-            f"{name} is not a whole {kind} archive ({describe_error(error)}): put a sound copy there"
+            f"{name} is not a complete {kind} archive ({describe_error(error)}): replace it with an intact copy"
         ) from error
 
 
-def _zip_files(archive: Path, name: str) -> FileSet:
+def _list_zip(archive: Path, name: str) -> FileSet:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
-    _refuse_bomb(archive, name, sum(entry.file_size for entry in entries))
-    paths, rows, doubtful = [], array("L"), ""
+    _reject_bomb(archive, name, sum(entry.file_size for entry in entries))
+    paths, rows, uncertain = [], array("L"), ""
     for row, entry in enumerate(entries):
-        named, sure = _name(entry)
+        entry_name, is_certain = _decode_name(entry)
         # Some archives from Windows use backslashes as separators.
-        written = named.replace("\\", "/")
-        path = _checked(name, written)
+        entry_name = entry_name.replace("\\", "/")
+        path = _normalize_entry(name, entry_name)
         if is_junk(path):
             continue
         if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise _not_plain(name, path)
-        if path and not written.endswith("/"):
+            raise _not_a_file_error(name, path)
+        if path and not entry_name.endswith("/"):
             paths.append(path)
             rows.append(row)
-            doubtful = doubtful or ("" if sure else path)
-    wrong = f"{name} does not say how it writes {doubtful}: if that looks wrong, pack it anew with names in UTF-8"
+            uncertain = uncertain or ("" if is_certain else path)
+    note = f"{name} does not declare the encoding of {uncertain}: if this looks wrong, pack it again with UTF-8 names"
     return FileSet(
-        f"{name}:", PackedPaths(paths), functools.partial(_opened_zip, archive, rows), [wrong] if doubtful else []
+        f"{name}:", PackedPaths(paths), functools.partial(_open_zip, archive, rows), [note] if uncertain else []
     )
 
 
-def _name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
+def _decode_name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
     """Return the intended name of an entry, and whether its encoding is certain.
 
     Some tools, including those of macOS, write UTF-8 without setting the flag. Others use the encoding of their
     system, such as GBK, which `zipfile` decodes as code page 437.
     """
-    if entry.flag_bits & UTF_8 or entry.filename.isascii():
+    if entry.flag_bits & UTF_8_FLAG or entry.filename.isascii():
         return entry.filename, True
     try:
         return entry.filename.encode("cp437").decode(), True
@@ -98,19 +98,19 @@ def _name(entry: zipfile.ZipInfo) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def _opened_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], FileContent]]:
+def _open_zip(archive: Path, rows: array) -> Iterator[Callable[[int, str], FileContent]]:
     with zipfile.ZipFile(archive) as file:
         entries = file.infolist()
-        yield lambda index, _: _read(lambda: _zip_content(file, entries[rows[index]]))
+        yield lambda index, _: _catch_errors(lambda: _read_zip_entry(file, entries[rows[index]]))
 
 
-def _zip_content(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+def _read_zip_entry(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     chunks, size = [], 0
-    with file.open(entry) as opened:
-        while chunk := opened.read(CHUNK):
+    with file.open(entry) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
             chunks.append(chunk)
             size += len(chunk)
-            if size > MAX_BYTES:
+            if size > MAX_FILE_BYTES:
                 raise InvalidImageError(TOO_LARGE)
     return b"".join(chunks)
 
@@ -126,7 +126,7 @@ class _Entry(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Entry":
         entry = super().frombuf(buf, encoding, errors)
         is_header = entry.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)
-        if entry.size < 0 or (is_header and entry.size > MAX_HEADER):
+        if entry.size < 0 or (is_header and entry.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError(f"a header of {entry.size} bytes")
         return entry
 
@@ -141,74 +141,74 @@ class _Entry(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _tar_files(archive: Path, name: str) -> FileSet:
-    paths, offsets, sizes, place = [], array("q"), array("q"), 0
+def _list_tar(archive: Path, name: str) -> FileSet:
+    paths, offsets, sizes, position = [], array("q"), array("q"), 0
     with tarfile.open(archive, tarinfo=_Entry) as file:
         for entry in iter(file.next, None):
             # Otherwise `members` would keep every entry in memory.
             file.members.clear()  # type: ignore[attr-defined]
-            if file.offset <= place:
-                raise tarfile.ReadError("an entry of less than no bytes")
-            place = file.offset
-            _refuse_bomb(archive, name, place)
-            path = _checked(name, entry.name)
+            if file.offset <= position:
+                raise tarfile.ReadError("an entry of negative size")
+            position = file.offset
+            _reject_bomb(archive, name, position)
+            path = _normalize_entry(name, entry.name)
             if is_junk(path):
                 continue
             if not (entry.isdir() or entry.isreg()) or entry.issparse():
-                raise _not_plain(name, path)
+                raise _not_a_file_error(name, path)
             if not entry.isdir():
                 paths.append(path)
                 offsets.append(entry.offset_data)
                 sizes.append(entry.size)
         # Compressed data is read to its end, because the checksum is there.
         while file.fileobj.read(1 << 16):  # type: ignore[union-attr]
-            _refuse_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
-    return FileSet(f"{name}:", PackedPaths(paths), functools.partial(_opened_tar, archive, offsets, sizes))
+            _reject_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
+    return FileSet(f"{name}:", PackedPaths(paths), functools.partial(_open_tar, archive, offsets, sizes))
 
 
 @contextlib.contextmanager
-def _opened_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], FileContent]]:
+def _open_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[[int, str], FileContent]]:
     with tarfile.open(archive, tarinfo=_Entry) as file:
-        yield lambda index, _: _read(lambda: _tar_content(file, offsets[index], sizes[index]))
+        yield lambda index, _: _catch_errors(lambda: _read_tar_entry(file, offsets[index], sizes[index]))
 
 
-def _tar_content(file: tarfile.TarFile, offset: int, size: int) -> bytes:
+def _read_tar_entry(file: tarfile.TarFile, offset: int, size: int) -> bytes:
     """Read the content of an entry directly from the underlying file, which only moves forward.
 
     A step backward in a .gz file would decompress it again from the start.
     """
-    if size > MAX_BYTES:
+    if size > MAX_FILE_BYTES:
         raise InvalidImageError(TOO_LARGE)
     file.fileobj.seek(offset)  # type: ignore[union-attr]
     return file.fileobj.read(size)  # type: ignore[union-attr]
 
 
-def _read(content: Callable[[], bytes]) -> bytes | InvalidImageError:
+def _catch_errors(content: Callable[[], bytes]) -> bytes | InvalidImageError:
     try:
         return content()
     except InvalidImageError as fault:
         return fault
-    except BROKEN as error:
+    except ARCHIVE_ERRORS as error:
         return InvalidImageError(f"can't be read: {str(error) or type(error).__name__}")
 
 
-def _checked(name: str, entry: str) -> str:
-    path = below(entry)
+def _normalize_entry(name: str, entry: str) -> str:
+    path = normalize_path(entry)
     if path is None:
         raise ConvoyError(
-            f"{name}:{entry} points out of the archive, which may be meant to do harm: make it anew of what is in it"
+            f"{name}:{entry} points out of the archive, which may be an attack: extract the images and pack them again"
         )
     return path
 
 
-def _not_plain(name: str, path: str) -> ConvoyError:
-    return ConvoyError(f"{name}:{path} is no plain file: put the file itself into the archive")
+def _not_a_file_error(name: str, path: str) -> ConvoyError:
+    return ConvoyError(f"{name}:{path} is not a regular file: put the file itself into the archive")
 
 
-def _refuse_bomb(archive: Path, name: str, unpacked: int) -> None:
+def _reject_bomb(archive: Path, name: str, unpacked: int) -> None:
     size = archive.stat().st_size
-    if unpacked > max(MAX_UNPACKED, MAX_RATIO * size):
+    if unpacked > max(MAX_UNPACKED_BYTES, MAX_RATIO * size):
         raise ConvoyError(
-            f"{name} has {size} bytes and would unpack to {unpacked} or more, which images do not do: "
-            "make it anew of the images alone"
+            f"{name} has {size} bytes and would unpack to {unpacked} or more, unlike an archive of"
+            " images: pack only the images"
         )

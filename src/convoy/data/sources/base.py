@@ -13,7 +13,7 @@ from convoy.data.image_io import InvalidImageError
 
 
 @schema
-class TorchvisionSet:
+class TorchvisionConfig:
     """Settings of a data set that torchvision provides."""
 
     name: str  # class in torchvision.datasets
@@ -25,7 +25,7 @@ def _is_pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"neither null nor folder nor a regular expression ({error})") from None
+        raise ValueError(f"must be null, folder or a regular expression ({error})") from None
     return text
 
 
@@ -37,7 +37,7 @@ class DatasetConfig:
     longest_side: PositiveInt  # pixels; larger images are downscaled when decoded, which bounds the disk usage
     # "folder", a regular expression that finds the name of the group in a path, or None for no groups.
     group: Annotated[str, AfterValidator(_is_pattern)] | None
-    torchvision: TorchvisionSet | None = None  # None for the folders and archives in data/
+    torchvision: TorchvisionConfig | None = None  # None for the folders and archives in data/
 
     @property
     def origin(self) -> str:
@@ -46,7 +46,7 @@ class DatasetConfig:
 
 
 # Maps accepted names of a split to the split. Hugging Face's `datasets` accepts the same names.
-SPLIT_WORDS = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -65,7 +65,8 @@ class Sample(NamedTuple):
     split: str  # train, val or test if the source assigns one, else ""
     group: str  # images of one group are kept in the same split; "" if the source names none
     content: Content
-    more: tuple[str, ...] = ()  # values of the columns in `Source.more`; empty if the source has none for this image
+    # Values of the columns in `Source.extra_columns`; empty if the source has none for this image.
+    extra_values: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Source:
     """Labelled images that can be iterated over once."""
 
     classes: list[str]  # every label that occurs, in the order of the source
-    count: int  # number of samples in `members`
-    members: Iterator[Sample]  # in the same order in every run
-    more: Sequence[str] = ()  # names of the additional columns of the label tables
+    count: int  # number of samples in `samples`
+    samples: Iterator[Sample]  # in the same order in every run
+    extra_columns: Sequence[str] = ()  # names of the additional columns of the label tables
     notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences

@@ -7,16 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-from convoy.data.sources.base import SPLIT_WORDS, FileContent
+from convoy.data.sources.base import SPLIT_NAMES, FileContent
 
 # The last of these formats can't be decoded; they are listed so that such files are reported by name.
-IMAGES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
           ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm")  # fmt: skip
 # Lower-case names of files and folders that operating systems create. Names that begin with a dot are junk as well.
-JUNK = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+JUNK_NAMES = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
         "system volume information", "thumbs.db"}  # fmt: skip
 
-PIECE = 2**10  # paths in one string
+# Finds a split whose name is a separate word: test_images, but not contest.
+SPLIT_NAME_PATTERN = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, reverse=True))})(?:set|data|images)?(?![a-z])"
+)
+# Paths in one string.
+PATHS_PER_STRING = 2**10
 
 
 class PackedPaths(Iterable[str]):
@@ -27,8 +32,10 @@ class PackedPaths(Iterable[str]):
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
-        waiting = iter(paths)
-        self.texts = ["//".join(some) for some in iter(lambda: list(itertools.islice(waiting, PIECE)), [])]
+        remaining = iter(paths)
+        self.texts = [
+            "//".join(chunk) for chunk in iter(lambda: list(itertools.islice(remaining, PATHS_PER_STRING)), [])
+        ]
 
     def __iter__(self) -> Iterator[str]:
         return itertools.chain.from_iterable(text.split("//") for text in self.texts)
@@ -42,7 +49,7 @@ class FileSet:
     paths: Iterable[str]  # relative to the folder or archive, with slashes, in a stable order
     # Opens the files for reading and yields a function from the index and path of a file to its content. Reading is
     # cheap as long as the index only increases.
-    opened: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
+    open: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
     notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences
 
 
@@ -53,10 +60,10 @@ class Annotation(NamedTuple):
     split: str = ""
     group: str = ""
     fault: str = ""  # why the image can't be used, if its annotation shows that; else ""
-    more: tuple[str, ...] = ()  # values of the additional columns of a table
+    extra_values: tuple[str, ...] = ()  # values of the additional columns of a table
 
 
-def below(name: str) -> str | None:
+def normalize_path(name: str) -> str | None:
     """Normalize a relative path to names separated by slashes; return None if it is absolute or contains `..`."""
     parts = name.split("/")
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in name.replace("\\", "/").split("/"):
@@ -65,26 +72,30 @@ def below(name: str) -> str | None:
 
 
 def is_junk(path: str) -> bool:
-    return path.startswith(".") or "/." in path or not JUNK.isdisjoint(path.lower().split("/"))
+    """Check whether a path is hidden, or in a folder that operating systems create."""
+    return path.startswith(".") or "/." in path or not JUNK_NAMES.isdisjoint(path.lower().split("/"))
 
 
 def is_image(path: str) -> bool:
-    return path.lower().endswith(IMAGES)
+    """Check whether a path has the extension of an image."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
 
 
-def split_in(path: str) -> str:
+def find_split(path: str) -> str:
     """Return the split that a file or else its folder is named after; "" for none.
 
     Examples of such files are train.csv and test-00000-of-00002.parquet.
     """
     *folders, name = path.split("/")
-    return split_word(name) or (SPLIT_WORDS.get(folders[-1].lower(), "") if folders else "")
+    return find_split_name(name) or (SPLIT_NAMES.get(folders[-1].lower(), "") if folders else "")
 
 
-def split_word(name: str) -> str:
+def find_split_name(name: str) -> str:
     """Return the first split whose name occurs as a separate word in `name`; "" for none."""
-    word = _WORDS.search(name.lower())
-    return SPLIT_WORDS[word[1]] if word else ""
+    match = SPLIT_NAME_PATTERN.search(name.lower())
+    return SPLIT_NAMES[match[1]] if match else ""
 
 
-_WORDS = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, reverse=True))})(?:set|data|images)?(?![a-z])")
+SPLIT_NAME_PATTERN = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(SPLIT_NAMES, reverse=True))})(?:set|data|images)?(?![a-z])"
+)

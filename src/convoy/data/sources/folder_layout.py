@@ -6,8 +6,8 @@ import functools
 from collections.abc import Collection, Iterable, Mapping
 
 from convoy.core.text import truncate_names
-from convoy.data.sources.base import SPLIT_WORDS
-from convoy.data.sources.file_listing import split_word
+from convoy.data.sources.base import SPLIT_NAMES
+from convoy.data.sources.file_listing import find_split_name
 
 Names = tuple[str, ...]  # folder names, outermost first
 
@@ -17,7 +17,7 @@ class ClassRoot:
     """A folder that contains the class folders, or a split folder that has images but no folders."""
 
     split: str  # split of all images in it; "" for none
-    inner: Mapping[str, Mapping[str, str]]  # class -> folder in the class folder -> split it is named after
+    inner_splits: Mapping[str, Mapping[str, str]]  # class -> folder in the class folder -> split it is named after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class FolderLayout:
     roots: dict[Names, ClassRoot]
     notes: list[str]  # warnings about ambiguous folders, in sentences
 
-    def said(self, folder: str) -> tuple[str, str]:
+    def find_class_and_split(self, folder: str) -> tuple[str, str]:
         """Return the class and the split of the files in a folder; "" for none."""
         names = tuple(folder.split("/")) if folder else ()
         for depth in self._depths:
             if len(names) >= depth and (root := self.roots.get(names[:depth])):
-                label, below = (*names[depth : depth + 2], "", "")[:2]
-                return label, root.inner.get(label, {}).get(below, root.split)
+                label, subfolder = (*names[depth : depth + 2], "", "")[:2]
+                return label, root.inner_splits.get(label, {}).get(subfolder, root.split)
         return "", ""
 
     @functools.cached_property
@@ -45,7 +45,7 @@ class FolderLayout:
 class _FolderNode:
     """A folder that has images at some level below it."""
 
-    inside: dict[str, "_FolderNode"] = dataclasses.field(default_factory=dict)
+    subfolders: dict[str, "_FolderNode"] = dataclasses.field(default_factory=dict)
     has_images: bool = False  # directly in it
 
 
@@ -59,11 +59,11 @@ class _Candidate:
     # A folder next to split folders does not count, unless it is divided into split folders itself.
     counts: bool
 
-    def inner(self, splits: Mapping[str, str], counts: bool) -> "list[_Candidate]":
+    def descend(self, splits: Mapping[str, str], counts: bool) -> "list[_Candidate]":
         """Return the folders in this one as candidates."""
         return [
-            _Candidate((*self.path, name), inner, splits.get(name, self.split), counts or name in splits)
-            for name, inner in self.folder.inside.items()
+            _Candidate((*self.path, name), folder, splits.get(name, self.split), counts or name in splits)
+            for name, folder in self.folder.subfolders.items()
         ]
 
 
@@ -80,119 +80,126 @@ def find_layout(folders: Iterable[str]) -> FolderLayout:
         The layout, with warnings about ambiguous folders.
     """
     top = _FolderNode()
-    for folder in folders:
-        here = top
-        for name in folder.split("/"):
-            here = here.inside.setdefault(name, _FolderNode())
-        here.has_images = True
-    places = [_Candidate((), top, "", True)]
+    for path in folders:
+        folder = top
+        for name in path.split("/"):
+            folder = folder.subfolders.setdefault(name, _FolderNode())
+        folder.has_images = True
+    candidates = [_Candidate((), top, "", True)]
     # All candidates move one level deeper at a time, because classes are at the same depth in each of them.
-    while deeper := _deeper(places):
-        places = deeper
-    places = [place for place in places if place.counts and (place.folder.inside or place.split)]
-    roots = {place.path: ClassRoot(place.split, _inner_splits(place.folder)) for place in places}
-    notes = dict.fromkeys(note for place in places for note in _doubts(place.folder, roots[place.path]))
+    while deeper := _descend(candidates):
+        candidates = deeper
+    found = [each for each in candidates if each.counts and (each.folder.subfolders or each.split)]
+    roots = {each.path: ClassRoot(each.split, _find_inner_splits(each.folder)) for each in found}
+    notes = dict.fromkeys(note for each in found for note in _note_ambiguities(each.folder, roots[each.path]))
     return FolderLayout(roots, list(notes))
 
 
-def _deeper(places: list[_Candidate]) -> list[_Candidate]:
+def _descend(candidates: list[_Candidate]) -> list[_Candidate]:
     """Return the candidates one level deeper, or an empty list if the current ones are the class roots."""
-    splits = [_splits_among(place.folder) for place in places]
+    splits = [_find_split_folders(candidate.folder) for candidate in candidates]
     if any(splits):
-        pairs = zip(places, splits, strict=True)
-        return [inner for place, there in pairs for inner in (place.inner(there, False) if there else [place])]
-    counting = [place for place in places if place.counts and place.folder.inside]
-    only = [inner for place in counting for inner in place.folder.inside.values() if len(place.folder.inside) == 1]
-    around = len(only) == len(counting) and all(inner.inside and not inner.has_images for inner in only)
-    if counting and (around or any(_is_in_parts(place.folder) for place in counting)):
-        return [inner for place in places for inner in place.inner({}, place.counts) or [place]]
+        return [
+            inner
+            for candidate, split_folders in zip(candidates, splits, strict=True)
+            for inner in (candidate.descend(split_folders, False) if split_folders else [candidate])
+        ]
+    counting = [candidate.folder for candidate in candidates if candidate.counts and candidate.folder.subfolders]
+    only = [inner for folder in counting for inner in folder.subfolders.values() if len(folder.subfolders) == 1]
+    are_outer = len(only) == len(counting) and all(inner.subfolders and not inner.has_images for inner in only)
+    if counting and (are_outer or any(map(_is_in_parts, counting))):
+        return [inner for candidate in candidates for inner in candidate.descend({}, candidate.counts) or [candidate]]
     return []
 
 
-def _splits_among(folder: _FolderNode) -> dict[str, str]:
+def _find_split_folders(folder: _FolderNode) -> dict[str, str]:
     """Map the folders in `folder` that are named after splits to these, if they divide the images; else return {}."""
-    exact = {name: SPLIT_WORDS[name.lower()] for name in folder.inside if name.lower() in SPLIT_WORDS}
-    if len(exact) == len(folder.inside) or _divide(exact.values()):
+    subfolders = folder.subfolders
+    exact = {name: SPLIT_NAMES[name.lower()] for name in subfolders if name.lower() in SPLIT_NAMES}
+    if len(exact) == len(subfolders) or _is_division(exact.values()):
         return exact
     # For example train_images.
-    named = {name: split for name in folder.inside if (split := split_word(name))}
-    if not _divide(named.values()):
+    similar = {name: split for name in subfolders if (split := find_split_name(name))}
+    if not _is_division(similar.values()):
         return {}
     # The name of a class may contain the name of a split as well: test tube.
-    trains = [folder.inside[name] for name, split in named.items() if split == "train"]
-    sure = len(named) == len(folder.inside) or all(train.inside and not train.has_images for train in trains)
-    return named if sure else {}
+    training = [subfolders[name] for name, split in similar.items() if split == "train"]
+    contain_classes = all(inner.subfolders and not inner.has_images for inner in training)
+    return similar if contain_classes or len(similar) == len(subfolders) else {}
 
 
-def _divide(splits: Collection[str]) -> bool:
+def _is_division(splits: Collection[str]) -> bool:
     return "train" in splits and len(set(splits)) > 1
 
 
-def _inner_splits(folder: _FolderNode) -> dict[str, dict[str, str]]:
+def _find_inner_splits(folder: _FolderNode) -> dict[str, dict[str, str]]:
     """Map each folder in `folder` to its split folders, if these divide the images; else return {}."""
-    splits = {name: there for name, inner in folder.inside.items() if (there := _splits_among(inner))}
-    return splits if _divide([split for there in splits.values() for split in there.values()]) else {}
+    splits = {name: found for name, inner in folder.subfolders.items() if (found := _find_split_folders(inner))}
+    return splits if _is_division([split for found in splits.values() for split in found.values()]) else {}
 
 
 def _is_in_parts(folder: _FolderNode) -> bool:
-    """Return whether parts of the data set have split folders of their own, recognized by classes that they share."""
-    splits = _inner_splits(folder)
-    kinds = []
-    for name, inner in folder.inside.items():
-        parts = [inner.inside[part] for part in splits.get(name, [])] or [inner]
+    """Check whether parts of the data set have split folders of their own, recognized by classes that they share."""
+    inner_splits = _find_inner_splits(folder)
+    classes = []
+    for name, inner in folder.subfolders.items():
+        parts = [inner.subfolders[split] for split in inner_splits.get(name, [])] or [inner]
         if any(part.has_images for part in parts):
             return False
-        kinds.append({kind for part in parts for kind in part.inside})
-    return bool(splits) and bool(_shared(kinds))
+        classes.append({label for part in parts for label in part.subfolders})
+    return bool(inner_splits) and bool(_find_repeated(classes))
 
 
-def _doubts(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """Return warnings about folders that are taken for classes but look like something else."""
-    notes, words = [], {name: split_word(name) for name in folder.inside}
-    divided = _divide(words.values())
-    splits = [
+def _note_ambiguities(folder: _FolderNode, root: ClassRoot) -> list[str]:
+    """Return notes about folders that are taken for classes but look like something else."""
+    notes, splits = [], {name: find_split_name(name) for name in folder.subfolders}
+    is_division = _is_division(splits.values())
+    like_splits = [
         name
-        for name, word in words.items()
-        if name.lower() in SPLIT_WORDS or (word and (divided or word == root.split))
+        for name, split in splits.items()
+        if name.lower() in SPLIT_NAMES or (split and (is_division or split == root.split))
     ]
-    if splits:
+    if like_splits:
         notes.append(
-            f"{truncate_names(splits)}: taken for {'classes' if len(splits) > 1 else 'a class'}, not for splits, as"
-            " what lies beside or in them does not look so: put the same classes into folders train and test"
+            f"{truncate_names(like_splits)}: taken for {'classes' if len(like_splits) > 1 else 'a class'}, not for"
+            " splits, because of the folders beside or in them: to define splits, put the same classes into folders"
+            " train and test"
         )
-    for name, inner in folder.inside.items():
-        if called := sorted(folder.inside.keys() & inner.inside.keys() - {name}):
+    for name, inner in folder.subfolders.items():
+        if same_names := sorted(folder.subfolders.keys() & inner.subfolders.keys() - {name}):
             notes.append(
-                f"{name} is taken for a class, and has folders that are called as classes are: {truncate_names(called)}"
+                f"{name} is taken for a class, but has folders with the names of classes: {truncate_names(same_names)}"
             )
-        elif _holds_splits(inner):
+        elif _contains_splits(inner):
             notes.append(
-                f"{name} is taken for a class, and has folders of splits with folders in them: if those are the"
-                f" classes, leave nothing beside {name}"
+                f"{name} is taken for a class, but has split folders with folders in them: if those are the classes,"
+                f" remove everything beside {name}"
             )
-    return notes + _doubts_of_parts(folder, root)
+    return notes + _note_shared_subfolders(folder, root)
 
 
-def _holds_splits(folder: _FolderNode) -> bool:
-    """Return whether split folders with folders in them divide the images here or at a deeper level."""
-    splits = _splits_among(folder)
-    if _divide(splits.values()) and any(folder.inside[name].inside for name in splits):
+def _contains_splits(folder: _FolderNode) -> bool:
+    """Check whether split folders with folders in them divide the images here or at a deeper level."""
+    splits = _find_split_folders(folder)
+    if _is_division(splits.values()) and any(folder.subfolders[name].subfolders for name in splits):
         return True
-    return any(map(_holds_splits, folder.inside.values()))
+    return any(map(_contains_splits, folder.subfolders.values()))
 
 
-def _doubts_of_parts(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """Return a warning if the folders in the class folders look like the actual classes."""
-    shared = sorted(_shared([set(inner.inside) for inner in folder.inside.values() if not inner.has_images]))
-    if root.inner or len(shared) < 2:
+def _note_shared_subfolders(folder: _FolderNode, root: ClassRoot) -> list[str]:
+    """Return a note if the folders in the class folders look like the actual classes."""
+    shared = sorted(
+        _find_repeated([set(inner.subfolders) for inner in folder.subfolders.values() if not inner.has_images])
+    )
+    if root.inner_splits or len(shared) < 2:
         return []
     return [
-        f"{truncate_names(sorted(folder.inside))} are taken for the classes, and several of them have the folders"
-        f" {truncate_names(shared)}:"
-        " if those are the classes, put them at the top, one folder for each"
+        f"{truncate_names(sorted(folder.subfolders))} are taken for the classes, but several of them have the folders"
+        f" {truncate_names(shared)}: if those are the classes, put them at the top, one folder for each"
     ]
 
 
-def _shared(kinds: Iterable[Collection[str]]) -> list[str]:
+def _find_repeated(collections_of_names: Iterable[Collection[str]]) -> list[str]:
     """Return the names that are in more than one collection."""
-    return [name for name, count in collections.Counter(name for kind in kinds for name in kind).items() if count > 1]
+    counts = collections.Counter(name for names in collections_of_names for name in names)
+    return [name for name, count in counts.items() if count > 1]

@@ -1,4 +1,4 @@
-"""Parquet files: images with their labels in one file, as data hubs export them, or a label table only."""
+"""Parquet files: images with their labels in one file, as data hubs export them, or only a label table."""
 
 import contextlib
 import dataclasses
@@ -12,17 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convoy.core.errors import ConvoyError, describe_error
-from convoy.data.decode_worker import MAX_BYTES, TOO_LARGE
+from convoy.data.decode_worker import MAX_FILE_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.packed.packed_dataset import SPLITS
-from convoy.data.sources.base import SPLIT_WORDS, FileContent, Sample
+from convoy.data.sources.base import SPLIT_NAMES, FileContent, Sample
 
 # The number of rows, each with an image, that are in memory at once.
-ROWS = 16
+CHUNK_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Parquet:
+class ParquetTable:
     """A Parquet file of which only the schema has been read."""
 
     name: str  # name in messages: data/train-00000-of-00002.parquet
@@ -35,23 +35,33 @@ class Parquet:
     def rows(self, columns: Sequence[str]) -> Iterator[tuple]:
         """Yield the values of some columns row by row, with only a few rows in memory at once."""
         count = 0
-        with _refused_if_broken(self.name), _opened(self.file) as file:
-            for batch in file.iter_batches(ROWS, columns=list(columns), use_threads=False):
+        with _explain_errors(self.name), _open(self.file) as file:
+            for batch in file.iter_batches(CHUNK_ROWS, columns=list(columns), use_threads=False):
                 count += len(batch)
                 yield from zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
             if count != self.count:
                 raise ValueError(f"{count} of {self.count} rows")
 
 
-def open_parquet(name: str, file: str | bytes, split: str) -> Parquet:
-    with _refused_if_broken(name), _opened(file) as opened:
+def open_parquet(name: str, file: str | bytes, split: str) -> ParquetTable:
+    """Read the schema of a Parquet file.
+
+    Args:
+        name: The name of the file in messages.
+        file: The path of the file, or its content.
+        split: The split of all rows if there is no split column.
+
+    Raises:
+        ConvoyError: If the file is broken, or has two columns of the same name.
+    """
+    with _explain_errors(name), _open(file) as opened:
         schema = opened.schema_arrow
         if len(set(schema.names)) < len(schema.names):
             raise ConvoyError(f"{name} has two columns of the same name: rename one of them")
-        return Parquet(name, file, schema, _classes(schema), opened.metadata.num_rows, split)
+        return ParquetTable(name, file, schema, _read_class_names(schema), opened.metadata.num_rows, split)
 
 
-def image_column(table: Parquet) -> str | None:
+def find_image_column(table: ParquetTable) -> str | None:
     """Return the name of the column with the encoded images, or None if there is none, as in a label table.
 
     Raises:
@@ -61,13 +71,18 @@ def image_column(table: Parquet) -> str | None:
     named = [column for column in columns if column in ("image", "img")] or columns
     if len(named) > 1:
         raise ConvoyError(
-            f"{table.name} has several columns of bytes, {', '.join(named)}: rename the one of the images to image, or"
-            " take the others away"
+            f"{table.name} has several columns of bytes, {', '.join(named)}: rename the one with the images to image,"
+            " or remove the others"
         )
     return named[0] if named else None
 
 
-def label_column(table: Parquet) -> str:
+def find_label_column(table: ParquetTable) -> str:
+    """Return the name of the column with the labels.
+
+    Raises:
+        ConvoyError: If there is none, if several columns could be meant, or if it has several labels for an image.
+    """
     classes = [column for column in table.classes if column not in ("split", "group")]
     if "label" in table.schema.names:
         column = "label"
@@ -75,81 +90,82 @@ def label_column(table: Parquet) -> str:
         column = classes[0]
     elif classes:
         raise ConvoyError(
-            f"{table.name} has several columns of classes, {', '.join(classes)}, and none called label: rename the one"
-            " to be learned to label"
+            f"{table.name} has several columns of classes, {', '.join(classes)}, but no column label: rename the one"
+            " to predict to label"
         )
     else:
         raise ConvoyError(
-            f"{table.name} has no column called label, but {', '.join(table.schema.names)}: rename the one with the"
-            " classes to label"
+            f"{table.name} has the columns {', '.join(table.schema.names)}, but no column label: rename the one with"
+            " the classes to label"
         )
     if pa.types.is_nested(table.schema.field(column).type):
         raise ConvoyError(
-            f"{table.name} has several labels for an image in the column {column}, and convoy learns one: make it a"
-            " column of words or whole numbers"
+            f"{table.name} has several labels for an image in the column {column}, but convoy supports only one:"
+            " make it a column of strings or integers"
         )
     return column
 
 
-def classes_in(tables: Sequence[Parquet]) -> list[str]:
+def find_classes(tables: Sequence[ParquetTable]) -> list[str]:
     """Return all classes of some files.
 
-    First come the class names in the schemas, in the order of their numbers; then other numbers; then other words.
+    First come the class names in the schemas, in the order of their numbers; then other numbers; then other strings.
     """
     names: dict[str, None] = {}
-    numbers, words = set(), set()
+    numbers, strings = set(), set()
     for table in tables:
-        column = label_column(table)
+        column = find_label_column(table)
         names |= dict.fromkeys(table.classes.get(column, []))
         for value in set() if column in table.classes else {value for (value,) in table.rows([column])}:
-            if text := _text(value):
-                numbers.add((value, text)) if isinstance(value, int | float) else words.add(text)
-    return list(dict.fromkeys([*names, *(text for _, text in sorted(numbers)), *sorted(words)]))
+            if text := _format_value(value):
+                numbers.add((value, text)) if isinstance(value, int | float) else strings.add(text)
+    return list(dict.fromkeys([*names, *(text for _, text in sorted(numbers)), *sorted(strings)]))
 
 
-def members(table: Parquet) -> Iterator[Sample]:
-    label, image = label_column(table), image_column(table)
+def iter_samples(table: ParquetTable) -> Iterator[Sample]:
+    """Yield the images of a file with their labels."""
+    label, image = find_label_column(table), find_image_column(table)
     others = [column for column in ("split", "group") if column in table.schema.names]
     columns = [label, str(image), *others]
     for row, values in enumerate(table.rows(columns)):
-        said = dict(zip(columns, values, strict=True))
-        text, fault = _label(table, label, said[label])
-        word = _category(table, "split", said.get("split"))
-        if word and word.lower() not in SPLIT_WORDS:
-            fault = fault or f"has the split {word!r}, which is none of {', '.join(SPLITS)}"
+        cells = dict(zip(columns, values, strict=True))
+        text, fault = _read_label(table, label, cells[label])
+        split = _format_category(table, "split", cells.get("split"))
+        if split and split.lower() not in SPLIT_NAMES:
+            fault = fault or f"has the split {split!r}, which is none of {', '.join(SPLITS)}"
         yield Sample(
             path=f"{table.name}:{row}",
             label=text,
-            split=SPLIT_WORDS.get(word.lower(), "") if "split" in said else table.split,
-            group=_category(table, "group", said.get("group")),
-            content=InvalidImageError(fault) if fault else _content(said[str(image)]),
+            split=SPLIT_NAMES.get(split.lower(), "") if "split" in cells else table.split,
+            group=_format_category(table, "group", cells.get("group")),
+            content=InvalidImageError(fault) if fault else _read_content(cells[str(image)]),
         )
 
 
-def texts(table: Parquet, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def iter_texts(table: ParquetTable, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Yield rows as strings, with class names in place of class numbers, and "" for a missing value."""
     for values in table.rows(columns):
-        yield tuple(_category(table, column, value) for column, value in zip(columns, values, strict=True))
+        yield tuple(_format_category(table, column, value) for column, value in zip(columns, values, strict=True))
 
 
-def _label(table: Parquet, column: str, value: Any) -> tuple[str, str]:
+def _read_label(table: ParquetTable, column: str, value: Any) -> tuple[str, str]:
     """Return the class name of a label and an error message, one of which is ""."""
-    text = _category(table, column, value)
+    text = _format_category(table, column, value)
     if text:
         return text, ""
-    if _text(value):
-        return "", f"has the label {value}, and its file has names for 0 to {len(table.classes[column]) - 1}"
+    if _format_value(value):
+        return "", f"has the label {value}, but its file has names only for 0 to {len(table.classes[column]) - 1}"
     return "", "has no label"
 
 
-def _category(table: Parquet, column: str, value: Any) -> str:
-    text, names = _text(value), table.classes.get(column)
+def _format_category(table: ParquetTable, column: str, value: Any) -> str:
+    text, names = _format_value(value), table.classes.get(column)
     if names is None or not text:
         return text
     return names[value] if 0 <= value < len(names) else ""
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Convert a value to text; null, NaN and -1 mean that there is none and become ""."""
     if value is None or value != value or value == -1:
         return ""
@@ -159,11 +175,11 @@ def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _content(value: Any) -> FileContent:
+def _read_content(value: Any) -> FileContent:
     content = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         return InvalidImageError("has no bytes in its row")
-    return content if len(content) <= MAX_BYTES else InvalidImageError(TOO_LARGE)
+    return content if len(content) <= MAX_FILE_BYTES else InvalidImageError(TOO_LARGE)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -174,7 +190,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
 
 
-def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+def _read_class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Return the class names of integer columns that Hugging Face's `datasets` has stored in the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -188,17 +204,17 @@ def _classes(schema: pa.Schema) -> dict[str, list[str]]:
     }
 
 
-def _opened(file: str | bytes) -> pq.ParquetFile:
+def _open(file: str | bytes) -> pq.ParquetFile:
     source = io.BytesIO(file) if isinstance(file, bytes) else Path(file)
     # Read a part of a column at a time; by default a complete row group is loaded into memory.
     return pq.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
 
 
 @contextlib.contextmanager
-def _refused_if_broken(name: str) -> Iterator[None]:
+def _explain_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ConvoyError(
-            f"{name} is not a whole Parquet file ({describe_error(error)}): put a sound copy there"
+            f"{name} is not a complete Parquet file ({describe_error(error)}): replace it with an intact copy"
         ) from error

@@ -20,7 +20,7 @@ hypothesis.settings.load_profile("convoy")
 
 
 @pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow's with nothing in it, which takes seconds to make and none to copy."""
     from mlflow import MlflowClient
 
@@ -37,7 +37,7 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def ready() -> Iterator[multiprocessing.context.ForkServerContext]:
+def fork_server() -> Iterator[multiprocessing.context.ForkServerContext]:
     """Processes that start with everything imported, so that a kill meets the work and not the imports."""
     context = multiprocessing.get_context("forkserver")
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # which has other modules ready: those that decode

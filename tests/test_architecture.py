@@ -51,7 +51,7 @@ every_library_file = pytest.mark.parametrize(
 )
 
 
-def imports(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
+def find_imports(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
     """The dotted names that code imports, but for those that only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
         match node:
@@ -64,15 +64,15 @@ def imports(tree: ast.AST, inside_functions: bool = True) -> Iterator[str]:
             case ast.FunctionDef() | ast.AsyncFunctionDef() if not inside_functions:
                 pass
             case _:
-                yield from imports(node, inside_functions)
+                yield from find_imports(node, inside_functions)
 
 
-def imported(file: Path, inside_functions: bool = True) -> set[str]:
-    return set(imports(ast.parse(file.read_text()), inside_functions))
+def list_imports(file: Path, inside_functions: bool = True) -> set[str]:
+    return set(find_imports(ast.parse(file.read_text()), inside_functions))
 
 
-def packages(file: Path, inside_functions: bool = True) -> set[str]:
-    return {name.partition(".")[0] for name in imported(file, inside_functions)}
+def list_packages(file: Path, inside_functions: bool = True) -> set[str]:
+    return {name.partition(".")[0] for name in list_imports(file, inside_functions)}
 
 
 # Layers: import-linter holds the contract in pyproject.toml
@@ -101,32 +101,32 @@ def test_imports_are_found_in_every_form() -> None:
         "if TYPE_CHECKING:\n    import h\n"
         "if True:\n    import k\n"
     )
-    assert set(imports(ast.parse(code))) == {"a.b", "c.d", "e.f.g", "j", "k", "None.i"}
-    assert set(imports(ast.parse(code), inside_functions=False)) == {"a.b", "c.d", "k", "None.i"}
+    assert set(find_imports(ast.parse(code))) == {"a.b", "c.d", "e.f.g", "j", "k", "None.i"}
+    assert set(find_imports(ast.parse(code), inside_functions=False)) == {"a.b", "c.d", "k", "None.i"}
 
 
 @every_library_file
 def test_library_knows_no_stage_and_imports_by_full_names(file: Path) -> None:
-    assert not packages(file) & {"pipeline", "None"}
+    assert not list_packages(file) & {"pipeline", "None"}
 
 
 @every_library_file
 def test_only_config_imports_hydra_and_few_files_mlflow(file: Path) -> None:
     allowed = {"core/config.py": {"hydra", "omegaconf", "dvc"}} | {name: {"mlflow"} for name in MLFLOW}
     doors = {"hydra", "omegaconf", "dvc", "mlflow"}
-    assert packages(file) & doors <= allowed.get(str(file.relative_to(LIBRARY)), set())
+    assert list_packages(file) & doors <= allowed.get(str(file.relative_to(LIBRARY)), set())
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda file: file.name)
 def test_stages_know_neither_hydra_nor_mlflow(file: Path) -> None:
     allowed = {"dvc_files.py": {"dvc"}, "dvc_state.py": {"dvc"}}
-    assert packages(file) & {"hydra", "omegaconf", "dvc", "mlflow"} <= allowed.get(file.name, set())
+    assert list_packages(file) & {"hydra", "omegaconf", "dvc", "mlflow"} <= allowed.get(file.name, set())
 
 
 @every_library_file
 def test_data_and_ground_modules_import_no_torch_at_once(file: Path) -> None:
     if file.relative_to(LIBRARY).parts[0] in ("core", "data", "recipe.py"):
-        assert not packages(file, inside_functions=False) & {"torch", "torchvision", "pytorch_lightning"}
+        assert not list_packages(file, inside_functions=False) & {"torch", "torchvision", "pytorch_lightning"}
 
 
 def test_main_command_starts_without_mlflow_and_torch() -> None:
@@ -136,10 +136,10 @@ def test_main_command_starts_without_mlflow_and_torch() -> None:
 
 @pytest.mark.parametrize("folder", [LIBRARY, ROOT / "pipeline"], ids=lambda folder: folder.name)
 def test_nothing_waits_for_onnx_but_what_needs_it(folder: Path) -> None:
-    users = {file.name for file in folder.rglob("*.py") if packages(file) & {"onnx", "onnxruntime", "onnxscript"}}
+    users = {file.name for file in folder.rglob("*.py") if list_packages(file) & {"onnx", "onnxruntime", "onnxscript"}}
     assert users == ({"onnx_export.py"} if folder == LIBRARY else set())
     for file in folder.rglob("*.py"):
-        assert not packages(file, inside_functions=False) & {"onnx", "onnxruntime", "onnxscript"}
+        assert not list_packages(file, inside_functions=False) & {"onnx", "onnxruntime", "onnxscript"}
 
 
 # One word, six places
@@ -158,13 +158,13 @@ def test_params_yaml_is_what_conf_composes_to(composed: Path) -> None:
     assert (ROOT / "params.yaml").read_bytes() == (composed / "params.yaml").read_bytes()
 
 
-def stage_parts(stage: str) -> dict:
+def get_stage(stage: str) -> dict:
     return STAGES[stage].get("do", STAGES[stage])
 
 
 @every_stage
 def test_stage_names_its_module_command_and_output_folder(stage: str) -> None:
-    parts = stage_parts(stage)
+    parts = get_stage(stage)
     assert (ROOT / "pipeline" / f"{stage}.py").is_file()
     assert parts["cmd"].split()[:3] == ["python", "-m", f"pipeline.{stage}"]
     outs = [out if isinstance(out, str) else next(iter(out)) for out in parts["outs"]]
@@ -176,14 +176,14 @@ def test_stage_names_its_module_command_and_output_folder(stage: str) -> None:
 @every_stage
 def test_settings_that_a_stage_watches_are_there(stage: str, composed: Path) -> None:
     params = config.load(composed / "params.yaml")
-    for section in stage_parts(stage)["params"]:
+    for section in get_stage(stage)["params"]:
         name, _, key = section.partition(".")
         assert name in params
         assert key in ("", "${key}")
 
 
 def test_every_section_of_the_settings_is_watched_by_a_stage(composed: Path) -> None:
-    watched = {section.split(".")[0] for stage in STAGES for section in stage_parts(stage)["params"]}
+    watched = {section.split(".")[0] for stage in STAGES for section in get_stage(stage)["params"]}
     assert watched == set(config.load(composed / "params.yaml"))
 
 
@@ -207,37 +207,37 @@ def test_settings_of_every_dataset_fit_the_schema(name: str, composed: Path) -> 
 # What a stage depends on
 
 
-def project_modules() -> dict[str, ModuleType]:
+def list_modules() -> dict[str, ModuleType]:
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("convoy", "pipeline")}
 
 
 @contextlib.contextmanager
-def forgotten() -> Iterator[None]:
+def forget_imports() -> Iterator[None]:
     """As in an interpreter that has not imported the project yet."""
-    before = project_modules()
+    before = list_modules()
     for name in before:
         del sys.modules[name]
     try:
         yield
     finally:
-        for name in project_modules():
+        for name in list_modules():
             del sys.modules[name]
         sys.modules.update(before)
 
 
-def really_imported(stage: str, key: str) -> set[str]:
+def list_imported_files(stage: str, key: str) -> set[str]:
     """The files of the project that a stage brings in, but for those that hold a docstring alone."""
-    with forgotten():
+    with forget_imports():
         importlib.import_module(f"pipeline.{stage}")
         if key:
             importlib.import_module(f"convoy.models.{key}")
-        files = [Path(str(module.__file__)) for module in project_modules().values()]
+        files = [Path(str(module.__file__)) for module in list_modules().values()]
     named = {str(file.relative_to(ROOT)) for file in files if len(ast.parse(file.read_text()).body) > 1}
     return named - NO_INPUT
 
 
-def code_deps(stage: str, key: str) -> set[str]:
-    deps = {dep.replace("${key}", key) for dep in stage_parts(stage)["deps"]}
+def list_code_deps(stage: str, key: str) -> set[str]:
+    deps = {dep.replace("${key}", key) for dep in get_stage(stage)["deps"]}
     return {dep for dep in deps if dep.startswith(("src/", "pipeline/"))}
 
 
@@ -248,10 +248,10 @@ def code_deps(stage: str, key: str) -> set[str]:
 def test_stage_depends_on_the_very_files_that_it_imports(stage: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.syspath_prepend(ROOT / "src")  # before the copy that a registered model brings with it
-    named = code_deps(stage, key)
+    named = list_code_deps(stage, key)
     folders = tuple(f"{dep}/" for dep in named if (ROOT / dep).is_dir())
     files = {dep for dep in named if (ROOT / dep).is_file()}
-    assert {file for file in really_imported(stage, key) if not file.startswith(folders)} == files
+    assert {file for file in list_imported_files(stage, key) if not file.startswith(folders)} == files
     assert len(files) + len(folders) == len(named)  # all there
 
 
@@ -260,25 +260,25 @@ def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
     key = models.names()[0] if "do" in STAGES[stage] else ""
     named = {
         str(file.relative_to(ROOT))
-        for dep in code_deps(stage, key)
+        for dep in list_code_deps(stage, key)
         for file in ([ROOT / dep] if (ROOT / dep).is_file() else sorted((ROOT / dep).rglob("*.py")))
     }
     modules = {re.sub(r"(/__init__)?\.py$", "", dep.removeprefix("src/")).replace("/", ".") for dep in named}
     modules |= {"pipeline.errors", "pipeline.signals"}
     for file in named:
-        for name in imported(ROOT / file):
+        for name in list_imports(ROOT / file):
             if name.partition(".")[0] in ("convoy", "pipeline"):
                 assert {name, name.rpartition(".")[0]} & modules
 
 
 def test_stages_list_at_most_35_dependencies_on_code() -> None:
-    assert sum(len(code_deps(stage, "lenet")) for stage in STAGES) <= 35
+    assert sum(len(list_code_deps(stage, "lenet")) for stage in STAGES) <= 35
 
 
 @every_stage
 def test_stage_reads_only_what_an_earlier_one_makes(stage: str) -> None:
     earlier = list(STAGES)[: list(STAGES).index(stage)]
-    others = {dep for dep in stage_parts(stage)["deps"] if not dep.startswith(("src/", "pipeline/"))}
+    others = {dep for dep in get_stage(stage)["deps"] if not dep.startswith(("src/", "pipeline/"))}
     assert others <= {"data"} | {
         f"artifacts/{name}{item}" for name in earlier for item in ("", "/${key}")
     }  # register takes the folders of all architectures

@@ -32,7 +32,7 @@ SOUND: dict[str, Any] = {
 }
 
 
-def lenet(**augment: object) -> dict[str, Any]:
+def make_lenet_settings(**augment: object) -> dict[str, Any]:
     values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]
     values["recipe"]["augment"] |= augment
     return values
@@ -165,9 +165,9 @@ def test_all_errors_are_reported_at_once() -> None:
     ],
 )
 def test_nested_key_is_named_by_its_full_path(augment: dict, message: str) -> None:
-    validate(models.schema("lenet"), lenet(), "model.lenet")
+    validate(models.schema("lenet"), make_lenet_settings(), "model.lenet")
     with pytest.raises(ConvoyError, match=f"^{message}"):
-        validate(models.schema("lenet"), lenet(**augment), "model.lenet")
+        validate(models.schema("lenet"), make_lenet_settings(**augment), "model.lenet")
 
 
 def test_key_in_an_optional_section_gets_a_suggestion_too() -> None:

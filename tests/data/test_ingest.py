@@ -26,19 +26,19 @@ from factories import EMPTY_LOCK, read_table
 SIZE = 16
 
 
-def picture(seed: int, channels: int = 3) -> np.ndarray:
+def make_image(seed: int, channels: int = 3) -> np.ndarray:
     """(16, 16, C) uint8, like no other."""
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, channels), np.uint8)
 
 
-def saved(image: np.ndarray | Image.Image, form: str = "PNG", **options: object) -> bytes:
+def encode(image: np.ndarray | Image.Image, form: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image.squeeze())
     image.save(file, form, **options)
     return file.getvalue()
 
 
-def bomb() -> bytes:
+def make_bomb() -> bytes:
     """A PNG of a few bytes that says it has 10,000,000,000 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -48,7 +48,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def flipped(data: bytes, place: int) -> bytes:
+def flip_bit(data: bytes, place: int) -> bytes:
     broken = bytearray(data)
     broken[place] ^= 1
     return bytes(broken)
@@ -61,7 +61,7 @@ def write(data: Path, files: Mapping[str, bytes]) -> Path:
     return data
 
 
-def taken_in(
+def run_ingest(
     data: Path,
     max_bad_fraction: float = 1.0,
     group: str | None = None,
@@ -75,14 +75,14 @@ def taken_in(
     folder.mkdir()
     limits = FetchConfig(max_bad_fraction=max_bad_fraction)
     earlier = CacheDir(data.parent / "remembered" / "here", before)
-    return ingest(read_folder(data), pets(group), limits, history, folder, earlier)
+    return ingest(read_folder(data), make_config(group), limits, history, folder, earlier)
 
 
-def pets(group: str | None = None) -> DatasetConfig:
+def make_config(group: str | None = None) -> DatasetConfig:
     return validate(DatasetConfig, {"name": "pets", "longest_side": 512, "group": group}, "dataset")
 
 
-def kept(intake: IngestResult) -> list[str]:
+def list_accepted(intake: IngestResult) -> list[str]:
     return read_table(intake.packed)["path"].tolist()
 
 
@@ -92,32 +92,32 @@ def data(tmp_path: Path) -> Path:
 
 
 PETS = {
-    f"{name}/{number}.png": saved(picture(10 * k + number))
+    f"{name}/{number}.png": encode(make_image(10 * k + number))
     for k, name in enumerate(["cat", "dog"])
     for number in range(4)
 }
-PNG, JPEG = saved(picture(50)), saved(np.kron(picture(51), np.ones((4, 4, 1), np.uint8)), "JPEG")
+PNG, JPEG = encode(make_image(50)), encode(np.kron(make_image(51), np.ones((4, 4, 1), np.uint8)), "JPEG")
 FAULTS = {
     "cat/cut.jpg": (JPEG[: len(JPEG) // 2], "can't be decoded: "),
     "cat/cut.png": (PNG[: len(PNG) // 2], "can't be decoded: "),
-    "cat/one_bit.png": (flipped(PNG, len(PNG) // 2), "can't be decoded: broken PNG file"),
+    "cat/one_bit.png": (flip_bit(PNG, len(PNG) // 2), "can't be decoded: broken PNG file"),
     "cat/empty.jpg": (b"", "is empty"),
     "cat/notes.txt": (b"milk, bread", "is not an image in BMP, GIF, JPEG, PNG, TIFF, WEBP"),
     "dog/page.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n", "is not an image"),
-    "dog/bomb.png": (bomb(), "has more than the limit of 100000000 pixels"),
-    "dog/range.tif": (saved(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "has F pixels (32 bits)"),
-    "stray.png": (saved(picture(52)), "is in no class folder, so its label is unknown"),
+    "dog/bomb.png": (make_bomb(), "has more than the limit of 100000000 pixels"),
+    "dog/range.tif": (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "has F pixels (32 bits)"),
+    "stray.png": (encode(make_image(52)), "is in no class folder, so its label is unknown"),
 }
 
 
 def test_folder_with_every_fault_gives_the_expected_report(data: Path) -> None:
-    twin, shared = saved(picture(60)), saved(picture(61))
+    twin, shared = encode(make_image(60)), encode(make_image(61))
     write(data, PETS | {name: content for name, (content, _) in FAULTS.items()})
     write(data, {"cat/twin.png": twin, "cat/again/twin.png": twin})  # one file, twice
-    write(data, {"cat/both.png": shared, "dog/both.bmp": saved(picture(61), "BMP")})  # one picture, two labels
-    intake = taken_in(data)
+    write(data, {"cat/both.png": shared, "dog/both.bmp": encode(make_image(61), "BMP")})  # one picture, two labels
+    intake = run_ingest(data)
 
-    assert kept(intake) == sorted([f"data/{name}" for name in PETS] + ["data/cat/again/twin.png"])
+    assert list_accepted(intake) == sorted([f"data/{name}" for name in PETS] + ["data/cat/again/twin.png"])
     assert intake.merged.to_dict("records") == [{"path": "data/cat/twin.png", "kept": "data/cat/again/twin.png"}]
     reasons = intake.quarantine.set_index("path")["reason"].to_dict()
     assert set(reasons) == {f"data/{name}" for name in [*FAULTS, "cat/both.png", "dog/both.bmp"]}
@@ -130,7 +130,7 @@ def test_folder_with_every_fault_gives_the_expected_report(data: Path) -> None:
 def test_file_with_two_labels_is_excluded_under_both(data: Path) -> None:
     rows = "".join(f"{name},{name[:3]}\n" for name in PETS)
     write(data, PETS | {"a.csv": f"path,label\n{rows}".encode(), "b.csv": b"path,label\ncat/0.png,dog\n"})
-    intake = taken_in(data)
+    intake = run_ingest(data)
     assert intake.quarantine.to_dict("records") == [
         {"path": "data/cat/0.png", "label": "cat", "reason": "is also labelled 'dog'"},
         {"path": "data/cat/0.png", "label": "dog", "reason": "is also labelled 'cat'"},
@@ -139,7 +139,7 @@ def test_file_with_two_labels_is_excluded_under_both(data: Path) -> None:
 
 def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
     write(data, PETS | {"cat/1_broken.png": PNG[:50], "cat/2_again.png": PETS["cat/0.png"]})
-    packed = taken_in(data).packed
+    packed = run_ingest(data).packed
     for row, path in enumerate(read_table(packed)["path"]):
         with Image.open(data.parent / path) as image:
             assert np.array_equal(packed.read_image(row), np.asarray(image))
@@ -148,36 +148,36 @@ def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
 def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None:
     write(data, PETS | {f"cat/{number}.jpg": b"" for number in range(3)})
     with pytest.raises(ConvoyError) as refusal:
-        taken_in(data, max_bad_fraction=0.2)
+        run_ingest(data, max_bad_fraction=0.2)
     message = str(refusal.value)
     assert message.startswith(
         "3 of 11 images can't be used, more than fetch.max_bad_fraction=0.2 allows; fix or remove"
     )
     assert all(f"data/cat/{number}.jpg is empty" in message for number in range(3))
-    assert len(taken_in(data, max_bad_fraction=3 / 11).quarantine) == 3
+    assert len(run_ingest(data, max_bad_fraction=3 / 11).quarantine) == 3
 
 
 def test_single_class_with_valid_images_is_refused(data: Path) -> None:
     write(data, {"cat/1.png": PNG, "dog/1.png": b""})
     with pytest.raises(ConvoyError, match="pets has images of one class, 'cat', and a classifier needs two"):
-        taken_in(data)
+        run_ingest(data)
     write(data, {"cat/1.png": b""})
     with pytest.raises(ConvoyError, match="pets has no images that can be used"):
-        taken_in(data)
+        run_ingest(data)
 
 
 def test_copies_in_different_splits_are_left_to_the_split(data: Path) -> None:
     for split in ("train", "test", "val"):
         write(data / split, PETS)
-    intake = taken_in(write(data / "test", {"cat/again.png": PETS["cat/0.png"]}).parent)
+    intake = run_ingest(write(data / "test", {"cat/again.png": PETS["cat/0.png"]}).parent)
     assert read_table(intake.packed)["split"].value_counts().to_dict() == {"train": 8, "test": 8, "val": 8}
     assert intake.merged["kept"].tolist() == ["data/test/cat/0.png"]
 
 
 def test_new_classes_are_appended_and_removed_ones_kept(data: Path) -> None:
     write(data, PETS | {"ape/1.png": PNG, "bat/1.png": b""})
-    assert taken_in(data).packed.classes == ["ape", "cat", "dog"]
-    assert taken_in(
+    assert run_ingest(data).packed.classes == ["ape", "cat", "dog"]
+    assert run_ingest(
         data, history=EMPTY_LOCK.add_version(["owl", "dog"], LockedVersion(digest="", images={}, quarantine=0))
     ).packed.classes == ["owl", "dog", "ape", "cat"]
 
@@ -209,7 +209,7 @@ def test_group_excludes_class_folders_and_those_around_them(around: str) -> None
 
 def test_images_that_a_pattern_puts_in_no_group_are_counted(data: Path) -> None:
     write(data, PETS)
-    (note,) = taken_in(data, group=r"cat/(\d+)").notes
+    (note,) = run_ingest(data, group=r"cat/(\d+)").notes
     assert note == (
         r"dataset.group='cat/(\\d+)' finds no group in the paths of 4 of 8 images, such as data/dog/0.png: each of them"
         " is split on its own"
@@ -220,17 +220,17 @@ def test_pattern_that_finds_no_group_at_all_is_refused(data: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"dataset\.group='pateint-.*' finds a group in no path, such as data/cat/0.png"
     ):
-        taken_in(write(data, PETS), group=r"pateint-(\d+)")
+        run_ingest(write(data, PETS), group=r"pateint-(\d+)")
 
 
 def test_invalid_regular_expression_is_refused_by_name() -> None:
     with pytest.raises(ConvoyError, match=r"dataset\.group='\(': .*must be null, folder or a regular expression"):
-        pets("(")
+        make_config("(")
 
 
 def test_group_of_the_source_overrides_the_pattern(data: Path) -> None:
     write(data, PETS | {"labels.csv": b"path,label,group\ncat/0.png,cat,tom\ncat/1.png,cat,\ndog/0.png,dog,rex\n"})
-    table = read_table(taken_in(data, group="folder").packed)
+    table = read_table(run_ingest(data, group="folder").packed)
     assert table["group"].tolist() == ["tom", "", "rex"]
 
 
@@ -239,22 +239,22 @@ def test_copies_in_different_groups_are_left_to_the_split(data: Path) -> None:
         data,
         PETS | {"cat/a/0.png": PETS["cat/0.png"], "cat/b/0.png": PETS["cat/0.png"], "cat/b/1.png": PETS["cat/0.png"]},
     )
-    intake = taken_in(data, group="folder")
+    intake = run_ingest(data, group="folder")
     assert intake.merged.to_dict("records") == [{"path": "data/cat/b/1.png", "kept": "data/cat/b/0.png"}]
-    assert (read_table(intake.packed)["sha256"].value_counts().iloc[0], len(taken_in(data).merged)) == (3, 3)
+    assert (read_table(intake.packed)["sha256"].value_counts().iloc[0], len(run_ingest(data).merged)) == (3, 3)
 
 
 def test_classes_that_are_the_same_number_are_reported(data: Path) -> None:
     write(data, {"1/1.png": PETS["cat/0.png"], "1.0/1.png": PETS["cat/1.png"], "10/1.png": PETS["cat/2.png"]})
-    assert taken_in(data).notes == [
+    assert run_ingest(data).notes == [
         "the classes '1' and '1.0' are different classes: if they are one, give them the same name"
     ]
 
 
 @pytest.mark.parametrize("twin", ["Cat", "cat ", "\N{FULLWIDTH LATIN SMALL LETTER C}at"])
 def test_classes_with_confusable_names_are_reported(data: Path, twin: str) -> None:
-    write(data, PETS | {f"{twin}/9.png": saved(picture(9))})
-    (note,) = taken_in(data).notes
+    write(data, PETS | {f"{twin}/9.png": encode(make_image(9))})
+    (note,) = run_ingest(data).notes
     assert (
         note == f"the classes {twin!r} and 'cat' are different classes: if they are one, give them the same name"
         or (note == f"the classes 'cat' and {twin!r} are different classes: if they are one, give them the same name")
@@ -263,12 +263,12 @@ def test_classes_with_confusable_names_are_reported(data: Path, twin: str) -> No
 
 def test_drawn_splits_stay_drawn_when_others_are_given(data: Path) -> None:
     write(data, {f"train/{name}": content for name, content in PETS.items()})
-    first = taken_in(data)
+    first = run_ingest(data)
     assert (first.packed.drawn, first.notes) == (["val", "test"], [])
     history = EMPTY_LOCK.add_version(
         first.packed.classes, LockedVersion(digest="", images={}, quarantine=0), first.packed.drawn
     )
-    later = taken_in(write(data, {"test/cat/9.png": saved(picture(9))}), history=history)
+    later = run_ingest(write(data, {"test/cat/9.png": encode(make_image(9))}), history=history)
     assert later.packed.drawn == ["val", "test"]
     assert later.notes[0].startswith("the source assigns test images now; some of its training images stay test images")
 
@@ -279,8 +279,8 @@ def test_drawn_splits_stay_drawn_when_others_are_given(data: Path) -> None:
 def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixel_shards, "MEAN_SHARD_BYTES", 1)  # so that each image lies in a shard of its own
     others = write(data.parent / "others" / "data", dict(list(PETS.items())[1:]))
-    taken_in(others)
-    taken_in(write(data, PETS))
+    run_ingest(others)
+    run_ingest(write(data, PETS))
 
     def members(source: Source) -> Iterator[Sample]:
         shutil.rmtree(data.parent / "remembered")
@@ -291,17 +291,19 @@ def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypat
     source = dataclasses.replace(source, samples=members(source))
     (data.parent / "again").mkdir()
     earlier = CacheDir(data.parent / "remembered" / "here", data.parent / "packed")
-    packed = ingest(source, pets(), FetchConfig(max_bad_fraction=0), EMPTY_LOCK, data.parent / "again", earlier).packed
-    assert [saved(packed.read_image(row)) for row in range(len(PETS))] == list(PETS.values())
+    packed = ingest(
+        source, make_config(), FetchConfig(max_bad_fraction=0), EMPTY_LOCK, data.parent / "again", earlier
+    ).packed
+    assert [encode(packed.read_image(row)) for row in range(len(PETS))] == list(PETS.values())
 
 
 def test_second_run_with_new_images_is_bit_identical(data: Path) -> None:
     write(data, PETS)
-    taken_in(data)
+    run_ingest(data)
     write(data, {"cat/00.png": PNG, "dog/9.jpg": JPEG, "dog/bad.png": b""})
-    grown = taken_in(data)
+    grown = run_ingest(data)
     shutil.rmtree(data.parent / "remembered")
-    afresh = taken_in(data, into="afresh")
+    afresh = run_ingest(data, into="afresh")
     pd.testing.assert_frame_equal(read_table(grown.packed), read_table(afresh.packed))
     pd.testing.assert_frame_equal(grown.quarantine, afresh.quarantine)
     one, other = (
@@ -312,25 +314,25 @@ def test_second_run_with_new_images_is_bit_identical(data: Path) -> None:
 
 
 def test_other_table_columns_are_kept_beside_recorded_ones(tmp_path: Path) -> None:
-    files = {f"{number}.png": saved(picture(number)) for number in range(4)} | {"4.png": b"torn"}
+    files = {f"{number}.png": encode(make_image(number)) for number in range(4)} | {"4.png": b"torn"}
     rows = [f"{number}.png,{'ab'[number % 2]},site {number}" for number in range(5)]
     data = write(tmp_path / "data", files | {"labels.csv": "\n".join(["path,label,label_site", *rows]).encode()})
-    table = read_table(taken_in(data).packed)
+    table = read_table(run_ingest(data).packed)
     assert table["column_label_site"].tolist() == [f"site {number}" for number in range(4)]
     assert table["path"].tolist() == [f"data/{number}.png" for number in range(4)]
     assert (table["height"] == SIZE).all()
 
 
 def test_conflicting_labels_count_as_invalid(data: Path) -> None:
-    shared = saved(picture(61))
+    shared = encode(make_image(61))
     write(data, PETS | {"cat/both.png": shared, "dog/both.png": shared})
     with pytest.raises(ConvoyError, match=r"^2 of 10 images can't be used"):
-        taken_in(data, max_bad_fraction=0.1)
+        run_ingest(data, max_bad_fraction=0.1)
 
 
 def test_excluded_copies_do_not_count_as_merged(data: Path) -> None:
-    shared = saved(picture(61))
+    shared = encode(make_image(61))
     write(data, PETS | {"cat/both.png": shared, "cat/both_again.png": shared, "dog/both.png": shared})
-    intake = taken_in(data)
+    intake = run_ingest(data)
     assert len(intake.quarantine) == 3
     assert not len(intake.merged)

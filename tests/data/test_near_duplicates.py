@@ -33,14 +33,14 @@ PICTURES = [
 ]
 
 
-def saved(image: Image.Image, quality: int) -> Image.Image:
+def recompress(image: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
     return Image.open(file)
 
 
 COPIES = {
-    "saved again": lambda image: saved(image, 60),
+    "saved again": lambda image: recompress(image, 60),
     "half as large": lambda image: image.resize((80, 80)),
     "grey": lambda image: image.convert("L"),
     "a little blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
@@ -48,37 +48,37 @@ COPIES = {
 }
 
 
-def hashes(pictures: list[np.ndarray]) -> np.ndarray:
+def hash_images(pictures: list[np.ndarray]) -> np.ndarray:
     return compute_perceptual_hashes(make_thumbnails(pictures))
 
 
-def near(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
+def find_pairs(ones: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     images = [*ones, *others]
     return confirm_pairs(images.__getitem__, np.arange(len(images)).reshape(2, -1).T, 0.98)
 
 
-def as_array(image: Image.Image) -> np.ndarray:
+def to_array(image: Image.Image) -> np.ndarray:
     pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 @pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
 def test_copies_of_photographs_are_found_as_near_duplicates(change: object) -> None:
-    copies = [as_array(change(Image.fromarray(picture))) for picture in PICTURES]  # type: ignore[operator]
-    far = np.bitwise_count(hashes(PICTURES) ^ hashes(copies))
+    copies = [to_array(change(Image.fromarray(picture))) for picture in PICTURES]  # type: ignore[operator]
+    far = np.bitwise_count(hash_images(PICTURES) ^ hash_images(copies))
     assert (far <= MAX_DISTANCE_BITS).mean() > 0.9
-    assert near(PICTURES, copies).mean() > 0.85
+    assert find_pairs(PICTURES, copies).mean() > 0.85
 
 
 def test_different_images_do_not_correlate() -> None:
-    assert not near(PICTURES[1:], PICTURES[:-1]).any()
+    assert not find_pairs(PICTURES[1:], PICTURES[:-1]).any()
 
 
 def test_hash_equals_that_of_imagehash() -> None:
     small = [np.asarray(Image.fromarray(picture).resize((32, 32))) for picture in PICTURES]
     theirs = np.array([int(str(imagehash.phash(Image.fromarray(picture))), 16) for picture in small], np.uint64)
     # the cosines here are rounded, so that two nearly equal frequencies may change places
-    assert np.bitwise_count(hashes(small) ^ theirs).sum() <= 4
+    assert np.bitwise_count(hash_images(small) ^ theirs).sum() <= 4
 
 
 @given(arrays(np.uint8, (3, 32, 32, 3)))
@@ -99,8 +99,8 @@ def test_block_size_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -
 
 def test_constant_images_have_no_near_duplicates() -> None:
     even = [np.full((9, 9, 3), level, np.uint8) for level in (0, 3, 255)]
-    assert hashes(even).tolist() == [0, 0, 0]
-    assert len(find_candidate_pairs(hashes(even))) == 0
+    assert hash_images(even).tolist() == [0, 0, 0]
+    assert len(find_candidate_pairs(hash_images(even))) == 0
 
 
 def test_comparisons_per_image_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +131,9 @@ def test_correlation_equals_that_of_numpy(images: np.ndarray) -> None:
 def test_recolored_shape_is_no_duplicate_unless_grey() -> None:
     red = np.zeros((32, 32, 3), np.uint8)
     red[8:24, 8:24] = [250, 0, 0]
-    assert not near([red], [red[..., ::-1]]).any()
-    assert near([red], [red // 2]).all()
-    assert near([red], [red[..., :1]]).all()
+    assert not find_pairs([red], [red[..., ::-1]]).any()
+    assert find_pairs([red], [red // 2]).all()
+    assert find_pairs([red], [red[..., :1]]).all()
 
 
 @given(
@@ -155,5 +155,5 @@ def test_near_hashes_are_exactly_those_within_the_distance(seeds: list[int], cha
 def test_pale_colours_count_too() -> None:
     red = np.full((32, 32, 3), 100, np.uint8)
     red[8:24, 8:24] = [160, 100, 100]
-    assert not near([red], [red[..., ::-1]]).any()
-    assert near([red], [red + 20]).all()
+    assert not find_pairs([red], [red[..., ::-1]]).any()
+    assert find_pairs([red], [red + 20]).all()

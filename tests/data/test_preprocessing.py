@@ -41,7 +41,7 @@ from factories import EMPTY_LOCK, read_table
 PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
 
 
-def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
+def make_table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
     """As of `count` different images."""
     hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(start, start + count)]
     paths = [f"data/cat/{number}.png" for number in range(start, start + count)]
@@ -50,7 +50,7 @@ def table(count: int = 1000, start: int = 0, **columns: str) -> pd.DataFrame:
     return pd.DataFrame(images).assign(**columns)
 
 
-def sides_of(images: pd.DataFrame, seed: int = 1) -> pd.Series:
+def split_first_version(images: pd.DataFrame, seed: int = 1) -> pd.Series:
     """As the first version of the data is split."""
     return split(images, seed, EMPTY_LOCK.splits_to_draw(set(images["split"])))
 
@@ -59,8 +59,8 @@ def split(images: pd.DataFrame, seed: int, drawn: Sequence[str]) -> pd.Series:
     return draw_splits(images, PARAMS.test_fraction, PARAMS.val_fraction, seed, drawn)
 
 
-def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
-    return dict(zip(images["sha256"], sides_of(images, seed), strict=True))
+def split_by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
+    return dict(zip(images["sha256"], split_first_version(images, seed), strict=True))
 
 
 # The split
@@ -69,14 +69,14 @@ def by_hash(images: pd.DataFrame, seed: int = 1) -> dict[str, str]:
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**40))
 @settings(max_examples=30)
 def test_every_image_is_in_exactly_one_split(count: int, seed: int) -> None:
-    images = table(count)
-    sides = sides_of(images, seed)
+    images = make_table(count)
+    sides = split_first_version(images, seed)
     assert sides.index.equals(images.index)
     assert sides.isin(SPLITS).all()
 
 
 def test_split_fractions_are_as_requested() -> None:
-    shares = sides_of(table(20_000), 1).value_counts(normalize=True)
+    shares = split_first_version(make_table(20_000), 1).value_counts(normalize=True)
     assert shares["test"] == pytest.approx(0.2, abs=0.01)
     assert shares["val"] == pytest.approx(0.25 * 0.8, abs=0.01)  # of the images that are left to train with
 
@@ -84,53 +84,55 @@ def test_split_fractions_are_as_requested() -> None:
 @given(kept=st.integers(1, 300), seed=st.integers(0, 100))
 @settings(max_examples=30)
 def test_new_images_never_move_an_old_one(kept: int, seed: int) -> None:
-    before, after = by_hash(table(kept), seed), by_hash(table(400), seed)
+    before, after = split_by_hash(make_table(kept), seed), split_by_hash(make_table(400), seed)
     assert {digest: after[digest] for digest in before} == before
 
 
 def test_split_of_an_image_depends_on_its_pixels_alone() -> None:
-    images = table()
+    images = make_table()
     changed = images.sample(frac=1, random_state=0).assign(
         path="data/elsewhere.png", label="dog", pixel_hash=0, height=9
     )
-    assert by_hash(changed) == by_hash(images)
+    assert split_by_hash(changed) == split_by_hash(images)
 
 
 @given(groups=st.lists(st.sampled_from(["tom", "rex", "", "é|`"]), min_size=1, max_size=60), seed=st.integers(0, 50))
 def test_group_is_never_divided_and_its_growth_moves_nothing(groups: list[str], seed: int) -> None:
-    images = table(len(groups)).assign(group=groups)
-    sides = sides_of(images, seed)
+    images = make_table(len(groups)).assign(group=groups)
+    sides = split_first_version(images, seed)
     assert (sides.groupby(images["group"]).nunique().drop("", errors="ignore") == 1).all()
     half = images.sample(frac=0.5, random_state=0)
-    assert sides_of(half, seed).equals(sides[half.index])
+    assert split_first_version(half, seed).equals(sides[half.index])
 
 
 def test_group_name_equal_to_a_hash_does_not_collide() -> None:
-    images = table(200)
-    assert not sides_of(images, 1).equals(sides_of(images.assign(group=images["sha256"]), 1))
+    images = make_table(200)
+    assert not split_first_version(images, 1).equals(split_first_version(images.assign(group=images["sha256"]), 1))
 
 
 def test_split_depends_on_the_seed() -> None:
-    assert by_hash(table(), 1) == by_hash(table(), 1)
-    assert by_hash(table(), 1) != by_hash(table(), 2)
+    assert split_by_hash(make_table(), 1) == split_by_hash(make_table(), 1)
+    assert split_by_hash(make_table(), 1) != split_by_hash(make_table(), 2)
 
 
 @pytest.mark.parametrize("given_split", ["test", "val"])
 def test_given_split_is_kept_and_the_missing_one_is_drawn(given_split: str) -> None:
-    images = pd.concat([table(1000, split="train"), table(300, start=1000, split=given_split)], ignore_index=True)
-    sides = sides_of(images, 1)
+    images = pd.concat(
+        [make_table(1000, split="train"), make_table(300, start=1000, split=given_split)], ignore_index=True
+    )
+    sides = split_first_version(images, 1)
     (drawn,) = {"test", "val"} - {given_split}
     assert (sides == given_split).equals(images["split"] == given_split)
     assert set(sides[:1000]) == {"train", drawn}
 
 
 def test_no_split_is_drawn_if_the_source_gives_all_three() -> None:
-    images = pd.concat([table(100, start=100 * k, split=name) for k, name in enumerate(SPLITS)], ignore_index=True)
-    assert sides_of(images, 1).tolist() == images["split"].tolist()
+    images = pd.concat([make_table(100, start=100 * k, split=name) for k, name in enumerate(SPLITS)], ignore_index=True)
+    assert split_first_version(images, 1).tolist() == images["split"].tolist()
 
 
 def test_val_and_test_are_drawn_if_only_train_is_given() -> None:
-    assert by_hash(table(split="train")) == by_hash(table())
+    assert split_by_hash(make_table(split="train")) == split_by_hash(make_table())
 
 
 @given(
@@ -138,7 +140,7 @@ def test_val_and_test_are_drawn_if_only_train_is_given() -> None:
     new=st.lists(st.sampled_from(["", "train", "val", "test"]), max_size=60),
 )
 def test_splits_given_with_new_images_move_no_old_image(old: list[str], new: list[str]) -> None:
-    before, after = table(len(old)).assign(split=old), table(len(old + new)).assign(split=old + new)
+    before, after = make_table(len(old)).assign(split=old), make_table(len(old + new)).assign(split=old + new)
     drawn = EMPTY_LOCK.splits_to_draw(set(old))
     later = EMPTY_LOCK.add_version(["cat"], LockedVersion(digest="", images={}, quarantine=0), drawn).splits_to_draw(
         set(old + new)
@@ -153,7 +155,7 @@ def test_splits_given_with_new_images_move_no_old_image(old: list[str], new: lis
     )
 )  # fmt: skip
 def test_group_is_in_one_split_alone_whatever_is_given(rows: list[tuple[str, str]]) -> None:
-    images = table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
+    images = make_table(len(rows)).assign(group=[group for group, _ in rows], split=[given for _, given in rows])
     drawn = EMPTY_LOCK.splits_to_draw(set(images["split"]))
     own = split(images, 1, drawn)
     places = assign_groups(images, own.map(SPLITS.index).to_numpy(), drawn)
@@ -173,62 +175,62 @@ def test_group_is_in_one_split_alone_whatever_is_given(rows: list[tuple[str, str
 
 
 @st.composite
-def likenesses(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
+def draw_near_duplicates(draw: st.DrawFn) -> tuple[pd.DataFrame, np.ndarray]:
     """Images of which some have the same picture in another file, and pairs of rows that are near each other."""
     count = draw(st.integers(1, 40))
     pictures = draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
     row = st.integers(0, count - 1)
     pairs = draw(st.lists(st.tuples(row, row).filter(lambda pair: pair[0] != pair[1]), max_size=60))
-    return table(count).assign(pixel_hash=pictures), np.array(pairs, np.int64).reshape(-1, 2)
+    return make_table(count).assign(pixel_hash=pictures), np.array(pairs, np.int64).reshape(-1, 2)
 
 
-def used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
+def list_used(images: pd.DataFrame, near: np.ndarray, seed: int = 1) -> dict[str, str]:
     """sha256 -> side, of the images that are not withheld."""
-    sides = sides_of(images, seed)
+    sides = split_first_version(images, seed)
     places = sides.map(SPLITS.index).to_numpy()
     left = sides.drop(exclude_leaks(images, places, places, near).index)
     return dict(zip(images["sha256"][left.index], left, strict=True))
 
 
-@given(likenesses(), st.integers(0, 20))
+@given(draw_near_duplicates(), st.integers(0, 20))
 def test_no_near_duplicates_are_in_two_splits(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
-    sides = used(images, near, seed)
+    sides = list_used(images, near, seed)
     hashes = images["sha256"].to_numpy()
     for one, other in hashes[near]:
         assert not (one in sides and other in sides and sides[one] != sides[other])
     assert not images[images["sha256"].isin(list(sides))]["pixel_hash"].duplicated().any()
 
 
-@given(likenesses(), st.integers(0, 20))
+@given(draw_near_duplicates(), st.integers(0, 20))
 def test_image_is_used_in_its_own_split_or_excluded(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
-    alone = by_hash(images, seed)
-    assert used(images, near, seed).items() <= alone.items()
+    alone = split_by_hash(images, seed)
+    assert list_used(images, near, seed).items() <= alone.items()
 
 
-@given(likenesses(), st.integers(0, 20), st.randoms())
+@given(draw_near_duplicates(), st.integers(0, 20), st.randoms())
 def test_excluded_images_depend_on_neither_order_nor_names(
     drawn: tuple[pd.DataFrame, np.ndarray], seed: int, random: object
 ) -> None:
     images, near = drawn
     order = np.random.default_rng(seed).permutation(len(images))
     moved = images.iloc[order].reset_index(drop=True).assign(path=[f"elsewhere/{row}" for row in order])
-    assert used(moved, np.argsort(order)[near][:, ::-1], seed) == used(images, near, seed)
+    assert list_used(moved, np.argsort(order)[near][:, ::-1], seed) == list_used(images, near, seed)
 
 
-@given(likenesses(), st.integers(0, 20))
+@given(draw_near_duplicates(), st.integers(0, 20))
 def test_new_images_do_not_move_a_test_image(drawn: tuple[pd.DataFrame, np.ndarray], seed: int) -> None:
     images, near = drawn
-    alone = by_hash(images, seed)
+    alone = split_by_hash(images, seed)
     pictures = images.set_index("sha256")["pixel_hash"]
     for digest, side in alone.items():
         if side == "test" and (pictures == pictures[digest]).sum() == 1:
-            assert used(images, near, seed)[digest] == "test"
+            assert list_used(images, near, seed)[digest] == "test"
 
 
 def test_exclusion_reason_names_the_near_duplicate() -> None:
-    images = table(3)
+    images = make_table(3)
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val")])
     withheld = exclude_leaks(images, sides, sides, np.array([[0, 1], [2, 1]]))
     assert withheld.to_dict("records") == [
@@ -240,7 +242,7 @@ def test_exclusion_reason_names_the_near_duplicate() -> None:
 
 
 def test_cross_split_duplicates_of_test_images_are_recorded() -> None:
-    images = table(6).assign(pixel_hash=[1, 2, 3, 4, 2, 6])
+    images = make_table(6).assign(pixel_hash=[1, 2, 3, 4, 2, 6])
     sides = np.array([SPLITS.index(side) for side in ("train", "test", "val", "test", "train", "train")])
     found = find_cross_split_duplicates(images, sides, np.array([[0, 1], [1, 3], [2, 3], [0, 5]]))
     names = images["sha256"].tolist()
@@ -257,7 +259,7 @@ def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=70)
         copies.append(file.getvalue())
-    images = packed(tmp_path / "packed", {"china": pictures, "copies": copies})
+    images = pack(tmp_path / "packed", {"china": pictures, "copies": copies})
     found = find_near_duplicates(images, 0.98)
     paths = read_table(images)["path"].to_numpy()[found]
     expected = {(f"data/china/{number}.png", f"data/copies/{number}.png") for number in range(8)}
@@ -265,9 +267,11 @@ def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
 
 
 def test_training_image_of_a_cross_split_pair_is_excluded(tmp_path: Path) -> None:
-    pictures = noise(60, 3, 1, size=40)
+    pictures = make_noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
-    found = made(packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2)}), tmp_path)
+    found = prepare_images(
+        pack(tmp_path / "packed", {"cat": pictures + slightly, "dog": make_noise(60, 3, 2)}), tmp_path
+    )
     assert len(found.near_duplicates) == 60
     assert 10 < len(found.excluded) < 40
     assert found.excluded["reason"].str.contains("is a near-duplicate of the (?:test|val) image data/cat/").all()
@@ -279,7 +283,7 @@ def test_training_image_of_a_cross_split_pair_is_excluded(tmp_path: Path) -> Non
 # The arrays
 
 
-def packed(
+def pack(
     folder: Path,
     images: Mapping[str, Sequence[np.ndarray | bytes]],
     given_split: str = "",
@@ -292,10 +296,10 @@ def packed(
         for label, contents in images.items()
         for number, content in enumerate(contents)
     ]
-    return packed_of(members, folder, longest_side)
+    return pack_samples(members, folder, longest_side)
 
 
-def packed_of(members: Sequence[Sample], folder: Path, longest_side: int = 512) -> PackedDataset:
+def pack_samples(members: Sequence[Sample], folder: Path, longest_side: int = 512) -> PackedDataset:
     folder.mkdir(parents=True, exist_ok=True)
     source = Source(sorted({member.label for member in members}), len(members), iter(members))
     limits = FetchConfig(max_bad_fraction=0.0)
@@ -303,15 +307,15 @@ def packed_of(members: Sequence[Sample], folder: Path, longest_side: int = 512) 
     return ingest(source, pets, limits, EMPTY_LOCK, folder, CacheDir(folder / "remembered" / "here", folder)).packed
 
 
-def made(packed: PackedDataset, folder: Path, params: PreprocessConfig = PARAMS) -> PreprocessResult:
+def prepare_images(packed: PackedDataset, folder: Path, params: PreprocessConfig = PARAMS) -> PreprocessResult:
     return prepare(packed, params, 1, folder, CacheDir(folder / "remembered", folder))
 
 
-def noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
+def make_noise(count: int, channels: int = 1, seed: int = 0, size: int = 32) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), np.uint8))
 
 
-def even(count: int, values: range) -> list[np.ndarray]:
+def make_constant_images(count: int, values: range) -> list[np.ndarray]:
     """Images of one colour each, smaller than asked."""
     return [np.full((8, 8, 1), values[number % len(values)], np.uint8) for number in range(count)]
 
@@ -319,8 +323,8 @@ def even(count: int, values: range) -> list[np.ndarray]:
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """The class "cat" is dark and the class "007" light."""
-    images = {"cat": even(60, range(0, 100)), "007": even(60, range(150, 250))}
-    made(packed(tmp_path / "packed", images), tmp_path)
+    images = {"cat": make_constant_images(60, range(0, 100)), "007": make_constant_images(60, range(150, 250))}
+    prepare_images(pack(tmp_path / "packed", images), tmp_path)
     return tmp_path
 
 
@@ -363,8 +367,8 @@ def test_dataset_info_describes_the_data(prepared: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_mean_and_std_are_of_training_images_alone(tmp_path: Path, channels: int) -> None:
-    images = {"cat": noise(80, channels, 1), "dog": noise(80, channels, 2)}
-    info = made(packed(tmp_path / "packed", images), tmp_path).info
+    images = {"cat": make_noise(80, channels, 1), "dog": make_noise(80, channels, 2)}
+    info = prepare_images(pack(tmp_path / "packed", images), tmp_path).info
     pixels = np.load(tmp_path / "train_pixels.npy") / 255
     assert info.mean == pytest.approx(pixels.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
     assert info.std == pytest.approx(pixels.std(axis=(0, 1, 2)).tolist(), abs=1e-6)
@@ -378,67 +382,70 @@ def test_mean_and_std_are_of_training_images_alone(tmp_path: Path, channels: int
 def test_channels_are_grey_only_if_every_image_is_grey(
     tmp_path: Path, asked: object, source: int, expected: int
 ) -> None:
-    images = {"cat": noise(40, 1, 1), "dog": [*noise(39, 1, 2), *noise(1, source, 3)]}
+    images = {"cat": make_noise(40, 1, 1), "dog": [*make_noise(39, 1, 2), *make_noise(1, source, 3)]}
     params = PreprocessConfig(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
-    info = made(packed(tmp_path / "packed", images), tmp_path, params).info
+    info = prepare_images(pack(tmp_path / "packed", images), tmp_path, params).info
     assert info.channels == len(info.mean) == len(info.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)
 
 
 def test_images_of_any_size_come_to_one_size(tmp_path: Path) -> None:
-    images = {"cat": noise(30, 1, 1, size=7), "dog": noise(30, 1, 2, size=90)}
-    made(packed(tmp_path / "packed", images), tmp_path)
+    images = {"cat": make_noise(30, 1, 1, size=7), "dog": make_noise(30, 1, 2, size=90)}
+    prepare_images(pack(tmp_path / "packed", images), tmp_path)
     assert {np.load(tmp_path / f"{name}_pixels.npy").shape[1:] for name in SPLITS} == {(32, 32, 1)}
 
 
 def test_groups_are_suggested_for_many_near_duplicates(tmp_path: Path) -> None:
-    frames = [np.maximum(noise(1)[0], shade) for shade in range(20)]
-    notes = made(packed(tmp_path / "packed", {"cat": frames, "dog": noise(40, seed=3)}), tmp_path).notes
+    frames = [np.maximum(make_noise(1)[0], shade) for shade in range(20)]
+    notes = prepare_images(pack(tmp_path / "packed", {"cat": frames, "dog": make_noise(40, seed=3)}), tmp_path).notes
     assert any("near-duplicates of images in other splits" in note and "dataset.group" in note for note in notes)
 
 
 @pytest.mark.parametrize(("longest_side", "noted"), [(40, False), (32, False), (30, True)])
 def test_images_reduced_below_the_requested_size_are_counted(tmp_path: Path, longest_side: int, noted: bool) -> None:
-    images = {"cat": noise(30, 1, 1, size=90), "dog": noise(30, 1, 2, size=7)}  # those of 7 pixels were never larger
-    notes = made(packed(tmp_path / "packed", images, longest_side=longest_side), tmp_path).notes
+    images = {
+        "cat": make_noise(30, 1, 1, size=90),
+        "dog": make_noise(30, 1, 2, size=7),
+    }  # those of 7 pixels were never larger
+    notes = prepare_images(pack(tmp_path / "packed", images, longest_side=longest_side), tmp_path).notes
     assert any("30 of 60 images were reduced to less than preprocess.size=32" in note for note in notes) == noted
 
 
 def test_copy_given_for_training_leaves_the_test_image(tmp_path: Path) -> None:
-    def table(members: Sequence[Sample], folder: Path) -> pd.DataFrame:
-        made(packed_of(members, folder / "packed"), folder)
+    def make_table(members: Sequence[Sample], folder: Path) -> pd.DataFrame:
+        prepare_images(pack_samples(members, folder / "packed"), folder)
         return pd.read_parquet(folder / "images.parquet")
 
-    old = [Sample(f"data/{n}.png", "cd"[n % 2], "", "", image) for n, image in enumerate(noise(80))]
-    before = table(old, tmp_path / "before").query("split == 'test'")
+    old = [Sample(f"data/{n}.png", "cd"[n % 2], "", "", image) for n, image in enumerate(make_noise(80))]
+    before = make_table(old, tmp_path / "before").query("split == 'test'")
     copied = [member._replace(path=f"data/0-{member.path}", split="train") for member in old]
-    given = [Sample(f"data/{n}.png", "cd"[n % 2], "val", "", image) for n, image in enumerate(noise(4, seed=9))]
-    after = table([*copied, *old, *given], tmp_path / "after")
+    given = [Sample(f"data/{n}.png", "cd"[n % 2], "val", "", image) for n, image in enumerate(make_noise(4, seed=9))]
+    after = make_table([*copied, *old, *given], tmp_path / "after")
     assert len(before) > 5
     assert set(after[after["sha256"].isin(before["sha256"])]["split"]) == {"test"}
 
 
-def bytes_in(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def test_same_images_give_bit_identical_arrays(tmp_path: Path) -> None:
-    images = {"cat": noise(40, 1, 1), "dog": noise(40, 1, 2)}
+    images = {"cat": make_noise(40, 1, 1), "dog": make_noise(40, 1, 2)}
     for name in ("first", "second"):
-        made(packed(tmp_path / name / "packed", images), tmp_path / name)
-    first = bytes_in(tmp_path / "first")
-    assert bytes_in(tmp_path / "second") == first
+        prepare_images(pack(tmp_path / name / "packed", images), tmp_path / name)
+    first = read_files(tmp_path / "first")
+    assert read_files(tmp_path / "second") == first
     arrays = {f"{name}_{kind}.npy" for name in SPLITS for kind in ("pixels", "labels")}
     assert set(first) == arrays | {"images.parquet", "task.json"}
 
 
 # What is remembered
 
-LARGE = {"cat": noise(40, 3, 1, size=50), "dog": noise(40, 1, 2, size=40) + noise(5, 3, 4)}
+LARGE = {"cat": make_noise(40, 3, 1, size=50), "dog": make_noise(40, 1, 2, size=40) + make_noise(5, 3, 4)}
 
 
 @pytest.fixture
-def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def resized_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the images that were fitted."""
     shapes = []
 
@@ -450,63 +457,63 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def fitted_once(folder: Path, fitted: list) -> PackedDataset:
+def prepare_once(folder: Path, resized_shapes: list) -> PackedDataset:
     """Images that are made and remembered; of what was fitted no count is left."""
-    images = packed(folder / "packed", LARGE)
-    made(images, folder)
-    fitted.clear()
+    images = pack(folder / "packed", LARGE)
+    prepare_images(images, folder)
+    resized_shapes.clear()
     return images
 
 
-def made_again(packed: PackedDataset, first: Path) -> dict[str, bytes]:
+def prepare_again(packed: PackedDataset, first: Path) -> dict[str, bytes]:
     """The files in another folder, with what is remembered from a first time."""
     folder = first / "again"
     folder.mkdir()
     prepare(packed, PARAMS, 1, folder, CacheDir(first / "remembered", first))
-    return bytes_in(folder)
+    return read_files(folder)
 
 
-def test_only_new_images_are_resized_and_bytes_are_identical(tmp_path: Path, fitted: list) -> None:
-    grown = LARGE | {"owl": noise(3, 3, 3, size=60)}
-    made(packed(tmp_path / "first" / "packed", LARGE), tmp_path / "first")
-    fitted.clear()
-    images = packed(tmp_path / "packed", grown)
-    again = made_again(images, tmp_path / "first")
-    assert fitted == [(60, 60, 3)] * 3
-    made(images, tmp_path)
-    assert again == bytes_in(tmp_path)
+def test_only_new_images_are_resized_and_bytes_are_identical(tmp_path: Path, resized_shapes: list) -> None:
+    grown = LARGE | {"owl": make_noise(3, 3, 3, size=60)}
+    prepare_images(pack(tmp_path / "first" / "packed", LARGE), tmp_path / "first")
+    resized_shapes.clear()
+    images = pack(tmp_path / "packed", grown)
+    again = prepare_again(images, tmp_path / "first")
+    assert resized_shapes == [(60, 60, 3)] * 3
+    prepare_images(images, tmp_path)
+    assert again == read_files(tmp_path)
 
 
-def test_another_size_is_resized_again(tmp_path: Path, fitted: list) -> None:
-    images = fitted_once(tmp_path, fitted)
-    info = made(images, tmp_path, dataclasses.replace(PARAMS, size=36)).info
-    assert (info.size, len(fitted)) == (36, 85)
+def test_another_size_is_resized_again(tmp_path: Path, resized_shapes: list) -> None:
+    images = prepare_once(tmp_path, resized_shapes)
+    info = prepare_images(images, tmp_path, dataclasses.replace(PARAMS, size=36)).info
+    assert (info.size, len(resized_shapes)) == (36, 85)
 
 
-def test_corrupt_cached_image_is_resized_again(tmp_path: Path, fitted: list) -> None:
-    images = packed(tmp_path / "packed", LARGE)
-    made(images, tmp_path)
-    sound = bytes_in(tmp_path)
-    fitted.clear()
+def test_corrupt_cached_image_is_resized_again(tmp_path: Path, resized_shapes: list) -> None:
+    images = pack(tmp_path / "packed", LARGE)
+    prepare_images(images, tmp_path)
+    sound = read_files(tmp_path)
+    resized_shapes.clear()
     with (tmp_path / "train_pixels.npy").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    assert made_again(images, tmp_path) == sound
-    assert len(fitted) == 1
+    assert prepare_again(images, tmp_path) == sound
+    assert len(resized_shapes) == 1
 
 
-def test_cache_without_disk_space_is_skipped(tmp_path: Path, fitted: list) -> None:
-    images = fitted_once(tmp_path, fitted)
+def test_cache_without_disk_space_is_skipped(tmp_path: Path, resized_shapes: list) -> None:
+    images = prepare_once(tmp_path, resized_shapes)
     (index,) = (tmp_path / "remembered").glob("*/index.npy")
     index.write_bytes(b"")
-    made_again(images, tmp_path)
-    assert len(fitted) == 85
+    prepare_again(images, tmp_path)
+    assert len(resized_shapes) == 85
 
 
 def test_images_of_the_requested_size_are_not_cached(tmp_path: Path) -> None:
-    made(packed(tmp_path / "packed", {"cat": noise(40), "dog": noise(40, 1, 1)}), tmp_path)
+    prepare_images(pack(tmp_path / "packed", {"cat": make_noise(40), "dog": make_noise(40, 1, 1)}), tmp_path)
     assert not list((tmp_path / "remembered").glob("*/*.npy"))
 
 
@@ -515,16 +522,20 @@ def test_images_of_the_requested_size_are_not_cached(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_class_with_too_few_images_for_each_split_is_named(tmp_path: Path, count: int) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2), "rare": noise(count, 1, 1)})
-    (note,) = made(images, tmp_path).notes
+    images = pack(
+        tmp_path / "packed", {"cat": make_noise(50), "dog": make_noise(50, 1, 2), "rare": make_noise(count, 1, 1)}
+    )
+    (note,) = prepare_images(images, tmp_path).notes
     assert re.fullmatch(
         rf"class 'rare' has no image in \w+ and \w+, of {count}|class 'rare' has no image in \w+, of 2", note
     )
 
 
 def test_classes_with_too_few_images_are_reported_together(tmp_path: Path) -> None:
-    rare = {f"rare {number}": noise(1, 1, number + 3) for number in range(30)}
-    notes = made(packed(tmp_path / "packed", {"cat": noise(60), "dog": noise(60, 1, 2), **rare}), tmp_path).notes
+    rare = {f"rare {number}": make_noise(1, 1, number + 3) for number in range(30)}
+    notes = prepare_images(
+        pack(tmp_path / "packed", {"cat": make_noise(60), "dog": make_noise(60, 1, 2), **rare}), tmp_path
+    ).notes
     told = [
         re.fullmatch(r"(\d+) classes have no image in \w+ and \w+: rare \d+, .* and \d+ more", note) for note in notes
     ]
@@ -533,26 +544,26 @@ def test_classes_with_too_few_images_are_reported_together(tmp_path: Path) -> No
 
 
 def test_known_class_without_images_keeps_its_label(tmp_path: Path) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(50), "dog": noise(50, 1, 2)})
+    images = pack(tmp_path / "packed", {"cat": make_noise(50), "dog": make_noise(50, 1, 2)})
     images = dataclasses.replace(images, classes=["owl", "cat", "dog"])
-    found = made(images, tmp_path)
+    found = prepare_images(images, tmp_path)
     assert found.notes == ["class 'owl' has no image: it stays in the class list, but no network can learn it"]
     assert found.info.classes == ["owl", "cat", "dog"]
     assert set(np.load(tmp_path / "train_labels.npy")) == {1, 2}
 
 
 def test_data_of_test_images_alone_are_refused(tmp_path: Path) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, given_split="test")
+    images = pack(tmp_path / "packed", {"cat": make_noise(20), "dog": make_noise(20, 1, 1)}, given_split="test")
     with pytest.raises(ConvoyError, match="there is no train image left of 40: all of pets is assigned to test, by"):
-        made(images, tmp_path)
+        prepare_images(images, tmp_path)
 
 
 def test_message_counts_groups_if_a_split_gets_no_image(tmp_path: Path) -> None:
-    images = packed(tmp_path / "packed", {"cat": noise(20), "dog": noise(20, 1, 1)}, group="one")
+    images = pack(tmp_path / "packed", {"cat": make_noise(20), "dog": make_noise(20, 1, 1)}, group="one")
     with pytest.raises(
         ConvoyError, match=r"no .* image left of 40 in 1 groups, none of which is divided between splits: add"
     ):
-        made(images, tmp_path)
+        prepare_images(images, tmp_path)
 
 
 # The data set info
@@ -565,13 +576,13 @@ def test_message_counts_groups_if_a_split_gets_no_image(tmp_path: Path) -> None:
 )
 def test_mean_and_std_equal_those_of_numpy(shape: tuple[int, ...], seed: int, chunk: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    mean, std = summed(pixels, chunk).mean_and_std()
+    mean, std = sum_channels(pixels, chunk).mean_and_std()
     assert mean == pytest.approx((pixels / 255).mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
     assert std == pytest.approx(np.maximum((pixels / 255).std(axis=(0, 1, 2)), 1 / 255).tolist(), abs=1e-6)
-    assert summed(pixels[::-1], len(pixels)).mean_and_std() == (mean, std)
+    assert sum_channels(pixels[::-1], len(pixels)).mean_and_std() == (mean, std)
 
 
-def summed(pixels: np.ndarray, chunk: int) -> ChannelMoments:
+def sum_channels(pixels: np.ndarray, chunk: int) -> ChannelMoments:
     sums = ChannelMoments(pixels.shape[-1])
     for start in range(0, len(pixels), chunk):
         sums.add(pixels[start : start + chunk])
@@ -582,7 +593,7 @@ def summed(pixels: np.ndarray, chunk: int) -> ChannelMoments:
 @given(value=st.integers(0, 255))
 def test_channel_that_never_varies_can_still_be_divided_by(value: int) -> None:
     pixels = np.full((3, 4, 4, 1), value, np.uint8)
-    assert summed(pixels, 3).mean_and_std() == ([round(value / 255, 6)], [round(1 / 255, 6)])
+    assert sum_channels(pixels, 3).mean_and_std() == ([round(value / 255, 6)], [round(1 / 255, 6)])
 
 
 def test_saved_dataset_info_is_read_back_equal(tmp_path: Path) -> None:
@@ -593,34 +604,34 @@ def test_saved_dataset_info_is_read_back_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [convoy.data.image_io, convoy.data.resize], ids=lambda module: module.__name__)
 def test_images_resized_by_other_code_are_resized_again(
-    module: ModuleType, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, tmp_path: Path, resized_shapes: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = fitted_once(tmp_path, fitted)
+    images = prepare_once(tmp_path, resized_shapes)
     (tmp_path / "changed.py").write_text("# other code\n")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
-    made_again(images, tmp_path)
-    assert len(fitted) == 85
+    prepare_again(images, tmp_path)
+    assert len(resized_shapes) == 85
 
 
 @pytest.mark.parametrize("library", ["numpy", "pillow", "xxhash"])
 def test_images_of_another_library_version_are_resized_again(
-    library: str, tmp_path: Path, fitted: list, monkeypatch: pytest.MonkeyPatch
+    library: str, tmp_path: Path, resized_shapes: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = fitted_once(tmp_path, fitted)
+    images = prepare_once(tmp_path, resized_shapes)
     monkeypatch.setattr(convoy.data.cache, "version", lambda name: "0" if name == library else version(name))
-    made_again(images, tmp_path)
-    assert len(fitted) == 85
+    prepare_again(images, tmp_path)
+    assert len(resized_shapes) == 85
 
 
 def test_dataset_info_records_the_decode_size(tmp_path: Path) -> None:
-    images = {"cat": noise(40, size=40), "dog": noise(40, 1, 1, size=40)}
-    info = made(packed(tmp_path / "packed", images, longest_side=36), tmp_path).info
+    images = {"cat": make_noise(40, size=40), "dog": make_noise(40, 1, 1, size=40)}
+    info = prepare_images(pack(tmp_path / "packed", images, longest_side=36), tmp_path).info
     assert info.longest_side == 36
 
 
 def test_sums_over_many_images_are_exact_integers() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9000, 2, 2, 3), np.uint8)
-    sums, exact = summed(pixels, 5000), pixels.astype(np.int64)
+    sums, exact = sum_channels(pixels, 5000), pixels.astype(np.int64)
     assert sums.sums.tolist() == exact.sum(axis=(0, 1, 2)).tolist()
     assert sums.squares.tolist() == (exact**2).sum(axis=(0, 1, 2)).tolist()
 
@@ -633,10 +644,10 @@ def test_group_moves_training_images_only_into_drawn_splits() -> None:
 
 
 def test_excluded_images_are_not_cached(tmp_path: Path) -> None:
-    pictures = noise(60, 3, 1, size=40)
+    pictures = make_noise(60, 3, 1, size=40)
     slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
-    images = packed(tmp_path / "packed", {"cat": pictures + slightly, "dog": noise(60, 3, 2, size=40)})
-    withheld = len(made(images, tmp_path).excluded)
+    images = pack(tmp_path / "packed", {"cat": pictures + slightly, "dog": make_noise(60, 3, 2, size=40)})
+    withheld = len(prepare_images(images, tmp_path).excluded)
     (index,) = (tmp_path / "remembered").glob("*/index.npy")
     sides = np.load(index)["split_id"]
     assert withheld > 0

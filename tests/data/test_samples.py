@@ -22,7 +22,7 @@ def test_script_reproduces_the_sample_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "digits.zip").read_bytes() == (SAMPLES / "digits.zip").read_bytes()
 
 
-def packed(folder: Path) -> PackedDataset:
+def pack(folder: Path) -> PackedDataset:
     dataset = DatasetConfig(name="digits", longest_side=512, group=None)
     limits = FetchConfig(max_bad_fraction=0.0)
     return ingest(
@@ -31,7 +31,7 @@ def packed(folder: Path) -> PackedDataset:
 
 
 def test_sample_is_a_dataset_of_ten_digits(tmp_path: Path) -> None:
-    digits = packed(tmp_path)
+    digits = pack(tmp_path)
     assert digits.classes == list("0123456789")
     assert len(digits.table) == 1797
     assert {digits.read_image(row).shape for row in range(1797)} == {(8, 8, 1)}
@@ -39,7 +39,7 @@ def test_sample_is_a_dataset_of_ten_digits(tmp_path: Path) -> None:
 
 
 def test_sample_has_the_17_grey_levels_of_its_source(tmp_path: Path) -> None:
-    digits = packed(tmp_path)
+    digits = pack(tmp_path)
     pixels = digits.pixels.read(0, int(digits.pixels.ends[-1]))
     assert len(np.unique(pixels)) == 17
     assert (pixels.min(), pixels.max()) == (0, 255)

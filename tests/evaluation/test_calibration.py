@@ -13,7 +13,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return scaled / scaled.sum(axis=1, keepdims=True)
 
 
-def drawn(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_labels(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """labels (N,), and the logits (N, K) that they were drawn by."""
     random = np.random.default_rng(seed)
     logits = 2 * random.normal(size=(images, classes))
@@ -23,12 +23,12 @@ def drawn(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("planted", [0.3, 1.0, 2.5, 8.0])
 def test_planted_temperature_is_found(planted: float) -> None:
-    labels, logits = drawn(0, 5000, 7)
+    labels, logits = draw_labels(0, 5000, 7)
     assert fit_temperature(labels, softmax(logits * planted)) == pytest.approx(planted, rel=0.05)
 
 
 def test_temperature_divides_the_logits() -> None:
-    _, logits = drawn(0, 50, 7)
+    _, logits = draw_labels(0, 50, 7)
     for temperature in (0.1, 1.0, 7.0):
         np.testing.assert_allclose(
             apply_temperature(softmax(logits), temperature), softmax(logits / temperature), atol=1e-12
@@ -42,7 +42,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_temperature_never_raises_loss_nor_changes_predictions(
     seed: int, images: int, classes: int, sharpness: float, shuffled: bool
 ) -> None:
-    labels, logits = drawn(seed, images, classes)
+    labels, logits = draw_labels(seed, images, classes)
     probabilities = softmax((logits * sharpness).astype(np.float32).astype(float))
     labels = labels[::-1] if shuffled else labels
     temperature = fit_temperature(labels, probabilities)

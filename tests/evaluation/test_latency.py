@@ -15,7 +15,7 @@ CONF = ROOT / "conf"
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "MEASURING_TIME_S", 0.1)
 
 

@@ -29,15 +29,15 @@ PROBABILITIES = np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
 HOSTILE = ["NA", "007", "", "a,b"]
 
 
-def judged(labels: np.ndarray, probabilities: np.ndarray, groups: Any = None) -> pd.DataFrame:
+def evaluate_both(labels: np.ndarray, probabilities: np.ndarray, groups: Any = None) -> pd.DataFrame:
     return metrics_with_ci(labels, probabilities, probabilities, groups).set_index("metric")
 
 
-def figures(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    return judged(labels, probabilities)["value"].to_dict()
+def compute_metrics(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    return evaluate_both(labels, probabilities)["value"].to_dict()
 
 
-def drawn(random: np.random.Generator, images: int, classes: int, sharpness: float = 2.0) -> tuple:
+def draw_predictions(random: np.random.Generator, images: int, classes: int, sharpness: float = 2.0) -> tuple:
     """labels (N,) and probabilities (N, K) that are true: as often as they say, the image is of that class."""
     logits = sharpness * random.normal(size=(images, classes))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -45,7 +45,7 @@ def drawn(random: np.random.Generator, images: int, classes: int, sharpness: flo
     return np.minimum(labels, classes - 1), probabilities
 
 
-def certain(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+def make_probabilities(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     return np.eye(classes)[predicted] * 0.8 + 0.2 / classes
 
 
@@ -53,7 +53,7 @@ def certain(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
 
 
 def test_metrics_equal_those_counted_by_hand() -> None:
-    found = figures(LABELS, PROBABILITIES)
+    found = compute_metrics(LABELS, PROBABILITIES)
     assert found["accuracy"] == pytest.approx(3 / 4)
     assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
     assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
@@ -65,8 +65,8 @@ def test_metrics_equal_those_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("classes", [3, 12])
 def test_metrics_equal_those_of_scikit_learn(classes: int) -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 400, classes)
-    found, predicted = figures(labels, probabilities), probabilities.argmax(axis=1)
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 400, classes)
+    found, predicted = compute_metrics(labels, probabilities), probabilities.argmax(axis=1)
     everything = list(range(classes))
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, predicted))
     assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
@@ -79,46 +79,46 @@ def test_metrics_equal_those_of_scikit_learn(classes: int) -> None:
 
 
 def test_calibration_error_is_the_weighted_gap_of_its_bins() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 400, 3)
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 400, 3)
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     by_hand = 0.0
     for number in range(CALIBRATION_BINS):
         inside = (confidence >= number / CALIBRATION_BINS) & (confidence < (number + 1) / CALIBRATION_BINS)
         if inside.any():
             by_hand += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert figures(labels, probabilities)["calibration_error"] == pytest.approx(by_hand)
+    assert compute_metrics(labels, probabilities)["calibration_error"] == pytest.approx(by_hand)
     assert float(calibration_error(confidence, right)) == pytest.approx(by_hand)
 
 
 def test_top5_is_reported_from_ten_classes_on() -> None:
     for classes in (9, 10):
-        labels, probabilities = drawn(np.random.default_rng(0), 50, classes)
-        assert ("top_5" in figures(labels, probabilities)) == (classes >= 10)
+        labels, probabilities = draw_predictions(np.random.default_rng(0), 50, classes)
+        assert ("top_5" in compute_metrics(labels, probabilities)) == (classes >= 10)
 
 
 def test_ties_in_top5_go_to_the_first_classes() -> None:
-    assert figures(np.arange(10), np.full((10, 10), 0.1))["top_5"] == 0.5
+    assert compute_metrics(np.arange(10), np.full((10, 10), 0.1))["top_5"] == 0.5
 
 
 def test_class_that_is_never_predicted_counts_as_zero() -> None:
     always_first = np.array([[0.9, 0.1]] * 4)
-    assert figures(LABELS, always_first)["macro_f1"] == pytest.approx((6 / 7 + 0) / 2)
+    assert compute_metrics(LABELS, always_first)["macro_f1"] == pytest.approx((6 / 7 + 0) / 2)
     assert list(per_class_metrics(["cat", "dog"], LABELS, always_first)["f1"]) == pytest.approx([6 / 7, 0])
 
 
 def test_class_of_which_there_is_no_image_does_not_count() -> None:
     wider = np.pad(PROBABILITIES, ((0, 0), (0, 1)))
     for name in ("balanced_accuracy", "macro_f1"):
-        assert figures(LABELS, wider)[name] == figures(LABELS, PROBABILITIES)[name]
+        assert compute_metrics(LABELS, wider)[name] == compute_metrics(LABELS, PROBABILITIES)[name]
     row = per_class_metrics(["cat", "dog", "fox"], LABELS, wider).iloc[2]
     assert row.drop("class").to_list() == [0] + 3 * [0, 0, 1]
 
 
 def test_calibrated_and_raw_probabilities_are_evaluated() -> None:
-    labels, raw = drawn(np.random.default_rng(0), 400, 12)
+    labels, raw = draw_predictions(np.random.default_rng(0), 400, 12)
     table = metrics_with_ci(labels, apply_temperature(raw, 3.0), raw).set_index("metric")
     for name in ("log_loss", "brier", "calibration_error"):
-        assert table.loc[f"{name}_uncalibrated", "value"] == figures(labels, raw)[name]
+        assert table.loc[f"{name}_uncalibrated", "value"] == compute_metrics(labels, raw)[name]
         assert table.loc[name, "value"] > table.loc[f"{name}_uncalibrated", "value"]
     assert table["value"].notna().all()
 
@@ -138,7 +138,7 @@ def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], [300, 30, 3])
     predicted = np.where(random.random(333) < 0.8, labels, random.integers(0, 3, 333))
-    table = per_class_metrics(["cat", "dog", "fox"], labels, certain(labels, predicted, 3))
+    table = per_class_metrics(["cat", "dog", "fox"], labels, make_probabilities(labels, predicted, 3))
     for rate in ("precision", "recall", "f1"):
         low, value, high = (table[f"{rate}{end}"] for end in ("_low", "", "_high"))
         assert ((low >= 0) & (low <= value) & (value <= high) & (high <= 1)).all()
@@ -148,10 +148,10 @@ def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
 
 def test_names_of_classes_and_values_round_trip() -> None:
     labels = np.arange(40) % 4
-    table = per_class_metrics(HOSTILE, labels, certain(labels, labels, 4))
+    table = per_class_metrics(HOSTILE, labels, make_probabilities(labels, labels, 4))
     again = pd.read_csv(io.StringIO(table.to_csv(index=False)), dtype={"class": str}, keep_default_na=False)
     assert list(again["class"]) == HOSTILE
-    sliced = slice_metrics(answers(labels == labels, column_site=np.array(HOSTILE)[labels]))
+    sliced = slice_metrics(make_predictions(labels == labels, column_site=np.array(HOSTILE)[labels]))
     again = pd.read_csv(io.StringIO(sliced.to_csv(index=False)), dtype={"value": str}, keep_default_na=False)
     assert list(again["value"]) == sorted(HOSTILE)
 
@@ -162,9 +162,9 @@ def test_names_of_classes_and_values_round_trip() -> None:
 @pytest.mark.parametrize("images", [100, 400])
 def test_intervals_cover_the_truth_in_95_of_100_test_sets(images: int) -> None:
     random = np.random.default_rng(0)
-    everything = figures(*drawn(random, 20_000, 4))
+    everything = compute_metrics(*draw_predictions(random, 20_000, 4))
     everything |= {"calibration_error": 0.0, "calibration_error_uncalibrated": 0.0}
-    sets = [judged(*drawn(random, images, 4)) for _ in range(100)]
+    sets = [evaluate_both(*draw_predictions(random, images, 4)) for _ in range(100)]
     for name, truth in everything.items():
         held = np.mean([table.loc[name, "low"] <= truth <= table.loc[name, "high"] for table in sets])
         assert held >= 0.89, name  # 0.95 less twice what a hundred sets can err, and the bootstrap's own fault
@@ -177,8 +177,8 @@ def test_interval_of_a_large_calibration_error_contains_it() -> None:
     random = np.random.default_rng(0)
 
     def overconfident(images: int) -> float | tuple[float, float]:
-        labels, probabilities = drawn(random, images, 4)
-        row = judged(labels, apply_temperature(probabilities, 0.5)).loc["calibration_error"]
+        labels, probabilities = draw_predictions(random, images, 4)
+        row = evaluate_both(labels, apply_temperature(probabilities, 0.5)).loc["calibration_error"]
         return row["value"] if images > 10_000 else (row["low"], row["high"])
 
     truth = overconfident(20_000)
@@ -187,8 +187,8 @@ def test_interval_of_a_large_calibration_error_contains_it() -> None:
 
 
 def test_more_images_make_intervals_narrower() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 3200, 12)
-    few, many = (judged(labels[:count], probabilities[:count]) for count in (200, 3200))
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 3200, 12)
+    few, many = (evaluate_both(labels[:count], probabilities[:count]) for count in (200, 3200))
     ratio = (few["high"] - few["low"]) / (many["high"] - many["low"])
     assert (ratio > 1.8).all()
     assert ratio["accuracy"] == pytest.approx(4, rel=0.2)  # the root of 16
@@ -196,20 +196,20 @@ def test_more_images_make_intervals_narrower() -> None:
 
 def test_interval_of_perfect_accuracy_reaches_below_one() -> None:
     labels = np.arange(40) % 4
-    perfect = judged(labels, certain(labels, labels, 4))
+    perfect = evaluate_both(labels, make_probabilities(labels, labels, 4))
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
         assert perfect.loc[name].to_list() == pytest.approx([1, 40 / (40 + 1.96**2), 1], abs=1e-4)
-    rows = per_class_metrics(["a", "b", "c", "d"], labels, certain(labels, labels, 4))
+    rows = per_class_metrics(["a", "b", "c", "d"], labels, make_probabilities(labels, labels, 4))
     assert rows["recall_low"].to_list() == pytest.approx([10 / (10 + 1.96**2)] * 4, abs=1e-4)
-    wrong = judged(labels, certain(labels, (labels + 1) % 4, 4)).loc["accuracy"]
+    wrong = evaluate_both(labels, make_probabilities(labels, (labels + 1) % 4, 4)).loc["accuracy"]
     assert wrong.to_list() == pytest.approx([0, 0, 1.96**2 / (40 + 1.96**2)], abs=1e-4)
 
 
 def test_copies_in_a_group_make_no_interval_narrower() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 200, 4)
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 200, 4)
     copies = (np.repeat(labels, 9), np.repeat(probabilities, 9, axis=0))
     groups = np.array([f"film {number // 9}" for number in range(1800)], object)
-    once, alone, together = judged(labels, probabilities), judged(*copies), judged(*copies, groups)
+    once, alone, together = evaluate_both(labels, probabilities), evaluate_both(*copies), evaluate_both(*copies, groups)
     width = {name: table["high"] - table["low"] for name, table in zip("oat", (once, alone, together), strict=True)}
     assert (width["t"] > 1.5 * width["a"]).all()
     assert width["t"].to_list() == pytest.approx(width["o"].to_list(), rel=0.1)
@@ -218,27 +218,31 @@ def test_copies_in_a_group_make_no_interval_narrower() -> None:
 
 
 def test_images_without_a_group_are_groups_of_their_own() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 200, 4)
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 200, 4)
     for groups in (np.full(200, "", object), np.array([f"film {number}" for number in range(200)], object)):
-        pd.testing.assert_frame_equal(judged(labels, probabilities, groups), judged(labels, probabilities))
+        pd.testing.assert_frame_equal(
+            evaluate_both(labels, probabilities, groups), evaluate_both(labels, probabilities)
+        )
 
 
 def test_single_group_gives_a_wide_interval() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 200, 4)
-    row = judged(labels, probabilities, np.full(200, "one film", object)).loc["accuracy"]
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 200, 4)
+    row = evaluate_both(labels, probabilities, np.full(200, "one film", object)).loc["accuracy"]
     assert row["low"] < 0.3
     assert row["high"] > 0.9
 
 
 def test_same_predictions_give_bit_identical_metrics() -> None:
-    labels, probabilities = drawn(np.random.default_rng(0), 300, 12)
-    pd.testing.assert_frame_equal(judged(labels, probabilities), judged(labels, probabilities), check_exact=True)
+    labels, probabilities = draw_predictions(np.random.default_rng(0), 300, 12)
+    pd.testing.assert_frame_equal(
+        evaluate_both(labels, probabilities), evaluate_both(labels, probabilities), check_exact=True
+    )
 
 
 # Predictions
 
 
-def answers(right: Any, **columns: Any) -> pd.DataFrame:
+def make_predictions(right: Any, **columns: Any) -> pd.DataFrame:
     """The predictions of a model that is right for these images."""
     right = np.asarray(right, bool)
     return pd.DataFrame({"actual": "cat", "predicted": np.where(right, "cat", "dog")}).assign(**columns)
@@ -268,7 +272,7 @@ def test_predictions_carry_groups_and_other_columns() -> None:
 
 def test_slices_of_a_column_hold_every_image_once() -> None:
     random = np.random.default_rng(0)
-    table = answers(random.random(300) < 0.8, column_site=random.choice(["x", "y", ""], 300), column_age="7")
+    table = make_predictions(random.random(300) < 0.8, column_site=random.choice(["x", "y", ""], 300), column_age="7")
     found = slice_metrics(table)
     assert list(found.columns) == ["column", "value", "images", "accuracy", "low", "high"]
     assert list(found["column"]) == ["site"] * 3 + ["age"]
@@ -283,7 +287,7 @@ def test_slices_of_a_column_hold_every_image_once() -> None:
 def test_column_of_more_than_fifty_values_is_not_sliced() -> None:
     numbers = np.arange(102)
     found = slice_metrics(
-        answers(numbers > 9, column_fine=(numbers % 51).astype(str), column_coarse=(numbers % 50).astype(str))
+        make_predictions(numbers > 9, column_fine=(numbers % 51).astype(str), column_coarse=(numbers % 50).astype(str))
     )
     assert set(found["column"]) == {"coarse"}
 
@@ -294,25 +298,32 @@ def test_slice_is_resampled_by_groups_and_a_group_by_images() -> None:
     site = np.where(numbers < 200, "x", "y")
     groups = np.array([f"film {number // 20:02}" for number in numbers], object)
     wide, narrow = (
-        slice_metrics(answers(right, column_site=site, **by)).query("column == 'site'")
+        slice_metrics(make_predictions(right, column_site=site, **by)).query("column == 'site'")
         for by in ({"group": groups}, {})
     )
     assert (wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])).all()
-    films = slice_metrics(answers(numbers % 2, column_site=site, group=groups)).query("column == 'group'")
+    films = slice_metrics(make_predictions(numbers % 2, column_site=site, group=groups)).query("column == 'group'")
     assert films["value"].to_list() == sorted(set(groups))
     assert (films["high"] - films["low"] < 0.6).all()
 
 
 def test_without_other_columns_there_are_no_slices() -> None:
-    assert list(slice_metrics(answers([True])).columns) == ["column", "value", "images", "accuracy", "low", "high"]
-    assert not len(slice_metrics(answers([True])))
+    assert list(slice_metrics(make_predictions([True])).columns) == [
+        "column",
+        "value",
+        "images",
+        "accuracy",
+        "low",
+        "high",
+    ]
+    assert not len(slice_metrics(make_predictions([True])))
 
 
 # The stage
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_project(tmp_path_factory.mktemp("road"), [*SMALL, "model=[lenet]", "train.max_epochs=1"])
     pictures = sorted(file.relative_to(root / "data") for file in (root / "data").rglob("*.png"))
     rows = [
@@ -323,55 +334,57 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def folder(root: Path) -> Path:
+def evaluate_folder(root: Path) -> Path:
     return root / "artifacts/evaluate/lenet"
 
 
-def test_evaluation_writes_metrics_slices_and_predictions(road: Path) -> None:
-    table = pd.read_parquet(folder(road) / "predictions.parquet")
+def test_evaluation_writes_metrics_slices_and_predictions(trained_project: Path) -> None:
+    table = pd.read_parquet(evaluate_folder(trained_project) / "predictions.parquet")
     assert list(table.columns[:5]) == ["sha256", "actual", "predicted", "group", "column_site"]
-    shown = json.loads((folder(road) / "metrics.json").read_text())
-    intervals = pd.read_csv(folder(road) / "intervals.csv").set_index("metric")
+    shown = json.loads((evaluate_folder(trained_project) / "metrics.json").read_text())
+    intervals = pd.read_csv(evaluate_folder(trained_project) / "intervals.csv").set_index("metric")
     assert intervals["value"].to_dict() == pytest.approx(shown)
-    sliced = pd.read_csv(folder(road) / "slices.csv").set_index(["column", "value"])
+    sliced = pd.read_csv(evaluate_folder(trained_project) / "slices.csv").set_index(["column", "value"])
     assert sliced.loc["site"]["images"].sum() == len(table)
     assert "number" not in sliced.index.get_level_values("column")
 
 
-def test_metrics_can_be_recomputed_from_the_predictions(road: Path) -> None:
-    table = pd.read_parquet(folder(road) / "predictions.parquet")
+def test_metrics_can_be_recomputed_from_the_predictions(trained_project: Path) -> None:
+    table = pd.read_parquet(evaluate_folder(trained_project) / "predictions.parquet")
     names = [column for column in table if str(column).startswith("probability_")]
     labels = np.array([names.index(f"probability_{name}") for name in table["actual"]])
-    temperature = json.loads((folder(road) / "calibration.json").read_text())["temperature"]
+    temperature = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())["temperature"]
     served = table[names].to_numpy()
     again = metrics_with_ci(labels, served, apply_temperature(served, 1 / temperature), table["group"].to_numpy())
-    np.testing.assert_allclose(again.iloc[:, 1:], pd.read_csv(folder(road) / "intervals.csv").iloc[:, 1:], atol=1e-9)
-    assert slice_metrics(table).to_csv(index=False) == (folder(road) / "slices.csv").read_text()
+    np.testing.assert_allclose(
+        again.iloc[:, 1:], pd.read_csv(evaluate_folder(trained_project) / "intervals.csv").iloc[:, 1:], atol=1e-9
+    )
+    assert slice_metrics(table).to_csv(index=False) == (evaluate_folder(trained_project) / "slices.csv").read_text()
 
 
-def test_temperature_never_makes_validation_worse(road: Path) -> None:
-    found = json.loads((folder(road) / "calibration.json").read_text())
+def test_temperature_never_makes_validation_worse(trained_project: Path) -> None:
+    found = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())
     assert found["val_log_loss"] <= found["val_log_loss_uncalibrated"]
     assert 0.05 <= found["temperature"] <= 20
 
 
-def test_repeated_evaluation_is_bit_identical(road: Path) -> None:
-    before = {file.name: file.read_bytes() for file in folder(road).iterdir()}
-    Stage(road, "evaluate", "lenet").run(evaluate)
-    assert {file.name: file.read_bytes() for file in folder(road).iterdir()} == before
+def test_repeated_evaluation_is_bit_identical(trained_project: Path) -> None:
+    before = {file.name: file.read_bytes() for file in evaluate_folder(trained_project).iterdir()}
+    Stage(trained_project, "evaluate", "lenet").run(evaluate)
+    assert {file.name: file.read_bytes() for file in evaluate_folder(trained_project).iterdir()} == before
 
 
 def test_failed_training_has_headers_and_no_metrics(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "model.lenet.recipe.lr=1e30"])
     run_stages(root, until="evaluate")
     for name in ("metrics", "calibration"):
-        assert json.loads((folder(root) / f"{name}.json").read_text()) == {}
+        assert json.loads((evaluate_folder(root) / f"{name}.json").read_text()) == {}
     headers = {
         "intervals.csv": "metric,value,low,high\n",
         "slices.csv": "column,value,images,accuracy,low,high\n",
         "confusion.csv": "actual,predicted\n",
     }
     for name, text in headers.items():
-        assert (folder(root) / name).read_text() == text
-    assert not len(pd.read_csv(folder(root) / "per_class.csv"))
-    assert not len(pd.read_parquet(folder(root) / "predictions.parquet"))
+        assert (evaluate_folder(root) / name).read_text() == text
+    assert not len(pd.read_csv(evaluate_folder(root) / "per_class.csv"))
+    assert not len(pd.read_parquet(evaluate_folder(root) / "predictions.parquet"))

@@ -20,7 +20,7 @@ from convoy.registry import model_loader
 from model_fixtures import TORCHVISION_NAMES, build, every_architecture, load_settings, make_dataset_info, make_images
 
 
-def lively(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
+def make_network(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
     """An untrained network, or one with the settings of a torchvision network, whose layers all do something."""
     torch.manual_seed(0)
     values = load_settings(name) | (models.equivalents(name).settings[torchvision_name] if torchvision_name else {})
@@ -38,7 +38,7 @@ def lively(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
 
 @every_architecture
 def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path: Path) -> None:
-    predictor, file = lively(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
+    predictor, file = make_network(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
     file.parent.mkdir()
     onnx_export.export(predictor, file)
     alone = file.rename(tmp_path / "alone.onnx")  # where no weights can lie beside it
@@ -53,7 +53,7 @@ def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("torchvision_name", ["alexnet", "vgg11_bn", "googlenet", "resnet18", "resnet50"])
 def test_network_for_imagenet_exports_too(torchvision_name: str, tmp_path: Path) -> None:
-    predictor = lively(TORCHVISION_NAMES[torchvision_name], torchvision_name, size=224, channels=3)
+    predictor = make_network(TORCHVISION_NAMES[torchvision_name], torchvision_name, size=224, channels=3)
     pixels = make_images(3, 224, channels=3).numpy()
     expected = predictor.probabilities(pixels)
     assert expected.std() > 0.01
@@ -63,14 +63,14 @@ def test_network_for_imagenet_exports_too(torchvision_name: str, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    onnx_export.export(lively("lenet", size=36, classes=3), file)
+    onnx_export.export(make_network("lenet", size=36, classes=3), file)
     return file
 
 
-def test_onnx_file_describes_its_inputs_and_outputs(file: Path) -> None:
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+def test_onnx_file_describes_its_inputs_and_outputs(onnx_file: Path) -> None:
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     told = [(end.name, end.shape, end.type) for end in (*session.get_inputs(), *session.get_outputs())]
     assert told == [("pixels", ["N", 36, 36, 1], "tensor(uint8)"), ("probabilities", ["N", 3], "tensor(float)")]
     meta = session.get_modelmeta()
@@ -78,17 +78,17 @@ def test_onnx_file_describes_its_inputs_and_outputs(file: Path) -> None:
     assert json.loads(explained.pop("classes")) == ["class 0", "class 1", "class 2"]
     assert explained == {"architecture": "lenet", "dataset": "test", "size": "36", "channels": "1"}
     assert meta.description.startswith("pixels (N, 36, 36, 1) uint8: the middle square of an upright grey image")
-    onnx.checker.check_model(file, full_check=True)
+    onnx.checker.check_model(onnx_file, full_check=True)
 
 
-def test_onnx_file_contains_no_source_line_and_no_path(file: Path) -> None:
-    content = file.read_bytes()
+def test_onnx_file_contains_no_source_line_and_no_path(onnx_file: Path) -> None:
+    content = onnx_file.read_bytes()
     assert [word for word in (b".py", b"def ", b"return ", b"File ", str(Path.cwd()).encode()) if word in content] == []
 
 
-def test_same_predictor_gives_a_bit_identical_file(file: Path, tmp_path: Path) -> None:
-    onnx_export.export(lively("lenet", size=36, classes=3), tmp_path / "again.onnx")
-    digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, tmp_path / "again.onnx")]
+def test_same_predictor_gives_a_bit_identical_file(onnx_file: Path, tmp_path: Path) -> None:
+    onnx_export.export(make_network("lenet", size=36, classes=3), tmp_path / "again.onnx")
+    digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (onnx_file, tmp_path / "again.onnx")]
     assert digests[0] == digests[1]
 
 
@@ -113,7 +113,7 @@ class Strange(Classifier):
         return means
 
 
-def strange(what: str) -> Predictor:
+def make_strange_predictor(what: str) -> Predictor:
     network = Strange(what).eval()
     return Predictor("strange", network.info, network, 1.0)
 
@@ -129,35 +129,35 @@ def test_export_failure_is_one_line_with_the_reason(
     what: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConvoyError, match=rf"^torch can't export it \({said}") as refusal:
-        onnx_export.export(strange(what), tmp_path / "model.onnx")
+        onnx_export.export(make_strange_predictor(what), tmp_path / "model.onnx")
     assert len(str(refusal.value).splitlines()) == 1
     assert len(str(refusal.value)) < 250
     assert capfd.readouterr() == ("", "")
 
 
 def test_wrongly_exported_network_is_detected(tmp_path: Path) -> None:
-    predictor, pixels = strange("be another then"), make_images(8).numpy()
+    predictor, pixels = make_strange_predictor("be another then"), make_images(8).numpy()
     onnx_export.export(predictor, tmp_path / "model.onnx")
     assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, predictor.probabilities(pixels)) > 0.001
 
 
-def test_onnx_file_with_other_predictions_is_detected(file: Path) -> None:
+def test_onnx_file_with_other_predictions_is_detected(onnx_file: Path) -> None:
     pixels = make_images(40, size=36).numpy()
-    expected = lively("lenet", size=36, classes=3).probabilities(pixels)
-    assert onnx_export.max_difference(file, pixels, expected) < 1e-6
+    expected = make_network("lenet", size=36, classes=3).probabilities(pixels)
+    assert onnx_export.max_difference(onnx_file, pixels, expected) < 1e-6
     other = expected.copy()
     other[-1, 0] += 0.002  # of the last image, in the second batch
-    assert onnx_export.max_difference(file, pixels, other) == pytest.approx(0.002, abs=1e-6)
-    assert onnx_export.max_difference(file, pixels, expected[:, :2]) == float("inf")
-    assert not onnx_export.max_difference(file, pixels, expected * np.nan) <= 1
+    assert onnx_export.max_difference(onnx_file, pixels, other) == pytest.approx(0.002, abs=1e-6)
+    assert onnx_export.max_difference(onnx_file, pixels, expected[:, :2]) == float("inf")
+    assert not onnx_export.max_difference(onnx_file, pixels, expected * np.nan) <= 1
 
 
 def test_invalid_or_mismatched_onnx_file_is_one_line(
-    file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    onnx_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "model.onnx"
-    broken.write_bytes(file.read_bytes()[:-1000])
-    for given, size in ((broken, 36), (file, 32)):
+    broken.write_bytes(onnx_file.read_bytes()[:-1000])
+    for given, size in ((broken, 36), (onnx_file, 32)):
         with pytest.raises(ConvoyError, match=r"^onnxruntime can't run model.onnx \(") as refusal:
             onnx_export.max_difference(given, make_images(2, size=size).numpy(), np.zeros((2, 3)))
         assert len(str(refusal.value).splitlines()) == 1

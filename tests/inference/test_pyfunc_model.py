@@ -50,7 +50,7 @@ from small_project import ROOT
 Files = dict[str, Path]
 
 
-def loaded(files: Files) -> ImageClassifier:
+def load(files: Files) -> ImageClassifier:
     """As MLflow loads it."""
     hashes = next(iter(files.values())).parent / "hashes.json"
     hashes.write_text(json.dumps({file.name: sha256(file) for file in files.values()}))
@@ -63,25 +63,25 @@ def loaded(files: Files) -> ImageClassifier:
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "rgb"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageClassifier:
     """An untrained LeNet behind the model that MLflow loads."""
-    return loaded(write_trained_files(tmp_path_factory.mktemp("served"), request.param))
+    return load(write_trained_files(tmp_path_factory.mktemp("served"), request.param))
 
 
-def picture(height: int = 40, width: int = 60, channels: int = 3, seed: int = 0) -> np.ndarray:
+def make_image(height: int = 40, width: int = 60, channels: int = 3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def png(pixels: np.ndarray) -> bytes:
+def make_png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-def probabilities(model: ImageClassifier, model_input: object) -> np.ndarray:
+def predict(model: ImageClassifier, model_input: object) -> np.ndarray:
     return np.array(model.predict(None, model_input)["probabilities"].tolist())
 
 
 def test_prediction_is_the_likeliest_class_and_its_probability(model: ImageClassifier) -> None:
-    answer = model.predict(None, [picture(), picture(32, 32)])
+    answer = model.predict(None, [make_image(), make_image(32, 32)])
     assert list(answer.columns) == ["label", "probability", "probabilities"]
     for row in answer.itertuples():
         assert sum(row.probabilities) == pytest.approx(1)
@@ -90,46 +90,55 @@ def test_prediction_is_the_likeliest_class_and_its_probability(model: ImageClass
 
 
 def test_same_image_gets_the_same_prediction_in_every_form(model: ImageClassifier) -> None:
-    rgb = picture()
-    expected = probabilities(model, [rgb])
-    text = base64.b64encode(png(rgb)).decode()
-    lines = base64.encodebytes(png(rgb)).decode()
-    forms = [rgb, rgb[None], [png(rgb)], png(rgb), text, [text], lines, pd.DataFrame({"image": [png(rgb)]})]
+    rgb = make_image()
+    expected = predict(model, [rgb])
+    text = base64.b64encode(make_png(rgb)).decode()
+    lines = base64.encodebytes(make_png(rgb)).decode()
+    forms = [
+        rgb,
+        rgb[None],
+        [make_png(rgb)],
+        make_png(rgb),
+        text,
+        [text],
+        lines,
+        pd.DataFrame({"image": [make_png(rgb)]}),
+    ]
     forms += [pd.DataFrame({"image": [text]}), rgb.astype(np.int64), [rgb.tolist()]]
     for form in forms:
-        np.testing.assert_array_equal(probabilities(model, form), expected)
+        np.testing.assert_array_equal(predict(model, form), expected)
 
 
 def test_grey_images_come_with_or_without_a_channel_axis(model: ImageClassifier) -> None:
-    grey = picture(channels=1)
-    expected = probabilities(model, [grey])
+    grey = make_image(channels=1)
+    expected = predict(model, [grey])
     for form in (grey[:, :, 0], grey, grey[None], grey[None, :, :, 0], np.repeat(grey, 3, axis=2)):
-        np.testing.assert_allclose(probabilities(model, form), expected, atol=1e-6)
+        np.testing.assert_allclose(predict(model, form), expected, atol=1e-6)
 
 
 def test_pil_images_are_accepted_alone_and_in_lists(model: ImageClassifier) -> None:
-    rgb, grey = Image.fromarray(picture()), Image.fromarray(picture(channels=1)[:, :, 0])
-    expected = probabilities(model, [np.asarray(rgb), np.asarray(grey)])
-    np.testing.assert_array_equal(probabilities(model, [rgb, grey]), expected)
-    np.testing.assert_allclose(probabilities(model, rgb), expected[:1], atol=1e-5)
+    rgb, grey = Image.fromarray(make_image()), Image.fromarray(make_image(channels=1)[:, :, 0])
+    expected = predict(model, [np.asarray(rgb), np.asarray(grey)])
+    np.testing.assert_array_equal(predict(model, [rgb, grey]), expected)
+    np.testing.assert_allclose(predict(model, rgb), expected[:1], atol=1e-5)
     for image in (grey.convert("1"), rgb.convert("CMYK"), rgb.convert("P")):
-        assert probabilities(model, image).shape == (1, len(CLASSES))
+        assert predict(model, image).shape == (1, len(CLASSES))
 
 
 def test_exif_orientation_of_a_pil_image_is_applied(model: ImageClassifier) -> None:
-    image = Image.fromarray(picture())
-    expected = probabilities(model, image)
+    image = Image.fromarray(make_image())
+    expected = predict(model, image)
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 8
     image.transpose(Image.Transpose.ROTATE_270).save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(probabilities(model, Image.open(file)), expected)
+    np.testing.assert_array_equal(predict(model, Image.open(file)), expected)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("library", [np.asarray, torch.tensor])
 def test_channels_first_images_are_refused(library, channels: int, model: ImageClassifier) -> None:  # noqa: ANN001
-    first = library(picture(channels=channels).transpose(2, 0, 1).copy())
+    first = library(make_image(channels=channels).transpose(2, 0, 1).copy())
     with pytest.raises(MlflowException, match=rf"channels come last, \(H, W, {channels}\)") as raised:
         model.predict(None, first)
     assert raised.value.get_http_status_code() == 400
@@ -140,21 +149,21 @@ def test_channels_first_images_are_refused(library, channels: int, model: ImageC
 
 
 def test_tensor_gets_the_same_prediction_as_its_array(model: ImageClassifier) -> None:
-    for pixels in (picture(), picture(channels=1)[:, :, 0], np.stack([picture(), picture(seed=1)])):
-        np.testing.assert_array_equal(probabilities(model, torch.tensor(pixels)), probabilities(model, pixels))
+    for pixels in (make_image(), make_image(channels=1)[:, :, 0], np.stack([make_image(), make_image(seed=1)])):
+        np.testing.assert_array_equal(predict(model, torch.tensor(pixels)), predict(model, pixels))
 
 
 def test_transparent_pixels_count_as_white(model: ImageClassifier) -> None:
-    hidden = picture(channels=4)
+    hidden = make_image(channels=4)
     hidden[:, :, 3] = 0
     white = np.full((40, 60, 3), 255, np.uint8)
-    np.testing.assert_array_equal(probabilities(model, hidden), probabilities(model, white))
+    np.testing.assert_array_equal(predict(model, hidden), predict(model, white))
 
 
 def test_images_of_different_sizes_are_predicted_together(model: ImageClassifier) -> None:
-    together = probabilities(model, [picture(20, 30), picture(32, 32), picture(500, 100, 1)])
+    together = predict(model, [make_image(20, 30), make_image(32, 32), make_image(500, 100, 1)])
     alone = np.concatenate(
-        [probabilities(model, [p]) for p in (picture(20, 30), picture(32, 32), picture(500, 100, 1))]
+        [predict(model, [p]) for p in (make_image(20, 30), make_image(32, 32), make_image(500, 100, 1))]
     )
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
@@ -166,8 +175,8 @@ def test_empty_input_gets_an_empty_result(model: ImageClassifier) -> None:
 @pytest.mark.parametrize(
     ("model_input", "said"),
     [
-        (picture() / 255, "whole numbers from 0 to 255"),
-        ([picture().astype(np.int32) + 200], "whole numbers from 0 to 255"),
+        (make_image() / 255, "whole numbers from 0 to 255"),
+        ([make_image().astype(np.int32) + 200], "whole numbers from 0 to 255"),
         ([np.zeros((4, 5, 6, 7), np.uint8)], "it must be"),
         ([np.zeros((0, 5), np.uint8)], "has no pixels"),
         ([b"no image at all"], "is not an image"),
@@ -187,11 +196,11 @@ def test_input_that_is_no_image_gets_a_clear_message(model: ImageClassifier, mod
 
 def test_temperature_softens_probabilities_and_keeps_the_label(tmp_path: Path) -> None:
     files = write_trained_files(tmp_path)
-    images = [picture(seed=seed) for seed in range(20)]
+    images = [make_image(seed=seed) for seed in range(20)]
     answers = {}
     for temperature in (1, 2.5):
         files["calibration"].write_text(json.dumps({"temperature": temperature}))
-        answers[temperature] = loaded(files).predict(None, images)
+        answers[temperature] = load(files).predict(None, images)
     assert list(answers[1]["label"]) == list(answers[2.5]["label"])
     plain, softened = (np.array(answer["probabilities"].tolist()) for answer in answers.values())
     expected = plain ** (1 / 2.5)
@@ -256,10 +265,10 @@ def test_version_has_a_signature_and_an_input_example(root: Path) -> None:
 
 
 def test_signature_bars_no_form_of_images(root: Path, restored: Predictor) -> None:
-    loaded, grey = mlflow.pyfunc.load_model("models:/convoy/1"), picture(32, 32, channels=1)
+    loaded, grey = mlflow.pyfunc.load_model("models:/convoy/1"), make_image(32, 32, channels=1)
     expected = restored.probabilities(grey[None])
-    text = base64.b64encode(png(grey[:, :, 0])).decode()
-    for form in (grey, grey[None], [grey], text, [text], [png(grey[:, :, 0])], pd.DataFrame({"image": [text]})):
+    text = base64.b64encode(make_png(grey[:, :, 0])).decode()
+    for form in (grey, grey[None], [grey], text, [text], [make_png(grey[:, :, 0])], pd.DataFrame({"image": [text]})):
         answered = np.array(loaded.predict(form)["probabilities"].tolist())
         np.testing.assert_allclose(answered, expected, atol=1e-6)
 
@@ -303,7 +312,7 @@ def test_pinned_requirements_are_what_the_model_imports(root: Path) -> None:
 
 
 def test_version_with_other_than_recorded_predictions_is_refused(root: Path, restored: Predictor) -> None:
-    pixels = picture(32, 32, 1)[None]
+    pixels = make_image(32, 32, 1)[None]
     with open_store(root, "convoy") as store:
         version = served.find(store, "models:/convoy/1")
     recorded = restored.probabilities(pixels) + 2e-4
@@ -346,14 +355,14 @@ def test_mlflow_serves_the_champion_over_http(root: Path, restored: Predictor) -
             start_new_session=True,
         )
     try:
-        grey = picture(32, 32, channels=1)
-        status, answer = ask(port, {"inputs": [base64.b64encode(png(grey[:, :, 0])).decode()]})
+        grey = make_image(32, 32, channels=1)
+        status, answer = post(port, {"inputs": [base64.b64encode(make_png(grey[:, :, 0])).decode()]})
         (row,) = answer["predictions"]
         assert status == 200
         assert row["probabilities"] == pytest.approx(restored.probabilities(grey[None])[0].tolist(), abs=1e-6)
         assert row["label"] == CLASSES[int(np.argmax(row["probabilities"]))]
 
-        status, answer = ask(port, {"inputs": [base64.b64encode(b"no image").decode()]})
+        status, answer = post(port, {"inputs": [base64.b64encode(b"no image").decode()]})
         assert status == 400
         assert "the image is not an image in BMP" in answer["message"]
         assert "Traceback" not in json.dumps(answer)
@@ -362,7 +371,7 @@ def test_mlflow_serves_the_champion_over_http(root: Path, restored: Predictor) -
         server.wait(30)
 
 
-def ask(port: str, body: object) -> tuple[int, dict]:
+def post(port: str, body: object) -> tuple[int, dict]:
     """The status and the JSON of an answer, once the server is there."""
     request = Request(f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")

@@ -22,7 +22,7 @@ from convoy.models.base import Classifier
 from model_fixtures import CONF, build, every_architecture, load_settings, make_dataset_info, make_images
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -181,7 +181,7 @@ def test_architecture_is_imported_only_when_requested(monkeypatch: pytest.Monkey
     [("lenet", 61_706), ("alexnet", 200_802), ("vgg", 481_786), ("googlenet", 654_902), ("resnet", 701_178)],
 )
 def test_parameter_count_is_unchanged(name: str, count: int) -> None:
-    assert parameters(build(name)) == count
+    assert count_parameters(build(name)) == count
 
 
 # Against torchvision, at the papers' settings for ImageNet; tests/training/test_init_weights.py compares the logits
@@ -195,7 +195,7 @@ IMAGENET = {
 }
 
 
-def imagenet(theirs: str, size: int = 224) -> Classifier:
+def build_imagenet(theirs: str, size: int = 224) -> Classifier:
     """The classifier with which torchvision's `theirs` is to be equal, without weights."""
     name = IMAGENET[theirs]
     with torch.device("meta"):
@@ -217,7 +217,7 @@ def imagenet(theirs: str, size: int = 224) -> Classifier:
     ],
 )
 def test_imagenet_parameter_count_equals_that_of_torchvision(name: str, count: int) -> None:
-    assert parameters(imagenet(name)) == count
+    assert count_parameters(build_imagenet(name)) == count
 
 
 def test_googlenet_heads_equal_those_of_torchvision() -> None:
@@ -229,7 +229,7 @@ def test_googlenet_heads_equal_those_of_torchvision() -> None:
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.running_mean, std=0.1)
             nn.init.uniform_(layer.running_var, 0.01, 0.1)
-    ours = imagenet("googlenet", 256).eval()
+    ours = build_imagenet("googlenet", 256).eval()
     keys = [key for key in ours.state_dict() if key not in ("mean", "std")]
     weights = dict(zip(keys, theirs.state_dict().values(), strict=True))
     ours.load_state_dict(weights | {"mean": torch.zeros(1, 3, 1, 1), "std": torch.ones(1, 3, 1, 1)}, assign=True)

@@ -24,7 +24,7 @@ MINE = {"cat/1.png": "a cat", "dog/1.png": "a dog"}
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def dvc_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -34,10 +34,10 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose data/ was imported from samples/, as in a clone after a first run."""
     root = tmp_path_factory.mktemp("imported") / "a project"
     root.mkdir()
-    write(root / "samples", SAMPLE)
-    write(root / "conf/dataset", {"folder.yaml": "name: digits\n"})
-    dvc(root, "init", "--quiet", "--no-scm")
-    dvc(root, "import-url", "--quiet", "samples", "data")
+    write_files(root / "samples", SAMPLE)
+    write_files(root / "conf/dataset", {"folder.yaml": "name: digits\n"})
+    run_dvc(root, "init", "--quiet", "--no-scm")
+    run_dvc(root, "import-url", "--quiet", "samples", "data")
     return root
 
 
@@ -47,40 +47,40 @@ def root(imported: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fresh(root: Path) -> Path:
+def fresh_clone(root: Path) -> Path:
     """The project as it is cloned: without data/ and without a cache."""
     shutil.rmtree(root / "data")
     shutil.rmtree(root / ".dvc/cache")
     return root
 
 
-def dvc(root: Path, *command: str) -> None:
+def run_dvc(root: Path, *command: str) -> None:
     with contextlib.chdir(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*command]) == 0
 
 
-def write(folder: Path, files: dict[str, str]) -> None:
+def write_files(folder: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
 
 
-def read(folder: Path) -> dict[str, str]:
+def read_files(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
 
-def bring(root: Path, *, update: bool = False) -> None:
+def sync_data(root: Path, *, update: bool = False) -> None:
     """What the main command does."""
     for command in commands(root, update=update):
-        dvc(root, *command)
+        run_dvc(root, *command)
 
 
 def edit_data_dvc(root: Path, old: str, new: str) -> None:
     (root / "data.dvc").write_text((root / "data.dvc").read_text().replace(old, new))
 
 
-def typed_after(message: str, heading: str) -> list[str]:
+def find_commands(message: str, heading: str) -> list[str]:
     """The commands below a heading of a message."""
     lines = message.splitlines()
     (start,) = [number for number, line in enumerate(lines) if line.startswith(heading)]
@@ -92,9 +92,9 @@ def typed_after(message: str, heading: str) -> list[str]:
     return found
 
 
-def follow(root: Path, message: str, heading: str) -> None:
+def run_advised_commands(root: Path, message: str, heading: str) -> None:
     """Type what a message says, as far as it is not about the whole pipeline."""
-    typed = typed_after(message, heading)
+    typed = find_commands(message, heading)
     assert typed[-1] == "make repro"
     subprocess.run(["bash", "-ec", "\n".join(typed[:-1])], cwd=root, check=True, capture_output=True)
 
@@ -102,10 +102,10 @@ def follow(root: Path, message: str, heading: str) -> None:
 # Nothing is at stake
 
 
-def test_fresh_clone_gets_its_data(fresh: Path) -> None:
-    bring(fresh)
-    assert read(fresh / "data") == SAMPLE
-    assert commands(fresh, update=False) == []
+def test_fresh_clone_gets_its_data(fresh_clone: Path) -> None:
+    sync_data(fresh_clone)
+    assert read_files(fresh_clone / "data") == SAMPLE
+    assert commands(fresh_clone, update=False) == []
 
 
 def test_data_as_recorded_is_left_alone(root: Path) -> None:
@@ -128,44 +128,44 @@ def test_data_saved_elsewhere_is_replaced_without_asking(edit: Edit, is_fresh: b
     if is_fresh:
         shutil.rmtree(root / ".dvc/cache")
     edit(root)
-    bring(root)
-    assert read(root / "data") == SAMPLE
+    sync_data(root)
+    assert read_files(root / "data") == SAMPLE
 
 
 @pytest.mark.parametrize("is_frozen", [True, False])
 def test_changed_source_is_taken_up(is_frozen: bool, root: Path) -> None:
     if not is_frozen:
         edit_data_dvc(root, "frozen: true\n", "")
-    write(root / "samples", MINE)
+    write_files(root / "samples", MINE)
     (root / "samples/digits.zip").unlink()
-    bring(root)
-    assert read(root / "data") == read(root / "samples")
+    sync_data(root)
+    assert read_files(root / "data") == read_files(root / "samples")
     assert commands(root, update=False) == []
 
 
 def test_another_path_is_taken_up(root: Path) -> None:
-    write(root / "flowers", MINE)
+    write_files(root / "flowers", MINE)
     edit_data_dvc(root, "path: samples", "path: flowers")
-    bring(root)
-    assert read(root / "data") == MINE
+    sync_data(root)
+    assert read_files(root / "data") == MINE
 
 
 def test_another_recorded_version_is_checked_out(root: Path) -> None:
     recorded = (root / "data.dvc").read_text()
-    write(root / "samples", MINE)
-    bring(root)
+    write_files(root / "samples", MINE)
+    sync_data(root)
     (root / "data.dvc").write_text(recorded)
     shutil.rmtree(root / "samples")
-    write(root / "samples", SAMPLE)
-    bring(root)
-    assert read(root / "data") == SAMPLE
+    write_files(root / "samples", SAMPLE)
+    sync_data(root)
+    assert read_files(root / "data") == SAMPLE
     assert (root / "data.dvc").read_text() == recorded
 
 
 def test_data_that_dvc_added_are_their_own_source(root: Path) -> None:
     (root / "data.dvc").unlink()
-    dvc(root, "add", "--quiet", "data")
-    write(root / "data", MINE)
+    run_dvc(root, "add", "--quiet", "data")
+    write_files(root / "data", MINE)
     assert commands(root, update=False) == []
 
 
@@ -178,8 +178,8 @@ def test_remote_source_is_checked_only_on_update(root: Path) -> None:
     assert commands(root, update=False) == []
     assert commands(root, update=True) == [["update", "data.dvc"]]
     (root / "data/digits.zip").unlink()
-    bring(root)
-    assert read(root / "data") == SAMPLE
+    sync_data(root)
+    assert read_files(root / "data") == SAMPLE
 
 
 # Files at stake
@@ -188,11 +188,11 @@ def test_remote_source_is_checked_only_on_update(root: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda root: write(root / "data", MINE), "data/cat/1.png, data/dog/1.png"),
-        (lambda root: write(root / "data/more", {"two.png": "2"}), "data/more/two.png"),
-        (lambda root: write(root / "data", {".labels.csv": "mine"}), "data/.labels.csv"),
-        (lambda root: write(root / "data", {"digits.zip": "changed"}), "data/digits.zip"),
-        (lambda root: write(root / "data", {"my pictures/ä 'b'.png": "mine"}), "data/my pictures/ä 'b'.png"),
+        (lambda root: write_files(root / "data", MINE), "data/cat/1.png, data/dog/1.png"),
+        (lambda root: write_files(root / "data/more", {"two.png": "2"}), "data/more/two.png"),
+        (lambda root: write_files(root / "data", {".labels.csv": "mine"}), "data/.labels.csv"),
+        (lambda root: write_files(root / "data", {"digits.zip": "changed"}), "data/digits.zip"),
+        (lambda root: write_files(root / "data", {"my pictures/ä 'b'.png": "mine"}), "data/my pictures/ä 'b'.png"),
     ],
     ids=["beside", "within", "hidden", "changed", "odd names"],
 )
@@ -203,27 +203,27 @@ def test_files_of_the_user_stop_the_run(edit: Edit, named: str, is_fresh: bool, 
     if not is_frozen:
         edit_data_dvc(root, "frozen: true\n", "")
     edit(root)
-    before = read(root)
+    before = read_files(root)
     with pytest.raises(ConvoyError) as refusal:
         commands(root, update=False)
     assert f"nowhere else: {named}. A run would replace " in str(refusal.value)
     with pytest.raises(ConvoyError, match="nowhere else"):
         commands(root, update=True)
-    untouched = {name: text for name, text in read(root).items() if not name.startswith(".dvc/")}
+    untouched = {name: text for name, text in read_files(root).items() if not name.startswith(".dvc/")}
     assert untouched == {name: text for name, text in before.items() if not name.startswith(".dvc/")}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda root: write(root / "samples", {"new.png": "new"}),
+        lambda root: write_files(root / "samples", {"new.png": "new"}),
         lambda root: shutil.rmtree(root / "samples"),
         lambda root: edit_data_dvc(root, "path: samples", "path: https://example.invalid/flowers"),
     ],
     ids=["changed source", "lost source", "remote source"],
 )
 def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: Path) -> None:
-    write(root / "data", MINE)
+    write_files(root / "data", MINE)
     change(root)
     with pytest.raises(ConvoyError, match=r"nowhere else: data/cat/1\.png, data/dog/1\.png"):
         commands(root, update=False)
@@ -233,59 +233,59 @@ def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: 
     ("source", "beside"),
     [("samples", True), ("samples", False), ("a: b/{flowers}", True), ("https://example.invalid/flowers", False)],
 )
-def test_training_on_own_files_as_advised_works(source: str, beside: bool, fresh: Path) -> None:
-    write(fresh / "data", MINE | (SAMPLE if beside else {}))
-    edit_data_dvc(fresh, "path: samples", f"path: {json.dumps(source)}" if " " in source else f"path: {source}")
-    write(fresh / "a: b/{flowers}", SAMPLE)
+def test_training_on_own_files_as_advised_works(source: str, beside: bool, fresh_clone: Path) -> None:
+    write_files(fresh_clone / "data", MINE | (SAMPLE if beside else {}))
+    edit_data_dvc(fresh_clone, "path: samples", f"path: {json.dumps(source)}" if " " in source else f"path: {source}")
+    write_files(fresh_clone / "a: b/{flowers}", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To train on ")
-    bring(fresh)
-    assert read(fresh / "data") == read(fresh / "my-images") == MINE
-    assert (fresh / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
-    assert commands(fresh, update=False) == []
+        commands(fresh_clone, update=False)
+    run_advised_commands(fresh_clone, str(refusal.value), "To train on ")
+    sync_data(fresh_clone)
+    assert read_files(fresh_clone / "data") == read_files(fresh_clone / "my-images") == MINE
+    assert (fresh_clone / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
+    assert commands(fresh_clone, update=False) == []
 
 
-def test_files_among_those_of_the_sample_move_with_them(fresh: Path) -> None:
-    write(fresh / "data/more", {"two.png": "2"})
-    write(fresh / "data", SAMPLE)
+def test_files_among_those_of_the_sample_move_with_them(fresh_clone: Path) -> None:
+    write_files(fresh_clone / "data/more", {"two.png": "2"})
+    write_files(fresh_clone / "data", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To train on ")
-    bring(fresh)
-    assert read(fresh / "data") == SAMPLE | {"more/two.png": "2"}
+        commands(fresh_clone, update=False)
+    run_advised_commands(fresh_clone, str(refusal.value), "To train on ")
+    sync_data(fresh_clone)
+    assert read_files(fresh_clone / "data") == SAMPLE | {"more/two.png": "2"}
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["beside the sample", "alone"])
-def test_moving_the_files_as_advised_resolves_the_error(beside: bool, fresh: Path) -> None:
-    write(fresh / "data", {"my pictures/ä 'b'.png": "mine", **(SAMPLE if beside else {})})
-    (fresh.parent / "my-images").mkdir()  # which is taken
+def test_moving_the_files_as_advised_resolves_the_error(beside: bool, fresh_clone: Path) -> None:
+    write_files(fresh_clone / "data", {"my pictures/ä 'b'.png": "mine", **(SAMPLE if beside else {})})
+    (fresh_clone.parent / "my-images").mkdir()  # which is taken
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh, update=False)
-    follow(fresh, str(refusal.value), "To do without ")
-    bring(fresh)
-    assert read(fresh / "data") == SAMPLE
-    assert read(fresh.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}
+        commands(fresh_clone, update=False)
+    run_advised_commands(fresh_clone, str(refusal.value), "To do without ")
+    sync_data(fresh_clone)
+    assert read_files(fresh_clone / "data") == SAMPLE
+    assert read_files(fresh_clone.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}
 
 
-def test_file_in_place_of_the_folder_is_not_overwritten(fresh: Path) -> None:
-    (fresh / "data").write_text("all my images")
+def test_file_in_place_of_the_folder_is_not_overwritten(fresh_clone: Path) -> None:
+    (fresh_clone / "data").write_text("all my images")
     with pytest.raises(ConvoyError, match=r"holds a file that .* nowhere else: data. A run"):
-        commands(fresh, update=False)
+        commands(fresh_clone, update=False)
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh: Path) -> None:
-    mine = fresh.parent / "my pictures"
-    (fresh / "data").symlink_to(mine)
+def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh_clone: Path) -> None:
+    mine = fresh_clone.parent / "my pictures"
+    (fresh_clone / "data").symlink_to(mine)
     if exists:
-        write(mine, MINE)
+        write_files(mine, MINE)
     with pytest.raises(ConvoyError, match="data is a link to ") as refusal:
-        commands(fresh, update=False)
+        commands(fresh_clone, update=False)
     if exists:
-        follow(fresh, str(refusal.value), "data is a link")
-        assert commands(fresh, update=False) == []
-        assert read(fresh / "data") == read(mine) == MINE
+        run_advised_commands(fresh_clone, str(refusal.value), "data is a link")
+        assert commands(fresh_clone, update=False) == []
+        assert read_files(fresh_clone / "data") == read_files(mine) == MINE
 
 
 @pytest.mark.parametrize("target", ["/etc/hostname", "nowhere", "../samples"])
@@ -298,31 +298,31 @@ def test_links_among_the_images_are_refused(target: str, root: Path) -> None:
 # Plain DVC
 
 
-def test_plain_dvc_loses_no_file_of_the_user(fresh: Path) -> None:
-    write(fresh / "data", MINE)
-    dvc(fresh, "repro", "--quiet", "data.dvc")
-    assert read(fresh / "data") == MINE
-    shutil.rmtree(fresh / "data")
-    dvc(fresh, "checkout", "--quiet")
-    assert read(fresh / "data") == MINE
+def test_plain_dvc_loses_no_file_of_the_user(fresh_clone: Path) -> None:
+    write_files(fresh_clone / "data", MINE)
+    run_dvc(fresh_clone, "repro", "--quiet", "data.dvc")
+    assert read_files(fresh_clone / "data") == MINE
+    shutil.rmtree(fresh_clone / "data")
+    run_dvc(fresh_clone, "checkout", "--quiet")
+    assert read_files(fresh_clone / "data") == MINE
 
 
 @pytest.mark.parametrize("change", ["files", "path"])
 @pytest.mark.parametrize("choice", ["To train on data/ as it is", "To train on "])
 def test_data_recorded_by_plain_dvc_is_neither_mixed_nor_lost(change: str, choice: str, root: Path) -> None:
-    write(root / "flowers", {"rose/1.png": "a rose"})
+    write_files(root / "flowers", {"rose/1.png": "a rose"})
     if change == "files":
-        write(root / "data", MINE)
+        write_files(root / "data", MINE)
     else:
         edit_data_dvc(root, "path: samples", "path: flowers")
     source = {"files": "samples", "path": "flowers"}[change]
-    dvc(root, "repro", "--quiet", "data.dvc")
-    kept = read(root / "data")
+    run_dvc(root, "repro", "--quiet", "data.dvc")
+    kept = read_files(root / "data")
     with pytest.raises(ConvoyError, match=f"names {source} as the source of data/, but they differ in ") as refusal:
         commands(root, update=False)
-    follow(root, str(refusal.value), choice if choice.endswith("is") else f"To train on {source}")
-    bring(root)
-    assert read(root / "data") == (kept if choice.endswith("is") else read(root / source))
+    run_advised_commands(root, str(refusal.value), choice if choice.endswith("is") else f"To train on {source}")
+    sync_data(root)
+    assert read_files(root / "data") == (kept if choice.endswith("is") else read_files(root / source))
 
 
 # The source

@@ -44,15 +44,15 @@ def dvc_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path_factory.mktemp("site")))
         for command in ("init --no-scm --quiet", "repro --quiet"):
-            assert dvc(root, *command.split()) == 0
+            assert run_dvc(root, *command.split()) == 0
         yield root
 
 
-def dvc(root: Path, *command: str) -> int:
+def run_dvc(root: Path, *command: str) -> int:
     return subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, capture_output=True).returncode
 
 
-def held_by(process: int) -> str:
+def make_lock(process: int) -> str:
     return json.dumps({"write": {"/made": {"pid": process, "cmd": "dvc repro"}}, "read": {}})
 
 
@@ -68,10 +68,10 @@ def test_dvc_runs_again_after_its_path_list_was_truncated(
     dvc_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (dvc_project / ".dvc/tmp/rwlock").write_text('{"/a')
-    assert dvc(dvc_project, "repro") == 255
+    assert run_dvc(dvc_project, "repro") == 255
     remove_torn_path_locks(dvc_project)
     assert capsys.readouterr().out.startswith(".dvc/tmp/rwlock was left behind by a run that was stopped")
-    assert dvc(dvc_project, "repro") == 0
+    assert run_dvc(dvc_project, "repro") == 0
 
 
 @pytest.mark.parametrize("name", ["lock", "rwlock.lock"])
@@ -91,15 +91,15 @@ def test_truncated_list_is_kept_while_dvc_is_running(
 
 def test_paths_locked_by_a_living_process_stay_locked(dvc_project: Path) -> None:
     file = dvc_project / ".dvc/tmp/rwlock"
-    file.write_text(held_by(os.getpid()))
+    file.write_text(make_lock(os.getpid()))
     remove_torn_path_locks(dvc_project)
-    assert file.read_text() == held_by(os.getpid())
+    assert file.read_text() == make_lock(os.getpid())
     file.unlink()
 
 
 def test_process_number_given_to_another_locks_no_path(dvc_project: Path) -> None:
     file = dvc_project / ".dvc/tmp/rwlock"
-    file.write_text(held_by(os.getpid()))
+    file.write_text(make_lock(os.getpid()))
     os.utime(file, (1e9, 1e9))  # written long before this process began
     remove_torn_path_locks(dvc_project)
     assert not file.exists()
@@ -118,10 +118,10 @@ def test_damaged_databases_of_dvc_are_made_again(
     for file in databases:
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2] if how == "half" else b"garbage" * 1000)
-    assert dvc(dvc_project, "repro") == 255
+    assert run_dvc(dvc_project, "repro") == 255
     assert remove_damaged_databases(dvc_project)
     assert "where DVC remembers hashes, was damaged" in capsys.readouterr().out
-    assert dvc(dvc_project, "repro") == 0
+    assert run_dvc(dvc_project, "repro") == 0
     assert not remove_damaged_databases(dvc_project)
 
 

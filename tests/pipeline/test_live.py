@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("embedded_store")
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project that is ready to train, and a record of a training there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -51,31 +51,31 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def record(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
-    root = copy_project(road, tmp_path_factory.mktemp("trained") / "project")
+def record(trained_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
+    root = copy_project(trained_project, tmp_path_factory.mktemp("trained") / "project")
     config.compose(root, ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
     run_stages(root, until="train")
     return json.loads((root / "artifacts/train/lenet/record.json").read_text())
 
 
 @pytest.fixture
-def root(road: Path, tmp_path: Path) -> Path:
-    return copy_project(road, tmp_path / "project")
+def root(trained_project: Path, tmp_path: Path) -> Path:
+    return copy_project(trained_project, tmp_path / "project")
 
 
 # What the reporter makes of what it is told
 
 
-def begun(record: Message) -> Message:
+def start_message(record: Message) -> Message:
     return {"record": record, "process": os.getpid(), "moment": 1_000}
 
 
-def epoch(number: int) -> Message:
+def epoch_message(number: int) -> Message:
     row = {"epoch": number, "lr": 0.1, "train_loss": 1 / number, "val_loss": 2 / number, "val_accuracy": 0.5}
     return {"row": row, "moment": 1_000 * (number + 1)}
 
 
-def ended(status: str) -> Message:
+def end_message(status: str) -> Message:
     return {"status": status, "moment": 9_000}
 
 
@@ -92,11 +92,11 @@ def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: Messa
     process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, text=True, bufsize=1)
     assert process.stdin
     for number in range(3):
-        process.stdin.write(json.dumps(epoch(number) if number else begun(record)) + "\n")
+        process.stdin.write(json.dumps(epoch_message(number) if number else start_message(record)) + "\n")
         wait_until(lambda: [len(read_curve(root, run, "val/loss")) for run in list_runs(root)] == [number])  # noqa: B023
         assert list_runs(root)[0].info.status == "RUNNING"
     os.kill(process.pid, signal.SIGTERM)  # as an impatient system would: it is not for the reporter to end
-    process.stdin.write(json.dumps(ended("FINISHED")) + "\n")
+    process.stdin.write(json.dumps(end_message("FINISHED")) + "\n")
     process.stdin.close()
     assert process.wait() == 0
     (run,) = list_runs(root)
@@ -115,23 +115,23 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_resumed_training_continues_its_run(root: Path, record: Message) -> None:
-    report(root, begun(record), epoch(1), epoch(2), ended("KILLED"))
+    report(root, start_message(record), epoch_message(1), epoch_message(2), end_message("KILLED"))
     assert list_runs(root)[0].info.status == "KILLED"
-    report(root, begun(record), epoch(1), epoch(2), epoch(3), ended("FINISHED"))
+    report(root, start_message(record), epoch_message(1), epoch_message(2), epoch_message(3), end_message("FINISHED"))
     (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
     assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3]
 
 
 def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: Message) -> None:
-    report(root, begun(record), epoch(1), ended("FINISHED"))
+    report(root, start_message(record), epoch_message(1), end_message("FINISHED"))
     before = (root / "mlflow.db").read_bytes()
-    report(root, begun(record), epoch(1), ended("FINISHED"))
+    report(root, start_message(record), epoch_message(1), end_message("FINISHED"))
     assert (root / "mlflow.db").read_bytes() == before
 
 
 def test_failed_training_is_marked_failed(root: Path, record: Message) -> None:
-    report(root, begun(record), ended("FAILED"))
+    report(root, start_message(record), end_message("FAILED"))
     assert list_runs(root)[0].info.status == "FAILED"
 
 
@@ -149,11 +149,11 @@ def test_failed_request_is_retried_and_logged_once(
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     reporter = threading.Thread(target=Reporter(root).report, args=[inbox])
     reporter.start()
-    for message in (begun(record), *map(epoch, range(1, 6))):
+    for message in (start_message(record), *map(epoch_message, range(1, 6))):
         inbox.put(message)
         wait_until(inbox.empty)
         time.sleep(0.1)
-    inbox.put(ended("FINISHED"))
+    inbox.put(end_message("FINISHED"))
     reporter.join()
     (run,) = list_runs(root)
     assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
@@ -187,7 +187,7 @@ def test_unusable_server_is_one_line_without_the_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
     before = time.monotonic()
-    report(root, begun(record), epoch(1), epoch(2), ended("FINISHED"))
+    report(root, start_message(record), epoch_message(1), epoch_message(2), end_message("FINISHED"))
     assert time.monotonic() - before < 10
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"convoy: live: MLflow at http://127.0.0.1:{server.server_port} fails: ")
@@ -202,10 +202,10 @@ Start = Callable[..., multiprocessing.context.ForkServerProcess]
 
 
 @pytest.fixture
-def start(ready: multiprocessing.context.ForkServerContext, tmp_path: Path) -> Start:
+def start(fork_server: multiprocessing.context.ForkServerContext, tmp_path: Path) -> Start:
     def start(root: Path, **environment: str) -> multiprocessing.context.ForkServerProcess:
         given = {"CONVOY_LIVE": "1", "PYTHONPATH": str(ROOT)} | environment
-        process = ready.Process(target=train_live, args=(root, given, tmp_path / "said"))
+        process = fork_server.Process(target=train_live, args=(root, given, tmp_path / "said"))
         process.start()
         return process
 
@@ -219,7 +219,7 @@ def train_live(root: Path, environment: dict[str, str], said: Path) -> None:
     training_process.run_train_stage(root, "lenet")
 
 
-def reporters(root: Path) -> list[psutil.Process]:
+def find_reporters(root: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         try:
@@ -230,8 +230,8 @@ def reporters(root: Path) -> list[psutil.Process]:
     return found
 
 
-def all_reported(root: Path) -> None:
-    wait_until(lambda: not [one for one in reporters(root) if one.status() != psutil.STATUS_ZOMBIE])
+def wait_for_reporters(root: Path) -> None:
+    wait_until(lambda: not [one for one in find_reporters(root) if one.status() != psutil.STATUS_ZOMBIE])
 
 
 def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start) -> None:
@@ -239,12 +239,12 @@ def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start)
     wait_until(lambda: any((root / "artifacts/.cache/checkpoints").rglob("last.pt")))
     first.kill()
     first.join()
-    all_reported(root)
+    wait_for_reporters(root)
     (killed,) = list_runs(root)
     assert killed.info.status == "KILLED"
 
     start(root).join()
-    all_reported(root)
+    wait_for_reporters(root)
     (run,) = list_runs(root)
     assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
     assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
@@ -263,8 +263,8 @@ def test_hung_or_killed_reporter_does_not_affect_training(root: Path, tmp_path: 
 
     before = time.monotonic()
     training = start(root)
-    wait_until(lambda: bool(reporters(root)))
-    (reporter,) = reporters(root)
+    wait_until(lambda: bool(find_reporters(root)))
+    (reporter,) = find_reporters(root)
     reporter.suspend()
     training.join()
     assert training.exitcode == 0
@@ -284,7 +284,7 @@ def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path
     training = start(root, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
     training.join()
     assert training.exitcode == 0
-    all_reported(root)
+    wait_for_reporters(root)
     (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.startswith("convoy: live: MLflow at http://127.0.0.1:9 fails: ")
     assert "secret" not in line
@@ -292,8 +292,8 @@ def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path
 
 
 def test_failed_and_reported_training_is_not_started_again(root: Path, record: Message) -> None:
-    report(root, begun(record), ended("FAILED"))
+    report(root, start_message(record), end_message("FAILED"))
     run_id = list_runs(root)[0].info.run_id
     make_client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
-    report(root, begun(record), ended("KILLED"))
+    report(root, start_message(record), end_message("KILLED"))
     assert list_runs(root)[0].info.status == "FAILED"

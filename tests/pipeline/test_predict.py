@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """That folder as the working directory, and in it a new folder `images` of pictures."""
     for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
@@ -36,22 +36,22 @@ def here(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """A folder with three pictures, one of them below it, and what is none."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(["b.png", "a.jpg", "more/c.PNG"]):
-        draw(number).save(folder / name)
+        draw_image(number).save(folder / name)
     (folder / "labels.csv").write_text("path,label\n")
     (folder / ".hidden.png").write_bytes(b"")
     return folder
 
 
-def draw(seed: int) -> Image.Image:
+def draw_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+def run_predict(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
     """Run the command; returns what it exits with, None where all went well."""
     monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
     try:
@@ -61,38 +61,42 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None
     return None
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+def read_lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def test_folder_yields_all_images_below_it_in_order(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, pictures, "--json") is None
-    found = lines(capsys)
-    assert [Path(each["image"]).relative_to(pictures).as_posix() for each in found] == ["a.jpg", "b.png", "more/c.PNG"]
+    assert run_predict(monkeypatch, image_folder, "--json") is None
+    found = read_lines(capsys)
+    assert [Path(each["image"]).relative_to(image_folder).as_posix() for each in found] == [
+        "a.jpg",
+        "b.png",
+        "more/c.PNG",
+    ]
     assert all(each["label"] in CLASSES and 1 / 3 <= each["probability"] <= 1 for each in found)
 
 
 def test_files_without_suffix_are_images_and_others_are_counted(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (pictures / "more/c.PNG").rename(pictures / "more/c")
-    (pictures / "more/notes.txt").write_text("milk, bread")
-    assert run(monkeypatch, pictures / "more", "--json") is None
+    (image_folder / "more/c.PNG").rename(image_folder / "more/c")
+    (image_folder / "more/notes.txt").write_text("milk, bread")
+    assert run_predict(monkeypatch, image_folder / "more", "--json") is None
     said = capsys.readouterr()
-    assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(pictures / "more/c")]
+    assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(image_folder / "more/c")]
     assert "more: 1 files without an image suffix are ignored" in said.err
 
 
 def test_predictions_are_in_the_order_of_the_arguments(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [pictures / "more/c.PNG", pictures / "a.jpg", pictures / "b.png"]
-    assert run(monkeypatch, *given, "--json", "--model", "models:/convoy/1") is None
-    restored = predictor.restore(here / "left")
+    given = [image_folder / "more/c.PNG", image_folder / "a.jpg", image_folder / "b.png"]
+    assert run_predict(monkeypatch, *given, "--json", "--model", "models:/convoy/1") is None
+    restored = predictor.restore(working_folder / "left")
     expected = restored.probabilities(np.stack([restored.preprocess(file.read_bytes()) for file in given]))
-    for each, row, file in zip(lines(capsys), expected, given, strict=True):
+    for each, row, file in zip(read_lines(capsys), expected, given, strict=True):
         assert each["image"] == str(file)
         assert each["label"] == CLASSES[row.argmax()]
         assert each["probability"] == pytest.approx(row.max(), abs=1e-6)
@@ -100,25 +104,29 @@ def test_predictions_are_in_the_order_of_the_arguments(
 
 @pytest.mark.parametrize("pattern", ["*.png", "**/*.[pP][nN][gG]", "more"])
 def test_pattern_gives_what_it_matches(
-    pattern: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pattern: str,
+    working_folder: Path,
+    image_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = {"*.png": ["b.png"], "**/*.[pP][nN][gG]": ["b.png", "more/c.PNG"], "more": ["more/c.PNG"]}[pattern]
-    assert run(monkeypatch, pictures / pattern, "--json") is None
-    assert [each["image"] for each in lines(capsys)] == [str(pictures / name) for name in expected]
+    assert run_predict(monkeypatch, image_folder / pattern, "--json") is None
+    assert [each["image"] for each in read_lines(capsys)] == [str(image_folder / name) for name in expected]
 
 
-def test_name_that_looks_like_a_pattern_is_a_file_first(pictures: Path) -> None:
-    draw(7).save(pictures / "a[1].png")
-    assert list(predict.find_images([str(pictures / "a[1].png")])) == [pictures / "a[1].png"]
+def test_name_that_looks_like_a_pattern_is_a_file_first(image_folder: Path) -> None:
+    draw_image(7).save(image_folder / "a[1].png")
+    assert list(predict.find_images([str(image_folder / "a[1].png")])) == [image_folder / "a[1].png"]
 
 
 def test_table_shows_model_label_and_probability(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(pictures)
+    monkeypatch.chdir(image_folder)
     for name in ("mlflow.db", "params.yaml"):
-        (pictures / name).symlink_to(here / name)
-    assert run(monkeypatch, "a.jpg", "b.png") is None
+        (image_folder / name).symlink_to(working_folder / name)
+    assert run_predict(monkeypatch, "a.jpg", "b.png") is None
     said = capsys.readouterr().out
     assert said.startswith("convoy 1, lenet")
     assert [line.split()[0] for line in said.splitlines()[3:]] == ["a.jpg", "b.png"]
@@ -126,11 +134,13 @@ def test_table_shows_model_label_and_probability(
 
 
 def test_invalid_image_is_named_and_the_others_are_predicted(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (pictures / "torn.png").write_bytes((pictures / "b.png").read_bytes()[:500])
-    (pictures / "empty").mkdir()
-    given = [pictures / name for name in ("torn.png", "a.jpg", "labels.csv", "none.png", "empty", "no*.gif", "b.png")]
+    (image_folder / "torn.png").write_bytes((image_folder / "b.png").read_bytes()[:500])
+    (image_folder / "empty").mkdir()
+    given = [
+        image_folder / name for name in ("torn.png", "a.jpg", "labels.csv", "none.png", "empty", "no*.gif", "b.png")
+    ]
     reasons = {
         "torn.png": "can't be decoded: ",
         "labels.csv": "is not an image in BMP, GIF",
@@ -138,40 +148,47 @@ def test_invalid_image_is_named_and_the_others_are_predicted(
         "empty": "is a folder without images",
         "no*.gif": "does not exist",
     }
-    assert run(monkeypatch, *given, "--json") == "convoy: predict: 5 images could not be predicted"
-    found = {Path(each["image"]).name: each for each in lines(capsys)}
+    assert run_predict(monkeypatch, *given, "--json") == "convoy: predict: 5 images could not be predicted"
+    found = {Path(each["image"]).name: each for each in read_lines(capsys)}
     assert list(found) == [path.name for path in given]
     assert all(found[name]["error"].startswith(reason) for name, reason in reasons.items())
     assert found["a.jpg"]["label"] in CLASSES
 
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, *given[:3]) == "convoy: predict: 2 images could not be predicted"
+    assert run_predict(monkeypatch, *given[:3]) == "convoy: predict: 2 images could not be predicted"
     said = capsys.readouterr()
-    assert f"{pictures / 'torn.png'} can't be decoded: " in said.err
+    assert f"{image_folder / 'torn.png'} can't be decoded: " in said.err
     assert "a.jpg" in said.out
 
 
 def test_file_may_have_any_name(
-    here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a[bold].png", "b\x1b[2J.png", os.fsdecode(b"c\xff.png"), "d [red].txt"):
-        (pictures / name).write_bytes((pictures / "b.png").read_bytes() if name.endswith("png") else b"no image")
+        (image_folder / name).write_bytes(
+            (image_folder / "b.png").read_bytes() if name.endswith("png") else b"no image"
+        )
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(monkeypatch, pictures, pictures / "d [red].txt") == "convoy: predict: 1 image could not be predicted"
+    assert (
+        run_predict(monkeypatch, image_folder, image_folder / "d [red].txt")
+        == "convoy: predict: 1 image could not be predicted"
+    )
     said = capsys.readouterr()
     assert all(name in said.out for name in ("a[bold].png", r"b\x1b[2J.png", r"c\udcff.png"))
     assert "\x1b" not in said.out
     assert "d [red].txt is not an image" in said.err
-    run(monkeypatch, pictures, "--json")
-    assert str(pictures / "b\x1b[2J.png") in [each["image"] for each in lines(capsys)]
+    run_predict(monkeypatch, image_folder, "--json")
+    assert str(image_folder / "b\x1b[2J.png") in [each["image"] for each in read_lines(capsys)]
 
 
-def test_device_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image could not be predicted"
-    assert lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
+def test_device_is_not_read(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_predict(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image could not be predicted"
+    assert read_lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
 
-def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_batch_is_in_memory(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, sizes = [], []
     answered = Predictor.probabilities
 
@@ -186,7 +203,7 @@ def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Predictor, "probabilities", probabilities)
     monkeypatch.setattr(predict, "read_image", pixels)
     names = [f"{number}.png" for number in range(1000)]
-    answers = predict.predict(predictor.restore(here / "left"), names)
+    answers = predict.predict(predictor.restore(working_folder / "left"), names)
     assert next(answers)["image"] == "0.png"
     assert len(read) == predict.BATCH_SIZE
     assert [each["image"] for each in answers] == names[1:]
@@ -203,17 +220,17 @@ def test_only_one_batch_is_in_memory(here: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_model_that_is_not_there_is_one_clear_line(
-    uri: str, said: str, here: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    uri: str, said: str, working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert str(run(monkeypatch, pictures, "--model", uri)).startswith(f"convoy: predict: {said}")
+    assert str(run_predict(monkeypatch, image_folder, "--model", uri)).startswith(f"convoy: predict: {said}")
 
 
 def test_nothing_is_created_if_no_model_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert "params.yaml is missing" in str(run(monkeypatch, "a.png"))
+    assert "params.yaml is missing" in str(run_predict(monkeypatch, "a.png"))
     (tmp_path / "params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: cpu\n")
-    assert "mlflow.db does not exist" in str(run(monkeypatch, "a.png"))
+    assert "mlflow.db does not exist" in str(run_predict(monkeypatch, "a.png"))
     assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
 
 
@@ -243,14 +260,14 @@ def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | No
 
 
 def test_model_that_predicts_as_evaluated_passes_in_one_line(
-    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check(monkeypatch, "models:/convoy@champion", evaluated, evaluated) is None
     assert capsys.readouterr().out.startswith("models:/convoy@champion predicts 200 images as evaluated; probabilities")
 
 
 def test_model_with_other_recorded_predictions_fails(
-    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = pd.read_parquet(evaluated / "predictions.parquet")
     table.iloc[0] = np.roll(table.iloc[0], 1)
@@ -263,7 +280,7 @@ def test_model_with_other_recorded_predictions_fails(
 
 
 def test_folder_without_an_evaluation_is_one_clear_line(
-    here: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)
     assert said == (

@@ -48,29 +48,29 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / ".dvc").mkdir()
     (root / ".dvc/config").write_text("[core]\n    analytics = false\n[hydra]\n    enabled = true\n")
     (root / ".gitignore").write_text("/artifacts/\n/.dvc/tmp/\n/.dvc/cache/\n")
-    git(root, "init", "--quiet", "--initial-branch=main")
-    git(root, "config", "user.name", "convoy")
-    git(root, "config", "user.email", "convoy@localhost")
-    dvc(root, "repro", "--quiet")
+    run_git(root, "init", "--quiet", "--initial-branch=main")
+    run_git(root, "config", "user.name", "convoy")
+    run_git(root, "config", "user.email", "convoy@localhost")
+    run_dvc(root, "repro", "--quiet")
     commit(root)
     return root
 
 
 @pytest.fixture
-def fresh(composed: Path, tmp_path: Path) -> Path:
+def fresh_clone(composed: Path, tmp_path: Path) -> Path:
     """The repository as it is cloned: nothing is remembered of what was composed."""
     return shutil.copytree(composed, tmp_path / "a project")
 
 
 @pytest.fixture
-def root(fresh: Path) -> Path:
+def root(fresh_clone: Path) -> Path:
     """The repository after a first run of the main command."""
-    run(fresh)
-    return fresh
+    compose_project(fresh_clone)
+    return fresh_clone
 
 
 @pytest.fixture
-def real(tmp_path: Path) -> Path:
+def project_conf(tmp_path: Path) -> Path:
     """A folder with the project's own conf/ and params.yaml."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -78,36 +78,36 @@ def real(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for name in ("DVC_EXP_NAME", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
 
 
-def git(root: Path, *command: str) -> None:
+def run_git(root: Path, *command: str) -> None:
     subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
 
 
 def commit(root: Path, *paths: str) -> None:
-    git(root, "add", "--all", *(paths or ["."]))
-    git(root, "commit", "--quiet", "--message", "next")
+    run_git(root, "add", "--all", *(paths or ["."]))
+    run_git(root, "commit", "--quiet", "--message", "next")
 
 
-def dvc(root: Path, *command: str, status: int = 0) -> None:
+def run_dvc(root: Path, *command: str, status: int = 0) -> None:
     with contextlib.chdir(root), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([*command]) == status
 
 
-def run(root: Path, **options: bool) -> dict[str, Any]:
+def compose_project(root: Path, **options: bool) -> dict[str, Any]:
     """Compose as the main command does."""
     return compose(root, lambda params: None, **options)
 
 
-def experiment(root: Path, name: str, *overrides: str) -> None:
+def run_experiment(root: Path, name: str, *overrides: str) -> None:
     chosen = [part for override in overrides for part in ("--set-param", override)]
-    dvc(root, "exp", "run", "--quiet", "--name", name, *chosen)
+    run_dvc(root, "exp", "run", "--quiet", "--name", name, *chosen)
 
 
 def edit(file: Path, old: str, new: str) -> None:
@@ -131,20 +131,20 @@ def assert_stops(root: Path, *lines: str) -> None:
     before = (root / "params.yaml").read_bytes()
     for _ in range(2):  # the next scheduled run finds it as this one did
         with pytest.raises(ConvoyError) as refusal:
-            run(root)
+            compose_project(root)
     assert (root / "params.yaml").read_bytes() == before
     named = [line.strip() for line in str(refusal.value).splitlines() if line.startswith("  ") and ":" in line]
     assert named == list(lines)
     assert "  python -m pipeline --adopt" in str(refusal.value)
     assert "  python -m pipeline --compose" in str(refusal.value)
-    assert run(root, discard=True) == config.parse(config.compose_text(root))
-    run(root)
+    assert compose_project(root, discard=True) == config.parse(config.compose_text(root))
+    compose_project(root)
 
 
 def assert_composes(root: Path, seed: int) -> None:
-    assert run(root)["seed"] == seed
+    assert compose_project(root)["seed"] == seed
     assert (root / "params.yaml").read_text() == config.compose_text(root)
-    run(root)
+    compose_project(root)
 
 
 # Ordinary work
@@ -159,43 +159,43 @@ def test_edit_of_conf_is_composed(is_committed: bool, root: Path) -> None:
         assert_composes(root, seed)
 
 
-def test_edit_of_conf_is_composed_in_a_fresh_clone(fresh: Path) -> None:
-    edit_conf(fresh, 5)
-    assert_composes(fresh, 5)
+def test_edit_of_conf_is_composed_in_a_fresh_clone(fresh_clone: Path) -> None:
+    edit_conf(fresh_clone, 5)
+    assert_composes(fresh_clone, 5)
 
 
-def test_commits_of_conf_alone_are_composed_in_a_fresh_clone(fresh: Path) -> None:
+def test_commits_of_conf_alone_are_composed_in_a_fresh_clone(fresh_clone: Path) -> None:
     for seed in (5, 6):
-        edit_conf(fresh, seed)
-        commit(fresh)
-    edit_conf(fresh, 7)
-    assert_composes(fresh, 7)
+        edit_conf(fresh_clone, seed)
+        commit(fresh_clone)
+    edit_conf(fresh_clone, 7)
+    assert_composes(fresh_clone, 7)
 
 
 def test_another_branch_is_composed(root: Path) -> None:
-    git(root, "switch", "--quiet", "--create", "other")
+    run_git(root, "switch", "--quiet", "--create", "other")
     edit_conf(root, 5)
-    run(root)
+    compose_project(root)
     commit(root)
-    git(root, "switch", "--quiet", "main")
+    run_git(root, "switch", "--quiet", "main")
     assert_composes(root, 1)
-    git(root, "switch", "--quiet", "other")
+    run_git(root, "switch", "--quiet", "other")
     edit_conf(root, 6)
     commit(root)
     assert_composes(root, 6)
     commit(root)
     edit_conf(root, 7)
-    run(root)
-    git(root, "stash", "--quiet")
+    compose_project(root)
+    run_git(root, "stash", "--quiet")
     assert_composes(root, 6)
-    git(root, "stash", "pop", "--quiet")
+    run_git(root, "stash", "pop", "--quiet")
     assert_composes(root, 7)
 
 
 def test_params_yaml_that_was_taken_back_is_composed_again(root: Path) -> None:
     edit_conf(root, 5)
-    run(root)
-    git(root, "checkout", "--quiet", "params.yaml")
+    compose_project(root)
+    run_git(root, "checkout", "--quiet", "params.yaml")
     assert_composes(root, 5)
 
 
@@ -224,7 +224,7 @@ def test_run_that_was_killed_while_it_wrote_is_completed(
     edit_conf(root, 5)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", replace_some)
-        run(root)
+        compose_project(root)
     edit_conf(root, 6)
     assert_composes(root, 6)
 
@@ -234,26 +234,26 @@ def test_run_that_was_killed_while_it_wrote_is_completed(
 
 def test_settings_left_by_an_experiment_are_composed_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (5, 6):
-        experiment(root, f"bold-{seed}", f"seed={seed}")
+        run_experiment(root, f"bold-{seed}", f"seed={seed}")
     assert config.load(root / "params.yaml")["seed"] == 6
     assert_composes(root, 1)
     assert "params.yaml held the settings of the last `dvc exp run`: conf/ is composed again" in capsys.readouterr().out
 
 
-def test_experiment_in_a_fresh_clone_is_composed_again(fresh: Path) -> None:
-    experiment(fresh, "bold", "seed=5", "model=[lenet]", "+more=1")
-    assert_composes(fresh, 1)
+def test_experiment_in_a_fresh_clone_is_composed_again(fresh_clone: Path) -> None:
+    run_experiment(fresh_clone, "bold", "seed=5", "model=[lenet]", "+more=1")
+    assert_composes(fresh_clone, 1)
 
 
 def test_settings_left_by_a_failed_experiment_are_recomposed(root: Path) -> None:
-    dvc(root, "exp", "run", "--quiet", "--set-param", "seed=666", status=255)
+    run_dvc(root, "exp", "run", "--quiet", "--set-param", "seed=666", status=255)
     assert config.load(root / "params.yaml")["seed"] == 666
     assert_composes(root, 1)
 
 
 def test_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
-    dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "seed=5")
-    dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "seed=6")
+    run_dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "seed=5")
+    run_dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "seed=6")
     assert_composes(root, 1)
     edit_params(root, 5)
     assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
@@ -261,23 +261,23 @@ def test_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
 
 @pytest.mark.parametrize("later", ["", "run again"])
 def test_applied_experiment_stops_composing(later: str, root: Path) -> None:
-    experiment(root, "bold", "seed=5", "train.epochs=2")
+    run_experiment(root, "bold", "seed=5", "train.epochs=2")
     if later:
         assert_composes(root, 1)
-    dvc(root, "exp", "apply", "bold")
+    run_dvc(root, "exp", "apply", "bold")
     assert_stops(root, "seed: 5 in params.yaml, 1 in conf/", "train.epochs: 2 in params.yaml, 16 in conf/")
     # an experiment of the same settings that is run once more leaves the same again
-    experiment(root, "again", "seed=5", "train.epochs=2")
+    run_experiment(root, "again", "seed=5", "train.epochs=2")
     assert_composes(root, 1)
 
 
 @pytest.mark.parametrize("is_fresh", [True, False])
 @pytest.mark.parametrize("merge", [["--ff"], ["--no-ff"], ["--squash"]])
 def test_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, root: Path) -> None:
-    experiment(root, "bold", "seed=5")
-    dvc(root, "exp", "branch", "bold", "good")
-    git(root, "checkout", "--quiet", ".")
-    git(root, "merge", "--quiet", *merge, "good")
+    run_experiment(root, "bold", "seed=5")
+    run_dvc(root, "exp", "branch", "bold", "good")
+    run_git(root, "checkout", "--quiet", ".")
+    run_git(root, "merge", "--quiet", *merge, "good")
     if merge == ["--squash"]:
         commit(root)
     if is_fresh:
@@ -288,14 +288,14 @@ def test_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, roo
 
 @pytest.mark.parametrize("step", [["add", "params.yaml"], ["commit", "--quiet", "--all", "--message", "take it"]])
 def test_staged_or_committed_experiment_stops_composing(step: list[str], root: Path) -> None:
-    experiment(root, "bold", "seed=5")
-    git(root, *step)
+    run_experiment(root, "bold", "seed=5")
+    run_git(root, *step)
     assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
 
 
 def test_edit_equal_to_an_old_experiment_stops_composing(root: Path) -> None:
-    experiment(root, "bold", "seed=5")
-    run(root)
+    run_experiment(root, "bold", "seed=5")
+    compose_project(root)
     edit_params(root, 5)
     assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
 
@@ -305,15 +305,15 @@ def test_edit_equal_to_an_old_experiment_stops_composing(root: Path) -> None:
 
 @pytest.mark.parametrize("is_fresh", [True, False])
 @pytest.mark.parametrize("is_committed", [True, False])
-def test_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool, fresh: Path) -> None:
+def test_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool, fresh_clone: Path) -> None:
     if not is_fresh:
-        run(fresh)
-    edit_params(fresh)
+        compose_project(fresh_clone)
+    edit_params(fresh_clone)
     if is_committed:
-        commit(fresh)
-        edit_conf(fresh, 3)
-        commit(fresh)
-    assert_stops(fresh, f"seed: 5 in params.yaml, {3 if is_committed else 1} in conf/")
+        commit(fresh_clone)
+        edit_conf(fresh_clone, 3)
+        commit(fresh_clone)
+    assert_stops(fresh_clone, f"seed: 5 in params.yaml, {3 if is_committed else 1} in conf/")
 
 
 def test_keys_that_came_and_went_are_named(root: Path) -> None:
@@ -342,19 +342,19 @@ def test_another_order_of_the_architectures_is_named(root: Path) -> None:
 def test_params_yaml_that_cannot_be_read_stops_composing(text: str, root: Path) -> None:
     (root / "params.yaml").write_text(text)
     with pytest.raises(ConvoyError, match=r"params\.yaml can't be read.* `python -m pipeline --compose`"):
-        run(root)
+        compose_project(root)
     assert (root / "params.yaml").read_text() == text
-    run(root, discard=True)
+    compose_project(root, discard=True)
     assert_composes(root, 1)
 
 
-def test_settings_that_fail_the_check_are_not_written(real: Path) -> None:
-    run(real)
-    edit_conf(real, -1)
-    before = (real / "params.yaml").read_bytes(), (real / RECORD).read_bytes()
+def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> None:
+    compose_project(project_conf)
+    edit_conf(project_conf, -1)
+    before = (project_conf / "params.yaml").read_bytes(), (project_conf / RECORD).read_bytes()
     with pytest.raises(ConvoyError, match="seed=-1"):
-        compose(real, check)
-    assert ((real / "params.yaml").read_bytes(), (real / RECORD).read_bytes()) == before
+        compose(project_conf, check)
+    assert ((project_conf / "params.yaml").read_bytes(), (project_conf / RECORD).read_bytes()) == before
 
 
 # Adoption
@@ -373,26 +373,28 @@ ADOPTED = [
 
 
 @pytest.mark.parametrize("overrides", ADOPTED, ids=lambda overrides: " ".join(overrides))
-def test_conf_adopts_whatever_an_experiment_may_set(overrides: list[str], real: Path) -> None:
-    wanted = config.compose(real, overrides)
-    text = (real / "params.yaml").read_text()
-    assert run(real, adopt=True) == wanted
-    assert (real / "params.yaml").read_text() == config.compose_text(real) == text
+def test_conf_adopts_whatever_an_experiment_may_set(overrides: list[str], project_conf: Path) -> None:
+    wanted = config.compose(project_conf, overrides)
+    text = (project_conf / "params.yaml").read_text()
+    assert compose_project(project_conf, adopt=True) == wanted
+    assert (project_conf / "params.yaml").read_text() == config.compose_text(project_conf) == text
 
 
-def test_adopting_again_takes_back_an_earlier_choice(real: Path) -> None:
-    first = config.compose_text(real)
-    config.compose(real, ["experiment=finetune", "dataset=mnist"])
-    run(real, adopt=True)
-    (real / "params.yaml").write_text(first)
-    run(real, adopt=True)
-    assert config.compose_text(real) == first
+def test_adopting_again_takes_back_an_earlier_choice(project_conf: Path) -> None:
+    first = config.compose_text(project_conf)
+    config.compose(project_conf, ["experiment=finetune", "dataset=mnist"])
+    compose_project(project_conf, adopt=True)
+    (project_conf / "params.yaml").write_text(first)
+    compose_project(project_conf, adopt=True)
+    assert config.compose_text(project_conf) == first
 
 
-def test_adopting_changes_the_lines_that_it_must(real: Path) -> None:
-    before = {file: file.read_text().splitlines() for file in (real / "conf").rglob("*.yaml")}
-    config.compose(real, ["seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"])
-    run(real, adopt=True)
+def test_adopting_changes_the_lines_that_it_must(project_conf: Path) -> None:
+    before = {file: file.read_text().splitlines() for file in (project_conf / "conf").rglob("*.yaml")}
+    config.compose(
+        project_conf, ["seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"]
+    )
+    compose_project(project_conf, adopt=True)
     changed = {
         new
         for file, lines in before.items()
@@ -407,10 +409,10 @@ def test_adopting_changes_the_lines_that_it_must(real: Path) -> None:
     }
 
 
-def test_nothing_is_adopted_where_conf_is_composed_already(real: Path) -> None:
-    before = {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")}
-    run(real, adopt=True)
-    assert {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")} == before
+def test_nothing_is_adopted_where_conf_is_composed_already(project_conf: Path) -> None:
+    before = {file: file.read_bytes() for file in (project_conf / "conf").rglob("*.yaml")}
+    compose_project(project_conf, adopt=True)
+    assert {file: file.read_bytes() for file in (project_conf / "conf").rglob("*.yaml")} == before
 
 
 @pytest.mark.parametrize(
@@ -423,28 +425,28 @@ def test_nothing_is_adopted_where_conf_is_composed_already(real: Path) -> None:
     ],
 )
 def test_key_that_no_file_sets_is_refused_and_conf_stays(
-    change: Callable[[dict], object], named: str, real: Path
+    change: Callable[[dict], object], named: str, project_conf: Path
 ) -> None:
-    params = config.load(real / "params.yaml")
+    params = config.load(project_conf / "params.yaml")
     params["seed"] = 5
     change(params)
-    before = {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")}
+    before = {file: file.read_bytes() for file in (project_conf / "conf").rglob("*.yaml")}
     with pytest.raises(ConvoyError, match=re.escape(named)):
-        adopt_settings(real, params)
-    assert {file: file.read_bytes() for file in (real / "conf").rglob("*.yaml")} == before
+        adopt_settings(project_conf, params)
+    assert {file: file.read_bytes() for file in (project_conf / "conf").rglob("*.yaml")} == before
 
 
-def test_wrong_settings_are_not_adopted(real: Path) -> None:
-    edit_params(real, -1)
+def test_wrong_settings_are_not_adopted(project_conf: Path) -> None:
+    edit_params(project_conf, -1)
     with pytest.raises(ConvoyError, match="seed=-1"):
-        compose(real, check, adopt=True)
-    assert "\nseed: 1 #" in (real / "conf/config.yaml").read_text()
+        compose(project_conf, check, adopt=True)
+    assert "\nseed: 1 #" in (project_conf / "conf/config.yaml").read_text()
 
 
 def test_applied_experiment_is_adopted(root: Path) -> None:
-    experiment(root, "bold", "seed=5")
-    dvc(root, "exp", "apply", "bold")
-    assert run(root, adopt=True)["seed"] == 5
+    run_experiment(root, "bold", "seed=5")
+    run_dvc(root, "exp", "apply", "bold")
+    assert compose_project(root, adopt=True)["seed"] == 5
     assert_composes(root, 5)
 
 

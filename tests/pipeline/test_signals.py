@@ -27,7 +27,7 @@ COMMANDS = sorted(
 )
 
 
-def environment(**more: str) -> dict[str, str]:
+def make_environment(**more: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **more}
 
@@ -99,7 +99,7 @@ def test_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal
     code += textwrap.indent(textwrap.dedent(SWALLOWED[swallow]), "    ")
     code += "\n    time.sleep(0.2)\n    print('went on', flush=True)\n    time.sleep(60)\nmain('fetch', work)"
     with subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code], cwd=root, env=make_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as stage:
         assert stage.stdout
         assert stage.stdout.readline() == b"at work\n"
@@ -118,7 +118,7 @@ def test_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal
 
 
 @pytest.fixture
-def interrupting(tmp_path: Path) -> Path:
+def interrupting_path(tmp_path: Path) -> Path:
     """A folder for PYTHONPATH: Python then sends itself a signal when it is about to import the module of AT."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -136,7 +136,7 @@ def interrupting(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
-def interrupt(
+def run_interrupted(
     root: Path, site: Path, command: str, at: str, number: int, *arguments: str
 ) -> subprocess.CompletedProcess:
     """Run a command, with the signal at the import of a module."""
@@ -144,7 +144,7 @@ def interrupt(
     return subprocess.run(
         [sys.executable, "-m", command, *arguments],
         cwd=root,
-        env=environment(PYTHONPATH=path, AT=at, COMMAND=command, NUMBER=str(int(number))),
+        env=make_environment(PYTHONPATH=path, AT=at, COMMAND=command, NUMBER=str(int(number))),
         capture_output=True,
         text=True,
     )
@@ -156,28 +156,29 @@ def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting: Path) -> None:
+def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting_path: Path) -> None:
     name = "pipeline" if command == "__main__" else f"pipeline.{command}"
     number = ENDING[len(command) % len(ENDING)]
-    assert_one_line(interrupt(ROOT, interrupting, name, "convoy.core.config", number), number)
+    assert_one_line(run_interrupted(ROOT, interrupting_path, name, "convoy.core.config", number), number)
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
 def test_composing_that_is_ended_leaves_params_as_they_were(
-    number: signal.Signals, interrupting: Path, tmp_path: Path
+    number: signal.Signals, interrupting_path: Path, tmp_path: Path
 ) -> None:
     root = make_project(tmp_path / "project")
     (root / ".git").mkdir()
     before = (root / "params.yaml").read_bytes()
     assert_one_line(
-        interrupt(root, interrupting, "pipeline", "convoy.training.init_weights", number, "--compose"), number
+        run_interrupted(root, interrupting_path, "pipeline", "convoy.training.init_weights", number, "--compose"),
+        number,
     )
     assert (root / "params.yaml").read_bytes() == before
 
 
-def test_interrupted_summary_is_reported(interrupting: Path, tmp_path: Path) -> None:
+def test_interrupted_summary_is_reported(interrupting_path: Path, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
-    done = interrupt(root, interrupting, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
+    done = run_interrupted(root, interrupting_path, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
     assert_one_line(done, signal.SIGINT)
 
 
@@ -187,7 +188,7 @@ def test_signal_that_is_to_be_ignored_is_ignored(number: signal.Signals) -> None
         f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\nfrom pipeline import signals\nsignals.install()"
     )
     code += f"\nimport os; os.kill(os.getpid(), {int(number)})\nprint('went on')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=make_environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
@@ -205,7 +206,7 @@ def run_dvc(tmp_path: Path, script: str, code: str = "") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=environment(),
+        env=make_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -299,43 +300,43 @@ def test_run_ended_by_a_random_signal_is_completed_by_the_next(tmp_path: Path) -
     settings.write_text(text.replace("min_test_images: 300", "min_test_images: 1"))
     config.compose(root)
     for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
-        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, env=environment(), check=True)
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, env=make_environment(), check=True)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(root, undisturbed)
     begun = time.monotonic()
-    complete(undisturbed)
+    wait_for_success(undisturbed)
     takes = time.monotonic() - begun
 
     moments = random.Random(0)
     for number in range(6):
-        with start(root) as running:
+        with start_process(root) as running:
             time.sleep(0.2 + takes * moments.random())
             running.send_signal(ended_by := ENDING[number % len(ENDING)])
             _, said = running.communicate(timeout=60)
         assert running.returncode in (STATUS[ended_by], 0), said
         assert "Traceback" not in said
         assert "Exception ignored" not in said
-        assert not [process for process in psutil.process_iter() if is_in(process, root)]
-    complete(root)
+        assert not [process for process in psutil.process_iter() if runs_in(process, root)]
+    wait_for_success(root)
     for result in ("dvc.lock", "params.yaml", "artifacts/train/lenet/manifest.json"):
         assert (root / result).read_bytes() == (undisturbed / result).read_bytes()
 
 
-def complete(root: Path) -> None:
-    with start(root) as running:
+def wait_for_success(root: Path) -> None:
+    with start_process(root) as running:
         _, said = running.communicate()
     assert running.returncode == 0, said
 
 
-def start(root: Path) -> subprocess.Popen:
+def start_process(root: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipeline"]
-    inherited = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
+    inherited = {name: value for name, value in make_environment().items() if name != "PYTHONPATH"}
     return subprocess.Popen(
         command, cwd=root, env=inherited, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def is_in(process: psutil.Process, root: Path) -> bool:
+def runs_in(process: psutil.Process, root: Path) -> bool:
     """Whether it runs in the project; the one that reports a training to MLflow may outlive it."""
     try:
         if process.status() == psutil.STATUS_ZOMBIE or "pipeline.live" in process.cmdline():

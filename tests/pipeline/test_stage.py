@@ -164,7 +164,7 @@ main("register", lambda stage: [stage.input(name) for name in ("fetch", "evaluat
 
 
 @pytest.fixture
-def reproduced(tmp_path: Path) -> Path:
+def dvc_project(tmp_path: Path) -> Path:
     """A project of DVC with three small stages that have run."""
     root = tmp_path / "a project"
     root.mkdir()
@@ -173,17 +173,17 @@ def reproduced(tmp_path: Path) -> Path:
     (root / "fetch.py").write_text(FETCH)
     (root / "evaluate.py").write_text(EVALUATE)
     (root / "register.py").write_text(REGISTER)
-    dvc(root, "init", "--no-scm", "--quiet")
+    run_dvc(root, "init", "--no-scm", "--quiet")
     return root
 
 
-def dvc(root: Path, *command: str) -> subprocess.CompletedProcess:
+def run_dvc(root: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "dvc", *command], cwd=root, env=environment(), capture_output=True, text=True
+        [sys.executable, "-m", "dvc", *command], cwd=root, env=make_environment(), capture_output=True, text=True
     )
 
 
-def spoil(cache: Path, old: str, new: str) -> None:
+def corrupt(cache: Path, old: str, new: str) -> None:
     """Change what is in the cache, as a disk does: time and mode stay."""
     (file,) = (file for file in cache.rglob("*") if file.is_file() and old in file.read_text())
     before = file.stat()
@@ -237,27 +237,27 @@ IN_A_MARK, IN_A_LISTING = ('"b.txt": "', '"b.txt": "0'), ('"relpath": "a b"', '"
     ],
 )
 def test_damaged_dvc_cache_is_repaired_by_the_advised_fix(
-    cache: str, damage: tuple[str, str], reproduced: Path, tmp_path: Path
+    cache: str, damage: tuple[str, str], dvc_project: Path, tmp_path: Path
 ) -> None:
-    root = reproduced
-    dvc(
+    root = dvc_project
+    run_dvc(
         root,
         "config",
         *(["cache.dir", str(tmp_path / "else where")] if cache == "elsewhere" else ["cache.type", cache]),
     )
     objects = tmp_path / "else where" if cache == "elsewhere" else root / ".dvc/cache"
-    assert dvc(root, "repro").returncode == 0
+    assert run_dvc(root, "repro").returncode == 0
     lock = (root / "dvc.lock").read_text()
-    spoil(objects / "files/md5", *damage)
+    corrupt(objects / "files/md5", *damage)
     shutil.rmtree(root / "artifacts")
     for _ in range(5):
-        failed = dvc(root, "repro")
+        failed = run_dvc(root, "repro")
         if failed.returncode == 0:
             break
         (advice,) = [line for line in failed.stderr.splitlines() if "dvc repro" in line and "rm -rf" in line]
         assert "and DVC's cache holds it damaged: run `rm -rf " in advice
         command = advice[advice.index("`") + 1 : advice.rindex("`")]
-        done = subprocess.run(command, shell=True, cwd=root, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(command, shell=True, cwd=root, env=make_environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert failed.returncode == 0, failed.stderr
     assert (root / "dvc.lock").read_text() == lock
@@ -303,7 +303,7 @@ def test_stopped_stage_exits_nonzero_and_leaves_no_output(root: Path, number: in
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(
-        command, cwd=root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=root, env=make_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"at work\n"
@@ -343,7 +343,7 @@ def test_folder_of_another_user_is_named_with_the_fix(root: Path, unwritable: st
         "import pipeline.stage as s\ns.main('fetch', lambda stage: (stage.scratch / 'hello.txt').write_text('hello'))"
     )
     command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", work]
-    process = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+    process = subprocess.run(command, cwd=root, env=make_environment(), capture_output=True, text=True)
     assert process.stderr.startswith(f"convoy: fetch: {folder}")
     assert process.stderr.endswith(
         ": permission denied: let this user read and write there, and run `dvc repro` again\n"
@@ -361,20 +361,22 @@ def test_internal_error_keeps_its_traceback(root: Path) -> None:
 
 def fail_with(root: Path, error: str) -> subprocess.CompletedProcess:
     code = f"import errno; from pipeline.stage import main\ndef work(stage):\n    raise {error}\nmain('fetch', work)"
-    return subprocess.run([sys.executable, "-c", code], cwd=root, env=environment(), capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=make_environment(), capture_output=True, text=True
+    )
 
 
 def test_error_that_the_user_can_fix_is_one_line(root: Path) -> None:
     (root / "data").rename(root / "elsewhere")
     (root / "data").mkdir()
     command = [sys.executable, "-m", "pipeline.fetch"]
-    process = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+    process = subprocess.run(command, cwd=root, env=make_environment(), capture_output=True, text=True)
     assert process.returncode == 1
     assert process.stderr.startswith("convoy: fetch: data/ holds no images")
     assert process.stderr.count("\n") == 1
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
 

@@ -41,34 +41,34 @@ def started_by_hand(embedded_store: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return make_trained_project(tmp_path_factory.mktemp("road") / "project", list(SMALL))
 
 
 @pytest.fixture(scope="module")
-def short(road: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lenet_project(trained_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with one architecture."""
-    root = copy_project(road, tmp_path_factory.mktemp("short") / "project")
+    root = copy_project(trained_project, tmp_path_factory.mktemp("short") / "project")
     shutil.rmtree(root / "artifacts/train/resnet")
     shutil.rmtree(root / "artifacts/evaluate/resnet")
     config.compose(root, [*SMALL, "model=[lenet]"])
     return root
 
 
-def record_of(root: Path, name: str) -> dict[str, Any]:
+def load_record(root: Path, name: str) -> dict[str, Any]:
     return json.loads((root / f"artifacts/train/{name}/record.json").read_text())
 
 
-def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> None:
+def assert_complete(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> None:
     """Every run once, each point of its curves once, and all files."""
     found = list_runs(root)
     assert [run.info.run_name for run in found] == list(names)
     for run in found:
         history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
         assert run.info.status == "FINISHED"
-        assert run.data.tags[runs.IDENTITY] == record_of(root, run.info.run_name)["fingerprint"]
+        assert run.data.tags[runs.IDENTITY] == load_record(root, run.info.run_name)["fingerprint"]
         for name in CURVES:
             points = read_curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
@@ -79,31 +79,31 @@ def assert_whole(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) -> No
         assert {"record.json", "history.csv", "weights.safetensors", "per_class.csv", "confusion.png"} <= files
 
 
-def test_runs_are_complete_and_a_second_sync_changes_nothing(road: Path, tmp_path: Path) -> None:
-    root = copy_project(road, tmp_path / "project")
+def test_runs_are_complete_and_a_second_sync_changes_nothing(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
     ids = sync(root)
-    assert_whole(root)
+    assert_complete(root)
     assert ids == {run.info.run_name: run.info.run_id for run in list_runs(root)}
     before = (root / "mlflow.db").read_bytes()
     assert sync(root) == ids
     assert (root / "mlflow.db").read_bytes() == before
 
 
-def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> None:
-    root = copy_project(road, tmp_path / "project")
+def test_runs_share_a_few_parameters_and_tags(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
     (root / "requirements.lock").write_text("torch==1\n")
     sync(root)
     lenet, resnet = list_runs(root)
     assert set(lenet.data.params) == set(resnet.data.params)
     assert len(lenet.data.params) <= 12
-    assert lenet.data.params["recipe.lr"] == str(record_of(root, "lenet")["settings"]["recipe"]["lr"])
+    assert lenet.data.params["recipe.lr"] == str(load_record(root, "lenet")["settings"]["recipe"]["lr"])
     assert lenet.data.params["init"] == "scratch"
     assert set(lenet.data.metrics) == set(resnet.data.metrics)
-    assert lenet.data.metrics["parameters"] == record_of(root, "lenet")["parameters"]
-    assert lenet.data.metrics["multiply_adds"] == record_of(root, "lenet")["macs"]
+    assert lenet.data.metrics["parameters"] == load_record(root, "lenet")["parameters"]
+    assert lenet.data.metrics["multiply_adds"] == load_record(root, "lenet")["macs"]
     assert lenet.data.metrics["megabytes"] == pytest.approx(4e-6 * lenet.data.metrics["parameters"], rel=0.05)
     assert lenet.data.tags["reproduction"] == resnet.data.tags["reproduction"]
-    assert lenet.data.tags["data"] == "digits@" + record_of(root, "lenet")["data"]["digest"]
+    assert lenet.data.tags["data"] == "digits@" + load_record(root, "lenet")["data"]["digest"]
     assert lenet.data.tags["hardware"].startswith("cpu, ")
     assert lenet.data.tags["lock"] == sha256(root / "requirements.lock")[:12]
     assert lenet.data.tags["why"] == "manual"
@@ -111,11 +111,11 @@ def test_runs_share_a_few_parameters_and_tags(road: Path, tmp_path: Path) -> Non
     assert lenet.data.tags["mlflow.runColor"] != resnet.data.tags["mlflow.runColor"]
 
 
-def test_deleted_database_is_recreated_with_every_run(road: Path, tmp_path: Path) -> None:
-    root = copy_project(road, tmp_path / "project")
+def test_deleted_database_is_recreated_with_every_run(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
     (root / "mlflow.db").unlink()
     sync(root)
-    assert_whole(root)
+    assert_complete(root)
 
 
 @pytest.mark.parametrize("classes", [2, 300])
@@ -128,9 +128,9 @@ def test_confusion_plot_of_many_classes_has_a_limited_size(classes: int, tmp_pat
 
 
 def test_sync_killed_at_any_time_is_completed_by_the_next(
-    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lenet_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = copy_project(short, tmp_path / "project")
+    root = copy_project(lenet_project, tmp_path / "project")
     monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
     left = 0
 
@@ -160,7 +160,7 @@ def test_sync_killed_at_any_time_is_completed_by_the_next(
             assert "MLflow at sqlite:" in str(error)
             died += 1
         sync(root)
-        assert_whole(root, ("lenet",))
+        assert_complete(root, ("lenet",))
         (run,) = list_runs(root)
         make_client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
         make_client(root).delete_run(run.info.run_id)
@@ -169,9 +169,9 @@ def test_sync_killed_at_any_time_is_completed_by_the_next(
 
 @pytest.mark.parametrize("where", ["log_batch", "log_inputs", "log_artifact", "set_tag"])
 def test_training_run_is_finished_even_if_sync_then_fails(
-    where: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, lenet_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = copy_project(short, tmp_path / "project")
+    root = copy_project(lenet_project, tmp_path / "project")
 
     def fail(*_: Any, **__: Any) -> None:
         raise MlflowException("the server has died")
@@ -183,22 +183,22 @@ def test_training_run_is_finished_even_if_sync_then_fails(
     assert run.info.status == "FINISHED"
     assert run.info.end_time
     sync(root)
-    assert_whole(root, ("lenet",))
+    assert_complete(root, ("lenet",))
 
 
 @pytest.mark.slow
 def test_killed_first_sync_is_completed_by_the_next(
-    short: Path, tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch
+    lenet_project: Path, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the tables of a new database copied, so that each write is one of ours; those of MLflow's come below."""
     monkeypatch.setattr(report, "draw_confusion", lambda *given: given[-1].write_bytes(b"picture"))
-    monkeypatch.setattr(database, "_migrate", lambda file: shutil.copy(empty, file))
+    monkeypatch.setattr(database, "_migrate", lambda file: shutil.copy(empty_database, file))
     for number in range(1, 1000, 5):
-        root = copy_project(short, tmp_path / str(number))
+        root = copy_project(lenet_project, tmp_path / str(number))
         (root / "mlflow.db").unlink()
         killed = run_until_write(lambda root=root: sync(root), number)  # type: ignore[misc]
         sync(root)
-        assert_whole(root, ("lenet",))
+        assert_complete(root, ("lenet",))
         assert not (root / "mlflow.db.new").exists()
         if not killed:
             break
@@ -223,9 +223,9 @@ def test_killed_store_creation_is_completed_by_the_next(tmp_path: Path) -> None:
     assert make_client(tmp_path).get_experiment_by_name("convoy")
 
 
-def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
-    record = record_of(root, "lenet")
+def test_run_of_a_killed_reporter_is_completed(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
+    record = load_record(root, "lenet")
     with open_store(root, "convoy") as store:
         run = runs.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
         begun = runs.start_run(store, run, "elsewhere 1", 1_000)
@@ -234,7 +234,7 @@ def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> N
         runs.log_points(store.client, begun, runs.curve_points(first, 2_000))  # type: ignore[arg-type]
     assert list_runs(root)[0].info.status == "RUNNING"
     assert sync(root) == {"lenet": begun}
-    assert_whole(root, ("lenet",))
+    assert_complete(root, ("lenet",))
     assert [point.timestamp for point in make_client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
     (found,) = list_runs(root)
     assert found.info.start_time == 1_000
@@ -242,8 +242,8 @@ def test_run_of_a_killed_reporter_is_completed(short: Path, tmp_path: Path) -> N
     assert (found.data.tags["why"], found.data.tags["commit"]) == ("scheduled", "abc")  # of when it was trained
 
 
-def test_new_evaluation_of_a_training_updates_its_run(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_new_evaluation_of_a_training_updates_its_run(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     folder = root / "artifacts/evaluate/lenet"
     figures = json.loads((folder / "metrics.json").read_text()) | {"accuracy": 0.125}
@@ -254,11 +254,11 @@ def test_new_evaluation_of_a_training_updates_its_run(short: Path, tmp_path: Pat
     (found,) = list_runs(root)
     assert found.data.metrics["test/accuracy"] == 0.125
     assert "0.1250 on test images" in found.data.tags["mlflow.note.content"]
-    assert_whole(root, ("lenet",))
+    assert_complete(root, ("lenet",))
 
 
-def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_different_weights_replace_the_old_ones(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     (tmp_path / "stored").mkdir()
     folder = root / "artifacts/train/lenet"
@@ -273,40 +273,40 @@ def test_different_weights_replace_the_old_ones(short: Path, tmp_path: Path) -> 
     assert runs.hashes_of(list_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
 
 
-def test_run_from_before_there_were_hashes_gets_them(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_run_from_before_there_were_hashes_gets_them(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     make_client(root).delete_tag(run_id, runs.HASHES)
     assert list(sync(root).values()) == [run_id]
     assert runs.hashes_of(list_runs(root)[0])["weights.safetensors"]
 
 
-def test_deleted_run_is_restored_and_the_older_of_two_is_kept(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_deleted_run_is_restored_and_the_older_of_two_is_kept(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     make_client(root).delete_run(run_id)
     assert list_runs(root) == []
     assert list(sync(root).values()) == [run_id]
     # another machine with the same results made one at the same moment
-    make_client(root).create_run("1", tags={runs.IDENTITY: record_of(root, "lenet")["fingerprint"]})
+    make_client(root).create_run("1", tags={runs.IDENTITY: load_record(root, "lenet")["fingerprint"]})
     assert list(sync(root).values()) == [run_id]
-    assert_whole(root, ("lenet",))
+    assert_complete(root, ("lenet",))
     assert len(list_runs(root, ViewType.ALL)) == 2
 
 
 @pytest.mark.slow
-def test_concurrent_syncs_create_each_run_once(road: Path, tmp_path: Path) -> None:
-    root = copy_project(road, tmp_path / "project")
+def test_concurrent_syncs_create_each_run_once(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
     command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert all("MLflow shows 2 runs" in words for words in said)
-    assert_whole(root)
+    assert_complete(root)
 
 
-def test_run_of_a_dead_local_process_is_marked_killed(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_run_of_a_dead_local_process_is_marked_killed(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     asked = make_client(root)
@@ -318,8 +318,8 @@ def test_run_of_a_dead_local_process_is_marked_killed(short: Path, tmp_path: Pat
     assert [run.info.status for run in list_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
 
 
-def test_evaluation_of_an_earlier_training_is_not_logged(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_evaluation_of_an_earlier_training_is_not_logged(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     train, path = "train@lenet:\n    outs:\n    - path: artifacts/train/lenet\n", "artifacts/train/lenet"
     lock = "schema: '2.0'\nstages:\n  {}      md5: {}\n  evaluate@lenet:\n    deps:\n    - path: {}\n      md5: {}\n"
     (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "old.dir"))
@@ -330,8 +330,8 @@ def test_evaluation_of_an_earlier_training_is_not_logged(short: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nschema: '2.0'\n=======\n", "stages"])
-def test_unreadable_dvc_lock_is_reported(text: str, short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_unreadable_dvc_lock_is_reported(text: str, lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (root / "dvc.lock").write_text(text)
     with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict, and run `dvc repro`"):
         find_result(Stage(root, "register"), "lenet")
@@ -345,8 +345,8 @@ def test_missing_project_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_training_is_logged_with_the_same_parameters(road: Path, tmp_path: Path) -> None:
-    root = copy_project(road, tmp_path / "project")
+def test_failed_training_is_logged_with_the_same_parameters(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
     for folder in ("train", "evaluate"):
         shutil.rmtree(root / "artifacts" / folder / "lenet")
     config.compose(root, [*SMALL, "model.lenet.recipe.lr=1e30"])
@@ -392,8 +392,8 @@ def test_commit_tag_marks_uncommitted_changes(tmp_path: Path) -> None:
     assert provenance.git_commit(tmp_path) == f"{clean} with changes"
 
 
-def test_same_point_again_is_one_point(short: Path, tmp_path: Path) -> None:
-    root = copy_project(short, tmp_path / "project")
+def test_same_point_again_is_one_point(lenet_project: Path, tmp_path: Path) -> None:
+    root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     for _ in range(2):
         runs.log_points(make_client(root), run_id, [Metric("extra", 0.5, 1_000, 7)])

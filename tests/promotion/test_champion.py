@@ -39,10 +39,10 @@ NAME = "convoy"
 
 
 @pytest.fixture
-def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingStore]:
+def store(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingStore]:
     """A registry with four versions, and no champion yet."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(empty, tmp_path)
+    shutil.copy(empty_database, tmp_path)
     with open_store(tmp_path, NAME) as opened:
         opened.client.create_registered_model(NAME)
         for _ in range(4):
@@ -50,7 +50,7 @@ def store(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield opened
 
 
-def aliases(store: TrackingStore) -> dict[str, int]:
+def read_aliases(store: TrackingStore) -> dict[str, int]:
     return {name: int(version) for name, version in store.client.get_registered_model(NAME).aliases.items()}
 
 
@@ -58,13 +58,13 @@ def test_champion_exists_after_the_first_promotion(store: TrackingStore) -> None
     assert current(store, NAME) is None
     set_champion(store, NAME, make_promotion(None, 1))
     assert current(store, NAME) == 1
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
 
 
 def test_promotion_keeps_the_previous_champion_and_is_logged(store: TrackingStore) -> None:
     for before, after in ((None, 1), (1, 3)):
         set_champion(store, NAME, make_promotion(before, after))
-    assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
     table = audit_log(store, NAME)
     assert table["after"].tolist() == [1, 3]
     assert table["before"].astype(object).where(table["before"].notna(), None).tolist() == [None, 1]
@@ -77,7 +77,7 @@ def test_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStor
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")  # by hand
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now: nothing was"):
         set_champion(store, NAME, make_promotion(1, 3))
-    assert aliases(store) == {CHAMPION: 2}
+    assert read_aliases(store) == {CHAMPION: 2}
     assert audit_log(store, NAME)["after"].tolist() == [1]
 
 
@@ -99,7 +99,7 @@ def test_rollback_restores_the_previous_champion(store: TrackingStore) -> None:
         set_champion(store, NAME, make_promotion(before, after))
     event = roll_back(store, NAME, "it fails on photographs at night", "bob", "1" * 40)
     assert (event.before, event.after) == (2, 1)
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
     taken_back = was_rolled_back(store, NAME, 2)
     assert taken_back is not None
     assert taken_back.reason == "it fails on photographs at night"
@@ -111,14 +111,14 @@ def test_each_rollback_goes_one_champion_further_back(store: TrackingStore) -> N
     for before, after in ((None, 1), (1, 2), (2, 3)):
         set_champion(store, NAME, make_promotion(before, after))
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 2
-    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad, too", "bob", "1" * 40).after == 1
     with pytest.raises(ConvoyError, match=r"no earlier champion to go back to: .* version 1 stays the champion"):
         roll_back(store, NAME, "bad, too", "bob", "1" * 40)
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
 
     set_champion(store, NAME, make_promotion(1, 4))
-    assert aliases(store) == {CHAMPION: 4, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 4, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
     with pytest.raises(ConvoyError, match="no earlier champion to go back to"):
         roll_back(store, NAME, "bad", "bob", "1" * 40)
@@ -129,7 +129,7 @@ def test_rolled_back_version_loses_the_alias_challenger(store: TrackingStore) ->
         set_champion(store, NAME, make_promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHALLENGER, "2")
     roll_back(store, NAME, "bad", "bob", "1" * 40)
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
 
 
 def test_rollback_passes_over_deleted_versions(store: TrackingStore) -> None:
@@ -144,7 +144,7 @@ def test_rollback_helps_where_the_champion_was_deleted(store: TrackingStore) -> 
         set_champion(store, NAME, make_promotion(before, after))
     store.client.delete_model_version(NAME, "3")
     roll_back(store, NAME, "it was deleted", "bob", "1" * 40)
-    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
 
 
 def test_rollback_is_known_after_its_target_is_deleted(store: TrackingStore) -> None:
@@ -161,7 +161,7 @@ def test_alias_moved_by_hand_is_where_a_rollback_begins(store: TrackingStore) ->
         set_champion(store, NAME, make_promotion(before, after))
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
     complete_pending(store, NAME)
-    assert aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 2, PREVIOUS: 1}
     set_champion(store, NAME, make_promotion(2, 4))
     assert [roll_back(store, NAME, "bad", "bob", "1" * 40).after for _ in range(2)] == [2, 1]
 
@@ -172,7 +172,7 @@ def test_rolled_back_champion_set_by_hand_is_passed_over(store: TrackingStore) -
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, CHAMPION, "2")
     set_champion(store, NAME, make_promotion(2, 3))
-    assert aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
+    assert read_aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
     assert roll_back(store, NAME, "bad", "bob", "1" * 40).after == 1
 
 
@@ -182,7 +182,7 @@ def test_wrong_alias_of_an_earlier_release_is_corrected(store: TrackingStore) ->
     roll_back(store, NAME, "bad", "bob", "1" * 40)
     store.client.set_registered_model_alias(NAME, PREVIOUS, "2")
     complete_pending(store, NAME)
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
 
 
 def test_rollback_without_a_previous_champion_is_refused(store: TrackingStore) -> None:
@@ -192,7 +192,7 @@ def test_rollback_without_a_previous_champion_is_refused(store: TrackingStore) -
 
 
 @pytest.fixture
-def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def writes_left(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list with the number of writes to MLflow after which the process dies; what dies cleans nothing up."""
     left = [10**9]
     registry = store.client._get_registry_client().store
@@ -212,27 +212,27 @@ def dying(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
 
 
 def test_killed_promotion_is_completed_by_next_run(
-    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, writes_left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_champion(store, NAME, make_promotion(None, 1))
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     before, after, ends = 1, 2, set()
     for writes in range(30):
-        dying[0] = writes
+        writes_left[0] = writes
         try:
             set_champion(store, NAME, make_promotion(before, after))
             died = False
         except SimulatedKill:
             died = True
-        dying[0] = 10**9
-        assert aliases(store)[CHAMPION] in (before, after)
+        writes_left[0] = 10**9
+        assert read_aliases(store)[CHAMPION] in (before, after)
         complete_pending(store, NAME)
-        moved = aliases(store)[CHAMPION] == after
+        moved = read_aliases(store)[CHAMPION] == after
         ends.add((died, moved))
         known = audit_log(store, NAME)
         assert (known["after"].iloc[-1] == after) == moved
         if moved:
-            assert aliases(store)[PREVIOUS] == before
+            assert read_aliases(store)[PREVIOUS] == before
             before, after = after, before
         assert champion.MOVING not in store.client.get_registered_model(NAME).tags
         assert [model.name for model in store.client.search_registered_models()] == [NAME]  # no lock is left
@@ -282,7 +282,7 @@ STEPS = st.lists(
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_rollbacks_go_back_through_any_history(
-    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int, int]]
+    store: TrackingStore, writes_left: list[int], monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int, int]]
 ) -> None:
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     name = store.client.create_registered_model(f"model {uuid.uuid4().hex}").name
@@ -294,7 +294,7 @@ def test_rollbacks_go_back_through_any_history(
         there = [version for version in line if version not in deleted]
         is_crowned = bool(line) and line[-1] not in deleted
         expected = next((version for version in line[-2::-1] if version not in deleted), None)
-        dying[0] = 10**9
+        writes_left[0] = 10**9
         if step == "delete":
             if there:
                 deleted.add(there[which % len(there)])
@@ -316,10 +316,10 @@ def test_rollbacks_go_back_through_any_history(
                     act()
                 continue
             after = line[: line.index(expected) + 1]
-        dying[0] = writes
+        writes_left[0] = writes
         with contextlib.suppress(SimulatedKill):
             act()
-        dying[0] = 10**9
+        writes_left[0] = 10**9
         complete_pending(store, name)
         found = champion.version_of(store, name, CHAMPION)
         if found is not None and int(found.version) == after[-1]:
@@ -335,31 +335,31 @@ def test_rollbacks_go_back_through_any_history(
 
 
 def test_killed_first_promotion_leaves_none_or_the_first(
-    store: TrackingStore, dying: list[int], monkeypatch: pytest.MonkeyPatch
+    store: TrackingStore, writes_left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     for writes in range(30):
-        dying[0] = writes
+        writes_left[0] = writes
         with contextlib.suppress(SimulatedKill):
             set_champion(store, NAME, make_promotion(None, 1))
-        dying[0] = 10**9
+        writes_left[0] = 10**9
         complete_pending(store, NAME)
         if current(store, NAME) is not None:
             break
     assert writes > 1
-    assert aliases(store) == {CHAMPION: 1}
+    assert read_aliases(store) == {CHAMPION: 1}
     store.client.delete_registered_model_alias(NAME, CHAMPION)
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
         current(store, NAME)
 
 
-def test_incomplete_verdict_does_not_count(store: TrackingStore, dying: list[int]) -> None:
+def test_incomplete_verdict_does_not_count(store: TrackingStore, writes_left: list[int]) -> None:
     for writes in range(5):
         registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
-        dying[0] = writes
+        writes_left[0] = writes
         with pytest.raises(SimulatedKill):
             registry.save_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
-        dying[0] = 10**9
+        writes_left[0] = 10**9
         assert registry.cached_verdict(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
         assert registry.cached_verdict(store, NAME, 1, "as it is") is None
         assert registry.best_ever(store, NAME, {1, 2}) == 1
@@ -381,7 +381,7 @@ def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    won = aliases(store)[CHAMPION]
+    won = read_aliases(store)[CHAMPION]
     assert f"moved to {won}" in ends
     assert any("was version 1 when it was compared" in end for end in ends)
     assert audit_log(store, NAME)["after"].tolist() == [1, won]

@@ -19,12 +19,17 @@ from convoy.training.record import EpochMetrics
 from small_project import ROOT
 
 
-def scored(accuracy: float, loss: float = 0.5) -> EpochMetrics:
+def make_metrics(accuracy: float, loss: float = 0.5) -> EpochMetrics:
     return EpochMetrics(epoch=1, lr=0.1, train_accuracy=1.0, train_loss=0.0, val_accuracy=accuracy, val_loss=loss)
 
 
 def test_models_rank_by_accuracy_then_loss_then_name() -> None:
-    best = {"vgg": scored(0.9), "resnet": scored(0.9), "lenet": scored(0.9, loss=0.4), "alexnet": scored(0.95, loss=2)}
+    best = {
+        "vgg": make_metrics(0.9),
+        "resnet": make_metrics(0.9),
+        "lenet": make_metrics(0.9, loss=0.4),
+        "alexnet": make_metrics(0.95, loss=2),
+    }
     assert rank(best) == ["alexnet", "lenet", "resnet", "vgg"]
 
 
@@ -35,7 +40,7 @@ def test_ranking_knows_no_test_metrics() -> None:
 GATE = yaml.safe_load((ROOT / "conf/config.yaml").read_text())["register"]["gate"]
 
 
-def accepts(name: object) -> tuple[bool, bool]:
+def is_accepted(name: object) -> tuple[bool, bool]:
     """Whether it may be the name of a data set, and of a registered model."""
     dataset = {"name": name, "longest_side": 9, "group": None}
     kinds = ((DatasetConfig, dataset, "dataset"), (RegisterConfig, {"name": name, "gate": GATE}, "register"))
@@ -72,10 +77,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("name", ODD)
 def test_unusual_dataset_names_are_valid_model_names(
-    name: str, tmp_path: Path, empty: Path, embedded_store: None
+    name: str, tmp_path: Path, empty_database: Path, embedded_store: None
 ) -> None:
-    assert accepts(name) == (True, True)
-    shutil.copy(empty, tmp_path)
+    assert is_accepted(name) == (True, True)
+    shutil.copy(empty_database, tmp_path)
     with open_store(tmp_path, name) as store:
         store.client.create_registered_model(name)
         store.client.create_model_version(name, source=(tmp_path / "mlartifacts").as_uri())
@@ -89,7 +94,7 @@ def test_unusual_dataset_names_are_valid_model_names(
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_names_that_mlflow_could_not_keep_are_refused_for_both(name: object) -> None:
-    assert accepts(name) == (False, False)
+    assert is_accepted(name) == (False, False)
 
 
 @pytest.mark.parametrize(

@@ -48,58 +48,58 @@ QUICK = settings(max_examples=20)
 counts = st.integers(0, 60)
 
 
-def digest(number: int) -> str:
+def make_hash(number: int) -> str:
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
-ELSEWHERE = {digest(-1), digest(-2)}  # images that nobody is tested on
+ELSEWHERE = {make_hash(-1), make_hash(-2)}  # images that nobody is tested on
 
 
-def answers(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: float = 0.8) -> pd.DataFrame:
+def make_predictions(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: float = 0.8) -> pd.DataFrame:
     """The predictions of a model that gives what it predicts the probability `sure`."""
     table = pd.DataFrame({"actual": actual, "predicted": predicted})
-    table.insert(0, "sha256", [digest(number) for number in range(len(table))])
+    table.insert(0, "sha256", [make_hash(number) for number in range(len(table))])
     for name in classes:
         table[f"probability_{name}"] = np.where(table["predicted"] == name, sure, (1 - sure) / (len(classes) - 1))
     return table
 
 
-def contender(name: str, predictions: pd.DataFrame, **known: Any) -> ModelEvidence:
+def make_evidence(name: str, predictions: pd.DataFrame, **known: Any) -> ModelEvidence:
     return ModelEvidence(name, predictions, **{"training_hashes": ELSEWHERE} | known)
 
 
-def pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[ModelEvidence, ModelEvidence]:
+def make_pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[ModelEvidence, ModelEvidence]:
     """Challenger and champion that alone are right so often, and both wrong on other images."""
     actual = np.array(CLASSES, object)[np.arange(images) % 3]
     other = np.array(CLASSES, object)[(np.arange(images) + 1) % 3]
     number = np.arange(images)
     lost = (number >= wins) & (number < wins + losses)
     neither = (number >= wins + losses) & (number < wins + losses + wrong)
-    challenger = answers(np.where(lost | neither, other, actual), actual)
-    champion = answers(np.where((number < wins) | neither, other, actual), actual)
-    return contender("resnet", challenger), contender("vgg", champion)
+    challenger = make_predictions(np.where(lost | neither, other, actual), actual)
+    champion = make_predictions(np.where((number < wins) | neither, other, actual), actual)
+    return make_evidence("resnet", challenger), make_evidence("vgg", champion)
 
 
-def judged(
+def run_gate(
     new: ModelEvidence, old: ModelEvidence | None, params: GateConfig = RULE, uses: int = 1, **how: Any
 ) -> Verdict:
     return decide(new, old, params, test_set_uses=uses, **how)
 
 
-def ruled(**changes: Any) -> GateConfig:
+def make_rule(**changes: Any) -> GateConfig:
     return dataclasses.replace(RULE, **changes)
 
 
-def result_of(verdict: Verdict, check: str) -> CheckResult:
+def find_result(verdict: Verdict, check: str) -> CheckResult:
     (found,) = [each for each in verdict.results if each.check == check]
     return found
 
 
-def outcomes(verdict: Verdict, *kinds: str) -> list[str]:
+def list_checks(verdict: Verdict, *kinds: str) -> list[str]:
     return [each.check for each in verdict.results if each.outcome in kinds]
 
 
-def changed(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvidence:
+def change_predictions(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvidence:
     predictions = model.predictions.copy()
     values = predictions[column].astype(object)
     values.iloc[row] = value
@@ -110,44 +110,44 @@ def changed(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvi
 
 
 def test_better_challenger_is_promoted() -> None:
-    verdict = judged(*pair(30, 5))
+    verdict = run_gate(*make_pair(30, 5))
     assert verdict.decision == "PROMOTE"
-    assert outcomes(verdict, "hold", "reject", "warn") == []
+    assert list_checks(verdict, "hold", "reject", "warn") == []
     assert "resnet is better than the champion vgg: 30 images won, 5 lost (p = 1.1" in verdict.summary()
-    assert result_of(verdict, "difference").value == pytest.approx(25 / IMAGES)
+    assert find_result(verdict, "difference").value == pytest.approx(25 / IMAGES)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (12, 12), (7, 5), (5, 7), (1, 0)])
 def test_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
-    verdict = judged(*pair(wins, losses))
+    verdict = run_gate(*make_pair(wins, losses))
     assert verdict.decision == "HOLD"
-    assert outcomes(verdict, "hold", "reject") == ["better"]
+    assert list_checks(verdict, "hold", "reject") == ["better"]
 
 
 def test_summary_names_the_deciding_check() -> None:
-    assert judged(*pair(7, 5)).summary() == (
+    assert run_gate(*make_pair(7, 5)).summary() == (
         "HOLD: resnet is not shown to be better than the champion vgg: 7 images won, 5 lost (p = 0.387, limit 0.05);"
         " 600 test images can show a gain of about 0.0144 in accuracy"
     )
 
 
 def test_worse_challenger_is_rejected() -> None:
-    verdict = judged(*pair(5, 30))
+    verdict = run_gate(*make_pair(5, 30))
     assert verdict.decision == "REJECT"
-    assert "better" in outcomes(verdict, "reject")
+    assert "better" in list_checks(verdict, "reject")
     assert "resnet is worse than the champion vgg: 5 images won, 30 lost" in verdict.summary()
 
 
 def test_stricter_alpha_does_not_soften_the_tests_for_harm() -> None:
-    assert result_of(judged(*pair(10, 22), ruled(alpha=0.0001)), "better").outcome == "reject"
+    assert find_result(run_gate(*make_pair(10, 22), make_rule(alpha=0.0001)), "better").outcome == "reject"
 
 
 @QUICK
 @given(counts, counts, st.floats(0.001, 0.4))
 def test_two_models_are_never_both_promoted_over_each_other(wins: int, losses: int, alpha: float) -> None:
-    new, old = pair(wins, losses, images=200)
-    rule = ruled(alpha=alpha, min_test_images=100)
-    assert [judged(new, old, rule).decision, judged(old, new, rule).decision].count("PROMOTE") <= 1
+    new, old = make_pair(wins, losses, images=200)
+    rule = make_rule(alpha=alpha, min_test_images=100)
+    assert [run_gate(new, old, rule).decision, run_gate(old, new, rule).decision].count("PROMOTE") <= 1
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
@@ -203,17 +203,17 @@ def test_lower_bound_exceeds_the_truth_at_most_at_rate_alpha(difference: float) 
 
 def test_too_few_test_images_give_no_promotion() -> None:
     for wins, losses in ((40, 0), (0, 40)):
-        verdict = judged(*pair(wins, losses, images=499))
+        verdict = run_gate(*make_pair(wins, losses, images=499))
         assert verdict.decision == "HOLD"
         assert verdict.summary().startswith("HOLD: 499 test images, at least 500 are needed")
-    assert judged(*pair(40, 0, images=500)).decision == "PROMOTE"
+    assert run_gate(*make_pair(40, 0, images=500)).decision == "PROMOTE"
 
 
 def test_every_verdict_reports_the_smallest_detectable_gain() -> None:
-    gain = result_of(judged(*pair(15, 9)), "detectable gain").value
+    gain = find_result(run_gate(*make_pair(15, 9)), "detectable gain").value
     assert gain == pytest.approx(2.5 * math.sqrt(24 / IMAGES / IMAGES), rel=0.01)
-    for old in (pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
-        assert result_of(judged(pair(0, 0)[0], old, is_first=old is None), "detectable gain").value > 0  # type: ignore[operator]
+    for old in (make_pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
+        assert find_result(run_gate(make_pair(0, 0)[0], old, is_first=old is None), "detectable gain").value > 0  # type: ignore[operator]
 
 
 def test_detectable_gain_is_detected_with_80_percent_power() -> None:
@@ -223,19 +223,19 @@ def test_detectable_gain_is_detected_with_80_percent_power() -> None:
 
 
 def test_too_many_test_set_evaluations_give_a_warning() -> None:
-    new, old = pair(30, 5)
-    assert result_of(judged(new, old, uses=20), "test set uses").message == "evaluation 20 on these test images"
-    assert result_of(judged(new, old, uses=20), "test set uses").outcome == "info"
-    late = judged(new, old, uses=21)
+    new, old = make_pair(30, 5)
+    assert find_result(run_gate(new, old, uses=20), "test set uses").message == "evaluation 20 on these test images"
+    assert find_result(run_gate(new, old, uses=20), "test set uses").outcome == "info"
+    late = run_gate(new, old, uses=21)
     assert late.decision == "PROMOTE"
     assert "evaluation 21 on these test images, more than the limit of 20: add new test images" in late.summary()
     for uses in (0, math.nan):
         with pytest.raises(ConvoyError, match="this evaluation counts as well"):
-            judged(new, old, uses=uses)  # type: ignore[arg-type]
+            run_gate(new, old, uses=uses)  # type: ignore[arg-type]
 
 
 def test_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
-    table = pair(0, 0)[0].predictions
+    table = make_pair(0, 0)[0].predictions
     assert fingerprint_test_images(table) == fingerprint_test_images(table.iloc[::-1])
     assert fingerprint_test_images(table) != fingerprint_test_images(table.iloc[1:])
 
@@ -244,34 +244,37 @@ def test_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
 
 
 def test_challenger_below_the_floor_is_rejected_even_if_better() -> None:
-    verdict = judged(*pair(30, 5), ruled(floor=0.95))
+    verdict = run_gate(*make_pair(30, 5), make_rule(floor=0.95))
     assert verdict.decision == "REJECT"
     assert "resnet has test accuracy 0.9417, minimum 0.95" in verdict.summary()
 
 
 def test_score_at_the_floor_passes() -> None:
-    assert judged(*pair(30, 0), ruled(floor=0.95)).decision == "PROMOTE"
+    assert run_gate(*make_pair(30, 0), make_rule(floor=0.95)).decision == "PROMOTE"
 
 
 def test_challenger_no_better_than_majority_class_is_rejected() -> None:
     actual = ["cat"] * 550 + ["NA"] * 50
-    lazy = contender("lazy", answers(["cat"] * 600, actual))
-    verdict = judged(lazy, None, is_first=True)
+    lazy = make_evidence("lazy", make_predictions(["cat"] * 600, actual))
+    verdict = run_gate(lazy, None, is_first=True)
     assert verdict.decision == "REJECT"
-    assert outcomes(verdict, "reject") == ["majority class"]
+    assert list_checks(verdict, "reject") == ["majority class"]
 
 
 def test_class_that_only_the_champion_predicts_is_missed() -> None:
     actual = np.array(["cat"] * 500 + ["NA"] * 100 + ["007"] * 5)
     champion = np.where(np.arange(605) < 60, "NA", actual)
     silent = np.where(actual == "007", "cat", actual)
-    new, old = contender("resnet", answers(silent, actual)), contender("vgg", answers(champion, actual))
-    few = judged(new, old)
+    new, old = (
+        make_evidence("resnet", make_predictions(silent, actual)),
+        make_evidence("vgg", make_predictions(champion, actual)),
+    )
+    few = run_gate(new, old)
     assert few.decision == "HOLD"  # of five images there is too little to see
     assert "resnet never predicts '007', and vgg does" in few.summary()
-    assert judged(new, old, ruled(acknowledge=["007"])).decision == "PROMOTE"
-    assert judged(new, old, ruled(min_class_images=5)).decision == "REJECT"
-    assert judged(new, old, ruled(min_class_images=5, acknowledge=["007"])).decision == "REJECT"
+    assert run_gate(new, old, make_rule(acknowledge=["007"])).decision == "PROMOTE"
+    assert run_gate(new, old, make_rule(min_class_images=5)).decision == "REJECT"
+    assert run_gate(new, old, make_rule(min_class_images=5, acknowledge=["007"])).decision == "REJECT"
 
 
 # No class hurt
@@ -282,11 +285,11 @@ def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
     number = np.arange(1000)
     champion = np.where(number < 90, "NA", actual)
     ruined = np.where(number >= 960, "cat", actual)
-    new = contender("resnet", answers(ruined, actual, CLASSES[1:]))
-    verdict = judged(new, contender("vgg", answers(champion, actual, CLASSES[1:])))
+    new = make_evidence("resnet", make_predictions(ruined, actual, CLASSES[1:]))
+    verdict = run_gate(new, make_evidence("vgg", make_predictions(champion, actual, CLASSES[1:])))
     assert verdict.decision == "REJECT"
-    assert outcomes(verdict, "reject") == ["recall drop"]
-    assert result_of(verdict, "recall drop").value == pytest.approx(0.4)
+    assert list_checks(verdict, "reject") == ["recall drop"]
+    assert find_result(verdict, "recall drop").value == pytest.approx(0.4)
     assert "the recall drops for 'NA' by 0.4000 (0 won, 40 lost" in verdict.summary()
 
 
@@ -299,37 +302,39 @@ def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
     ],
 )
 def test_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_drop: float, outcome: str) -> None:
-    new, old = pair(0, 0, wrong=0)
+    new, old = make_pair(0, 0, wrong=0)
     predicted = new.predictions["predicted"].mask(np.isin(np.arange(IMAGES), np.arange(lost) * 3), "cat")
-    fallen = dataclasses.replace(new, predictions=answers(predicted, new.predictions["actual"]))
-    assert result_of(judged(fallen, old, ruled(class_drop=class_drop)), "recall drop").outcome == outcome
+    fallen = dataclasses.replace(new, predictions=make_predictions(predicted, new.predictions["actual"]))
+    assert find_result(run_gate(fallen, old, make_rule(class_drop=class_drop)), "recall drop").outcome == outcome
 
 
 def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
-    new, old = pair(30, 5)
-    verdict = judged(new, old, ruled(min_class_images=201))
+    new, old = make_pair(30, 5)
+    verdict = run_gate(new, old, make_rule(min_class_images=201))
     assert verdict.decision == "PROMOTE"
-    assert outcomes(judged(new, old, ruled(min_class_images=200)), "warn") == []
+    assert list_checks(run_gate(new, old, make_rule(min_class_images=200)), "warn") == []
     assert "recall not checked, with fewer than 201 test images: '007', 'NA', 'cat'" in verdict.summary()
-    assert result_of(verdict, "recall drop").outcome == "info"
+    assert find_result(verdict, "recall drop").outcome == "info"
 
 
 # Probabilities
 
 
 def test_higher_accuracy_with_far_worse_loss_is_rejected() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     predictions = new.predictions
-    sure = answers(predictions["predicted"], predictions["actual"], sure=1 - 1e-6)
-    verdict = judged(dataclasses.replace(new, predictions=sure), old)
-    assert outcomes(verdict, "reject") == ["log loss"]
+    sure = make_predictions(predictions["predicted"], predictions["actual"], sure=1 - 1e-6)
+    verdict = run_gate(dataclasses.replace(new, predictions=sure), old)
+    assert list_checks(verdict, "reject") == ["log loss"]
     assert verdict.decision == "REJECT"
 
 
 def test_zero_probability_gives_a_large_finite_loss() -> None:
-    new, old = pair(30, 5)
-    certain = answers(new.predictions["predicted"], new.predictions["actual"], sure=1.0)
-    assert math.isfinite(result_of(judged(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0)
+    new, old = make_pair(30, 5)
+    certain = make_predictions(new.predictions["predicted"], new.predictions["actual"], sure=1.0)
+    assert math.isfinite(
+        find_result(run_gate(dataclasses.replace(new, predictions=certain), old), "log loss").value or 0
+    )
 
 
 def test_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
@@ -342,7 +347,7 @@ def test_perfect_model_shows_a_calibration_error_that_is_noise() -> None:
 
 
 def test_calibration_is_shown_but_decides_nothing() -> None:
-    assert result_of(judged(*pair(30, 5)), "calibration").passed is None
+    assert find_result(run_gate(*make_pair(30, 5)), "calibration").passed is None
 
 
 def test_bootstrap_finds_the_spread_of_a_mean() -> None:
@@ -365,55 +370,55 @@ def test_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
 
 
 def test_gain_from_one_group_is_held() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     one = np.where(np.arange(IMAGES) < 30, "one film", "")
     film = dataclasses.replace(new, predictions=new.predictions.assign(group=one))
-    verdict = judged(film, old)
+    verdict = run_gate(film, old)
     assert verdict.decision == "HOLD"
-    assert outcomes(verdict, "hold") == ["group bootstrap"]
+    assert list_checks(verdict, "hold") == ["group bootstrap"]
     many = np.array([f"film {number // 2}" for number in range(IMAGES)])
-    assert judged(dataclasses.replace(new, predictions=new.predictions.assign(group=many)), old).decision == "PROMOTE"
+    assert run_gate(dataclasses.replace(new, predictions=new.predictions.assign(group=many)), old).decision == "PROMOTE"
 
 
 def test_groups_without_repeats_change_nothing() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     alone = dataclasses.replace(new, predictions=new.predictions.assign(group=""))
-    assert judged(alone, old) == judged(new, old)
+    assert run_gate(alone, old) == run_gate(new, old)
 
 
 def test_groups_that_contradict_each_other_are_an_error() -> None:
     new, old = (
         dataclasses.replace(model, predictions=model.predictions.assign(group=name))
-        for model, name in zip(pair(30, 5), ("a", "b"), strict=True)
+        for model, name in zip(make_pair(30, 5), ("a", "b"), strict=True)
     )
     with pytest.raises(ConvoyError, match="different groups"):
-        judged(new, old)
+        run_gate(new, old)
 
 
 # Non-inferior
 
 
 def test_non_inferior_refresh_passes_in_refresh_mode() -> None:
-    new, old = pair(12, 12)
-    refresh = ruled(mode="non_inferior")
-    assert judged(new, old).decision == "HOLD"
-    assert judged(new, old, refresh, best_champion=old).decision == "PROMOTE"
-    assert judged(*pair(11, 12), refresh, best_champion=old).decision == "HOLD"  # below on the sample
-    narrow = ruled(mode="non_inferior", margin=0.005)
-    assert judged(new, old, narrow, best_champion=old).decision == "HOLD"  # could lack more
-    assert judged(*pair(5, 30), refresh, best_champion=old).decision == "REJECT"
+    new, old = make_pair(12, 12)
+    refresh = make_rule(mode="non_inferior")
+    assert run_gate(new, old).decision == "HOLD"
+    assert run_gate(new, old, refresh, best_champion=old).decision == "PROMOTE"
+    assert run_gate(*make_pair(11, 12), refresh, best_champion=old).decision == "HOLD"  # below on the sample
+    narrow = make_rule(mode="non_inferior", margin=0.005)
+    assert run_gate(new, old, narrow, best_champion=old).decision == "HOLD"  # could lack more
+    assert run_gate(*make_pair(5, 30), refresh, best_champion=old).decision == "REJECT"
 
 
 def test_refresh_is_held_against_the_best_champion_ever_too() -> None:
-    new, old = pair(12, 12)
-    refresh = ruled(mode="non_inferior")
-    best = dataclasses.replace(pair(0, 0, wrong=10)[0], name="googlenet")
-    slow_decline = judged(new, old, refresh, best_champion=best)
+    new, old = make_pair(12, 12)
+    refresh = make_rule(mode="non_inferior")
+    best = dataclasses.replace(make_pair(0, 0, wrong=10)[0], name="googlenet")
+    slow_decline = run_gate(new, old, refresh, best_champion=best)
     assert slow_decline.decision == "REJECT"
     assert "resnet is worse than the best champion so far, googlenet" in slow_decline.summary()
-    unknown = judged(new, old, refresh)
+    unknown = run_gate(new, old, refresh)
     assert unknown.decision == "HOLD"
-    assert outcomes(unknown, "hold") == ["best champion"]
+    assert list_checks(unknown, "hold") == ["best champion"]
 
 
 def test_clear_gain_is_non_inferior() -> None:
@@ -424,51 +429,51 @@ def test_clear_gain_is_non_inferior() -> None:
 
 
 def test_over_budget_is_rejected_and_unmeasured_is_held() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
 
     def decision(parameters: int | None, latency: float | None, budgets: GateConfig) -> str:
         model = dataclasses.replace(new, parameters=parameters, latency=latency)
-        return judged(model, dataclasses.replace(old, latency=10.0), budgets).decision
+        return run_gate(model, dataclasses.replace(old, latency=10.0), budgets).decision
 
-    size, time = ruled(max_parameters=1000), ruled(max_latency_ratio=1.5)
+    size, time = make_rule(max_parameters=1000), make_rule(max_latency_ratio=1.5)
     assert [decision(number, None, size) for number in (1000, 1001, None)] == ["PROMOTE", "REJECT", "HOLD"]
     assert [decision(None, number, time) for number in (15.0, 15.1, None)] == ["PROMOTE", "REJECT", "HOLD"]
-    assert judged(dataclasses.replace(new, latency=1.0), old, time).decision == "HOLD"
-    assert judged(new, old).decision == "PROMOTE"
-    assert result_of(judged(new, old, size), "parameters").message == "the parameters were not counted, limit 1000"
+    assert run_gate(dataclasses.replace(new, latency=1.0), old, time).decision == "HOLD"
+    assert run_gate(new, old).decision == "PROMOTE"
+    assert find_result(run_gate(new, old, size), "parameters").message == "the parameters were not counted, limit 1000"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1, 0])
 @pytest.mark.parametrize("what", ["parameters", "latency"])
 def test_nan_measurement_is_an_error(what: str, broken: float) -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     with pytest.raises(ConvoyError, match=f"{what} of (resnet|vgg) is {broken}"):
-        judged(new, dataclasses.replace(old, **{what: broken}))  # type: ignore[arg-type]
+        run_gate(new, dataclasses.replace(old, **{what: broken}))  # type: ignore[arg-type]
 
 
 # Classes that came and went
 
 
-def with_classes(model: ModelEvidence, classes: list[str]) -> ModelEvidence:
+def rename_classes(model: ModelEvidence, classes: list[str]) -> ModelEvidence:
     return dataclasses.replace(
-        model, predictions=answers(model.predictions["predicted"], model.predictions["actual"], classes)
+        model, predictions=make_predictions(model.predictions["predicted"], model.predictions["actual"], classes)
     )
 
 
 def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
-    new, old = pair(30, 5)
-    grown, wider = with_classes(new, [*CLASSES, "dog"]), with_classes(old, ["", *CLASSES])
-    verdict = judged(grown, wider)
+    new, old = make_pair(30, 5)
+    grown, wider = rename_classes(new, [*CLASSES, "dog"]), rename_classes(old, ["", *CLASSES])
+    verdict = run_gate(grown, wider)
     assert verdict.decision == "HOLD"
     assert (
         "classes changed since vgg, 'dog' added and '' removed: if that is intended, add 'dog', ''" in verdict.summary()
     )
-    assert judged(grown, wider, ruled(acknowledge=["dog"])).decision == "HOLD"
-    assert judged(grown, wider, ruled(acknowledge=["dog", ""])).decision == "PROMOTE"
+    assert run_gate(grown, wider, make_rule(acknowledge=["dog"])).decision == "HOLD"
+    assert run_gate(grown, wider, make_rule(acknowledge=["dog", ""])).decision == "PROMOTE"
 
 
 def test_unused_acknowledgement_is_reported() -> None:
-    verdict = judged(*pair(30, 5), ruled(acknowledge=["dog"]))
+    verdict = run_gate(*make_pair(30, 5), make_rule(acknowledge=["dog"]))
     assert verdict.decision == "PROMOTE"
     assert "'dog' in register.gate.acknowledge is neither added nor removed" in verdict.summary()
 
@@ -477,26 +482,29 @@ def test_gain_on_a_new_class_does_not_offset_losses() -> None:
     actual = np.array(CLASSES * 200 + ["dog"] * 100, object)
     champion = np.where(actual == "dog", "cat", actual)
     everywhere = np.where(np.arange(700) % 20 == 0, "dog", actual)
-    new = contender("resnet", answers(everywhere, actual, [*CLASSES, "dog"]))
-    verdict = judged(new, contender("vgg", answers(champion, actual)), ruled(acknowledge=["dog"]))
-    assert result_of(verdict, "better").outcome == "pass"
-    assert "shared classes" in outcomes(verdict, "reject")
+    new = make_evidence("resnet", make_predictions(everywhere, actual, [*CLASSES, "dog"]))
+    verdict = run_gate(new, make_evidence("vgg", make_predictions(champion, actual)), make_rule(acknowledge=["dog"]))
+    assert find_result(verdict, "better").outcome == "pass"
+    assert "shared classes" in list_checks(verdict, "reject")
     assert verdict.decision == "REJECT"
 
 
 def test_images_of_a_removed_class_count_as_wrong() -> None:
     actual = np.array(CLASSES * 200, object)
     fewer = np.where(actual == "cat", "NA", actual)
-    new, old = contender("resnet", answers(fewer, actual, CLASSES[:2])), contender("vgg", answers(actual, actual))
-    assert judged(new, old, ruled(acknowledge=["cat"])).decision == "REJECT"
+    new, old = (
+        make_evidence("resnet", make_predictions(fewer, actual, CLASSES[:2])),
+        make_evidence("vgg", make_predictions(actual, actual)),
+    )
+    assert run_gate(new, old, make_rule(acknowledge=["cat"])).decision == "REJECT"
 
 
 # First night
 
 
 def test_first_champion_passes_the_applicable_checks() -> None:
-    new, _ = pair(0, 0)
-    verdict = judged(new, None, is_first=True)
+    new, _ = make_pair(0, 0)
+    verdict = run_gate(new, None, is_first=True)
     assert verdict.decision == "PROMOTE"
     assert "resnet may become the first champion, with test accuracy 0.9500" in verdict.summary()
 
@@ -504,24 +512,24 @@ def test_first_champion_passes_the_applicable_checks() -> None:
 @pytest.mark.parametrize(
     ("rule", "decision"),
     [
-        (ruled(floor=0.96), "REJECT"),
-        (ruled(min_test_images=601), "HOLD"),
-        (ruled(max_parameters=1), "HOLD"),
-        (ruled(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
+        (make_rule(floor=0.96), "REJECT"),
+        (make_rule(min_test_images=601), "HOLD"),
+        (make_rule(max_parameters=1), "HOLD"),
+        (make_rule(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
     ],
 )
 def test_first_champion_must_pass_too(rule: GateConfig, decision: str) -> None:
-    assert judged(pair(0, 0)[0], None, rule, is_first=True).decision == decision
+    assert run_gate(make_pair(0, 0)[0], None, rule, is_first=True).decision == decision
 
 
 def test_missing_champion_is_never_a_first_run() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     with pytest.raises(ConvoyError, match="the champion is missing or unreadable"):
-        judged(new, None)
+        run_gate(new, None)
     with pytest.raises(ConvoyError, match="there is a champion, vgg: pass is_first=False"):
-        judged(new, old, is_first=True)
+        run_gate(new, old, is_first=True)
     with pytest.raises(ConvoyError, match="there was a champion, vgg: pass is_first=False"):
-        judged(new, None, is_first=True, best_champion=old)
+        run_gate(new, None, is_first=True, best_champion=old)
 
 
 # Integrity
@@ -530,12 +538,12 @@ def test_missing_champion_is_never_a_first_run() -> None:
 @QUICK
 @given(st.randoms(use_true_random=False))
 def test_order_of_rows_and_columns_does_not_matter(random: Any) -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     rows, columns = list(range(IMAGES)), list(new.predictions)
     random.shuffle(rows)
     random.shuffle(columns)
     mixed = dataclasses.replace(new, predictions=new.predictions.iloc[rows][columns])
-    assert judged(mixed, old) == judged(new, old)
+    assert run_gate(mixed, old) == run_gate(new, old)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -554,15 +562,15 @@ def test_order_of_rows_and_columns_does_not_matter(random: Any) -> None:
         ("predicted", math.nan, "the column predicted has values that are missing or not text"),
         ("actual", None, "the column actual has values that are missing or not text"),
         ("actual", 7, "the column actual has values that are missing or not text"),
-        ("sha256", digest(1), "occurs twice"),
+        ("sha256", make_hash(1), "occurs twice"),
         ("sha256", "1.png", "'1.png' is not a sha256"),
     ],
 )
 def test_table_with_one_invalid_value_is_an_error(side: int, column: str, value: Any, said: str) -> None:
-    models = list(pair(30, 5))
-    models[side] = changed(models[side], column, 300, value)
+    models = list(make_pair(30, 5))
+    models[side] = change_predictions(models[side], column, 300, value)
     with pytest.raises(ConvoyError, match=said):
-        judged(models[0], models[1])
+        run_gate(models[0], models[1])
 
 
 @pytest.mark.parametrize(
@@ -578,58 +586,62 @@ def test_table_with_one_invalid_value_is_an_error(side: int, column: str, value:
     ],
 )
 def test_malformed_table_is_an_error(break_it: Any, said: str) -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     with pytest.raises(ConvoyError, match=said):
-        judged(new, dataclasses.replace(old, predictions=break_it(old.predictions)))
+        run_gate(new, dataclasses.replace(old, predictions=break_it(old.predictions)))
 
 
 def test_other_images_or_other_actual_classes_are_an_error() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     fewer = dataclasses.replace(new, predictions=new.predictions.iloc[1:])
-    for one, other in ((new, changed(old, "sha256", 300, digest(-5))), (new, fewer), (fewer, new)):
+    for one, other in ((new, change_predictions(old, "sha256", 300, make_hash(-5))), (new, fewer), (fewer, new)):
         with pytest.raises(ConvoyError, match="different test images"):
-            judged(one, other)
+            run_gate(one, other)
     with pytest.raises(ConvoyError, match="different actual classes for 1 test images"):
-        judged(new, changed(old, "actual", 300, "cat"))
+        run_gate(new, change_predictions(old, "actual", 300, "cat"))
     with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet and vgg"):
-        judged(changed(new, "actual", 300, "dog"), changed(old, "actual", 300, "dog"))
+        run_gate(change_predictions(new, "actual", 300, "dog"), change_predictions(old, "actual", 300, "dog"))
     with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet"):
-        judged(changed(new, "actual", 300, "dog"), None, is_first=True)
+        run_gate(change_predictions(new, "actual", 300, "dog"), None, is_first=True)
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_model_trained_on_a_test_image_is_an_error(side: int) -> None:
-    models = list(pair(30, 5))
+    models = list(make_pair(30, 5))
     for unknown in (None, frozenset[str]()):
         models[side] = dataclasses.replace(models[side], training_hashes=unknown)
-        verdict = judged(models[0], models[1])
+        verdict = run_gate(models[0], models[1])
         assert verdict.decision == "HOLD"
-        assert outcomes(verdict, "hold") == ["training overlap"]
-    models[side] = dataclasses.replace(models[side], training_hashes=[digest(-1), digest(7)])
+        assert list_checks(verdict, "hold") == ["training overlap"]
+    models[side] = dataclasses.replace(models[side], training_hashes=[make_hash(-1), make_hash(7)])
     with pytest.raises(ConvoyError, match="was trained on 1 of the 600 test images"):
-        judged(models[0], models[1])
+        run_gate(models[0], models[1])
     models[side] = dataclasses.replace(models[side], training_hashes={"train/1.png"})
     with pytest.raises(ConvoyError, match="not given by their sha256"):
-        judged(models[0], models[1])
+        run_gate(models[0], models[1])
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_near_duplicates_of_training_images_are_excluded(side: int) -> None:
-    models = list(pair(30, 5))
-    models[side] = dataclasses.replace(models[side], training_hashes=[digest(-11), digest(-12)])  # what only it saw
-    seen, won = [digest(-11), digest(-12), digest(-13)], [digest(0), digest(1), digest(2)]
-    verdict = judged(models[0], models[1], near_duplicates=pd.DataFrame({"test": won, "other": seen}))
+    models = list(make_pair(30, 5))
+    models[side] = dataclasses.replace(
+        models[side], training_hashes=[make_hash(-11), make_hash(-12)]
+    )  # what only it saw
+    seen, won = [make_hash(-11), make_hash(-12), make_hash(-13)], [make_hash(0), make_hash(1), make_hash(2)]
+    verdict = run_gate(models[0], models[1], near_duplicates=pd.DataFrame({"test": won, "other": seen}))
     table = verdict.table().set_index("check")
     assert table.at["test images", "value"] == "598"
     assert table.at["training overlap", "message"].endswith(
         "; 2 other test images are excluded, as near-duplicates of training images"
     )
-    assert table.at["better", "message"] == judged(*pair(28, 5)).table().set_index("check").at["better", "message"]
-    everything = pd.DataFrame({"test": [digest(number) for number in range(600)], "other": digest(-11)})
+    assert (
+        table.at["better", "message"] == run_gate(*make_pair(28, 5)).table().set_index("check").at["better", "message"]
+    )
+    everything = pd.DataFrame({"test": [make_hash(number) for number in range(600)], "other": make_hash(-11)})
     with pytest.raises(
         ConvoyError, match="every test image is a near-duplicate of an image that a model was trained on"
     ):
-        judged(models[0], models[1], near_duplicates=everything)
+        run_gate(models[0], models[1], near_duplicates=everything)
 
 
 def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
@@ -641,7 +653,7 @@ def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
 
 
 def test_table_has_a_number_and_a_limit_in_every_row() -> None:
-    table = judged(*pair(30, 5)).table()
+    table = run_gate(*make_pair(30, 5)).table()
     assert list(table.columns) == ["check", "value", "limit", "outcome", "message"]
     assert table["check"].is_unique
     assert (table[["value", "limit", "message"]] != "").all(axis=None)
@@ -649,30 +661,30 @@ def test_table_has_a_number_and_a_limit_in_every_row() -> None:
 
 
 def test_verdict_can_be_kept_as_json() -> None:
-    verdict = judged(*pair(30, 5), ruled(mode="non_inferior"))
+    verdict = run_gate(*make_pair(30, 5), make_rule(mode="non_inferior"))
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision
 
 
-def in_films(model: ModelEvidence, films: np.ndarray) -> ModelEvidence:
+def group_images(model: ModelEvidence, films: np.ndarray) -> ModelEvidence:
     return dataclasses.replace(model, predictions=model.predictions.assign(group=films))
 
 
 def test_groups_of_a_refresh_may_lack_the_margin_and_no_more() -> None:
     films = np.array([f"film {number // 2}" for number in range(IMAGES)])
-    new, old = (in_films(model, films) for model in pair(12, 12))
-    refresh = ruled(mode="non_inferior", margin=0.05)
-    assert judged(new, old, refresh, best_champion=old).decision == "PROMOTE"
-    narrow = judged(new, old, ruled(mode="non_inferior", margin=0.001), best_champion=old)
-    assert "group bootstrap" in outcomes(narrow, "hold")
+    new, old = (group_images(model, films) for model in make_pair(12, 12))
+    refresh = make_rule(mode="non_inferior", margin=0.05)
+    assert run_gate(new, old, refresh, best_champion=old).decision == "PROMOTE"
+    narrow = run_gate(new, old, make_rule(mode="non_inferior", margin=0.001), best_champion=old)
+    assert "group bootstrap" in list_checks(narrow, "hold")
 
 
 def test_worse_loss_from_one_group_is_no_proof() -> None:
-    new, old = pair(30, 5)
+    new, old = make_pair(30, 5)
     doubts = np.arange(IMAGES) >= 400
     table = new.predictions.copy()
     columns = [column for column in table if column.startswith("probability_")]
     table.loc[doubts, columns] = np.where(table.loc[doubts, columns] > 0.5, 0.4, 0.3)
     new = dataclasses.replace(new, predictions=table)
-    assert result_of(judged(new, old), "log loss").outcome == "reject"
+    assert find_result(run_gate(new, old), "log loss").outcome == "reject"
     films = np.where(doubts, "one film", [f"film {number // 2}" for number in range(IMAGES)])
-    assert result_of(judged(in_films(new, films), in_films(old, films)), "log loss").outcome == "pass"
+    assert find_result(run_gate(group_images(new, films), group_images(old, films)), "log loss").outcome == "pass"

@@ -31,7 +31,7 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def train(store: TrackingStore, name: str, **more: Any) -> str:
+def log_run(store: TrackingStore, name: str, **more: Any) -> str:
     """A run with a curve and a file, and its id."""
     file = store.locks / "record.json"
     file.write_text(f'"{name}"')
@@ -42,26 +42,26 @@ def train(store: TrackingStore, name: str, **more: Any) -> str:
     return runs.sync_run(store, run, f"results of {name}", moment=2_000_000_000_000)
 
 
-def register(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
+def register_version(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
     files = write_trained_files(root / f"left {seed}", more={"seed": seed})
     given = {"name": NAME, "run_id": run, "identity": f"of {seed}", "files": files, "step": 2}
     return registry.register(store, **given, model=LIBRARY / "inference/pyfunc_model.py", code=LIBRARY)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with runs of all kinds, and a model with versions 1, 3 and 4, of which 3 is the champion."""
     root = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         with open_store(root, NAME) as store:
-            trained = [train(store, name) for name in ("lenet", "resnet", "vgg")]
-            train(store, "alexnet", status="FAILED", metrics={"test/accuracy": float("nan")}, files=[])
+            trained = [log_run(store, name) for name in ("lenet", "resnet", "vgg")]
+            log_run(store, "alexnet", status="FAILED", metrics={"test/accuracy": float("nan")}, files=[])
             killed = store.client.create_run(store.experiment.experiment_id, 1_000, {runs.IDENTITY: "k"}, "killed")
             store.client.log_metric(killed.info.run_id, "val/loss", 0.5, 2_000, 1)
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
             for seed, run in enumerate([trained[0], trained[1], trained[1], trained[2]], start=1):
-                register(store, root, run, seed)
+                register_version(store, root, run, seed)
             champion.set_champion(store, NAME, make_promotion(None, 1))
             champion.set_champion(store, NAME, make_promotion(1, 3))
             registry.save_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", 0.5)
@@ -71,41 +71,41 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path: Path, empty: Path) -> Iterator[TrackingStore]:
+def server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingStore]:
     """In a server's place another embedded store: both are reached through the same client."""
-    shutil.copy(empty, tmp_path)
+    shutil.copy(empty_database, tmp_path)
     with open_store(tmp_path, NAME) as store:
         yield store
 
 
 @pytest.fixture
-def source(home: Path, server: TrackingStore) -> TrackingStore:
-    return embedded(home, NAME, server)
+def source(project: Path, server: TrackingStore) -> TrackingStore:
+    return embedded(project, NAME, server)
 
 
-def all_runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+def list_runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
     return list(store.client.search_runs([store.experiment.experiment_id], run_view_type=view))
 
 
-def versions(store: TrackingStore) -> dict[int, ModelVersion]:
+def list_versions(store: TrackingStore) -> dict[int, ModelVersion]:
     return {int(each.version): each for each in store.client.search_model_versions(f"name = '{NAME}'")}
 
 
-def without(tags: dict[str, str]) -> dict[str, str]:
+def drop_tags(tags: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if name not in (FROM, MOVED)}
 
 
-def shown(store: TrackingStore, run: Run) -> dict[str, Any]:
+def describe_run(store: TrackingStore, run: Run) -> dict[str, Any]:
     """All that MLflow tells of a run, but for its id and that of its model."""
     histories = [store.client.get_metric_history(run.info.run_id, name) for name in sorted(run.data.metrics)]
     folder = local(run.info.artifact_uri)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     outputs = run.outputs.model_outputs if run.outputs else []
-    registered = {version.source for version in versions(store).values()}
+    registered = {version.source for version in list_versions(store).values()}
     return {
         "info": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
         "params": run.data.params,
-        "tags": without(run.data.tags),
+        "tags": drop_tags(run.data.tags),
         "points": [(each.key, str(each.value), each.step, each.timestamp) for points in histories for each in points],
         "data": [each.to_dictionary() for each in run.inputs.dataset_inputs],
         "files": {str(file.relative_to(folder)): file.read_bytes() for file in files},
@@ -113,36 +113,36 @@ def shown(store: TrackingStore, run: Run) -> dict[str, Any]:
     }
 
 
-def assert_all_is_there(source: TrackingStore, server: TrackingStore, tmp_path: Path) -> None:
+def assert_migrated(source: TrackingStore, server: TrackingStore, tmp_path: Path) -> None:
     """Every run and every version as it was, once."""
-    there = {run.data.tags[FROM]: run for run in all_runs(server)}
-    assert len(all_runs(server, ViewType.ALL)) == len(there)
-    assert set(there) == {run.info.run_id for run in all_runs(source)}
-    for run in all_runs(source):
-        assert shown(server, there[run.info.run_id]) == shown(source, run)
+    there = {run.data.tags[FROM]: run for run in list_runs(server)}
+    assert len(list_runs(server, ViewType.ALL)) == len(there)
+    assert set(there) == {run.info.run_id for run in list_runs(source)}
+    for run in list_runs(source):
+        assert describe_run(server, there[run.info.run_id]) == describe_run(source, run)
 
-    old, new = versions(source), versions(server)
+    old, new = list_versions(source), list_versions(server)
     assert sorted(new) == sorted(old) == [1, 3, 4]
     assert old[3].description == "PROMOTE: better"
     for number, version in new.items():
         assert version.description == old[number].description
-        assert without(version.tags) == old[number].tags
+        assert drop_tags(version.tags) == old[number].tags
         assert version.run_id == there[old[number].run_id].info.run_id
         model_loader.fetch(version, tmp_path / f"version {number}")  # against its hashes
-        mine, theirs = (model(store, each[number]) for store, each in ((source, old), (server, new)))
-        assert (theirs.name, theirs.params, without(theirs.tags)) == (mine.name, mine.params, mine.tags)
+        mine, theirs = (find_logged_model(store, each[number]) for store, each in ((source, old), (server, new)))
+        assert (theirs.name, theirs.params, drop_tags(theirs.tags)) == (mine.name, mine.params, mine.tags)
         assert {(each.key, each.value, each.step) for each in theirs.metrics} == {
             (each.key, each.value, each.step) for each in mine.metrics
         }
     models = [store.client.get_registered_model(NAME) for store in (source, server)]
     assert models[0].aliases == models[1].aliases == {"champion": 3, "previous": 1}
-    assert models[0].tags == without(models[1].tags)
+    assert models[0].tags == drop_tags(models[1].tags)
     assert models[0].description == models[1].description == "which image it is"
     assert champion.audit_log(server, NAME).equals(champion.audit_log(source, NAME))
     assert [each.name for each in server.client.search_registered_models()] == [NAME]
 
 
-def model(store: TrackingStore, version: ModelVersion) -> Any:
+def find_logged_model(store: TrackingStore, version: ModelVersion) -> Any:
     return store.client.get_logged_model(version.source.removeprefix("models:/"))
 
 
@@ -156,7 +156,7 @@ def test_runs_and_versions_are_copied_once_and_unchanged(
         *(f"run {name} of digits@a99769f9303d" for name in ("lenet", "resnet", "vgg")),
         *(f"version {number} of convoy" for number in (1, 3, 4)),
     ]
-    assert_all_is_there(source, server, tmp_path)
+    assert_migrated(source, server, tmp_path)
     before = (tmp_path / "mlflow.db").read_bytes()
     assert list(migrate(source, server, NAME)) == []
     assert (tmp_path / "mlflow.db").read_bytes() == before
@@ -197,7 +197,7 @@ def test_migration_killed_between_two_writes_is_resumed(
             pass
     assert writes > 8
     left = 10**9
-    assert_all_is_there(source, server, tmp_path)
+    assert_migrated(source, server, tmp_path)
 
 
 def test_placeholder_versions_are_deleted(
@@ -209,9 +209,9 @@ def test_placeholder_versions_are_deleted(
     with monkeypatch.context() as patch, pytest.raises(SimulatedKill):
         patch.setattr(MlflowClient, "delete_model_version", dies)
         list(migrate(source, server, NAME))
-    assert sorted(versions(server)) == [1, 2]
+    assert sorted(list_versions(server)) == [1, 2]
     list(migrate(source, server, NAME))
-    assert_all_is_there(source, server, tmp_path)
+    assert_migrated(source, server, tmp_path)
 
 
 def test_server_with_its_own_versions_is_refused(source: TrackingStore, server: TrackingStore) -> None:
@@ -221,18 +221,18 @@ def test_server_with_its_own_versions_is_refused(source: TrackingStore, server: 
         ConvoyError, match=r"has a model convoy already, with a version 1 of its own.*nothing was moved"
     ):
         list(migrate(source, server, NAME))
-    assert all_runs(server) == []
+    assert list_runs(server) == []
 
 
 def test_run_that_the_server_already_has_is_not_copied(source: TrackingStore, server: TrackingStore) -> None:
-    own = train(server, "lenet")
+    own = log_run(server, "lenet")
     list(migrate(source, server, NAME))
-    assert [run.info.run_id for run in all_runs(server) if run.info.run_name == "lenet"] == [own]
-    assert versions(server)[1].run_id == own
+    assert [run.info.run_id for run in list_runs(server) if run.info.run_name == "lenet"] == [own]
+    assert list_versions(server)[1].run_id == own
 
 
 def test_champion_is_managed_by_the_server_after_migration(
-    source: TrackingStore, server: TrackingStore, home: Path
+    source: TrackingStore, server: TrackingStore, project: Path
 ) -> None:
     list(migrate(source, server, NAME))
     champion.set_champion(server, NAME, make_promotion(3, 4))
@@ -250,15 +250,17 @@ def test_running_training_is_excluded_until_it_ends(source: TrackingStore, serve
     try:
         said = list(migrate(source, server, NAME))
         assert "run training is left out, it is training on another machine: move again afterwards" in said
-        assert "training" not in {run.info.run_name for run in all_runs(server)}
+        assert "training" not in {run.info.run_name for run in list_runs(server)}
         source.client.set_terminated(begun)
         assert list(migrate(source, server, NAME)) == ["run training of unknown data"]
     finally:
         source.client.delete_run(begun)
 
 
-def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingStore, home: Path) -> None:
-    weights = local(model(source, versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
+def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingStore, project: Path) -> None:
+    weights = (
+        local(find_logged_model(source, list_versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
+    )
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:
@@ -267,19 +269,19 @@ def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingS
     finally:
         weights.write_bytes(whole)
     assert "champion" not in server.client.get_registered_model(NAME).aliases
-    assert list(versions(server)) == [1]
+    assert list(list_versions(server)) == [1]
 
 
-def test_missing_embedded_store_or_files_are_reported(server: TrackingStore, tmp_path: Path, home: Path) -> None:
+def test_missing_embedded_store_or_files_are_reported(server: TrackingStore, tmp_path: Path, project: Path) -> None:
     with pytest.raises(ConvoyError, match=r"there is no mlflow\.db in "):
         embedded(tmp_path / "nowhere", NAME, server)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    shutil.copy(home / "mlflow.db", elsewhere)
+    shutil.copy(project / "mlflow.db", elsewhere)
     with pytest.raises(ConvoyError, match=r"mlartifacts/convoy, not in .*: put them back"):
         embedded(elsewhere, NAME, server)
     with pytest.raises(ConvoyError, match="has no experiment another"):
-        embedded(home, "another", server)
+        embedded(project, "another", server)
 
 
 @pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])

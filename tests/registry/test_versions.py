@@ -19,11 +19,11 @@ from registry_fixtures import LIBRARY, write_trained_files
 
 
 @pytest.fixture
-def root(tmp_path: Path, empty: Path, embedded_store: None) -> Path:
+def root(tmp_path: Path, empty_database: Path, embedded_store: None) -> Path:
     """A project with a finished run, and what its training left."""
     folder = tmp_path / "project"
     folder.mkdir()
-    shutil.copy(empty, folder)
+    shutil.copy(empty_database, folder)
     write_trained_files(folder / "left")
     with open_store(folder, "convoy") as store:
         run = store.client.create_run(store.experiment.experiment_id)
@@ -33,17 +33,17 @@ def root(tmp_path: Path, empty: Path, embedded_store: None) -> Path:
     return folder
 
 
-def run(client: MlflowClient, experiment: str) -> tuple[str, str, int]:
+def read_run(client: MlflowClient, experiment: str) -> tuple[str, str, int]:
     (found,) = client.search_runs([experiment])
     return found.info.run_id, found.info.status, found.info.end_time - found.info.start_time
 
 
-def register(root: Path) -> None:
+def register_trained(root: Path) -> None:
     with open_store(root, "convoy") as store:
         versions.register(
             store,
             name="convoy",
-            run_id=run(store.client, store.experiment.experiment_id)[0],
+            run_id=read_run(store.client, store.experiment.experiment_id)[0],
             identity="made here",
             model=LIBRARY / "inference/pyfunc_model.py",
             files={file.stem: file for file in sorted((root / "left").iterdir())},
@@ -54,10 +54,10 @@ def register(root: Path) -> None:
 
 def assert_run_is_finished(root: Path) -> None:
     with open_store(root, "convoy") as store:
-        assert run(store.client, store.experiment.experiment_id)[1:] == ("FINISHED", 7)
+        assert read_run(store.client, store.experiment.experiment_id)[1:] == ("FINISHED", 7)
 
 
-def fail(error: BaseException) -> Callable[..., None]:
+def make_failing(error: BaseException) -> Callable[..., None]:
     def fails(*_: object, **__: object) -> None:
         raise error
 
@@ -70,16 +70,16 @@ def test_failure_in_registering_leaves_the_run_finished(
     where: str, error: BaseException, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises((ConvoyError, KeyboardInterrupt, SystemExit)):
-        patch.setattr(predictor if where == "check" else MlflowClient, where, fail(error), raising=True)
-        register(root)
+        patch.setattr(predictor if where == "check" else MlflowClient, where, make_failing(error), raising=True)
+        register_trained(root)
     assert_run_is_finished(root)
 
 
 @pytest.mark.parametrize("write", [5, 20, 40])
 def test_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> None:
-    assert run_until_write(lambda: register(root), write)
+    assert run_until_write(lambda: register_trained(root), write)
     assert_run_is_finished(root)
-    register(root)
+    register_trained(root)
     assert_run_is_finished(root)
     with open_store(root, "convoy") as store:
         models = store.client.search_logged_models([store.experiment.experiment_id])
@@ -88,10 +88,10 @@ def test_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> 
 
 
 def test_registered_model_belongs_to_its_run(root: Path) -> None:
-    register(root)
+    register_trained(root)
     assert_run_is_finished(root)
     with open_store(root, "convoy") as store:
-        run_id = run(store.client, store.experiment.experiment_id)[0]
+        run_id = read_run(store.client, store.experiment.experiment_id)[0]
         (model,) = store.client.search_logged_models([store.experiment.experiment_id])
         assert (model.name, model.source_run_id, model.params) == ("model", run_id, {"seed": "1"})
         assert [(point.key, point.value, point.step) for point in model.metrics or []] == [("val/accuracy", 0.5, 1)]
@@ -111,7 +111,7 @@ def test_no_model_is_written_where_temporary_files_are(
         return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", make_and_tell)
-    register(root)
+    register_trained(root)
     with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
         model_loader.load(version, store.scratch)

@@ -32,7 +32,7 @@ STILL = [
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=float32"]
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -44,7 +44,7 @@ def train(root: Path, name: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pipeline.train", name],
         cwd=root,
-        env=environment(),
+        env=make_environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -97,7 +97,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
             running = subprocess.Popen(
                 [sys.executable, "-u", "-m", "pipeline.train", "lenet"],
                 cwd=root,
-                env=environment(),
+                env=make_environment(),
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
@@ -137,7 +137,7 @@ def test_validation_uses_the_synchronized_batch_norm_statistics(ema: float, tmp_
     assert loss == pytest.approx(record["best"]["val_loss"], rel=1e-5)
 
 
-def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
+def train_by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
     """The train stage on as many machines, which here are folders."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(roots)}", "--nproc-per-node=1"]
     command += ["--master-addr=127.0.0.1", f"--master-port={servers.find_free_port()}"]
@@ -145,7 +145,7 @@ def by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
         subprocess.Popen(
             [*command, f"--node-rank={rank}", "-m", "pipeline.train", "lenet"],
             cwd=root,
-            env=environment(),
+            env=make_environment(),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -165,7 +165,7 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
     expected = pd.read_csv(together / "artifacts/train/lenet/history.csv")
 
     # both machines go down, and only the first has kept a checkpoint
-    processes = by_torchrun([first, second])
+    processes = train_by_torchrun([first, second])
     while not list((first / "artifacts/.cache/checkpoints").rglob("last.pt")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
@@ -174,11 +174,11 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
             worker.kill()
         process.kill()
         process.communicate()
-    said = [process.communicate()[1] for process in by_torchrun([first, second])]
+    said = [process.communicate()[1] for process in train_by_torchrun([first, second])]
     assert any("convoy: train: the machines begin at different steps, 0 and " in words for words in said), said
     shutil.rmtree(first / "artifacts/.cache/checkpoints")
 
-    done = [(process.communicate()[1], process.returncode) for process in by_torchrun([first, second])]
+    done = [(process.communicate()[1], process.returncode) for process in train_by_torchrun([first, second])]
     assert [code for _, code in done] == [0, 0], done
     history = pd.read_csv(first / "artifacts/train/lenet/history.csv")
     np.testing.assert_allclose(history.to_numpy(), expected.to_numpy(), rtol=1e-3)

@@ -28,14 +28,14 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-def planned(root: Path, *arguments: str, **environment: str) -> str:
+def plan_install(root: Path, *arguments: str, **environment: str) -> str:
     """What `make install` would do."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV", "MAKEFLAGS")}
     command = ["make", "--dry-run", "install", *arguments]
     return subprocess.run(command, cwd=root, env=inherited | environment, capture_output=True, text=True).stdout
 
 
-def other_python(folder: Path) -> Path:
+def make_other_python(folder: Path) -> Path:
     """An interpreter that says it is of another version."""
     file = folder / "python"
     file.write_text("#!/bin/sh\necho 3 99\n")
@@ -44,33 +44,33 @@ def other_python(folder: Path) -> Path:
 
 
 def test_working_environment_is_left_as_it_is(checkout: Path) -> None:
-    assert "Nothing to be done" in planned(checkout)
-    assert "Nothing to be done" in planned(checkout, f"PYTHON={sys.executable}")
+    assert "Nothing to be done" in plan_install(checkout)
+    assert "Nothing to be done" in plan_install(checkout, f"PYTHON={sys.executable}")
 
 
 @pytest.mark.parametrize("way", [Path.rename, shutil.copytree], ids=["moved", "copied"])
 def test_moved_or_copied_environment_is_made_again(way, checkout: Path, tmp_path: Path) -> None:  # noqa: ANN001
     way(checkout, tmp_path / "elsewhere")
-    assert AGAIN in planned(tmp_path / "elsewhere")
+    assert AGAIN in plan_install(tmp_path / "elsewhere")
 
 
 def test_environment_without_its_interpreter_is_made_again(checkout: Path) -> None:
     interpreter = checkout / ".venv/bin/python"
     interpreter.unlink()
     interpreter.symlink_to("/nowhere/python3")
-    assert AGAIN in planned(checkout)
+    assert AGAIN in plan_install(checkout)
 
 
 def test_environment_of_an_upgraded_interpreter_is_made_again(checkout: Path) -> None:
     packages = next((checkout / ".venv").glob("lib/python*"))
     packages.rename(packages.with_name("python3.1"))
-    assert AGAIN in planned(checkout)
+    assert AGAIN in plan_install(checkout)
 
 
 def test_environment_of_another_python_is_made_again(checkout: Path, tmp_path: Path) -> None:
-    asked = other_python(tmp_path)
-    assert AGAIN in planned(checkout, f"PYTHON={asked}")
-    assert AGAIN in planned(checkout, PYTHON=str(asked))
+    asked = make_other_python(tmp_path)
+    assert AGAIN in plan_install(checkout, f"PYTHON={asked}")
+    assert AGAIN in plan_install(checkout, PYTHON=str(asked))
 
 
 def test_unsuitable_python_leaves_the_environment(checkout: Path, tmp_path: Path) -> None:

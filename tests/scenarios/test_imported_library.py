@@ -26,29 +26,29 @@ def project(tmp_path: Path) -> Path:
     return root
 
 
-def run(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+def run_command(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in the project, as a user's shell would."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(command, cwd=root, env=inherited | environment, capture_output=True, text=True)
 
 
-def edit(file: Path, line: str) -> None:
+def append_line(file: Path, line: str) -> None:
     file.write_text(f"{file.read_text()}\n{line}\n")
 
 
 def test_stage_runs_the_library_of_its_own_project(project: Path) -> None:
-    edit(project / "src/convoy/data/sources/folder.py", "raise RuntimeError('the code of the copy')")
-    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    append_line(project / "src/convoy/data/sources/folder.py", "raise RuntimeError('the code of the copy')")
+    done = run_command(project, sys.executable, "-m", "pipeline.fetch")
     assert done.returncode != 0
     assert "the code of the copy" in done.stderr
 
 
 def test_decode_workers_run_the_library_of_their_project(project: Path) -> None:
-    edit(
+    append_line(
         project / "src/convoy/data/image_io.py",
         "def to_grey_or_rgb(*_):\n    raise InvalidImageError('was decoded by the copy')",
     )
-    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    done = run_command(project, sys.executable, "-m", "pipeline.fetch")
     assert "was decoded by the copy" in done.stdout + done.stderr
 
 
@@ -56,19 +56,19 @@ def test_every_command_uses_its_own_library(project: Path) -> None:
     commands = sorted(file.stem for file in (project / "pipeline").glob("[a-z]*.py"))
     lines = [f"import pipeline.{command}" for command in commands]
     lines.append("import convoy, pathlib; print(pathlib.Path(convoy.__file__).parents[2])")
-    assert Path(run(project, sys.executable, "-c", "\n".join(lines)).stdout.strip()) == project
+    assert Path(run_command(project, sys.executable, "-c", "\n".join(lines)).stdout.strip()) == project
 
 
 def test_missing_library_is_named(project: Path) -> None:
     shutil.rmtree(project / "src/convoy")
-    done = run(project, sys.executable, "-m", "pipeline.fetch")
+    done = run_command(project, sys.executable, "-m", "pipeline.fetch")
     assert done.returncode == 1
     assert f"this project's library is {project}/src/convoy" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_stages_of_another_project_are_refused(project: Path) -> None:
-    done = run(project, sys.executable, "-P", "-m", "pipeline.fetch", PYTHONPATH=str(ROOT))
+    done = run_command(project, sys.executable, "-P", "-m", "pipeline.fetch", PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert f"the stages of {ROOT} would run in {project}" in done.stderr
 
@@ -87,13 +87,13 @@ def repository(project: Path) -> Path:
         ("git", "add", "--force", "data"),
         ("git", "commit", "--quiet", "--message", "Begin"),
     ):
-        assert run(project, *command).returncode == 0, command
+        assert run_command(project, *command).returncode == 0, command
     return project
 
 
-def experiments(root: Path) -> pd.DataFrame:
+def list_experiments(root: Path) -> pd.DataFrame:
     """The experiments of the project by their names, with state and metrics."""
-    shown = run(root, "dvc", "exp", "show", "--csv")
+    shown = run_command(root, "dvc", "exp", "show", "--csv")
     return pd.read_csv(io.StringIO(shown.stdout)).set_index("Experiment")
 
 
@@ -101,19 +101,19 @@ def experiments(root: Path) -> pd.DataFrame:
 def test_queued_experiment_runs_the_code_that_it_records(repository: Path) -> None:
     source = (repository / LENET).read_text()
 
-    edit(repository / LENET, "raise RuntimeError('queued code')")
-    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "raises", "evaluate@lenet").returncode == 0
+    append_line(repository / LENET, "raise RuntimeError('queued code')")
+    assert run_command(repository, "dvc", "exp", "run", "--queue", "--name", "raises", "evaluate@lenet").returncode == 0
     # a network that gives every class of every image the same probability
     silent = source.replace("return self.output(", "return 0 * self.output(")
     assert silent != source
     (repository / LENET).write_text(silent)
-    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "silent", "evaluate@lenet").returncode == 0
+    assert run_command(repository, "dvc", "exp", "run", "--queue", "--name", "silent", "evaluate@lenet").returncode == 0
     (repository / LENET).write_text(source)
-    assert run(repository, "dvc", "exp", "run", "--queue", "--name", "plain", "evaluate@lenet").returncode == 0
-    run(repository, "dvc", "exp", "run", "--run-all")
+    assert run_command(repository, "dvc", "exp", "run", "--queue", "--name", "plain", "evaluate@lenet").returncode == 0
+    run_command(repository, "dvc", "exp", "run", "--run-all")
 
-    found = experiments(repository)
+    found = list_experiments(repository)
     assert found["State"]["raises"] == "Failed"
-    assert "queued code" in run(repository, "dvc", "queue", "logs", "raises").stdout
+    assert "queued code" in run_command(repository, "dvc", "queue", "logs", "raises").stdout
     assert float(found["log_loss"]["silent"]) == pytest.approx(np.log(3))
     assert float(found["log_loss"]["plain"]) != pytest.approx(np.log(3))

@@ -28,7 +28,7 @@ OVERRIDES += ["register.gate.floor=0.0", "register.gate.min_test_images=1"]
 WORK = {"fetch": fetch, "preprocess": preprocess}
 
 
-def start(root: Path, stage: str) -> subprocess.Popen:
+def start_stage(root: Path, stage: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", f"pipeline.{stage}"],
@@ -40,12 +40,12 @@ def start(root: Path, stage: str) -> subprocess.Popen:
     )
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def results(root: Path, stage: str) -> dict[str, bytes]:
-    return contents(root / "artifacts" / stage) | {"data.lock": (root / "data.lock").read_bytes()}
+def read_results(root: Path, stage: str) -> dict[str, bytes]:
+    return read_files(root / "artifacts" / stage) | {"data.lock": (root / "data.lock").read_bytes()}
 
 
 @pytest.mark.parametrize("stage", ["fetch", "preprocess"])
@@ -55,15 +55,15 @@ def test_stage_killed_at_any_time_reruns_to_identical_bytes(stage: str, tmp_path
     if stage == "preprocess":
         run_stages(killed, until="fetch")
 
-    running = start(killed, stage)  # once to its end: so long it takes
+    running = start_stage(killed, stage)  # once to its end: so long it takes
     begun = time.monotonic()
     assert running.wait() == 0
     takes = time.monotonic() - begun
-    assert results(killed, stage) == results(undisturbed, stage)
+    assert read_results(killed, stage) == read_results(undisturbed, stage)
 
     moments = random.Random(0)
     for number in range(6):
-        running = start(killed, stage)
+        running = start_stage(killed, stage)
         time.sleep(takes * (0.4 + 0.6 * moments.random()))  # before that it imports
         match number % 3:
             case 0:
@@ -74,23 +74,23 @@ def test_stage_killed_at_any_time_reruns_to_identical_bytes(stage: str, tmp_path
                 running.terminate()
         # terminated while it still imports, or at work; or it was done already
         assert running.wait() in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0)
-        assert_nobody_is_left_of(running.pid)
+        assert_no_process_is_left(running.pid)
     Stage(killed, stage).run(WORK[stage])
-    assert results(killed, stage) == results(undisturbed, stage)
+    assert read_results(killed, stage) == read_results(undisturbed, stage)
     assert [folder.name for folder in (killed / "artifacts" / ".scratch").iterdir() if folder.is_dir()] == []
 
 
-def assert_nobody_is_left_of(session: int) -> None:
+def assert_no_process_is_left(session: int) -> None:
     """The processes that decode notice that nobody waits for them any more."""
     for _ in range(100):
-        left = [process for process in psutil.process_iter() if session_of(process.pid) == session]
+        left = [process for process in psutil.process_iter() if find_session(process.pid) == session]
         if not left:
             return
         time.sleep(0.1)
     raise AssertionError(left)
 
 
-def session_of(process: int) -> int:
+def find_session(process: int) -> int:
     try:
         return os.getsid(process)
     except ProcessLookupError:  # it has just ended
@@ -102,7 +102,7 @@ def session_of(process: int) -> int:
 
 @pytest.mark.parametrize("architecture", ["lenet", "resnet"])
 def test_repeatedly_killed_training_ends_bit_identical(
-    architecture: str, tmp_path: Path, ready: multiprocessing.context.ForkServerContext
+    architecture: str, tmp_path: Path, fork_server: multiprocessing.context.ForkServerContext
 ) -> None:
     overrides = [f"model=[{architecture}]", "train.max_epochs=6", "trainer.threads=1"]
     overrides += ["train.checkpoint_minutes=0.0005", f"model.{architecture}.recipe.batch_size=8"]
@@ -110,7 +110,7 @@ def test_repeatedly_killed_training_ends_bit_identical(
     run_stages(root, until="preprocess")
 
     def train_apart() -> multiprocessing.context.ForkServerProcess:
-        process = ready.Process(target=training_process.run_train_stage, args=(root, architecture))
+        process = fork_server.Process(target=training_process.run_train_stage, args=(root, architecture))
         process.start()
         return process
 
@@ -119,7 +119,7 @@ def test_repeatedly_killed_training_ends_bit_identical(
     undisturbed.join()
     takes = time.monotonic() - begun
     assert undisturbed.exitcode == 0
-    expected = contents(root / "artifacts/train" / architecture)
+    expected = read_files(root / "artifacts/train" / architecture)
     shutil.rmtree(root / "artifacts/train")
 
     moments, ends, kept = random.Random(1), [], 0
@@ -141,17 +141,17 @@ def test_repeatedly_killed_training_ends_bit_identical(
     last = train_apart()
     last.join()
     assert last.exitcode == 0
-    assert contents(root / "artifacts/train" / architecture) == expected
+    assert read_files(root / "artifacts/train" / architecture) == expected
     assert not list((root / "artifacts/.cache/checkpoints").rglob("*.pt"))  # success cleans up
 
 
 # The whole pipeline
 
 
-def pipeline_results(root: Path) -> dict[str, object]:
+def read_pipeline_results(root: Path) -> dict[str, object]:
     """What a user has at the end of a run."""
     folders = ("fetch", "preprocess", "train", "evaluate", "register")
-    files = {name: contents(root / "artifacts" / name) for name in folders} | {
+    files = {name: read_files(root / "artifacts" / name) for name in folders} | {
         "lock": (root / "data.lock").read_bytes()
     }
     store = MlflowClient(f"sqlite:///{root / 'mlflow.db'}", f"sqlite:///{root / 'mlflow.db'}")
@@ -167,10 +167,10 @@ def pipeline_results(root: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_pipeline_killed_at_random_ends_as_if_undisturbed(
-    tmp_path: Path, ready: multiprocessing.context.ForkServerContext, embedded_store: None
+    tmp_path: Path, fork_server: multiprocessing.context.ForkServerContext, embedded_store: None
 ) -> None:
     def run_apart(root: Path) -> multiprocessing.context.ForkServerProcess:
-        process = ready.Process(target=stage_processes.run_remaining_stages, args=(root,))
+        process = fork_server.Process(target=stage_processes.run_remaining_stages, args=(root,))
         process.start()
         return process
 
@@ -180,7 +180,7 @@ def test_pipeline_killed_at_random_ends_as_if_undisturbed(
     process.join()
     takes = time.monotonic() - begun
     assert process.exitcode == 0
-    expected = pipeline_results(undisturbed)
+    expected = read_pipeline_results(undisturbed)
 
     moments, kills, project = random.Random(2), 0, 0
     root = make_project(tmp_path / "killed0", OVERRIDES)
@@ -194,7 +194,7 @@ def test_pipeline_killed_at_random_ends_as_if_undisturbed(
             process.join()
             continue
         assert process.exitcode == 0
-        assert pipeline_results(root) == expected
+        assert read_pipeline_results(root) == expected
         assert_no_temporary_files(root)
         if kills == 30:
             break
@@ -243,7 +243,7 @@ def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, emb
     process = run_main(undisturbed)
     assert process.wait() == 0, (tmp_path / "said").read_text()
     takes = time.monotonic() - begun
-    expected = pipeline_results(undisturbed), (undisturbed / "dvc.lock").read_bytes()
+    expected = read_pipeline_results(undisturbed), (undisturbed / "dvc.lock").read_bytes()
 
     moments = random.Random(3)
     for _ in range(5):
@@ -255,5 +255,5 @@ def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, emb
         process.wait()
     process = run_main(project)
     assert process.wait() == 0, (tmp_path / "said").read_text()
-    assert (pipeline_results(project), (project / "dvc.lock").read_bytes()) == expected
+    assert (read_pipeline_results(project), (project / "dvc.lock").read_bytes()) == expected
     assert_no_temporary_files(project)

@@ -44,7 +44,7 @@ CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def retraining_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_retraining_project(tmp_path_factory.mktemp("nights") / "project")
 
 
@@ -62,7 +62,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def whole(database: str, bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_address(database: str, bucket: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder, port = tmp_path_factory.mktemp("server"), servers.find_free_port()
     options = ["--backend-store-uri", database, "--artifacts-destination", "s3://convoy/artifacts"]
     with servers.run_mlflow(folder, port, *options, environment=bucket):
@@ -70,14 +70,14 @@ def whole(database: str, bucket: dict[str, str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def server(whole: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def server(server_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of MLflow's server, which the pipeline knows: runs in PostgreSQL, files in the bucket."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
-    return whole
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_address.replace("//", "//someone:secret@"))
+    return server_address
 
 
 @pytest.fixture
-def quick() -> Iterator[pytest.MonkeyPatch]:
+def predict_here() -> Iterator[pytest.MonkeyPatch]:
     """A model answers here and not in a fresh process, which takes ten seconds; until this is undone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
@@ -88,31 +88,31 @@ Start = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start_command() -> Iterator[Start]:
     """Starts a command of the pipeline in a project beside this process, as a user does."""
     with contextlib.ExitStack() as ends:
 
-        def start(root: Path, *command: str) -> subprocess.Popen:
+        def start_command(root: Path, *command: str) -> subprocess.Popen:
             environment, whole = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-m", *command]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             process = ends.enter_context(subprocess.Popen(whole, cwd=root, env=environment, **pipes))
             ends.callback(process.kill)
             return process
 
-        yield start
+        yield start_command
 
 
-def aliases(server: str, name: str) -> dict[str, int]:
+def read_aliases(server: str, name: str) -> dict[str, int]:
     found = MlflowClient(server, server).get_registered_model(name).aliases
     return {alias: int(version) for alias, version in found.items()}
 
 
-def numbers(server: str, name: str) -> list[int]:
+def list_versions(server: str, name: str) -> list[int]:
     """Of all versions of a registered model."""
     return sorted(int(each.version) for each in MlflowClient(server, server).search_model_versions(f"name = '{name}'"))
 
 
-def moves(root: Path, name: str) -> list[tuple[int | None, int]]:
+def list_promotions(root: Path, name: str) -> list[tuple[int | None, int]]:
     """From which version to which the champion went, from the first move to the last."""
     with open_store(root, name) as store:
         return [(event.before, event.after) for event in champion.promotion_events(store, name)]
@@ -129,29 +129,29 @@ def assert_no_lock_is_left(server: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_pipeline_from_first_run_to_rollback(
-    nights: Path,
+    retraining_project: Path,
     tmp_path: Path,
     server: str,
-    quick: pytest.MonkeyPatch,
+    predict_here: pytest.MonkeyPatch,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    root = Path(shutil.copytree(retraining_project, tmp_path / "project"))
     monkeypatch.chdir(root)
     for training in ("poor", "good"):
         Stage(restore_training(root, training, "register.name=road"), "register").run(register)
         said = capsys.readouterr()
         assert "lenet is now the champion: models:/road@champion" in said.out
         assert "secret" not in said.out + said.err
-    assert aliases(server, "road") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
-    assert_whole_runs(server, "road", [root / "kept/poor", root / "kept/good"], "verdict.md")
+    assert read_aliases(server, "road") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert_complete_runs(server, "road", [root / "kept/poor", root / "kept/good"], "verdict.md")
     assert not [name for name in ("mlflow.db", "mlartifacts", "mlruns") if (root / name).exists()]
 
     monkeypatch.setattr("sys.argv", ["predict", "--json", str(root / "data/lying")])
     predict.main()
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert answers.count("lying") > 0.8 * len(answers) > 0
-    quick.undo()
+    predict_here.undo()
     monkeypatch.setattr("sys.argv", ["verify", "models:/road@champion", "artifacts/evaluate/lenet"])
     verify.main()
     assert "models:/road@champion answers " in capsys.readouterr().out
@@ -161,12 +161,12 @@ def test_pipeline_from_first_run_to_rollback(
     assert f"  leaderboard  {server}/#/experiments/" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
     rollback.main()
-    assert aliases(server, "road") == {CHAMPION: 1}  # version 2 never becomes the champion again
-    assert moves(root, "road") == [(None, 1), (1, 2), (2, 1)]
+    assert read_aliases(server, "road") == {CHAMPION: 1}  # version 2 never becomes the champion again
+    assert list_promotions(root, "road") == [(None, 1), (1, 2), (2, 1)]
     assert_no_lock_is_left(server, "road")
 
 
-def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) -> None:
+def assert_complete_runs(server: str, name: str, results: list[Path], *files: str) -> None:
     """A run for each of these trainings and no other, each point of its curves once, and all files."""
     client = MlflowClient(server, server)
     found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
@@ -187,19 +187,19 @@ def assert_whole_runs(server: str, name: str, results: list[Path], *files: str) 
 
 @pytest.mark.slow
 def test_client_writing_to_the_bucket_sees_the_same_champion(
-    nights: Path,
+    retraining_project: Path,
     tmp_path: Path,
     server: str,
     bucket: dict[str, str],
-    quick: pytest.MonkeyPatch,
+    predict_here: pytest.MonkeyPatch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    root = Path(shutil.copytree(retraining_project, tmp_path / "project"))
     MlflowClient(server, server).create_experiment("direct", "s3://convoy/direct")
     for name, value in bucket.items():
         monkeypatch.setenv(name, value)
     Stage(restore_training(root, "good", "register.name=direct"), "register").run(register)
-    assert aliases(server, "direct") == {CHALLENGER: 1, CHAMPION: 1}
+    assert read_aliases(server, "direct") == {CHALLENGER: 1, CHAMPION: 1}
     version = MlflowClient(server, server).get_model_version("direct", "1")
     assert MlflowClient(server, server).get_model_version_download_uri("direct", "1").startswith("s3://convoy/direct/")
     assert model_loader.load(version).architecture == "lenet"
@@ -209,9 +209,9 @@ def test_client_writing_to_the_bucket_sees_the_same_champion(
 
 
 @pytest.fixture
-def two(nights: Path, tmp_path: Path) -> list[Path]:
+def two_projects(retraining_project: Path, tmp_path: Path) -> list[Path]:
     """Two copies of a project, as on two machines."""
-    return [Path(shutil.copytree(nights, tmp_path / name)) for name in ("here", "there")]
+    return [Path(shutil.copytree(retraining_project, tmp_path / name)) for name in ("here", "there")]
 
 
 class Machine:
@@ -219,11 +219,11 @@ class Machine:
 
     def __init__(self, context: multiprocessing.context.ForkServerContext, barrier: threading.Barrier) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=obey, args=(theirs, barrier))
+        self.process = context.Process(target=run_machine, args=(theirs, barrier))
         self.process.start()
 
 
-def obey(connection: Connection, barrier: threading.Barrier) -> None:
+def run_machine(connection: Connection, barrier: threading.Barrier) -> None:
     model_loader._predict_in_subprocess = predict_in_this_process
     meet = ""
 
@@ -258,7 +258,7 @@ def machines() -> Iterator[list[Machine]]:
         machine.connection.close()
 
 
-def at_the_same_moment(machines: list[Machine], roots: list[Path], server: str, meet: str = "") -> list[str]:
+def register_together(machines: list[Machine], roots: list[Path], server: str, meet: str = "") -> list[str]:
     """How the register stage ends in each of these projects, "" or what it says is wrong.
 
     They begin at once, and wait for each other before the call `meet`.
@@ -270,42 +270,46 @@ def at_the_same_moment(machines: list[Machine], roots: list[Path], server: str, 
 
 @pytest.mark.slow
 def test_one_of_two_concurrent_retrainings_sets_the_champion(
-    two: list[Path], server: str, start: Start, machines: list[Machine], quick: pytest.MonkeyPatch
+    two_projects: list[Path],
+    server: str,
+    start_command: Start,
+    machines: list[Machine],
+    predict_here: pytest.MonkeyPatch,
 ) -> None:
-    Stage(restore_training(two[0], "poor", "register.name=race"), "register").run(register)
-    for root, training in zip(two, ("good", "similar"), strict=True):
+    Stage(restore_training(two_projects[0], "poor", "register.name=race"), "register").run(register)
+    for root, training in zip(two_projects, ("good", "similar"), strict=True):
         restore_training(root, training, "register.name=race")
-    processes = [start(root, "pipeline.register") for root in two]
+    processes = [start_command(root, "pipeline.register") for root in two_projects]
     ended = [(*process.communicate(), process.returncode) for process in processes]
-    assert numbers(server, "race") == [1, 2, 3]
-    won = aliases(server, "race")[CHAMPION]
-    assert moves(two[0], "race") == [(None, 1), (1, won)]
+    assert list_versions(server, "race") == [1, 2, 3]
+    won = read_aliases(server, "race")[CHAMPION]
+    assert list_promotions(two_projects[0], "race") == [(None, 1), (1, won)]
     assert_no_lock_is_left(server, "race")
     ((out, err, code),) = (end for end in ended if "is now the champion" not in end[0])
     if code:
-        assert_told_to_compare_again(err, "race", 1, won)
+        assert_asks_to_rerun(err, "race", 1, won)
     else:
         assert f"version {won} stays the champion" in out
 
-    assert at_the_same_moment(machines, two, server) == ["", ""]
-    assert moves(two[0], "race") == [(None, 1), (1, won)]
-    assert numbers(server, "race") == [1, 2, 3]
-    results = [two[0] / "kept" / training for training in ("poor", "good", "similar")]
-    assert_whole_runs(server, "race", results)
+    assert register_together(machines, two_projects, server) == ["", ""]
+    assert list_promotions(two_projects[0], "race") == [(None, 1), (1, won)]
+    assert list_versions(server, "race") == [1, 2, 3]
+    results = [two_projects[0] / "kept" / training for training in ("poor", "good", "similar")]
+    assert_complete_runs(server, "race", results)
 
-    known = moves(two[0], "race")
+    known = list_promotions(two_projects[0], "race")
     for _ in range(3):  # and now both at the same moment, each with a verdict against the poor one
         MlflowClient(server, server).set_registered_model_alias("race", CHAMPION, "1")
-        done, said = sorted(at_the_same_moment(machines, two, server, meet="move"))
-        won = aliases(server, "race")[CHAMPION]
+        done, said = sorted(register_together(machines, two_projects, server, meet="move"))
+        won = read_aliases(server, "race")[CHAMPION]
         assert done == ""
-        assert_told_to_compare_again(said, "race", 1, won)
+        assert_asks_to_rerun(said, "race", 1, won)
         known.append((1, won))
-        assert moves(two[0], "race") == known
+        assert list_promotions(two_projects[0], "race") == known
         assert_no_lock_is_left(server, "race")
 
 
-def assert_told_to_compare_again(error: str, name: str, compared: int | None, found: int) -> None:
+def assert_asks_to_rerun(error: str, name: str, compared: int | None, found: int) -> None:
     was = f"version {compared}" if compared else "none"
     assert "Traceback" not in error
     line = error.splitlines()[-1]  # MLflow says before it that it has made a version
@@ -315,16 +319,16 @@ def assert_told_to_compare_again(error: str, name: str, compared: int | None, fo
 
 @pytest.mark.slow
 def test_concurrent_identical_first_runs_give_one_champion(
-    two: list[Path], server: str, machines: list[Machine]
+    two_projects: list[Path], server: str, machines: list[Machine]
 ) -> None:
-    for root in two:
+    for root in two_projects:
         restore_training(root, "good", "register.name=first")
-    ended = at_the_same_moment(machines, two, server, meet="create_experiment")
+    ended = register_together(machines, two_projects, server, meet="create_experiment")
     assert "" in ended
     for _ in range(2):
-        assert at_the_same_moment(machines, two, server) == ["", ""]
-    assert len(moves(two[0], "first")) == 1
-    assert_whole_runs(server, "first", [two[0] / "kept/good"])
+        assert register_together(machines, two_projects, server) == ["", ""]
+    assert len(list_promotions(two_projects[0], "first")) == 1
+    assert_complete_runs(server, "first", [two_projects[0] / "kept/good"])
     assert_no_lock_is_left(server, "first")
 
 
@@ -333,23 +337,23 @@ def test_concurrent_identical_first_runs_give_one_champion(
 
 @pytest.mark.slow
 def test_migrated_store_continues_on_the_server(
-    nights: Path,
+    retraining_project: Path,
     tmp_path: Path,
-    whole: str,
-    start: Start,
-    quick: pytest.MonkeyPatch,
+    server_address: str,
+    start_command: Start,
+    predict_here: pytest.MonkeyPatch,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root = Path(shutil.copytree(nights, tmp_path / "project"))
+    root = Path(shutil.copytree(retraining_project, tmp_path / "project"))
     for training in ("poor", "good"):
         Stage(restore_training(root, training, "register.name=moved"), "register").run(register)
-    before = moves(root, "moved")
+    before = list_promotions(root, "moved")
     with open_store(root, "moved") as store:
         hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole.replace("//", "//someone:secret@"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server_address.replace("//", "//someone:secret@"))
     monkeypatch.chdir(root)
-    out, err = (moving := start(root, "pipeline.migrate_mlflow")).communicate()
+    out, err = (moving := start_command(root, "pipeline.migrate_mlflow")).communicate()
     assert moving.returncode == 0, err
     assert "version 2 of moved\neverything is copied:\n" in out
     assert "secret" not in out + err
@@ -359,28 +363,28 @@ def test_migrated_store_continues_on_the_server(
     assert capsys.readouterr().out.startswith("everything was copied already:\n")
 
     results = [root / "kept" / training for training in ("poor", "good")]
-    assert_whole_runs(whole, "moved", results, "verdict.md", "promotions.csv")
-    found = MlflowClient(whole, whole).search_model_versions("name = 'moved'")
+    assert_complete_runs(server_address, "moved", results, "verdict.md", "promotions.csv")
+    found = MlflowClient(server_address, server_address).search_model_versions("name = 'moved'")
     assert {each.version: each.tags[runs.HASHES] for each in found} == hashes
-    assert aliases(whole, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
-    assert moves(root, "moved") == before == [(None, 1), (1, 2)]
-    quick.undo()
+    assert read_aliases(server_address, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert list_promotions(root, "moved") == before == [(None, 1), (1, 2)]
+    predict_here.undo()
     monkeypatch.setattr("sys.argv", ["verify", "models:/moved@champion", "artifacts/evaluate/lenet"])
     verify.main()
     monkeypatch.setattr("sys.argv", ["predict", str(root / "data/lying/00.png")])
     predict.main()
     assert "lying" in capsys.readouterr().out
 
-    quick.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
+    predict_here.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
     Stage(restore_training(root, "good", "register.name=moved"), "register").run(register)
     assert "lenet stays the champion: models:/moved@champion, version 2" in capsys.readouterr().out
     Stage(restore_training(root, "similar", "register.name=moved"), "register").run(register)
     assert "version 2 stays the champion" in capsys.readouterr().out
-    assert numbers(whole, "moved") == [1, 2, 3]
-    assert_whole_runs(whole, "moved", [*results, root / "kept/alike"])
+    assert list_versions(server_address, "moved") == [1, 2, 3]
+    assert_complete_runs(server_address, "moved", [*results, root / "kept/alike"])
     monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
     rollback.main()
-    assert aliases(whole, "moved")[CHAMPION] == 1
+    assert read_aliases(server_address, "moved")[CHAMPION] == 1
 
 
 # A server that goes, and comes again
@@ -388,9 +392,11 @@ def test_migrated_store_continues_on_the_server(
 
 @pytest.mark.slow
 def test_server_outage_during_training_loses_no_data(
-    nights: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+    retraining_project: Path, tmp_path: Path, start_command: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, undisturbed = (Path(shutil.copytree(nights, tmp_path / name)) for name in ("project", "undisturbed"))
+    root, undisturbed = (
+        Path(shutil.copytree(retraining_project, tmp_path / name)) for name in ("project", "undisturbed")
+    )
     for folder in (root, undisturbed):
         config.compose(folder, [*BASE, "train.max_epochs=60"])
         shutil.rmtree(folder / "artifacts/train")
@@ -412,7 +418,7 @@ def test_server_outage_during_training_loses_no_data(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("CONVOY_LIVE", "1")
     with servers.run_mlflow(folder, port, *options) as process:
-        training = start(root, "pipeline.train", "lenet")
+        training = start_command(root, "pipeline.train", "lenet")
         assert training.stdout
         assert training.stderr
         said = [training.stdout.readline() for _ in range(5)]
@@ -441,7 +447,7 @@ def test_server_outage_during_training_loses_no_data(
         assert (cut.info.status, epochs()) != ("FINISHED", 60)
         for _ in range(2):
             sync_mlflow.main()
-            assert_whole_runs(server, "convoy", [root / "artifacts"])
+            assert_complete_runs(server, "convoy", [root / "artifacts"])
             (whole,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
             assert (whole.info.run_id, whole.info.start_time) == (cut.info.run_id, cut.info.start_time)
 

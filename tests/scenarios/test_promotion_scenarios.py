@@ -43,11 +43,11 @@ from retraining_scenarios import (
 )
 from small_project import ROOT
 
-Night = Callable[..., str]
+Retrain = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def retraining_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with three trainings of LeNet, poor, good, and one like it, and nothing registered yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -58,15 +58,17 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(nights: Path, tmp_path: Path, embedded_store: None) -> Path:
+def root(retraining_project: Path, tmp_path: Path, embedded_store: None) -> Path:
     # MLflow writes absolute paths, so the database is made where it will be
     return Path(
-        shutil.copytree(nights, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+        shutil.copytree(
+            retraining_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
+        )
     )
 
 
 @pytest.fixture(autouse=True)
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
     if request.function is not test_first_run_then_better_worse_and_tied_challengers:
@@ -76,7 +78,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
-def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
+def retrain(root: Path, capsys: pytest.CaptureFixture[str]) -> Retrain:
     """Lets a night end in a training ("poor", "good", "similar") and register; returns what was said."""
 
     def play(training: str, *overrides: str) -> str:
@@ -88,44 +90,44 @@ def night(root: Path, capsys: pytest.CaptureFixture[str]) -> Night:
     return play
 
 
-def aliases(root: Path) -> dict[str, int]:
+def read_aliases(root: Path) -> dict[str, int]:
     with open_store(root, "convoy") as store:
         found = store.client.get_registered_model("convoy").aliases
     return {name: int(version) for name, version in found.items()}
 
 
-def test_first_run_then_better_worse_and_tied_challengers(root: Path, night: Night) -> None:
-    assert "lenet is now the champion: models:/convoy@champion, version 1" in night("poor")
-    assert aliases(root) == {CHALLENGER: 1, CHAMPION: 1}
+def test_first_run_then_better_worse_and_tied_challengers(root: Path, retrain: Retrain) -> None:
+    assert "lenet is now the champion: models:/convoy@champion, version 1" in retrain("poor")
+    assert read_aliases(root) == {CHALLENGER: 1, CHAMPION: 1}
 
-    said = night("good")
+    said = retrain("good")
     assert "PROMOTE: lenet is better than the champion lenet (version 1): " in said
     assert "lenet is now the champion: models:/convoy@champion, version 2" in said
-    assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
 
-    said = night("poor")
+    said = retrain("poor")
     assert "REJECT" in said
     assert "version 2 stays the champion" in said
-    assert aliases(root) == {CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(root) == {CHAMPION: 2, PREVIOUS: 1}
 
-    said = night("similar")
+    said = retrain("similar")
     assert "HOLD" in said
     assert "version 2 stays the champion" in said
-    assert aliases(root) == {CHALLENGER: 3, CHAMPION: 2, PREVIOUS: 1}
+    assert read_aliases(root) == {CHALLENGER: 3, CHAMPION: 2, PREVIOUS: 1}
     verdict = (root / "artifacts/verdict.md").read_text()
     assert verdict.startswith("# HOLD: lenet, version 3, beside the champion, version 2")
     for check in ("better", "test images", "log loss", "detectable gain", "latency"):
         assert f"| {check}" in verdict
 
-    assert "stays the champion" in night("good")  # the champion's own results, again
+    assert "stays the champion" in retrain("good")  # the champion's own results, again
     with open_store(root, "convoy") as store:
         table = champion.audit_log(store, "convoy")
         assert table["after"].tolist() == [1, 2]
         assert len(store.client.search_model_versions("name = 'convoy'")) == 3
-    assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
+    assert read_audit_log(root, version=2)["after"].tolist() == [1, 2]
 
 
-def started_from(root: Path, training: str, *lineage: str) -> None:
+def set_lineage(root: Path, training: str, *lineage: str) -> None:
     """As if a training had begun with weights that were trained on these data."""
     folder = root / "kept" / training / "train" / "lenet"
     record = json.loads((folder / "record.json").read_text())
@@ -141,25 +143,25 @@ def started_from(root: Path, training: str, *lineage: str) -> None:
     (folder / MANIFEST).write_text(json.dumps(hashes | {"record.json": sha256(folder / "record.json")}))
 
 
-def test_weights_that_came_from_unknown_data_are_held_back(root: Path, night: Night) -> None:
-    night("poor")
-    started_from(root, "good", "another data")
-    said = night("good")
+def test_weights_that_came_from_unknown_data_are_held_back(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
+    set_lineage(root, "good", "another data")
+    said = retrain("good")
     assert "HOLD" in said
     assert "not known which images lenet saw in training" in said
-    assert aliases(root)[CHAMPION] == 1
+    assert read_aliases(root)[CHAMPION] == 1
 
 
-def test_images_of_a_source_training_count_as_seen(root: Path, night: Night) -> None:
-    night("poor")
+def test_images_of_a_source_training_count_as_seen(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
     with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
         store.client.set_tag(version.run_id, "data", "pictures@before")
-    started_from(root, "good", "before")
-    assert "PROMOTE" in night("good")
+    set_lineage(root, "good", "before")
+    assert "PROMOTE" in retrain("good")
 
 
-def shown_trail(root: Path, version: int) -> pd.DataFrame:
+def read_audit_log(root: Path, version: int) -> pd.DataFrame:
     """The audit trail among the files of the run of a version."""
     with open_store(root, "convoy") as store:
         run = store.client.get_model_version("convoy", str(version)).run_id
@@ -167,11 +169,11 @@ def shown_trail(root: Path, version: int) -> pd.DataFrame:
 
 
 def test_onnx_file_is_exported_once_and_predicts_as_evaluated(
-    root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "lenet: model.onnx answers " in night("good")
+    assert "lenet: model.onnx answers " in retrain("good")
     monkeypatch.setattr(onnx_export, "export", lambda *_: pytest.fail("exported again"))
-    assert "onnx" not in night("good")
+    assert "onnx" not in retrain("good")
     with open_store(root, "convoy") as store:
         model_loader.fetch(
             model_loader.find(store, "models:/convoy@champion"), tmp_path, ["artifacts/model.onnx"]
@@ -183,13 +185,13 @@ def test_onnx_file_is_exported_once_and_predicts_as_evaluated(
 
 
 def test_model_that_fails_to_export_is_registered_without_onnx(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("No ONNX function found\nand much more")
 
     monkeypatch.setattr("torch.onnx.export", refuse)
-    lines = night("good").splitlines()
+    lines = retrain("good").splitlines()
     reason = "torch can't export it (No ONNX function found and much more)"
     assert f"lenet is registered without model.onnx: {reason}" in lines
     assert "lenet is now the champion: models:/convoy@champion, version 1" in lines
@@ -220,51 +222,51 @@ def test_onnx_file_with_other_predictions_is_not_kept(
 
 
 def test_version_with_a_deviating_onnx_file_is_not_promoted(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     differences = iter([0.0, 2e-4])  # as it is registered, and before the champion is moved
     monkeypatch.setattr(onnx_export, "max_difference", lambda *_: next(differences))
     with pytest.raises(ConvoyError, match=r"models:/convoy/1 by model\.onnx does not answer as it was evaluated"):
-        night("good")
-    assert aliases(root) == {}
+        retrain("good")
+    assert read_aliases(root) == {}
 
 
-def test_same_results_are_evaluated_once(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
-    night("good")
-    first = night("similar")
+def test_same_results_are_evaluated_once(root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain("good")
+    first = retrain("similar")
     monkeypatch.setattr(promote, "run_gate", lambda *_: pytest.fail("judged again"))
-    assert "HOLD" in night("similar")
-    assert first.splitlines()[-2:] == night("similar").splitlines()[-2:]
+    assert "HOLD" in retrain("similar")
+    assert first.splitlines()[-2:] == retrain("similar").splitlines()[-2:]
 
 
-def test_reported_verdict_is_that_of_the_last_run(root: Path, night: Night) -> None:
-    night("good")
-    night("similar")
-    night("poor")
-    night("similar")  # which was judged already
+def test_reported_verdict_is_that_of_the_last_run(root: Path, retrain: Retrain) -> None:
+    retrain("good")
+    retrain("similar")
+    retrain("poor")
+    retrain("similar")  # which was judged already
     assert (root / "artifacts/verdict.md").read_text().startswith("# HOLD: lenet, version 2, beside the champion")
 
 
 def test_changed_code_makes_the_champion_predict_again(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("good")
-    night("similar")
+    retrain("good")
+    retrain("similar")
     asked = []
     real = promote.run_gate
     monkeypatch.setattr(promote, "run_gate", lambda *given: (asked.append(given), real(*given))[1])
-    night("similar")
+    retrain("similar")
     assert not asked
     monkeypatch.setattr(promote, "sha256", lambda file: file.name == "comparison.py" or sha256(file))
-    night("similar")
+    retrain("similar")
     assert len(asked) == 1
 
 
-def test_best_champion_ever_counts_despite_later_verdicts(root: Path, night: Night) -> None:
-    night("poor")
-    night("good")
-    night("poor")  # rejected now, as it has come again
-    night("similar", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
+def test_best_champion_ever_counts_despite_later_verdicts(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
+    retrain("good")
+    retrain("poor")  # rejected now, as it has come again
+    retrain("similar", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
     verdict = (root / "artifacts/verdict.md").read_text()
     assert "than the best champion ever, lenet (version 2)" in verdict
     with open_store(root, "convoy") as store:
@@ -273,23 +275,23 @@ def test_best_champion_ever_counts_despite_later_verdicts(root: Path, night: Nig
         assert versions.best_ever(store, "convoy", {1}) == 1
 
 
-def test_too_few_test_images_hold_even_the_first_run(root: Path, night: Night) -> None:
-    said = night("good", "register.gate.min_test_images=500")
+def test_too_few_test_images_hold_even_the_first_run(root: Path, retrain: Retrain) -> None:
+    said = retrain("good", "register.gate.min_test_images=500")
     assert "HOLD" in said
     assert "there is no champion yet" in said
-    assert aliases(root) == {CHALLENGER: 1}
+    assert read_aliases(root) == {CHALLENGER: 1}
 
 
-def test_below_the_floor_there_is_no_first_champion(root: Path, night: Night) -> None:
+def test_below_the_floor_there_is_no_first_champion(root: Path, retrain: Retrain) -> None:
     for _ in range(2):  # the second time by the verdict that is known
-        assert "REJECT" in night("poor", "register.gate.floor=0.95")
-        assert aliases(root) == {}
+        assert "REJECT" in retrain("poor", "register.gate.floor=0.95")
+        assert read_aliases(root) == {}
 
 
 def test_better_on_average_with_one_class_ruined_is_rejected(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("poor")
+    retrain("poor")
     real = promote.predict_test_images
 
     def doctored(*arguments: Any) -> pd.DataFrame:
@@ -314,49 +316,49 @@ def test_better_on_average_with_one_class_ruined_is_rejected(
     columns = [f"probability_{name}" for name in ("leaning", "lying", "standing")]
     table.loc[ruined, columns] = np.array([0.1, 0.8, 0.1])
     table.loc[ruined, "predicted"] = "lying"
-    monkeypatch.setattr(pd, "read_parquet", _instead(pd.read_parquet, "predictions.parquet", table))
-    said = night("good")
+    monkeypatch.setattr(pd, "read_parquet", _replace_table(pd.read_parquet, "predictions.parquet", table))
+    said = retrain("good")
     assert "REJECT" in said
     assert "leaning" in said
-    assert aliases(root)[CHAMPION] == 1
+    assert read_aliases(root)[CHAMPION] == 1
 
 
-def _instead(read: Callable[..., pd.DataFrame], name: str, table: pd.DataFrame) -> Callable[..., pd.DataFrame]:
+def _replace_table(read: Callable[..., pd.DataFrame], name: str, table: pd.DataFrame) -> Callable[..., pd.DataFrame]:
     return lambda file, **options: table.copy() if Path(file).name == name else read(file, **options)
 
 
-def test_deleted_champion_is_an_error_and_not_a_first_run(root: Path, night: Night) -> None:
-    night("poor")
+def test_deleted_champion_is_an_error_and_not_a_first_run(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
     with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
-        night("good")
-    assert CHAMPION not in aliases(root)
+        retrain("good")
+    assert CHAMPION not in read_aliases(root)
 
 
-def test_tampered_champion_is_an_error(root: Path, night: Night) -> None:
-    night("poor")
+def test_tampered_champion_is_an_error(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
     (weights,) = (root / "mlartifacts").glob("**/models/*/artifacts/artifacts/weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ConvoyError, match=r"weights\.safetensors of the model was changed since it was registered"):
-        night("good")
-    assert aliases(root)[CHAMPION] == 1
+        retrain("good")
+    assert read_aliases(root)[CHAMPION] == 1
 
 
 def test_alias_moved_by_hand_meanwhile_is_left_where_it_is(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("poor")
-    night("similar")
+    retrain("poor")
+    retrain("similar")
     with open_store(root, "convoy") as store:
         store.client.set_registered_model_alias("convoy", CHAMPION, "1")
-    monkeypatch.setattr(promote, "run_gate", _moving(promote.run_gate, root, to="2"))
+    monkeypatch.setattr(promote, "run_gate", _move_during(promote.run_gate, root, to="2"))
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is version 2 now"):
-        night("good")
-    assert aliases(root)[CHAMPION] == 2
+        retrain("good")
+    assert read_aliases(root)[CHAMPION] == 2
 
 
-def _moving(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any]:
+def _move_during(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any]:
     def judged(*arguments: Any) -> Any:
         verdict = judge(*arguments)
         with open_store(root, "convoy") as store:
@@ -367,55 +369,55 @@ def _moving(judge: Callable[..., Any], root: Path, to: str) -> Callable[..., Any
 
 
 def test_rolled_back_model_is_not_promoted_again(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    night("poor")
-    night("good")
+    retrain("poor")
+    retrain("good")
     monkeypatch.chdir(root)
     monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
     rollback.main()
     assert (
         "version 1 is the champion of convoy again, instead of version 2: it fails at night" in capsys.readouterr().out
     )
-    assert aliases(root)[CHAMPION] == 1
-    assert shown_trail(root, version=1)["reason"].tolist()[-1] == "it fails at night"
-    assert "HOLD: it was rolled back on " in night("good")
+    assert read_aliases(root)[CHAMPION] == 1
+    assert read_audit_log(root, version=1)["reason"].tolist()[-1] == "it fails at night"
+    assert "HOLD: it was rolled back on " in retrain("good")
     assert "it fails at night" in (root / "artifacts/verdict.md").read_text()
-    assert aliases(root) == {CHAMPION: 1}
+    assert read_aliases(root) == {CHAMPION: 1}
 
 
-def test_champion_trained_on_a_test_image_is_an_error(root: Path, night: Night) -> None:
-    night("poor")
+def test_champion_trained_on_a_test_image_is_an_error(root: Path, retrain: Retrain) -> None:
+    retrain("poor")
     table = root / "artifacts/preprocess/images.parquet"
     images = pd.read_parquet(table)
     one = images.index[images["split"] == "train"][0]
     other = images.index[images["split"] == "test"][0]
     images.loc[other, "sha256"] = images.loc[one, "sha256"]
     images.to_parquet(table, index=False)
-    renew_mark(table.parent)
+    renew_manifest(table.parent)
     predictions = root / "kept/good/evaluate/lenet/predictions.parquet"
     answers = pd.read_parquet(predictions)
     answers.loc[0, "sha256"] = images.loc[one, "sha256"]
     answers.to_parquet(predictions, index=False)
-    renew_mark(predictions.parent)
+    renew_manifest(predictions.parent)
     path = images.loc[other, "path"]
     with pytest.raises(ConvoyError, match=rf"was trained on 1 of the .* test images, {path} among them"):
-        night("good")
-    assert aliases(root) == {CHAMPION: 1}
+        retrain("good")
+    assert read_aliases(root) == {CHAMPION: 1}
     table = pd.read_csv(root / "artifacts/register/leaderboard.csv")
     record = json.loads((root / "artifacts/train/lenet/record.json").read_text())
     assert table["val_accuracy"].tolist() == pytest.approx([record["best"]["val_accuracy"]])  # of the refused night
 
 
-def test_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Night) -> None:
+def test_champion_that_began_with_a_test_image_is_an_error(root: Path, retrain: Retrain) -> None:
     """It was trained on other data first, which some of today's test images were among."""
-    night("poor")
+    retrain("poor")
     with open_store(root, "convoy") as store:
         version = store.client.get_model_version("convoy", "1")
         store.client.set_tag(version.run_id, "data", "pictures@before")
-    started_from(root, "good", "before")
-    night("good")
-    assert aliases(root)[CHAMPION] == 2
+    set_lineage(root, "good", "before")
+    retrain("good")
+    assert read_aliases(root)[CHAMPION] == 2
     prepared = root / "artifacts/preprocess"
     with pytest.MonkeyPatch.context() as patch:
         tested = pd.read_parquet(prepared / "images.parquet").query("split == 'test'")["sha256"]
@@ -423,7 +425,7 @@ def test_champion_that_began_with_a_test_image_is_an_error(root: Path, night: Ni
         more = {1: [tested.iloc[0]]}
         patch.setattr(model_loader, "training_hashes", lambda found: [*real(found), *more.get(int(found.version), [])])
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
-            night("similar")
+            retrain("similar")
         with open_store(root, "convoy") as store:
             found = check_champion.describe(store, "convoy")
         assert found is not None
@@ -442,8 +444,8 @@ def prepare_again(root: Path, *overrides: str) -> None:
     Stage(root, "preprocess").run(preprocess)
 
 
-def test_another_split_is_refused_before_training(root: Path, night: Night) -> None:
-    night("good")
+def test_another_split_is_refused_before_training(root: Path, retrain: Retrain) -> None:
+    retrain("good")
     before = {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()}
     with pytest.raises(ConvoyError) as refusal:
         prepare_again(root, "preprocess.test_fraction=0.5")
@@ -458,9 +460,9 @@ def test_another_split_is_refused_before_training(root: Path, night: Night) -> N
 
 
 def test_after_a_refusal_the_new_leaderboard_is_shown(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    night("good")
+    retrain("good")
     with open_store(root, "convoy") as store:
         store.client.delete_model_version("convoy", "1")
     restore_training(root, "similar")
@@ -486,16 +488,16 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     assert shown == {"register": True, "fetch": False}  # that of another day is not taken for today's
 
 
-def test_experiment_may_split_otherwise(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
-    night("good")
+def test_experiment_may_split_otherwise(root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    retrain("good")
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
     prepare_again(root, "preprocess.test_fraction=0.5")
 
 
 def test_server_that_is_down_does_not_stop_the_preparation(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    night("good")
+    retrain("good")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     prepare_again(root, "preprocess.test_fraction=0.5")
     assert "can't be checked now" not in capsys.readouterr().out
@@ -508,9 +510,9 @@ def test_without_a_store_no_process_is_started(root: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("lost", ["version", "weights", "store"])
 def test_lost_champion_is_reported_before_training(
-    lost: str, root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, root: Path, retrain: Retrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("good")
+    retrain("good")
     if lost == "version":
         with open_store(root, "convoy") as store:
             store.client.delete_model_version("convoy", "1")
@@ -527,8 +529,8 @@ def test_lost_champion_is_reported_before_training(
     assert (lost == "store") != (root / "mlflow.db").exists()
 
 
-def test_images_of_other_classes_are_refused_before_training(root: Path, night: Night) -> None:
-    night("good")
+def test_images_of_other_classes_are_refused_before_training(root: Path, retrain: Retrain) -> None:
+    retrain("good")
     old = check_champion.find_champion(root, "convoy")
     assert old is not None
     check_champion.check(root / "artifacts/preprocess", old)
@@ -536,8 +538,8 @@ def test_images_of_other_classes_are_refused_before_training(root: Path, night: 
         check_champion.check(root / "artifacts/preprocess", dataclasses.replace(old, classes=["rose", "tulip"]))
 
 
-def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, night: Night) -> None:
-    night("good")
+def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, retrain: Retrain) -> None:
+    retrain("good")
     old = check_champion.find_champion(root, "convoy")
     assert old is not None
     prepared = root / "artifacts/preprocess"
@@ -549,14 +551,14 @@ def test_test_images_that_all_resemble_known_ones_are_refused(root: Path, night:
         check_champion.check(prepared, dataclasses.replace(old, training_hashes=["f" * 64]))
 
 
-def renew_mark(folder: Path) -> None:
+def renew_manifest(folder: Path) -> None:
     """As if the stage had written its files so."""
     hashes = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({file: sha256(folder / file) for file in hashes}))
 
 
 @pytest.fixture
-def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def writes_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A list with the number of writes to the registry after which the process dies."""
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
@@ -579,37 +581,37 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.slow
 def test_killed_register_is_completed_by_the_next_run(
-    root: Path, night: Night, dying: list[int], monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, writes_left: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("poor")
+    retrain("poor")
     monkeypatch.setattr(champion, "_is_dead", lambda owner: True)  # the lock's owner has died with it
     database = (root / "mlflow.db").read_bytes()
     for writes in range(100):
         (root / "mlflow.db").write_bytes(database)
-        dying[0] = writes
+        writes_left[0] = writes
         try:
-            night("good")
+            retrain("good")
             died = False
         except SimulatedKill:
             died = True
-        dying[0] = 10**9
-        assert aliases(root)[CHAMPION] in (1, 2)
-        night("good")
-        assert aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
+        writes_left[0] = 10**9
+        assert read_aliases(root)[CHAMPION] in (1, 2)
+        retrain("good")
+        assert read_aliases(root) == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
         with open_store(root, "convoy") as store:
             assert champion.audit_log(store, "convoy")["after"].tolist() == [1, 2]
             assert [model.name for model in store.client.search_registered_models()] == ["convoy"]
             assert len(store.client.search_model_versions("name = 'convoy'")) == 2
-        assert shown_trail(root, version=2)["after"].tolist() == [1, 2]
+        assert read_audit_log(root, version=2)["after"].tolist() == [1, 2]
         if not died:
             break
     assert writes > 8
 
 
 def test_sync_refills_a_deleted_database_but_has_no_champion(
-    root: Path, night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("good")
+    retrain("good")
     # in another place, since this process would not notice that its database is gone
     lost = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     monkeypatch.chdir(lost)
@@ -625,43 +627,43 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
             ConvoyError, match=r"had a champion \(version 1, as of [-0-9]+\), of which this MLflow knows nothing"
         ) as raised:
             Stage(lost, "register").run(register)
-        assert CHAMPION not in aliases(lost)
+        assert CHAMPION not in read_aliases(lost)
     note = lost / "artifacts" / ".champions" / "convoy.txt"
     assert f"If it is lost for good, remove {note}: the next run then begins without a champion" in str(raised.value)
     note.unlink()
     Stage(lost, "register").run(register)
-    assert aliases(lost)[CHAMPION] == 1
+    assert read_aliases(lost)[CHAMPION] == 1
 
 
 @pytest.mark.parametrize("override", ["register.gate.max_looks=7", "register.gate.alpha=0.04"])
 def test_changed_gate_settings_are_evaluated_again(
-    override: str, root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    override: str, root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("good")
-    night("similar")
-    asked = watched(monkeypatch)
-    night("similar", override)
+    retrain("good")
+    retrain("similar")
+    asked = watch_gate(monkeypatch)
+    retrain("similar", override)
     assert len(asked) == 1
 
 
 def test_other_images_or_champion_are_evaluated_again(
-    root: Path, night: Night, monkeypatch: pytest.MonkeyPatch
+    root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night("poor")
-    night("good")
-    night("similar")
-    asked = watched(monkeypatch)
+    retrain("poor")
+    retrain("good")
+    retrain("similar")
+    asked = watch_gate(monkeypatch)
     (root / "artifacts/preprocess/near_duplicates.csv").write_text("others\n")
-    renew_mark(root / "artifacts/preprocess")
-    night("similar")
+    renew_manifest(root / "artifacts/preprocess")
+    retrain("similar")
     assert len(asked) == 1
     with open_store(root, "convoy") as store:
         champion.roll_back(store, "convoy", "it fails at night", "ada", "0" * 40)
-    night("similar")
+    retrain("similar")
     assert len(asked) == 2
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+def watch_gate(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What is judged from now on."""
     asked: list[tuple] = []
     real = promote.run_gate
@@ -669,7 +671,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     return asked
 
 
-def test_gate_gets_the_evidence_of_both_models(root: Path, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gate_gets_the_evidence_of_both_models(root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
     real = promote.gate.decide
 
@@ -678,8 +680,8 @@ def test_gate_gets_the_evidence_of_both_models(root: Path, night: Night, monkeyp
         return real(challenger, old, params, **more)
 
     monkeypatch.setattr(promote.gate, "decide", noted)
-    night("poor")
-    night("good")
+    retrain("poor")
+    retrain("good")
     prepared = root / "artifacts/preprocess"
     images = pd.read_parquet(prepared / "images.parquet")
     seen = set(images["sha256"][images["split"] != "test"])

@@ -48,18 +48,18 @@ def fired(tmp_path: Path) -> Path:
 # Files that a training may be said to have left
 
 
-def pickled(fired: Path) -> bytes:
+def make_pickle(fired: Path) -> bytes:
     return pickle.dumps({"c1.weight": Poison(fired)})
 
 
-def zipped(fired: Path) -> bytes:
+def make_torch_archive(fired: Path) -> bytes:
     """As torch.save writes a checkpoint, and torch.export a program (.pt2): a zip with pickles inside."""
     file = fired.with_suffix(".pt2")
     torch.save({"c1.weight": Poison(fired)}, file)
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("poison", [pickled, zipped])
+@pytest.mark.parametrize("poison", [make_pickle, make_torch_archive])
 def test_pickle_in_place_of_the_weights_is_refused_and_not_run(
     poison: Callable[[Path], bytes], fired: Path, tmp_path: Path
 ) -> None:
@@ -76,7 +76,7 @@ def test_pickle_in_place_of_the_weights_is_refused_and_not_run(
 @pytest.mark.parametrize("suffix", [".pt2", ".ckpt", ".pkl", ".onnx", ""])
 def test_training_refuses_a_file_that_may_hold_code(suffix: str, fired: Path, tmp_path: Path) -> None:
     file = tmp_path / f"weights{suffix}"
-    file.write_bytes(zipped(fired))
+    file.write_bytes(make_torch_archive(fired))
     with pytest.raises(ConvoyError, match=r"model\.lenet\.init=.*it may be scratch"):
         init_weights.check_init("lenet", {"init": str(file)})
     assert not fired.exists()
@@ -142,19 +142,19 @@ def stored(root: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def version(root: Path) -> Iterator[versions.ModelVersion]:
+def open_version(root: Path) -> Iterator[versions.ModelVersion]:
     with open_store(root, "convoy") as store:
         yield model_loader.find(store, "models:/convoy@champion")
 
 
-def everything(root: Path, folder: Path) -> None:
-    with version(root) as found:
+def fetch_all(root: Path, folder: Path) -> None:
+    with open_version(root) as found:
         model_loader.fetch(found, folder)
 
 
 def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> None:
-    everything(root, tmp_path / "copy")
-    with version(root) as found:
+    fetch_all(root, tmp_path / "copy")
+    with open_version(root) as found:
         assert model_loader.load(found).architecture == "lenet"
         hashes = json.loads(found.tags[versions.HASHES])
     for name, file in (("record", "record.json"), ("weights", "weights.safetensors")):
@@ -174,12 +174,12 @@ def test_only_the_registered_files_are_loaded(
             content[-5] ^= 1
             target.write_bytes(content)
         case "poison":
-            target.write_bytes(pickled(fired))
+            target.write_bytes(make_pickle(fired))
         case "another":
             target.write_bytes(content + b" ")
         case "gone":
             target.unlink()
-    with version(root) as found, pytest.raises(ConvoyError, match=f"{file}.*nothing of the model was used"):
+    with open_version(root) as found, pytest.raises(ConvoyError, match=f"{file}.*nothing of the model was used"):
         model_loader.load(found)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConvoyError, match=rf"models:/convoy/1.*{file}"):
@@ -187,12 +187,12 @@ def test_only_the_registered_files_are_loaded(
     assert not fired.exists()
 
 
-def run_at_import(stored: Path, fired: Path) -> None:
+def add_code(stored: Path, fired: Path) -> None:
     file = stored / "pyfunc_model.py"
     file.write_text(f"open({str(fired)!r}, 'w').close()\n{file.read_text()}")
 
 
-def loader_module(stored: Path, fired: Path) -> None:
+def add_loader_module(stored: Path, fired: Path) -> None:
     """A line in MLmodel names the module that loads the model, and code beside it is importable."""
     (stored / "code" / "evil.py").write_text(f"open({str(fired)!r}, 'w').close()\ndef _load_pyfunc(path): ...\n")
     lines = (stored / "MLmodel").read_text().splitlines()
@@ -200,21 +200,21 @@ def loader_module(stored: Path, fired: Path) -> None:
     (stored / "MLmodel").write_text("\n".join(line for line in changed if "sha256" not in line))
 
 
-def pickled_model(stored: Path, fired: Path) -> None:
+def add_pickled_model(stored: Path, fired: Path) -> None:
     """MLmodel names a pickle in place of the model's source."""
-    (stored / "python_model.pkl").write_bytes(pickled(fired))
+    (stored / "python_model.pkl").write_bytes(make_pickle(fired))
     lines = (stored / "MLmodel").read_text().splitlines()
     changed = ["    python_model: python_model.pkl" if "model_code_path:" in line else line for line in lines]
     changed = ["    loader_module: mlflow.pyfunc.model" if "loader_module:" in line else line for line in changed]
     (stored / "MLmodel").write_text("\n".join(changed))
 
 
-@pytest.mark.parametrize("attack", [run_at_import, loader_module, pickled_model])
+@pytest.mark.parametrize("attack", [add_code, add_loader_module, add_pickled_model])
 def test_code_that_was_put_into_a_model_is_refused_and_never_run(
     attack: Callable[[Path, Path], None], root: Path, stored: Path, fired: Path, tmp_path: Path
 ) -> None:
     attack(stored, fired)
-    with version(root) as found:
+    with open_version(root) as found:
         model_loader.load(found)  # takes none of it: it has its own code
         with pytest.raises(ConvoyError, match="was changed since it was registered; nothing of the model was used"):
             model_loader.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
@@ -232,15 +232,15 @@ def test_additional_file_is_not_even_downloaded(root: Path, stored: Path, fired:
     cache = stored / "code" / "convoy" / "__pycache__" / f"task.{sys.implementation.cache_tag}.pyc"
     cache.parent.mkdir(exist_ok=True)
     for file in (cache, stored / "artifacts" / "model.pt2", stored / "code" / "torch.py"):
-        file.write_bytes(pickled(fired))
-    everything(root, tmp_path / "copy")
+        file.write_bytes(make_pickle(fired))
+    fetch_all(root, tmp_path / "copy")
     names = {file.name for file in (tmp_path / "copy").rglob("*")}
     assert not names & {cache.name, "__pycache__", "model.pt2", "torch.py"}
 
 
 @pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json"])
 def test_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
-    with version(root) as found:
+    with open_version(root) as found:
         found._tags = {} if tag is None else {versions.HASHES: tag}
         with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.HASHES}"):
             model_loader.load(found)
@@ -291,7 +291,7 @@ def tamper(file: Path, change: str, fired: Path) -> None:
     content = bytearray(file.read_bytes())
     if change == "one bit":
         content[-5] ^= 1
-    file.write_bytes(content if change == "one bit" else b"[" * 100_000 if change == "deep" else pickled(fired))
+    file.write_bytes(content if change == "one bit" else b"[" * 100_000 if change == "deep" else make_pickle(fired))
 
 
 CHANGES = [("weights.safetensors", "one bit"), ("weights.safetensors", "poison"), ("record.json", "deep")]
@@ -372,7 +372,7 @@ RUNS_CODE = {
 SOURCES = sorted(file for folder in ("src", "pipeline") for file in (ROOT / folder).rglob("*.py"))
 
 
-def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def find_calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """The dotted name of everything that is called or imported, and the keywords of the call."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call):
@@ -386,7 +386,7 @@ def calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_loader_that_executes_code_is_called(file: Path) -> None:
-    for name, keywords in calls(file):
+    for name, keywords in find_calls(file):
         assert not [word for word in RUNS_CODE if f".{word}." in f".{name}."], name
         assert name not in ("eval", "exec")  # a network has an eval() that is another
         if name in ("torch.load", "torch.jit.load", "torch.export.load"):

@@ -32,41 +32,41 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages have all run once."""
     root = make_project(tmp_path_factory.mktemp("road") / "a project")  # a path may hold a space
     run_stages(root)
     return root
 
 
-def runs(root: Path) -> pd.DataFrame:
+def list_runs(root: Path) -> pd.DataFrame:
     with open_store(root, "convoy") as store:
         return mlflow.search_runs([store.experiment.experiment_id]).set_index("tags.mlflow.runName").sort_index()
 
 
-def champion_version(root: Path) -> str:
+def find_champion(root: Path) -> str:
     with open_store(root, "convoy") as store:
         return str(store.client.get_model_version_by_alias("convoy", "champion").version)
 
 
-def test_leaderboard_lists_models_by_validation_accuracy(road: Path) -> None:
-    table = pd.read_csv(road / "artifacts/register/leaderboard.csv")
+def test_leaderboard_lists_models_by_validation_accuracy(finished_project: Path) -> None:
+    table = pd.read_csv(finished_project / "artifacts/register/leaderboard.csv")
     assert set(table["model"]) == {"lenet", "resnet"}
     assert table["val_accuracy"].is_monotonic_decreasing
     assert {"test_accuracy", "test_balanced_accuracy", "test_macro_f1", "test_log_loss"} <= set(table.columns)
 
 
-def test_each_run_has_its_curves_settings_and_metrics(road: Path) -> None:
-    table = runs(road)
+def test_each_run_has_its_curves_settings_and_metrics(finished_project: Path) -> None:
+    table = list_runs(finished_project)
     assert list(table.index) == ["lenet", "resnet"]
     assert set(table["status"]) == {"FINISHED"}
     for name in table.index:
-        record = json.loads((road / f"artifacts/train/{name}/record.json").read_text())
-        history = pd.read_csv(road / f"artifacts/train/{name}/history.csv")
+        record = json.loads((finished_project / f"artifacts/train/{name}/record.json").read_text())
+        history = pd.read_csv(finished_project / f"artifacts/train/{name}/history.csv")
         run = table.loc[name]
         assert run["metrics.best/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
         assert run["params.recipe.lr"] == str(record["settings"]["recipe"]["lr"])
-        with open_store(road, "convoy") as store:
+        with open_store(finished_project, "convoy") as store:
             curve = store.client.get_metric_history(run["run_id"], "val/loss")
             files = {file.path for file in store.client.list_artifacts(run["run_id"])}
         assert [point.step for point in curve] == list(history["epoch"])
@@ -74,17 +74,17 @@ def test_each_run_has_its_curves_settings_and_metrics(road: Path) -> None:
         assert {"confusion.png", "per_class.csv", "record.json"} <= files
 
 
-def test_all_runs_have_the_same_metrics_and_parameters(road: Path) -> None:
-    table = runs(road).filter(regex=r"^(metrics|params)\.")
+def test_all_runs_have_the_same_metrics_and_parameters(finished_project: Path) -> None:
+    table = list_runs(finished_project).filter(regex=r"^(metrics|params)\.")
     assert not table.isna().any().any()
 
 
-def test_champion_predicts_images_as_the_evaluation_did(road: Path) -> None:
-    best = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
-    recorded = pd.read_parquet(road / f"artifacts/evaluate/{best}/predictions.parquet")
-    prepared = pd.read_parquet(road / "artifacts/preprocess/images.parquet").query("split == 'test'")
-    pictures = [np.asarray(Image.open(road / path)) for path in prepared["path"]]
-    with open_store(road, "convoy"):
+def test_champion_predicts_images_as_the_evaluation_did(finished_project: Path) -> None:
+    best = pd.read_csv(finished_project / "artifacts/register/leaderboard.csv")["model"][0]
+    recorded = pd.read_parquet(finished_project / f"artifacts/evaluate/{best}/predictions.parquet")
+    prepared = pd.read_parquet(finished_project / "artifacts/preprocess/images.parquet").query("split == 'test'")
+    pictures = [np.asarray(Image.open(finished_project / path)) for path in prepared["path"]]
+    with open_store(finished_project, "convoy"):
         model = mlflow.pyfunc.load_model("models:/convoy@champion")
     answer = model.predict(pictures)
     assert list(answer["label"]) == list(recorded["predicted"])
@@ -92,60 +92,66 @@ def test_champion_predicts_images_as_the_evaluation_did(road: Path) -> None:
     np.testing.assert_allclose(np.array(answer["probabilities"].tolist()), expected, atol=1e-5)
 
 
-def test_registering_the_same_results_again_changes_nothing(road: Path) -> None:
-    before, version, database = runs(road), champion_version(road), (road / "mlflow.db").read_bytes()
-    outputs = {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()}
-    Stage(road, "register").run(register)
-    pd.testing.assert_frame_equal(runs(road), before)
-    assert champion_version(road) == version
-    assert {file: file.read_bytes() for file in (road / "artifacts/register").iterdir()} == outputs
-    assert (road / "mlflow.db").read_bytes() == database
+def test_registering_the_same_results_again_changes_nothing(finished_project: Path) -> None:
+    before, version, database = (
+        list_runs(finished_project),
+        find_champion(finished_project),
+        (finished_project / "mlflow.db").read_bytes(),
+    )
+    outputs = {file: file.read_bytes() for file in (finished_project / "artifacts/register").iterdir()}
+    Stage(finished_project, "register").run(register)
+    pd.testing.assert_frame_equal(list_runs(finished_project), before)
+    assert find_champion(finished_project) == version
+    assert {file: file.read_bytes() for file in (finished_project / "artifacts/register").iterdir()} == outputs
+    assert (finished_project / "mlflow.db").read_bytes() == database
 
 
-def test_run_left_by_a_killed_register_is_completed(road: Path) -> None:
-    lenet = runs(road).loc["lenet", "run_id"]
-    with open_store(road, "convoy") as store:
+def test_run_left_by_a_killed_register_is_completed(finished_project: Path) -> None:
+    lenet = list_runs(finished_project).loc["lenet", "run_id"]
+    with open_store(finished_project, "convoy") as store:
         store.client.update_run(lenet, status="RUNNING")
-    Stage(road, "register").run(register)
-    after = runs(road)
+    Stage(finished_project, "register").run(register)
+    after = list_runs(finished_project)
     assert list(after.index) == ["lenet", "resnet"]
     assert set(after["status"]) == {"FINISHED"}
     assert after.loc["lenet", "run_id"] == lenet
 
 
 def test_experiment_leaves_the_champion_as_it_is(
-    road: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def aliases() -> dict[str, str]:
-        with open_store(road, "convoy") as store:
+        with open_store(finished_project, "convoy") as store:
             return store.client.get_registered_model("convoy").aliases
 
     before = aliases()
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
-    with open_store(road, "convoy") as store:
+    with open_store(finished_project, "convoy") as store:
         store.client.delete_registered_model_alias("convoy", "champion")
-    Stage(road, "register").run(register)
+    Stage(finished_project, "register").run(register)
     assert "bold-idea" in capsys.readouterr().out
     assert "champion" not in aliases()
-    with open_store(road, "convoy") as store:
+    with open_store(finished_project, "convoy") as store:
         store.client.set_registered_model_alias("convoy", "champion", str(before["champion"]))
 
 
 def test_experiment_in_a_temporary_copy_logs_to_the_project(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
     for name in ("artifacts", "dvc.yaml", "params.yaml"):
-        (shutil.copytree if (road / name).is_dir() else shutil.copy)(road / name, copy / name)
+        (shutil.copytree if (finished_project / name).is_dir() else shutil.copy)(finished_project / name, copy / name)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "project"))
     monkeypatch.setenv("DVC_EXP_NAME", "elsewhere")
     Stage(copy, "register").run(register)
     assert not (copy / "mlflow.db").exists()
-    assert list(runs(tmp_path / "project").index) == ["lenet", "resnet"]
+    assert list(list_runs(tmp_path / "project").index) == ["lenet", "resnet"]
 
 
-def test_summary_shows_the_leaderboard_and_the_next_commands(road: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_summary(road, config.load(road / "params.yaml"))
+def test_summary_shows_the_leaderboard_and_the_next_commands(
+    finished_project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_summary(finished_project, config.load(finished_project / "params.yaml"))
     said = capsys.readouterr().out
     assert "lenet" in said
     assert "resnet" in said
@@ -158,18 +164,18 @@ def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
         print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
 
 
-def test_training_is_bit_identical_in_another_folder(road: Path, tmp_path: Path) -> None:
+def test_training_is_bit_identical_in_another_folder(finished_project: Path, tmp_path: Path) -> None:
     again = make_project(tmp_path / "another" / "place")
     run_stages(again, until="evaluate")
     for mark in sorted(again.glob("artifacts/**/manifest.json")):
-        assert mark.read_bytes() == (road / mark.relative_to(again)).read_bytes(), mark
+        assert mark.read_bytes() == (finished_project / mark.relative_to(again)).read_bytes(), mark
 
 
-def test_each_run_names_the_data_that_its_model_saw(road: Path) -> None:
-    profile = json.loads((road / "artifacts/preprocess/data.json").read_text())["profile"]
+def test_each_run_names_the_data_that_its_model_saw(finished_project: Path) -> None:
+    profile = json.loads((finished_project / "artifacts/preprocess/data.json").read_text())["profile"]
     assert profile["train"] + profile["val"] + profile["test"] == profile["images"] == 90
-    names = list(runs(road)["run_id"])
-    with open_store(road, "convoy") as store:
+    names = list(list_runs(finished_project)["run_id"])
+    with open_store(finished_project, "convoy") as store:
         for run in names:
             (found,) = store.client.get_run(run).inputs.dataset_inputs
             assert found.dataset.name == "digits"
@@ -195,7 +201,7 @@ def test_new_class_is_appended_and_a_removed_one_is_kept(tmp_path: Path, capsys:
     assert "new classes: 'drooping'" in (root / "artifacts/fetch/card.md").read_text().replace("&#39;", "'")
     before = json.loads(first)["classes"]
     assert json.loads((root / "artifacts/preprocess/task.json").read_text())["classes"] == [*before, "drooping"]
-    assert champion_version(root) == "1"  # and all the stages can live with a class without images
+    assert find_champion(root) == "1"  # and all the stages can live with a class without images
 
 
 def test_same_data_gives_the_same_card(tmp_path: Path) -> None:
@@ -298,11 +304,11 @@ def test_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
         dvc_state.read_yaml(tmp_path / "data.dvc")
 
 
-def test_unreachable_mlflow_server_is_one_clear_line(road: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_mlflow_server_is_one_clear_line(finished_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConvoyError, match=r"MLflow at http://127.0.0.1:9 fails: .*MLFLOW_TRACKING_URI") as raised:
-        Stage(road, "register").run(register)
+        Stage(finished_project, "register").run(register)
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -331,7 +337,9 @@ def test_unreachable_mlflow_server_is_one_clear_line(road: Path, monkeypatch: py
         ("register.name=''", "register.name='': value error, it names folders"),
     ],
 )
-def test_wrong_setting_is_refused_before_anything_runs(road: Path, tmp_path: Path, override: str, said: str) -> None:
+def test_wrong_setting_is_refused_before_anything_runs(
+    finished_project: Path, tmp_path: Path, override: str, said: str
+) -> None:
     root = make_project(tmp_path / "project", [*SMALL, override])
     with pytest.raises(ConvoyError) as raised:
         check(config.load(root / "params.yaml"))
@@ -373,13 +381,13 @@ def test_failed_training_is_marked_and_the_others_continue(tmp_path: Path, capsy
         assert len(store.client.search_runs([store.experiment.experiment_id])) == 2
 
 
-def test_weights_have_the_permissions_of_the_record(road: Path) -> None:
-    trained = road / "artifacts/train/lenet"
+def test_weights_have_the_permissions_of_the_record(finished_project: Path) -> None:
+    trained = finished_project / "artifacts/train/lenet"
     assert (trained / "weights.safetensors").stat().st_mode == (trained / "record.json").stat().st_mode
 
 
-def test_full_disk_is_reported_with_the_message_of_the_system(road: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(road, tmp_path / "project")
+def test_full_disk_is_reported_with_the_message_of_the_system(finished_project: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(finished_project, tmp_path / "project")
 
     def train_on_a_full_disk(stage: Stage) -> None:
         (stage.scratch / "weights.safetensors").symlink_to("/dev/full")
@@ -390,23 +398,25 @@ def test_full_disk_is_reported_with_the_message_of_the_system(road: Path, tmp_pa
 
 
 def test_training_starts_from_the_champion_or_a_run(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    winner = pd.read_csv(road / "artifacts/register/leaderboard.csv")["model"][0]
-    run = runs(road).loc[winner, "run_id"]
+    winner = pd.read_csv(finished_project / "artifacts/register/leaderboard.csv")["model"][0]
+    run = list_runs(finished_project).loc[winner, "run_id"]
     for init in ("champion", run):
         root = tmp_path / init
-        shutil.copytree(road / "artifacts/preprocess", root / "artifacts/preprocess")
-        shutil.copytree(road / "conf", root / "conf")
-        shutil.copy(road / "dvc.yaml", root)
+        shutil.copytree(finished_project / "artifacts/preprocess", root / "artifacts/preprocess")
+        shutil.copytree(finished_project / "conf", root / "conf")
+        shutil.copy(finished_project / "dvc.yaml", root)
         config.compose(root, [*SMALL, f"model.{winner}.init={init}", "train.max_epochs=1"])
-        monkeypatch.setenv("DVC_ROOT", str(road))
+        monkeypatch.setenv("DVC_ROOT", str(finished_project))
         Stage(root, "train", winner).run(train)
         record = json.loads((root / f"artifacts/train/{winner}/record.json").read_text())
         assert record["initial_weights"]["init"] == init
         assert record["initial_weights"]["head"] == "kept"
-        assert record["initial_weights"]["sha256"] == sha256(road / f"artifacts/train/{winner}/weights.safetensors")
+        assert record["initial_weights"]["sha256"] == sha256(
+            finished_project / f"artifacts/train/{winner}/weights.safetensors"
+        )
 
 
 def test_nothing_is_registered_if_every_training_fails(tmp_path: Path) -> None:
@@ -420,21 +430,21 @@ def test_unknown_architecture_is_refused_with_a_suggestion(tmp_path: Path) -> No
         make_project(tmp_path / "project", ["model=[lenett,resnet]"])
 
 
-def test_refused_settings_leave_params_yaml_unchanged(road: Path) -> None:
-    before = (road / "params.yaml").read_bytes()
+def test_refused_settings_leave_params_yaml_unchanged(finished_project: Path) -> None:
+    before = (finished_project / "params.yaml").read_bytes()
     with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
-        config.compose(road, ["train.max_epochs=0"], check=check)
-    assert (road / "params.yaml").read_bytes() == before
+        config.compose(finished_project, ["train.max_epochs=0"], check=check)
+    assert (finished_project / "params.yaml").read_bytes() == before
 
 
 def test_committed_settings_pass_the_check() -> None:
     check(config.load(ROOT / "params.yaml"))
 
 
-def test_epochs_are_compared_by_the_validation_images(road: Path) -> None:
+def test_epochs_are_compared_by_the_validation_images(finished_project: Path) -> None:
     for name in ("lenet", "resnet"):
-        best = json.loads((road / f"artifacts/train/{name}/record.json").read_text())["best"]
-        judged = json.loads((road / f"artifacts/evaluate/{name}/calibration.json").read_text())
+        best = json.loads((finished_project / f"artifacts/train/{name}/record.json").read_text())["best"]
+        judged = json.loads((finished_project / f"artifacts/evaluate/{name}/calibration.json").read_text())
         assert best["val_loss"] == pytest.approx(judged["val_log_loss_uncalibrated"], rel=1e-3)
 
 
@@ -447,9 +457,11 @@ def test_other_classes_under_a_known_dataset_name_are_refused(tmp_path: Path) ->
 
 
 def test_checkpoint_of_other_settings_is_not_resumed(
-    road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(road, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    root = shutil.copytree(
+        finished_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
+    )
     files: list[Path] = []
 
     def noted(file: Path) -> None:

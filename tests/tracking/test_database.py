@@ -25,13 +25,13 @@ VERSIONS = [script.revision for script in ScriptDirectory(str(SCRIPTS)).walk_rev
 
 
 @pytest.fixture(autouse=True)
-def quiet(embedded_store: None) -> None:
+def quiet_loggers(embedded_store: None) -> None:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="module")
-def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database as an older MLflow left it, six versions of its schema ago."""
     file = tmp_path_factory.mktemp("older") / "mlflow.db"
     engine = sqlalchemy.create_engine(f"sqlite:///{file}", poolclass=sqlalchemy.NullPool)
@@ -62,15 +62,15 @@ def add_run(file: Path, artifacts: Path) -> None:
     )
 
 
-def runs(file: Path) -> list[str]:
+def list_runs(file: Path) -> list[str]:
     return [run.info.run_name for run in MlflowClient(f"sqlite:///{file}").search_runs(["1"])]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
-def version(file: Path) -> str:
+def read_version(file: Path) -> str:
     with contextlib.closing(sqlite3.connect(file)) as opened:
         return opened.execute("select version_num from alembic_version").fetchone()[0]
 
@@ -78,22 +78,24 @@ def version(file: Path) -> str:
 # Creation
 
 
-def test_complete_database_is_not_touched(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(empty, tmp_path)
-    before = contents(tmp_path)
+def test_complete_database_is_not_touched(
+    empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(empty_database, tmp_path)
+    before = read_files(tmp_path)
     monkeypatch.setattr(database, "_migrate", lambda _: pytest.fail("nothing is to be done"))
     database.prepare(tmp_path / "mlflow.db")
-    assert contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 def test_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").touch()
     database.prepare(tmp_path / "mlflow.db")
-    assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
-    assert list(contents(tmp_path)) == ["mlflow.db"]
+    assert read_version(tmp_path / "mlflow.db") == VERSIONS[-1]
+    assert list(read_files(tmp_path)) == ["mlflow.db"]
 
 
-def stopped_after(statements: int, file: Path) -> None:
+def create_partially(statements: int, file: Path) -> None:
     """A database whose creation by MLflow itself was stopped."""
     engine = sqlalchemy.create_engine(f"sqlite:///{file}", poolclass=sqlalchemy.NullPool)
 
@@ -113,7 +115,7 @@ def stopped_after(statements: int, file: Path) -> None:
 def test_incomplete_database_without_runs_is_replaced(
     statements: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stopped_after(statements, tmp_path / "mlflow.db")
+    create_partially(statements, tmp_path / "mlflow.db")
     with open_store(tmp_path, "convoy") as store:
         assert store.experiment.name == "convoy"
     assert "mlflow.db was incomplete, as its creation was stopped, and held no run: moved to mlflow.db.inc" in (
@@ -129,13 +131,13 @@ def test_link_to_a_database_stays_a_link(tmp_path: Path) -> None:
     (project / "mlflow.db").symlink_to(elsewhere / "runs.db")
     database.prepare(project / "mlflow.db")
     assert (project / "mlflow.db").is_symlink()
-    assert version(elsewhere / "runs.db") == VERSIONS[-1]
-    assert list(contents(elsewhere)) == ["runs.db"]
+    assert read_version(elsewhere / "runs.db") == VERSIONS[-1]
+    assert list(read_files(elsewhere)) == ["runs.db"]
 
 
-def test_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Path) -> None:
+def test_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty_database: Path) -> None:
     file = tmp_path / "mlflow.db"
-    shutil.copy(empty, file)
+    shutil.copy(empty_database, file)
     child = os.fork()
     if not child:  # killed in a transaction
         opened = sqlite3.connect(file)
@@ -149,10 +151,10 @@ def test_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Pat
     assert file.with_name("mlflow.db-journal").stat().st_size
     file.unlink()
     database.prepare(file)
-    assert list(contents(tmp_path)) == ["mlflow.db"]
+    assert list(read_files(tmp_path)) == ["mlflow.db"]
     with contextlib.closing(sqlite3.connect(file)) as opened:
         assert opened.execute("pragma integrity_check").fetchall() == [("ok",)]
-    assert version(file) == VERSIONS[-1]
+    assert read_version(file) == VERSIONS[-1]
 
 
 # Databases of others
@@ -160,43 +162,45 @@ def test_journal_of_a_removed_database_is_not_applied(tmp_path: Path, empty: Pat
 
 def test_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
     execute(tmp_path / "mlflow.db", "create table addresses (name text)", "insert into addresses values ('somebody')")
-    before = contents(tmp_path)
+    before = read_files(tmp_path)
     with (
         pytest.raises(ConvoyError, match=r"mlflow.db is a database, but not MLflow's \(its tables are addresses\)"),
         open_store(tmp_path, "convoy"),
     ):
         pass
-    assert contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 @pytest.mark.parametrize("age", ["current", "older"])
-def test_database_of_another_project_is_left_as_it_is(age: str, tmp_path: Path, empty: Path, older: Path) -> None:
-    shutil.copy(empty if age == "current" else older, tmp_path)
+def test_database_of_another_project_is_left_as_it_is(
+    age: str, tmp_path: Path, empty_database: Path, old_database: Path
+) -> None:
+    shutil.copy(empty_database if age == "current" else old_database, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path.with_name("other") / "mlruns/1")
-    before = contents(tmp_path)
+    before = read_files(tmp_path)
     with (
         pytest.raises(ConvoyError, match=r"mlflow.db is of another project: it has its files in .*/other/mlruns/1"),
         open_store(tmp_path, "convoy"),
     ):
         pass
-    assert contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
-def test_runs_made_by_hand_in_this_folder_stay_beside_ours(tmp_path: Path, empty: Path) -> None:
-    shutil.copy(empty, tmp_path)
+def test_runs_made_by_hand_in_this_folder_stay_beside_ours(tmp_path: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path / "mlruns/1")
     with open_store(tmp_path, "convoy") as store:
         assert store.experiment.name == "convoy"
-    assert runs(tmp_path / "mlflow.db") == ["precious"]
+    assert list_runs(tmp_path / "mlflow.db") == ["precious"]
 
 
-def test_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty: Path) -> None:
-    shutil.copy(empty, tmp_path)
+def test_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, tmp_path)
     execute(tmp_path / "mlflow.db", "update alembic_version set version_num = 'f00dfeedf00d'")
-    before = contents(tmp_path)
+    before = read_files(tmp_path)
     with pytest.raises(ConvoyError, match=r"is of a newer MLflow than .* \(its schema is f00dfeedf00d\)"):
         database.prepare(tmp_path / "mlflow.db")
-    assert contents(tmp_path) == before
+    assert read_files(tmp_path) == before
 
 
 # Upgrades
@@ -204,35 +208,35 @@ def test_database_of_a_newer_mlflow_is_left_as_it_is(tmp_path: Path, empty: Path
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 def test_database_of_an_older_mlflow_is_upgraded_as_a_copy(
-    mode: str, tmp_path: Path, older: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, tmp_path: Path, old_database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mlflow.db"
-    shutil.copy(older, file)
+    shutil.copy(old_database, file)
     execute(file, f"pragma journal_mode = {mode}")
     add_run(file, tmp_path / "mlartifacts/theirs")
     with open_store(tmp_path, "convoy"):
         pass
-    assert runs(file) == ["precious"]
+    assert list_runs(file) == ["precious"]
     (kept,) = tmp_path.glob("mlflow.db.before-*")
-    assert version(kept) == VERSIONS[-7]
+    assert read_version(kept) == VERSIONS[-7]
     assert f"as it was before, it is kept in {kept.name}" in capsys.readouterr().out
     with contextlib.closing(sqlite3.connect(file)) as opened:
         assert opened.execute("pragma journal_mode").fetchone() == (mode,)
 
 
-def break_it(_: Path) -> None:
+def fail_upgrade(_: Path) -> None:
     raise sqlalchemy.exc.OperationalError("alter table", {}, Exception("duplicate column name: kind"))
 
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 def test_upgrade_that_fails_leaves_the_database_as_it_was(
-    mode: str, tmp_path: Path, older: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, tmp_path: Path, old_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(older, tmp_path)
+    shutil.copy(old_database, tmp_path)
     execute(tmp_path / "mlflow.db", f"pragma journal_mode = {mode}")
     add_run(tmp_path / "mlflow.db", tmp_path / "mlartifacts/theirs")
-    before = contents(tmp_path)
-    monkeypatch.setattr(database, "_migrate", break_it)
+    before = read_files(tmp_path)
+    monkeypatch.setattr(database, "_migrate", fail_upgrade)
     with (
         pytest.raises(
             ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left as"
@@ -240,15 +244,15 @@ def test_upgrade_that_fails_leaves_the_database_as_it_was(
         open_store(tmp_path, "convoy"),
     ):
         pass
-    after = contents(tmp_path)
+    after = read_files(tmp_path)
     assert after.keys() == before.keys()
     if mode == "delete":  # in WAL mode a counter in the file's header grows
         assert after == before
-    assert version(tmp_path / "mlflow.db") == VERSIONS[-7]
+    assert read_version(tmp_path / "mlflow.db") == VERSIONS[-7]
 
 
-def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, older: Path) -> None:
-    shutil.copy(older, tmp_path)
+def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, old_database: Path) -> None:
+    shutil.copy(old_database, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path / "mlartifacts/theirs")
     told, tell = os.pipe()
     other = os.fork()
@@ -261,12 +265,12 @@ def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, older:
     os.write(tell, b".")
     os.waitpid(other, 0)
     database.prepare(tmp_path / "mlflow.db")
-    assert version(tmp_path / "mlflow.db") == VERSIONS[-1]
+    assert read_version(tmp_path / "mlflow.db") == VERSIONS[-1]
 
 
-def test_locked_database_is_reported(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locked_database_is_reported(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "LOCK_TIMEOUT_S", 0.1)
-    shutil.copy(empty, tmp_path)
+    shutil.copy(empty_database, tmp_path)
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
         other.execute("begin exclusive")
         with (

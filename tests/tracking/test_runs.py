@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
             yield store
 
 
-def bring(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
+def sync_run(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
     run = RunRecord(
         name=name,
         params={"model": name},
@@ -55,7 +55,7 @@ def bring(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
 
 
 def test_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
-    (found,) = bring(store, "lenet", DIGITS).inputs.dataset_inputs
+    (found,) = sync_run(store, "lenet", DIGITS).inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.digest) == ("digits", "a99769f9303d")
     assert json.loads(found.dataset.source) == {"uri": "data.dvc"}
     assert json.loads(found.dataset.profile) == {"images": 1797, "train": 1132, "val": 302, "test": 363}
@@ -64,8 +64,8 @@ def test_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
 
 def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> None:
     newer = DatasetVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
-    older = bring(store, "lenet", DIGITS).info.run_id
-    runs = {bring(store, name, newer).info.run_id for name in ("lenet", "resnet")}
+    older = sync_run(store, "lenet", DIGITS).info.run_id
+    runs = {sync_run(store, name, newer).info.run_id for name in ("lenet", "resnet")}
     found = store.client.search_runs([store.experiment.experiment_id], "dataset.digest = 'b1c2d3e4f5a6'")
     assert {run.info.run_id for run in found} == runs
     assert older not in runs
@@ -78,11 +78,11 @@ def test_concurrent_syncs_write_each_point_once(store: TrackingStore, monkeypatc
         if metrics:  # all is read by now; here the other one does the whole of it
             monkeypatch.setattr(MlflowClient, "log_batch", write)
             monkeypatch.setattr(runs, "_now", lambda: later)
-            bring(store, "googlenet", DIGITS)
+            sync_run(store, "googlenet", DIGITS)
         return write(client, run_id, metrics, **named)
 
     monkeypatch.setattr(MlflowClient, "log_batch", meanwhile)
-    found = bring(store, "googlenet", DIGITS)
+    found = sync_run(store, "googlenet", DIGITS)
     for name, points in (("val/accuracy", [(1, 0.5), (2, 0.6)]), ("test/accuracy", [(0, 0.6)])):
         history = store.client.get_metric_history(found.info.run_id, name)
         assert [(point.step, point.value) for point in history] == points
@@ -94,7 +94,7 @@ def test_experiment_created_concurrently_is_reused(store: TrackingStore) -> None
 
 
 def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
-    assert set(bring(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
+    assert set(sync_run(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 
 
 def test_nested_settings_share_one_parameter() -> None:

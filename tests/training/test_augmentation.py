@@ -16,36 +16,36 @@ from convoy.training.augmentation import POLICY_GROUPS, augment, mix
 NOTHING = AugmentConfig(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
 
 
-def asked(**changes: Any) -> AugmentConfig:
+def make_config(**changes: Any) -> AugmentConfig:
     """Settings that ask for these changes and no other."""
     return dataclasses.replace(NOTHING, **changes)
 
 
-def name(params: AugmentConfig) -> str:
+def describe(params: AugmentConfig) -> str:
     return " ".join(f"{key}={value}" for key, value in vars(params).items() if value != getattr(NOTHING, key))
 
 
 every_policy = pytest.mark.parametrize("policy", ["trivial", "rand"])
 grey_and_colour = pytest.mark.parametrize("channels", [1, 3])
 EVERY_CHANGE = [
-    asked(shift=3),
-    asked(flip=True),
-    asked(policy="trivial"),
-    asked(policy="rand"),
-    asked(erase=0.5),
-    asked(shift=3, flip=True, policy="trivial", erase=0.5),
+    make_config(shift=3),
+    make_config(flip=True),
+    make_config(policy="trivial"),
+    make_config(policy="rand"),
+    make_config(erase=0.5),
+    make_config(shift=3, flip=True, policy="trivial", erase=0.5),
 ]
-every_change = pytest.mark.parametrize("changes", EVERY_CHANGE, ids=name)
-MIXED = [asked(mixup=1.0), asked(cutmix=1.0), asked(mixup=1.0, cutmix=1.0)]
-every_mix = pytest.mark.parametrize("mixed", MIXED, ids=name)
+every_change = pytest.mark.parametrize("changes", EVERY_CHANGE, ids=describe)
+MIXED = [make_config(mixup=1.0), make_config(cutmix=1.0), make_config(mixup=1.0, cutmix=1.0)]
+every_mix = pytest.mark.parametrize("mixed", MIXED, ids=describe)
 
 
-def ramp(count: int = 200, height: int = 12, width: int = 10) -> Tensor:
+def make_ramp(count: int = 200, height: int = 12, width: int = 10) -> Tensor:
     """The same image `count` times, each pixel with another value."""
     return torch.arange(height * width, dtype=torch.uint8).reshape(1, height, width, 1).repeat(count, 1, 1, 1)
 
 
-def noise(count: int = 48, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
+def make_noise(count: int = 48, height: int = 12, width: int = 10, channels: int = 3) -> Tensor:
     """Images that all differ, the same at each call."""
     return torch.randint(
         256, (count, height, width, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
@@ -63,7 +63,7 @@ def deterministic() -> Iterator[None]:
 
 
 def test_images_are_unchanged_without_augmentation() -> None:
-    assert augment(noise(), NOTHING).equal(noise())
+    assert augment(make_noise(), NOTHING).equal(make_noise())
 
 
 @every_change
@@ -74,11 +74,11 @@ def test_augment_keeps_shape_and_dtype_and_its_input(
     changes: AugmentConfig, channels: int, count: int, size: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    pixels = noise(count, *size, channels)
+    pixels = make_noise(count, *size, channels)
     changed = augment(pixels, changes)
     assert changed.shape == pixels.shape
     assert changed.dtype == torch.uint8
-    assert pixels.equal(noise(count, *size, channels))
+    assert pixels.equal(make_noise(count, *size, channels))
 
 
 @every_change
@@ -87,7 +87,7 @@ def test_augment_depends_on_the_state_of_the_generator(
 ) -> None:
     def changed(seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return augment(noise(), changes)
+        return augment(make_noise(), changes)
 
     assert changed(7).equal(changed(7))
     assert not changed(7).equal(changed(8))
@@ -98,10 +98,10 @@ def test_augment_depends_on_the_state_of_the_generator(
 def test_augment_never_synchronizes_with_the_device(changes: AugmentConfig, channels: int) -> None:
     for seed in range(3):  # a policy does something else each time
         torch.manual_seed(seed)
-        augment(noise(channels=channels), changes)
+        augment(make_noise(channels=channels), changes)
         after = torch.get_rng_state()
         torch.manual_seed(seed)
-        pixels = noise(channels=channels).to("meta")  # has no values, and raises where one is read
+        pixels = make_noise(channels=channels).to("meta")  # has no values, and raises where one is read
         changed = augment(pixels, changes)
         assert changed.device == pixels.device
         assert changed.shape == pixels.shape
@@ -112,7 +112,7 @@ def test_augment_never_synchronizes_with_the_device(changes: AugmentConfig, chan
 def test_augment_uses_deterministic_operations(changes: AugmentConfig, deterministic: None) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
-        augment(noise(), changes)
+        augment(make_noise(), changes)
 
 
 @every_change
@@ -129,7 +129,7 @@ def test_non_contiguous_images_are_augmented_identically(changes: AugmentConfig)
 # Shift and flip
 
 
-def shifted(image: Tensor, down: int, right: int) -> Tensor:
+def shift_image(image: Tensor, down: int, right: int) -> Tensor:
     rows = (torch.arange(image.shape[0]) + down).clamp(0, image.shape[0] - 1)
     columns = (torch.arange(image.shape[1]) + right).clamp(0, image.shape[1] - 1)
     return image[rows][:, columns]
@@ -143,18 +143,18 @@ def is_among(image: Tensor, allowed: list[Tensor]) -> bool:
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_image_is_shifted_up_to_the_maximum_and_maybe_flipped(shift: int, flip: bool) -> None:
     torch.manual_seed(0)
-    image = ramp(1)[0]
+    image = make_ramp(1)[0]
     ways = range(-shift, shift + 1)
-    allowed = [shifted(image, down, right) for down in ways for right in ways]
+    allowed = [shift_image(image, down, right) for down in ways for right in ways]
     allowed += [other.flip(1) for other in allowed] if flip else []
-    changed = augment(ramp(500), asked(shift=shift, flip=flip))
+    changed = augment(make_ramp(500), make_config(shift=shift, flip=flip))
     assert all(is_among(other, allowed) for other in changed)
     assert len(changed.unique(dim=0)) == len(allowed)  # and every way comes up
 
 
 def test_each_image_is_augmented_independently() -> None:
     torch.manual_seed(0)
-    changed = augment(ramp(64), asked(shift=2, flip=True))
+    changed = augment(make_ramp(64), make_config(shift=2, flip=True))
     assert len(changed.unique(dim=0)) > 20
 
 
@@ -169,7 +169,7 @@ def test_shift_and_flip_invent_no_pixel(
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (4, height, width, channels), dtype=torch.uint8)
     before = pixels.clone()
-    changed = augment(pixels, asked(shift=shift, flip=flip))
+    changed = augment(pixels, make_config(shift=shift, flip=flip))
     assert changed.shape == pixels.shape
     assert changed.dtype == torch.uint8
     assert torch.equal(pixels, before)
@@ -177,13 +177,13 @@ def test_shift_and_flip_invent_no_pixel(
         assert set(map(tuple, other.flatten(0, 1).tolist())) <= set(map(tuple, image.flatten(0, 1).tolist()))
 
 
-def drawn(pixels: Tensor, params: AugmentConfig) -> Tensor:
+def augment_one_by_one(pixels: Tensor, params: AugmentConfig) -> Tensor:
     """What `augment` promises, an image at a time, from the same random numbers."""
     count = len(pixels)
     down = right = torch.zeros(count, 1, dtype=torch.int64)
     if params.shift:
         down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
-    changed = torch.stack([shifted(*each) for each in zip(pixels, down, right, strict=True)])
+    changed = torch.stack([shift_image(*each) for each in zip(pixels, down, right, strict=True)])
     if params.flip:
         for image in (torch.rand(count, 1) < 0.5).flatten().nonzero().flatten():
             changed[image] = changed[image].flip(1)
@@ -201,17 +201,17 @@ def test_batch_is_augmented_as_its_images_one_by_one(
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
     before = torch.get_rng_state()
-    expected = drawn(pixels, asked(shift=shift, flip=flip))
+    expected = augment_one_by_one(pixels, make_config(shift=shift, flip=flip))
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    assert torch.equal(augment(pixels, asked(shift=shift, flip=flip)), expected)
+    assert torch.equal(augment(pixels, make_config(shift=shift, flip=flip)), expected)
     assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_about_half_of_the_images_are_flipped_exactly() -> None:
     torch.manual_seed(0)
-    image = ramp(1)[0]
-    changed = augment(ramp(1000), asked(shift=0, flip=True))
+    image = make_ramp(1)[0]
+    changed = augment(make_ramp(1000), make_config(shift=0, flip=True))
     flipped = sum(torch.equal(other, image.flip(1)) for other in changed)
     kept = sum(torch.equal(other, image) for other in changed)
     assert flipped + kept == 1000
@@ -228,19 +228,21 @@ def test_policy_equals_that_of_torchvision(policy: str, channels: int) -> None:
 
     smooth = InterpolationMode.BILINEAR
     change = {"trivial": TrivialAugmentWide, "rand": RandAugment}[policy](interpolation=smooth)
-    images = noise(10, channels=channels)
+    images = make_noise(10, channels=channels)
     torch.manual_seed(0)
     expected = [change(image.permute(2, 0, 1)).permute(1, 2, 0) for image in images]
     torch.manual_seed(0)
-    assert augment(images, asked(policy=policy)).equal(torch.stack(expected))
+    assert augment(images, make_config(policy=policy)).equal(torch.stack(expected))
 
 
 @every_policy
 def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
     torch.manual_seed(0)
-    image = noise(1)
-    assert len(augment(image.repeat(POLICY_GROUPS, 1, 1, 1), asked(policy=policy)).unique(dim=0)) > POLICY_GROUPS / 2
-    groups = augment(image.repeat(4 * POLICY_GROUPS, 1, 1, 1), asked(policy=policy)).split(4)
+    image = make_noise(1)
+    assert (
+        len(augment(image.repeat(POLICY_GROUPS, 1, 1, 1), make_config(policy=policy)).unique(dim=0)) > POLICY_GROUPS / 2
+    )
+    groups = augment(image.repeat(4 * POLICY_GROUPS, 1, 1, 1), make_config(policy=policy)).split(4)
     assert all(len(group.unique(dim=0)) == 1 for group in groups)
     assert len(torch.cat(groups).unique(dim=0)) > POLICY_GROUPS / 2
 
@@ -249,8 +251,8 @@ def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
 @grey_and_colour
 def test_most_images_are_changed(policy: str, channels: int) -> None:
     torch.manual_seed(0)
-    pixels = noise(channels=channels)
-    batches = [augment(pixels, asked(policy=policy)) for _ in range(10)]
+    pixels = make_noise(channels=channels)
+    batches = [augment(pixels, make_config(policy=policy)) for _ in range(10)]
     changed = torch.stack([(batch != pixels).flatten(1).any(1) for batch in batches]).float().mean()
     assert 0.6 < changed < 1
 
@@ -260,22 +262,22 @@ def test_most_images_are_changed(policy: str, channels: int) -> None:
 def test_every_operation_of_a_policy_occurs(policy: str, channels: int) -> None:
     torch.manual_seed(0)
     for _ in range(20):  # of 16 groups: that one of 14 changes never comes up has a chance of 1e-9
-        changed = augment(noise(16, channels=channels), asked(policy=policy))
+        changed = augment(make_noise(16, channels=channels), make_config(policy=policy))
         assert changed.shape == (16, 12, 10, channels)
 
 
 # Erasing
 
 
-def erased(count: int, size: int, probability: float) -> tuple[Tensor, Tensor]:
+def erase(count: int, size: int, probability: float) -> tuple[Tensor, Tensor]:
     """Black images after erasing, and where they are not black: (N, H, W) bool."""
     torch.manual_seed(0)
-    changed = augment(torch.zeros(count, size, size, 3, dtype=torch.uint8), asked(erase=probability))
+    changed = augment(torch.zeros(count, size, size, 3, dtype=torch.uint8), make_config(erase=probability))
     return changed, (changed > 0).any(dim=3)
 
 
 def test_erased_area_is_a_rectangle_of_valid_size() -> None:
-    _, where = erased(200, 64, 1.0)
+    _, where = erase(200, 64, 1.0)
     highs, wides = where.any(2).sum(1), where.any(1).sum(1)
     assert where.sum((1, 2)).equal(highs * wides)  # each row of the rectangle is as wide as the others
     for rows in (where.any(2), where.any(1)):
@@ -290,7 +292,7 @@ def test_erased_area_is_a_rectangle_of_valid_size() -> None:
 
 
 def test_requested_fraction_of_images_is_erased() -> None:
-    _, where = erased(2000, 16, 0.3)
+    _, where = erase(2000, 16, 0.3)
     assert 0.26 < where.any(2).any(1).float().mean() < 0.34
     assert len(where.unique(dim=0)) > 400
     often = where.float().mean(0)
@@ -300,11 +302,11 @@ def test_requested_fraction_of_images_is_erased() -> None:
 
 
 def test_erased_pixels_become_uniform_noise() -> None:
-    changed, where = erased(200, 64, 1.0)
+    changed, where = erase(200, 64, 1.0)
     assert len(changed[where].unique()) == 256
     assert 126 < changed[where].float().mean() < 129
     full = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
-    other = augment(full, asked(erase=1.0))
+    other = augment(full, make_config(erase=1.0))
     both = where & (other > 0).any(3)
     assert (changed[both] == other[both]).float().mean() < 0.01
 
@@ -312,20 +314,20 @@ def test_erased_pixels_become_uniform_noise() -> None:
 # Mixing images with each other
 
 
-def numbered(count: int = 5, height: int = 16, width: int = 10) -> tuple[Tensor, Tensor]:
+def make_numbered(count: int = 5, height: int = 16, width: int = 10) -> tuple[Tensor, Tensor]:
     """Images (N, 3, H, W) whose every value is the number of the image, and the numbers, as labels (N,)."""
     numbers = torch.arange(count)
     return numbers.float()[:, None, None, None].repeat(1, 3, height, width), numbers
 
 
-def before(values: Tensor) -> Tensor:
+def roll_batch(values: Tensor) -> Tensor:
     return values.roll(1, 0)
 
 
 def test_batch_is_unchanged_without_mixing() -> None:
-    x, labels = numbered()
+    x, labels = make_numbered()
     state = torch.get_rng_state()
-    images, targets = mix(x, labels, 5, asked(shift=2, policy="rand", erase=1.0))
+    images, targets = mix(x, labels, 5, make_config(shift=2, policy="rand", erase=1.0))
     assert images is x
     assert targets is labels
     assert torch.get_rng_state().equal(state)
@@ -336,7 +338,7 @@ def test_batch_is_unchanged_without_mixing() -> None:
 def test_mixed_targets_are_weights_of_two_classes(mixed: AugmentConfig, count: int) -> None:
     for seed in range(20):
         torch.manual_seed(seed)
-        x, labels = numbered(count)
+        x, labels = make_numbered(count)
         images, targets = mix(x, labels, 7, mixed)
         assert images.shape == x.shape
         assert images.dtype == x.dtype
@@ -344,16 +346,16 @@ def test_mixed_targets_are_weights_of_two_classes(mixed: AugmentConfig, count: i
         assert targets.dtype == torch.float32
         assert targets.min() >= 0
         torch.testing.assert_close(targets.sum(1), torch.ones(count))
-        own, other = (torch.nn.functional.one_hot(each, 7).bool() for each in (labels, before(labels)))
+        own, other = (torch.nn.functional.one_hot(each, 7).bool() for each in (labels, roll_batch(labels)))
         assert (targets[~(own | other)] == 0).all()
         assert len(targets[own].unique()) == 1  # one share for the batch
-        assert x.equal(numbered(count)[0])
-        assert labels.equal(numbered(count)[1])
+        assert x.equal(make_numbered(count)[0])
+        assert labels.equal(make_numbered(count)[1])
 
 
 @every_mix
 def test_batch_of_one_class_has_that_class_alone_as_its_target(mixed: AugmentConfig) -> None:
-    x, labels = numbered()
+    x, labels = make_numbered()
     assert mix(x, labels * 0 + 2, 3, mixed)[1].equal(torch.tensor([[0.0, 0.0, 1.0]]).repeat(5, 1))
 
 
@@ -370,9 +372,9 @@ def test_mixup_blends_images_by_their_target_weights() -> None:
     shares = []
     for seed in range(300):
         torch.manual_seed(seed)
-        images, targets = mix(x, labels, 6, asked(mixup=0.2))
+        images, targets = mix(x, labels, 6, make_config(mixup=0.2))
         share = targets[0, 0]
-        torch.testing.assert_close(images, share * x + (1 - share) * before(x))
+        torch.testing.assert_close(images, share * x + (1 - share) * roll_batch(x))
         shares.append(share)
     # the mean and variance of Beta(0.2, 0.2)
     assert 0.4 < torch.stack(shares).mean() < 0.6
@@ -380,13 +382,13 @@ def test_mixup_blends_images_by_their_target_weights() -> None:
 
 
 def test_cutmix_weighs_targets_by_the_pasted_area() -> None:
-    x, labels = numbered()
+    x, labels = make_numbered()
     seen = torch.zeros(16, 10)
     for seed in range(300):
         torch.manual_seed(seed)
-        images, targets = mix(x, labels, 5, asked(cutmix=1.0))
+        images, targets = mix(x, labels, 5, make_config(cutmix=1.0))
         pasted = images[0, 0] != x[0, 0]  # (H, W)
-        assert images.equal(torch.where(pasted, before(x), x))
+        assert images.equal(torch.where(pasted, roll_batch(x), x))
         high, wide = pasted.any(1).sum(), pasted.any(0).sum()
         assert pasted.sum() == high * wide
         for lines in (pasted.any(1), pasted.any(0)):  # in one piece
@@ -399,11 +401,11 @@ def test_cutmix_weighs_targets_by_the_pasted_area() -> None:
 
 
 def test_mixup_and_cutmix_are_equally_frequent() -> None:
-    x, labels = numbered()
+    x, labels = make_numbered()
     pasted = 0
     for seed in range(400):
         torch.manual_seed(seed)
-        images, _ = mix(x, labels, 5, asked(mixup=1.0, cutmix=1.0))
+        images, _ = mix(x, labels, 5, make_config(mixup=1.0, cutmix=1.0))
         pasted += images.frac().eq(0).all().item()
     assert 160 < pasted < 240
 
@@ -412,7 +414,7 @@ def test_mixup_and_cutmix_are_equally_frequent() -> None:
 def test_mix_depends_on_the_state_of_the_generator(mixed: AugmentConfig) -> None:
     def after(seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
-        return mix(*numbered(), 5, mixed)
+        return mix(*make_numbered(), 5, mixed)
 
     assert all(one.equal(other) for one, other in zip(after(1), after(1), strict=True))
     assert not after(1)[1].equal(after(2)[1])
@@ -429,10 +431,10 @@ def test_mix_keeps_the_memory_format(mixed: AugmentConfig) -> None:
 def test_mix_is_deterministic_and_never_synchronizes(mixed: AugmentConfig, deterministic: None) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
-        mix(*numbered(), 5, mixed)
+        mix(*make_numbered(), 5, mixed)
         after = torch.get_rng_state()
         torch.manual_seed(seed)
-        x, labels = (each.to("meta") for each in numbered())
+        x, labels = (each.to("meta") for each in make_numbered())
         images, targets = mix(x, labels, 5, mixed)
         assert images.device == targets.device == x.device
         assert torch.get_rng_state().equal(after)

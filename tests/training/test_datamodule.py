@@ -17,22 +17,24 @@ from convoy.training.sampler import BatchSampler
 from small_project import ROOT
 
 
-def numbered(count: int, size: int = 8) -> Images:
+def make_numbered(count: int, size: int = 8) -> Images:
     """Images whose every pixel, and whose label, is their number."""
     numbers = np.arange(count)
     pixels = np.broadcast_to(numbers.astype(np.uint8)[:, None, None, None], (count, size, size, 1))
     return Images(pixels.copy(), numbers.astype(np.int64))
 
 
-def data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
-    images = numbered(train) if isinstance(train, int) else train
+def make_data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
+    images = make_numbered(train) if isinstance(train, int) else train
     values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
-    return ImageData(images, numbered(val), validate(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1)
+    return ImageData(
+        images, make_numbered(val), validate(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1
+    )
 
 
 @pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
 def test_remaining_steps_are_in_order_and_never_no_item(done: int) -> None:
-    feed = data()
+    feed = make_data()
     assert feed.steps == 25
     feed.step = done
     due = list(feed.train_dataloader())
@@ -41,7 +43,7 @@ def test_remaining_steps_are_in_order_and_never_no_item(done: int) -> None:
 
 
 def test_batch_holds_its_rows_of_the_current_epoch() -> None:
-    feed = data()
+    feed = make_data()
     for epoch in (0, 1, 0):
         feed.epoch = epoch
         for step, rows in enumerate(BatchSampler(np.arange(100), 4, 1).draw_epoch(epoch)):
@@ -51,21 +53,21 @@ def test_batch_holds_its_rows_of_the_current_epoch() -> None:
 
 
 def test_validation_batch_is_no_larger_than_a_micro_batch() -> None:
-    feed = data(val=100, batch_size=24, accumulate=2)
+    feed = make_data(val=100, batch_size=24, accumulate=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
     feed.set_rank(torch.device("cpu"), rank=1, world_size=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
 
 
 def test_images_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = numbered(100)
+    images = make_numbered(100)
     monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
     assert np.array_equal(datamodule.copy_to_device(images.pixels, torch.device("cpu")).numpy(), images.pixels)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_images_are_divided_among_processes(world_size: int) -> None:
-    feed = data(train=MAX_VAL_BATCH_SIZE, val=2 * MAX_VAL_BATCH_SIZE + 5, batch_size=MAX_VAL_BATCH_SIZE)
+    feed = make_data(train=MAX_VAL_BATCH_SIZE, val=2 * MAX_VAL_BATCH_SIZE + 5, batch_size=MAX_VAL_BATCH_SIZE)
     seen = []
     for rank in range(world_size):
         feed.set_rank(torch.device("cpu"), rank, world_size)
@@ -76,14 +78,14 @@ def test_validation_images_are_divided_among_processes(world_size: int) -> None:
 
 
 def test_batches_are_copies_of_the_stored_images() -> None:
-    feed = data()
+    feed = make_data()
     pixels, _ = feed.batch(0)
     pixels.zero_()
     assert feed.train.pixels.max() == 99
 
 
 def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = numbered(100, size=100)  # rows that begin and end within a page
+    images = make_numbered(100, size=100)  # rows that begin and end within a page
     np.save(tmp_path / "train_pixels.npy", images.pixels)
     np.save(tmp_path / "train_labels.npy", images.labels)
     monkeypatch.setattr(datamodule, "MMAP_PREFETCH_BYTES", 0)
@@ -96,7 +98,7 @@ def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkey
         asked.append(rows.tolist())
 
     monkeypatch.setattr(ImageStore, "prefetch", noted)
-    streamed, held = data(Images.load(tmp_path, "train")), data(images)
+    streamed, held = make_data(Images.load(tmp_path, "train")), make_data(images)
     batches = [streamed.batch(step) for step in range(25)]
     monkeypatch.undo()
     for step, (pixels, labels) in enumerate(batches):
@@ -112,15 +114,15 @@ def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> No
         )
         file.truncate(file.tell() + 40_000 * 128 * 128 * 3)
     np.save(tmp_path / "train_labels.npy", np.zeros(40_000, np.int64))
-    feed = data(Images.load(tmp_path, "train"), batch_size=64)
+    feed = make_data(Images.load(tmp_path, "train"), batch_size=64)
     feed.batch(0)
-    before = own_memory()
+    before = measure_memory()
     for step in range(feed.steps):
         feed.batch(step)
-    assert own_memory() - before < 20e6
+    assert measure_memory() - before < 20e6
 
 
-def own_memory() -> int:
+def measure_memory() -> int:
     """Bytes of this process that are not pages of a file, which the system may take back at any time."""
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared

@@ -14,7 +14,7 @@ from training_fixtures import build
 AUTO = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
+def set_machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
@@ -29,12 +29,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = 
 def test_bfloat16_is_chosen_if_the_hardware_supports_it(
     bfloat16: bool, precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, gpus=gpus, bfloat16=bfloat16)
+    set_machine(monkeypatch, gpus=gpus, bfloat16=bfloat16)
     assert resolve_trainer(AUTO, build()).precision == precision
 
 
 def test_small_steps_use_one_thread_and_large_ones_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, cores=8)
+    set_machine(monkeypatch, cores=8)
     assert resolve_trainer(AUTO, build(batch_size=32)).threads == 1
     assert resolve_trainer(AUTO, build(name="resnet", batch_size=64)).threads == 1
     assert resolve_trainer(AUTO, build(name="resnet", batch_size=4096)).threads == 8
@@ -44,36 +44,36 @@ def test_small_steps_use_one_thread_and_large_ones_all_cores(monkeypatch: pytest
 
 def test_gpu_is_chosen_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     every = dataclasses.replace(AUTO, devices="all")
-    machine(monkeypatch, gpus=4)
+    set_machine(monkeypatch, gpus=4)
     assert resolve_trainer(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
     assert resolve_trainer(every, build()).devices == 4
     assert resolve_trainer(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
-    machine(monkeypatch, gpus=0, cores=3)
+    set_machine(monkeypatch, gpus=0, cores=3)
     assert resolve_trainer(AUTO, build()).accelerator == "cpu"
     assert resolve_trainer(every, build()).devices == 3
 
 
 def test_gpu_that_torch_cant_use_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, gpus=2)
+    set_machine(monkeypatch, gpus=2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(9, 0), (6, 1)][number])  # one too old
     assert resolve_trainer(AUTO, build()).accelerator == "cpu"
-    machine(monkeypatch, gpus=2)
+    set_machine(monkeypatch, gpus=2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # though its driver, too old for torch, counts two
     assert resolve_trainer(AUTO, build()).accelerator == "cpu"
     assert hardware.select_device("gpu").type == "cpu"
 
 
 def test_unavailable_hardware_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, gpus=0)
+    set_machine(monkeypatch, gpus=0)
     with pytest.raises(ConvoyError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
         resolve_trainer(dataclasses.replace(AUTO, accelerator="gpu"), build())
-    machine(monkeypatch, gpus=2)
+    set_machine(monkeypatch, gpus=2)
     with pytest.raises(ConvoyError, match=r"trainer\.devices=3: this machine has 2 GPUs"):
         resolve_trainer(dataclasses.replace(AUTO, devices=3), build())
 
 
 def test_explicit_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
+    set_machine(monkeypatch)
     asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
     assert resolve_trainer(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
 

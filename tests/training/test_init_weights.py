@@ -59,15 +59,15 @@ def build(name: str, values: dict, info: DatasetInfo, seed: int = 0) -> Classifi
     return models.build(name, values, info)
 
 
-def not_called(init: str, folder: Path) -> str:
+def fail_if_called(init: str, folder: Path) -> str:
     raise AssertionError("MLflow was asked")
 
 
-def start(classifier: Classifier, name: str, values: dict) -> InitialWeights:
-    return init_weights.init_weights(classifier, name, values, not_called)
+def initialise(classifier: Classifier, name: str, values: dict) -> InitialWeights:
+    return init_weights.init_weights(classifier, name, values, fail_if_called)
 
 
-def copies(classifier: Classifier) -> dict[str, Tensor]:
+def copy_state(classifier: Classifier) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in classifier.state_dict().items()}
 
 
@@ -93,7 +93,7 @@ def test_head_is_what_depends_on_the_number_of_classes(name: str) -> None:
 # From torchvision
 
 
-def torchvisions(torchvision_name: str, classes: int = 1000) -> nn.Module:
+def build_torchvision(torchvision_name: str, classes: int = 1000) -> nn.Module:
     """As torchvision builds it, with numbers for which every layer matters."""
     options = {"init_weights": False} if torchvision_name.startswith(("vgg", "googlenet")) else {}
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def publish(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
     return publish
 
 
-def saved(weights: object, file: Path) -> Path:
+def save(weights: object, file: Path) -> Path:
     torch.save(weights, file)
     return file
 
@@ -150,8 +150,8 @@ def saved(weights: object, file: Path) -> Path:
 def test_weights_from_the_torchvision_cache_give_its_logits(
     torchvision_name: str, publish: Publish, tmp_path: Path
 ) -> None:
-    name, theirs = TORCHVISION_NAMES[torchvision_name], torchvisions(torchvision_name)
-    file = publish(torchvision_name, saved(theirs.state_dict(), tmp_path / "weights.pth"))
+    name, theirs = TORCHVISION_NAMES[torchvision_name], build_torchvision(torchvision_name)
+    file = publish(torchvision_name, save(theirs.state_dict(), tmp_path / "weights.pth"))
     pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     norm = get_model_weights(torchvision_name).IMAGENET1K_V1.transforms()
     x = torchvision.transforms.functional.normalize(pixels.permute(0, 3, 1, 2) / 255, norm.mean, norm.std)
@@ -163,7 +163,7 @@ def test_weights_from_the_torchvision_cache_give_its_logits(
 
     values = settings(name, "pretrained", torchvision_name)
     ours = build(name, values, dataset_info(NAMES, size=224)).eval()
-    record = start(ours, name, values)
+    record = initialise(ours, name, values)
     assert record.sha256 == sha256(file)
     assert record.verified is True
     file.unlink()
@@ -189,25 +189,25 @@ def test_torchvision_equivalents_have_our_layers_in_order() -> None:
 
 def test_reordered_file_without_batch_counts_loads_equally(tmp_path: Path) -> None:
     # torchvision's files of ResNet are like this: running means first, and from before batches were counted
-    weights = torchvisions("resnet18", classes=3).state_dict()
+    weights = build_torchvision("resnet18", classes=3).state_dict()
     old = {key: weights[key] for key in reversed(weights) if not key.endswith("num_batches_tracked")}
     found = []
     for number, content in enumerate((weights, old)):
         torch.save(content, tmp_path / f"{number}.pth")
         values = settings("resnet", str(tmp_path / f"{number}.pth"), "resnet18")
         classifier = build("resnet", values, dataset_info())
-        start(classifier, "resnet", values)
+        initialise(classifier, "resnet", values)
         found.append(classifier.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_torchvision_file_of_other_classes_gives_its_backbone(tmp_path: Path) -> None:
-    theirs = torchvisions("resnet18", classes=7)
+    theirs = build_torchvision("resnet18", classes=7)
     torch.save(theirs.state_dict(), tmp_path / "mine.pth")
     values = settings("resnet", str(tmp_path / "mine.pth"), "resnet18")
     classifier = build("resnet", values, dataset_info())
     fresh = classifier.classifier.weight.clone()
-    record = start(classifier, "resnet", values)
+    record = initialise(classifier, "resnet", values)
     assert (record.source, record.head) == (str(tmp_path / "mine.pth"), "new")
     assert torch.equal(classifier.stem[0].weight, theirs.conv1.weight)
     assert torch.equal(classifier.classifier.weight, fresh)
@@ -215,20 +215,20 @@ def test_torchvision_file_of_other_classes_gives_its_backbone(tmp_path: Path) ->
 
 @pytest.mark.parametrize("order", ["other names", "another order"])
 def test_imagenet_weights_for_other_classes_get_a_new_head(order: str, publish: Publish, tmp_path: Path) -> None:
-    publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
+    publish("resnet18", save(build_torchvision("resnet18").state_dict(), tmp_path / "weights.pth"))
     values = settings("resnet", "pretrained", "resnet18")
     classifier = build("resnet", values, dataset_info(SOME if order == "other names" else NAMES[::-1]))
     fresh = classifier.classifier.weight.clone()
-    assert start(classifier, "resnet", values).head == "new"
+    assert initialise(classifier, "resnet", values).head == "new"
     assert torch.equal(classifier.classifier.weight, fresh)
 
 
 def test_auxiliary_classifiers_of_torchvision_are_not_loaded(publish: Publish, tmp_path: Path) -> None:
-    publish("googlenet", saved(torchvisions("googlenet").state_dict(), tmp_path / "weights.pth"))
+    publish("googlenet", save(build_torchvision("googlenet").state_dict(), tmp_path / "weights.pth"))
     values = settings("googlenet", "pretrained", "googlenet")
     classifier = build("googlenet", values, dataset_info(size=64))
-    before = copies(classifier)
-    start(classifier, "googlenet", values)
+    before = copy_state(classifier)
+    initialise(classifier, "googlenet", values)
     changed = {key for key, value in classifier.state_dict().items() if not torch.equal(value, before[key])}
     assert changed
     assert not any(key.startswith(("auxiliary", "classifier")) for key in changed)
@@ -238,7 +238,7 @@ def test_auxiliary_classifiers_of_torchvision_are_not_loaded(publish: Publish, t
 def test_offline_message_names_the_file_and_its_target_folder(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError) as refusal:
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
     message = str(refusal.value)
     assert message.startswith("model.resnet.init: https://download.pytorch.org/models/resnet18-")
     assert "no network" in message
@@ -251,7 +251,7 @@ def test_download_is_verified_by_its_checksum(cache: Path, tmp_path: Path, monke
     monkeypatch.setattr("torch.hub.urlopen", lambda *_: urlopen(answer.as_uri()))
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match="invalid hash value"):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
     assert list(cache.iterdir()) == []
 
 
@@ -261,15 +261,15 @@ def test_other_weights_under_a_published_name_are_refused(
     torchvision_name: str, place: str, cache: Path, tmp_path: Path
 ) -> None:
     name, published = TORCHVISION_NAMES[torchvision_name], Path(get_model_weights(torchvision_name).IMAGENET1K_V1.url)
-    file = saved(
-        torchvisions(torchvision_name, classes=3).state_dict(),
+    file = save(
+        build_torchvision(torchvision_name, classes=3).state_dict(),
         (cache if place == "cache" else tmp_path) / published.name,
     )
     values = settings(name, "pretrained" if place == "cache" else str(file), torchvision_name)
     classifier = build(name, values, dataset_info(size=224))
-    before = copies(classifier)
+    before = copy_state(classifier)
     with pytest.raises(ConvoyError) as refusal:
-        start(classifier, name, values)
+        initialise(classifier, name, values)
     expected, message = published.stem[-8:], str(refusal.value)
     assert message.startswith(f"model.{name}.init: {file} is damaged, or not the file that torchvision published")
     assert f"its sha256 begins with {sha256(file)[:8]} instead of {expected}. Remove it, and" in message
@@ -277,19 +277,19 @@ def test_other_weights_under_a_published_name_are_refused(
 
 
 def test_flipped_bit_in_published_weights_is_detected(publish: Publish, tmp_path: Path) -> None:
-    file = publish("resnet18", saved(torchvisions("resnet18").state_dict(), tmp_path / "weights.pth"))
+    file = publish("resnet18", save(build_torchvision("resnet18").state_dict(), tmp_path / "weights.pth"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match="is damaged, or not the file that torchvision published"):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
 
 
 def test_file_of_the_user_is_recorded_as_not_verified(tmp_path: Path) -> None:
-    file = saved(torchvisions("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
+    file = save(build_torchvision("resnet18", classes=3).state_dict(), tmp_path / "resnet18-20240131.pth")
     values = settings("resnet", str(file), "resnet18")
-    record = start(build("resnet", values, dataset_info()), "resnet", values)
+    record = initialise(build("resnet", values, dataset_info()), "resnet", values)
     assert (record.sha256, record.verified) == (sha256(file), False)
 
 
@@ -310,7 +310,7 @@ def test_lenet_has_no_weights_from_imagenet() -> None:
 def test_grey_images_are_refused_before_anything_is_downloaded(cache: Path) -> None:
     values = settings("resnet", "pretrained", "resnet18")
     with pytest.raises(ConvoyError, match=r"for images with 3 channels instead of 1: set preprocess\.channels: 3"):
-        start(build("resnet", values, dataset_info(channels=1)), "resnet", values)
+        initialise(build("resnet", values, dataset_info(channels=1)), "resnet", values)
 
 
 # Hostile and broken files
@@ -341,7 +341,7 @@ def test_malicious_file_is_refused_and_not_run(form: str, place: str, publish: P
     values = settings("resnet", "pretrained" if place == "cache" else str(file), "resnet18")
     classifier = build("resnet", values, dataset_info())
     with pytest.raises(ConvoyError, match="is no file of plain weights, and no code in it was run"):
-        start(classifier, "resnet", values)
+        initialise(classifier, "resnet", values)
     assert not fired.exists()
     with contextlib.suppress(RuntimeError):
         torch.load(file, weights_only=False)  # what the refusal is for
@@ -353,7 +353,7 @@ def test_broken_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "broken.pth").write_bytes(content)
     values = settings("resnet", str(tmp_path / "broken.pth"), "resnet18")
     with pytest.raises(ConvoyError, match=r"model\.resnet\.init: .*broken\.pth is no file of plain weights"):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}, "epoch": 3}, [torch.zeros(1)], torch.zeros(1)])
@@ -361,7 +361,7 @@ def test_file_of_more_than_tensors_is_refused(content: object, tmp_path: Path) -
     torch.save(content, tmp_path / "other.pth")
     values = settings("resnet", str(tmp_path / "other.pth"), "resnet18")
     with pytest.raises(ConvoyError, match="holds other objects than tensors"):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
 
 
 def test_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_file_of_another_torchvision_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"other\.pth does not hold the weights of torchvision's resnet18 .*conv1\.weight"
     ):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("init", ["pretraind", "0123abc", "", "weights"])
@@ -387,7 +387,7 @@ def test_file_that_is_not_there_is_refused_by_name() -> None:
 # From our own files
 
 
-def leave(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 7) -> Classifier:
+def save_trained(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 7) -> Classifier:
     """A trained classifier's weights and record, as the train stage leaves them."""
     classifier = build(name, values, info, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -398,17 +398,17 @@ def leave(folder: Path, name: str, values: dict, info: DatasetInfo, seed: int = 
 
 def test_scratch_leaves_the_initial_weights() -> None:
     classifier = build("lenet", settings("lenet"), dataset_info())
-    before = copies(classifier)
-    assert start(classifier, "lenet", settings("lenet")) == InitialWeights("scratch")
+    before = copy_state(classifier)
+    assert initialise(classifier, "lenet", settings("lenet")) == InitialWeights("scratch")
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
 
 
 @every_architecture
 def test_all_weights_are_loaded_for_the_same_classes(name: str, tmp_path: Path) -> None:
-    left = leave(tmp_path, name, settings(name), dataset_info())
+    left = save_trained(tmp_path, name, settings(name), dataset_info())
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info())
-    record = start(classifier, name, values)
+    record = initialise(classifier, name, values)
     assert record.head == "kept"
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
@@ -417,44 +417,46 @@ def test_all_weights_are_loaded_for_the_same_classes(name: str, tmp_path: Path) 
 @every_architecture
 @pytest.mark.parametrize("classes", [SOME[::-1], ["a", "b", "c"], [*SOME, "elk"]], ids=["order", "names", "number"])
 def test_all_weights_but_the_head_are_loaded_for_other_classes(name: str, classes: list[str], tmp_path: Path) -> None:
-    left = leave(tmp_path, name, settings(name), dataset_info()).state_dict()
+    left = save_trained(tmp_path, name, settings(name), dataset_info()).state_dict()
     values = settings(name, str(tmp_path / "weights.safetensors"))
     classifier = build(name, values, dataset_info(classes))
-    fresh = copies(classifier)
-    assert start(classifier, name, values).head == "new"
+    fresh = copy_state(classifier)
+    assert initialise(classifier, name, values).head == "new"
     for key, value in classifier.state_dict().items():
         assert torch.equal(value, fresh[key] if classifier.is_in_head(key) else left[key]), key
 
 
 def test_normalisation_comes_with_the_weights(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), DatasetInfo("old", SOME, 32, 3, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    save_trained(
+        tmp_path, "lenet", settings("lenet"), DatasetInfo("old", SOME, 32, 3, [0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    )
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     classifier = build("lenet", values, dataset_info(["a", "b"]))
-    start(classifier, "lenet", values)
+    initialise(classifier, "lenet", values)
     assert classifier.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_weights_of_other_settings_are_refused_with_what_to_set(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet") | {"f6": 90}, dataset_info())
+    save_trained(tmp_path, "lenet", settings("lenet") | {"f6": 90}, dataset_info())
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     classifier = build("lenet", values, dataset_info(["a", "b"]))
-    before = copies(classifier)
+    before = copy_state(classifier)
     message = (
         r"model\.lenet\.init: .*weights\.safetensors: the weights don't fit the settings: "
         r"f6\.weight has the shape \[90, 120\] instead of \[84, 120\]; f6\.bias .*; set f6: 90"
     )
     with pytest.raises(ConvoyError, match=message):
-        start(classifier, "lenet", values)
+        initialise(classifier, "lenet", values)
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
 
 
 def test_missing_and_unknown_names_are_refused() -> None:
     classifier = build("lenet", settings("lenet"), dataset_info())
-    weights = copies(classifier)
+    weights = copy_state(classifier)
     weights["extra"] = weights.pop("c1.weight")
     with pytest.raises(ConvoyError, match=r"c1\.weight is missing; extra is unknown"):
         init_weights.load_matching(classifier, weights, same_classes=False)
-    headless = {key: value for key, value in copies(classifier).items() if not key.startswith("output")}
+    headless = {key: value for key, value in copy_state(classifier).items() if not key.startswith("output")}
     init_weights.load_matching(classifier, headless, same_classes=False)
     with pytest.raises(ConvoyError, match=r"output\.weight is missing"):
         init_weights.load_matching(classifier, headless, same_classes=True)
@@ -467,36 +469,36 @@ def test_first_of_many_mismatches_are_named() -> None:
 
 
 def test_weights_for_grey_images_are_refused_for_colour(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info(channels=1))
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info(channels=1))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"for images with 1 channels instead of 3: set preprocess\.channels: 1"):
-        start(build("lenet", values, dataset_info()), "lenet", values)
+        initialise(build("lenet", values, dataset_info()), "lenet", values)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info())
     values = settings("resnet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
-        start(build("resnet", values, dataset_info()), "resnet", values)
+        initialise(build("resnet", values, dataset_info()), "resnet", values)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}"])
 def test_weights_without_their_record_are_refused(content: str | None, tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info())
     (tmp_path / "record.json").unlink()
     if content is not None:
         (tmp_path / "record.json").write_text(content)
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"record\.json is missing or can't be read: put the record"):
-        start(build("lenet", values, dataset_info()), "lenet", values)
+        initialise(build("lenet", values, dataset_info()), "lenet", values)
 
 
 def test_broken_safetensors_file_is_refused(tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info())
     (tmp_path / "weights.safetensors").write_bytes(pickle.dumps({"c1.weight": 1}))
     values = settings("lenet", str(tmp_path / "weights.safetensors"))
     with pytest.raises(ConvoyError, match=r"weights\.safetensors is no safetensors file"):
-        start(build("lenet", values, dataset_info()), "lenet", values)
+        initialise(build("lenet", values, dataset_info()), "lenet", values)
 
 
 # From MLflow
@@ -514,11 +516,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
             package = Path(convoy.__file__).parent
             for number, name in enumerate(VERSIONS, start=1):
                 folder = root / str(number)
-                leave(folder, name, settings(name), dataset_info(), seed=number)
+                save_trained(folder, name, settings(name), dataset_info(), seed=number)
                 versions.register(
                     store,
                     name="convoy",
-                    run_id=bring(store, name, folder),
+                    run_id=log_run(store, name, folder),
                     identity=str(number),
                     model=package / "inference/pyfunc_model.py",
                     files={"record": folder / "record.json", "weights": folder / "weights.safetensors"},
@@ -528,7 +530,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
             yield store
 
 
-def bring(
+def log_run(
     store: TrackingStore, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
 ) -> str:
     data = DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
@@ -545,7 +547,7 @@ def bring(
     return runs.sync_run(store, run, "results", moment=0)
 
 
-def from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
+def init_from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:
     classifier = build(name, values, dataset_info(["a", "b"]))
     record = init_weights.init_weights(
         classifier,
@@ -565,7 +567,7 @@ def test_champion_or_newest_version_is_used(
     store.client.delete_registered_model_alias("convoy", "champion")
     if champion:
         store.client.set_registered_model_alias("convoy", "champion", str(champion))
-    classifier, record = from_store(store, name, settings(name, "champion"))
+    classifier, record = init_from_store(store, name, settings(name, "champion"))
     left = build(name, settings(name), dataset_info(), seed=version).state_dict()
     body = {key: value for key, value in classifier.state_dict().items() if not classifier.is_in_head(key)}
     assert all(torch.equal(left[key], value) for key, value in body.items())
@@ -576,7 +578,7 @@ def test_champion_or_newest_version_is_used(
 def test_unregistered_architecture_is_refused(store: TrackingStore) -> None:
     message = r"model\.alexnet\.init: .* no version of model convoy of architecture alexnet \(there are lenet, resnet\)"
     with pytest.raises(ConvoyError, match=message):
-        from_store(store, "alexnet", settings("alexnet", "champion"))
+        init_from_store(store, "alexnet", settings("alexnet", "champion"))
 
 
 def test_before_any_model_is_registered_there_is_no_champion(store: TrackingStore, tmp_path: Path) -> None:
@@ -585,27 +587,27 @@ def test_before_any_model_is_registered_there_is_no_champion(store: TrackingStor
 
 
 def test_run_gives_its_weights(store: TrackingStore, tmp_path: Path) -> None:
-    left = leave(tmp_path, "lenet", settings("lenet"), dataset_info(["a", "b"]), seed=9)
-    run = bring(store, "lenet", tmp_path)
-    classifier, record = from_store(store, "lenet", settings("lenet", run))
+    left = save_trained(tmp_path, "lenet", settings("lenet"), dataset_info(["a", "b"]), seed=9)
+    run = log_run(store, "lenet", tmp_path)
+    classifier, record = init_from_store(store, "lenet", settings("lenet", run))
     assert (record.source, record.head) == (f"run {run}", "kept")
     found = classifier.state_dict()
     assert all(torch.equal(found[key], value) for key, value in left.state_dict().items())
 
 
 def test_run_of_another_architecture_is_refused(store: TrackingStore, tmp_path: Path) -> None:
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info())
     with pytest.raises(ConvoyError, match="holds weights of lenet, not of resnet"):
-        from_store(store, "resnet", settings("resnet", bring(store, "lenet", tmp_path)))
+        init_from_store(store, "resnet", settings("resnet", log_run(store, "lenet", tmp_path)))
 
 
 def test_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingStore, tmp_path: Path) -> None:
     with pytest.raises(ConvoyError, match=rf"model\.lenet\.init: MLflow has no run {'0' * 32}"):
-        from_store(store, "lenet", settings("lenet", "0" * 32))
-    leave(tmp_path, "lenet", settings("lenet"), dataset_info())
-    run = bring(store, "lenet", tmp_path, ("record.json",))
+        init_from_store(store, "lenet", settings("lenet", "0" * 32))
+    save_trained(tmp_path, "lenet", settings("lenet"), dataset_info())
+    run = log_run(store, "lenet", tmp_path, ("record.json",))
     with pytest.raises(ConvoyError, match=rf"run {run} holds no weights\.safetensors"):
-        from_store(store, "lenet", settings("lenet", run))
+        init_from_store(store, "lenet", settings("lenet", run))
 
 
 # No message names a temporary folder, which is gone when it is read
@@ -637,7 +639,7 @@ def test_broken_weights_of_a_run_are_named_by_the_run(
     file: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bring_broken(init: str, folder: Path) -> str:
-        leave(folder, "lenet", settings("lenet"), dataset_info())
+        save_trained(folder, "lenet", settings("lenet"), dataset_info())
         if architecture == "lenet":
             (folder / file).write_text("[]")
         return f"run {init}"

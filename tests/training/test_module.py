@@ -271,7 +271,7 @@ def test_finished_training_resumes_without_a_step(tmp_path: Path) -> None:
     assert first.history == again.history
 
 
-def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
+def replace_at(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
     """A change of a state: the value at this path, or what a function makes of it."""
 
     def change(state: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
     return change
 
 
-def spoil(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fill_with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
 
 
@@ -294,52 +294,52 @@ NO_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nothing": lambda state: {},
     "weights alone": lambda state: state["classifier"],
     "keys that are numbers": lambda state: {1: state},
-    "another key": put("more", value=1),
+    "another key": replace_at("more", value=1),
     "no step": lambda state: {key: value for key, value in state.items() if key != "step"},
-    "epoch -1": put("epoch", value=-1),
-    "epoch 2": put("epoch", value=2),
-    "epoch 10**9": put("epoch", value=10**9),
-    "epoch 1.0": put("epoch", value=1.0),
-    "epoch True": put("epoch", value=True),
-    "epoch as text": put("epoch", value="1"),
-    "epoch as a tensor": put("epoch", value=torch.tensor(1)),
-    "the epoch before": put("epoch", value=0),
-    "step -1": put("step", value=-1),
-    "step of another epoch": put("step", value=4),
-    "step 10**9": put("step", value=10**9),
-    "the step before": put("step", value=1),
-    "NaN minutes": put("minutes", value=math.nan),
-    "negative minutes": put("minutes", value=-1.0),
-    "weights of another network": put("classifier", value={"layer": torch.zeros(2)}),
-    "weights of another shape": put("weights", "c1.weight", value=torch.zeros(2)),
-    "weights of another type": put("classifier", "c1.weight", value=Tensor.double),
-    "a missing weight": put("weights", value=lambda weights: dict(list(weights.items())[1:])),
-    "NaN weights": put("classifier", value=spoil),
-    "NaN weights of the best epoch": put("weights", value=spoil),
-    "no weights of the best epoch": put("weights", value={}),
-    "an average that is not asked for": put("average", value=lambda _: {}),
-    "no optimizer": put("optimizer", value={}),
-    "an optimizer of other parameters": put(
+    "epoch -1": replace_at("epoch", value=-1),
+    "epoch 2": replace_at("epoch", value=2),
+    "epoch 10**9": replace_at("epoch", value=10**9),
+    "epoch 1.0": replace_at("epoch", value=1.0),
+    "epoch True": replace_at("epoch", value=True),
+    "epoch as text": replace_at("epoch", value="1"),
+    "epoch as a tensor": replace_at("epoch", value=torch.tensor(1)),
+    "the epoch before": replace_at("epoch", value=0),
+    "step -1": replace_at("step", value=-1),
+    "step of another epoch": replace_at("step", value=4),
+    "step 10**9": replace_at("step", value=10**9),
+    "the step before": replace_at("step", value=1),
+    "NaN minutes": replace_at("minutes", value=math.nan),
+    "negative minutes": replace_at("minutes", value=-1.0),
+    "weights of another network": replace_at("classifier", value={"layer": torch.zeros(2)}),
+    "weights of another shape": replace_at("weights", "c1.weight", value=torch.zeros(2)),
+    "weights of another type": replace_at("classifier", "c1.weight", value=Tensor.double),
+    "a missing weight": replace_at("weights", value=lambda weights: dict(list(weights.items())[1:])),
+    "NaN weights": replace_at("classifier", value=fill_with_nan),
+    "NaN weights of the best epoch": replace_at("weights", value=fill_with_nan),
+    "no weights of the best epoch": replace_at("weights", value={}),
+    "an average that is not asked for": replace_at("average", value=lambda _: {}),
+    "no optimizer": replace_at("optimizer", value={}),
+    "an optimizer of other parameters": replace_at(
         "optimizer", value=lambda kept: {number + 1: kept[number] for number in kept}
     ),
-    "a momentum of another shape": put("optimizer", 0, "momentum_buffer", value=torch.zeros(1)),
-    "NaN momentum": put("optimizer", 0, value=spoil),
-    "another optimizer": put("optimizer", 0, value={"exp_avg": torch.zeros(1)}),
-    "sums of another shape": put("running_totals", value=torch.zeros(2)),
-    "NaN sums": put("running_totals", value=torch.tensor([math.nan, 1.0, 64.0])),
-    "negative sums": put("running_totals", value=torch.tensor([1.0, -1.0, 64.0])),
-    "more correct than there are": put("running_totals", value=torch.tensor([1.0, 65.0, 64.0])),
-    "sums of more images": put("running_totals", value=torch.tensor([1.0, 1.0, 96.0])),
-    "sums as a list": put("running_totals", value=[1.0, 1.0, 64.0]),
-    "bad step -2": put("first_bad_step", value=torch.tensor(-2)),
-    "bad step 10**9": put("first_bad_step", value=torch.tensor(10**9)),
-    "a longer history": put("history", value=lambda rows: rows * 2),
-    "no history": put("history", value=[]),
-    "history without a column": put("history", value=[{"epoch": 1}]),
-    "history with NaN": put("history", value=lambda rows: [rows[0] | {"val_loss": math.nan}]),
-    "history with text": put("history", value=lambda rows: [rows[0] | {"lr": "high"}]),
-    "another best epoch": put("best", value=lambda row: row | {"val_accuracy": 1.0, "val_loss": 0.0}),
-    "no best epoch": put("best", value={}),
+    "a momentum of another shape": replace_at("optimizer", 0, "momentum_buffer", value=torch.zeros(1)),
+    "NaN momentum": replace_at("optimizer", 0, value=fill_with_nan),
+    "another optimizer": replace_at("optimizer", 0, value={"exp_avg": torch.zeros(1)}),
+    "sums of another shape": replace_at("running_totals", value=torch.zeros(2)),
+    "NaN sums": replace_at("running_totals", value=torch.tensor([math.nan, 1.0, 64.0])),
+    "negative sums": replace_at("running_totals", value=torch.tensor([1.0, -1.0, 64.0])),
+    "more correct than there are": replace_at("running_totals", value=torch.tensor([1.0, 65.0, 64.0])),
+    "sums of more images": replace_at("running_totals", value=torch.tensor([1.0, 1.0, 96.0])),
+    "sums as a list": replace_at("running_totals", value=[1.0, 1.0, 64.0]),
+    "bad step -2": replace_at("first_bad_step", value=torch.tensor(-2)),
+    "bad step 10**9": replace_at("first_bad_step", value=torch.tensor(10**9)),
+    "a longer history": replace_at("history", value=lambda rows: rows * 2),
+    "no history": replace_at("history", value=[]),
+    "history without a column": replace_at("history", value=[{"epoch": 1}]),
+    "history with NaN": replace_at("history", value=lambda rows: [rows[0] | {"val_loss": math.nan}]),
+    "history with text": replace_at("history", value=lambda rows: [rows[0] | {"lr": "high"}]),
+    "another best epoch": replace_at("best", value=lambda row: row | {"val_accuracy": 1.0, "val_loss": 0.0}),
+    "no best epoch": replace_at("best", value={}),
 }
 
 
@@ -508,7 +508,7 @@ def test_random_state_differs_by_process_step_and_seed() -> None:
 # What the recipe says is done
 
 
-def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
+def make_module(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
     """A training before its first step."""
     classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
     data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0)
@@ -520,7 +520,7 @@ def begun(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: 
 
 @pytest.mark.parametrize(("name", "smoothing"), [("lenet", 0.0), ("lenet", 0.2), ("googlenet", 0.0)])
 def test_loss_is_the_weighted_sum_over_all_heads(name: str, smoothing: float) -> None:
-    made = begun(name, label_smoothing=smoothing)
+    made = make_module(name, label_smoothing=smoothing)
     pixels, labels = made.data.batch(0)
     seed_step(0, 0, 0, made.device)
     found = made.compute_loss(pixels, labels)
@@ -549,7 +549,7 @@ def test_gradient_norm_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
-    made = begun(schedule="one_cycle", momentum=0.9, warmup=0.5)
+    made = make_module(schedule="one_cycle", momentum=0.9, warmup=0.5)
     momenta = []
     for number in range(made.total):
         made._set_lr(number)
@@ -590,7 +590,7 @@ def test_nan_validation_loss_stops_training(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_max_minutes_counts_time_before_a_resume() -> None:
-    made = begun()
+    made = make_module()
     made._restore(made.capture_state() | {"minutes": 7.0, "epoch": 4}, rank=0)
     assert made._elapsed_minutes() >= 7
     assert [made._find_reason_to_stop(minutes) for minutes in (7.9, 8.1)] == ["", "max_minutes"]  # of 10, 4 epochs done

@@ -14,18 +14,18 @@ from convoy.training.sampler import BatchSampler, class_weights
 sizes = given(count=st.integers(1, 200), batch_size=st.integers(1, 80), seed=st.integers(0, 2**40))
 
 
-def labels(count: int, classes: int = 3) -> np.ndarray:
+def make_labels(count: int, classes: int = 3) -> np.ndarray:
     return np.arange(count) % classes
 
 
-def epoch(batches: BatchSampler, number: int) -> list[list[int]]:
+def list_batches(batches: BatchSampler, number: int) -> list[list[int]]:
     return [rows.tolist() for rows in batches.draw_epoch(number)]
 
 
 @sizes
 def test_batches_are_complete_and_repeat_no_image(count: int, batch_size: int, seed: int) -> None:
-    batches = BatchSampler(labels(count), batch_size, seed)
-    seen = epoch(batches, 3)
+    batches = BatchSampler(make_labels(count), batch_size, seed)
+    seen = list_batches(batches, 3)
     assert len(seen) == len(batches) >= 1
     assert {len(batch) for batch in seen} == {min(batch_size, count)}
     rows = [row for batch in seen for row in batch]
@@ -36,31 +36,31 @@ def test_batches_are_complete_and_repeat_no_image(count: int, batch_size: int, s
 @sizes
 @settings(max_examples=20)
 def test_order_depends_on_seed_and_epoch_alone(count: int, batch_size: int, seed: int) -> None:
-    expected = epoch(BatchSampler(labels(count), batch_size, seed), 5)
-    batches = BatchSampler(labels(count), batch_size, seed)
+    expected = list_batches(BatchSampler(make_labels(count), batch_size, seed), 5)
+    batches = BatchSampler(make_labels(count), batch_size, seed)
     batches.draw_epoch(4)
     np.random.default_rng().random()
-    assert epoch(batches, 5) == expected
+    assert list_batches(batches, 5) == expected
 
 
 def test_epochs_and_seeds_differ_in_their_order() -> None:
-    orders = [epoch(BatchSampler(labels(100), 10, seed), number) for seed in (1, 2) for number in (0, 1)]
+    orders = [list_batches(BatchSampler(make_labels(100), 10, seed), number) for seed in (1, 2) for number in (0, 1)]
     assert all(orders.count(order) == 1 for order in orders)
 
 
 def test_every_image_is_seen_over_several_epochs() -> None:
-    batches = BatchSampler(labels(19), 10, 1)
-    assert {row for number in range(10) for batch in epoch(batches, number) for row in batch} == set(range(19))
+    batches = BatchSampler(make_labels(19), 10, 1)
+    assert {row for number in range(10) for batch in list_batches(batches, number) for row in batch} == set(range(19))
 
 
 @given(world_size=st.integers(1, 4), count=st.integers(4, 100), batch_size=st.integers(4, 40))
 def test_batches_are_divided_evenly_among_processes(world_size: int, count: int, batch_size: int) -> None:
     parts = [
-        BatchSampler(labels(count), batch_size, 1, rank=rank, world_size=world_size).draw_epoch(2)
+        BatchSampler(make_labels(count), batch_size, 1, rank=rank, world_size=world_size).draw_epoch(2)
         for rank in range(world_size)
     ]
     size = min(batch_size, count) // world_size * world_size
-    alone = BatchSampler(labels(count), size, 1).draw_epoch(2)
+    alone = BatchSampler(make_labels(count), size, 1).draw_epoch(2)
     for step, together in enumerate(alone):
         assert {len(part[step]) for part in parts} == {size // world_size}
         assert sorted(np.concatenate([part[step] for part in parts])) == sorted(together)
@@ -68,7 +68,7 @@ def test_batches_are_divided_evenly_among_processes(world_size: int, count: int,
 
 def test_more_processes_than_images_in_a_batch_are_refused() -> None:
     with pytest.raises(ConvoyError, match="4 processes can't share a batch of 3 images"):
-        BatchSampler(labels(9), 3, 1, world_size=4)
+        BatchSampler(make_labels(9), 3, 1, world_size=4)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

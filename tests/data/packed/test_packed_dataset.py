@@ -16,21 +16,21 @@ COUNT = 100
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_dataset, "CHUNK_ROWS", 16)
 
 
-def images() -> pd.DataFrame:
+def make_table() -> pd.DataFrame:
     labels = [f"class {number % 7}" for number in range(COUNT)]
     return pd.DataFrame({"path": [f"{number}.png" for number in range(COUNT)], "label": labels, "height": range(COUNT)})
 
 
-def written(file: Path, step: int) -> ImageTable:
+def write_table(file: Path, step: int) -> ImageTable:
     """The images, so many rows at a time."""
 
     def tables() -> Iterator[pa.Table]:
         for start in range(0, COUNT, step):
-            yield pa.Table.from_pandas(images()[start : start + step], preserve_index=False)
+            yield pa.Table.from_pandas(make_table()[start : start + step], preserve_index=False)
 
     ImageTable(file).write(tables())
     return ImageTable(file)
@@ -38,22 +38,22 @@ def written(file: Path, step: int) -> ImageTable:
 
 @pytest.mark.parametrize("step", [1, 15, 16, 17, 100])
 def test_chunk_size_changes_neither_rows_nor_bytes(tmp_path: Path, step: int) -> None:
-    rows = written(tmp_path / "one.parquet", step)
-    assert rows.file.read_bytes() == written(tmp_path / "other.parquet", 7).file.read_bytes()
+    rows = write_table(tmp_path / "one.parquet", step)
+    assert rows.file.read_bytes() == write_table(tmp_path / "other.parquet", 7).file.read_bytes()
     assert len(rows) == COUNT
-    pd.testing.assert_frame_equal(pd.read_parquet(rows.file), images())
-    pd.testing.assert_frame_equal(pd.concat(rows.iter_chunks()), images(), check_index_type=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(rows.file), make_table())
+    pd.testing.assert_frame_equal(pd.concat(rows.iter_chunks()), make_table(), check_index_type=False)
 
 
 def test_single_chunk_table_has_the_bytes_that_pandas_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_dataset, "CHUNK_ROWS", COUNT)
-    images().to_parquet(tmp_path / "pandas.parquet", index=False)
-    assert written(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
+    make_table().to_parquet(tmp_path / "pandas.parquet", index=False)
+    assert write_table(tmp_path / "rows.parquet", 9).file.read_bytes() == (tmp_path / "pandas.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [15, 16, 99], list(range(COUNT))])
 def test_rows_are_read_by_index(tmp_path: Path, chosen: list[int]) -> None:
-    rows = written(tmp_path / "images.parquet", 10)
+    rows = write_table(tmp_path / "images.parquet", 10)
     assert rows.read_rows(np.array(chosen, int)).index.tolist() == chosen
     assert rows.read_rows(np.array(chosen, int))["height"].tolist() == chosen
     rows.drop_rows(np.array(chosen, int))
@@ -61,9 +61,9 @@ def test_rows_are_read_by_index(tmp_path: Path, chosen: list[int]) -> None:
 
 
 def test_repeated_values_share_categories_across_chunks(tmp_path: Path) -> None:
-    labels = written(tmp_path / "images.parquet", 10).read_columns("label")["label"]
+    labels = write_table(tmp_path / "images.parquet", 10).read_columns("label")["label"]
     assert labels.dtype == "category"
-    assert labels.astype(str).tolist() == images()["label"].tolist()
+    assert labels.astype(str).tolist() == make_table()["label"].tolist()
 
 
 def test_paths_round_trip_even_if_not_utf8() -> None:

@@ -298,7 +298,7 @@ def test_endless_zeros_after_a_tar_are_refused(data: Path, monkeypatch: pytest.M
         read_folder(write(data, {"pets.tar.bz2": bz2.compress(make_tar(PETS, "w") + bytes(2_000_000))}))
 
 
-def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
+def make_header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
     """The header of a tar entry that promises `size`, with its checksum."""
     block = bytearray(512)
     block[: len(name)], block[124:136], block[148:156], block[156:157] = name, size.ljust(12, b"\0"), b" " * 8, kind
@@ -310,15 +310,15 @@ def header(kind: bytes, size: bytes, name: bytes = b"cat/1.png") -> bytes:
 @pytest.mark.parametrize(
     ("entry", "fault"),
     [
-        (header(tarfile.XHDTYPE, b"77777777777"), "a header of 8589934591 bytes"),  # pax, which is read whole
-        (header(tarfile.GNUTYPE_LONGNAME, b"77777777777"), "a header of 8589934591 bytes"),
-        (header(tarfile.REGTYPE, b"\xff" * 12), "a header of -1 bytes"),
+        (make_header(tarfile.XHDTYPE, b"77777777777"), "a header of 8589934591 bytes"),  # pax, which is read whole
+        (make_header(tarfile.GNUTYPE_LONGNAME, b"77777777777"), "a header of 8589934591 bytes"),
+        (make_header(tarfile.REGTYPE, b"\xff" * 12), "a header of -1 bytes"),
         (
-            header(tarfile.XHDTYPE, b"16") + b"14 size=-2048\n".ljust(512, b"\0") + header(b"0", b"0"),
+            make_header(tarfile.XHDTYPE, b"16") + b"14 size=-2048\n".ljust(512, b"\0") + make_header(b"0", b"0"),
             "of negative size",
         ),
-        (header(tarfile.REGTYPE, b"7777"), "unexpected end of data"),
-        (header(tarfile.XHDTYPE, b"0") * 5000, "recursion"),
+        (make_header(tarfile.REGTYPE, b"7777"), "unexpected end of data"),
+        (make_header(tarfile.XHDTYPE, b"0") * 5000, "recursion"),
     ],
 )
 def test_tar_with_false_sizes_is_refused(data: Path, entry: bytes, fault: str) -> None:

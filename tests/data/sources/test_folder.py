@@ -307,11 +307,11 @@ def test_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(params=[read_folder, reject_links])
-def look(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+def check_links(request: pytest.FixtureRequest) -> Callable[[Path], None]:
     return request.param
 
 
-def test_all_links_out_of_the_data_are_listed_at_once(data: Path, look: Callable[[Path], None]) -> None:
+def test_all_links_out_of_the_data_are_listed_at_once(data: Path, check_links: Callable[[Path], None]) -> None:
     write(data.parent, {"outside.png": make_png(), "outside/1.png": make_png(), "data-2/1.png": make_png()})
     write(data, PETS | {".hidden/1.png": make_png()})
     targets = {
@@ -328,41 +328,41 @@ def test_all_links_out_of_the_data_are_listed_at_once(data: Path, look: Callable
     for name, target in targets.items():
         (data / name).symlink_to(target)
     with pytest.raises(ConvoyError) as refusal:
-        look(data)
+        check_links(data)
     assert str(refusal.value).splitlines() == [
         f"data/{name} is a link to {target}, which is not a file in the data: replace it by the file itself"
         for name, target in sorted(targets.items())
     ]
 
 
-def test_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, look: Callable[[Path], None]) -> None:
+def test_link_with_a_name_that_is_not_utf8_can_be_printed(data: Path, check_links: Callable[[Path], None]) -> None:
     (data / os.fsdecode(b"caf\xe9")).symlink_to("/etc/passwd")
     with pytest.raises(ConvoyError, match=r"data/caf\\udce9 is a link") as refusal:
-        look(data)
+        check_links(data)
     assert str(refusal.value).encode()
 
 
-def test_link_to_a_file_in_the_data_is_that_file(data: Path, look: Callable[[Path], None]) -> None:
+def test_link_to_a_file_in_the_data_is_that_file(data: Path, check_links: Callable[[Path], None]) -> None:
     write(data, PETS)
     (data / "dog" / "2.png").symlink_to("../cat/2.png")
     (data / "dog" / "3.png").symlink_to(data / "dog" / "2.png")
-    look(data)
+    check_links(data)
     assert read_rows(data) == [*AS_ROWS, ("data/dog/2.png", "dog", ""), ("data/dog/3.png", "dog", "")]
     assert [read_content(member) for member in read(data)[-2:]] == [PETS["cat/2.png"]] * 2
 
 
-def test_data_may_be_reached_by_a_link(data: Path, look: Callable[[Path], None]) -> None:
+def test_data_may_be_reached_by_a_link(data: Path, check_links: Callable[[Path], None]) -> None:
     write(data, PETS)
     (data / "dog" / "2.png").symlink_to(data / "cat" / "2.png")
     (data.parent / "link").mkdir()
     (data.parent / "link" / "data").symlink_to(data)
-    look(data.parent / "link" / "data")
+    check_links(data.parent / "link" / "data")
 
 
-def test_named_pipe_is_refused_without_waiting(data: Path, look: Callable[[Path], None]) -> None:
+def test_named_pipe_is_refused_without_waiting(data: Path, check_links: Callable[[Path], None]) -> None:
     os.mkfifo(write(data, PETS) / "cat" / "pipe.png")
     with pytest.raises(ConvoyError, match=r"data/cat/pipe\.png is not a regular file"):
-        look(data)
+        check_links(data)
 
 
 @pytest.mark.parametrize("given", ["nothing", "file"])
@@ -374,7 +374,7 @@ def test_missing_folder_has_no_links(tmp_path: Path, given: str) -> None:
 # Many files
 
 
-def seconds(data: Path, classes: int) -> float:
+def measure_seconds(data: Path, classes: int) -> float:
     """Of processor, to list the data: the least of three times."""
     taken = []
     for _ in range(3):
@@ -387,7 +387,7 @@ def seconds(data: Path, classes: int) -> float:
 def test_nested_folders_are_listed_in_linear_time(data: Path) -> None:
     def in_folders(depth: int) -> float:
         inside = {f"{'a/' * depth}{label}/{image}/1.png": b"" for label in range(3) for image in range(50)}
-        return seconds(write(data, {"pets.zip": make_zip(inside)}), 3)
+        return measure_seconds(write(data, {"pets.zip": make_zip(inside)}), 3)
 
     assert in_folders(4000) < 20 * in_folders(500)  # 8 times the names; if each were compared with each, 64 times
 
@@ -398,7 +398,7 @@ def test_cost_per_file_does_not_grow_with_their_number(data: Path) -> None:
             (data / str(label)).mkdir(exist_ok=True)
             for image in numbers:
                 (data / str(label) / f"{image}.png").touch()
-        return seconds(data, 10)
+        return measure_seconds(data, 10)
 
     few, many = with_files(range(100)), with_files(range(100, 1600))
     assert many < 40 * few  # 16 times the files; if each were compared with each, 256 times

@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def as_rows(name: str) -> list[tuple[str, str, str]]:
+def make_rows(name: str) -> list[tuple[str, str, str]]:
     return [(f"{name}{path}", label, split) for path, label, split in AS_ROWS]
 
 
@@ -37,12 +37,12 @@ def as_rows(name: str) -> list[tuple[str, str, str]]:
 def test_labels_of_a_table_override_class_folders(data: Path) -> None:
     write(data, PETS | {"labels.csv": LABELS})
     assert read_folder(data).classes == ["persian", "pug", "siamese"]
-    assert read_rows(data) == as_rows("data/")
+    assert read_rows(data) == make_rows("data/")
 
 
 def test_table_may_lie_in_a_folder_around_all_files(data: Path) -> None:
     write(data, {f"pets/{name}": content for name, content in (PETS | {"labels.csv": LABELS}).items()})
-    assert read_rows(write(data, {"README.md": b"pets"})) == as_rows("data/pets/")
+    assert read_rows(write(data, {"README.md": b"pets"})) == make_rows("data/pets/")
 
 
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
@@ -57,7 +57,7 @@ def test_table_may_lie_in_an_archive_with_its_images(data: Path, outer: str, mak
 @pytest.mark.parametrize("outer", ["", "pets/", "of/last/week/"])
 def test_table_may_name_the_images_in_an_archive_beside_it(data: Path, outer: str) -> None:
     write(data, {f"{outer}labels.csv": LABELS, f"{outer}images.zip": make_zip(PETS)})
-    assert read_rows(data) == as_rows(f"data/{outer}images.zip:")
+    assert read_rows(data) == make_rows(f"data/{outer}images.zip:")
 
 
 def test_any_table_format_works_with_any_image_location(data: Path) -> None:
@@ -70,7 +70,7 @@ def test_any_table_format_works_with_any_image_location(data: Path) -> None:
 def test_order_is_that_of_the_files_and_not_of_the_table(data: Path) -> None:
     first, *lines = LABELS.splitlines()
     write(data, PETS | {"labels.csv": "\n".join([first, *reversed(lines)])})
-    assert read_rows(data) == as_rows("data/")
+    assert read_rows(data) == make_rows("data/")
 
 
 def test_tables_named_after_splits_are_merged(data: Path) -> None:
@@ -105,7 +105,7 @@ def test_table_may_be_parquet(data: Path) -> None:
 def test_parquet_table_in_an_archive_is_read_like_another(data: Path) -> None:
     table = io.BytesIO()
     pd.read_csv(io.StringIO(LABELS)).to_parquet(table)
-    assert read_rows(write(data, {"pets.zip": make_zip(PETS | {"a.parquet": table.getvalue()})})) == as_rows(
+    assert read_rows(write(data, {"pets.zip": make_zip(PETS | {"a.parquet": table.getvalue()})})) == make_rows(
         "data/pets.zip:"
     )
 
@@ -156,7 +156,7 @@ def test_files_may_be_named_without_folder_and_suffix(data: Path, ending: str, a
 @pytest.mark.parametrize("outer", ["data/", "home/me/pets/", "work\\"])
 def test_paths_may_begin_with_folders_of_another_machine(data: Path, outer: str) -> None:
     write(data, PETS | {"labels.csv": LABELS.replace("cat/", f"{outer}cat/").replace("dog/", f"{outer}dog/")})
-    assert read_rows(data) == as_rows("data/")
+    assert read_rows(data) == make_rows("data/")
 
 
 def test_table_may_name_images_in_archives_in_folders_below_it(data: Path) -> None:

@@ -54,7 +54,7 @@ class Tiny:
     shape: tuple[int, int, int] | None = None  # of an image; None where it is a file, not decoded
 
 
-def shades(split: str, count: int) -> list[int]:
+def make_shades(split: str, count: int) -> list[int]:
     """Of the images of a split; no two splits have one in common at the same place, nor does a split have one twice."""
     return {
         "train": list(range(count)),
@@ -63,16 +63,16 @@ def shades(split: str, count: int) -> list[int]:
     }[split]
 
 
-def labels(count: int) -> list[int]:
+def make_labels(count: int) -> list[int]:
     """Of the images of a split, in another order than that of the images."""
     return [(number + 3) % count for number in range(count)]
 
 
-def md5(content: bytes) -> str:
+def compute_md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def zipped(files: Mapping[str, bytes]) -> bytes:
+def make_zip(files: Mapping[str, bytes]) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         for name, content in files.items():
@@ -80,7 +80,7 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
-def tarred(files: Mapping[str, bytes]) -> bytes:
+def make_tar(files: Mapping[str, bytes]) -> bytes:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as file:
         for name, content in files.items():
@@ -90,25 +90,25 @@ def tarred(files: Mapping[str, bytes]) -> bytes:
     return archive.getvalue()
 
 
-def jpeg(shade: int) -> bytes:
+def make_jpeg(shade: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (24, 16), (shade, shade, shade)).save(file, "JPEG", quality=100)
     return file.getvalue()
 
 
-def matlab(**arrays: np.ndarray) -> bytes:
+def make_matlab_file(**arrays: np.ndarray) -> bytes:
     file = io.BytesIO()
     scipy.io.savemat(file, arrays)  # format 5
     return file.getvalue()
 
 
-def idx_images(of_shades: Sequence[int]) -> bytes:
+def make_idx_images(of_shades: Sequence[int]) -> bytes:
     """Magic number, sizes, then the bytes, and gzip around them."""
     pixels = b"".join(bytes([shade]) * 28 * 28 for shade in of_shades)
     return gzip.compress(struct.pack(">IIII", 0x803, len(of_shades), 28, 28) + pixels)
 
 
-def idx_labels(of_labels: Sequence[int]) -> bytes:
+def make_idx_labels(of_labels: Sequence[int]) -> bytes:
     return gzip.compress(struct.pack(">II", 0x801, len(of_labels)) + bytes(of_labels))
 
 
@@ -117,10 +117,10 @@ def mnist(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     folder = f"{known.__name__}/raw/"
     files = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        files[f"{prefix}-images-idx3-ubyte.gz"] = idx_images(shades(split, 10))
-        files[f"{prefix}-labels-idx1-ubyte.gz"] = idx_labels(labels(10))
+        files[f"{prefix}-images-idx3-ubyte.gz"] = make_idx_images(make_shades(split, 10))
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = make_idx_labels(make_labels(10))
     monkeypatch.setattr(known, "mirrors", [address + folder])
-    monkeypatch.setattr(known, "resources", [(name, md5(files[name])) for name, _ in known.resources])
+    monkeypatch.setattr(known, "resources", [(name, compute_md5(files[name])) for name, _ in known.resources])
     return Tiny({folder + name: content for name, content in files.items()}, known.classes, (28, 28, 1))
 
 
@@ -129,14 +129,14 @@ def emnist(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     members = {}
     for way, classes in known.classes_split_dict.items():
         first = classes.count("N/A")
-        numbers = [first + label for label in labels(len(classes) - first)]
+        numbers = [first + label for label in make_labels(len(classes) - first)]
         members[f"emnist-{way}-mapping.txt"] = "".join(f"{n} {ord(classes[n][0])}\n" for n in sorted(numbers)).encode()
         for split in ("train", "test"):
-            members[f"emnist-{way}-{split}-images-idx3-ubyte.gz"] = idx_images(shades(split, len(numbers)))
-            members[f"emnist-{way}-{split}-labels-idx1-ubyte.gz"] = idx_labels(numbers)
-    archive = zipped({f"gzip/{name}": content for name, content in members.items()})
+            members[f"emnist-{way}-{split}-images-idx3-ubyte.gz"] = make_idx_images(make_shades(split, len(numbers)))
+            members[f"emnist-{way}-{split}-labels-idx1-ubyte.gz"] = make_idx_labels(numbers)
+    archive = make_zip({f"gzip/{name}": content for name, content in members.items()})
     monkeypatch.setattr(known, "url", f"{address}EMNIST/raw/gzip.zip")
-    monkeypatch.setattr(known, "md5", md5(archive))
+    monkeypatch.setattr(known, "md5", compute_md5(archive))
     return Tiny({"EMNIST/raw/gzip.zip": archive}, known.classes_split_dict["balanced"], (28, 28, 1))
 
 
@@ -148,13 +148,13 @@ def cifar(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     for split, names in (("train", known.train_list), ("test", known.test_list)):
         parts = np.array_split(np.arange(count), len(names))
         for (name, _), numbers in zip(names, parts, strict=True):
-            pixels = np.repeat(np.array(shades(split, count), np.uint8)[numbers, None], 3072, axis=1)
-            members[name] = pickle.dumps({"data": pixels, key: [labels(count)[number] for number in numbers]})
-        monkeypatch.setattr(known, f"{split}_list", [[name, md5(members[name])] for name, _ in names])
-    archive = tarred({f"{known.base_folder}/{name}": content for name, content in members.items()})
-    monkeypatch.setattr(known, "meta", known.meta | {"md5": md5(members[known.meta["filename"]])})
+            pixels = np.repeat(np.array(make_shades(split, count), np.uint8)[numbers, None], 3072, axis=1)
+            members[name] = pickle.dumps({"data": pixels, key: [make_labels(count)[number] for number in numbers]})
+        monkeypatch.setattr(known, f"{split}_list", [[name, compute_md5(members[name])] for name, _ in names])
+    archive = make_tar({f"{known.base_folder}/{name}": content for name, content in members.items()})
+    monkeypatch.setattr(known, "meta", known.meta | {"md5": compute_md5(members[known.meta["filename"]])})
     monkeypatch.setattr(known, "url", address + known.filename)
-    monkeypatch.setattr(known, "tgz_md5", md5(archive))
+    monkeypatch.setattr(known, "tgz_md5", compute_md5(archive))
     return Tiny({known.filename: archive}, classes, (32, 32, 3))
 
 
@@ -162,10 +162,10 @@ def svhn(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """MATLAB files with the images along the last axis, and 10 for the digit 0."""
     files = {}
     for split in ("train", "test"):
-        pixels = np.broadcast_to(np.array(shades(split, 10), np.uint8), (32, 32, 3, 10))
-        digits = np.array([[label or 10] for label in labels(10)], np.uint8)
-        files[f"{split}_32x32.mat"] = matlab(X=pixels, y=digits)
-    listed = {name.split("_")[0]: [address + name, name, md5(content)] for name, content in files.items()}
+        pixels = np.broadcast_to(np.array(make_shades(split, 10), np.uint8), (32, 32, 3, 10))
+        digits = np.array([[label or 10] for label in make_labels(10)], np.uint8)
+        files[f"{split}_32x32.mat"] = make_matlab_file(X=pixels, y=digits)
+    listed = {name.split("_")[0]: [address + name, name, compute_md5(content)] for name, content in files.items()}
     monkeypatch.setattr(known, "split_list", known.split_list | listed)
     return Tiny(files, list("0123456789"), (32, 32, 3))
 
@@ -179,13 +179,13 @@ def stl10(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         "unlabeled_X.bin": bytes(3 * 96 * 96),
     }
     for split in ("train", "test"):
-        members[f"{split}_X.bin"] = b"".join(bytes([shade]) * 3 * 96 * 96 for shade in shades(split, 10))
-        members[f"{split}_y.bin"] = bytes(label + 1 for label in labels(10))
-    archive = tarred({f"stl10_binary/{name}": content for name, content in members.items()})
+        members[f"{split}_X.bin"] = b"".join(bytes([shade]) * 3 * 96 * 96 for shade in make_shades(split, 10))
+        members[f"{split}_y.bin"] = bytes(label + 1 for label in make_labels(10))
+    archive = make_tar({f"stl10_binary/{name}": content for name, content in members.items()})
     for names in ("train_list", "test_list"):
-        monkeypatch.setattr(known, names, [[name, md5(members[name])] for name, _ in getattr(known, names)])
+        monkeypatch.setattr(known, names, [[name, compute_md5(members[name])] for name, _ in getattr(known, names)])
     monkeypatch.setattr(known, "url", f"{address}stl10_binary.tar.gz")
-    monkeypatch.setattr(known, "tgz_md5", md5(archive))
+    monkeypatch.setattr(known, "tgz_md5", compute_md5(archive))
     return Tiny({"stl10_binary.tar.gz": archive}, classes, (96, 96, 3))
 
 
@@ -194,10 +194,10 @@ def imagenette(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tin
     numbers = sorted(known._WNID_TO_CLASS)
     members = {"noisy_imagenette.csv": b"path,noisy_labels_0\n"}
     for folder, split in (("train", "train"), ("val", "test")):
-        for number, (label, shade) in enumerate(zip(labels(10), shades(split, 10), strict=True)):
-            members[f"{folder}/{numbers[label]}/ILSVRC2012_val_{number:08}.JPEG"] = jpeg(shade)
-    archive = tarred({f"imagenette2-320/{name}": content for name, content in members.items()})
-    resource = (f"{address}imagenette2-320.tgz", md5(archive))
+        for number, (label, shade) in enumerate(zip(make_labels(10), make_shades(split, 10), strict=True)):
+            members[f"{folder}/{numbers[label]}/ILSVRC2012_val_{number:08}.JPEG"] = make_jpeg(shade)
+    archive = make_tar({f"imagenette2-320/{name}": content for name, content in members.items()})
+    resource = (f"{address}imagenette2-320.tgz", compute_md5(archive))
     monkeypatch.setattr(known, "_ARCHIVES", known._ARCHIVES | {"320px": resource})
     return Tiny({"imagenette2-320.tgz": archive}, [known._WNID_TO_CLASS[number][0] for number in numbers])
 
@@ -210,15 +210,17 @@ def flowers(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     label_of = np.zeros((1, 3 * count), np.uint8)
     images = {}
     for split, of_split in numbers.items():
-        label_of[0, of_split - 1] = np.array(labels(count)) + 1
-        for number, shade in zip(of_split, shades(split, count), strict=True):
-            images[f"jpg/image_{number:05}.jpg"] = jpeg(shade)
+        label_of[0, of_split - 1] = np.array(make_labels(count)) + 1
+        for number, shade in zip(of_split, make_shades(split, count), strict=True):
+            images[f"jpg/image_{number:05}.jpg"] = make_jpeg(shade)
     files = {
-        "102flowers.tgz": tarred(images),
-        "imagelabels.mat": matlab(labels=label_of),
-        "setid.mat": matlab(**{names[split]: of_split[None].astype(np.uint16) for split, of_split in numbers.items()}),
+        "102flowers.tgz": make_tar(images),
+        "imagelabels.mat": make_matlab_file(labels=label_of),
+        "setid.mat": make_matlab_file(
+            **{names[split]: of_split[None].astype(np.uint16) for split, of_split in numbers.items()}
+        ),
     }
-    checked = {key: (name, md5(files[name])) for key, (name, _) in known._file_dict.items()}
+    checked = {key: (name, compute_md5(files[name])) for key, (name, _) in known._file_dict.items()}
     monkeypatch.setattr(known, "_file_dict", checked)
     monkeypatch.setattr(known, "_download_url_prefix", f"{address}flowers-102/")
     return Tiny({f"flowers-102/{name}": content for name, content in files.items()}, known.classes)
@@ -235,15 +237,15 @@ def food(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     }
     for split, first in (("train", 1005649), ("test", 1011328)):
         listed: dict[str, list[str]] = {name: [] for name in classes}
-        for number, (label, shade) in enumerate(zip(labels(5), shades(split, 5), strict=True)):
+        for number, (label, shade) in enumerate(zip(make_labels(5), make_shades(split, 5), strict=True)):
             image = f"{classes[label]}/{first + number}"
             listed[classes[label]].append(image)
-            members[f"images/{image}.jpg"] = jpeg(shade)
+            members[f"images/{image}.jpg"] = make_jpeg(shade)
         members[f"meta/{split}.json"] = json.dumps(listed).encode()
         members[f"meta/{split}.txt"] = "\n".join(image for images in listed.values() for image in images).encode()
-    archive = tarred({f"food-101/{name}": content for name, content in members.items()})
+    archive = make_tar({f"food-101/{name}": content for name, content in members.items()})
     monkeypatch.setattr(known, "_URL", f"{address}food-101.tar.gz")
-    monkeypatch.setattr(known, "_MD5", md5(archive))
+    monkeypatch.setattr(known, "_MD5", compute_md5(archive))
     return Tiny({"food-101.tar.gz": archive}, classes)
 
 
@@ -253,13 +255,13 @@ def eurosat(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
         "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial",
         "Pasture", "PermanentCrop", "Residential", "River", "SeaLake",
     ]  # fmt: skip
-    named = zip(labels(10), shades("train", 10), strict=True)
-    archive = zipped({f"2750/{classes[label]}/{classes[label]}_1.jpg": jpeg(shade) for label, shade in named})
+    named = zip(make_labels(10), make_shades("train", 10), strict=True)
+    archive = make_zip({f"2750/{classes[label]}/{classes[label]}_1.jpg": make_jpeg(shade) for label, shade in named})
 
     def from_here(url: str, download_root: str, **_: str) -> None:  # address and checksum stand in the code itself
         file = url.rpartition("/")[2]
         torchvision.datasets.utils.download_and_extract_archive(
-            f"{address}eurosat/{file}", download_root, md5=md5(archive)
+            f"{address}eurosat/{file}", download_root, md5=compute_md5(archive)
         )
 
     monkeypatch.setattr(torchvision.datasets.eurosat, "download_and_extract_archive", from_here)
@@ -273,16 +275,16 @@ def pets(known: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     lists = {"README": b"", "list.txt": b"#Image CLASS-ID SPECIES BREED ID\n", "trimaps/._Bengal_1.png": b""}
     for folder, split, first in (("trainval", "train", 100), ("test", "test", 200)):
         lines = []
-        for number, (label, shade) in enumerate(zip(labels(5), shades(split, 5), strict=True)):
+        for number, (label, shade) in enumerate(zip(make_labels(5), make_shades(split, 5), strict=True)):
             image = f"{classes[label]}_{first + number}"
             lines.append(f"{image} {label + 1} {1 if image[0].isupper() else 2} 1\n")
-            images[f"{image}.jpg"] = jpeg(shade)
+            images[f"{image}.jpg"] = make_jpeg(shade)
         lists[f"{folder}.txt"] = "".join(lines).encode()
     files = {
-        "images.tar.gz": tarred({f"images/{name}": content for name, content in images.items()}),
-        "annotations.tar.gz": tarred({f"annotations/{name}": content for name, content in lists.items()}),
+        "images.tar.gz": make_tar({f"images/{name}": content for name, content in images.items()}),
+        "annotations.tar.gz": make_tar({f"annotations/{name}": content for name, content in lists.items()}),
     }
-    resources = [(f"{address}oxford-iiit-pet/{name}", md5(content)) for name, content in files.items()]
+    resources = [(f"{address}oxford-iiit-pet/{name}", compute_md5(content)) for name, content in files.items()]
     monkeypatch.setattr(known, "_RESOURCES", resources)
     return Tiny(
         {f"oxford-iiit-pet/{name}": content for name, content in files.items()},
@@ -304,14 +306,14 @@ LAYOUTS: dict[type, Callable[[Any, str, pytest.MonkeyPatch], Tiny]] = {
 }
 
 
-def known_set(name: str) -> tuple[TorchvisionConfig, type]:
+def load_config(name: str) -> tuple[TorchvisionConfig, type]:
     params = validate(TorchvisionConfig, SETS[name], "dataset.torchvision")
     return params, getattr(torchvision.datasets, params.name)
 
 
-def tiny(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+def make_tiny_set(name: str, address: str, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """A tiny set in the layout of `name`, which torchvision then looks for at `address` and holds for the true one."""
-    _, known = known_set(name)
+    _, known = load_config(name)
     layouts = [LAYOUTS[parent] for parent in known.__mro__ if parent in LAYOUTS]
     assert layouts, f"{name}: write down its layout in tests/data/sources/test_torchvision.py, beside mnist and cifar"
     return layouts[0](known, address, monkeypatch)
@@ -376,7 +378,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def nowhere(monkeypatch: pytest.MonkeyPatch) -> str:
+def unused_address(monkeypatch: pytest.MonkeyPatch) -> str:
     """An address where no one answers."""
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as free:
@@ -394,18 +396,18 @@ def write(folder: Path, files: Files) -> Path:
     return folder
 
 
-def contents(folder: Path) -> Files:
+def read_files(folder: Path) -> Files:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def read(name: str, downloads: Path, **chosen: dict[str, Any]) -> Source:
     """The set of that name in conf/dataset/, or the splits `chosen` from it."""
-    params, _ = known_set(name)
+    params, _ = load_config(name)
     params = TorchvisionConfig(name=params.name, splits=chosen) if chosen else params  # type: ignore[arg-type]
     return read_torchvision(params, downloads / name)
 
 
-def shade(member: Sample) -> int:
+def read_shade(member: Sample) -> int:
     """The one value of all pixels."""
     assert isinstance(member.content, np.ndarray | str)
     if isinstance(member.content, np.ndarray):
@@ -419,16 +421,18 @@ def shade(member: Sample) -> int:
 
 def assert_is_the_tiny_set(name: str, found: Tiny, downloads: Path) -> list[str]:
     """What is read has each image once, in its split and its class; returns the paths."""
-    params, known = known_set(name)
+    params, known = load_config(name)
     count = len(found.classes)
     source = read(name, downloads)
     members = list(source.samples)
     assert source.classes == list(found.classes)
     assert source.count == len(members) == count * len(params.splits)
-    assert sorted((member.split, member.label, shade(member)) for member in members) == sorted(
+    assert sorted((member.split, member.label, read_shade(member)) for member in members) == sorted(
         ("" if split == "all" else split, found.classes[label], value)
         for split in params.splits
-        for label, value in zip(labels(count), shades("train" if split == "all" else split, count), strict=True)
+        for label, value in zip(
+            make_labels(count), make_shades("train" if split == "all" else split, count), strict=True
+        )
     )
     if found.shape is None:  # each path leads to the file
         assert [str(downloads / member.path) for member in members] == [member.content for member in members]
@@ -445,7 +449,7 @@ def assert_is_the_tiny_set(name: str, found: Tiny, downloads: Path) -> list[str]
 def test_dataset_is_downloaded_and_verified_only_once(
     name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiny(name, server.address, monkeypatch)
+    found = make_tiny_set(name, server.address, monkeypatch)
     server.files = found.files
     paths = assert_is_the_tiny_set(name, found, tmp_path)
     assert set(server.asked) == set(server.files)
@@ -458,9 +462,9 @@ def test_dataset_is_downloaded_and_verified_only_once(
 
 @every_set
 def test_archives_may_be_placed_by_hand(
-    name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiny(name, nowhere, monkeypatch)
+    found = make_tiny_set(name, unused_address, monkeypatch)
     write(tmp_path / name, found.files)
     assert_is_the_tiny_set(name, found, tmp_path)
 
@@ -472,18 +476,18 @@ def test_archives_may_be_placed_by_hand(
     + [(name, fault) for name in ("mnist", "cifar10") for fault in ("missing", "cut", "cut in a chunk", "refused")],
 )
 def test_failed_download_names_url_and_fix_and_leaves_no_file(
-    name: str, fault: str, tmp_path: Path, server: Server, nowhere: str, monkeypatch: pytest.MonkeyPatch
+    name: str, fault: str, tmp_path: Path, server: Server, unused_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address = nowhere if fault == "refused" else server.address
-    server.files, server.fault = tiny(name, address, monkeypatch).files, fault
+    address = unused_address if fault == "refused" else server.address
+    server.files, server.fault = make_tiny_set(name, address, monkeypatch).files, fault
     with pytest.raises(ConvoyError) as refusal:
         read(name, tmp_path)
     message = str(refusal.value)
-    assert message.startswith(f"{known_set(name)[1].__name__} could not be fetched from {address}")
+    assert message.startswith(f"{load_config(name)[1].__name__} could not be fetched from {address}")
     assert f"copy the original files that torchvision downloads into {tmp_path / name}/" in message
     assert list(tmp_path.iterdir()) == []
 
-    found = tiny(name, server.address, monkeypatch)
+    found = make_tiny_set(name, server.address, monkeypatch)
     server.files, server.fault = found.files, ""  # when the address answers, it is as if nothing had happened
     assert_is_the_tiny_set(name, found, tmp_path)
 
@@ -493,28 +497,28 @@ def test_failed_download_names_url_and_fix_and_leaves_no_file(
 def test_download_failing_at_its_last_file_keeps_the_old_data(
     name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiny(name, server.address, monkeypatch)
+    found = make_tiny_set(name, server.address, monkeypatch)
     first, *between, last = found.files
     there = write(tmp_path / name, {first: found.files[first], "note.txt": b"mine"})
-    before = contents(there)
+    before = read_files(there)
     server.files = {file: found.files[file] for file in between}
     with pytest.raises(ConvoyError, match=rf"404.*{there}/"):
         read(name, tmp_path)
-    assert contents(there) == before
+    assert read_files(there) == before
     assert [folder.name for folder in tmp_path.iterdir()] == [name]
 
     server.files, server.asked = found.files, []
     assert_is_the_tiny_set(name, found, tmp_path)
     assert first not in server.asked
     assert last in server.asked
-    assert contents(there).items() >= before.items()
+    assert read_files(there).items() >= before.items()
 
 
 @pytest.mark.parametrize("renamed", [0, 1, 2])
 def test_killed_download_keeps_files_of_the_user(
     renamed: int, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tiny("mnist", server.address, monkeypatch)
+    found = make_tiny_set("mnist", server.address, monkeypatch)
     server.files = found.files
     there = write(tmp_path / "mnist", {"mine/note.txt": b"mine"})
     rename, left = Path.rename, iter([*[True] * renamed, False])
@@ -530,7 +534,9 @@ def test_killed_download_keeps_files_of_the_user(
         patch.setattr(Path, "rename", rename_some)
         read("mnist", tmp_path)
     assert_is_the_tiny_set("mnist", found, tmp_path)
-    assert contents(there).items() >= {"mine/note.txt": b"mine", "late.txt": b"came while the download went on"}.items()
+    assert (
+        read_files(there).items() >= {"mine/note.txt": b"mine", "late.txt": b"came while the download went on"}.items()
+    )
     assert [folder.name for folder in tmp_path.iterdir()] == ["mnist"]
 
 
@@ -564,13 +570,15 @@ def test_unknown_dataset_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     [("mnist", {"trian": True}), ("emnist", {"split": "leters"}), ("food101", {"split": "val"}), ("eurosat", {"x": 1})],
 )
 def test_unsupported_arguments_are_refused_by_name(name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
-    key, known = next(iter(wrong)), known_set(name)[1].__name__
+    key, known = next(iter(wrong)), load_config(name)[1].__name__
     with pytest.raises(ConvoyError, match=rf"dataset\.torchvision\.splits=.*{key}.* is not for {known}"):
         read(name, tmp_path, train=wrong)
 
 
-def test_images_without_labels_are_refused(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "stl10", tiny("stl10", nowhere, monkeypatch).files)
+def test_images_without_labels_are_refused(
+    tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "stl10", make_tiny_set("stl10", unused_address, monkeypatch).files)
     with pytest.raises(ConvoyError, match=r"splits=.*unlabeled.* selects images of STL10 without labels"):
         read("stl10", tmp_path, train={"split": "train+unlabeled"}, test={"split": "test"})
 
@@ -578,8 +586,8 @@ def test_images_without_labels_are_refused(tmp_path: Path, nowhere: str, monkeyp
 # Classes and images
 
 
-def test_class_without_images_is_excluded(tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "emnist", tiny("emnist", nowhere, monkeypatch).files)
+def test_class_without_images_is_excluded(tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "emnist", make_tiny_set("emnist", unused_address, monkeypatch).files)
     source = read("emnist", tmp_path, train={"split": "letters", "train": True})
     assert source.classes == list("abcdefghijklmnopqrstuvwxyz")
     assert [member.label for member in source.samples] == list("defghijklmnopqrstuvwxyzabc")
@@ -589,9 +597,9 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\ns
 
 
 def test_only_the_damaged_file_is_refused_by_name(
-    tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
+    there = write(tmp_path / "oxford_pets", make_tiny_set("oxford_pets", unused_address, monkeypatch).files)
     read("oxford_pets", tmp_path)
     images = there / "oxford-iiit-pet/images"
     cut, changed = images / "Bengal_101.jpg", images / "Bengal_201.jpg"
@@ -611,9 +619,9 @@ def test_only_the_damaged_file_is_refused_by_name(
 
 @pytest.mark.parametrize("name", ["imagenette", "flowers102", "food101", "eurosat", "oxford_pets"])
 def test_listing_samples_opens_no_file(
-    name: str, tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / name, tiny(name, nowhere, monkeypatch).files)
+    write(tmp_path / name, make_tiny_set(name, unused_address, monkeypatch).files)
     read(name, tmp_path)
     files = [file for file in (tmp_path / name).rglob("*") if file.suffix.lower() in (".jpg", ".jpeg")]
     for file in files:
@@ -627,9 +635,9 @@ def test_listing_samples_opens_no_file(
 
 
 def test_labels_that_do_not_match_the_classes_are_refused(
-    tmp_path: Path, nowhere: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unused_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "oxford_pets", tiny("oxford_pets", nowhere, monkeypatch).files)
+    write(tmp_path / "oxford_pets", make_tiny_set("oxford_pets", unused_address, monkeypatch).files)
     with pytest.raises(ConvoyError, match=r"splits selects target_types=\['segmentation'\] of OxfordIIITPet"):
         read("oxford_pets", tmp_path, train={"split": "trainval", "target_types": "segmentation"})
 

@@ -1,22 +1,20 @@
 """The folder data/: it follows data.dvc, and never overwrites files of the user."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dvc.cli import main
 from dvc.repo import Repo
 
 from convoy.core.errors import ConvoyError
 from pipeline.data_folder import commands
+from repositories import run_dvc
 
 Edit = Callable[[Path], object]
 SAMPLE = {"digits.zip": "digits", "README.md": "about", "more/one.png": "1"}
@@ -52,12 +50,6 @@ def fresh_clone(root: Path) -> Path:
     shutil.rmtree(root / "data")
     shutil.rmtree(root / ".dvc/cache")
     return root
-
-
-def run_dvc(root: Path, *command: str) -> None:
-    with contextlib.chdir(root), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main([*command]) == 0
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:

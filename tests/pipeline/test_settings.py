@@ -1,25 +1,22 @@
 """params.yaml: composing conf/ never discards other changes to it, and conf/ can adopt them."""
 
-import contextlib
 import os
 import re
 import shutil
-import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from dvc.cli import main
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
 from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
 from pipeline.settings import RECORD, compose
+from repositories import init_git, run_dvc, run_git
 from small_project import ROOT
 
 Edit = Callable[[Path], object]
@@ -48,9 +45,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / ".dvc").mkdir()
     (root / ".dvc/config").write_text("[core]\n    analytics = false\n[hydra]\n    enabled = true\n")
     (root / ".gitignore").write_text("/artifacts/\n/.dvc/tmp/\n/.dvc/cache/\n")
-    run_git(root, "init", "--quiet", "--initial-branch=main")
-    run_git(root, "config", "user.name", "convoy")
-    run_git(root, "config", "user.email", "convoy@localhost")
+    init_git(root)
     run_dvc(root, "repro", "--quiet")
     commit(root)
     return root
@@ -85,19 +80,9 @@ def no_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def run_git(root: Path, *command: str) -> None:
-    subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
-
-
 def commit(root: Path, *paths: str) -> None:
     run_git(root, "add", "--all", *(paths or ["."]))
     run_git(root, "commit", "--quiet", "--message", "next")
-
-
-def run_dvc(root: Path, *command: str, status: int = 0) -> None:
-    with contextlib.chdir(root), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main([*command]) == status
 
 
 def compose_project(root: Path, **options: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from repositories import init_git
 from small_project import ROOT, make_project
 
 LENET = Path("src/convoy/models/lenet.py")
@@ -77,10 +78,8 @@ def test_stages_of_another_project_are_refused(project: Path) -> None:
 def repository(project: Path) -> Path:
     """The copy as a git and DVC repository of its own, its first results made."""
     shutil.copy(ROOT / ".gitignore", project)
+    init_git(project)
     for command in (
-        ("git", "init", "--quiet"),
-        ("git", "config", "user.email", "someone@example.org"),
-        ("git", "config", "user.name", "Someone"),
         ("dvc", "init", "--quiet"),
         ("dvc", "config", "hydra.enabled", "false"),
         ("git", "add", "--all"),

@@ -551,7 +551,7 @@ def test_gradient_norm_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
     made = make_module(schedule="one_cycle", momentum=0.9, warmup=0.5)
     momenta = []
-    for number in range(made.total):
+    for number in range(made.total_steps):
         made._set_lr(number)
         momenta.append(made.optimizer.param_groups[0]["momentum"])
     assert min(momenta) == pytest.approx(0.8, abs=0.01)

@@ -174,6 +174,13 @@ def validate(schema: type[Schema], values: Any, section: str) -> Schema:
         raise ConvoyError("\n".join(_describe_errors(error, schema, values, section))) from None
 
 
+def describe_validation_error(error: pydantic.ValidationError) -> str:
+    """Return the location and message of the first problem that pydantic found."""
+    first = error.errors()[0]
+    location = ".".join(map(str, first["loc"]))
+    return f"{location}: " * bool(location) + first["msg"][0].lower() + first["msg"][1:]
+
+
 def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
     """Check that the composed settings have all known sections and no others.
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import InstanceOf, ValidationError
 from torch import Tensor
 
-from convoy.core.config import NonNegativeFloat, NonNegativeInt, schema
+from convoy.core.config import NonNegativeFloat, NonNegativeInt, describe_validation_error, schema
 from convoy.core.errors import describe_error
 
 Tensors = dict[str, InstanceOf[Tensor]]
@@ -38,18 +38,18 @@ class Checkpoint:
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Write to the same file system, so that the file can be renamed.
-        beside = self.file.with_suffix(f".{os.getpid()}")
+        temporary = self.file.with_suffix(f".{os.getpid()}")
         try:
-            with beside.open("wb") as opened:
-                torch.save(state, opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            beside.replace(self.file)
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.file)
         # Torch raises this if the disk is full.
         except RuntimeError as error:
             raise OSError(*getattr(error.__context__, "args", (str(error),))) from error
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         folder = os.open(self.file.parent, os.O_RDONLY)
         try:
             # The rename must be on disk, too.
@@ -70,34 +70,36 @@ class Checkpoint:
         try:
             # The archive has a checksum for each tensor, which torch does not verify.
             with zipfile.ZipFile(self.file) as archive:
-                if spoiled := archive.testzip():
-                    raise ValueError(f"{spoiled} is damaged")
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
             state = torch.load(self.file, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise ValueError(f"it holds a {type(state).__name__}")
+                raise ValueError(f"it holds a {type(state).__name__} instead of a dict")
             check(state)
             return state
         except FileNotFoundError:
             return None
         # Torch may raise any exception for a broken file, and so may the check of its contents.
         except Exception as error:
-            print(f"{self.file} can't be used, so the training starts from the beginning: {_reason(error)}", flush=True)
+            print(
+                f"{self.file} can't be used, so the training starts from the beginning: {_describe_reason(error)}",
+                flush=True,
+            )
             return None
 
     def remove(self) -> None:
         """Remove the file, and its folder if that is then empty."""
         self.file.unlink(missing_ok=True)
-        for left in self.file.parent.glob(f"{self.file.stem}.*"):
-            # Left by a process that was killed while writing.
-            left.unlink()
+        # A process that was killed while writing leaves its temporary file.
+        for leftover in self.file.parent.glob(f"{self.file.stem}.*"):
+            leftover.unlink()
         if self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
             self.file.parent.rmdir()
 
 
-def _reason(error: Exception) -> str:
+def _describe_reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return describe_validation_error(error)
     message = describe_error(error, 200)
     return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
 
@@ -146,13 +148,13 @@ class State:
         done = self.epoch * steps + self.step
         if self.step > steps or done > epochs * steps:
             raise ValueError(
-                f"epoch {self.epoch}, step {self.step} of a training of {epochs} epochs, {steps} steps each"
+                f"epoch {self.epoch}, step {self.step} of a training of {epochs} epochs with {steps} steps each"
             )
         if [row.get("epoch") for row in self.history] != list(range(1, self.epoch + 1)):
-            raise ValueError(f"the history of {self.epoch} epochs has other epochs")
+            raise ValueError(f"the history does not hold the epochs 1 to {self.epoch}")
         for row in self.history:
             if set(row) != set(columns) or min(row["train_accuracy"], row["val_accuracy"], row["lr"]) < 0:
-                raise ValueError(f"no row of a history: {row}")
+                raise ValueError(f"not a row of a history: {row}")
         if self.best != max(self.history, key=ranking_key, default={}):
             raise ValueError("the best epoch is not the best of the history")
         _check_tensors("classifier", self.classifier, weights)
@@ -170,12 +172,12 @@ class State:
         if not -1 <= self.first_bad_step < epochs * steps:
             raise ValueError(f"first_bad_step {int(self.first_bad_step)}")
         if set(self.optimizer) != set(range(len(parameters)) if done and state_keys else ()):
-            raise ValueError("the optimizer has other parameters")
+            raise ValueError("the optimizer state is of other parameters")
         for number, tensors in self.optimizer.items():
             own = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in state_keys}
             _check_tensors(f"optimizer.{number}", tensors, own)
             if "step" in tensors and tensors["step"] != done:
-                raise ValueError(f"the optimizer has done {tensors['step']} steps of {done}")
+                raise ValueError(f"the optimizer has taken {tensors['step']} steps instead of {done}")
 
 
 def ranking_key(epoch: Mapping[str, float]) -> tuple[float, float]:
@@ -186,7 +188,7 @@ def ranking_key(epoch: Mapping[str, float]) -> tuple[float, float]:
 def _check_tensors(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raise ValueError if names, shapes or dtypes differ from `own`, or if a value is NaN or infinite."""
     if set(tensors) != set(own):
-        raise ValueError(f"{name}: other names than those of this network")
+        raise ValueError(f"{name}: its names are not those of this network")
     for key, tensor in tensors.items():
         if (tensor.shape, tensor.dtype, tensor.layout) != (own[key].shape, own[key].dtype, torch.strided):
             raise ValueError(f"{name}.{key}: {list(tensor.shape)} {tensor.dtype}")

@@ -78,7 +78,7 @@ class ClassifierModule(lightning.LightningModule):
         weights = class_weights(data.train.labels, classes) if self.recipe.balance == "loss" else np.ones(classes)
         self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
         self.max_loss = MAX_LOSS_RATIO * math.log(max(2, classes))
-        self.total = params.max_epochs * data.steps
+        self.total_steps = params.max_epochs * data.steps
 
         rank: int = rank_zero_only.rank  # type: ignore[attr-defined]
         self.sigterm = SigtermHandler(rank)
@@ -103,7 +103,11 @@ class ClassifierModule(lightning.LightningModule):
         images = data.sampler.batch_size
         images_done = (data.epoch * data.steps + data.step) * images
         self.progress = Progress(
-            type(classifier).__name__.lower(), self.total * images, params.max_epochs, images_done, silent=rank > 0
+            type(classifier).__name__.lower(),
+            self.total_steps * images,
+            params.max_epochs,
+            images_done,
+            silent=rank > 0,
         )
 
     # State and result
@@ -232,7 +236,7 @@ class ClassifierModule(lightning.LightningModule):
         (loss, correct, count), (val_loss, val_correct, val_count) = totals.tolist()
         row = {
             "epoch": self.data.epoch + 1,
-            "lr": self.lr(self.data.epoch * self.data.steps + self.data.steps - 1),
+            "lr": self.recipe.lr * self._lr_fraction((self.data.epoch + 1) * self.data.steps - 1),
             "train_accuracy": correct / count,
             "train_loss": loss / count,
             "val_accuracy": val_correct / val_count,
@@ -261,12 +265,8 @@ class ClassifierModule(lightning.LightningModule):
 
     # Optimizer step
 
-    def lr(self, step: int) -> float:
-        """Return the learning rate of the heads at `step`, counted from 0 over the complete training."""
-        return self.recipe.lr * self._lr_fraction(step)
-
-    def _lr_fraction(self, step: int) -> float:
-        return compute_lr_fraction(step, self.total, self.recipe.warmup)
+    def _lr_fraction(self, global_step: int) -> float:
+        return compute_lr_fraction(global_step, self.total_steps, self.recipe.warmup)
 
     def _step(self, step: int) -> None:
         recipe = self.recipe
@@ -357,5 +357,7 @@ class ClassifierModule(lightning.LightningModule):
             self._fail(step, "the loss is NaN, or a thousand times the loss of random guessing")
 
     def _fail(self, step: int, reason: str) -> None:
-        self.failure = FailureInfo(reason, step // self.data.steps + 1, step + 1, self.lr(step))
+        self.failure = FailureInfo(
+            reason, step // self.data.steps + 1, step + 1, self.recipe.lr * self._lr_fraction(step)
+        )
         raise TrainingDiverged(reason)

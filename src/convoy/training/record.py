@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from convoy.core.artifact_names import RECORD
+from convoy.core.config import describe_validation_error
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.recipe import TrainConfig
@@ -143,10 +144,7 @@ class TrainingRecord(BaseModel):
             upgraded = found if "format" in found else _upgrade(found)
             return cls.model_validate_json(json.dumps(upgraded), strict=True, extra="forbid")
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            reason = f"{where}: " * bool(where) + first["msg"][0].lower() + first["msg"][1:]
-            raise ConvoyError(f"{name} is not the record of a training ({reason})") from None
+            raise ConvoyError(f"{name} is not the record of a training ({describe_validation_error(error)})") from None
 
     @classmethod
     def load(cls, file: Path) -> "TrainingRecord":

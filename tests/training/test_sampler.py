@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
-from convoy.training.sampler import BatchSampler, class_weights
+from convoy.training.sampler import BatchSampler, compute_class_weights
 
 sizes = given(count=st.integers(1, 200), batch_size=st.integers(1, 80), seed=st.integers(0, 2**40))
 
@@ -85,7 +85,7 @@ def test_balanced_batches_draw_classes_equally_often(world_size: int) -> None:
 
 def test_class_weights_average_one_and_balance_the_classes() -> None:
     rare = np.repeat([0, 1, 3], [90, 9, 1])
-    weights = class_weights(rare, 4)
+    weights = compute_class_weights(rare, 4)
     assert weights[rare].mean() == pytest.approx(1)
     totals = np.bincount(rare, weights[rare], minlength=4)
     assert totals[[0, 1, 3]] == pytest.approx([100 / 3] * 3)

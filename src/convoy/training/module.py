@@ -15,6 +15,7 @@ from torch import Tensor
 from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training.augmentation import augment, mix
+from convoy.training.backbone import freeze_backbone, freeze_running_statistics
 from convoy.training.checkpoint import Checkpoint, State, ranking_key
 from convoy.training.datamodule import ImageData, split_batch
 from convoy.training.early_stopping import find_reason_to_stop
@@ -24,7 +25,7 @@ from convoy.training.process_sync import ProcessSync, check_same_step
 from convoy.training.progress import Progress
 from convoy.training.record import FailureInfo, ResolvedTrainer
 from convoy.training.result import COLUMNS, TrainingDiverged, TrainResult
-from convoy.training.sampler import class_weights
+from convoy.training.sampler import compute_class_weights
 from convoy.training.seeding import seed_step
 from convoy.training.termination import SigtermHandler, exit_after_sigterm
 
@@ -44,7 +45,7 @@ class ClassifierModule(lightning.LightningModule):
     The arguments are those of `fit`.
     """
 
-    class_weights: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -65,18 +66,16 @@ class ClassifierModule(lightning.LightningModule):
         self.on_epoch_end = on_epoch_end
         self.recipe = classifier.recipe
         if self.recipe.body_lr == 0:
-            for name, parameter in classifier.named_parameters():
-                parameter.requires_grad_(classifier.is_in_head(name))
+            freeze_backbone(classifier)
         # The exponential moving average of the weights, if the recipe asks for one.
-        self.average: Classifier | None = None
-        if self.recipe.ema:
-            self.average = copy.deepcopy(classifier).requires_grad_(False)
-        self.weighted_heads: Callable[[Tensor], list[tuple[float, Tensor]]] = classifier.weighted_heads
-        if hardware.compile:
-            self.weighted_heads = torch.compile(classifier.weighted_heads)
+        self.average = copy.deepcopy(classifier).requires_grad_(False) if self.recipe.ema else None
+        heads = classifier.weighted_heads
+        self.weighted_heads = torch.compile(heads) if hardware.compile else heads
         classes = len(classifier.info.classes)
-        weights = class_weights(data.train.labels, classes) if self.recipe.balance == "loss" else np.ones(classes)
-        self.register_buffer("class_weights", torch.tensor(weights, dtype=torch.float32), persistent=False)
+        weights = None
+        if self.recipe.balance == "loss":
+            weights = torch.tensor(compute_class_weights(data.train.labels, classes), dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.max_loss = MAX_LOSS_RATIO * math.log(max(2, classes))
         self.total_steps = params.max_epochs * data.steps
 
@@ -100,15 +99,9 @@ class ClassifierModule(lightning.LightningModule):
                 on_epoch_end(row)
         # The setting that ends the training, or an empty string.
         self.stopped = self._find_reason_to_stop(self.earlier_minutes)
-        images = data.sampler.batch_size
-        images_done = (data.epoch * data.steps + data.step) * images
-        self.progress = Progress(
-            type(classifier).__name__.lower(),
-            self.total_steps * images,
-            params.max_epochs,
-            images_done,
-            silent=rank > 0,
-        )
+        batch_size, name = data.sampler.batch_size, type(classifier).__name__.lower()
+        images_done = (data.epoch * data.steps + data.step) * batch_size
+        self.progress = Progress(name, self.total_steps * batch_size, params.max_epochs, images_done, silent=rank > 0)
 
     # State and result
 
@@ -197,11 +190,8 @@ class ClassifierModule(lightning.LightningModule):
         """Switch to training mode, except for the batch norms of a frozen backbone."""
         self.sync = ProcessSync(self.trainer.strategy, self.data.step)
         self.classifier.train()
-        # The batch norms of a frozen backbone must not update their running statistics.
         if self.recipe.body_lr == 0:
-            for name, layer in self.classifier.named_modules():
-                if isinstance(layer, torch.nn.BatchNorm2d) and not self.classifier.is_in_head(name):
-                    layer.eval()
+            freeze_running_statistics(self.classifier)
 
     def training_step(self, steps: range) -> None:
         """Take several optimizer steps, and save or exit between them if needed."""
@@ -306,10 +296,9 @@ class ClassifierModule(lightning.LightningModule):
         pixels = augment(pixels, recipe.augment)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.hardware.precision == "bfloat16"):
             x = self.classifier.normalise(pixels)
-            x, targets = mix(x, labels, len(self.class_weights), recipe.augment)
+            x, targets = mix(x, labels, len(self.classifier.info.classes), recipe.augment)
             heads = [(weight, logits.float()) for weight, logits in self.weighted_heads(x)]
-        class_weights = self.class_weights if recipe.balance == "loss" else None
-        loss, metrics = compute_loss(heads, labels, targets, class_weights, recipe.label_smoothing)
+        loss, metrics = compute_loss(heads, labels, targets, self.class_weights, recipe.label_smoothing)
         self.running_totals += metrics
         return loss
 
@@ -357,7 +346,6 @@ class ClassifierModule(lightning.LightningModule):
             self._fail(step, "the loss is NaN, or a thousand times the loss of random guessing")
 
     def _fail(self, step: int, reason: str) -> None:
-        self.failure = FailureInfo(
-            reason, step // self.data.steps + 1, step + 1, self.recipe.lr * self._lr_fraction(step)
-        )
+        lr = self.recipe.lr * self._lr_fraction(step)
+        self.failure = FailureInfo(reason, step // self.data.steps + 1, step + 1, lr)
         raise TrainingDiverged(reason)

@@ -67,7 +67,7 @@ class BatchSampler:
         return list(np.ascontiguousarray(complete[:, self.rank :: self.world_size]))
 
 
-def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
+def compute_class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
     """Compute class weights that are inversely proportional to the class frequencies.
 
     Args:

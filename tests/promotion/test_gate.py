@@ -1,110 +1,39 @@
 """The gate: it promotes what is shown to be better, holds what is not, and rejects what does harm."""
 
 import dataclasses
-import hashlib
 import json
 import math
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.evaluation.metrics import calibration_error, calibration_noise
-from convoy.promotion.checks import CheckResult
 from convoy.promotion.config import GateConfig
-from convoy.promotion.evidence import ModelEvidence
-from convoy.promotion.gate import Verdict, decide, fingerprint_test_images
+from convoy.promotion.gate import fingerprint_test_images
 from convoy.promotion.statistics import (
-    bootstrap_mean,
-    detectable_gain,
-    gain_lower_bound,
     is_better,
     is_non_inferior,
-    mcnemar_p_value,
 )
-
-CLASSES = ["007", "NA", "cat"]
-IMAGES = 600
-RULE = GateConfig(
-    mode="better",
-    alpha=0.05,
-    margin=0.02,
-    min_test_images=500,
-    floor=0.5,
-    class_drop=0.05,
-    min_class_images=50,
-    max_parameters=0,
-    max_latency_ratio=0,
-    max_looks=20,
-    acknowledge=[],
+from gate_fixtures import (
+    CLASSES,
+    IMAGES,
+    QUICK,
+    RULE,
+    counts,
+    find_result,
+    group_images,
+    list_checks,
+    make_evidence,
+    make_pair,
+    make_predictions,
+    make_rule,
+    rename_classes,
+    run_gate,
 )
-QUICK = settings(max_examples=20)
-counts = st.integers(0, 60)
-
-
-def make_hash(number: int) -> str:
-    return hashlib.sha256(str(number).encode()).hexdigest()
-
-
-ELSEWHERE = {make_hash(-1), make_hash(-2)}  # images that nobody is tested on
-
-
-def make_predictions(predicted: Any, actual: Any, classes: list[str] = CLASSES, sure: float = 0.8) -> pd.DataFrame:
-    """The predictions of a model that gives what it predicts the probability `sure`."""
-    table = pd.DataFrame({"actual": actual, "predicted": predicted})
-    table.insert(0, "sha256", [make_hash(number) for number in range(len(table))])
-    for name in classes:
-        table[f"probability_{name}"] = np.where(table["predicted"] == name, sure, (1 - sure) / (len(classes) - 1))
-    return table
-
-
-def make_evidence(name: str, predictions: pd.DataFrame, **known: Any) -> ModelEvidence:
-    return ModelEvidence(name, predictions, **{"training_hashes": ELSEWHERE} | known)
-
-
-def make_pair(wins: int, losses: int, images: int = IMAGES, wrong: int = 30) -> tuple[ModelEvidence, ModelEvidence]:
-    """Challenger and champion that alone are right so often, and both wrong on other images."""
-    actual = np.array(CLASSES, object)[np.arange(images) % 3]
-    other = np.array(CLASSES, object)[(np.arange(images) + 1) % 3]
-    number = np.arange(images)
-    lost = (number >= wins) & (number < wins + losses)
-    neither = (number >= wins + losses) & (number < wins + losses + wrong)
-    challenger = make_predictions(np.where(lost | neither, other, actual), actual)
-    champion = make_predictions(np.where((number < wins) | neither, other, actual), actual)
-    return make_evidence("resnet", challenger), make_evidence("vgg", champion)
-
-
-def run_gate(
-    new: ModelEvidence, old: ModelEvidence | None, params: GateConfig = RULE, uses: int = 1, **how: Any
-) -> Verdict:
-    return decide(new, old, params, test_set_uses=uses, **how)
-
-
-def make_rule(**changes: Any) -> GateConfig:
-    return dataclasses.replace(RULE, **changes)
-
-
-def find_result(verdict: Verdict, check: str) -> CheckResult:
-    (found,) = [each for each in verdict.results if each.check == check]
-    return found
-
-
-def list_checks(verdict: Verdict, *kinds: str) -> list[str]:
-    return [each.check for each in verdict.results if each.outcome in kinds]
-
-
-def change_predictions(model: ModelEvidence, column: str, row: int, value: Any) -> ModelEvidence:
-    predictions = model.predictions.copy()
-    values = predictions[column].astype(object)
-    values.iloc[row] = value
-    return dataclasses.replace(model, predictions=predictions.assign(**{column: values}))
-
 
 # Really better
 
@@ -150,52 +79,10 @@ def test_two_models_are_never_both_promoted_over_each_other(wins: int, losses: i
     assert [run_gate(new, old, rule).decision, run_gate(old, new, rule).decision].count("PROMOTE") <= 1
 
 
-@given(st.integers(0, 300), st.integers(0, 300))
-def test_p_value_is_that_of_the_exact_binomial_test(wins: int, losses: int) -> None:
-    expected = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1
-    assert float(mcnemar_p_value(wins, losses)) == pytest.approx(expected)
-    by_hand = sum(math.comb(wins + losses, k) for k in range(wins, wins + losses + 1)) / 2 ** (wins + losses)
-    assert float(mcnemar_p_value(wins, losses)) == pytest.approx(by_hand)
-
-
 def test_equal_models_pass_no_more_often_than_alpha_says() -> None:
     random = np.random.default_rng(0)
     won = random.binomial(40, 0.5, 100_000)
     assert 0.01 < is_better(won, 40 - won, 0.05).mean() <= 0.05
-
-
-# The interval
-
-
-def test_interval_is_tangos() -> None:
-    # the roots of the quartic equation by Yang, Sun and Hardin (2012) for the same interval
-    assert float(gain_lower_bound(40, 20, 160, 0.025)) == pytest.approx(0.03086453, abs=1e-7)
-    assert -float(gain_lower_bound(20, 40, 160, 0.025)) == pytest.approx(0.21806424, abs=1e-7)
-    assert float(gain_lower_bound(1, 0, 44, 0.025)) == pytest.approx(-0.05939323, abs=1e-7)
-
-
-@given(counts, counts, st.integers(1, 1000), st.floats(0.001, 0.4))
-def test_interval_holds_the_difference_and_stays_in_range(wins: int, losses: int, more: int, alpha: float) -> None:
-    images = wins + losses + more
-    low, high = (
-        float(gain_lower_bound(wins, losses, images, alpha)),
-        -float(gain_lower_bound(losses, wins, images, alpha)),
-    )
-    assert -1 <= low <= (wins - losses) / images <= high <= 1
-    assert float(gain_lower_bound(wins + 1, losses, images, alpha)) > low
-
-
-def test_interval_exists_if_all_or_no_predictions_differ() -> None:
-    assert -0.01 < float(gain_lower_bound(0, 0, 500, 0.05)) < 0
-    assert 0.98 < float(gain_lower_bound(500, 0, 500, 0.05)) < 1
-    assert float(gain_lower_bound(0, 500, 500, 0.05)) == -1
-
-
-@pytest.mark.parametrize("difference", [-0.02, 0.0, 0.02])
-def test_lower_bound_exceeds_the_truth_at_most_at_rate_alpha(difference: float) -> None:
-    shares = [0.03 + difference / 2, 0.03 - difference / 2, 0.94]
-    won, lost, _ = np.random.default_rng(0).multinomial(1000, shares, 20_000).T
-    assert (gain_lower_bound(won, lost, 1000, 0.05) > difference).mean() == pytest.approx(0.05, abs=0.01)
 
 
 # Enough data
@@ -214,12 +101,6 @@ def test_every_verdict_reports_the_smallest_detectable_gain() -> None:
     assert gain == pytest.approx(2.5 * math.sqrt(24 / IMAGES / IMAGES), rel=0.01)
     for old in (make_pair(0, 0)[1], None):  # where nobody disagrees, it isn't 0
         assert find_result(run_gate(make_pair(0, 0)[0], old, is_first=old is None), "detectable gain").value > 0  # type: ignore[operator]
-
-
-def test_detectable_gain_is_detected_with_80_percent_power() -> None:
-    gain = detectable_gain(0.05, 2000, 0.05)
-    won, lost, _ = np.random.default_rng(0).multinomial(2000, [0.025 + gain / 2, 0.025 - gain / 2, 0.95], 20_000).T
-    assert is_better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
 
 
 def test_too_many_test_set_evaluations_give_a_warning() -> None:
@@ -350,23 +231,7 @@ def test_calibration_is_shown_but_decides_nothing() -> None:
     assert find_result(run_gate(*make_pair(30, 5)), "calibration").passed is None
 
 
-def test_bootstrap_finds_the_spread_of_a_mean() -> None:
-    values = np.random.default_rng(0).normal(1, 2, 400)
-    low, high = bootstrap_mean(values, None, 0.05, seed=0)
-    assert (low, high) == pytest.approx((values.mean() - 0.1645, values.mean() + 0.1645), abs=0.02)
-    assert (low, high) == bootstrap_mean(values, None, 0.05, seed=0)
-    assert bootstrap_mean(values, None, 0.05, seed=1) != (low, high)
-
-
 # Groups
-
-
-def test_images_of_a_group_count_as_one_in_the_bootstrap() -> None:
-    values = np.repeat(np.random.default_rng(0).normal(0, 1, 40), 10)
-    by_image, by_group = bootstrap_mean(values, None, 0.05, 0), bootstrap_mean(values, np.arange(400) // 10, 0.05, 0)
-    assert by_group[1] - by_group[0] > 2 * (by_image[1] - by_image[0])
-    unequal = np.minimum(np.arange(400), 9)
-    assert bootstrap_mean(np.ones(400), unequal, 0.05, 0) == (1, 1)
 
 
 def test_gain_from_one_group_is_held() -> None:
@@ -451,13 +316,7 @@ def test_nan_measurement_is_an_error(what: str, broken: float) -> None:
         run_gate(new, dataclasses.replace(old, **{what: broken}))  # type: ignore[arg-type]
 
 
-# Classes that came and went
-
-
-def rename_classes(model: ModelEvidence, classes: list[str]) -> ModelEvidence:
-    return dataclasses.replace(
-        model, predictions=make_predictions(model.predictions["predicted"], model.predictions["actual"], classes)
-    )
+# Added and removed classes
 
 
 def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
@@ -499,7 +358,7 @@ def test_images_of_a_removed_class_count_as_wrong() -> None:
     assert run_gate(new, old, make_rule(acknowledge=["cat"])).decision == "REJECT"
 
 
-# First night
+# First run
 
 
 def test_first_champion_passes_the_applicable_checks() -> None:
@@ -532,116 +391,7 @@ def test_missing_champion_is_never_a_first_run() -> None:
         run_gate(new, None, is_first=True, best_champion=old)
 
 
-# Integrity
-
-
-@QUICK
-@given(st.randoms(use_true_random=False))
-def test_order_of_rows_and_columns_does_not_matter(random: Any) -> None:
-    new, old = make_pair(30, 5)
-    rows, columns = list(range(IMAGES)), list(new.predictions)
-    random.shuffle(rows)
-    random.shuffle(columns)
-    mixed = dataclasses.replace(new, predictions=new.predictions.iloc[rows][columns])
-    assert run_gate(mixed, old) == run_gate(new, old)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize(
-    ("column", "value", "said"),
-    [
-        ("probability_NA", math.nan, "a probability that is not finite"),
-        ("probability_NA", math.inf, "a probability that is not finite"),
-        ("probability_NA", None, "a probability that is not finite"),
-        ("probability_NA", -0.1, r"a probability outside \[0, 1\]"),
-        ("probability_NA", 1.1, r"a probability outside \[0, 1\]"),
-        ("probability_NA", 0.11, "probabilities that do not sum to 1"),
-        ("probability_NA", "much", "probabilities are not numbers"),
-        ("predicted", "NA", "a predicted class that is not the most probable one"),
-        ("predicted", "dog", "a predicted class without a probability"),
-        ("predicted", math.nan, "the column predicted has values that are missing or not text"),
-        ("actual", None, "the column actual has values that are missing or not text"),
-        ("actual", 7, "the column actual has values that are missing or not text"),
-        ("sha256", make_hash(1), "occurs twice"),
-        ("sha256", "1.png", "'1.png' is not a sha256"),
-    ],
-)
-def test_table_with_one_invalid_value_is_an_error(side: int, column: str, value: Any, said: str) -> None:
-    models = list(make_pair(30, 5))
-    models[side] = change_predictions(models[side], column, 300, value)
-    with pytest.raises(ConvoyError, match=said):
-        run_gate(models[0], models[1])
-
-
-@pytest.mark.parametrize(
-    ("break_it", "said"),
-    [
-        (lambda table: table.drop(columns="actual"), "the column actual is missing"),
-        (lambda table: table[["sha256", "actual", "predicted"]], "there is no column probability_<class>"),
-        (lambda table: table.iloc[:0], "there are no images"),
-        (lambda table: pd.concat([table, table["actual"]], axis=1), "there are two columns actual"),
-        (lambda table: pd.concat([table, table.iloc[:1]]), "occurs twice"),
-        (lambda table: table.iloc[1:], "different test images"),
-        (lambda table: None, "they are not a table"),
-    ],
-)
-def test_malformed_table_is_an_error(break_it: Any, said: str) -> None:
-    new, old = make_pair(30, 5)
-    with pytest.raises(ConvoyError, match=said):
-        run_gate(new, dataclasses.replace(old, predictions=break_it(old.predictions)))
-
-
-def test_other_images_or_other_actual_classes_are_an_error() -> None:
-    new, old = make_pair(30, 5)
-    fewer = dataclasses.replace(new, predictions=new.predictions.iloc[1:])
-    for one, other in ((new, change_predictions(old, "sha256", 300, make_hash(-5))), (new, fewer), (fewer, new)):
-        with pytest.raises(ConvoyError, match="different test images"):
-            run_gate(one, other)
-    with pytest.raises(ConvoyError, match="different actual classes for 1 test images"):
-        run_gate(new, change_predictions(old, "actual", 300, "cat"))
-    with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet and vgg"):
-        run_gate(change_predictions(new, "actual", 300, "dog"), change_predictions(old, "actual", 300, "dog"))
-    with pytest.raises(ConvoyError, match="class 'dog', which is unknown to resnet"):
-        run_gate(change_predictions(new, "actual", 300, "dog"), None, is_first=True)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_model_trained_on_a_test_image_is_an_error(side: int) -> None:
-    models = list(make_pair(30, 5))
-    for unknown in (None, frozenset[str]()):
-        models[side] = dataclasses.replace(models[side], training_hashes=unknown)
-        verdict = run_gate(models[0], models[1])
-        assert verdict.decision == "HOLD"
-        assert list_checks(verdict, "hold") == ["training overlap"]
-    models[side] = dataclasses.replace(models[side], training_hashes=[make_hash(-1), make_hash(7)])
-    with pytest.raises(ConvoyError, match="was trained on 1 of the 600 test images"):
-        run_gate(models[0], models[1])
-    models[side] = dataclasses.replace(models[side], training_hashes={"train/1.png"})
-    with pytest.raises(ConvoyError, match="not given by their sha256"):
-        run_gate(models[0], models[1])
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_near_duplicates_of_training_images_are_excluded(side: int) -> None:
-    models = list(make_pair(30, 5))
-    models[side] = dataclasses.replace(
-        models[side], training_hashes=[make_hash(-11), make_hash(-12)]
-    )  # what only it saw
-    seen, won = [make_hash(-11), make_hash(-12), make_hash(-13)], [make_hash(0), make_hash(1), make_hash(2)]
-    verdict = run_gate(models[0], models[1], near_duplicates=pd.DataFrame({"test": won, "other": seen}))
-    table = verdict.table().set_index("check")
-    assert table.at["test images", "value"] == "598"
-    assert table.at["training overlap", "message"].endswith(
-        "; 2 other test images are excluded, as near-duplicates of training images"
-    )
-    assert (
-        table.at["better", "message"] == run_gate(*make_pair(28, 5)).table().set_index("check").at["better", "message"]
-    )
-    everything = pd.DataFrame({"test": [make_hash(number) for number in range(600)], "other": make_hash(-11)})
-    with pytest.raises(
-        ConvoyError, match="every test image is a near-duplicate of an image that a model was trained on"
-    ):
-        run_gate(models[0], models[1], near_duplicates=everything)
+# Settings and report
 
 
 def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
@@ -663,10 +413,6 @@ def test_table_has_a_number_and_a_limit_in_every_row() -> None:
 def test_verdict_can_be_kept_as_json() -> None:
     verdict = run_gate(*make_pair(30, 5), make_rule(mode="non_inferior"))
     assert json.loads(json.dumps(dataclasses.asdict(verdict)))["decision"] == verdict.decision
-
-
-def group_images(model: ModelEvidence, films: np.ndarray) -> ModelEvidence:
-    return dataclasses.replace(model, predictions=model.predictions.assign(group=films))
 
 
 def test_groups_of_a_refresh_may_lack_the_margin_and_no_more() -> None:

@@ -65,12 +65,14 @@ def make_failing(error: BaseException) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("error", [MlflowException("it has died"), KeyboardInterrupt(), SystemExit(143)])
-@pytest.mark.parametrize("where", ["log_outputs", "log_model_artifacts", "create_registered_model", "check"])
+@pytest.mark.parametrize("where", ["log_outputs", "log_model_artifacts", "create_registered_model", "verify_checksums"])
 def test_failure_in_registering_leaves_the_run_finished(
     where: str, error: BaseException, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises((ConvoyError, KeyboardInterrupt, SystemExit)):
-        patch.setattr(predictor if where == "check" else MlflowClient, where, make_failing(error), raising=True)
+        patch.setattr(
+            predictor if where == "verify_checksums" else MlflowClient, where, make_failing(error), raising=True
+        )
         register_trained(root)
     assert_run_is_finished(root)
 

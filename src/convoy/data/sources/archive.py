@@ -16,7 +16,7 @@ from convoy.core.errors import ConvoyError, describe_error
 from convoy.data.decode_worker import MAX_FILE_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.base import FileContent
-from convoy.data.sources.file_listing import FileSet, PackedPaths, is_junk, normalize_path
+from convoy.data.sources.file_listing import NO_LIMIT, FileSet, ListingLimit, PackedPaths, is_junk, normalize_path
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 # An archive that unpacks to more than both of these limits is rejected as a decompression bomb.
@@ -34,12 +34,13 @@ ARCHIVE_ERRORS = (OSError, RuntimeError, EOFError, ValueError, OverflowError, st
           zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
 
 
-def open_archive(archive: Path, name: str) -> FileSet:
+def open_archive(archive: Path, name: str, limit: ListingLimit = NO_LIMIT) -> FileSet:
     """List the files in an archive, in the order of the archive.
 
     Args:
         archive: The path of a zip or tar archive.
         name: The name of the archive in messages.
+        limit: Of a tar archive, which has no list of its files, only the entries within this limit are read.
 
     Returns:
         The files, without junk. Their content is read only when requested.
@@ -50,9 +51,9 @@ def open_archive(archive: Path, name: str) -> FileSet:
     """
     with archive.open("rb") as file:
         is_zip = archive.suffix.lower() == ".zip" or file.read(4) in (b"PK\3\4", b"PK\5\6")
-    kind, list_files = ("zip", _list_zip) if is_zip else ("tar", _list_tar)
+    kind = "zip" if is_zip else "tar"
     try:
-        return list_files(archive, name)
+        return _list_zip(archive, name) if is_zip else _list_tar(archive, name, limit)
     except ARCHIVE_ERRORS as error:
         raise ConvoyError(
             f"{name} is not a complete {kind} archive ({describe_error(error)}): replace it with an intact copy"
@@ -141,10 +142,10 @@ class _Entry(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def _list_tar(archive: Path, name: str) -> FileSet:
+def _list_tar(archive: Path, name: str, limit: ListingLimit) -> FileSet:
     paths, offsets, sizes, position = [], array("q"), array("q"), 0
     with tarfile.open(archive, tarinfo=_Entry) as file:
-        for entry in iter(file.next, None):
+        for entry in limit.take(iter(file.next, None)):
             # Otherwise `members` would keep every entry in memory.
             file.members.clear()  # type: ignore[attr-defined]
             if file.offset <= position:
@@ -161,7 +162,7 @@ def _list_tar(archive: Path, name: str) -> FileSet:
                 offsets.append(entry.offset_data)
                 sizes.append(entry.size)
         # Compressed data is read to its end, because the checksum is there.
-        while file.fileobj.read(1 << 16):  # type: ignore[union-attr]
+        for _ in limit.take(iter(lambda: file.fileobj.read(1 << 16), b"")):  # type: ignore[union-attr]
             _reject_bomb(archive, name, file.fileobj.tell())  # type: ignore[union-attr]
     return FileSet(f"{name}:", PackedPaths(paths), functools.partial(_open_tar, archive, offsets, sizes))
 

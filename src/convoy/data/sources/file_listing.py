@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from convoy.data.sources.base import SPLIT_NAMES, FileContent
 
@@ -22,6 +24,10 @@ SPLIT_NAME_PATTERN = re.compile(
 )
 # Paths in one string.
 PATHS_PER_STRING = 2**10
+# Files of a folder that are listed even where a limit on all folders together is reached.
+MIN_FILES_PER_FOLDER = 20
+
+Item = TypeVar("Item")
 
 
 class PackedPaths(Iterable[str]):
@@ -51,6 +57,49 @@ class FileSet:
     # cheap as long as the index only increases.
     open: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
     notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences
+
+
+class ListingLimit:
+    """A limit on how many files are listed, for a first look at a source of any size.
+
+    Args:
+        max_entries: The number of files in all folders, and of entries in tar archives.
+        max_seconds: The time after which nothing more is listed.
+    """
+
+    def __init__(self, max_entries: float = math.inf, max_seconds: float = math.inf) -> None:
+        self.remaining, self.deadline = max_entries, time.monotonic() + max_seconds
+        self.is_reached = False
+
+    def take(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield items until the limit is reached."""
+        for item in items:
+            if self.remaining <= 0 or time.monotonic() > self.deadline:
+                self.is_reached = True
+                return
+            self.remaining -= 1
+            yield item
+
+    def thin(self, paths: list[str]) -> list[str]:
+        """Return the paths in one folder within the limit: all folders, which end with a slash, and as many files.
+
+        A few files of each folder are always among them, so that no class and no split is missed.
+        """
+        if time.monotonic() > self.deadline:
+            self.is_reached = True
+            return []
+        if len(paths) > self.remaining:
+            files = [path for path in paths if not path.endswith("/")]
+            # The tables and archives come first, because they have the labels.
+            files.sort(key=lambda path: (is_image(path), path))
+            kept = max(int(self.remaining), MIN_FILES_PER_FOLDER)
+            self.is_reached |= kept < len(files)
+            paths = [*files[:kept], *(path for path in paths if path.endswith("/"))]
+        self.remaining -= len(paths)
+        return paths
+
+
+NO_LIMIT = ListingLimit()
 
 
 class Annotation(NamedTuple):

@@ -13,7 +13,16 @@ from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES, open_archive
 from convoy.data.sources.base import Sample, Source
-from convoy.data.sources.file_listing import Annotation, FileSet, PackedPaths, find_split, is_image, is_junk
+from convoy.data.sources.file_listing import (
+    NO_LIMIT,
+    Annotation,
+    FileSet,
+    ListingLimit,
+    PackedPaths,
+    find_split,
+    is_image,
+    is_junk,
+)
 from convoy.data.sources.folder_layout import FolderLayout, find_layout
 from convoy.data.sources.label_table import (
     CSV_SUFFIXES,
@@ -48,24 +57,49 @@ MAX_LISTED_FILES = 5
 AnnotateFn = Callable[[str], Sequence[Annotation]]
 
 
+class NoLabelsError(ConvoyError):
+    """Error raised when no image has a label; `problems` says why for some of the files, in sentences."""
+
+    def __init__(self, folder: str, problems: Sequence[str]) -> None:
+        self.problems = problems[:MAX_LISTED_FILES]
+        super().__init__(
+            f"{folder}/ holds no images with a label: in the folder or bucket that data.dvc names, put them into one"
+            " folder for each class, or beside a labels.csv with the columns path and label; either may be in zip or"
+            f" tar archives. Do not put them into {folder}/ itself, which DVC replaces by the content of that folder"
+            " or bucket" + "".join(f"\n  {problem}" for problem in self.problems)
+        )
+
+
 def read_folder(data: Path) -> Source:
     """Find the labelled images in a folder or file; each image is read only when iteration reaches it.
+
+    Args:
+        data: The data folder, or a single archive, table or Parquet file.
+
+    Returns:
+        The source of all images, as `read_file_sets` returns it.
+    """
+    return read_file_sets(list_file_sets(data), data.name)
+
+
+def read_file_sets(file_sets: list[FileSet], folder: str) -> Source:
+    """Find the labelled images in file sets; each image is read only when iteration reaches it.
 
     If there are label tables, only these determine the labels. Otherwise the labels come from Parquet files with images
     and labels, and from class folders: `<class>/...` or `<train|val|test>/<class>/...`, in folders or
     archives. Outer folders that contain everything else are descended into.
 
     Args:
-        data: The data folder, or a single archive, table or Parquet file.
+        file_sets: The files outside archives, and those in each archive.
+        folder: The name of the data folder in messages.
 
     Returns:
         The source of all images, including those whose label is unknown.
 
     Raises:
-        ConvoyError: If no label is found, if there are links that point to anything but a file in the folder, or if
-            an archive, table or Parquet file is broken.
+        NoLabelsError: If no label is found.
+        ConvoyError: If a table or Parquet file is broken.
     """
-    file_sets = _list_file_sets(data)
     tables, shards, unusable, table_names = _read_tables(file_sets)
     extra_columns = find_extra_columns(tables)
     if tables:
@@ -98,12 +132,7 @@ def read_folder(data: Path) -> Source:
         problems = problems or [
             f"{files.name}{path} is none of these" for files in file_sets for path in itertools.islice(files.paths, 3)
         ]
-        raise ConvoyError(
-            f"{data.name}/ holds no images with a label: in the folder or bucket that data.dvc names, put them into one"
-            " folder for each class, or beside a labels.csv with the columns path and label; either may be in zip or"
-            f" tar archives. Do not put them into {data.name}/ itself, which DVC replaces by the content of that folder"
-            " or bucket" + "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED_FILES])
-        )
+        raise NoLabelsError(folder, problems)
     notes = [
         *(f"{table}: it is not used" for table in unusable),
         *(note for files in file_sets for note in files.notes),
@@ -124,29 +153,40 @@ def reject_links(folder: Path) -> None:
     collections.deque(_scan(folder), maxlen=0)
 
 
-def _list_file_sets(data: Path) -> list[FileSet]:
-    """Return the file set of the files outside archives, followed by one for each archive."""
+def list_file_sets(data: Path, limit: ListingLimit = NO_LIMIT) -> list[FileSet]:
+    """List the files in a folder and in the archives in it.
+
+    Args:
+        data: The data folder, or a single archive, table or Parquet file.
+        limit: Only files within this limit are listed.
+
+    Returns:
+        The file set of the files outside archives, followed by one for each archive.
+
+    Raises:
+        ConvoyError: If there are links that point to anything but a file in the folder, or if an archive is broken.
+    """
     if data.is_file():
         with data.open("rb") as file:
             is_table = file.read(4) == b"PAR1" or data.suffix.lower() in TABLE_SUFFIXES
         single_file = FileSet("", [data.name], lambda: contextlib.nullcontext(lambda *_: str(data)))
-        return [single_file if is_table else open_archive(data, data.name)]
+        return [single_file if is_table else open_archive(data, data.name, limit)]
     archives: list[str] = []
     hidden: list[str] = []
-    paths, folder = PackedPaths(_list_files(data, archives, hidden)), str(data)
+    paths, folder = PackedPaths(_list_files(data, limit, archives, hidden)), str(data)
     notes = [f"{truncate_names(hidden)}: not used, because a folder that contains it is hidden"] if hidden else []
     return [
         FileSet(f"{data.name}/", paths, lambda: contextlib.nullcontext(lambda _, path: f"{folder}/{path}"), notes),
-        *(open_archive(data / path, f"{data.name}/{path}") for path in archives),
+        *(open_archive(data / path, f"{data.name}/{path}", limit) for path in limit.take(archives)),
     ]
 
 
-def _list_files(data: Path, archives: list[str], hidden: list[str]) -> Iterator[str]:
+def _list_files(data: Path, limit: ListingLimit, archives: list[str], hidden: list[str]) -> Iterator[str]:
     """Yield the files that are neither junk nor archives.
 
     Archives are appended to `archives`, and images in hidden folders to `hidden`.
     """
-    for path in _scan(data):
+    for path in _scan(data, limit):
         if is_junk(path):
             if is_image(path) and any(folder.startswith(".") for folder in path.split("/")[:-1]):
                 hidden.append(path)
@@ -156,7 +196,7 @@ def _list_files(data: Path, archives: list[str], hidden: list[str]) -> Iterator[
             yield path
 
 
-def _scan(folder: Path) -> Iterator[str]:
+def _scan(folder: Path, limit: ListingLimit = NO_LIMIT) -> Iterator[str]:
     """Yield the sorted paths of all files below a folder, one folder at a time, as there may be very many."""
     root = folder.resolve()
     faults: list[str] = []
@@ -179,7 +219,7 @@ def _scan(folder: Path) -> Iterator[str]:
                         found.append(f"{parent}{entry.name}")
         except OSError as error:
             raise ConvoyError(f"{folder.name}/{parent} can't be read: {error.strerror}") from error
-        stack += sorted(found, key=lambda path: path.removesuffix("/"), reverse=True)
+        stack += sorted(limit.thin(found), key=lambda path: path.removesuffix("/"), reverse=True)
     if faults:
         raise ConvoyError("\n".join(sorted(faults)).encode(errors="backslashreplace").decode())
 

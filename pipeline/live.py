@@ -62,6 +62,7 @@ def give_up(*_: object) -> None:
 
 
 def said(reason: str) -> str:
+    """Return a message for a reason why the run can't be shown."""
     return f"convoy: live: {reason}; the training is not affected, and `make sync` brings its run there"
 
 

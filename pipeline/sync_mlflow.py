@@ -43,6 +43,7 @@ class TrainedResult:
         return hashlib.sha256(b"".join(manifests)).hexdigest()
 
     def record(self) -> TrainingRecord:
+        """Load the training record."""
         return TrainingRecord.load(self.trained / RECORD)
 
 

@@ -34,6 +34,7 @@ class OnnxWrapper(nn.Module):
         self.temperature = predictor.temperature
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Compute the probabilities (N, K) of images (N, H, W, C) uint8."""
         return (self.classifier(pixels) / self.temperature).softmax(dim=1)
 
 

@@ -51,6 +51,7 @@ class AlignedPredictions:
 
     @property
     def is_correct(self) -> np.ndarray:
+        """Return whether each prediction is correct, (N,) bool."""
         return self.actual == self.predicted
 
     def without(self, excluded: Collection[str]) -> "AlignedPredictions":

@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImageError
 
+from convoy.core.errors import describe_error
+
 # Pillow may use only the decoders of these formats.
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]
 # By its header, an image with more pixels is rejected as a decompression bomb.
@@ -85,7 +87,7 @@ def decode(data: bytes, longest_side: int) -> Decoded:
         # Cats vs Dogs has files with the revisions 0 and 2, which mean the same as 1.
         if "unknown JFIF revision" in str(error) and data != (standard := JFIF_REVISION.sub(b"\1", data)):
             return decode(standard, longest_side)
-        raise InvalidImageError(f"can't be decoded: {str(error) or type(error).__name__}") from None
+        raise InvalidImageError(f"can't be decoded: {describe_error(error)}") from None
 
 
 def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:

@@ -48,8 +48,8 @@ def sweep_learning_rates(classifier: Classifier, data: ImageData, hardware: Reso
 def _sweep(classifier: Classifier, data: ImageData, hardware: ResolvedTrainer) -> pd.DataFrame:
     device = torch.device("cuda" if hardware.accelerator == "gpu" else "cpu")
     torch.set_num_threads(hardware.threads)
-    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
-    module = ClassifierModule(classifier, data, once, hardware).to(device)
+    params = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
+    module = ClassifierModule(classifier, data, params, hardware).to(device)
     module.running_totals = module.running_totals.to(device)
     module.progress.close()
     optimizer = module.configure_optimizers()

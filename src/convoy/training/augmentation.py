@@ -53,10 +53,10 @@ def translate(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor
         The translated images, (N, H, W, C) uint8.
     """
     count, height, width, channels = pixels.shape
-    wide = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
-    # Each row of the result is contiguous in `wide`, so complete rows are copied; indexing every pixel takes four times
-    # as long.
-    windows = wide.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
+    padded = torch.cat([pixels[:, :, :1]] * shift + [pixels] + [pixels[:, :, -1:]] * shift, dim=2)
+    # Each row of the result is contiguous in `padded`, so complete rows are copied; indexing every pixel takes four
+    # times as long.
+    windows = padded.flatten().unfold(0, width * channels, channels)  # (N * H * (W + 2 * shift) - W + 1, W * C)
     row = (torch.arange(height) + down).clamp(0, height - 1) + height * torch.arange(count)[:, None]  # (N, H)
     window = row * (width + 2 * shift) + shift + right
     return windows.index_select(0, window.flatten().to(pixels.device, non_blocking=True)).view(pixels.shape)
@@ -79,10 +79,10 @@ def apply_policy(policy: Literal["trivial", "rand"], pixels: Tensor) -> Tensor:
     # Imported here because the import takes seconds.
     from torchvision.transforms.v2 import InterpolationMode, RandAugment, TrivialAugmentWide
 
-    smooth = InterpolationMode.BILINEAR
-    change = TrivialAugmentWide(interpolation=smooth) if policy == "trivial" else RandAugment(interpolation=smooth)
+    policy_class = TrivialAugmentWide if policy == "trivial" else RandAugment
+    transform = policy_class(interpolation=InterpolationMode.BILINEAR)
     groups = pixels.permute(0, 3, 1, 2).chunk(POLICY_GROUPS)
-    return torch.cat([change(group) for group in groups]).permute(0, 2, 3, 1)
+    return torch.cat([transform(group) for group in groups]).permute(0, 2, 3, 1)
 
 
 def erase(pixels: Tensor, probability: float) -> Tensor:

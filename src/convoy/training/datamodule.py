@@ -50,8 +50,8 @@ class ImageStore:
         self.offset = 0
         self.file: mmap.mmap | None = None
         pixels = images.pixels
-        large = isinstance(pixels, np.memmap) and pixels.nbytes >= MMAP_PREFETCH_BYTES
-        if large and shuffled and self.resident is None and isinstance(pixels.base, mmap.mmap):
+        is_large_map = isinstance(pixels, np.memmap) and pixels.nbytes >= MMAP_PREFETCH_BYTES
+        if is_large_map and shuffled and self.resident is None and isinstance(pixels.base, mmap.mmap):
             self.file, self.offset = pixels.base, pixels.offset
             # Without this, the kernel would also read the data around each image.
             self.file.madvise(mmap.MADV_RANDOM)
@@ -82,20 +82,20 @@ class ImageStore:
             index = torch.from_numpy(rows).pin_memory().to(self.device, non_blocking=True)
             pixels, labels = self.resident
             return pixels.index_select(0, index), labels.index_select(0, index)
-        taken = torch.from_numpy(np.take(self.images.pixels, rows, axis=0)), torch.from_numpy(self.images.labels[rows])
+        batch = torch.from_numpy(np.take(self.images.pixels, rows, axis=0)), torch.from_numpy(self.images.labels[rows])
         if self.device.type == "cpu":
-            return taken
-        pixels, labels = (part.pin_memory().to(self.device, non_blocking=True) for part in taken)
+            return batch
+        pixels, labels = (part.pin_memory().to(self.device, non_blocking=True) for part in batch)
         return pixels, labels
 
 
 def copy_to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """Copy pixels (N, H, W, C) uint8 to a device, using only `UPLOAD_BYTES` bytes of host memory at a time."""
-    there = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    copied = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
     step = max(1, UPLOAD_BYTES // pixels[0].nbytes)
     for start in range(0, len(pixels), step):
-        there[start : start + step] = torch.from_numpy(np.array(pixels[start : start + step]))
-    return there
+        copied[start : start + step] = torch.from_numpy(np.array(pixels[start : start + step]))
+    return copied
 
 
 class ImageData(LightningDataModule):

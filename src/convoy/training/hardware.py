@@ -47,27 +47,27 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
     Raises:
         ConvoyError: If the settings ask for a GPU and there is none, or for more GPUs than there are.
     """
-    there = count_gpus()
-    if trainer.accelerator == "gpu" and not there:
+    gpu_count = count_gpus()
+    if trainer.accelerator == "gpu" and not gpu_count:
         raise ConvoyError("trainer.accelerator=gpu: this machine has no GPU that torch can use; set it to auto or cpu")
-    gpu = select_device(trainer.accelerator).type == "cuda"
+    is_gpu = select_device(trainer.accelerator).type == "cuda"
     cores = joblib.cpu_count(only_physical_cores=True)
-    devices = trainer.devices if trainer.devices != "all" else there if gpu else cores
-    if gpu and devices > there:
-        raise ConvoyError(f"trainer.devices={devices}: this machine has {there} GPUs")
+    devices = trainer.devices if trainer.devices != "all" else gpu_count if is_gpu else cores
+    if is_gpu and devices > gpu_count:
+        raise ConvoyError(f"trainer.devices={devices}: this machine has {gpu_count} GPUs")
     precision = trainer.precision
     if precision == "auto":
         # With hardware support, bfloat16 is 1.3 times as fast for small networks and twice as fast for large ones;
         # without it, bfloat16 is slower than float32.
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_bfloat16()
-        precision = "bfloat16" if fast else "float32"
+        is_supported = torch.cuda.is_bf16_supported(including_emulation=False) if is_gpu else has_bfloat16()
+        precision = "bfloat16" if is_supported else "float32"
     if trainer.threads == "auto":
         work = 3 * count_macs(classifier) * classifier.recipe.batch_size / devices / trainer.nodes
         # In a small step, threads wait for each other longer than they work, especially on a busy machine.
-        threads = 1 if gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
+        threads = 1 if is_gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
     else:
         threads = trainer.threads
-    return ResolvedTrainer("gpu" if gpu else "cpu", devices, trainer.nodes, precision, trainer.compile, threads)
+    return ResolvedTrainer("gpu" if is_gpu else "cpu", devices, trainer.nodes, precision, trainer.compile, threads)
 
 
 def select_device(accelerator: str) -> torch.device:
@@ -110,14 +110,15 @@ def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
         "python": platform.python_version(),
         **{package: version(package) for package in ("numpy", "pytorch-lightning", "torch")},
         "device": torch.cuda.get_device_name() if hardware.accelerator == "gpu" else "cpu",
-        "instructions": instruction_sets(),
+        "instructions": list_instruction_sets(),
         "threads": hardware.threads,
         "precision": hardware.precision,
         "processes": hardware.devices * hardware.nodes,
     }
 
 
-def instruction_sets() -> str:
+def list_instruction_sets() -> str:
     """Return the instruction sets that affect the processor's rounding, such as "AVX512 avx512_bf16"."""
-    can = torch.cpu.get_capabilities()
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in HALF_PRECISION_SETS if can.get(name))])
+    capabilities = torch.cpu.get_capabilities()
+    supported = [name for name in HALF_PRECISION_SETS if capabilities.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *supported])

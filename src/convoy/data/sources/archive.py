@@ -190,7 +190,7 @@ def _catch_errors(content: Callable[[], bytes]) -> bytes | InvalidImageError:
     except InvalidImageError as fault:
         return fault
     except ARCHIVE_ERRORS as error:
-        return InvalidImageError(f"can't be read: {str(error) or type(error).__name__}")
+        return InvalidImageError(f"can't be read: {describe_error(error)}")
 
 
 def _normalize_entry(name: str, entry: str) -> str:

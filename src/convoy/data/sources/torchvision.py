@@ -108,7 +108,7 @@ def _make_sample(dataset: Any, row: int, path: str, split: str, classes: dict[in
         image, label = dataset[row]
     # For a data set that opens its files itself, Pillow may raise any error.
     except Exception as error:
-        return Sample(path, "", split, "", InvalidImageError(f"can't be decoded: {str(error) or type(error).__name__}"))
+        return Sample(path, "", split, "", InvalidImageError(f"can't be decoded: {describe_error(error)}"))
     if isinstance(image, str):
         path = str(Path(image).relative_to(folder.parent))
     return Sample(path, classes[int(label)], split, "", _read_content(image))

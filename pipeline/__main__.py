@@ -29,10 +29,8 @@ from pipeline.errors import exit_on_error
 def main() -> None:
     """Parse the command line and run the pipeline in the current folder."""
     parser = argparse.ArgumentParser(prog="python -m pipeline", description=__doc__)
-    parser.add_argument(
-        "--pull", action="store_true", help="take results that the DVC remote has instead of making them"
-    )
-    parser.add_argument("--update", action="store_true", help="bring the newest data first, as `dvc update` does")
+    parser.add_argument("--pull", action="store_true", help="reuse results that the DVC remote has")
+    parser.add_argument("--update", action="store_true", help="fetch the newest data first, as `dvc update` does")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--adopt", action="store_true", help="write into conf/ the settings that only params.yaml has")
     only.add_argument("--compose", action="store_true", help="discard the settings that only params.yaml has")
@@ -74,7 +72,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
     output_folders.remove_unlisted(root, models)
     dvc_state.read_yaml(root / "data.dvc")
     data_lock.check_source(root, validate(DatasetConfig, params["dataset"], "dataset"))
-    commands = data_folder.commands(root, update=options.update)
+    commands = data_folder.sync_commands(root, update=options.update)
     commands.append(["repro", *(["--pull"] if options.pull else [])])
     before = leaderboard_time(root)
     status = run_all(commands)
@@ -138,8 +136,8 @@ def check_repository(root: Path) -> None:
     settings = [file.read_text() for file in (root / ".dvc").glob("config*") if file.is_file()]
     if not any(re.search(r"^\s*no_scm\s*=\s*true", text, re.MULTILINE | re.IGNORECASE) for text in settings):
         raise ConvoyError(
-            f"{root} is no git repository, and DVC needs one. Type `git init && git add --all && git commit "
-            "--message 'Import convoy'` and run this again, or go on without git: `dvc config core.no_scm true`"
+            f"{root} is not a git repository, which DVC needs. Run `git init && git add --all && git commit "
+            "--message 'Import convoy'` and try again, or use DVC without git: `dvc config core.no_scm true`"
         )
 
 
@@ -165,9 +163,7 @@ def dvc(*command: str) -> int:
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not received:
-            signals.write_line(
-                f"{signal.Signals(number).name}: the stage at work ends; `make repro` goes on from there"
-            )
+            signals.write_line(f"{signal.Signals(number).name}: stopping the running stage; `make repro` resumes it")
         received.append(number)
         if running:
             terminate(running.pid)
@@ -222,7 +218,7 @@ def show_leaderboard(root: Path) -> None:
     try:
         table = pd.read_csv(root / "artifacts/register" / LEADERBOARD, dtype={"epoch": "Int64"})
     except FileNotFoundError:
-        raise ConvoyError("there are no results yet: `make repro` makes them") from None
+        raise ConvoyError("there are no results yet: run `make repro`") from None
     report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")
 
 

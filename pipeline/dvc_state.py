@@ -13,10 +13,8 @@ from typing import Any
 import psutil
 import yaml
 
+from convoy.core.disk import remove_sqlite_database
 from convoy.core.errors import ConvoyError, describe_error
-
-# Suffixes of a SQLite database and of the files that SQLite creates next to it.
-SIDECARS = ("", "-journal", "-wal", "-shm")
 
 
 def repair(root: Path) -> None:
@@ -37,53 +35,54 @@ def restore_lock_file(root: Path) -> None:
         ConvoyError: If dvc.lock can't be read, and it holds a merge conflict or there is no copy of its previous
             version.
     """
-    lock, kept = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
+    lock, backup = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
     if not lock.exists():
         return
     try:
-        complete = _is_complete(read_yaml(lock))
+        is_complete = _is_complete(read_yaml(lock))
     except ConvoyError:
         # The markers of a merge conflict are for the user to resolve.
-        if "<<<<<<<" in lock.read_text(errors="replace") or not kept.exists():
+        if "<<<<<<<" in lock.read_text(errors="replace") or not backup.exists():
             raise
-        complete = False
-    if complete:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        # Replacing the copy atomically ensures that it is never incomplete itself.
-        beside = kept.with_suffix(".new")
-        shutil.copyfile(lock, beside)
-        beside.replace(kept)
-    elif kept.exists():
-        shutil.copyfile(kept, lock)
-        print("dvc.lock was cut short when a run was stopped: it is again as it was before that run")
+        is_complete = False
+    if is_complete:
+        backup.parent.mkdir(parents=True, exist_ok=True)
+        # Replacing the backup atomically ensures that it is never incomplete itself.
+        temporary = backup.with_suffix(".new")
+        shutil.copyfile(lock, temporary)
+        temporary.replace(backup)
+    elif backup.exists():
+        shutil.copyfile(backup, lock)
+        print("dvc.lock was truncated when a run was stopped: restored as it was before that run")
 
 
 def _is_complete(lock: dict[str, Any]) -> bool:
     """Return whether every stage in dvc.lock has the hashes of its dependencies and outputs."""
     try:
         stages = lock.get("stages", {}).values()
-        entries = [entry for stage in stages for side in ("deps", "outs") for entry in stage.get(side, [])]
+        entries = [entry for stage in stages for kind in ("deps", "outs") for entry in stage.get(kind, [])]
         return all(isinstance(entry.get("md5"), str) for entry in entries)
     except (AttributeError, TypeError):
         return False
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file of DVC that holds a table.
+    """Read a YAML file of DVC that holds a mapping.
 
     Raises:
-        ConvoyError: If the file can't be read or holds no table.
+        ConvoyError: If the file can't be read or holds no mapping.
     """
     try:
-        table = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         # The cause may be the markers of a merge conflict.
         raise ConvoyError(
-            f"{file.name} can't be read: take one side of it, or git's last version ({describe_error(error)})"
+            f"{file.name} can't be read: resolve the merge conflict, or restore it by `git checkout {file.name}`"
+            f" ({describe_error(error)})"
         ) from None
-    if not isinstance(table, dict):
-        raise ConvoyError(f"{file.name} holds no table: `git checkout {file.name}` brings its last version")
-    return table
+    if not isinstance(content, dict):
+        raise ConvoyError(f"{file.name} is not a YAML mapping: restore it by `git checkout {file.name}`")
+    return content
 
 
 # .dvc/tmp
@@ -98,11 +97,11 @@ def remove_torn_path_locks(root: Path) -> None:
     with contextlib.ExitStack() as locks:
         # DVC holds the first lock while it works, and the second while it writes the file. If either is taken, DVC may
         # be writing the file now; if the file stays incomplete, the next run finds it.
-        if not all(_take(locks, folder / name, root) for name in ("lock", "rwlock.lock")):
+        if not all(_acquire(locks, folder / name, root) for name in ("lock", "rwlock.lock")):
             return
         if file.exists() and _is_stale(file):
             file.unlink()
-            print(".dvc/tmp/rwlock was left behind by a run that was stopped: removed")
+            print(".dvc/tmp/rwlock was left by a run that was stopped: removed")
 
 
 def _is_stale(file: Path) -> bool:
@@ -110,26 +109,26 @@ def _is_stale(file: Path) -> bool:
     from voluptuous import Invalid
 
     try:
-        held, written = SCHEMA(json.loads(file.read_text())), file.stat().st_mtime
+        locks, modified = SCHEMA(json.loads(file.read_text())), file.stat().st_mtime
     except (ValueError, Invalid):
         return True
-    readers = [info for infos in held["read"].values() for info in infos]
-    numbers = {info["pid"] for info in [*readers, *held["write"].values()]}
-    return bool(numbers) and not any(_was_running(number, written) for number in numbers)
+    readers = [info for infos in locks["read"].values() for info in infos]
+    pids = {info["pid"] for info in [*readers, *locks["write"].values()]}
+    return bool(pids) and not any(_was_running(pid, modified) for pid in pids)
 
 
-def _was_running(process: int, moment: float) -> bool:
+def _was_running(pid: int, moment: float) -> bool:
     """Return whether the process with a given id is running and began before `moment` (seconds since the epoch).
 
     A process that began later has reused the id, as after a restart of the machine.
     """
     try:
-        return psutil.Process(process).create_time() <= moment + 1
+        return psutil.Process(pid).create_time() <= moment + 1
     except psutil.NoSuchProcess:
         return False
 
 
-def _take(locks: contextlib.ExitStack, file: Path, root: Path) -> bool:
+def _acquire(locks: contextlib.ExitStack, file: Path, root: Path) -> bool:
     from dvc.config import Config
     from dvc.lock import LockError, make_lock
 
@@ -151,9 +150,8 @@ def remove_damaged_databases(root: Path) -> bool:
     """
     damaged = [file for file in _databases(root) if _is_damaged(file)]
     for file in damaged:
-        for end in SIDECARS:
-            file.with_name(file.name + end).unlink(missing_ok=True)
-        print(f"{file}, where DVC remembers hashes, was damaged: removed, DVC computes them again")
+        remove_sqlite_database(file)
+        print(f"{file}, DVC's database of hashes, was damaged: removed; DVC computes the hashes again")
     return bool(damaged)
 
 
@@ -167,11 +165,11 @@ def _databases(root: Path) -> Iterator[Path]:
     before = os.environ.get(env.DVC_SITE_CACHE_DIR)
     # DVC reveals their location only after it has opened them. It is therefore made to open new ones, under the same
     # name, in a temporary folder.
-    with tempfile.TemporaryDirectory() as elsewhere:
-        os.environ[env.DVC_SITE_CACHE_DIR] = elsewhere
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ[env.DVC_SITE_CACHE_DIR] = temporary
         try:
             with Repo(str(root)) as repo:
-                project, chosen = Path(repo.site_cache_dir).name, repo.config["core"].get("site_cache_dir")
+                project, configured = Path(repo.site_cache_dir).name, repo.config["core"].get("site_cache_dir")
         # DVC has already reported what is wrong with the project.
         except DvcException:
             return
@@ -179,7 +177,7 @@ def _databases(root: Path) -> Iterator[Path]:
             os.environ.pop(env.DVC_SITE_CACHE_DIR)
             if before is not None:
                 os.environ[env.DVC_SITE_CACHE_DIR] = before
-    yield from sorted(Path(site_cache_dir(chosen), "repo", project).rglob("*.db"))
+    yield from sorted(Path(site_cache_dir(configured), "repo", project).rglob("*.db"))
 
 
 def _is_damaged(file: Path) -> bool:

@@ -25,40 +25,38 @@ def refuse_strays(root: Path, models: list[str]) -> None:
         ConvoyError: If there are such files.
     """
     listed = [root / "artifacts" / stage / name for stage in PER_MODEL for name in models]
-    folders = {*(root / "artifacts" / name for name in SINGLE), *listed, *_marked(root)}
-    others = [
-        file
-        for folder in folders
-        for names in [_written(folder)]
-        for file in folder.rglob("*")
-        if not file.is_dir() and str(file.relative_to(folder)) not in names
-    ]
+    folders = {*(root / "artifacts" / name for name in SINGLE), *listed, *_model_folders(root)}
+    others: list[Path] = []
+    for folder in folders:
+        written = _manifest_files(folder)
+        files = (file for file in folder.rglob("*") if not file.is_dir())
+        others += (file for file in files if str(file.relative_to(folder)) not in written)
     # The remains of a killed checkout and results with a damaged manifest are in the cache.
     if strays := uncached(root, others) if others else []:
         paths = sorted(str(file.relative_to(root)) for file in strays)
         raise ConvoyError(
-            f"{truncate_names(paths)}: no stage wrote this, and the folder around it is replaced as a whole when its"
-            f" stage runs; nothing was changed. Move it out of artifacts/, such as by `mv {shlex.quote(paths[0])} .`"
+            f"{truncate_names(paths)}: no stage wrote this, and its folder is replaced completely when its stage runs;"
+            f" nothing was changed. Move it out of artifacts/, for example by `mv {shlex.quote(paths[0])} .`"
         )
 
 
 def remove_unlisted(root: Path, models: list[str]) -> None:
     """Remove the results of architectures that are not in `models`; they remain in DVC's cache."""
-    for folder in _marked(root):
+    for folder in _model_folders(root):
         if folder.name not in models:
             print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
             shutil.rmtree(folder)
 
 
-def _marked(root: Path) -> list[Path]:
+def _model_folders(root: Path) -> list[Path]:
     """Return the folders of architectures that a stage wrote.
 
     A folder without a manifest belongs to the user.
     """
-    return [mark.parent for stage in PER_MODEL for mark in sorted((root / "artifacts" / stage).glob(f"*/{MANIFEST}"))]
+    return [file.parent for stage in PER_MODEL for file in sorted((root / "artifacts" / stage).glob(f"*/{MANIFEST}"))]
 
 
-def _written(folder: Path) -> set[str]:
+def _manifest_files(folder: Path) -> set[str]:
     """Return the names of the files that a stage wrote, or just the manifest if it is missing or damaged."""
     try:
         return {MANIFEST, *json.loads((folder / MANIFEST).read_text())}

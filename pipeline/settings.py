@@ -16,11 +16,11 @@ from convoy.core.errors import ConvoyError
 from convoy.tracking.provenance import git
 from pipeline.adoption import adopt_settings, differences
 
-# Checksum of the params.yaml that was last composed.
-RECORD = Path("artifacts/.scratch/params.sha256")
-MAX_COMMITS = 20
+# Checksum of the params.yaml that was composed last.
+CHECKSUM_FILE = Path("artifacts/.scratch/params.sha256")
+MAX_COMMITS = 20  # commits searched for the conf/ that params.yaml was composed from
 MAX_LISTED = 20  # keys in a message
-MAX_SHOWN = 60  # characters of a value in a message
+MAX_VALUE_WIDTH = 60  # characters of a value in a message
 
 
 def compose(
@@ -60,13 +60,13 @@ def compose(
 
 
 def _refuse_loss(root: Path, present: bytes, text: str) -> None:
-    if present == text.encode() or _checksum(present) in _recorded(root):
+    if present == text.encode() or _checksum(present) in _recorded_checksums(root):
         return
     try:
         changed = differences(config.parse(present.decode()), config.parse(text))
     except (ConvoyError, ValueError):
         raise ConvoyError(
-            "params.yaml can't be read, as after a merge conflict: take one side of it (`git checkout --ours"
+            "params.yaml can't be read, as after a merge conflict: choose one version (`git checkout --ours"
             " params.yaml`, or --theirs), or discard it and compose conf/ again by `python -m pipeline --compose`"
         ) from None
     if not changed:
@@ -80,8 +80,8 @@ def _refuse_loss(root: Path, present: bytes, text: str) -> None:
         raise ConvoyError(
             "params.yaml holds settings that conf/ does not compose to, as after `dvc exp apply`, a merge or an edit:\n"
             + "\n".join(lines)
-            + "\nTo keep them, let them be written into conf/:\n  python -m pipeline --adopt\n"
-            "To discard them, let conf/ be composed again:\n  python -m pipeline --compose"
+            + "\nTo keep them, write them into conf/:\n  python -m pipeline --adopt\n"
+            "To discard them, compose conf/ again:\n  python -m pipeline --compose"
         )
 
 
@@ -91,16 +91,16 @@ def _describe(present: Any, composed: Any) -> str:
 
 def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "a table"
+        return "a mapping"
     text = "nothing" if value is ... else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= MAX_VALUE_WIDTH else f"{text[:MAX_VALUE_WIDTH]}..."
 
 
 # Cases in which params.yaml is safe to replace
 
 
-def _recorded(root: Path) -> list[str]:
-    return (root / RECORD).read_text().split() if (root / RECORD).exists() else []
+def _recorded_checksums(root: Path) -> list[str]:
+    return (root / CHECKSUM_FILE).read_text().split() if (root / CHECKSUM_FILE).exists() else []
 
 
 def _is_left_by_experiment(root: Path, present: bytes) -> bool:
@@ -110,17 +110,17 @@ def _is_left_by_experiment(root: Path, present: bytes) -> bool:
     composed conf/ again.
     """
     blob = git(root, "hash-object", "params.yaml")
-    ran, left = next(_experiments(root), (0, ""))
-    record = root / RECORD
-    if not blob or left != blob or blob == git(root, "rev-parse", "--quiet", "--verify", ":./params.yaml"):
+    started, composed = next(_experiments(root), (0, ""))
+    checksum_file = root / CHECKSUM_FILE
+    if not blob or composed != blob or blob == git(root, "rev-parse", "--quiet", "--verify", ":./params.yaml"):
         return False
     applied = "refs/exps/exec/EXEC_APPLY"
     if git(root, "rev-parse", "--quiet", "--verify", f"{applied}:./params.yaml") == blob:
         ref = root / git(root, "rev-parse", "--git-path", applied)
         # If git has packed the ref, its time is unknown.
-        if not ref.exists() or ref.stat().st_mtime_ns > ran:
+        if not ref.exists() or ref.stat().st_mtime_ns > started:
             return False
-    return not record.exists() or record.stat().st_mtime_ns < ran
+    return not checksum_file.exists() or checksum_file.stat().st_mtime_ns < started
 
 
 def _experiments(root: Path) -> Iterator[tuple[int, str]]:
@@ -129,14 +129,14 @@ def _experiments(root: Path) -> Iterator[tuple[int, str]]:
     Failed experiments are included, those in temporary copies are not. DVC keeps an info file for each experiment,
     named after the commit, on no branch, in which DVC stored the composed settings.
     """
-    notes = [(note.stat().st_mtime_ns, note) for note in (root / ".dvc/tmp/exps/run").glob("*/*.run")]
-    for time, note in sorted(notes, reverse=True):
+    files = [(file.stat().st_mtime_ns, file) for file in (root / ".dvc/tmp/exps/run").glob("*/*.run")]
+    for time, file in sorted(files, reverse=True):
         try:
-            is_here = json.loads(note.read_text()).get("location") == "workspace"
+            is_here = json.loads(file.read_text()).get("location") == "workspace"
         except (OSError, ValueError, AttributeError):
             continue
-        if is_here and re.fullmatch("[0-9a-f]{40,}", note.stem):
-            yield time, git(root, "rev-parse", "--quiet", "--verify", f"{note.stem}:./params.yaml")
+        if is_here and re.fullmatch("[0-9a-f]{40,}", file.stem):
+            yield time, git(root, "rev-parse", "--quiet", "--verify", f"{file.stem}:./params.yaml")
 
 
 def _was_composed(root: Path, present: bytes) -> bool:
@@ -149,8 +149,8 @@ def _was_composed(root: Path, present: bytes) -> bool:
     if not blob or blob != git(root, "rev-parse", "--quiet", "--verify", "HEAD:./params.yaml"):
         return False
     commits = git(root, "log", f"--max-count={MAX_COMMITS}", "--format=%H", "--", "params.yaml", "conf")
-    having = [name for name in commits.split() if git(root, "rev-parse", f"{name}:./params.yaml") == blob]
-    return any(_composed_at(root, commit) == present.decode() for commit in having)
+    candidates = [name for name in commits.split() if git(root, "rev-parse", f"{name}:./params.yaml") == blob]
+    return any(_composed_at(root, commit) == present.decode() for commit in candidates)
 
 
 def _composed_at(root: Path, commit: str) -> str | None:
@@ -171,17 +171,17 @@ def _composed_at(root: Path, commit: str) -> str | None:
 
 def _write(root: Path, present: bytes, text: str) -> None:
     """Replace params.yaml and its recorded checksum, so that a kill at any moment leaves a recorded params.yaml."""
-    (root / RECORD).parent.mkdir(parents=True, exist_ok=True)
-    arriving = (root / RECORD).with_name("params.yaml")
+    (root / CHECKSUM_FILE).parent.mkdir(parents=True, exist_ok=True)
+    temporary = (root / CHECKSUM_FILE).with_name("params.yaml")
     steps = [
-        (root / RECORD, f"{_checksum(present)}\n{_checksum(text.encode())}\n"),
+        (root / CHECKSUM_FILE, f"{_checksum(present)}\n{_checksum(text.encode())}\n"),
         (root / "params.yaml", text),
-        (root / RECORD, f"{_checksum(text.encode())}\n"),
+        (root / CHECKSUM_FILE, f"{_checksum(text.encode())}\n"),
     ]
     for file, content in steps:
         try:
-            arriving.write_text(content, encoding="utf-8")
-            arriving.replace(file)
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(file)
         except OSError as error:
             raise ConvoyError(f"{file.relative_to(root)} can't be written: {error.strerror}") from error
 

@@ -41,7 +41,7 @@ class _End:
             self.status = 128 + number
             self.deadline = time.monotonic() + CLEANUP_S
             signal.signal(signal.SIGALRM, self.retry)
-            write_line(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+            write_line(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
         self.retry()
 
     def retry(self, *_: object) -> None:
@@ -55,7 +55,7 @@ def install() -> None:
     """Let the signals end this process, except those that its parent process set to be ignored, as `nohup` does."""
     if any(isinstance(signal.getsignal(number), _End) for number in ENDING):
         return
-    end, shown = _End(), sys.unraisablehook
+    end, previous_hook = _End(), sys.unraisablehook
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
@@ -65,7 +65,7 @@ def install() -> None:
             # The short delay lets the callback finish first.
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         else:
-            shown(dropped)
+            previous_hook(dropped)
 
     sys.unraisablehook = retry_dropped
     # The timer is cancelled at exit. If it fired after Python had removed its signal handlers, it would end the process

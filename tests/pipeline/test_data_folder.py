@@ -13,7 +13,7 @@ import pytest
 from dvc.repo import Repo
 
 from convoy.core.errors import ConvoyError
-from pipeline.data_folder import commands
+from pipeline.data_folder import sync_commands
 from repositories import run_dvc
 
 Edit = Callable[[Path], object]
@@ -64,7 +64,7 @@ def read_files(folder: Path) -> dict[str, str]:
 
 def sync_data(root: Path, *, update: bool = False) -> None:
     """What the main command does."""
-    for command in commands(root, update=update):
+    for command in sync_commands(root, update=update):
         run_dvc(root, *command)
 
 
@@ -97,11 +97,11 @@ def run_advised_commands(root: Path, message: str, heading: str) -> None:
 def test_fresh_clone_gets_its_data(fresh_clone: Path) -> None:
     sync_data(fresh_clone)
     assert read_files(fresh_clone / "data") == SAMPLE
-    assert commands(fresh_clone, update=False) == []
+    assert sync_commands(fresh_clone, update=False) == []
 
 
 def test_data_as_recorded_is_left_alone(root: Path) -> None:
-    assert commands(root, update=False) == []
+    assert sync_commands(root, update=False) == []
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_changed_source_is_taken_up(is_frozen: bool, root: Path) -> None:
     (root / "samples/digits.zip").unlink()
     sync_data(root)
     assert read_files(root / "data") == read_files(root / "samples")
-    assert commands(root, update=False) == []
+    assert sync_commands(root, update=False) == []
 
 
 def test_another_path_is_taken_up(root: Path) -> None:
@@ -158,7 +158,7 @@ def test_data_that_dvc_added_are_their_own_source(root: Path) -> None:
     (root / "data.dvc").unlink()
     run_dvc(root, "add", "--quiet", "data")
     write_files(root / "data", MINE)
-    assert commands(root, update=False) == []
+    assert sync_commands(root, update=False) == []
 
 
 def test_remote_source_is_checked_only_on_update(root: Path) -> None:
@@ -167,8 +167,8 @@ def test_remote_source_is_checked_only_on_update(root: Path) -> None:
         stage = repo.stage.load_one(str(root / "data.dvc"))
         stage.md5 = stage.compute_md5()
         stage.dump()
-    assert commands(root, update=False) == []
-    assert commands(root, update=True) == [["update", "data.dvc"]]
+    assert sync_commands(root, update=False) == []
+    assert sync_commands(root, update=True) == [["update", "data.dvc"]]
     (root / "data/digits.zip").unlink()
     sync_data(root)
     assert read_files(root / "data") == SAMPLE
@@ -197,10 +197,10 @@ def test_files_of_the_user_stop_the_run(edit: Edit, named: str, is_fresh: bool, 
     edit(root)
     before = read_files(root)
     with pytest.raises(ConvoyError) as refusal:
-        commands(root, update=False)
+        sync_commands(root, update=False)
     assert f"nowhere else: {named}. A run would replace " in str(refusal.value)
     with pytest.raises(ConvoyError, match="nowhere else"):
-        commands(root, update=True)
+        sync_commands(root, update=True)
     untouched = {name: text for name, text in read_files(root).items() if not name.startswith(".dvc/")}
     assert untouched == {name: text for name, text in before.items() if not name.startswith(".dvc/")}
 
@@ -218,7 +218,7 @@ def test_files_of_the_user_stop_the_run_whatever_the_source(change: Edit, root: 
     write_files(root / "data", MINE)
     change(root)
     with pytest.raises(ConvoyError, match=r"nowhere else: data/cat/1\.png, data/dog/1\.png"):
-        commands(root, update=False)
+        sync_commands(root, update=False)
 
 
 @pytest.mark.parametrize(
@@ -230,19 +230,19 @@ def test_training_on_own_files_as_advised_works(source: str, beside: bool, fresh
     edit_data_dvc(fresh_clone, "path: samples", f"path: {json.dumps(source)}" if " " in source else f"path: {source}")
     write_files(fresh_clone / "a: b/{flowers}", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh_clone, update=False)
+        sync_commands(fresh_clone, update=False)
     run_advised_commands(fresh_clone, str(refusal.value), "To train on ")
     sync_data(fresh_clone)
     assert read_files(fresh_clone / "data") == read_files(fresh_clone / "my-images") == MINE
     assert (fresh_clone / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
-    assert commands(fresh_clone, update=False) == []
+    assert sync_commands(fresh_clone, update=False) == []
 
 
 def test_files_among_those_of_the_sample_move_with_them(fresh_clone: Path) -> None:
     write_files(fresh_clone / "data/more", {"two.png": "2"})
     write_files(fresh_clone / "data", SAMPLE)
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh_clone, update=False)
+        sync_commands(fresh_clone, update=False)
     run_advised_commands(fresh_clone, str(refusal.value), "To train on ")
     sync_data(fresh_clone)
     assert read_files(fresh_clone / "data") == SAMPLE | {"more/two.png": "2"}
@@ -253,8 +253,8 @@ def test_moving_the_files_as_advised_resolves_the_error(beside: bool, fresh_clon
     write_files(fresh_clone / "data", {"my pictures/ä 'b'.png": "mine", **(SAMPLE if beside else {})})
     (fresh_clone.parent / "my-images").mkdir()  # which is taken
     with pytest.raises(ConvoyError) as refusal:
-        commands(fresh_clone, update=False)
-    run_advised_commands(fresh_clone, str(refusal.value), "To do without ")
+        sync_commands(fresh_clone, update=False)
+    run_advised_commands(fresh_clone, str(refusal.value), "To exclude ")
     sync_data(fresh_clone)
     assert read_files(fresh_clone / "data") == SAMPLE
     assert read_files(fresh_clone.parent / "my-images-2") == {"my pictures/ä 'b'.png": "mine"}
@@ -263,7 +263,7 @@ def test_moving_the_files_as_advised_resolves_the_error(beside: bool, fresh_clon
 def test_file_in_place_of_the_folder_is_not_overwritten(fresh_clone: Path) -> None:
     (fresh_clone / "data").write_text("all my images")
     with pytest.raises(ConvoyError, match=r"holds a file that .* nowhere else: data. A run"):
-        commands(fresh_clone, update=False)
+        sync_commands(fresh_clone, update=False)
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -273,10 +273,10 @@ def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh_clone: P
     if exists:
         write_files(mine, MINE)
     with pytest.raises(ConvoyError, match="data is a link to ") as refusal:
-        commands(fresh_clone, update=False)
+        sync_commands(fresh_clone, update=False)
     if exists:
         run_advised_commands(fresh_clone, str(refusal.value), "data is a link")
-        assert commands(fresh_clone, update=False) == []
+        assert sync_commands(fresh_clone, update=False) == []
         assert read_files(fresh_clone / "data") == read_files(mine) == MINE
 
 
@@ -284,7 +284,7 @@ def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh_clone: P
 def test_links_among_the_images_are_refused(target: str, root: Path) -> None:
     (root / "data/link.png").symlink_to(target)
     with pytest.raises(ConvoyError, match=f"data/link.png is a link to {re.escape(target)}, which"):
-        commands(root, update=False)
+        sync_commands(root, update=False)
 
 
 # Plain DVC
@@ -311,7 +311,7 @@ def test_data_recorded_by_plain_dvc_is_neither_mixed_nor_lost(change: str, choic
     run_dvc(root, "repro", "--quiet", "data.dvc")
     kept = read_files(root / "data")
     with pytest.raises(ConvoyError, match=f"names {source} as the source of data/, but they differ in ") as refusal:
-        commands(root, update=False)
+        sync_commands(root, update=False)
     run_advised_commands(root, str(refusal.value), choice if choice.endswith("is") else f"To train on {source}")
     sync_data(root)
     assert read_files(root / "data") == (kept if choice.endswith("is") else read_files(root / source))
@@ -322,25 +322,27 @@ def test_data_recorded_by_plain_dvc_is_neither_mixed_nor_lost(change: str, choic
 
 def test_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "samples")
-    assert commands(root, update=False) == []
-    assert "samples is not there, where data.dvc says that the images come from: data/ stays" in capsys.readouterr().out
-    with pytest.raises(ConvoyError, match=r"^samples is not there, .* by `make repro`$"):
-        commands(root, update=True)
+    assert sync_commands(root, update=False) == []
+    assert "samples, the source of the images in data.dvc, does not exist: data/ is used" in capsys.readouterr().out
+    with pytest.raises(ConvoyError, match=r"^samples, the source of the images .* by `make repro`$"):
+        sync_commands(root, update=True)
     shutil.rmtree(root / "data")
-    assert commands(root, update=False) == [["checkout", "data.dvc"]]
+    assert sync_commands(root, update=False) == [["checkout", "data.dvc"]]
     shutil.rmtree(root / ".dvc/cache")
-    with pytest.raises(ConvoyError, match=r"^samples is not there, .*`dvc pull data.dvc`"):
-        commands(root, update=False)
+    with pytest.raises(ConvoyError, match=r"^samples, the source of the images .*`dvc pull data.dvc`"):
+        sync_commands(root, update=False)
 
 
 def test_dvc_is_kept_from_removing_data_for_a_lost_source(root: Path) -> None:
     edit_data_dvc(root, "frozen: true\n", "")
     shutil.rmtree(root / "samples")
-    with pytest.raises(ConvoyError, match=r"^samples is not there, .* by `dvc freeze data\.dvc` and `make repro`$"):
-        commands(root, update=False)
+    with pytest.raises(
+        ConvoyError, match=r"^samples, the source of the images .* by `dvc freeze data\.dvc` and `make repro`$"
+    ):
+        sync_commands(root, update=False)
 
 
 def test_links_in_the_source_are_refused_before_dvc_copies_them(root: Path) -> None:
     (root / "samples/secret.png").symlink_to("/etc/hostname")
     with pytest.raises(ConvoyError, match=r"^samples/secret.png is a link to /etc/hostname, which is not a file"):
-        commands(root, update=False)
+        sync_commands(root, update=False)

@@ -26,9 +26,9 @@ def test_dvc_lock_that_was_cut_short_is_restored(cut: int, tmp_path: Path, capsy
     lock.write_text(whole[:cut])
     restore_lock_file(tmp_path)
     assert lock.read_text() == whole
-    assert "dvc.lock was cut short" in capsys.readouterr().out
+    assert "dvc.lock was truncated" in capsys.readouterr().out
     lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
-    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: take one side of it"):
+    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict"):
         restore_lock_file(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_dvc_runs_again_after_its_path_list_was_truncated(
     (dvc_project / ".dvc/tmp/rwlock").write_text('{"/a')
     assert run_dvc(dvc_project, "repro") == 255
     remove_torn_path_locks(dvc_project)
-    assert capsys.readouterr().out.startswith(".dvc/tmp/rwlock was left behind by a run that was stopped")
+    assert capsys.readouterr().out.startswith(".dvc/tmp/rwlock was left by a run that was stopped")
     assert run_dvc(dvc_project, "repro") == 0
 
 
@@ -120,7 +120,7 @@ def test_damaged_databases_of_dvc_are_made_again(
         file.write_bytes(content[: len(content) // 2] if how == "half" else b"garbage" * 1000)
     assert run_dvc(dvc_project, "repro") == 255
     assert remove_damaged_databases(dvc_project)
-    assert "where DVC remembers hashes, was damaged" in capsys.readouterr().out
+    assert "DVC's database of hashes, was damaged" in capsys.readouterr().out
     assert run_dvc(dvc_project, "repro") == 0
     assert not remove_damaged_databases(dvc_project)
 

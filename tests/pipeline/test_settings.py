@@ -15,7 +15,7 @@ from convoy.core import config
 from convoy.core.errors import ConvoyError
 from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
-from pipeline.settings import RECORD, compose
+from pipeline.settings import CHECKSUM_FILE, compose
 from repositories import init_git, run_dvc, run_git
 from small_project import ROOT
 
@@ -308,8 +308,8 @@ def test_keys_that_came_and_went_are_named(root: Path) -> None:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     assert_stops(
         root,
-        "model.resnet: a table in params.yaml, nothing in conf/",
-        "model.lenet: nothing in params.yaml, a table in conf/",
+        "model.resnet: a mapping in params.yaml, nothing in conf/",
+        "model.lenet: nothing in params.yaml, a mapping in conf/",
         'train.epochs: "16" in params.yaml, 16 in conf/',
         'train.more: [1, 2.5, "x"] in params.yaml, nothing in conf/',
         "train.patience: nothing in params.yaml, 0 in conf/",
@@ -336,10 +336,10 @@ def test_params_yaml_that_cannot_be_read_stops_composing(text: str, root: Path) 
 def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> None:
     compose_project(project_conf)
     edit_conf(project_conf, -1)
-    before = (project_conf / "params.yaml").read_bytes(), (project_conf / RECORD).read_bytes()
+    before = (project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()
     with pytest.raises(ConvoyError, match="seed=-1"):
         compose(project_conf, check)
-    assert ((project_conf / "params.yaml").read_bytes(), (project_conf / RECORD).read_bytes()) == before
+    assert ((project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()) == before
 
 
 # Adoption

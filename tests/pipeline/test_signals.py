@@ -107,7 +107,7 @@ def test_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal
         stage.send_signal(number)
         said, complaint = stage.communicate(timeout=20)
     assert stage.returncode == STATUS[number]
-    assert complaint.decode() == f"convoy: stopped by {number.name}; run the same command again to go on\n"
+    assert complaint.decode() == f"convoy: stopped by {number.name}; run the same command again to resume\n"
     if "catches all" not in swallow:
         assert b"went on" not in said
     assert (b"cleaned" in said) == ("cleanup" in swallow)
@@ -151,7 +151,7 @@ def run_interrupted(
 
 
 def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -> None:
-    assert done.stderr == f"convoy: stopped by {number.name}; run the same command again to go on\n"
+    assert done.stderr == f"convoy: stopped by {number.name}; run the same command again to resume\n"
     assert done.returncode == STATUS[number]
 
 
@@ -227,7 +227,7 @@ def test_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals
         _, said = running.communicate(timeout=20)
     assert running.returncode == STATUS[number]
     assert (tmp_path / "saved").exists()
-    assert said.startswith(f"convoy: {number.name}: the stage at work ends; `make repro` goes on from there\n")
+    assert said.startswith(f"convoy: {number.name}: stopping the running stage; `make repro` resumes it\n")
 
 
 def test_stage_ends_if_dvc_alone_is_killed(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_summary_shows_the_leaderboard_and_the_next_commands(
 
 
 def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"^there are no results yet: `make repro` makes them$"):
+    with pytest.raises(ConvoyError, match=r"^there are no results yet: run `make repro`$"):
         print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
 
 
@@ -280,7 +280,7 @@ def test_many_invalid_images_are_listed_completely_in_a_file(tmp_path: Path) -> 
 
 
 def test_source_archive_without_git_says_which_command_to_run(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"is no git repository, and DVC needs one\. Type `git init"):
+    with pytest.raises(ConvoyError, match=r"is not a git repository, which DVC needs\. Run `git init"):
         check_repository(tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_project_without_git_may_set_no_scm(tmp_path: Path) -> None:
 
 def test_data_dvc_that_holds_no_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text("")
-    with pytest.raises(ConvoyError, match=r"data\.dvc holds no table: `git checkout data\.dvc` brings its last"):
+    with pytest.raises(ConvoyError, match=r"data\.dvc is not a YAML mapping: restore it by `git checkout data\.dvc`"):
         dvc_state.read_yaml(tmp_path / "data.dvc")
 
 

@@ -45,6 +45,12 @@ def is_disk_error(error: BaseException) -> bool:
     return any(SQLITE_IO_MESSAGE in str(each).lower() for each in _chain(error))
 
 
+def remove_sqlite_database(file: Path) -> None:
+    """Remove a SQLite database and the files that SQLite keeps beside it, if they exist."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and all its causes and contexts."""
     seen: set[int] = set()

@@ -22,14 +22,12 @@ import psutil
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
-from convoy.core.disk import explain_full_disk
+from convoy.core.disk import explain_full_disk, remove_sqlite_database
 from convoy.core.errors import ConvoyError
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
 
-# Suffixes of the files that SQLite keeps beside a database.
-SIDECARS = ("-journal", "-wal", "-shm")
 LOCK_TIMEOUT_S = 20.0
 # Columns that the table `experiments` has in every version of MLflow.
 MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}
@@ -268,8 +266,7 @@ def _migrate(file: Path) -> None:
 
 def _discard(file: Path) -> Path:
     """Remove a database and SQLite's files beside it, where they exist, and return its path."""
-    for name in (file.name, *(file.name + end for end in SIDECARS)):
-        file.with_name(name).unlink(missing_ok=True)
+    remove_sqlite_database(file)
     return file
 
 

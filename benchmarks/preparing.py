@@ -106,9 +106,8 @@ def main(way: str, folder: str, size: str, remembered: str = "") -> None:
         import convoy.data.preprocessing  # noqa: F401
         from convoy.data.decode_pool import start_fork_server
 
-        first = start_fork_server().Process(
-            target=int
-        )  # there when the process that its like are copied from has its imports
+        # It starts when the fork server has done its imports.
+        first = start_fork_server().Process(target=int)
         first.start()
         first.join()
     else:

@@ -212,7 +212,7 @@ def _draw_pairs(pairs: pd.DataFrame, names: pd.Series, summary: PreprocessSummar
 
 
 def _list_pairs(pairs: pd.DataFrame, max_rows: int) -> pd.DataFrame:
-    """Number at most `max_rows` pairs, those first that are drawn."""
+    """Select and number at most `max_rows` pairs, first those that are drawn."""
     drawn = plots.space_evenly(pairs.index.to_numpy(), MAX_DRAWN_PAIRS)
     listed = pd.concat([pairs.loc[drawn], pairs.drop(drawn)]).head(max_rows)
     listed.insert(0, "pair", range(1, len(listed) + 1))

@@ -1,1 +1,1 @@
-"""Sources: where labelled images come from, and the labels and splits that they bring."""
+"""Sources of labelled images: folders, archives, tables, Parquet files and torchvision data sets."""

@@ -30,8 +30,10 @@ UTF_8_FLAG = 0x800
 CHUNK_BYTES = 4096
 
 # The errors that Python's archive modules raise for broken data.
-ARCHIVE_ERRORS = (OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
-          zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
+ARCHIVE_ERRORS = (
+    OSError, RuntimeError, EOFError, ValueError, OverflowError, struct.error, zlib.error, lzma.LZMAError,
+    zipfile.BadZipFile, tarfile.TarError,
+)  # fmt: skip
 
 
 def open_archive(archive: Path, name: str, limit: ListingLimit = NO_LIMIT) -> FileSet:

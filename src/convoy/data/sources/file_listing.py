@@ -12,11 +12,15 @@ from typing import NamedTuple, TypeVar
 from convoy.data.sources.base import SPLIT_NAMES, FileContent
 
 # The last of these formats can't be decoded; they are listed so that such files are reported by name.
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
-          ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm")  # fmt: skip
+IMAGE_SUFFIXES = (
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
+    ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm",
+)  # fmt: skip
 # Lower-case names of files and folders that operating systems create. Names that begin with a dot are junk as well.
-JUNK_NAMES = {"__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
-        "system volume information", "thumbs.db"}  # fmt: skip
+JUNK_NAMES = {
+    "__macosx", "$recycle.bin", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+    "system volume information", "thumbs.db",
+}  # fmt: skip
 
 # Finds a split whose name is a separate word: test_images, but not contest.
 SPLIT_NAME_PATTERN = re.compile(

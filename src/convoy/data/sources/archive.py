@@ -176,14 +176,18 @@ def _open_tar(archive: Path, offsets: array, sizes: array) -> Iterator[Callable[
 
 
 def _read_tar_entry(file: tarfile.TarFile, offset: int, size: int) -> bytes:
-    """Read the content of an entry directly from the underlying file, which only moves forward.
+    """Read the content of an entry by its offset; `file` keeps no entries, because there may be very many.
 
-    A step backward in a .gz file would decompress it again from the start.
+    Reading only moves forward: a step backward in a .gz file would decompress it again from the start.
     """
     if size > MAX_FILE_BYTES:
         raise InvalidImageError(TOO_LARGE)
-    file.fileobj.seek(offset)  # type: ignore[union-attr]
-    return file.fileobj.read(size)  # type: ignore[union-attr]
+    entry = tarfile.TarInfo()
+    entry.offset_data, entry.size = offset, size
+    content = file.extractfile(entry)
+    assert content is not None
+    with content:
+        return content.read()
 
 
 def _catch_errors(content: Callable[[], bytes]) -> bytes | InvalidImageError:

@@ -264,7 +264,9 @@ def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingS
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:
-        with pytest.raises(ConvoyError, match=r"version 3: .*weights\.safetensors of the model is not what was regist"):
+        with pytest.raises(
+            ConvoyError, match=r"version 3: .*weights\.safetensors of the model was changed since it was registered"
+        ):
             list(migrate(source, server, NAME))
     finally:
         weights.write_bytes(whole)

@@ -197,7 +197,7 @@ def test_new_class_is_appended_and_a_removed_one_is_kept(tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "changed: new classes: 'drooping'" in said
     assert "changed: classes without images now: 'lying'; they keep their labels" in said
-    assert "note: class 'lying' has no image: the networks keep its place, and can't learn it" in said
+    assert "note: class 'lying' has no image: it stays in the class list, but no network can learn it" in said
     assert "new classes: 'drooping'" in (root / "artifacts/fetch/card.md").read_text().replace("&#39;", "'")
     before = json.loads(first)["classes"]
     assert json.loads((root / "artifacts/preprocess/task.json").read_text())["classes"] == [*before, "drooping"]

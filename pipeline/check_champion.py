@@ -12,14 +12,21 @@ from pathlib import Path
 import pandas as pd
 
 from convoy.core import config
-from convoy.core.artifact_names import CROSS_SPLIT_DUPLICATES, DATASET_INFO, IMAGE_TABLE, RECORD, TRAINING_HASHES
+from convoy.core.artifact_names import (
+    CHAMPION_NOTES,
+    CROSS_SPLIT_DUPLICATES,
+    DATASET_INFO,
+    IMAGE_TABLE,
+    RECORD,
+    TRAINING_HASHES,
+)
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.inference import predictor
 from convoy.promotion import champion
 from convoy.promotion.evidence import TrainingScope, check_comparable
 from convoy.registry import model_loader
-from convoy.tracking.store import PATIENCE, TrackingStore, open_store
+from convoy.tracking.store import REQUEST_TIMEOUT, TrackingStore, open_store
 from convoy.training.record import TrainingRecord
 from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
@@ -34,7 +41,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     root = Path.cwd()
-    os.environ.setdefault(PATIENCE, REQUEST_TIMEOUT_S)
+    os.environ.setdefault(REQUEST_TIMEOUT, REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", MAX_RETRIES)
     with exit_on_error("check_champion"):
         name = config.load(root / "params.yaml")["register"]["name"]
@@ -54,7 +61,7 @@ def find_champion(project: Path, name: str) -> TrainingScope | None:
     """
     # Opening the store would create mlflow.db, which this check must not do.
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (project / "mlflow.db").exists():
-        champion.check_note(project / "artifacts" / ".champions", name)
+        champion.check_note(project / CHAMPION_NOTES, name)
         return None
     refusal: ConvoyError | None = None
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convoy.core import config
-from convoy.tracking import provenance, runs
+from convoy.tracking import provenance, run_record, runs
 from convoy.tracking.store import TrackingStore, describe_mlflow_error, open_store
 from convoy.training.record import TrainingRecord
 from pipeline.stage import project_root
@@ -126,14 +126,14 @@ class Reporter:
         """Find or create the run, and finish at once if it already shows the complete training."""
         record = TrainingRecord.parse(json.dumps(begun["record"]))
         params = config.load(self.root / "params.yaml")
-        run = runs.run_in_training(record, {}, provenance.provenance_tags(self.root))
+        run = run_record.describe_training(record, {}, provenance.provenance_tags(self.root))
         home = project_root(self.root)
         with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
             # The process that reported this training before it was killed may still be running.
-            alone.enter_context(runs.sole_writer(store, record.fingerprint, 2 * GRACE))
+            alone.enter_context(runs.run_lock(store, record.fingerprint, 2 * GRACE))
             found = runs.start_run(store, run, f"{platform.node()} {begun['process']}", begun["moment"])
             if found:
-                self.shown = runs.shown_epochs(store, found)
+                self.shown = runs.logged_epochs(store, found)
                 held.push(alone.pop_all())
         self.store, self.run, self.over = store, found or "", not found
 

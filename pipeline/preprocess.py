@@ -8,7 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from convoy.core.artifact_names import CROSS_SPLIT_DUPLICATES, DATA_PROFILE, IMAGE_TABLE, TRAINING_HASHES
+from convoy.core.artifact_names import (
+    CHAMPION_NOTES,
+    CROSS_SPLIT_DUPLICATES,
+    DATA_PROFILE,
+    IMAGE_TABLE,
+    TRAINING_HASHES,
+)
 from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
@@ -85,7 +91,7 @@ def check_champion(stage: Stage) -> None:
         ConvoyError: If a model trained on these images could not be compared with the champion.
     """
     root = stage.project_root
-    is_used = (root / "mlflow.db").exists() or any((root / "artifacts" / ".champions").glob("*.txt"))
+    is_used = (root / "mlflow.db").exists() or any((root / CHAMPION_NOTES).glob("*.txt"))
     if os.environ.get("DVC_EXP_NAME") or not (is_used or os.environ.get("MLFLOW_TRACKING_URI")):
         return
     command = [sys.executable, "-m", "pipeline.check_champion", str(stage.scratch)]

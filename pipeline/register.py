@@ -158,13 +158,13 @@ def measure_latencies(store: TrackingStore, results: Mapping[str, TrainedResult]
         results: The result that each run ID belongs to.
     """
     for run_id, result in results.items():
-        if runs.lacks(store, run_id, "latency/image_ms_median"):
+        if not runs.has_metric(store, run_id, "latency/image_ms_median"):
             record = result.record()
             name, weights = record.architecture, result.trained / WEIGHTS
             classifier = models.restore(name, record.settings, record.dataset_info, weights)
             device = hardware.select_device(record.trainer.accelerator)
             timings = latency.measure_latency(classifier.to(device))
-            runs.add_timings(store, run_id, timings, latency.describe_hardware(device))
+            runs.log_latencies(store, run_id, timings, latency.describe_hardware(device))
 
 
 def concat_tables(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

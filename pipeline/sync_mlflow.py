@@ -21,7 +21,7 @@ from filelock import Timeout
 from convoy.core.artifact_names import HISTORY, INTERVALS, MANIFEST, METRICS, PER_CLASS, PREDICTIONS, RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.reporting import report
-from convoy.tracking import provenance, runs, ui_views
+from convoy.tracking import provenance, run_record, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import TrainingRecord
 from pipeline.errors import exit_on_error
@@ -125,14 +125,14 @@ def sync_runs(
         record, result, manifest_hash = records[name], results[name], results[name].manifest_hash()
         fingerprint, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
         tags = {**common, **colour_tag(names, name)}
-        found = runs.find(store, fingerprint)
+        found = runs.find_run(store, fingerprint)
         if found and runs.is_synced(found, status, manifest_hash):
             runs.set_tags(store, found, tags)
             run_ids[name] = found.info.run_id
             continue
         try:
             with (
-                runs.sole_writer(store, fingerprint, LIVE_TIMEOUT_S),
+                runs.run_lock(store, fingerprint, LIVE_TIMEOUT_S),
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
                 run = build_run(record, result, tags, provenance.provenance_tags(root), Path(folder))
@@ -148,7 +148,7 @@ def sync_runs(
 
 def build_run(
     record: TrainingRecord, result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
-) -> runs.RunRecord:
+) -> run_record.RunRecord:
     """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     metrics = json.loads((evaluated / METRICS).read_text())
@@ -160,7 +160,7 @@ def build_run(
         report.draw_confusion(predictions, record.dataset_info.classes, title, plot)
         files += [trained / WEIGHTS, plot]
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
-    return runs.run_with_results(record, metrics, history, tags, origin, files)
+    return run_record.describe_result(record, metrics, history, tags, origin, files)
 
 
 def colour_tag(names: Sequence[str], name: str) -> dict[str, str]:

@@ -294,6 +294,6 @@ def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path
 def test_failed_and_reported_training_is_not_started_again(root: Path, record: Message) -> None:
     report(root, start_message(record), end_message("FAILED"))
     run_id = list_runs(root)[0].info.run_id
-    make_client(root).set_tag(run_id, runs.RESULTS, "a hash")  # as `level` does
+    make_client(root).set_tag(run_id, runs.RESULTS_TAG, "a hash")  # as `level` does
     report(root, start_message(record), end_message("KILLED"))
     assert list_runs(root)[0].info.status == "FAILED"

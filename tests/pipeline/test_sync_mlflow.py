@@ -21,7 +21,7 @@ from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.reporting import report
-from convoy.tracking import database, provenance, runs
+from convoy.tracking import database, provenance, run_record, runs
 from convoy.tracking.store import open_store
 from crash_injection import run_until_write
 from pipeline.evaluate import evaluate
@@ -68,7 +68,7 @@ def assert_complete(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) ->
     for run in found:
         history = pd.read_csv(root / f"artifacts/train/{run.info.run_name}/history.csv")
         assert run.info.status == "FINISHED"
-        assert run.data.tags[runs.IDENTITY] == load_record(root, run.info.run_name)["fingerprint"]
+        assert run.data.tags[run_record.FINGERPRINT_TAG] == load_record(root, run.info.run_name)["fingerprint"]
         for name in CURVES:
             points = read_curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
@@ -162,7 +162,7 @@ def test_sync_killed_at_any_time_is_completed_by_the_next(
         sync(root)
         assert_complete(root, ("lenet",))
         (run,) = list_runs(root)
-        make_client(root).delete_tag(run.info.run_id, runs.IDENTITY)  # as if there had been none
+        make_client(root).delete_tag(run.info.run_id, run_record.FINGERPRINT_TAG)  # as if there had been none
         make_client(root).delete_run(run.info.run_id)
     assert died > 20
 
@@ -227,7 +227,7 @@ def test_run_of_a_killed_reporter_is_completed(lenet_project: Path, tmp_path: Pa
     root = copy_project(lenet_project, tmp_path / "project")
     record = load_record(root, "lenet")
     with open_store(root, "convoy") as store:
-        run = runs.run_in_training(record, {}, {"why": "scheduled", "commit": "abc"})
+        run = run_record.describe_training(record, {}, {"why": "scheduled", "commit": "abc"})
         begun = runs.start_run(store, run, "elsewhere 1", 1_000)
         assert begun
         first = pd.read_csv(root / "artifacts/train/lenet/history.csv").to_dict("records")[0]
@@ -270,15 +270,15 @@ def test_different_weights_replace_the_old_ones(lenet_project: Path, tmp_path: P
     assert list(sync(root).values()) == [run_id]
     stored = Path(make_client(root).download_artifacts(run_id, "", str(tmp_path / "stored")))
     assert (stored / weights.name).read_bytes() == weights.read_bytes()
-    assert runs.hashes_of(list_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
+    assert runs.checksums_of(list_runs(root)[0]) == {file.name: sha256(file) for file in stored.iterdir()}
 
 
 def test_run_from_before_there_were_hashes_gets_them(lenet_project: Path, tmp_path: Path) -> None:
     root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
-    make_client(root).delete_tag(run_id, runs.HASHES)
+    make_client(root).delete_tag(run_id, runs.CHECKSUMS_TAG)
     assert list(sync(root).values()) == [run_id]
-    assert runs.hashes_of(list_runs(root)[0])["weights.safetensors"]
+    assert runs.checksums_of(list_runs(root)[0])["weights.safetensors"]
 
 
 def test_deleted_run_is_restored_and_the_older_of_two_is_kept(lenet_project: Path, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_deleted_run_is_restored_and_the_older_of_two_is_kept(lenet_project: Pat
     assert list_runs(root) == []
     assert list(sync(root).values()) == [run_id]
     # another machine with the same results made one at the same moment
-    make_client(root).create_run("1", tags={runs.IDENTITY: load_record(root, "lenet")["fingerprint"]})
+    make_client(root).create_run("1", tags={run_record.FINGERPRINT_TAG: load_record(root, "lenet")["fingerprint"]})
     assert list(sync(root).values()) == [run_id]
     assert_complete(root, ("lenet",))
     assert len(list_runs(root, ViewType.ALL)) == 2
@@ -312,8 +312,8 @@ def test_run_of_a_dead_local_process_is_marked_killed(lenet_project: Path, tmp_p
     asked = make_client(root)
     here, there = os.uname().nodename, "another-machine"
     for name, process in (("1 gone", f"{here} {gone.pid}"), ("2 alive", f"{here} {os.getpid()}")):
-        asked.create_run("1", run_name=name, tags={runs.PROCESS: process})
-    asked.create_run("1", run_name="3 elsewhere", tags={runs.PROCESS: f"{there} {gone.pid}"})
+        asked.create_run("1", run_name=name, tags={runs.PROCESS_TAG: process})
+    asked.create_run("1", run_name="3 elsewhere", tags={runs.PROCESS_TAG: f"{there} {gone.pid}"})
     sync(root)
     assert [run.info.status for run in list_runs(root)] == ["KILLED", "RUNNING", "RUNNING", "FINISHED"]
 

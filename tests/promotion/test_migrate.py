@@ -16,8 +16,8 @@ from convoy.promotion import champion
 from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
 from convoy.registry import model_loader
 from convoy.registry import versions as registry
-from convoy.tracking import runs
-from convoy.tracking.database import local
+from convoy.tracking import run_record, runs
+from convoy.tracking.database import local_path
 from convoy.tracking.store import TrackingStore, open_store
 from promotion_fixtures import SimulatedKill, make_promotion
 from registry_fixtures import LIBRARY, write_trained_files
@@ -37,9 +37,9 @@ def log_run(store: TrackingStore, name: str, **more: Any) -> str:
     file.write_text(f'"{name}"')
     history = [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.5}, {"epoch": 2, "val_accuracy": 0.6, "val_loss": 1.2}]
     given = {"history": history, "metrics": {"test/accuracy": 0.6}, "files": [file], "status": "FINISHED"} | more
-    tags = {runs.IDENTITY: f"of {name}", "data": "digits@a99769f9303d"}
-    run = runs.RunRecord(name, {"model": name, "recipe.lr": 0.1}, tags, {"who": "ada"}, DIGITS, **given)
-    return runs.sync_run(store, run, f"results of {name}", moment=2_000_000_000_000)
+    tags = {run_record.FINGERPRINT_TAG: f"of {name}", "data": "digits@a99769f9303d"}
+    run = run_record.RunRecord(name, {"model": name, "recipe.lr": 0.1}, tags, {"who": "ada"}, DIGITS, **given)
+    return runs.sync_run(store, run, f"results of {name}", time_ms=2_000_000_000_000)
 
 
 def register_version(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
@@ -57,7 +57,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with open_store(root, NAME) as store:
             trained = [log_run(store, name) for name in ("lenet", "resnet", "vgg")]
             log_run(store, "alexnet", status="FAILED", metrics={"test/accuracy": float("nan")}, files=[])
-            killed = store.client.create_run(store.experiment.experiment_id, 1_000, {runs.IDENTITY: "k"}, "killed")
+            killed = store.client.create_run(
+                store.experiment.experiment_id, 1_000, {run_record.FINGERPRINT_TAG: "k"}, "killed"
+            )
             store.client.log_metric(killed.info.run_id, "val/loss", 0.5, 2_000, 1)
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
             for seed, run in enumerate([trained[0], trained[1], trained[1], trained[2]], start=1):
@@ -98,7 +100,7 @@ def drop_tags(tags: dict[str, str]) -> dict[str, str]:
 def describe_run(store: TrackingStore, run: Run) -> dict[str, Any]:
     """All that MLflow tells of a run, but for its id and that of its model."""
     histories = [store.client.get_metric_history(run.info.run_id, name) for name in sorted(run.data.metrics)]
-    folder = local(run.info.artifact_uri)
+    folder = local_path(run.info.artifact_uri)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     outputs = run.outputs.model_outputs if run.outputs else []
     registered = {version.source for version in list_versions(store).values()}
@@ -258,9 +260,8 @@ def test_running_training_is_excluded_until_it_ends(source: TrackingStore, serve
 
 
 def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingStore, project: Path) -> None:
-    weights = (
-        local(find_logged_model(source, list_versions(source)[3]).artifact_location) / "artifacts/weights.safetensors"
-    )
+    logged = find_logged_model(source, list_versions(source)[3])
+    weights = local_path(logged.artifact_location) / "artifacts/weights.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
     try:

@@ -25,7 +25,7 @@ from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.registry import model_loader
-from convoy.tracking import runs
+from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training.record import TrainingRecord
 from pipeline import migrate_mlflow, predict, rollback, sync_mlflow, verify
@@ -171,7 +171,7 @@ def assert_complete_runs(server: str, name: str, results: list[Path], *files: st
     client = MlflowClient(server, server)
     found = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert len(found) == len(results)
-    by_identity = {run.data.tags[runs.IDENTITY]: run for run in found}
+    by_identity = {run.data.tags[run_record.FINGERPRINT_TAG]: run for run in found}
     for trained in (result / "train/lenet" for result in results):
         run = by_identity[TrainingRecord.load(trained / "record.json").fingerprint]
         history = pd.read_csv(trained / "history.csv")
@@ -350,7 +350,7 @@ def test_migrated_store_continues_on_the_server(
         Stage(restore_training(root, training, "register.name=moved"), "register").run(register)
     before = list_promotions(root, "moved")
     with open_store(root, "moved") as store:
-        hashes = {str(each.version): each.tags[runs.HASHES] for each in store.client.search_model_versions("")}
+        hashes = {str(each.version): each.tags[runs.CHECKSUMS_TAG] for each in store.client.search_model_versions("")}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server_address.replace("//", "//someone:secret@"))
     monkeypatch.chdir(root)
     out, err = (moving := start_command(root, "pipeline.migrate_mlflow")).communicate()
@@ -365,7 +365,7 @@ def test_migrated_store_continues_on_the_server(
     results = [root / "kept" / training for training in ("poor", "good")]
     assert_complete_runs(server_address, "moved", results, "verdict.md", "promotions.csv")
     found = MlflowClient(server_address, server_address).search_model_versions("name = 'moved'")
-    assert {each.version: each.tags[runs.HASHES] for each in found} == hashes
+    assert {each.version: each.tags[runs.CHECKSUMS_TAG] for each in found} == hashes
     assert read_aliases(server_address, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
     assert list_promotions(root, "moved") == before == [(None, 1), (1, 2)]
     predict_here.undo()

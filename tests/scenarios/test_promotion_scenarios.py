@@ -196,7 +196,7 @@ def test_model_that_fails_to_export_is_registered_without_onnx(
     assert f"lenet is registered without model.onnx: {reason}" in lines
     assert "lenet is now the champion: models:/convoy@champion, version 1" in lines
     with open_store(root, "convoy") as store:
-        hashes = json.loads(model_loader.find(store, "models:/convoy@champion").tags[runs.HASHES])
+        hashes = json.loads(model_loader.find(store, "models:/convoy@champion").tags[runs.CHECKSUMS_TAG])
     assert "artifacts/weights.safetensors" in hashes
     assert "artifacts/model.onnx" not in hashes
 
@@ -628,7 +628,7 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
         ) as raised:
             Stage(lost, "register").run(register)
         assert CHAMPION not in read_aliases(lost)
-    note = lost / "artifacts" / ".champions" / "convoy.txt"
+    note = lost / "artifacts/.cache/champion/convoy.txt"
     assert f"If it is lost for good, remove {note}: the next run then begins without a champion" in str(raised.value)
     note.unlink()
     Stage(lost, "register").run(register)

@@ -18,7 +18,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.inference import predictor
 from convoy.registry import model_loader, versions
-from convoy.tracking import runs
+from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
@@ -156,7 +156,7 @@ def test_untouched_files_are_taken(root: Path, stored: Path, tmp_path: Path) -> 
     fetch_all(root, tmp_path / "copy")
     with open_version(root) as found:
         assert model_loader.load(found).architecture == "lenet"
-        hashes = json.loads(found.tags[versions.HASHES])
+        hashes = json.loads(found.tags[versions.CHECKSUMS_TAG])
     for name, file in (("record", "record.json"), ("weights", "weights.safetensors")):
         assert hashes[f"artifacts/{file}"] == sha256(root / "left" / file), name  # as training left it
     assert sorted(hashes) == sorted(str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
@@ -241,8 +241,8 @@ def test_additional_file_is_not_even_downloaded(root: Path, stored: Path, fired:
 @pytest.mark.parametrize("tag", [None, "", "{}", "[]", "no json"])
 def test_version_without_hashes_is_refused(tag: str | None, root: Path) -> None:
     with open_version(root) as found:
-        found._tags = {} if tag is None else {versions.HASHES: tag}
-        with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.HASHES}"):
+        found._tags = {} if tag is None else {versions.CHECKSUMS_TAG: tag}
+        with pytest.raises(ConvoyError, match=f"has no hashes of these files in its tag {versions.CHECKSUMS_TAG}"):
             model_loader.load(found)
 
 
@@ -274,10 +274,10 @@ def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     data = DatasetVersion("pets", "0123", "data.dvc", {"images": 3})
     files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
-    tags = {runs.IDENTITY: str(tmp_path)}
-    ended = runs.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")
+    tags = {run_record.FINGERPRINT_TAG: str(tmp_path)}
+    ended = run_record.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")
     with open_store(root, "convoy") as store:
-        made = runs.sync_run(store, ended, "results", moment=0)
+        made = runs.sync_run(store, ended, "results", time_ms=0)
     yield made, root / "mlartifacts/convoy" / made / "artifacts"
 
 
@@ -335,10 +335,10 @@ def test_training_refuses_a_run_without_hashes(
     tag: str | None, root: Path, run: tuple[str, Path], tmp_path: Path
 ) -> None:
     with open_store(root, "convoy") as store:
-        store.client.delete_tag(run[0], runs.HASHES)
+        store.client.delete_tag(run[0], runs.CHECKSUMS_TAG)
         if tag is not None:
-            store.client.set_tag(run[0], runs.HASHES, tag)
-    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {runs.HASHES}"):
+            store.client.set_tag(run[0], runs.CHECKSUMS_TAG, tag)
+    with pytest.raises(ConvoyError, match=rf"run {run[0]} has no hashes of its files in its tag {runs.CHECKSUMS_TAG}"):
         start_from(root, run[0], tmp_path / "start")
 
 

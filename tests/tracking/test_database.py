@@ -118,7 +118,7 @@ def test_incomplete_database_without_runs_is_replaced(
     create_partially(statements, tmp_path / "mlflow.db")
     with open_store(tmp_path, "convoy") as store:
         assert store.experiment.name == "convoy"
-    assert "mlflow.db was incomplete, as its creation was stopped, and held no run: moved to mlflow.db.inc" in (
+    assert "was incomplete, because its creation was interrupted, and held no runs: it was moved to mlflow.db.inc" in (
         capsys.readouterr().out
     )
     assert len(list(tmp_path.glob("mlflow.db.incomplete-*"))) == 1
@@ -179,7 +179,7 @@ def test_database_of_another_project_is_left_as_it_is(
     add_run(tmp_path / "mlflow.db", tmp_path.with_name("other") / "mlruns/1")
     before = read_files(tmp_path)
     with (
-        pytest.raises(ConvoyError, match=r"mlflow.db is of another project: it has its files in .*/other/mlruns/1"),
+        pytest.raises(ConvoyError, match=r"mlflow.db belongs to another project, with its files in .*/other/mlruns/1"),
         open_store(tmp_path, "convoy"),
     ):
         pass
@@ -219,7 +219,7 @@ def test_database_of_an_older_mlflow_is_upgraded_as_a_copy(
     assert list_runs(file) == ["precious"]
     (kept,) = tmp_path.glob("mlflow.db.before-*")
     assert read_version(kept) == VERSIONS[-7]
-    assert f"as it was before, it is kept in {kept.name}" in capsys.readouterr().out
+    assert f"the previous version is kept as {kept.name}" in capsys.readouterr().out
     with contextlib.closing(sqlite3.connect(file)) as opened:
         assert opened.execute("pragma journal_mode").fetchone() == (mode,)
 
@@ -239,7 +239,7 @@ def test_upgrade_that_fails_leaves_the_database_as_it_was(
     monkeypatch.setattr(database, "_migrate", fail_upgrade)
     with (
         pytest.raises(
-            ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left as"
+            ConvoyError, match=r"can't be upgraded for MLflow .*duplicate column name: kind\), .* was left unchanged"
         ),
         open_store(tmp_path, "convoy"),
     ):
@@ -260,7 +260,7 @@ def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, old_da
         with (tmp_path / "mlflow.db").open("rb"):
             os.read(told, 1)
         os._exit(0)
-    with pytest.raises(ConvoyError, match=rf"process {other} \(.*\) has it open: wait until it has created it, or end"):
+    with pytest.raises(ConvoyError, match=rf"process {other} \(.*\) has it open: wait until it has finished, or stop"):
         database.prepare(tmp_path / "mlflow.db")
     os.write(tell, b".")
     os.waitpid(other, 0)

@@ -14,9 +14,9 @@ from mlflow.entities import Run as Found
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from convoy.core.errors import ConvoyError
-from convoy.tracking import runs
+from convoy.tracking import run_record, runs
 from convoy.tracking import store as tracking
-from convoy.tracking.runs import RunRecord
+from convoy.tracking.run_record import RunRecord
 from convoy.tracking.store import TrackingStore
 from convoy.training.record import DatasetVersion
 from record_factory import make_record
@@ -44,14 +44,14 @@ def sync_run(store: TrackingStore, name: str, data: DatasetVersion) -> Found:
     run = RunRecord(
         name=name,
         params={"model": name},
-        tags={runs.IDENTITY: f"{name} {data.digest}"},
-        origin={},
+        tags={run_record.FINGERPRINT_TAG: f"{name} {data.digest}"},
+        provenance={},
         data=data,
         history=[{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.6}],
         metrics={"test/accuracy": 0.6, "test/f1": float("nan")},
         status="FINISHED",
     )
-    return store.client.get_run(runs.sync_run(store, run, "results", moment=0))
+    return store.client.get_run(runs.sync_run(store, run, "results", time_ms=0))
 
 
 def test_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
@@ -72,12 +72,12 @@ def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> No
 
 
 def test_concurrent_syncs_write_each_point_once(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, later = MlflowClient.log_batch, runs._now() + 60_000
+    write, later = MlflowClient.log_batch, runs._now_ms() + 60_000
 
     def meanwhile(client: MlflowClient, run_id: str, metrics: Sequence[Metric] = (), **named: Any) -> Any:
         if metrics:  # all is read by now; here the other one does the whole of it
             monkeypatch.setattr(MlflowClient, "log_batch", write)
-            monkeypatch.setattr(runs, "_now", lambda: later)
+            monkeypatch.setattr(runs, "_now_ms", lambda: later)
             sync_run(store, "googlenet", DIGITS)
         return write(client, run_id, metrics, **named)
 
@@ -98,7 +98,7 @@ def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
 
 
 def test_nested_settings_share_one_parameter() -> None:
-    run = runs.run_in_training(RECORD, {}, {})
+    run = run_record.describe_training(RECORD, {}, {})
     assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
     assert run.params["recipe.augment"] == "flip=false"
     assert run.params["recipe.others"] == "warmup=0.1"
@@ -110,12 +110,12 @@ def test_nested_settings_share_one_parameter() -> None:
     ("value", "shown"), [(0.123456789, 0.1234568), (1.23456789e-7, 1.234568e-7), (12345678, 12345678), (2.0, 2.0)]
 )
 def test_metrics_have_seven_digits_and_counts_are_integers(value: float, shown: float) -> None:
-    assert runs.rounded(value) == shown
+    assert runs.round_for_display(value) == shown
 
 
 def test_address_is_shown_without_user_name_and_password() -> None:
-    assert tracking.without_login("http://someone:secret@here:5000/a") == "http://here:5000/a"
-    assert tracking.without_login("http://here:5000/a@b") == "http://here:5000/a@b"
+    assert tracking.remove_credentials("http://someone:secret@here:5000/a") == "http://here:5000/a"
+    assert tracking.remove_credentials("http://here:5000/a@b") == "http://here:5000/a@b"
 
 
 def test_mlflow_error_is_one_line_without_a_password() -> None:
@@ -141,7 +141,7 @@ def test_copied_project_does_not_write_to_the_original(tmp_path: Path, embedded_
         pass
     shutil.copytree(first, second)
     with (
-        pytest.raises(ConvoyError, match=r"first/mlartifacts/convoy, not in .*second/mlartifacts/convoy: MLflow can't"),
+        pytest.raises(ConvoyError, match=r"first/mlartifacts/convoy, not in .*second/mlartifacts/convoy, which MLflow"),
         tracking.open_store(second, "convoy"),
     ):
         pass
@@ -177,7 +177,7 @@ def test_invalid_tracking_uri_is_one_line_with_the_fix(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ConvoyError) as raised, tracking.open_store(tmp_path, "convoy"):
         pass
-    assert re.search("MLflow at .* fails: .*mend MLFLOW_TRACKING_URI", str(raised.value))
+    assert re.search("MLflow at .* fails: .*correct MLFLOW_TRACKING_URI", str(raised.value))
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -200,12 +200,12 @@ def test_upload_timeout_is_long_and_can_be_set(
     given: str | None, waits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv(tracking.PATIENCE, raising=False)
+    monkeypatch.delenv(tracking.REQUEST_TIMEOUT, raising=False)
     if given:
-        monkeypatch.setenv(tracking.PATIENCE, given)
+        monkeypatch.setenv(tracking.REQUEST_TIMEOUT, given)
     with tracking.open_store(tmp_path, "convoy"):
         before = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
-        with tracking.uploading():
+        with tracking.upload_timeout():
             assert int(waits) == MLFLOW_HTTP_REQUEST_TIMEOUT.get()
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == before < 60
 

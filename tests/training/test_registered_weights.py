@@ -12,8 +12,8 @@ import convoy
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
 from convoy.registry import model_loader, versions
-from convoy.tracking import runs
-from convoy.tracking.runs import RunRecord
+from convoy.tracking import run_record, runs
+from convoy.tracking.run_record import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
@@ -54,14 +54,14 @@ def log_run(
     run = RunRecord(
         name=name,
         params={"model": name},
-        tags={runs.IDENTITY: str(folder)},
-        origin={},
+        tags={run_record.FINGERPRINT_TAG: str(folder)},
+        provenance={},
         data=data,
         history=[{"epoch": 1, "val_accuracy": 0.5}],
         files=[folder / file for file in files],
         status="FINISHED",
     )
-    return runs.sync_run(store, run, "results", moment=0)
+    return runs.sync_run(store, run, "results", time_ms=0)
 
 
 def init_from_store(store: TrackingStore, name: str, values: dict) -> tuple[Classifier, dict[str, str]]:

@@ -28,3 +28,6 @@ INTERVALS = "intervals.csv"
 
 # register
 LEADERBOARD = "leaderboard.csv"
+
+# A folder of the project, outside the outputs of the stages, with a note about each model that has had a champion.
+CHAMPION_NOTES = "artifacts/.cache/champion"

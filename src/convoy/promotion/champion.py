@@ -18,7 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from convoy.core.errors import ConvoyError
-from convoy.tracking.store import ABSENT, TrackingStore
+from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
 
 # Aliases of the version in use, of the version that the next rollback restores, and of the version that is being
 # evaluated or waits for more evidence.
@@ -55,7 +55,7 @@ def version_of(store: TrackingStore, name: str, alias: str) -> ModelVersion | No
     try:
         return store.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
-        if error.error_code not in ABSENT:
+        if error.error_code not in NOT_FOUND_CODES:
             raise
         return None
 
@@ -71,7 +71,7 @@ def current(store: TrackingStore, name: str) -> int | None:
     """
     champion = version_of(store, name, CHAMPION)
     if champion is not None:
-        note = store.champions / f"{name}.txt"
+        note = store.champion_notes / f"{name}.txt"
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(f"version {champion.version}, as of {now()[:10]}\n")
         return int(champion.version)
@@ -80,7 +80,7 @@ def current(store: TrackingStore, name: str) -> int | None:
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
             f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
         )
-    check_note(store.champions, name)
+    check_note(store.champion_notes, name)
     return None
 
 

@@ -16,9 +16,10 @@ from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.promotion import champion
 from convoy.tracking import database, runs
-from convoy.tracking.database import local
-from convoy.tracking.runs import HASHES, IDENTITY, RESULTS
-from convoy.tracking.store import TrackingStore, uploading
+from convoy.tracking.database import local_path
+from convoy.tracking.run_record import FINGERPRINT_TAG
+from convoy.tracking.runs import CHECKSUMS_TAG, RESULTS_TAG
+from convoy.tracking.store import TrackingStore, upload_timeout
 
 # Tag of a copied run, model or version that holds its original id or number.
 FROM = "convoy.moved_from"
@@ -47,7 +48,7 @@ def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStor
         raise ConvoyError(f"mlflow.db has no experiment {experiment}, which is what params.yaml calls register.name")
     if found.artifact_location != artifacts:
         raise ConvoyError(f"the files of mlflow.db are in {found.artifact_location}, not in {artifacts}: put them back")
-    return TrackingStore(client, found, server.address, server.locks, server.champions)
+    return TrackingStore(client, found, server.address, server.locks, server.champion_notes)
 
 
 def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator[str]:
@@ -71,10 +72,14 @@ def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator
     runs.mark_killed_runs(source)
     _check_free(source, server, name)
     there = {run.data.tags[FROM]: run for run in _runs(server, ViewType.ALL) if FROM in run.data.tags}
-    own = {run.data.tags[IDENTITY]: run for run in _runs(server) if run.data.tags.keys() >= {IDENTITY, RESULTS}}
+    own = {
+        run.data.tags[FINGERPRINT_TAG]: run
+        for run in _runs(server)
+        if run.data.tags.keys() >= {FINGERPRINT_TAG, RESULTS_TAG}
+    }
     ids = {}
     for run in _runs(source):
-        found = there.get(run.info.run_id) or own.get(run.data.tags.get(IDENTITY, ""))
+        found = there.get(run.info.run_id) or own.get(run.data.tags.get(FINGERPRINT_TAG, ""))
         if run.info.status == "RUNNING":
             yield f"run {run.info.run_name} is left out, it is training on another machine: move again afterwards"
         elif found and (MOVED in found.data.tags or FROM not in found.data.tags):
@@ -112,8 +117,8 @@ def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Ru
     runs.log_points(client, new, [Metric(each.key, each.value, each.timestamp, each.step) for each in points])
     if run.inputs and run.inputs.dataset_inputs:
         client.log_inputs(new, datasets=run.inputs.dataset_inputs)
-    if (folder := local(run.info.artifact_uri)).is_dir():
-        with uploading():
+    if (folder := local_path(run.info.artifact_uri)).is_dir():
+        with upload_timeout():
             client.log_artifacts(new, str(folder))
     client.set_tag(new, MOVED, "true")
     return new
@@ -198,8 +203,8 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
     kind, _, old = (version.source or "").partition(":/")
     if (kind, old[:2]) != ("models", "m-"):
         raise ConvoyError(f"version {version.version} is not of this pipeline: delete it here, and run this again")
-    model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(HASHES, "{}"))
-    folder = local(model.artifact_location)
+    model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(CHECKSUMS_TAG, "{}"))
+    folder = local_path(model.artifact_location)
     try:
         predictor.verify_checksums(folder, hashes)
     except ConvoyError as error:
@@ -210,7 +215,7 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
         made = client.create_logged_model(experiment, model.name, run, tags, model.params, model.model_type)
     if made.status == LoggedModelStatus.READY:
         return made.model_id
-    with uploading():
+    with upload_timeout():
         client.log_model_artifacts(made.model_id, str(folder))
     with tempfile.TemporaryDirectory(dir=server.scratch) as scratch:
         uri = f"models:/{made.model_id}"

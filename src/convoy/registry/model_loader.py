@@ -27,8 +27,8 @@ from convoy.core.hashing import sha256
 from convoy.data import image_io as images
 from convoy.inference import onnx_export, predictor
 from convoy.inference.predictor import Predictor
-from convoy.tracking.runs import HASHES, hashes_of
-from convoy.tracking.store import ABSENT, TrackingStore
+from convoy.tracking.runs import CHECKSUMS_TAG, checksums_of
+from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
 from convoy.training.record import TrainingRecord
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
@@ -58,7 +58,7 @@ def find(store: TrackingStore, uri: str) -> ModelVersion:
             return store.client.get_model_version_by_alias(match["name"], match["alias"])
         return store.client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        if error.error_code not in ABSENT:
+        if error.error_code not in NOT_FOUND_CODES:
             raise
         raise ConvoyError(f"MLflow has no {uri}: `make repro` registers a model, its page shows the versions") from None
 
@@ -76,10 +76,10 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
     """
     uri = f"models:/{version.name}/{version.version}"
     try:
-        hashes = json.loads(version.tags[HASHES])
+        hashes = json.loads(version.tags[CHECKSUMS_TAG])
         wanted = {file: hashes[file] for file in files or hashes}
     except (KeyError, ValueError, TypeError):
-        raise ConvoyError(f"{uri} has no hashes of these files in its tag {HASHES}: register it again") from None
+        raise ConvoyError(f"{uri} has no hashes of these files in its tag {CHECKSUMS_TAG}: register it again") from None
     for file in wanted:
         _download(f"{uri}/{file}", folder / file)
     try:
@@ -179,7 +179,7 @@ def _from_version(store: TrackingStore, name: str, architecture: str, folder: Pa
 
 def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Path]:
     try:
-        hashes = hashes_of(store.client.get_run(run_id))
+        hashes = checksums_of(store.client.get_run(run_id))
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -190,8 +190,8 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
             raise ConvoyError(f"run {run_id} holds no {file}: take another run")
         if file not in hashes:
             raise ConvoyError(
-                f"run {run_id} has no hashes of its files in its tag {HASHES}: `make sync` writes them for the results "
-                "that are there; else take another run, or the path of a file that you trust"
+                f"run {run_id} has no hashes of its files in its tag {CHECKSUMS_TAG}: `make sync` writes them for the "
+                "current results; otherwise use another run, or the path of a file that you trust"
             )
         store.client.download_artifacts(run_id, file, str(folder))
         if sha256(folder / file) != hashes[file]:
@@ -224,7 +224,7 @@ def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
 def training_hashes(version: ModelVersion) -> list[str] | None:
     """Return the sha256 of the images used to train and select a version, or `None` if they were not recorded."""
     file = f"artifacts/{TRAINING_HASHES}"
-    if file not in json.loads(version.tags.get(HASHES, "{}")):
+    if file not in json.loads(version.tags.get(CHECKSUMS_TAG, "{}")):
         return None
     with temporary(f"models:/{version.name}/{version.version}") as scratch:
         fetch(version, scratch, [file])

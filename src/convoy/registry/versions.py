@@ -21,8 +21,9 @@ from PIL import Image
 
 from convoy.core.hashing import sha256
 from convoy.inference import predictor
-from convoy.tracking.runs import HASHES, IDENTITY
-from convoy.tracking.store import TrackingStore, uploading
+from convoy.tracking.run_record import FINGERPRINT_TAG
+from convoy.tracking.runs import CHECKSUMS_TAG
+from convoy.tracking.store import TrackingStore, upload_timeout
 
 # Tags of a version with the verdict of the gate, and the hash of the inputs of that verdict.
 VERDICT, JUDGED = "convoy.verdict", "convoy.judged"
@@ -55,7 +56,7 @@ SERVED_BY = (
 
 def find_version(store: TrackingStore, name: str, identity: str) -> ModelVersion | None:
     """Return the version of a registered model that was created from the results `identity`, or `None`."""
-    found = store.client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'")
+    found = store.client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{identity}'")
     return found[0] if found else None
 
 
@@ -70,7 +71,7 @@ def register(
     code: Path,
     step: int,
 ) -> ModelVersion:
-    """Log a model and create a version of it, with the sha256 of each of its files in the tag `HASHES`.
+    """Log a model and create a version of it, with the sha256 of each of its files in the tag `CHECKSUMS_TAG`.
 
     Nothing is pickled: the model consists of Python code and of the given files.
 
@@ -108,7 +109,7 @@ def register(
             params=store.client.get_run(run_id).data.params,
             experiment_id=store.experiment.experiment_id,
         )
-        with uploading():
+        with upload_timeout():
             logged = Model.log(
                 artifact_path=None,
                 flavor=mlflow.pyfunc,
@@ -126,7 +127,7 @@ def register(
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
         predictor.verify_checksums(stored / "artifacts", artifacts)
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
-    tags = {IDENTITY: identity, HASHES: json.dumps(hashes)}
+    tags = {FINGERPRINT_TAG: identity, CHECKSUMS_TAG: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)
 
 

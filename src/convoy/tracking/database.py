@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 LOCK_TIMEOUT_S = 20.0
 # Columns that the table `experiments` has in every version of MLflow.
 MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}
-POOL = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
+POOL_CLASS = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
 START_OVER = (
-    "move mlflow.db, mlartifacts/ and artifacts/.champions/ away; then `make sync` brings back every run of the "
-    "results, and `make repro` makes a champion"
+    "move mlflow.db, mlartifacts/ and artifacts/.cache/champion/ away; then `make sync` restores the run of each "
+    "result, and `make repro` selects a new champion"
 )
 # SQL conditions, by table, for rows that a new database does not have. Such rows were written by a user.
 INITIAL_ROWS = {"alembic_version": "false", "workspaces": "false", "experiments": "experiment_id != 0"}
@@ -58,7 +58,7 @@ def prepare(file: Path) -> None:
     try:
         if _is_current(file):
             return
-        with _only_here(file):
+        with _creation_lock(file):
             # Another process may have created it in the meantime.
             if not _is_current(file):
                 _create_or_upgrade(file)
@@ -77,16 +77,16 @@ def check_owner(file: Path) -> None:
     file = file.resolve()
     with _open(file) as database:
         rows = database.execute("select artifact_location from experiments where experiment_id != 0").fetchall()
-    folders = [local(location) for (location,) in rows if urlparse(location).scheme in ("", "file")]
+    folders = [local_path(location) for (location,) in rows if urlparse(location).scheme in ("", "file")]
     here = [folder for folder in folders if folder.resolve().is_relative_to(file.parent)]
     if folders and not here:
         raise ConvoyError(
-            f"{file} is of another project: it has its files in {folders[0]}. Nothing was changed in it. Move it "
-            f"away, or let MLFLOW_TRACKING_URI name another file, such as sqlite:///{file.with_name('runs.db')}"
+            f"{file} belongs to another project, with its files in {folders[0]}: it was left unchanged. Move it "
+            f"away, or set MLFLOW_TRACKING_URI to another file, such as sqlite:///{file.with_name('runs.db')}"
         )
 
 
-def local(uri: str) -> Path:
+def local_path(uri: str) -> Path:
     """Return the path that a file:// URI names."""
     return Path(unquote(urlparse(uri).path))
 
@@ -100,7 +100,7 @@ def _open(file: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextlib.contextmanager
-def _only_here(file: Path) -> Iterator[None]:
+def _creation_lock(file: Path) -> Iterator[None]:
     """Hold the lock with which only one process creates or upgrades a database, which projects may share."""
     lock = file.with_name(f"{file.name}.new.lock")
     with FileLock(lock):
@@ -155,7 +155,7 @@ def _tables(database: sqlite3.Connection) -> list[str]:
     return [name for (name,) in found]
 
 
-def _is_of_mlflow(database: sqlite3.Connection) -> bool:
+def _is_mlflow_database(database: sqlite3.Connection) -> bool:
     """Return whether a database is MLflow's, which may be incomplete."""
     # MLflow creates the table `experiments` before all its others.
     columns = {row[1] for row in database.execute("pragma table_info(experiments)")}
@@ -179,16 +179,16 @@ def _create_or_upgrade(file: Path) -> None:
         return
     with _open(file) as database:
         version = _version(database)
-        if not _is_of_mlflow(database):
+        if not _is_mlflow_database(database):
             raise ConvoyError(
                 f"{file} is a database, but not MLflow's (its tables are {', '.join(_tables(database)[:5])}): it was "
-                "left as it is. Move it elsewhere, or let MLFLOW_TRACKING_URI name another file, such as "
+                "left unchanged. Move it elsewhere, or set MLFLOW_TRACKING_URI to another file, such as "
                 f"sqlite:///{file.with_name('runs.db')}"
             )
         if not _is_known(version):
             raise ConvoyError(
-                f"{file} is of a newer MLflow than {mlflow.__version__} (its schema is {version}): it was left as it "
-                "is. Install that version, as `make install` does where requirements.lock names it"
+                f"{file} is of a newer MLflow than {mlflow.__version__} (its schema is {version}): it was left "
+                "unchanged. Install that version: `make install` installs the one in requirements.lock"
             )
         is_empty = _is_empty(database)
     _check_unused(file)
@@ -200,24 +200,27 @@ def _create_or_upgrade(file: Path) -> None:
 
 def _create(file: Path) -> None:
     """Create a new database, and move an incomplete one that holds no user data aside."""
-    new = _discard(file.with_name(f"{file.name}.new"))
+    new = _remove_database(file.with_name(f"{file.name}.new"))
     try:
         _migrate(new)
         if file.exists() and file.stat().st_size:
             aside = file.with_name(f"{file.name}.incomplete-{int(time.time())}")
             file.rename(aside)
-            print(f"{file.name} was incomplete, as its creation was stopped, and held no run: moved to {aside.name}")
+            print(
+                f"{file.name} was incomplete, because its creation was interrupted, and held no runs: it was moved to "
+                f"{aside.name}"
+            )
         # SQLite would apply the journal of a removed database to the one that replaces it.
-        _discard(file)
+        _remove_database(file)
         new.replace(file)
     finally:
-        _discard(new)
+        _remove_database(new)
 
 
 def _upgrade(file: Path) -> None:
     """Replace a database by an upgraded copy, and keep the original beside it."""
     check_owner(file)
-    new = _discard(file.with_name(f"{file.name}.new"))
+    new = _remove_database(file.with_name(f"{file.name}.new"))
     kept = file.with_name(f"{file.name}.before-{int(time.time())}")
     with _open(file) as database:
         (mode,) = database.execute("pragma journal_mode").fetchone()
@@ -240,31 +243,31 @@ def _upgrade(file: Path) -> None:
             if isinstance(error, sqlite3.OperationalError) or explain_full_disk(error, file.parent):
                 raise
             raise ConvoyError(
-                f"{file.name} can't be upgraded for MLflow {mlflow.__version__} ({_first_line(error)}), perhaps as an "
-                "earlier upgrade was stopped: it was left as it is. Put a copy from before that upgrade in its place; "
-                f"or {START_OVER}"
+                f"{file.name} can't be upgraded for MLflow {mlflow.__version__} ({_first_line(error)}), perhaps "
+                "because an earlier upgrade was interrupted: it was left unchanged. Restore a copy from before that "
+                f"upgrade, or {START_OVER}"
             ) from error
         finally:
-            _discard(new)
-    print(f"{file.name} was upgraded for MLflow {mlflow.__version__}; as it was before, it is kept in {kept.name}")
+            _remove_database(new)
+    print(f"{file.name} was upgraded for MLflow {mlflow.__version__}; the previous version is kept as {kept.name}")
 
 
 def _migrate(file: Path) -> None:
     """Create or upgrade all tables, as the command `mlflow db upgrade` does."""
-    before = os.environ.get(POOL)
+    before = os.environ.get(POOL_CLASS)
     # With other pools, connections would stay open.
-    os.environ[POOL] = "NullPool"
+    os.environ[POOL_CLASS] = "NullPool"
     try:
         mlflow.db.upgrade.main([f"sqlite:///{file}"], standalone_mode=False)
     finally:
-        os.environ.pop(POOL)
+        os.environ.pop(POOL_CLASS)
         if before is not None:
-            os.environ[POOL] = before
+            os.environ[POOL_CLASS] = before
     if not _is_current(file):
-        raise MlflowException(f"{file.name} has not become complete")
+        raise MlflowException(f"{file.name} is still incomplete")
 
 
-def _discard(file: Path) -> Path:
+def _remove_database(file: Path) -> Path:
     """Remove a database and SQLite's files beside it, where they exist, and return its path."""
     remove_sqlite_database(file)
     return file
@@ -278,7 +281,7 @@ def _check_unused(file: Path) -> None:
                 command = " ".join(process.cmdline()[:6])
                 raise ConvoyError(
                     f"{file.name} is incomplete or of an older MLflow, and process {process.pid} ({command}) has it "
-                    "open: wait until it has created it, or end it, and run this again"
+                    "open: wait until it has finished, or stop it, and run this again"
                 )
 
 

@@ -64,7 +64,7 @@ def git_commit(root: Path = Path()) -> str:
 def git(root: Path, *command: str) -> str:
     """Return the output of a git command, or "" if git fails, as outside a repository."""
     try:
-        asked = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    return result.stdout.strip() if result.returncode == 0 else ""

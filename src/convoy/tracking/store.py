@@ -18,16 +18,17 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
+from convoy.core.artifact_names import CHAMPION_NOTES
 from convoy.core.disk import explain_full_disk, is_disk_error
 from convoy.core.errors import ConvoyError
 from convoy.tracking import database
-from convoy.tracking.database import START_OVER, local
+from convoy.tracking.database import START_OVER, local_path
 
 # MLflow's error codes for a missing alias and for a missing model.
-ABSENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
-# The environment variable for MLflow's request timeout, and its values for ordinary requests and for uploads.
-PATIENCE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-QUICK, SLOW = "20", "600"  # seconds
+NOT_FOUND_CODES = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+# Environment variable for MLflow's request timeout in seconds, and its values for ordinary requests and for uploads.
+REQUEST_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+REQUEST_TIMEOUT_S, UPLOAD_TIMEOUT_S = "20", "600"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrackingStore:
     experiment: Experiment
     address: str  # URL of its UI
     locks: Path  # folder of the lock files
-    champions: Path  # folder of the project's own records of its champions
+    champion_notes: Path  # folder with a note about each registered model that has had a champion
 
     @property
     def scratch(self) -> Path:
@@ -69,7 +70,7 @@ def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
             while the store is open.
     """
     # With MLflow's defaults, requests to a server that is down fail only after four minutes.
-    os.environ.setdefault(PATIENCE, QUICK)
+    os.environ.setdefault(REQUEST_TIMEOUT, REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     # A server may ask to wait for any time with a Retry-After header.
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
@@ -97,45 +98,45 @@ def open_store(root: Path, experiment: str) -> Iterator[TrackingStore]:
                 database.prepare(file)
             client = _client()
             artifacts = (root / "mlartifacts" / experiment).as_uri() if uri == embedded else None
-            ours = client.get_experiment_by_name(experiment)
-            if ours is None:
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
                 if artifacts:
                     database.check_owner(root / "mlflow.db")
-                ours = _create_experiment(client, experiment, artifacts)
+                found = _create_experiment(client, experiment, artifacts)
             # A deleted experiment would hide all its runs.
-            if ours.lifecycle_stage != "active":
-                client.restore_experiment(ours.experiment_id)
+            if found.lifecycle_stage != "active":
+                client.restore_experiment(found.experiment_id)
             if artifacts:
-                _check_place(root, ours)
-            address = without_login(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-            store = TrackingStore(client, ours, address, locks, root / "artifacts" / ".champions")
+                _check_location(root, found)
+            address = remove_credentials(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+            store = TrackingStore(client, found, address, locks, root / CHAMPION_NOTES)
             # A killed process may have left temporary files.
             shutil.rmtree(store.scratch, ignore_errors=True)
             store.scratch.mkdir()
             yield store
             shutil.rmtree(store.scratch, ignore_errors=True)
     except Exception as error:
-        file, is_of_mlflow = _sqlite_file(uri), _is_of_mlflow(error)
+        file, is_mlflow_error = _sqlite_file(uri), _is_mlflow_error(error)
         # If a server reports a full disk, it is the server's disk, not ours.
-        if (file or not is_of_mlflow) and (full := explain_full_disk(error, root)):
+        if (file or not is_mlflow_error) and (full := explain_full_disk(error, root)):
             raise ConvoyError(full) from error
-        if not is_of_mlflow:
+        if not is_mlflow_error:
             raise
-        fix = _how_to_fix(error, file) if file else "Start it, or mend MLFLOW_TRACKING_URI, and run this again"
+        fix = _suggest_fix(error, file) if file else "Start it, or correct MLFLOW_TRACKING_URI, and run this again"
         raise ConvoyError(f"{describe_mlflow_error(error)}. {fix}") from error
 
 
 @contextlib.contextmanager
-def uploading() -> Iterator[None]:
+def upload_timeout() -> Iterator[None]:
     """Use a longer request timeout for large files, which a server may first have to pass on to its bucket."""
-    before = os.environ[PATIENCE]
+    before = os.environ[REQUEST_TIMEOUT]
     # Any other value was set by the user.
-    if before == QUICK:
-        os.environ[PATIENCE] = SLOW
+    if before == REQUEST_TIMEOUT_S:
+        os.environ[REQUEST_TIMEOUT] = UPLOAD_TIMEOUT_S
     try:
         yield
     finally:
-        os.environ[PATIENCE] = before
+        os.environ[REQUEST_TIMEOUT] = before
 
 
 def _sqlite_file(uri: str) -> Path | None:
@@ -144,29 +145,29 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute() if path not in (uri, "", ":memory:") and "?" not in path else None
 
 
-def _how_to_fix(error: Exception, file: Path) -> str:
+def _suggest_fix(error: Exception, file: Path) -> str:
     """Return how to fix a database that MLflow can't work with, for the message."""
-    said = str(error).lower()
+    message = str(error).lower()
     if is_disk_error(error):
-        return f"The disk that {file.name} is on fails or is full: see to it (`df -h`), and run this again"
-    if "database is locked" in said:
-        return f"Another process is writing to {file.name}: wait for it or end it, and run this again"
-    if "readonly database" in said or "unable to open database file" in said:
-        return f"Let this user read and write {file.name} and the folder that it is in, and run this again"
+        return f"The disk that {file.name} is on is full or fails: check it (`df -h`), and run this again"
+    if "database is locked" in message:
+        return f"Another process is writing to {file.name}: wait for it or stop it, and run this again"
+    if "readonly database" in message or "unable to open database file" in message:
+        return f"Give this user read and write access to {file.name} and to its folder, and run this again"
     if file.name != "mlflow.db":
-        return "Mend MLFLOW_TRACKING_URI, and run this again"
+        return "Correct MLFLOW_TRACKING_URI, and run this again"
     return f"If mlflow.db is damaged, {START_OVER}"
 
 
-def _check_place(root: Path, experiment: Experiment) -> None:
+def _check_location(root: Path, experiment: Experiment) -> None:
     """Raise ConvoyError if the embedded store was copied or moved, as it would write into the original's files."""
-    there = local(experiment.artifact_location).resolve()
+    recorded = local_path(experiment.artifact_location).resolve()
     # The database may be a symbolic link.
-    here = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name
-    if there != here.resolve():
+    actual = (root / "mlflow.db").resolve().parent / "mlartifacts" / experiment.name
+    if recorded != actual.resolve():
         raise ConvoyError(
-            f"mlflow.db has its files in {there}, not in {here}: MLflow can't move them. Put the project back there, "
-            f"or else {START_OVER}"
+            f"mlflow.db has its files in {recorded}, not in {actual}, which MLflow can't move. Move the project back, "
+            f"or {START_OVER}"
         )
 
 
@@ -178,7 +179,7 @@ def _client() -> MlflowClient:
         raise MlflowException(str(error)) from error
 
 
-def _is_of_mlflow(error: Exception) -> bool:
+def _is_mlflow_error(error: Exception) -> bool:
     """Return whether an error comes from MLflow, its server, its database or its bucket."""
     known = isinstance(error, MlflowException | requests.RequestException | sqlite3.Error)
     # Compare names of modules, as SQLAlchemy and boto3 are slow to import.
@@ -189,19 +190,19 @@ def _create_experiment(client: MlflowClient, name: str, artifacts: str | None) -
     try:
         return client.get_experiment(client.create_experiment(name, artifacts))
     except MlflowException as error:
-        made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
-        if made is None:
+        created = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+        if created is None:
             raise
         # Another machine has created it in the meantime.
-        return made
+        return created
 
 
 def describe_mlflow_error(error: BaseException) -> str:
     """Describe an error of MLflow in one line, without any user name and password."""
-    said = str(error).partition("[SQL:")[0] or repr(error)
-    return without_login(f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(said, 300)}")
+    message = str(error).partition("[SQL:")[0] or repr(error)
+    return remove_credentials(f"MLflow at {mlflow.get_tracking_uri()} fails: {textwrap.shorten(message, 300)}")
 
 
-def without_login(text: str) -> str:
+def remove_credentials(text: str) -> str:
     """Remove user names and passwords from the URLs in a text."""
     return re.sub(r"//[^/\s]*@", "//", text)

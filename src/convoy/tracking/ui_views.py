@@ -11,13 +11,13 @@ import hashlib
 import json
 import time
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow import MlflowClient
 
-from convoy.tracking import ui_views
 from convoy.tracking.store import TrackingStore
 
+# Columns of the leaderboard.
 COLUMNS = [
     "metrics.best/val_accuracy",
     "metrics.best/val_loss",
@@ -37,39 +37,14 @@ COLUMNS = [
     "params.seed",
     "tags.reproduction",
 ]
-
-
+# Metrics of the page of curves, as line charts, bar charts and scatter plots.
 CURVES = ["val/accuracy", "val/loss", "train/loss"]
-
-
 BARS = ["best/val_accuracy", "test/accuracy"]
-
-
 SCATTERS = [("parameters", "test/accuracy")]
-
-
-def save_views(store: TrackingStore) -> tuple[str, str]:
-    """Save two views of the experiment, the leaderboard and the curves of all runs.
-
-    Returns:
-        The URLs of the leaderboard and of the curves.
-    """
-    client, experiment = store.client, store.experiment.experiment_id
-    best_first = "metrics.best/val_accuracy"
-    table = ui_views.save_table(client, experiment, "leaderboard", COLUMNS, best_first)
-    charts = ui_views.save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, best_first)
-    note = f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all trained architectures, best in validation first"
-    if store.experiment.tags.get("mlflow.note.content") != note:
-        client.set_experiment_tag(experiment, "mlflow.note.content", note)
-    return store.address + table, store.address + charts
-
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
+# Prefix of the experiment tag that holds a view, followed by the ID of the view.
 TAG = "mlflow.sharedViewState."
-LINE = {
-    "type": "LINE",
+LINE_CHART = {
+    "type": "LINE_CHART",
     "lineSmoothness": 0,
     "scaleType": "linear",
     "xAxisScaleType": "linear",
@@ -81,33 +56,23 @@ LINE = {
 }
 
 
-def _uid(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+def save_views(store: TrackingStore) -> tuple[str, str]:
+    """Save two views of the experiment, the leaderboard and the curves of all runs.
+
+    Returns:
+        The URLs of the leaderboard and of the curves.
+    """
+    client, experiment = store.client, store.experiment.experiment_id
+    order_by = "metrics.best/val_accuracy"
+    table = save_table(client, experiment, "leaderboard", COLUMNS, order_by)
+    charts = save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, order_by)
+    note = f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all trained architectures, best in validation first"
+    if store.experiment.tags.get("mlflow.note.content") != note:
+        client.set_experiment_tag(experiment, "mlflow.note.content", note)
+    return store.address + table, store.address + charts
 
 
-def _key(column: str) -> str:
-    kind, _, field = column.partition(".")
-    return f"{kind}.`{field}`"
-
-
-def _save(client: "MlflowClient", experiment_id: str, name: str, mode: str, state: dict[str, Any]) -> str:
-    """Write the tag of a view unless it already holds the same content, and return the path of the view's URL."""
-    view = _uid(experiment_id, name)
-    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
-    try:
-        old = json.loads(client.get_experiment(experiment_id).tags.get(TAG + view, ""))
-        known = {"name": name, "createdAt": int(old["createdAt"]), "state": old["state"]}
-    except (ValueError, KeyError, TypeError):
-        # The view does not exist yet, or its tag is damaged.
-        known = {"createdAt": int(time.time() * 1000)}
-    if known.get("state") != packed:
-        tag = known | {"name": name, "updatedAt": int(time.time() * 1000), "state": packed}
-        client.set_experiment_tag(experiment_id, TAG + view, json.dumps(tag))
-    page = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode={mode}"
-    return f"{page}&viewStateShareKey={view}"
-
-
-def save_table(client: "MlflowClient", experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
+def save_table(client: MlflowClient, experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
     """Save a table of runs as a view, sorted by a column in descending order.
 
     The UI always shows the columns Run Name, Created and Duration, and never shows a column that no run has.
@@ -127,24 +92,24 @@ def save_table(client: "MlflowClient", experiment_id: str, name: str, columns: l
     # Pixels: 7 for each character, a margin, and space for the arrow in the header of the sorted column.
     for column in columns:
         width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 40)
-        widths[_key(column)] = min(220, max(80, width))
+        widths[_column_key(column)] = min(220, max(80, width))
     return _save(
         client,
         experiment_id,
         name,
         "TABLE",
         {
-            "selectedColumns": [_key(c) for c in columns],
+            "selectedColumns": [_column_key(c) for c in columns],
             "columnOrder": list(widths),
             "columnWidths": widths,
-            "orderByKey": _key(order_by),
+            "orderByKey": _column_key(order_by),
             "orderByAsc": False,
         },
     )
 
 
 def save_charts(
-    client: "MlflowClient",
+    client: MlflowClient,
     experiment_id: str,
     name: str,
     curves: list[str],
@@ -169,9 +134,9 @@ def save_charts(
     Returns:
         The path of the view's URL.
     """
-    top = _uid(experiment_id, name, "section")
+    top = _hash_id(experiment_id, name, "section")
     charts: list[dict[str, Any]] = [
-        LINE | {"metricKey": m, "selectedMetricKeys": [m], "scaleType": "log" if m.endswith("loss") else "linear"}
+        LINE_CHART | {"metricKey": m, "selectedMetricKeys": [m], "scaleType": "log" if m.endswith("loss") else "linear"}
         for m in curves
     ]
     charts += [{"type": "BAR", "metricKey": m} for m in bars]
@@ -190,7 +155,33 @@ def save_charts(
             "isAccordionReordered": True,
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
-            "orderByKey": _key(order_by),
+            "orderByKey": _column_key(order_by),
             "orderByAsc": False,
         },
     )
+
+
+def _hash_id(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _column_key(column: str) -> str:
+    kind, _, field = column.partition(".")
+    return f"{kind}.`{field}`"
+
+
+def _save(client: MlflowClient, experiment_id: str, name: str, mode: str, state: dict[str, Any]) -> str:
+    """Write the tag of a view unless it already holds the same content, and return the path of the view's URL."""
+    view = _hash_id(experiment_id, name)
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    try:
+        old = json.loads(client.get_experiment(experiment_id).tags.get(TAG + view, ""))
+        known = {"name": name, "createdAt": int(old["createdAt"]), "state": old["state"]}
+    except (ValueError, KeyError, TypeError):
+        # The view does not exist yet, or its tag is damaged.
+        known = {"createdAt": int(time.time() * 1000)}
+    if known.get("state") != packed:
+        tag = known | {"name": name, "updatedAt": int(time.time() * 1000), "state": packed}
+        client.set_experiment_tag(experiment_id, TAG + view, json.dumps(tag))
+    page = f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode={mode}"
+    return f"{page}&viewStateShareKey={view}"

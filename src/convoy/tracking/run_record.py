@@ -1,0 +1,130 @@
+"""The contents of an MLflow run: what is shown of a training, with its evaluation once there is one."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from convoy.training.record import DatasetVersion, TrainingRecord
+
+# Tag of a run: the hash of the settings, data and code that define its training.
+FINGERPRINT_TAG = "convoy.identity"
+# The metrics of an epoch: "epoch", counted from 1, and those in the history, such as "val_loss".
+HistoryRow = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """A training as shown in MLflow, with its evaluation once there is one."""
+
+    name: str
+    params: Mapping[str, object]  # flat dotted names, the same for all architectures
+    tags: Mapping[str, str]  # tags that are updated; includes FINGERPRINT_TAG
+    provenance: Mapping[str, str]  # tags that are never overwritten: commit, who, why
+    data: DatasetVersion
+    history: Sequence[HistoryRow] = ()
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    files: Sequence[Path] = ()
+    status: str = "RUNNING"  # RUNNING, FINISHED or FAILED
+
+
+def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenance: Mapping[str, str]) -> RunRecord:
+    """Create the run of a training that has started.
+
+    Args:
+        record: Training record, with everything known when training starts.
+        tags: Additional tags, which are updated.
+        provenance: Tags that are never overwritten.
+    """
+    settings, recipe, environment = record.settings, dict(record.settings["recipe"]), record.environment
+    shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
+    augment = recipe.pop("augment")
+    numbers = {name: value for name, value in settings.items() if name not in ("init", "recipe")}
+    data = record.data
+    threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+    processes = f", {environment['processes']} processes" if environment["processes"] != 1 else ""
+    versions = {name: environment[name] for name in ("python", "torch", "pytorch-lightning", "numpy")}
+    return RunRecord(
+        name=record.architecture,
+        params={
+            "model": record.architecture,
+            "model.numbers": _format_settings(numbers),
+            "init": settings["init"],
+            "dataset": data.name,
+            "preprocess.size": record.dataset_info.size,
+            "seed": record.seed,
+            "train.max_epochs": record.train.max_epochs,
+            **shown,
+            "recipe.augment": _format_settings(augment),
+            "recipe.others": _format_settings(recipe),
+        },
+        tags={
+            "mlflow.note.content": f"{record.architecture} on {data.name}",
+            **tags,
+            FINGERPRINT_TAG: record.fingerprint,
+            "data": f"{data.name}@{data.digest}",
+            "hardware": f"{environment['device']}, {environment['instructions']}, {threads}, "
+            f"{environment['precision']}{processes}",
+            "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+        provenance=provenance,
+        data=data,
+    )
+
+
+def describe_result(
+    record: TrainingRecord,
+    metrics: Mapping[str, float],
+    history: Sequence[HistoryRow],
+    tags: Mapping[str, str],
+    provenance: Mapping[str, str],
+    files: Sequence[Path],
+) -> RunRecord:
+    """Create the run of a training that has ended.
+
+    Args:
+        record: Complete training record.
+        metrics: Test metrics by name, logged as `test/<name>`.
+        history: Metrics of each epoch.
+        tags: Additional tags, which are updated.
+        provenance: Tags that are never overwritten.
+        files: Files to upload as artifacts.
+    """
+    best, max_epochs, failure = record.best, record.train.max_epochs, record.failure
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    note = ""
+    if failure:
+        note = f"failed in epoch {failure.epoch} of {max_epochs}, {failure.reason}"
+    elif best:
+        note = (
+            f"{best.val_accuracy:.4f} in validation (epoch {best.epoch} of {max_epochs}), "
+            f"{metrics['accuracy']:.4f} on test images"
+        )
+    run = describe_training(record, tags, provenance)
+    return dataclasses.replace(
+        run,
+        tags={**run.tags, "mlflow.note.content": f"{run.tags['mlflow.note.content']}: {note}"},
+        metrics={
+            **({f"best/{name}": getattr(best, name) for name in ("val_accuracy", "val_loss", "epoch")} if best else {}),
+            **{f"test/{name}": value for name, value in metrics.items()},
+            "parameters": record.parameters,
+            "multiply_adds": record.macs,
+            **({"megabytes": sum(file.stat().st_size for file in weights) / 1e6} if weights else {}),
+        },
+        history=history,
+        files=files,
+        status="FAILED" if failure else "FINISHED",
+    )
+
+
+def _format_settings(values: Mapping[str, Any]) -> str:
+    """Format settings that are too many for one parameter each as one line.
+
+    For example, `{"widths": [6, 16], "flip": False}` becomes "widths=[6,16] flip=false".
+    """
+    return " ".join(f"{name}={_format_value(value)}" for name, value in values.items())
+
+
+def _format_value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -23,6 +23,7 @@ from convoy.core.hashing import sha256
 from convoy.reporting import report
 from convoy.tracking import database, provenance, run_record, runs
 from convoy.tracking.store import open_store
+from convoy.training.record import TrainingRecord
 from crash_injection import run_until_write
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
@@ -225,7 +226,7 @@ def test_killed_store_creation_is_completed_by_the_next(tmp_path: Path) -> None:
 
 def test_run_of_a_killed_reporter_is_completed(lenet_project: Path, tmp_path: Path) -> None:
     root = copy_project(lenet_project, tmp_path / "project")
-    record = load_record(root, "lenet")
+    record = TrainingRecord.load(root / "artifacts/train/lenet/record.json")
     with open_store(root, "convoy") as store:
         run = run_record.describe_training(record, {}, {"why": "scheduled", "commit": "abc"})
         begun = runs.start_run(store, run, "elsewhere 1", 1_000)

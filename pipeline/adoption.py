@@ -71,7 +71,7 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
             if group in wanted and wanted[group] != present.get(group):
                 _choose_file(root, group, wanted)
         if names != list(present["model"]):
-            _set_choice(root, "model", names)
+            set_choice(root, "model", names)
         for key, (value, old) in _differences(root, wanted).items():
             if ... not in (value, old):
                 _set_value(root, key, value)
@@ -108,7 +108,7 @@ def _choose_experiment(root: Path, wanted: Mapping[str, Any]) -> None:
             counts[option] = len(_differences(root, wanted, models, f"experiment={option}"))
     best = min(counts, key=counts.__getitem__, default="")
     if best and counts[best] < now:
-        _set_choice(root, "experiment", None if best == "null" else best)
+        set_choice(root, "experiment", None if best == "null" else best)
 
 
 def _choose_file(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
@@ -118,19 +118,21 @@ def _choose_file(root: Path, group: str, wanted: Mapping[str, Any]) -> None:
         table = yaml.safe_load((root / f"conf/{group}/{option}.yaml").read_text())
         counts[option] = len(differences(wanted[group], table if isinstance(table, Mapping) else {}))
     best = min(counts, key=counts.__getitem__, default="")
-    if best and counts[best] < counts.get(_chosen(root, group), sys.maxsize):
-        _set_choice(root, group, best)
+    if best and counts[best] < counts.get(chosen(root, group), sys.maxsize):
+        set_choice(root, group, best)
 
 
 def _options(root: Path, group: str) -> list[str]:
     return sorted(file.stem for file in (root / "conf" / group).glob("*.yaml"))
 
 
-def _chosen(root: Path, group: str) -> Any:
+def chosen(root: Path, group: str) -> Any:
+    """Return the file, without its suffix, that conf/ chooses from a group; None for none."""
     return next((entry[name] for _, _, entry, name in _entries(root, group)), None)
 
 
-def _set_choice(root: Path, group: str, value: Any) -> None:
+def set_choice(root: Path, group: str, value: Any) -> None:
+    """Choose a file of a group in the defaults list that takes precedence for it, keeping the comments there."""
     for file, document, entry, name in _entries(root, group):
         _replace(file, document, entry, name, value)
         return
@@ -140,7 +142,7 @@ def _set_choice(root: Path, group: str, value: Any) -> None:
 def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
     """Yield the entries of the defaults lists that choose from a group, in order of precedence."""
     files = [root / "conf/config.yaml"]
-    if group != "experiment" and (experiment := _chosen(root, "experiment")):
+    if group != "experiment" and (experiment := chosen(root, "experiment")):
         files.insert(0, root / f"conf/experiment/{experiment}.yaml")
     for file in files:
         document = _yaml().load(file)
@@ -168,11 +170,11 @@ def _set_value(root: Path, key: str, value: Any) -> None:
 def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[str]]]:
     """Yield the files that may set a key, in order of precedence, with the path of the key in each."""
     section, *inner = path
-    if experiment := _chosen(root, "experiment"):
+    if experiment := chosen(root, "experiment"):
         yield root / f"conf/experiment/{experiment}.yaml", path
     yield root / "conf/config.yaml", path
-    if inner and (chosen := _chosen(root, section)):
-        name = inner[0] if section == "model" else chosen
+    if inner and (option := chosen(root, section)):
+        name = inner[0] if section == "model" else option
         yield root / f"conf/{section}/{name}.yaml", inner
 
 

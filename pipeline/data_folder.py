@@ -69,6 +69,28 @@ def sync_commands(root: Path, *, update: bool) -> list[list[str]]:
     return [] if imported.present else fetch
 
 
+def check_replaceable(root: Path) -> None:
+    """Check that data/ may be replaced by the content of another source.
+
+    Raises:
+        ConvoyError: If data/ is a link, is itself the source, or has files that DVC did not put there.
+    """
+    data = root / "data"
+    if data.is_symlink():
+        raise ConvoyError(_link_message(data))
+    if not data.exists():
+        return
+    imported = read_import(root, "data.dvc") if (root / "data.dvc").exists() else None
+    if imported is None:
+        name = _unused_name(root)
+        raise ConvoyError(
+            "data/ itself is the source of the images, and another source would replace it: move it, and name it as the"
+            f" source, or leave it there:\n{_lines(f'mv data {name}')}"
+        )
+    if imported.at_stake:
+        raise ConvoyError(_loss_message(imported, root))
+
+
 def _loss_message(imported: Import, root: Path) -> str:
     """Return the message about files that would be lost, with the commands to train on them or to move them away."""
     files = [f"data/{path}" if path else "data" for path in sorted(imported.at_stake)]

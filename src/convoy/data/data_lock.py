@@ -176,7 +176,7 @@ def check_source(root: Path, dataset: DatasetConfig) -> str | None:
     Raises:
         ConvoyError: If data.lock records another source for the data set of this name.
     """
-    source = _find_source(root / "data.dvc", dataset)
+    source = dataset.origin if dataset.torchvision else find_source(root / "data.dvc")
     recorded = DataLock.load(root / "data.lock", dataset.name).source
     if source is None or recorded is None or source == recorded:
         return source
@@ -189,9 +189,8 @@ def check_source(root: Path, dataset: DatasetConfig) -> str | None:
     )
 
 
-def _find_source(dvc_file: Path, dataset: DatasetConfig) -> str | None:
-    if dataset.torchvision is not None:
-        return dataset.origin
+def find_source(dvc_file: Path) -> str | None:
+    """Return where the images come from according to data.dvc, or None if there is no such file."""
     if not dvc_file.exists():
         return None
     try:

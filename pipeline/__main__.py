@@ -219,7 +219,7 @@ def show_leaderboard(root: Path) -> None:
         table = pd.read_csv(root / "artifacts/register" / LEADERBOARD, dtype={"epoch": "Int64"})
     except FileNotFoundError:
         raise ConvoyError("there are no results yet: run `make repro`") from None
-    report.print_table(table.reindex(columns=report.SHOWN), "Leaderboard, best in validation first")
+    report.print_table(table.reindex(columns=report.TERMINAL_COLUMNS), "Leaderboard, best in validation first")
 
 
 def print_summary(root: Path, params: dict[str, Any]) -> None:

@@ -61,14 +61,14 @@ def find_champion(project: Path, name: str) -> TrainingScope | None:
     """
     # Opening the store would create mlflow.db, which this check must not do.
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (project / "mlflow.db").exists():
-        champion.check_note(project / CHAMPION_NOTES, name)
+        champion.check_champion_note(project / CHAMPION_NOTES, name)
         return None
     refusal: ConvoyError | None = None
     try:
         with open_store(project, name) as store:
             try:
                 return describe_champion(store, name)
-            except model_loader.NotFetched as error:
+            except model_loader.DownloadError as error:
                 # With a server this may be a temporary outage.
                 refusal = None if os.environ.get("MLFLOW_TRACKING_URI") else error
             except ConvoyError as error:
@@ -82,7 +82,7 @@ def find_champion(project: Path, name: str) -> TrainingScope | None:
 
 def describe_champion(store: TrackingStore, name: str) -> TrainingScope | None:
     """Verify the files of the champion and return what the gate needs to know of it, or None if there is none."""
-    version = champion.current(store, name)
+    version = champion.current_version(store, name)
     if version is None:
         return None
     model = model_loader.find(store, f"models:/{name}/{version}")
@@ -90,7 +90,7 @@ def describe_champion(store: TrackingStore, name: str) -> TrainingScope | None:
         model_loader.fetch(model, Path(scratch), [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
         record = TrainingRecord.load(Path(scratch, "artifacts", RECORD))
     title = f"the champion {record.architecture} (version {version})"
-    return TrainingScope(title, record.dataset_info.classes, model_loader.seen_ever(store, model))
+    return TrainingScope(title, record.dataset_info.classes, model_loader.all_training_hashes(store, model))
 
 
 def check(folder: Path, old: TrainingScope) -> None:

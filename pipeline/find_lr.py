@@ -33,7 +33,7 @@ def find_lr(stage: Stage) -> None:
     steepest = suggest_learning_rate(table)
     plot = stage.root / "artifacts" / "lr" / f"{name}.png"
     plot.parent.mkdir(parents=True, exist_ok=True)
-    report.draw_rates(table, steepest, name, plot)
+    report.draw_lr_curve(table, steepest, name, plot)
     lowest = float(table["lr"].to_numpy()[table["loss"].argmin()])
     print(
         f"{name}: the loss falls fastest at a learning rate of {steepest:.2g}, and is lowest at {lowest:.2g}. "

@@ -24,8 +24,8 @@ from convoy.tracking.store import TrackingStore, describe_mlflow_error, open_sto
 from convoy.training.record import TrainingRecord
 from pipeline.stage import project_root
 
-GRACE = 30  # s, for MLflow to answer after the end of the training
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+END_TIMEOUT_S = 30  # s, for MLflow to answer after the end of the training
+REQUEST_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     # The training has priority.
     os.nice(10)
-    os.environ.update(PATIENCE)
+    os.environ.update(REQUEST_TIMEOUTS)
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=listen, args=[inbox], daemon=True).start()
     signal.signal(signal.SIGALRM, give_up)
@@ -53,17 +53,17 @@ def listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
             inbox.put(json.loads(line))
     # This has no effect if a status was received before.
     inbox.put({"status": "KILLED"})
-    signal.alarm(GRACE)
+    signal.alarm(END_TIMEOUT_S)
 
 
 def give_up(*_: object) -> None:
     """Exit because MLflow has not answered in time after the end of the training."""
-    sys.exit(said(f"MLflow takes more than {GRACE} seconds"))
+    sys.exit(describe_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds"))
 
 
-def said(reason: str) -> str:
+def describe_outage(reason: str) -> str:
     """Return a message for a reason why the run can't be shown."""
-    return f"convoy: live: {reason}; the training is not affected, and `make sync` brings its run there"
+    return f"convoy: live: {reason}; the training is not affected, and `make sync` adds its run"
 
 
 class Reporter:
@@ -80,23 +80,27 @@ class Reporter:
 
     def report(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
         """Write the messages in `inbox` to MLflow until the training ends."""
-        begun, told = inbox.get(), False
-        if "record" not in begun:
+        first, is_reported = inbox.get(), False
+        if "record" not in first:
             return
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             while not self.over:
                 try:
-                    self.bring(begun, held)
+                    self.write(first, stack)
                 # No error of MLflow may affect the training.
                 except Exception as error:
-                    if not told:
-                        print(said(describe_mlflow_error(error.__cause__ or error)), file=sys.stderr, flush=True)
-                    told = True
+                    if not is_reported:
+                        print(
+                            describe_outage(describe_mlflow_error(error.__cause__ or error)),
+                            file=sys.stderr,
+                            flush=True,
+                        )
+                    is_reported = True
                     self.over = bool(self.end)
                 if not self.over:
-                    self.take(inbox)
+                    self.receive(inbox)
 
-    def take(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def receive(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
         """Wait for a message, then take all that have arrived."""
         while not self.end:
             message = inbox.get()
@@ -107,10 +111,10 @@ class Reporter:
             if inbox.empty():
                 break
 
-    def bring(self, begun: dict[str, Any], held: contextlib.ExitStack) -> None:
+    def write(self, first: dict[str, Any], stack: contextlib.ExitStack) -> None:
         """Write the rows and the final status that MLflow does not have yet."""
         if not self.run:
-            self.begin(begun, held)
+            self.start_run(first, stack)
         if self.over:
             return
         assert self.store
@@ -122,19 +126,19 @@ class Reporter:
             self.store.client.set_terminated(self.run, self.end["status"], self.end.get("moment"))
             self.over = True
 
-    def begin(self, begun: dict[str, Any], held: contextlib.ExitStack) -> None:
+    def start_run(self, first: dict[str, Any], stack: contextlib.ExitStack) -> None:
         """Find or create the run, and finish at once if it already shows the complete training."""
-        record = TrainingRecord.parse(json.dumps(begun["record"]))
+        record = TrainingRecord.parse(json.dumps(first["record"]))
         params = config.load(self.root / "params.yaml")
         run = run_record.describe_training(record, {}, provenance.provenance_tags(self.root))
         home = project_root(self.root)
-        with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as alone:
+        with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as lock:
             # The process that reported this training before it was killed may still be running.
-            alone.enter_context(runs.run_lock(store, record.fingerprint, 2 * GRACE))
-            found = runs.start_run(store, run, f"{platform.node()} {begun['process']}", begun["moment"])
+            lock.enter_context(runs.run_lock(store, record.fingerprint, 2 * END_TIMEOUT_S))
+            found = runs.start_run(store, run, f"{platform.node()} {first['process']}", first["moment"])
             if found:
                 self.shown = runs.logged_epochs(store, found)
-                held.push(alone.pop_all())
+                stack.push(lock.pop_all())
         self.store, self.run, self.over = store, found or "", not found
 
 

@@ -23,7 +23,7 @@ def main() -> None:
         name = config.load(root / "params.yaml")["register"]["name"]
         with open_store(root, name) as server:
             lines = 0
-            for line in migrate.migrate(migrate.embedded(root, name, server), server, name):
+            for line in migrate.migrate(migrate.open_embedded(root, name, server), server, name):
                 print(line, flush=True)
                 lines += 1
             table, curves = ui_views.save_views(server)

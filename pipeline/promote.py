@@ -82,32 +82,34 @@ def promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compare
 def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> None:
     name, version, key = params.name, candidate.version, _key(stage, params, candidate, compared)
     with open_store(stage.project_root, name) as store:
-        said, written = (
+        summary, document = (
             versions.cached_verdict(store, name, version, key),
             versions.read_file(store, candidate.run, FILE),
         )
         if taken_back := champion.was_rolled_back(store, name, version):
-            said = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
-            written = f"# HOLD: {candidate.architecture}, version {version}\n\n{said}\n"
-        elif not (said or "").startswith("REJECT"):
+            summary = f"HOLD: it was rolled back on {taken_back.time[:10]}: {taken_back.reason}"
+            document = f"# HOLD: {candidate.architecture}, version {version}\n\n{summary}\n"
+        elif not (summary or "").startswith("REJECT"):
             store.client.set_registered_model_alias(name, champion.CHALLENGER, str(version))
-    if said is None or written is None:
+    if summary is None or document is None:
         # An old verdict must not be mistaken for the one of this run if the gate fails.
         (stage.project_root / "artifacts" / FILE).unlink(missing_ok=True)
         predictions = pd.read_parquet(candidate.result.evaluated / PREDICTIONS)
         verdict = run_gate(stage, params, candidate, predictions, compared)
-        said = verdict.summary()
-        written = report.describe_verdict(verdict, candidate.architecture, version, compared)
+        summary = verdict.summary()
+        document = report.describe_verdict(verdict, candidate.architecture, version, compared)
         with open_store(stage.project_root, name) as store:
             accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
-            versions.log_file(store, candidate.run, FILE, written)
-            versions.save_verdict(store, name, version, key, said, gate.fingerprint_test_images(predictions), accuracy)
-    (stage.project_root / "artifacts" / FILE).write_text(written)
-    print(f"{candidate.architecture}, version {version}: " + said.replace("; ", ";\n  "))
-    if taken_back or said.startswith("REJECT"):
+            versions.log_file(store, candidate.run, FILE, document)
+            versions.save_verdict(
+                store, name, version, key, summary, gate.fingerprint_test_images(predictions), accuracy
+            )
+    (stage.project_root / "artifacts" / FILE).write_text(document)
+    print(f"{candidate.architecture}, version {version}: " + summary.replace("; ", ";\n  "))
+    if taken_back or summary.startswith("REJECT"):
         with open_store(stage.project_root, name) as store:
             champion.drop_challenger(store, name, version)
-    if not said.startswith("PROMOTE"):
+    if not summary.startswith("PROMOTE"):
         stays = f"version {compared} stays the champion" if compared else "there is no champion yet"
         print(f"{stays}. Every reason is in artifacts/verdict.md, the rule in docs/promotion.md")
         return
@@ -116,7 +118,9 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
         print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
         who, commit = provenance.user(stage.root), provenance.git_commit(stage.root)
         champion.set_champion(
-            store, name, champion.PromotionEvent(champion.now(), "promotion", compared, version, who, commit, said)
+            store,
+            name,
+            champion.PromotionEvent(champion.utc_now(), "promotion", compared, version, who, commit, summary),
         )
     print(f"{candidate.architecture} is now the champion: models:/{name}@champion, version {version}")
 
@@ -146,7 +150,10 @@ def run_gate(
         """Return a registered version with its predictions for the current test images, and its predictor."""
         with open_store(stage.project_root, params.name) as store:
             found = model_loader.find(store, f"models:/{params.name}/{version}")
-            predictor, trained_on = model_loader.load(found, store.scratch), model_loader.seen_ever(store, found)
+            predictor, trained_on = (
+                model_loader.load(found, store.scratch),
+                model_loader.all_training_hashes(store, found),
+            )
         predictor.classifier.to(device)
         name = f"{predictor.architecture} (version {version})"
         return ModelEvidence(name, predict_test_images(predictor, images, pixels, info, packed), trained_on), predictor

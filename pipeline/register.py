@@ -84,7 +84,7 @@ def compare(stage: Stage, params: RegisterConfig, results: dict[str, TrainedResu
             return
         champion.complete_pending(store, params.name)
         version = find_or_register(store, params.name, results[winner], run_ids[winner], stage.input("preprocess"))
-        compared = champion.current(store, params.name)
+        compared = champion.current_version(store, params.name)
     if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")
     else:
@@ -139,9 +139,9 @@ def export_onnx(
     try:
         onnx_export.export(model, onnx)
         difference = onnx_export.max_difference(onnx, pixels, expected)
-        if not difference <= model_loader.AGREEMENT:
+        if not difference <= model_loader.TOLERANCE:
             raise ConvoyError(
-                f"its probabilities differ by up to {difference:.2g}, more than {model_loader.AGREEMENT:g}"
+                f"its probabilities differ by up to {difference:.2g}, more than {model_loader.TOLERANCE:g}"
             )
     except ConvoyError as error:
         print(f"{name} is registered without {onnx.name}: {error}")

@@ -7,7 +7,7 @@ from convoy.promotion.champion import PromotionEvent
 
 
 def make_promotion(before: int | None, after: int) -> PromotionEvent:
-    return PromotionEvent(champion.now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
+    return PromotionEvent(champion.utc_now(), "promotion", before, after, "ada", "0" * 40, "PROMOTE: better")
 
 
 class SimulatedKill(BaseException):

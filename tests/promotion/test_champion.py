@@ -234,7 +234,7 @@ def test_killed_promotion_is_completed_by_next_run(
         if moved:
             assert read_aliases(store)[PREVIOUS] == before
             before, after = after, before
-        assert champion.MOVING not in store.client.get_registered_model(NAME).tags
+        assert champion.PENDING_EVENT_TAG not in store.client.get_registered_model(NAME).tags
         assert [model.name for model in store.client.search_registered_models()] == [NAME]  # no lock is left
         if not died:
             break
@@ -260,7 +260,7 @@ def test_rollback_target_is_the_last_champion_in_good_standing(steps: list[str],
             there.add(line[-1])
             events.append(make_promotion(champion_now, line[-1]))
         elif step == "roll back" and expected:
-            events.append(PromotionEvent(champion.now(), "rollback", champion_now, expected, "ada", "", "bad"))
+            events.append(PromotionEvent(champion.utc_now(), "rollback", champion_now, expected, "ada", "", "bad"))
             rolled_back_ever |= {champion_now} - {None}
             del line[line.index(expected) + 1 :]
         elif step == "delete":
@@ -303,7 +303,7 @@ def test_rollbacks_go_back_through_any_history(
         if step == "promote":
             made = store.client.create_model_version(name, source=store.experiment.artifact_location)
             event = PromotionEvent(
-                champion.now(), "promotion", line[-1] if is_crowned else None, int(made.version), "", "", ""
+                champion.utc_now(), "promotion", line[-1] if is_crowned else None, int(made.version), "", "", ""
             )
             if line and not is_crowned:  # nothing is promoted then
                 continue
@@ -331,7 +331,7 @@ def test_rollbacks_go_back_through_any_history(
         target = next((version for version in line[-2::-1] if version not in deleted), None)
         previous = champion.version_of(store, name, PREVIOUS)
         assert (int(previous.version) if previous else None) == target
-        assert champion.MOVING not in store.client.get_registered_model(name).tags
+        assert champion.PENDING_EVENT_TAG not in store.client.get_registered_model(name).tags
 
 
 def test_killed_first_promotion_leaves_none_or_the_first(
@@ -388,7 +388,7 @@ def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
 
 
 def test_lock_is_waited_for_and_then_reported(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(champion, "PATIENCE", 1)
+    monkeypatch.setattr(champion, "LOCK_TIMEOUT_S", 1)
     with champion.registry_lock(store, NAME), pytest.raises(ConvoyError, match="another process moves the champion"):
         set_champion(store, NAME, make_promotion(None, 1))
     set_champion(store, NAME, make_promotion(None, 1))

@@ -85,9 +85,9 @@ def test_unusual_dataset_names_are_valid_model_names(
         store.client.create_registered_model(name)
         store.client.create_model_version(name, source=(tmp_path / "mlartifacts").as_uri())
         champion.set_champion(
-            store, name, champion.PromotionEvent(champion.now(), "promotion", None, 1, "ada", "", "better")
+            store, name, champion.PromotionEvent(champion.utc_now(), "promotion", None, 1, "ada", "", "better")
         )
-        assert champion.current(store, name) == 1
+        assert champion.current_version(store, name) == 1
     with open_store(tmp_path, name) as store:
         assert store.experiment.name == name
 

@@ -13,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 import pipeline.migrate_mlflow
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
-from convoy.promotion.migrate import FROM, MOVED, embedded, migrate
+from convoy.promotion.migrate import COMPLETE_TAG, SOURCE_TAG, embedded, migrate
 from convoy.registry import model_loader
 from convoy.registry import versions as registry
 from convoy.tracking import run_record, runs
@@ -94,7 +94,7 @@ def list_versions(store: TrackingStore) -> dict[int, ModelVersion]:
 
 
 def drop_tags(tags: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in tags.items() if name not in (FROM, MOVED)}
+    return {name: value for name, value in tags.items() if name not in (SOURCE_TAG, COMPLETE_TAG)}
 
 
 def describe_run(store: TrackingStore, run: Run) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def describe_run(store: TrackingStore, run: Run) -> dict[str, Any]:
 
 def assert_migrated(source: TrackingStore, server: TrackingStore, tmp_path: Path) -> None:
     """Every run and every version as it was, once."""
-    there = {run.data.tags[FROM]: run for run in list_runs(server)}
+    there = {run.data.tags[SOURCE_TAG]: run for run in list_runs(server)}
     assert len(list_runs(server, ViewType.ALL)) == len(there)
     assert set(there) == {run.info.run_id for run in list_runs(source)}
     for run in list_runs(source):
@@ -244,7 +244,7 @@ def test_champion_is_managed_by_the_server_after_migration(
     finally:
         source.client.delete_model_version(NAME, newer.version)
     assert said == ["model convoy was moved before: its versions from 5 on were made here since, and stay here"]
-    assert champion.current(server, NAME) == 4
+    assert champion.current_version(server, NAME) == 4
 
 
 def test_running_training_is_excluded_until_it_ends(source: TrackingStore, server: TrackingStore) -> None:

@@ -121,7 +121,7 @@ def list_promotions(root: Path, name: str) -> list[tuple[int | None, int]]:
 def assert_no_lock_is_left(server: str, name: str) -> None:
     client = MlflowClient(server, server)
     assert [model.name for model in client.search_registered_models(f"name LIKE '{name}%'")] == [name]
-    assert champion.MOVING not in client.get_registered_model(name).tags
+    assert champion.PENDING_EVENT_TAG not in client.get_registered_model(name).tags
 
 
 # The whole road
@@ -435,7 +435,7 @@ def test_server_outage_during_training_loses_no_data(
     assert read_trained_files(root) == read_trained_files(undisturbed)
     (line,) = training.stderr.read().splitlines()  # the reporter's as well, to its end
     assert line.startswith(f"convoy: live: MLflow at {server} fails: ")
-    assert "`make sync` brings its run there" in line
+    assert "`make sync` adds its run" in line
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     monkeypatch.chdir(root)

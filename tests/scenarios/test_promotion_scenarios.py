@@ -165,7 +165,7 @@ def read_audit_log(root: Path, version: int) -> pd.DataFrame:
     """The audit trail among the files of the run of a version."""
     with open_store(root, "convoy") as store:
         run = store.client.get_model_version("convoy", str(version)).run_id
-        return pd.read_csv(store.client.download_artifacts(run, champion.TRAIL))
+        return pd.read_csv(store.client.download_artifacts(run, champion.AUDIT_LOG_FILE))
 
 
 def test_onnx_file_is_exported_once_and_predicts_as_evaluated(

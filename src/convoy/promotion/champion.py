@@ -24,17 +24,17 @@ from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
 # evaluated or waits for more evidence.
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 # Prefix of the tag, followed by the time, that records an event on both versions it concerns.
-EVENT = "convoy.event."
+EVENT_TAG_PREFIX = "convoy.event."
 # Tag of the registered model that holds the event in progress.
-MOVING = "convoy.moving"
+PENDING_EVENT_TAG = "convoy.moving"
 # Tag of the registered model that is set once there has been a champion.
-HAD_CHAMPION = "convoy.crowned"
+HAD_CHAMPION_TAG = "convoy.crowned"
 # Artifact in the run of a new champion that lists all events up to its promotion.
-TRAIL = "promotions.csv"
+AUDIT_LOG_FILE = "promotions.csv"
 # Age at which a lock is considered to be left by a killed process.
 STALE = 15 * 60  # seconds
 # Time to wait for another process that is changing the champion.
-PATIENCE = 60  # seconds
+LOCK_TIMEOUT_S = 60  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def version_of(store: TrackingStore, name: str, alias: str) -> ModelVersion | No
         return None
 
 
-def current(store: TrackingStore, name: str) -> int | None:
+def current_version(store: TrackingStore, name: str) -> int | None:
     """Return the champion's version, or `None` before the first promotion.
 
     The existence of a champion is also noted in a file of the project, so that the loss of the MLflow store does not
@@ -73,18 +73,18 @@ def current(store: TrackingStore, name: str) -> int | None:
     if champion is not None:
         note = store.champion_notes / f"{name}.txt"
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"version {champion.version}, as of {now()[:10]}\n")
+        note.write_text(f"version {champion.version}, as of {utc_now()[:10]}\n")
         return int(champion.version)
-    if HAD_CHAMPION in _tags(store, name):
+    if HAD_CHAMPION_TAG in _tags(store, name):
         raise ConvoyError(
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
             f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
         )
-    check_note(store.champion_notes, name)
+    check_champion_note(store.champion_notes, name)
     return None
 
 
-def check_note(champions: Path, name: str) -> None:
+def check_champion_note(champions: Path, name: str) -> None:
     """Raise `ConvoyError` if the project's note names a champion that MLflow does not know.
 
     Args:
@@ -121,42 +121,44 @@ def set_champion(store: TrackingStore, name: str, event: PromotionEvent) -> None
         ConvoyError: If the champion was changed by another process in the meantime.
     """
     with registry_lock(store, name):
-        _finish(store, name)
-        _check_unmoved(store, name, event.before)
-        store.client.set_registered_model_tag(name, MOVING, json.dumps(dataclasses.asdict(event)))
+        _complete_pending(store, name)
+        _check_unchanged(store, name, event.before)
+        store.client.set_registered_model_tag(name, PENDING_EVENT_TAG, json.dumps(dataclasses.asdict(event)))
         store.client.set_registered_model_alias(name, CHAMPION, str(event.after))
-        if current(store, name) != event.after:
+        if current_version(store, name) != event.after:
             raise ConvoyError(f"the champion of {name} was moved by another at the same moment: run `dvc repro` again")
-        _finish(store, name)
+        _complete_pending(store, name)
 
 
 def complete_pending(store: TrackingStore, name: str) -> None:
     """Complete a change of the champion that a killed process left unfinished, and correct the alias `previous`."""
     _break_stale(store, f"{name}.moving")
-    if MOVING in _tags(store, name) or _is_previous_wrong(store, name):
+    if PENDING_EVENT_TAG in _tags(store, name) or _is_previous_wrong(store, name):
         with registry_lock(store, name):
-            _finish(store, name)
+            _complete_pending(store, name)
             _correct_previous(store, name)
 
 
-def _finish(store: TrackingStore, name: str) -> None:
+def _complete_pending(store: TrackingStore, name: str) -> None:
     tags = _tags(store, name)
-    if MOVING not in tags:
+    if PENDING_EVENT_TAG not in tags:
         return
-    event = PromotionEvent(**json.loads(tags[MOVING]))
+    event = PromotionEvent(**json.loads(tags[PENDING_EVENT_TAG]))
     champion, versions = version_of(store, name, CHAMPION), _versions(store, name)
     # The champion is missing. If the alias had not been moved, it would still point to the existing version `before`,
     # so it was moved to `after`, which was deleted since.
     deleted_since = champion is None and event.after not in versions and event.before in versions
     if deleted_since or (champion is not None and int(champion.version) == event.after):
-        store.client.set_registered_model_tag(name, HAD_CHAMPION, "true")
+        store.client.set_registered_model_tag(name, HAD_CHAMPION_TAG, "true")
         # Record the event on both versions, so that it survives if one of them is deleted.
         for version in versions & {event.before, event.after}:
-            store.client.set_model_version_tag(name, str(version), f"{EVENT}{event.time}", tags[MOVING])
+            store.client.set_model_version_tag(
+                name, str(version), f"{EVENT_TAG_PREFIX}{event.time}", tags[PENDING_EVENT_TAG]
+            )
         _correct_previous(store, name)
         if champion is not None:
-            _show_trail(store, name, champion)
-    store.client.delete_registered_model_tag(name, MOVING)
+            _write_audit_log(store, name, champion)
+    store.client.delete_registered_model_tag(name, PENDING_EVENT_TAG)
 
 
 def _versions(store: TrackingStore, name: str) -> set[int]:
@@ -166,7 +168,7 @@ def _versions(store: TrackingStore, name: str) -> set[int]:
 
 def _correct_previous(store: TrackingStore, name: str) -> None:
     """Point the alias `previous` to the version that the next rollback restores, or remove it if there is none."""
-    target, previous = _target(store, name), version_of(store, name, PREVIOUS)
+    target, previous = _rollback_target(store, name), version_of(store, name, PREVIOUS)
     if target is None:
         if previous is not None:
             store.client.delete_registered_model_alias(name, PREVIOUS)
@@ -176,22 +178,22 @@ def _correct_previous(store: TrackingStore, name: str) -> None:
 
 def _is_previous_wrong(store: TrackingStore, name: str) -> bool:
     previous = version_of(store, name, PREVIOUS)
-    return (int(previous.version) if previous else None) != _target(store, name)
+    return (int(previous.version) if previous else None) != _rollback_target(store, name)
 
 
-def _show_trail(store: TrackingStore, name: str, version: ModelVersion) -> None:
-    """Write the audit trail to the artifact `TRAIL` of the version's run, if that run exists."""
+def _write_audit_log(store: TrackingStore, name: str, version: ModelVersion) -> None:
+    """Write the audit trail to the artifact `AUDIT_LOG_FILE` of the version's run, if that run exists."""
     if not version.run_id:
         return
     try:
-        store.client.log_text(version.run_id, audit_log(store, name).to_csv(index=False), TRAIL)
+        store.client.log_text(version.run_id, audit_log(store, name).to_csv(index=False), AUDIT_LOG_FILE)
     except MlflowException as error:
         # The run may have been deleted permanently. Nothing is lost, as the tags hold the complete audit trail.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
 
 
-def _check_unmoved(store: TrackingStore, name: str, compared: int | None) -> None:
+def _check_unchanged(store: TrackingStore, name: str, compared: int | None) -> None:
     champion = version_of(store, name, CHAMPION)
     found = int(champion.version) if champion else None
     if found != compared:
@@ -208,7 +210,7 @@ def promotion_events(store: TrackingStore, name: str) -> list[PromotionEvent]:
         PromotionEvent(**json.loads(value))
         for version in store.client.search_model_versions(f"name = '{name}'")
         for key, value in version.tags.items()
-        if key.startswith(EVENT)
+        if key.startswith(EVENT_TAG_PREFIX)
     }
     return sorted(found, key=lambda event: event.time)
 
@@ -237,7 +239,7 @@ def roll_back(store: TrackingStore, name: str, reason: str, who: str, commit: st
     Raises:
         ConvoyError: If there is no earlier champion to restore.
     """
-    champion, target = version_of(store, name, CHAMPION), _target(store, name)
+    champion, target = version_of(store, name, CHAMPION), _rollback_target(store, name)
     if target is None:
         is_champion = f"version {champion.version} stays the champion" if champion else "there is no champion"
         raise ConvoyError(
@@ -245,14 +247,16 @@ def roll_back(store: TrackingStore, name: str, reason: str, who: str, commit: st
             f"were none; {is_champion}. Promote another by `make repro`, or set the alias {CHAMPION} by hand on the "
             f"model's page in MLflow (`make ui`)"
         )
-    event = PromotionEvent(now(), "rollback", int(champion.version) if champion else None, target, who, commit, reason)
+    event = PromotionEvent(
+        utc_now(), "rollback", int(champion.version) if champion else None, target, who, commit, reason
+    )
     set_champion(store, name, event)
     if event.before is not None:
         drop_challenger(store, name, event.before)
     return event
 
 
-def _target(store: TrackingStore, name: str) -> int | None:
+def _rollback_target(store: TrackingStore, name: str) -> int | None:
     """Return the version that the next rollback restores, or `None` if there is none."""
     champion = version_of(store, name, CHAMPION)
     return rollback_target(
@@ -260,32 +264,32 @@ def _target(store: TrackingStore, name: str) -> int | None:
     )
 
 
-def rollback_target(events: Sequence[PromotionEvent], champion: int | None, there: Container[int]) -> int | None:
+def rollback_target(events: Sequence[PromotionEvent], champion: int | None, existing: Container[int]) -> int | None:
     """Return the latest earlier champion that was neither rolled back nor deleted, or `None` if there is none.
 
     Args:
         events: All known changes of the champion, oldest first.
         champion: The current champion's version. `None` means that the last champion was deleted or lost its alias;
             the champion before it is returned.
-        there: The existing versions.
+        existing: The existing versions.
     """
     # The champions that led to the current one, which comes last.
     line: list[int] = []
     for event in events:
         if event.before is not None:
-            _step_to(line, event.before)
+            _continue_line(line, event.before)
         if event.kind == "rollback":
             line = line[:-1]
-            _step_to(line, event.after)
+            _continue_line(line, event.after)
         else:
             line = [*(version for version in line if version != event.after), event.after]
     if champion is not None:
-        _step_to(line, champion)
+        _continue_line(line, champion)
     taken_back = rolled_back(events)
-    return next((version for version in line[-2::-1] if version in there and version not in taken_back), None)
+    return next((version for version in line[-2::-1] if version in existing and version not in taken_back), None)
 
 
-def _step_to(line: list[int], version: int) -> None:
+def _continue_line(line: list[int], version: int) -> None:
     """Make `version` the end of the line, truncating the line if it contains the version already.
 
     This covers an alias that was moved by hand, to an earlier champion or to a version that never was one.
@@ -318,7 +322,7 @@ def drop_challenger(store: TrackingStore, name: str, version: int) -> None:
         store.client.delete_registered_model_alias(name, CHALLENGER)
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the current time in UTC as an ISO 8601 string with microseconds."""
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
 
@@ -331,10 +335,10 @@ def registry_lock(store: TrackingStore, name: str) -> Iterator[None]:
     with a name of its own.
 
     Raises:
-        ConvoyError: If another process holds the lock for longer than `PATIENCE` seconds.
+        ConvoyError: If another process holds the lock for longer than `LOCK_TIMEOUT_S` seconds.
     """
     lock, owner = f"{name}.moving", f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + LOCK_TIMEOUT_S
     while not _acquire(store, lock, owner):
         if time.monotonic() > until:
             raise ConvoyError(f"another process moves the champion of {name}: run `dvc repro` again when it is done")

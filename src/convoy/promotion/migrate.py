@@ -22,12 +22,12 @@ from convoy.tracking.runs import CHECKSUMS_TAG, RESULTS_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
 
 # Tag of a copied run, model or version that holds its original id or number.
-FROM = "convoy.moved_from"
+SOURCE_TAG = "convoy.moved_from"
 # Tag of what was copied completely: "true" for a run, the last copied version for the registered model.
-MOVED = "convoy.moved"
+COMPLETE_TAG = "convoy.moved"
 
 
-def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStore:
+def open_embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStore:
     """Open the embedded store in `root/mlflow.db`, while `server` is open in the same project.
 
     Args:
@@ -54,7 +54,7 @@ def embedded(root: Path, experiment: str, server: TrackingStore) -> TrackingStor
 def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator[str]:
     """Copy all runs, and all versions of the model `name`, to the server.
 
-    Runs get new ids, with the old ones in the tag `FROM`. Versions keep their numbers. An interrupted migration
+    Runs get new ids, with the old ones in the tag `SOURCE_TAG`. Versions keep their numbers. An interrupted migration
     continues when it is run again.
 
     Args:
@@ -70,8 +70,8 @@ def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator
     """
     champion.complete_pending(source, name)
     runs.mark_killed_runs(source)
-    _check_free(source, server, name)
-    there = {run.data.tags[FROM]: run for run in _runs(server, ViewType.ALL) if FROM in run.data.tags}
+    _check_no_conflict(source, server, name)
+    there = {run.data.tags[SOURCE_TAG]: run for run in _runs(server, ViewType.ALL) if SOURCE_TAG in run.data.tags}
     own = {
         run.data.tags[FINGERPRINT_TAG]: run
         for run in _runs(server)
@@ -82,12 +82,12 @@ def migrate(source: TrackingStore, server: TrackingStore, name: str) -> Iterator
         found = there.get(run.info.run_id) or own.get(run.data.tags.get(FINGERPRINT_TAG, ""))
         if run.info.status == "RUNNING":
             yield f"run {run.info.run_name} is left out, it is training on another machine: move again afterwards"
-        elif found and (MOVED in found.data.tags or FROM not in found.data.tags):
+        elif found and (COMPLETE_TAG in found.data.tags or SOURCE_TAG not in found.data.tags):
             ids[run.info.run_id] = found.info.run_id
         else:
-            ids[run.info.run_id] = _bring_run(source, server, run, found)
+            ids[run.info.run_id] = _copy_run(source, server, run, found)
             yield f"run {run.info.run_name} of {run.data.tags.get('data', 'unknown data')}"
-    yield from _bring_versions(source, server, name, ids)
+    yield from _copy_versions(source, server, name, ids)
 
 
 def _runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Run]:
@@ -100,11 +100,11 @@ def _runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Ru
         token = page.token or ""
 
 
-def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Run | None) -> str:
+def _copy_run(source: TrackingStore, server: TrackingStore, run: Run, found: Run | None) -> str:
     """Copy a run, or what is missing of it on the server, and return its id there."""
     client, old = server.client, run.info.run_id
     if found is None:
-        tags = {**run.data.tags, FROM: old}
+        tags = {**run.data.tags, SOURCE_TAG: old}
         found = client.create_run(server.experiment.experiment_id, run.info.start_time, tags, run.info.run_name)
     new = found.info.run_id
     # Set the status first: the training has ended even if the copy is interrupted.
@@ -120,7 +120,7 @@ def _bring_run(source: TrackingStore, server: TrackingStore, run: Run, found: Ru
     if (folder := local_path(run.info.artifact_uri)).is_dir():
         with upload_timeout():
             client.log_artifacts(new, str(folder))
-    client.set_tag(new, MOVED, "true")
+    client.set_tag(new, COMPLETE_TAG, "true")
     return new
 
 
@@ -133,11 +133,11 @@ def _versions(store: TrackingStore, name: str) -> dict[int, ModelVersion]:
     return dict(sorted(found.items()))
 
 
-def _check_free(source: TrackingStore, server: TrackingStore, name: str) -> None:
+def _check_no_conflict(source: TrackingStore, server: TrackingStore, name: str) -> None:
     """Raise `ConvoyError` if the server has versions of its own, so that the copied ones can't keep their numbers."""
-    if MOVED in _tags(server, name) or not _versions(source, name):
+    if COMPLETE_TAG in _tags(server, name) or not _versions(source, name):
         return
-    if own := [number for number, each in _versions(server, name).items() if FROM not in each.tags]:
+    if own := [number for number, each in _versions(server, name).items() if SOURCE_TAG not in each.tags]:
         raise ConvoyError(
             f"{server.address} has a model {name} already, with a version {own[0]} of its own, and the versions here "
             "would not keep their numbers: nothing was moved. Rename or delete it there, and run this again"
@@ -149,11 +149,11 @@ def _tags(store: TrackingStore, name: str) -> Mapping[str, str]:
     return found[0].tags if found else {}
 
 
-def _bring_versions(source: TrackingStore, server: TrackingStore, name: str, runs: Mapping[str, str]) -> Iterator[str]:
+def _copy_versions(source: TrackingStore, server: TrackingStore, name: str, runs: Mapping[str, str]) -> Iterator[str]:
     client, ours = server.client, _versions(source, name)
     if not ours:
         return
-    if last := _tags(server, name).get(MOVED):
+    if last := _tags(server, name).get(COMPLETE_TAG):
         if later := [number for number in ours if number > int(last)]:
             yield f"model {name} was moved before: its versions from {later[0]} on were made here since, and stay here"
         return
@@ -163,27 +163,27 @@ def _bring_versions(source: TrackingStore, server: TrackingStore, name: str, run
         client.create_registered_model(name, description=model.description)
     for number, theirs in _versions(server, name).items():
         # An interrupted migration may leave a placeholder that reserved the number of a deleted version.
-        if theirs.tags[FROM] != str(number):
+        if theirs.tags[SOURCE_TAG] != str(number):
             client.delete_model_version(name, str(number))
     there = _versions(server, name)
     for number, version in ours.items():
         if number not in there:
-            _bring_version(source, server, version, runs.get(version.run_id or ""))
+            _copy_version(source, server, version, runs.get(version.run_id or ""))
             yield f"version {number} of {name}"
     for tag, value in model.tags.items():
         client.set_registered_model_tag(name, tag, value)
     for alias, number in model.aliases.items():
         client.set_registered_model_alias(name, alias, str(number))
-    client.set_registered_model_tag(name, MOVED, str(max(ours)))
+    client.set_registered_model_tag(name, COMPLETE_TAG, str(max(ours)))
 
 
-def _bring_version(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> None:
+def _copy_version(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> None:
     """Copy a version under its own number.
 
     Deleted versions before it are created and deleted again, so that the server reaches that number.
     """
     client, name, number, made = server.client, version.name, int(version.version), 0
-    model, tags = _bring_model(source, server, version, run), {**version.tags, FROM: str(version.version)}
+    model, tags = _copy_model(source, server, version, run), {**version.tags, SOURCE_TAG: str(version.version)}
     words = version.description
     while made < number:
         created = client.create_model_version(name, f"models:/{model}", run, tags, None, words, model_id=model)
@@ -197,7 +197,7 @@ def _bring_version(source: TrackingStore, server: TrackingStore, version: ModelV
         )
 
 
-def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> str:
+def _copy_model(source: TrackingStore, server: TrackingStore, version: ModelVersion, run: str | None) -> str:
     """Copy the files of a version as a model of its run, verify them in both stores, and return the model's id."""
     client, experiment = server.client, server.experiment.experiment_id
     kind, _, old = (version.source or "").partition(":/")
@@ -209,9 +209,9 @@ def _bring_model(source: TrackingStore, server: TrackingStore, version: ModelVer
         predictor.verify_checksums(folder, hashes)
     except ConvoyError as error:
         raise ConvoyError(f"version {version.version}: {error}. Find out who changed it, or delete it here") from None
-    made = next(iter(client.search_logged_models([experiment], f"tags.`{FROM}` = '{old}'")), None)
+    made = next(iter(client.search_logged_models([experiment], f"tags.`{SOURCE_TAG}` = '{old}'")), None)
     if made is None:
-        tags = {**model.tags, FROM: old}
+        tags = {**model.tags, SOURCE_TAG: old}
         made = client.create_logged_model(experiment, model.name, run, tags, model.params, model.model_type)
     if made.status == LoggedModelStatus.READY:
         return made.model_id

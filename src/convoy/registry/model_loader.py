@@ -33,11 +33,11 @@ from convoy.training.record import TrainingRecord
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 # Files of a training that another training can start from.
-START = (RECORD, WEIGHTS)
+START_FILES = (RECORD, WEIGHTS)
 # Largest accepted difference of a probability between machines and batch sizes.
-AGREEMENT = 1e-4
+TOLERANCE = 1e-4
 # Time limit of the process that predicts a few hundred images.
-SECONDS = 600  # seconds
+PREDICT_TIMEOUT_S = 600  # seconds
 
 
 def find(store: TrackingStore, uri: str) -> ModelVersion:
@@ -88,7 +88,7 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
         raise ConvoyError(f"{uri}: {error}. Find out who changed it, and promote or train another") from None
 
 
-class NotFetched(ConvoyError):
+class DownloadError(ConvoyError):
     """A file of a model is missing, or its storage can't be reached."""
 
 
@@ -98,7 +98,7 @@ def _download(uri: str, target: Path) -> None:
         try:
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(target)
         except (MlflowException, OSError) as error:
-            raise NotFetched(
+            raise DownloadError(
                 f"{uri} is missing or can't be fetched ({describe_error(error, 200)}); nothing of the model was used"
             ) from None
 
@@ -155,7 +155,7 @@ def fetch_weights(store: TrackingStore, name: str, architecture: str, init: str,
                 source, checked = _from_run(store, init, scratch)
         except ConvoyError as error:
             raise ConvoyError(f"model.{architecture}.init: {error}") from None
-        for file in START:
+        for file in START_FILES:
             (checked / file).rename(folder / file)
     return source
 
@@ -185,7 +185,7 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
             raise
         raise ConvoyError(f"MLflow has no run {run_id}: take the id from its page") from error
     held = {file.path for file in store.client.list_artifacts(run_id)}
-    for file in START:
+    for file in START_FILES:
         if file not in held:
             raise ConvoyError(f"run {run_id} holds no {file}: take another run")
         if file not in hashes:
@@ -210,7 +210,7 @@ def read_record(version: ModelVersion) -> TrainingRecord:
         return TrainingRecord.load(Path(scratch, file))
 
 
-def seen_ever(store: TrackingStore, version: ModelVersion) -> list[str] | None:
+def all_training_hashes(store: TrackingStore, version: ModelVersion) -> list[str] | None:
     """Return the sha256 of all images that a version, or any training its initial weights come from, was trained on.
 
     Returns:
@@ -270,7 +270,7 @@ def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, fold
 
     Raises:
         ConvoyError: If a file was changed, the model can't be run, or its predictions differ from the recorded ones by
-            more than `AGREEMENT`.
+            more than `TOLERANCE`.
     """
     uri = f"models:/{version.name}/{version.version}"
     with temporary(uri, folder) as model, temporary(uri, folder) as scratch:
@@ -291,10 +291,10 @@ def _compare(uri: str, answered: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _check(uri: str, difference: float) -> float:
-    if not difference <= AGREEMENT:
+    if not difference <= TOLERANCE:
         raise ConvoyError(
             f"{uri} does not answer as it was evaluated: probabilities differ by up to {difference:.2g}, more than "
-            f"{AGREEMENT:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `dvc repro` again"
+            f"{TOLERANCE:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `dvc repro` again"
         )
     return difference
 
@@ -302,16 +302,22 @@ def _check(uri: str, difference: float) -> float:
 def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: Path) -> np.ndarray:
     """Predict with MLflow's command line in a process that uses the library stored in the model; return (N, K)."""
     request, answer = scratch / "request.json", scratch / "answer.json"
-    request.write_text(json.dumps({"inputs": [_as_text(each) for each in pixels]}))
+    request.write_text(json.dumps({"inputs": [_encode_png(each) for each in pixels]}))
     command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
     command += ["--model-uri", str(model), "--input-path", str(request), "--output-path", str(answer)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         done = subprocess.run(
-            command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+            command,
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PREDICT_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ConvoyError(f"{uri} gave no answer in {SECONDS} s, in a process of its own") from None
+        raise ConvoyError(f"{uri} gave no answer in {PREDICT_TIMEOUT_S} s, in a process of its own") from None
     if done.returncode or not answer.exists():
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ConvoyError(f"{uri} does not answer in a process of its own: {last[0]}")
@@ -321,7 +327,7 @@ def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: P
         raise ConvoyError(f"{uri} answers something else than probabilities ({error!r})") from None
 
 
-def _as_text(pixels: np.ndarray) -> str:
+def _encode_png(pixels: np.ndarray) -> str:
     """Encode pixels losslessly as the base64 text of a PNG file."""
     file = io.BytesIO()
     images.as_image(pixels).save(file, "PNG")

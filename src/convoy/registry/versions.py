@@ -26,7 +26,7 @@ from convoy.tracking.runs import CHECKSUMS_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
 
 # Tags of a version with the verdict of the gate, and the hash of the inputs of that verdict.
-VERDICT, JUDGED = "convoy.verdict", "convoy.judged"
+VERDICT, VERDICT_KEY = "convoy.verdict", "convoy.judged"
 # Tags of a version with the fingerprint of the test images of that verdict, and the accuracy on them.
 TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
 # Packages that a registered model requires.
@@ -101,7 +101,7 @@ def register(
                 shutil.copytree(code / part, brought / part, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copyfile(code / part, brought / part)
-        _end_lost_models(store, run_id)
+        _fail_lost_models(store, run_id)
         # `mlflow.pyfunc.log_model` would need an active run and so change the status of a training that has ended.
         made = mlflow.initialize_logged_model(
             "model",
@@ -131,7 +131,7 @@ def register(
     return mlflow.register_model(logged.model_uri, name, tags=tags)
 
 
-def _end_lost_models(store: TrackingStore, run_id: str) -> None:
+def _fail_lost_models(store: TrackingStore, run_id: str) -> None:
     """Mark the pending models of a run as failed.
 
     Only one process registers models at a time, so that a pending model was left by a killed process.
@@ -179,11 +179,11 @@ def _files(folder: Path) -> list[Path]:
 def cached_verdict(store: TrackingStore, name: str, version: int, key: str) -> str | None:
     """Return the stored verdict of a version, or `None` if it was not reached with the inputs hashed as `key`."""
     tags = store.client.get_model_version(name, str(version)).tags
-    return tags.get(VERDICT) if tags.get(JUDGED) == key else None
+    return tags.get(VERDICT) if tags.get(VERDICT_KEY) == key else None
 
 
 def save_verdict(
-    store: TrackingStore, name: str, version: int, key: str, said: str, test_images: str, accuracy: float
+    store: TrackingStore, name: str, version: int, key: str, summary: str, test_images: str, accuracy: float
 ) -> None:
     """Store the verdict of the gate in the tags of a version.
 
@@ -192,16 +192,16 @@ def save_verdict(
         name: The name of the registered model.
         version: The evaluated version.
         key: The hash of all inputs of the verdict.
-        said: The summary of the verdict.
+        summary: The summary of the verdict.
         test_images: The fingerprint of the test images.
         accuracy: The accuracy on the test images, in [0, 1].
     """
-    told = [(VERDICT, said[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
+    tags = [(VERDICT, summary[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
     # The key is cleared first and written last, so that an interrupted update leaves no valid verdict.
-    for tag, value in [(JUDGED, ""), *told, (JUDGED, key)]:
+    for tag, value in [(VERDICT_KEY, ""), *tags, (VERDICT_KEY, key)]:
         store.client.set_model_version_tag(name, str(version), tag, value)
     # The description is shown on the version's page.
-    store.client.update_model_version(name, str(version), said[:5000])
+    store.client.update_model_version(name, str(version), summary[:5000])
 
 
 def count_test_set_uses(store: TrackingStore, name: str, version: int, test_images: str) -> int:

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from convoy.promotion.gate import Verdict
 
 # A plot of more classes does not show their names.
-NAMED = 100  # classes
+MAX_NAMED_CLASSES = 100  # classes
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
-def leaderboard(records: Mapping[str, TrainingRecord], figures: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def leaderboard(records: Mapping[str, TrainingRecord], metrics: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Make a table with one row for each architecture: its best epoch, test metrics and size.
 
     Rows are in the order of `records`. For a failed training only the name and the size are known.
 
     Args:
         records: Training record of each architecture.
-        figures: Test metrics of each architecture.
+        metrics: Test metrics of each architecture.
 
     Returns:
         A table with the columns model, val_accuracy, val_loss, epoch, test_<metric> for each metric, and parameters.
@@ -35,7 +35,7 @@ def leaderboard(records: Mapping[str, TrainingRecord], figures: Mapping[str, Map
         {
             "model": name,
             **{column: getattr(record.best, column, None) for column in ("val_accuracy", "val_loss", "epoch")},
-            **{f"test_{figure}": value for figure, value in figures[name].items()},
+            **{f"test_{figure}": value for figure, value in metrics[name].items()},
             "parameters": record.parameters,
         }
         for name, record in records.items()
@@ -44,7 +44,7 @@ def leaderboard(records: Mapping[str, TrainingRecord], figures: Mapping[str, Map
 
 
 # The columns of the leaderboard that fit on a terminal.
-SHOWN = ["model", "val_accuracy", "val_loss", "epoch", "test_accuracy", "test_macro_f1", "test_log_loss",
+TERMINAL_COLUMNS = ["model", "val_accuracy", "val_loss", "epoch", "test_accuracy", "test_macro_f1", "test_log_loss",
          "test_calibration_error", "parameters"]  # fmt: skip
 
 
@@ -67,13 +67,13 @@ def print_table(table: pd.DataFrame, title: str) -> None:
         numeric = pd.api.types.is_numeric_dtype(values)
         shown.add_column(str(column).replace("_", "\n", 2), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
-        shown.add_row(*map(escape, map(_shown, row)))
+        shown.add_row(*map(escape, map(_format_cell, row)))
     console = Console()
     # A log file has no width of its own.
     Console(width=max(console.width, 100)).print(shown)
 
 
-def _shown(value: object) -> str:
+def _format_cell(value: object) -> str:
     if pd.isna(value):  # type: ignore[call-overload]
         return "failed"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -94,7 +94,7 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     from matplotlib import pyplot
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    named = len(classes) <= NAMED
+    named = len(classes) <= MAX_NAMED_CLASSES
     # An inch is 100 pixels: see `dpi` below.
     side = max(5.0, 0.45 * len(classes)) if named else 12.0  # inches
     if missing := find_missing_characters(classes):
@@ -135,7 +135,7 @@ def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int 
     return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
 
 
-def draw_rates(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
+def draw_lr_curve(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:
     """Plot the loss against the learning rate, and mark where it falls fastest and where it is lowest.
 
     Args:

@@ -1,6 +1,5 @@
 """Synchronization of the folder data/ with data.dvc, unless that would lose files that exist nowhere else."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from convoy.core.text import truncate_names
 from convoy.data.sources.file_listing import is_junk
 from convoy.data.sources.folder import reject_links
 from pipeline.dvc_files import Import, read_import
+from pipeline.source_choice import USE
 
 MAX_MOVED_NAMES = 8  # names in a suggested command
 
@@ -82,10 +82,9 @@ def check_replaceable(root: Path) -> None:
         return
     imported = read_import(root, "data.dvc") if (root / "data.dvc").exists() else None
     if imported is None:
-        name = _unused_name(root)
         raise ConvoyError(
-            "data/ itself is the source of the images, and another source would replace it: move it, and name it as the"
-            f" source, or leave it there:\n{_lines(f'mv data {name}')}"
+            "data/ itself is the source of the images, and another source would replace it: move it first:\n"
+            + _lines(f"mv data {_unused_name(root)}")
         )
     if imported.at_stake:
         raise ConvoyError(_loss_message(imported, root))
@@ -96,7 +95,7 @@ def _loss_message(imported: Import, root: Path) -> str:
     files = [f"data/{path}" if path else "data" for path in sorted(imported.at_stake)]
     count, are, them = (f"{len(files)} files", "are", "them") if len(files) > 1 else ("a file", "is", "it")
     name = _unused_name(root)
-    train = _lines(*_move(imported, name), *_point_to(imported, name), "make repro")
+    train = _lines(*_move(imported, name), f"{USE} {name}", "make repro")
     leave = _lines(*_move(imported, f"../{name}"), "make repro")
     return (
         f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {truncate_names(files)}. A run"
@@ -109,7 +108,7 @@ def _link_message(data: Path) -> str:
     target = str(data.readlink())
     return (
         f"data is a link to {target}, and DVC would replace it: remove it, and make the folder itself the source of"
-        f" the images:\n{_lines('rm data', _import(target), 'make repro')}"
+        f" the images:\n{_lines('rm data', f'{USE} {shlex.quote(target)}', 'make repro')}"
     )
 
 
@@ -124,10 +123,11 @@ def _refuse_mixture(imported: Import) -> None:
     others = [path for path in paths if not is_junk(path) and recorded.get(path) != offered.get(path)]
     if imported.recorded is None or not others:
         return
+    again = f"dvc import-url --force {shlex.quote(imported.source)} data"
     raise ConvoyError(
         f"data.dvc names {imported.source} as the source of data/, but they differ in {truncate_names(others)}: a plain"
         " `dvc repro` recorded data/ as it was then. DVC's cache keeps those files.\n"
-        f"To train on {imported.source}:\n{_lines('rm -r data', _import(imported.source), 'make repro')}\n"
+        f"To train on {imported.source}:\n{_lines('rm -r data', again, 'make repro')}\n"
         f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'make repro')}"
     )
 
@@ -143,23 +143,13 @@ def _move(imported: Import, target: str) -> list[str]:
     return [f"mv data {target}  # with what else is in data/"]
 
 
-def _point_to(imported: Import, name: str) -> list[str]:
-    """Return commands that make the folder `name` the source, under a data set name of its own for the classes."""
-    rename = f"sed -i 's/^name: .*/name: {name}/' conf/dataset/folder.yaml"
-    # DVC itself must replace a name that YAML may quote, and a remote source, which needs other keys.
-    if imported.is_local and re.fullmatch(r"[\w./-]+", imported.source):
-        pattern = imported.source.replace(".", r"\.")
-        return [f"sed -i 's#path: {pattern}$#path: {name}#' data.dvc", rename]
-    return ["rm -rf data", _import(name), rename]
-
-
-def _import(source: str) -> str:
-    return f"dvc import-url --force {shlex.quote(source)} data"
-
-
 def _unused_name(root: Path) -> str:
     names = ("my-images", *(f"my-images-{number}" for number in range(2, 1000)))
-    return next(name for name in names if not (root / name).exists() and not (root.parent / name).exists())
+    return next(
+        name
+        for name in names
+        if not any((root / path).exists() for path in (name, f"../{name}", f"conf/dataset/{name}.yaml"))
+    )
 
 
 def _lines(*lines: str) -> str:

@@ -28,10 +28,7 @@ DATA_DVC = """\
 frozen: true
 deps:
 - path: {source}
-outs:
-- hash: md5
-  path: data
-"""
+{outs}"""
 DATASET = """\
 {header}
 name: {name}
@@ -136,9 +133,14 @@ def dataset_file(root: Path, name: str, location: str) -> tuple[str, dict[Path, 
 
 
 def import_file(root: Path, location: str) -> dict[Path, str]:
-    """Return the content of data.dvc by path if it names another source; the next run then imports the new one."""
+    """Return the content of data.dvc by path, if it names another source now; the next run then imports this one."""
     file = root / "data.dvc"
-    return {} if find_source(file) == location else {file: DATA_DVC.format(source=_quote(location))}
+    if find_source(file) == location:
+        return {}
+    # The recorded version stays, so that the next run knows which files in data/ DVC put there.
+    outs = _load(file)["outs"] if file.exists() else [{"hash": "md5", "path": "data"}]
+    text = DATA_DVC.format(source=_quote(location), outs=yaml.safe_dump({"outs": outs}, sort_keys=False))
+    return {file: text}
 
 
 def write_choice(

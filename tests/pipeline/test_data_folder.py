@@ -12,18 +12,23 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
+from convoy.core import config
 from convoy.core.errors import ConvoyError
+from factories import PETS, make_png, make_zip
 from pipeline.data_folder import sync_commands
 from repositories import run_dvc
+from small_project import ROOT
 
 Edit = Callable[[Path], object]
-SAMPLE = {"digits.zip": "digits", "README.md": "about", "more/one.png": "1"}
-MINE = {"cat/1.png": "a cat", "dog/1.png": "a dog"}
+PETS_ZIP = make_zip(PETS).decode("latin-1")
+SAMPLE = {"digits.zip": PETS_ZIP, "README.md": "about", "more/one.png": "1"}
+MINE = {f"{label}/1.png": make_png(value).decode("latin-1") for value, label in enumerate(("cat", "dog"))}
 
 
 @pytest.fixture(autouse=True)
 def dvc_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'src'}")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
@@ -33,7 +38,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("imported") / "a project"
     root.mkdir()
     write_files(root / "samples", SAMPLE)
-    write_files(root / "conf/dataset", {"folder.yaml": "name: digits\n"})
+    shutil.copytree(ROOT / "conf", root / "conf")
     run_dvc(root, "init", "--quiet", "--no-scm")
     run_dvc(root, "import-url", "--quiet", "samples", "data")
     return root
@@ -55,11 +60,15 @@ def fresh_clone(root: Path) -> Path:
 def write_files(folder: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content)
+        (folder / name).write_bytes(content.encode("latin-1"))
 
 
 def read_files(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes().decode("latin-1")
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def sync_data(root: Path, *, update: bool = False) -> None:
@@ -234,7 +243,7 @@ def test_training_on_own_files_as_advised_works(source: str, beside: bool, fresh
     run_advised_commands(fresh_clone, str(refusal.value), "To train on ")
     sync_data(fresh_clone)
     assert read_files(fresh_clone / "data") == read_files(fresh_clone / "my-images") == MINE
-    assert (fresh_clone / "conf/dataset/folder.yaml").read_text() == "name: my-images\n"
+    assert config.parse(config.compose_text(fresh_clone))["dataset"]["name"] == "my-images"
     assert sync_commands(fresh_clone, update=False) == []
 
 
@@ -276,6 +285,7 @@ def test_link_in_the_place_of_the_folder_is_refused(exists: bool, fresh_clone: P
         sync_commands(fresh_clone, update=False)
     if exists:
         run_advised_commands(fresh_clone, str(refusal.value), "data is a link")
+        sync_data(fresh_clone)
         assert sync_commands(fresh_clone, update=False) == []
         assert read_files(fresh_clone / "data") == read_files(mine) == MINE
 

@@ -1,4 +1,4 @@
-"""Adoption of settings: those that only params.yaml has are written into conf/, keeping the comments there."""
+"""Copying of settings from params.yaml back into conf/, which keeps the comments there."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Composition of params.yaml from conf/, unless that would discard settings that were put there in another way."""
+"""Composition of params.yaml from conf/, which refuses to discard settings from `dvc exp apply` or an edit."""
 
 import hashlib
 import io

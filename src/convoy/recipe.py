@@ -1,4 +1,4 @@
-"""The schema of a training recipe: the settings that control how a network is trained."""
+"""The schema of a training recipe: optimizer, learning-rate schedule, regularisation and augmentation."""
 
 from typing import Literal
 

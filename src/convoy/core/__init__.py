@@ -1,1 +1,1 @@
-"""The ground that all packages stand on: settings, errors, checksums."""
+"""What all packages use: settings, errors, checksums and names of files."""

@@ -1,4 +1,4 @@
-"""Preprocessing: split a packed data set into training, validation and test images of one size."""
+"""Preprocessing: resize the images of a packed data set to one size and write them by split."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Splitting of a data set into training, validation and test images, without leaks between them."""
+"""The rules that decide which images train, validate and test, without leaks between these splits."""
 
 import hashlib
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""The champion, which is the version of the registered model in use, with its audit trail and rollback."""
+"""The alias `champion` of a registered model: moved by one process at a time, with an audit log and a rollback."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The checks of the promotion gate that need no champion, one function for each."""
+"""Checks of the promotion gate on the challenger itself: test images, accuracy, calibration, size and latency."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The checks of the promotion gate that compare the challenger with a champion."""
+"""Checks of the promotion gate that compare challenger and champion: accuracy, recall of each class, log loss."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Settings of the register stage."""
+"""Settings of the register stage: the name of the model and the criteria of the promotion gate."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""The evidence on the models: their predictions for the same test images, validated and aligned."""
+"""Predictions of the compared models for the same test images, aligned and checked for images seen in training."""
 
 import dataclasses
 import math

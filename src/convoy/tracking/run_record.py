@@ -1,4 +1,4 @@
-"""The contents of an MLflow run: what is shown of a training, with its evaluation once there is one."""
+"""The contents of an MLflow run: parameters, tags, metrics and files of a training and its evaluation."""
 
 import dataclasses
 import json

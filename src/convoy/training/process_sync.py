@@ -1,4 +1,4 @@
-"""The agreement of processes that train together: on the step they start from, and on when to save and when to exit."""
+"""Synchronisation of distributed training processes: the step to start from, when to save, and when to exit."""
 
 import time
 

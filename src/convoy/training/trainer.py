@@ -1,4 +1,4 @@
-"""The training of a classifier with Lightning."""
+"""The function that trains a classifier with a Lightning Trainer."""
 
 import logging
 import warnings

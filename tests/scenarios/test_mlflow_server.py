@@ -154,7 +154,7 @@ def test_pipeline_from_first_run_to_rollback(
     predict_here.undo()
     monkeypatch.setattr("sys.argv", ["verify", "models:/road@champion", "artifacts/evaluate/lenet"])
     verify.main()
-    assert "models:/road@champion answers " in capsys.readouterr().out
+    assert "models:/road@champion predicts " in capsys.readouterr().out
 
     monkeypatch.setattr("sys.argv", ["sync_mlflow"])
     sync_mlflow.main()

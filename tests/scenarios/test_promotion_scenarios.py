@@ -171,7 +171,7 @@ def read_audit_log(root: Path, version: int) -> pd.DataFrame:
 def test_onnx_file_is_exported_once_and_predicts_as_evaluated(
     root: Path, retrain: Retrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "lenet: model.onnx answers " in retrain("good")
+    assert "lenet: model.onnx predicts " in retrain("good")
     monkeypatch.setattr(onnx_export, "export", lambda *_: pytest.fail("exported again"))
     assert "onnx" not in retrain("good")
     with open_store(root, "convoy") as store:

@@ -20,7 +20,7 @@ from convoy.data.sources.label_table import TABLE_SUFFIXES
 from convoy.tracking.provenance import git
 from pipeline import adoption
 
-USE = "python -m pipeline.use"
+USE = "convoy use"
 # The packages with which DVC reads from storage of a kind, and which may not be installed.
 DVC_PACKAGES = {"s3": "dvc_s3", "gs": "dvc_gs", "azure": "dvc_azure", "ssh": "dvc_ssh", "hdfs": "dvc_hdfs"}
 
@@ -115,7 +115,7 @@ def dataset_file(root: Path, name: str, location: str) -> tuple[str, dict[Path, 
     if recorded not in (None, location):
         raise ConvoyError(
             f"data.lock records that the images of {name} come from {recorded}: give these another name by --name. If"
-            f" the same images were moved, set `source: {location}` under {name} in data.lock"
+            f" the same images were moved, set `source: {_quote(location)}` under {name} in data.lock"
         )
     header = f"# The images in {location}."
     for file in sorted((root / "conf/dataset").glob("*.yaml")):

@@ -18,7 +18,7 @@ from pipeline.errors import exit_on_error
 from pipeline.preview import Preview, preview_source
 from pipeline.source_choice import USE
 
-RUN = "python -m pipeline"
+RUN = "convoy run"
 # Images with a longer side show more than small networks that are trained from scratch can use.
 MAX_SMALL_SIDE = 64  # pixels
 # DVC tracks each file on its own, which becomes slow with about this many.
@@ -55,6 +55,9 @@ def use(root: Path, source: str, name: str | None = None) -> None:
     committed, previous = choice.committed_files(root), choice.present_choice(root)
     changed, params = choice.write_choice(root, files, dataset)
     undo = choice.undo_commands(root, changed, committed, previous)
+    # The commands are for the project's folder.
+    if undo and not Path.cwd().samefile(root):
+        undo.insert(0, shlex.join(["cd", str(root)]))
 
     if preview:
         print(f"found {_describe(preview)}")
@@ -142,7 +145,7 @@ def _first_comment(file: Path) -> str:
 
 def main() -> None:
     """Parse the command line, and use the source in the project in the current folder."""
-    parser = argparse.ArgumentParser(prog=USE, description=use.__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m pipeline.use", description=use.__doc__.partition("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("source", help="a folder, an archive, an address, or a data set of torchvision")
     parser.add_argument("--name", help="name of the data set, its MLflow experiment and its model")
     options = parser.parse_args()

@@ -171,7 +171,7 @@ def test_new_source_under_a_known_name_is_refused(tmp_path: Path) -> None:
         check_source(tmp_path, make_config())
     said = str(refusal.value)
     assert "would come from s3://bucket/more pets, but data.lock records that they come from samples" in said
-    assert "set `name:` in conf/dataset/folder.yaml" in said
+    assert "its own name: `convoy use 's3://bucket/more pets' --name NAME`" in said
     assert "set `source: s3://bucket/more pets` under pets in data.lock" in said
 
 

@@ -97,7 +97,9 @@ def run_advised_commands(root: Path, message: str, heading: str) -> None:
     """Type what a message says, as far as it is not about the whole pipeline."""
     typed = find_commands(message, heading)
     assert typed[-1] == "make repro"
-    subprocess.run(["bash", "-ec", "\n".join(typed[:-1])], cwd=root, check=True, capture_output=True)
+    # The installed `convoy` would run this repository's own project.
+    lines = "\n".join(typed[:-1]).replace("convoy use", "python -m pipeline.use")
+    subprocess.run(["bash", "-ec", lines], cwd=root, check=True, capture_output=True)
 
 
 # Nothing is at stake

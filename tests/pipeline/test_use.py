@@ -78,7 +78,9 @@ def find_line(output: str, start: str) -> str:
 
 
 def run_commands(root: Path, *commands: str) -> None:
-    subprocess.run(["bash", "-ec", "\n".join(commands)], cwd=root, check=True, capture_output=True)
+    """Run printed commands; the installed `convoy` would run this repository's own project."""
+    lines = "\n".join(commands).replace("convoy use", "python -m pipeline.use")
+    subprocess.run(["bash", "-ec", lines], cwd=root, check=True, capture_output=True)
 
 
 def make_photo(width: int, height: int, mode: str = "RGB", value: int = 0) -> bytes:
@@ -260,16 +262,25 @@ def test_error_in_other_settings_changes_nothing(root: Path, pets: Path) -> None
     assert read_choice(root) == before
 
 
+def test_undo_from_another_folder_begins_in_the_project(
+    root: Path, pets: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(pets)
+    use(root, ".")
+    run_commands(pets, find_line(capsys.readouterr().out, "undo: "))
+    assert git_status(root) == ""
+
+
 # What it proposes
 
 
 @pytest.mark.parametrize(
     ("width", "height", "mode", "next_command"),
     [
-        (28, 28, "L", "python -m pipeline"),
-        (32, 32, "RGB", "python -m pipeline experiment=photographs"),
-        (400, 300, "RGB", "python -m pipeline experiment=finetune"),
-        (500, 500, "L", "python -m pipeline experiment=finetune"),
+        (28, 28, "L", "convoy run"),
+        (32, 32, "RGB", "convoy run experiment=photographs"),
+        (400, 300, "RGB", "convoy run experiment=finetune"),
+        (500, 500, "L", "convoy run experiment=finetune"),
     ],
 )
 def test_preset_follows_from_size_and_colour(
@@ -287,7 +298,7 @@ def test_chosen_experiment_is_not_proposed_again(root: Path, pets: Path, capsys:
     use(root, str(pets))
     output = capsys.readouterr().out
     assert "conf/config.yaml chooses experiment: photographs\n" in output
-    assert find_line(output, "next: ") == "python -m pipeline"
+    assert find_line(output, "next: ") == "convoy run"
 
 
 def test_too_few_test_images_are_noted(root: Path, pets: Path, capsys: Output) -> None:

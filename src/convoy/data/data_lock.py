@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Collection, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,12 +181,14 @@ def check_source(root: Path, dataset: DatasetConfig) -> str | None:
     recorded = DataLock.load(root / "data.lock", dataset.name).source
     if source is None or recorded is None or source == recorded:
         return source
-    file = "conf/dataset/" + ("" if dataset.torchvision else "folder.yaml")
+    rename = (
+        "set `name:` in conf/dataset/" if dataset.torchvision else f"`convoy use {shlex.quote(source)} --name NAME`"
+    )
     line = yaml.safe_dump({"source": source}, allow_unicode=True, width=10**6).strip()
     raise ConvoyError(
         f"the images of {dataset.name} would come from {source}, but data.lock records that they come from {recorded}."
-        f" If this is a different data set, give it its own name: set `name:` in {file}. If the same images were moved,"
-        f" set `{line}` under {dataset.name} in data.lock"
+        f" If this is a different data set, give it its own name: {rename}. If the same images were moved, set"
+        f" `{line}` under {dataset.name} in data.lock"
     )
 
 

@@ -40,7 +40,7 @@ class Preview:
     loose_files: int  # number of images that are files of their own, neither in archives nor in Parquet files
     height: int  # pixels, median of some images
     width: int  # pixels, median of some images
-    is_grey: bool  # whether some images are grey, all of them
+    is_grey: bool  # whether all of some images are grey
     problems: list[str]  # why images can't be used, in sentences
     notes: list[str]  # warnings about what may be unintended, in sentences
 
@@ -69,7 +69,7 @@ def preview_source(path: Path) -> Preview:
     count = sum(1 for files in file_sets for _ in files.paths)
     if not count:
         raise ConvoyError(f"{path} is empty: put labelled images there")
-    # Reading all images of an archive would take long, so only some are read, in equal distances.
+    # Reading all images of an archive would take long, so only some are read, at equal distances.
     distance = -(-count // MAX_OPENED_IMAGES)
     try:
         source = read_file_sets([_skip_images(files, distance) for files in file_sets], path.name)
@@ -83,8 +83,10 @@ def preview_source(path: Path) -> Preview:
     is_complete = tally.is_complete and not limit.is_reached
     _check(path, tally, is_complete)
     loose_files = 0 if path.is_file() else sum(map(is_image, file_sets[0].paths))
-    opened = len(tally.opened) + len(tally.unreadable)
-    unreadable = [f"{len(tally.unreadable)} of {opened} images {NOT_READABLE}: {truncate_names(tally.unreadable)}"]
+    notes = list(source.notes)
+    if tally.unreadable:
+        opened = len(tally.opened) + len(tally.unreadable)
+        notes.append(f"{len(tally.unreadable)} of {opened} images {NOT_READABLE}: {truncate_names(tally.unreadable)}")
     heights, widths, are_grey = zip(*tally.opened, strict=True)
     return Preview(
         classes=tally.classes,
@@ -96,7 +98,7 @@ def preview_source(path: Path) -> Preview:
         is_grey=all(are_grey),
         # In a sample, tables name files that were not listed.
         problems=[] if limit.is_reached else tally.problems,
-        notes=[*source.notes, *(unreadable if tally.unreadable else [])],
+        notes=notes,
     )
 
 

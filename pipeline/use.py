@@ -24,6 +24,8 @@ MAX_SMALL_SIDE = 64  # pixels
 # DVC tracks each file on its own, which becomes slow with about this many.
 MANY_FILES = 5_000
 MAX_NOTES = 5
+# Test images are drawn one by one, so that there may be fewer than expected.
+SAFE_TEST_FRACTION = 0.8
 
 
 def use(root: Path, source: str, name: str | None = None) -> None:
@@ -100,13 +102,14 @@ def _notes(preview: Preview, params: Mapping[str, Any]) -> Iterator[str]:
         count, limit = len(preview.problems), validate(FetchConfig, params["fetch"], "fetch").max_bad_fraction
         is_fatal = count > limit * (preview.count + count)
         result = f"too many for fetch.max_bad_fraction={limit}, so that a run stops" if is_fatal else "left out"
-        yield f"{count:,} images can't be used ({result}): {truncate_names(preview.problems)}"
+        yield f"{count:,} image{'s' * (count > 1)} can't be used ({result}): {truncate_names(preview.problems)}"
     minimum = validate(RegisterConfig, params["register"], "register").gate.min_test_images
     expected = preview.splits.get("test") or preview.count * params["preprocess"]["test_fraction"]
     if expected < minimum and not preview.is_sample:
         yield (
             f"about {expected:.0f} images will be for testing, and with fewer than register.gate.min_test_images="
-            f"{minimum} no model becomes the champion: add images, or lower this setting"
+            f"{minimum} no model becomes the champion: add images, or this setting to the command, such as"
+            f" register.gate.min_test_images={max(1, int(SAFE_TEST_FRACTION * expected))}"
         )
 
 
@@ -118,8 +121,8 @@ def _advise(root: Path, preview: Preview | None) -> str:
         return f"photographs suit experiment=photographs or, if they are large, experiment=finetune\nnext: {RUN}"
     if max(preview.height, preview.width) > MAX_SMALL_SIDE:
         return (
-            "such large images suit experiment=finetune, which trains a pretrained ResNet-18; from scratch:"
-            f" experiment=photographs\nnext: {RUN} experiment=finetune"
+            "such large images suit experiment=finetune, which trains a pretrained ResNet-18 (a download of"
+            f" 45 MB); from scratch: experiment=photographs\nnext: {RUN} experiment=finetune"
         )
     if not preview.is_grey:
         return (

@@ -35,10 +35,11 @@ PROCESSES = {
     "pipeline, until it runs DVC": """
 import shutil, tempfile
 from pathlib import Path
-from pipeline.__main__ import check, config
+from convoy.core import config
+from pipeline.check_settings import check_settings
 with tempfile.TemporaryDirectory() as name:
     shutil.copytree("conf", Path(name, "conf"))
-    config.compose(Path(name), check=check)
+    config.compose(Path(name), check=check_settings)
 """,
     "fetch": "import pipeline.fetch",
     "preprocess": "import pipeline.preprocess",

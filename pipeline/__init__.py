@@ -1,4 +1,4 @@
-"""The stages of the pipeline, one module each; `python -m pipeline` runs them all."""
+"""The stages of the pipeline, one module each; and the command line `convoy`, which runs them all."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def use_own_library() -> None:
     if here.is_file() and not here.samefile(__file__):
         sys.exit(
             f"convoy: the stages of {PROJECT} would run in {Path.cwd()}, which has its own: "
-            "unset PYTHONSAFEPATH and PYTHONPATH, and run `python -m pipeline` in the project's folder again"
+            "unset PYTHONSAFEPATH and PYTHONPATH, and run this again in the project's folder"
         )
     found = importlib.util.find_spec("convoy")
     if found is None or not found.origin or not Path(found.origin).is_relative_to(source):

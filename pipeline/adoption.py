@@ -79,7 +79,7 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
         if left:
             raise ConvoyError(
                 f"conf/ can't be made to compose to params.yaml, as no file there sets {', '.join(left)}: edit conf/"
-                " yourself, or discard these settings by `python -m pipeline --compose`"
+                " yourself, or discard these settings by `convoy settings compose`"
             )
     except BaseException:
         for file, content in before.items():

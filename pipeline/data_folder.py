@@ -47,7 +47,7 @@ def sync_commands(root: Path, *, update: bool) -> list[list[str]]:
         raise ConvoyError(
             f"{imported.source}, the source of the images in data.dvc, does not exist: correct the path, or continue"
             " with data/ as it is (`dvc pull data.dvc` fetches it) by "
-            + ("`make repro`" if imported.is_frozen else "`dvc freeze data.dvc` and `make repro`")
+            + ("`convoy run`" if imported.is_frozen else "`dvc freeze data.dvc` and `convoy run`")
         )
     if imported.offered is not None and imported.is_current:
         _refuse_mixture(imported)
@@ -95,8 +95,8 @@ def _loss_message(imported: Import, root: Path) -> str:
     files = [f"data/{path}" if path else "data" for path in sorted(imported.at_stake)]
     count, are, them = (f"{len(files)} files", "are", "them") if len(files) > 1 else ("a file", "is", "it")
     name = _unused_name(root)
-    train = _lines(*_move(imported, name), f"{USE} {name}", "make repro")
-    leave = _lines(*_move(imported, f"../{name}"), "make repro")
+    train = _lines(*_move(imported, name), f"{USE} {name}", "convoy run")
+    leave = _lines(*_move(imported, f"../{name}"), "convoy run")
     return (
         f"data/ holds {count} that DVC did not put there and that {are} nowhere else: {truncate_names(files)}. A run"
         f" would replace {them} or mix {them} with {imported.source}, the source in data.dvc; no file was changed.\n"
@@ -108,7 +108,7 @@ def _link_message(data: Path) -> str:
     target = str(data.readlink())
     return (
         f"data is a link to {target}, and DVC would replace it: remove it, and make the folder itself the source of"
-        f" the images:\n{_lines('rm data', f'{USE} {shlex.quote(target)}', 'make repro')}"
+        f" the images:\n{_lines('rm data', f'{USE} {shlex.quote(target)}', 'convoy run')}"
     )
 
 
@@ -127,8 +127,8 @@ def _refuse_mixture(imported: Import) -> None:
     raise ConvoyError(
         f"data.dvc names {imported.source} as the source of data/, but they differ in {truncate_names(others)}: a plain"
         " `dvc repro` recorded data/ as it was then. DVC's cache keeps those files.\n"
-        f"To train on {imported.source}:\n{_lines('rm -r data', again, 'make repro')}\n"
-        f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'make repro')}"
+        f"To train on {imported.source}:\n{_lines('rm -r data', again, 'convoy run')}\n"
+        f"To train on data/ as it is:\n{_lines('rm data.dvc', 'dvc add data', 'convoy run')}"
     )
 
 

@@ -9,15 +9,13 @@ from pathlib import Path
 from convoy.core.disk import explain_full_disk
 from convoy.core.errors import ConvoyError
 
-RUN_AGAIN = "run `dvc repro` again"
-
 
 @contextlib.contextmanager
 def exit_on_error(command: str = "") -> Iterator[None]:
     """Exit with the message of a ConvoyError that is raised within the context.
 
     Args:
-        command: The name of the command, printed in front of the message; "" for the main command.
+        command: The name of the stage or process, printed in front of the message; "" for a command of the user.
     """
     try:
         yield
@@ -26,29 +24,32 @@ def exit_on_error(command: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_system_errors() -> Iterator[None]:
+def explain_system_errors(fix: str = "run `dvc repro` again") -> Iterator[None]:
     """Replace an error of the system that the user can fix by a ConvoyError that explains how.
 
     These are a full disk, files that this user may not write, and a full memory of the GPU.
+
+    Args:
+        fix: What the user should do once the cause is removed, for the message.
     """
     try:
         yield
     except ConvoyError:
         raise
     except Exception as error:
-        if message := _explain(error):
+        if message := _explain(error, fix):
             raise ConvoyError(message) from error
         raise
 
 
-def _explain(error: Exception) -> str | None:
+def _explain(error: Exception, fix: str) -> str | None:
     # Libraries may wrap an error of the operating system in their own exceptions.
-    if full := explain_full_disk(error, Path.cwd(), RUN_AGAIN):
+    if full := explain_full_disk(error, Path.cwd(), fix):
         return full
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         file = error.filename2 or error.filename or "artifacts/"
         reason = (error.strerror or "not permitted").lower()
-        return f"{file}: {reason}: let this user read and write there, and {RUN_AGAIN}"
+        return f"{file}: {reason}: let this user read and write there, and {fix}"
     # This is `torch.OutOfMemoryError`. It is compared by name because few stages import torch.
     if type(error).__name__ == "OutOfMemoryError":
         return f"the memory of the GPU is full: end what else uses it, or set trainer: cpu ({error})"

@@ -1,6 +1,6 @@
-"""Command that suggests a learning rate for an architecture on the prepared images, without changing any setting."""
+"""Suggestion of a learning rate for an architecture on the prepared images, without changing any setting."""
 
-import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -14,36 +14,38 @@ from convoy.reporting import report
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
 from convoy.training.hardware import TrainerConfig, resolve_trainer
-from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
 
-def find_lr(stage: Stage) -> None:
-    """Print a suggested learning rate for ARCHITECTURE, and plot the loss over the learning rate."""
+def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
+    """Print a suggested learning rate for an architecture, and plot the loss over the learning rate.
+
+    Args:
+        root: The project folder.
+        architecture: The architecture; params.yaml has its settings.
+        as_json: Whether to print a JSON object instead of a message.
+    """
+    stage = Stage(root, "train", architecture)
     seed = stage.validate(Seed, "seed")
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
-    name = stage.foreach_key
-    classifier = models.build(name, stage.section(f"model.{name}"), DatasetInfo.load(prepared / DATASET_INFO))
+    settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)
+    classifier = models.build(architecture, settings, info)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     table = sweep_learning_rates(
         classifier, data, resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     )
 
     steepest = suggest_learning_rate(table)
-    plot = stage.root / "artifacts" / "lr" / f"{name}.png"
+    plot = stage.root / "artifacts" / "lr" / f"{architecture}.png"
     plot.parent.mkdir(parents=True, exist_ok=True)
-    report.draw_lr_curve(table, steepest, name, plot)
+    report.draw_lr_curve(table, steepest, architecture, plot)
     lowest = float(table["lr"].to_numpy()[table["loss"].argmin()])
+    if as_json:
+        print(json.dumps({"architecture": architecture, "steepest": steepest, "lowest": lowest, "plot": str(plot)}))
+        return
     print(
-        f"{name}: the loss falls fastest at a learning rate of {steepest:.2g}, and is lowest at {lowest:.2g}. "
-        f"Set model.{name}.recipe.lr to a value between them."
+        f"{architecture}: the loss falls fastest at a learning rate of {steepest:.2g}, and is lowest at {lowest:.2g}. "
+        f"Set model.{architecture}.recipe.lr to a value between them."
     )
     print(f"See {plot.relative_to(stage.root)}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m pipeline.find_lr", description=find_lr.__doc__)
-    parser.add_argument("architecture")
-    with exit_on_error("find_lr"):
-        find_lr(Stage(Path.cwd(), "train", parser.parse_args().architecture))

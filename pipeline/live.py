@@ -3,7 +3,7 @@
 The train stage starts it; it is not a stage itself. It reads JSON lines from standard input: {"record": ...,
 "process": ...} when the training begins, {"row": ...} for each epoch and {"status": ...} at the end, each with its
 "moment" in ms. If the lines end without a status, the training was killed. A slow or failing MLflow does not affect
-the training: one line reports the problem, and `make sync` completes the run in MLflow.
+the training: one line reports the problem, and `convoy sync` completes the run in MLflow.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def give_up(*_: object) -> None:
 
 def describe_outage(reason: str) -> str:
     """Return a message for a reason why the run can't be shown."""
-    return f"convoy: live: {reason}; the training is not affected, and `make sync` adds its run"
+    return f"convoy: live: {reason}; the training is not affected, and `convoy sync` adds its run"
 
 
 class Reporter:

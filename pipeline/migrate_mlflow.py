@@ -1,6 +1,5 @@
-"""Command that copies every run and model version in mlflow.db to the server that MLFLOW_TRACKING_URI names."""
+"""Migration of every run and model version from mlflow.db to the server that MLFLOW_TRACKING_URI names."""
 
-import argparse
 import os
 from pathlib import Path
 
@@ -9,27 +8,25 @@ from convoy.core.errors import ConvoyError
 from convoy.promotion import migrate
 from convoy.tracking import ui_views
 from convoy.tracking.store import open_store
-from pipeline.errors import exit_on_error
 
 
-def main() -> None:
-    """Copy all runs and the registered model, with its versions and its champion, from mlflow.db to the server."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.migrate_mlflow", description=main.__doc__)
-    parser.parse_args()
-    root = Path.cwd()
-    with exit_on_error("migrate_mlflow"):
-        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
-            raise ConvoyError("set the target: export MLFLOW_TRACKING_URI=http://server:5000")
-        name = config.load(root / "params.yaml")["register"]["name"]
-        with open_store(root, name) as server:
-            lines = 0
-            for line in migrate.migrate(migrate.open_embedded(root, name, server), server, name):
-                print(line, flush=True)
-                lines += 1
-            table, curves = ui_views.save_views(server)
-        print("everything is copied:" if lines else "everything was copied already:")
-        print(f"  leaderboard  {table}\n  curves       {curves}")
+def migrate_to_server(root: Path) -> None:
+    """Copy all runs and the registered model, with its versions and its champion, from mlflow.db to the server.
 
+    Args:
+        root: The project folder.
 
-if __name__ == "__main__":
-    main()
+    Raises:
+        ConvoyError: If MLFLOW_TRACKING_URI names no server, or mlflow.db is incomplete.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        raise ConvoyError("set the target: export MLFLOW_TRACKING_URI=http://server:5000")
+    name = config.load(root / "params.yaml")["register"]["name"]
+    with open_store(root, name) as server:
+        lines = 0
+        for line in migrate.migrate(migrate.open_embedded(root, name, server), server, name):
+            print(line, flush=True)
+            lines += 1
+        table, curves = ui_views.save_views(server)
+    print("everything is copied:" if lines else "everything was copied already:")
+    print(f"  leaderboard  {table}\n  curves       {curves}")

@@ -44,7 +44,7 @@ def remove_unlisted(root: Path, models: list[str]) -> None:
     """Remove the results of architectures that are not in `models`; they remain in DVC's cache."""
     for folder in _model_folders(root):
         if folder.name not in models:
-            print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models in conf/config.yaml")
+            print(f"removing {folder.relative_to(root)}: {folder.name} is not among the models of the settings")
             shutil.rmtree(folder)
 
 

@@ -1,6 +1,5 @@
-"""Command that predicts the label and probability of images with a registered model."""
+"""Prediction of the label and probability of images with a registered model."""
 
-import argparse
 import glob
 import json
 import os
@@ -20,33 +19,12 @@ from convoy.inference.predictor import Predictor
 from convoy.registry import model_loader
 from convoy.tracking.store import open_store
 from convoy.training import hardware
-from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 BATCH_SIZE = 64  # images in memory at a time
 
 # The keys are image and either label and probability, or error.
 Prediction = dict[str, str | float]
-
-
-def main() -> None:
-    """Print the label and probability of each IMAGE: a file, a folder (recursively) or a pattern such as '*.png'."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description=main.__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--model", help="models:/NAME@ALIAS or models:/NAME/VERSION; default: the champion")
-    parser.add_argument("--json", action="store_true", help="print a JSON object per line instead of a table")
-    options = parser.parse_args()
-    try:
-        with exit_on_error("predict"):
-            title, predictor = load_model(Path.cwd(), options.model)
-            predictions = predict(predictor, options.images)
-            failed = print_lines(predictions) if options.json else print_table(predictions, title)
-    # The reader closed the pipe, as `head` does.
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    if failed:
-        sys.exit(f"convoy: predict: {failed} image{'s' if failed > 1 else ''} could not be predicted")
 
 
 def load_model(root: Path, uri: str | None) -> tuple[str, Predictor]:
@@ -66,12 +44,29 @@ def load_model(root: Path, uri: str | None) -> tuple[str, Predictor]:
     name = params["register"]["name"]
     project = project_root(root)
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (project / "mlflow.db").exists():
-        raise ConvoyError("mlflow.db does not exist: run `make repro`, or set MLFLOW_TRACKING_URI")
+        raise ConvoyError("mlflow.db does not exist: run `convoy run`, or set MLFLOW_TRACKING_URI")
     with open_store(project, name) as store:
         version = model_loader.find(store, uri or f"models:/{name}@champion")
         predictor = model_loader.load(version, store.scratch)
     predictor.classifier.to(hardware.select_device(params["trainer"]["accelerator"]))
     return f"{version.name} {version.version}, {predictor.architecture}", predictor
+
+
+def print_predictions(predictor: Predictor, paths: Sequence[str], title: str, *, as_json: bool = False) -> None:
+    """Print the label and probability of each image.
+
+    Args:
+        predictor: The model.
+        paths: Files, folders (recursively) or patterns such as '*.png'.
+        title: A description of the model, above the table.
+        as_json: Whether to print a JSON object per line instead of a table.
+
+    Raises:
+        ConvoyError: If an image could not be predicted, after the predictions of the others are printed.
+    """
+    predictions = predict(predictor, paths)
+    if failed := print_lines(predictions) if as_json else print_table(predictions, title):
+        raise ConvoyError(f"{failed} image{'s' if failed > 1 else ''} could not be predicted")
 
 
 def predict(predictor: Predictor, paths: Sequence[str]) -> Iterator[Prediction]:
@@ -171,7 +166,3 @@ def print_table(predictions: Iterator[Prediction], title: str) -> int:
 def escape_unprintable(name: str) -> str:
     """Escape the unprintable characters of a name, so that none of them reaches the terminal."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,22 @@ MAX_VALUE_WIDTH = 60  # characters of a value in a message
 
 
 def compose(
-    root: Path, check: Callable[[dict[str, Any]], None], *, adopt: bool = False, discard: bool = False
+    root: Path,
+    check: Callable[[dict[str, Any]], None],
+    overrides: Sequence[str] = (),
+    *,
+    adopt: bool = False,
+    discard: bool = False,
 ) -> dict[str, Any]:
     """Compose `root/conf` into `root/params.yaml`.
 
+    What was composed is recorded, so that the next call may replace it, whatever its overrides were.
     If an error is raised, params.yaml is left unchanged.
 
     Args:
         root: The project folder.
         check: A function that validates the composed sections and raises ConvoyError if they are invalid.
+        overrides: Hydra overrides of settings in conf/.
         adopt: Whether to write settings that only params.yaml has into conf/ first.
         discard: Whether to discard settings that only params.yaml has.
 
@@ -44,13 +51,13 @@ def compose(
             set, or `check` fails.
     """
     params = root / "params.yaml"
-    text = config.compose_text(root)
+    text = config.compose_text(root, overrides)
     present = params.read_bytes() if params.exists() else b""
     if adopt:
         wanted = config.load(params)
         check(wanted)
         adopt_settings(root, wanted)
-        text = config.compose_text(root)
+        text = config.compose_text(root, overrides)
     elif not discard and present.strip():
         _refuse_loss(root, present, text)
     sections = config.parse(text)
@@ -60,14 +67,16 @@ def compose(
 
 
 def _refuse_loss(root: Path, present: bytes, text: str) -> None:
+    """Raise ConvoyError if `present` holds settings that neither `text` nor conf/ without overrides has."""
     if present == text.encode() or _checksum(present) in _recorded_checksums(root):
         return
+    composed = config.parse(config.compose_text(root))
     try:
-        changed = differences(config.parse(present.decode()), config.parse(text))
+        changed = differences(config.parse(present.decode()), composed)
     except (ConvoyError, ValueError):
         raise ConvoyError(
             "params.yaml can't be read, as after a merge conflict: choose one version (`git checkout --ours"
-            " params.yaml`, or --theirs), or discard it and compose conf/ again by `python -m pipeline --compose`"
+            " params.yaml`, or --theirs), or discard it by `convoy settings compose`"
         ) from None
     if not changed:
         return
@@ -80,8 +89,8 @@ def _refuse_loss(root: Path, present: bytes, text: str) -> None:
         raise ConvoyError(
             "params.yaml holds settings that conf/ does not compose to, as after `dvc exp apply`, a merge or an edit:\n"
             + "\n".join(lines)
-            + "\nTo keep them, write them into conf/:\n  python -m pipeline --adopt\n"
-            "To discard them, compose conf/ again:\n  python -m pipeline --compose"
+            + "\nTo keep them, write them into conf/:\n  convoy settings adopt\n"
+            "To discard them, compose conf/ again:\n  convoy settings compose"
         )
 
 

@@ -73,7 +73,7 @@ class Stage:
         values: Any = self.params
         for key in name.split("."):
             if not isinstance(values, Mapping) or key not in values:
-                raise ConvoyError(f"params.yaml has no {name}: compose it again with `make repro`")
+                raise ConvoyError(f"params.yaml has no {name}: compose it again with `convoy settings compose`")
             values = values[key]
         return values
 

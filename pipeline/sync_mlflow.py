@@ -1,11 +1,10 @@
-"""Command that syncs the results in artifacts/ to MLflow, so that every run is there completely and exactly once.
+"""Sync of the results in artifacts/ to MLflow, so that every run is there completely and exactly once.
 
 It completes runs that are missing in MLflow for any reason: a server that was down or stopped during an upload, a
 deleted database, or results that DVC's cache restored on another machine. The register stage does the same. This
 module is not a stage.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,6 @@ from convoy.reporting import report
 from convoy.tracking import provenance, run_record, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import TrainingRecord
-from pipeline.errors import exit_on_error
 from pipeline.stage import Stage
 
 LIVE_TIMEOUT_S = 40  # to wait for a process that still reports a training
@@ -48,23 +46,25 @@ class TrainedResult:
         return TrainingRecord.load(self.trained / RECORD)
 
 
-def main() -> None:
-    """Sync the runs of the current results to MLflow, each completely and exactly once."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.sync_mlflow", description=main.__doc__)
-    parser.parse_args()
-    root = Path.cwd()
-    with exit_on_error("sync_mlflow"):
-        stage = Stage(root, "register")
-        results = {}
-        for name in stage.section("model"):
-            try:
-                results[name] = find_result(stage, name)
-            except ConvoyError as error:
-                print(f"{name} is left out: {error}")
-        with open_store(stage.project_root, stage.section("register")["name"]) as store:
-            sync_runs(store, root, list(stage.section("model")), results)
-            table, curves = ui_views.save_views(store)
-        print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
+def sync_results(root: Path) -> None:
+    """Sync the runs of the current results to MLflow, each completely and exactly once.
+
+    A result that is missing or damaged is left out with a message.
+
+    Args:
+        root: The project folder.
+    """
+    stage = Stage(root, "register")
+    results = {}
+    for name in stage.section("model"):
+        try:
+            results[name] = find_result(stage, name)
+        except ConvoyError as error:
+            print(f"{name} is left out: {error}")
+    with open_store(stage.project_root, stage.section("register")["name"]) as store:
+        sync_runs(store, root, list(stage.section("model")), results)
+        table, curves = ui_views.save_views(store)
+    print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
 
 
 def find_result(stage: Stage, name: str) -> TrainedResult:
@@ -166,7 +166,3 @@ def build_run(
 def colour_tag(names: Sequence[str], name: str) -> dict[str, str]:
     """Return the tag that sets the colour of an architecture in MLflow's charts, by its position in `names`."""
     return {"mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)]}
-
-
-if __name__ == "__main__":
-    main()

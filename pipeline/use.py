@@ -1,6 +1,5 @@
-"""The command that makes a source of images the one to train on, and says what it found and what to run next."""
+"""The command `use`: it makes a source of images the one to train on, and says what it found and what to run next."""
 
-import argparse
 import itertools
 import shlex
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,6 @@ from convoy.data.packed.packed_dataset import SPLITS
 from convoy.promotion.config import RegisterConfig
 from pipeline import adoption, data_folder
 from pipeline import source_choice as choice
-from pipeline.errors import exit_on_error
 from pipeline.preview import Preview, preview_source
 from pipeline.source_choice import USE
 
@@ -144,17 +142,3 @@ def _first_comment(file: Path) -> str:
     """Return the comment at the beginning of a YAML file in one line."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
     return " ".join(line.removeprefix("#").strip() for line in lines)
-
-
-def main() -> None:
-    """Parse the command line, and use the source in the project in the current folder."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.use", description=use.__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("source", help="a folder, an archive, an address, or a data set of torchvision")
-    parser.add_argument("--name", help="name of the data set, its MLflow experiment and its model")
-    options = parser.parse_args()
-    with exit_on_error("use"):
-        use(Path.cwd(), options.source, options.name)
-
-
-if __name__ == "__main__":
-    main()

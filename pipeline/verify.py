@@ -1,6 +1,5 @@
-"""Command that checks that a registered model is unmodified, loads in a new process and predicts as evaluated."""
+"""The check that a registered model is unmodified, loads in a new process and predicts as evaluated."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -14,24 +13,16 @@ from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PROBABILITY_PREFIX
 from convoy.registry import model_loader
 from convoy.tracking.store import TrackingStore, open_store
-from pipeline.errors import exit_on_error
 from pipeline.stage import project_root
 
 MAX_IMAGES = 200  # images to predict
 
 
-def main() -> None:
-    """Check the files of MODEL, load it in a new process and compare its predictions with the recorded ones."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description=main.__doc__)
-    parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("evaluated", type=Path, help="folder of an evaluation, such as artifacts/evaluate/lenet")
-    parser.add_argument("prepared", type=Path, nargs="?", default=Path("artifacts/preprocess"))
-    options = parser.parse_args()
-    root = Path.cwd()
-    with exit_on_error("verify"):
-        name = config.load(root / "params.yaml")["register"]["name"]
-        with open_store(project_root(root), name) as store:
-            print(verify(store, options.model, options.evaluated, options.prepared))
+def verify_model(root: Path, uri: str, evaluated: Path, prepared: Path) -> str:
+    """Verify a registered model of the project against its recorded evaluation; see `verify`."""
+    name = config.load(root / "params.yaml")["register"]["name"]
+    with open_store(project_root(root), name) as store:
+        return verify(store, uri, evaluated, prepared)
 
 
 def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> str:
@@ -87,7 +78,3 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
     # Evenly spaced rows cover every class, because the test images are ordered by class.
     rows = np.unique(np.linspace(0, len(test) - 1, MAX_IMAGES).round().astype(int))
     return test.pixels[rows], expected[rows]
-
-
-if __name__ == "__main__":
-    main()

@@ -130,7 +130,7 @@ def test_data_and_ground_modules_import_no_torch_at_once(file: Path) -> None:
 
 
 def test_main_command_starts_without_mlflow_and_torch() -> None:
-    code = "import sys, pipeline.__main__; print(sorted({'mlflow', 'torch'} & set(sys.modules)))"
+    code = "import sys, pipeline.cli, pipeline.run; print(sorted({'mlflow', 'torch'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 

@@ -319,7 +319,9 @@ def test_first_params_yaml_is_not_left_behind_by_a_broken_conf(project: Path) ->
 
 
 def test_missing_params_yaml_is_refused_with_the_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"params\.yaml is missing: compose it from conf/ with `make repro`"):
+    with pytest.raises(
+        ConvoyError, match=r"params\.yaml is missing: compose it from conf/ with `convoy settings compose`"
+    ):
         config.load(tmp_path / "params.yaml")
 
 
@@ -328,7 +330,7 @@ def test_missing_params_yaml_is_refused_with_the_fix(tmp_path: Path) -> None:
 )
 def test_invalid_params_yaml_is_refused_with_the_fix(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "params.yaml").write_bytes(content)
-    with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it again with `python -m pipeline --compose`"):
+    with pytest.raises(ConvoyError, match=r"params\.yaml .*compose it again with `convoy settings compose`"):
         config.load(tmp_path / "params.yaml")
 
 

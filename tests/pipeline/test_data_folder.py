@@ -96,9 +96,9 @@ def find_commands(message: str, heading: str) -> list[str]:
 def run_advised_commands(root: Path, message: str, heading: str) -> None:
     """Type what a message says, as far as it is not about the whole pipeline."""
     typed = find_commands(message, heading)
-    assert typed[-1] == "make repro"
-    # The installed `convoy` would run this repository's own project.
-    lines = "\n".join(typed[:-1]).replace("convoy use", "python -m pipeline.use")
+    assert typed[-1] == "convoy run"
+    # The project of this test has no pipeline/ of its own, where the installed `convoy` would look for it.
+    lines = "\n".join(typed[:-1]).replace("convoy use", "python -m pipeline.cli use")
     subprocess.run(["bash", "-ec", lines], cwd=root, check=True, capture_output=True)
 
 
@@ -336,7 +336,7 @@ def test_lost_source_is_an_error_only_where_it_is_needed(root: Path, capsys: pyt
     shutil.rmtree(root / "samples")
     assert sync_commands(root, update=False) == []
     assert "samples, the source of the images in data.dvc, does not exist: data/ is used" in capsys.readouterr().out
-    with pytest.raises(ConvoyError, match=r"^samples, the source of the images .* by `make repro`$"):
+    with pytest.raises(ConvoyError, match=r"^samples, the source of the images .* by `convoy run`$"):
         sync_commands(root, update=True)
     shutil.rmtree(root / "data")
     assert sync_commands(root, update=False) == [["checkout", "data.dvc"]]
@@ -349,7 +349,7 @@ def test_dvc_is_kept_from_removing_data_for_a_lost_source(root: Path) -> None:
     edit_data_dvc(root, "frozen: true\n", "")
     shutil.rmtree(root / "samples")
     with pytest.raises(
-        ConvoyError, match=r"^samples, the source of the images .* by `dvc freeze data\.dvc` and `make repro`$"
+        ConvoyError, match=r"^samples, the source of the images .* by `dvc freeze data\.dvc` and `convoy run`$"
     ):
         sync_commands(root, update=False)
 

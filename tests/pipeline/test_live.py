@@ -191,7 +191,7 @@ def test_unusable_server_is_one_line_without_the_password(
     assert time.monotonic() - before < 10
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"convoy: live: MLflow at http://127.0.0.1:{server.server_port} fails: ")
-    assert "`make sync` adds its run" in line
+    assert "`convoy sync` adds its run" in line
     assert "secret" not in line
 
 

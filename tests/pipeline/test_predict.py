@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from command_line import run_command
 from convoy.inference import predictor
 from convoy.inference.predictor import Predictor
-from pipeline import predict, verify
+from pipeline import predict
 from registry_fixtures import CLASSES, register_model
 
 
@@ -51,11 +51,10 @@ def draw_image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8))
 
 
-def run_predict(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
-    """Run the command; returns what it exits with, None where all went well."""
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+def end_of_command(*arguments: object) -> int | str | None:
+    """Run a command; returns what it exits with, None where all went well."""
     try:
-        predict.main()
+        run_command(*arguments)
     except SystemExit as end:
         return end.code
     return None
@@ -66,9 +65,9 @@ def read_lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:
 
 
 def test_folder_yields_all_images_below_it_in_order(
-    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_predict(monkeypatch, image_folder, "--json") is None
+    assert end_of_command("predict", image_folder, "--json") is None
     found = read_lines(capsys)
     assert [Path(each["image"]).relative_to(image_folder).as_posix() for each in found] == [
         "a.jpg",
@@ -79,21 +78,21 @@ def test_folder_yields_all_images_below_it_in_order(
 
 
 def test_files_without_suffix_are_images_and_others_are_counted(
-    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (image_folder / "more/c.PNG").rename(image_folder / "more/c")
     (image_folder / "more/notes.txt").write_text("milk, bread")
-    assert run_predict(monkeypatch, image_folder / "more", "--json") is None
+    assert end_of_command("predict", image_folder / "more", "--json") is None
     said = capsys.readouterr()
     assert [json.loads(line)["image"] for line in said.out.splitlines()] == [str(image_folder / "more/c")]
     assert "more: 1 files without an image suffix are ignored" in said.err
 
 
 def test_predictions_are_in_the_order_of_the_arguments(
-    working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [image_folder / "more/c.PNG", image_folder / "a.jpg", image_folder / "b.png"]
-    assert run_predict(monkeypatch, *given, "--json", "--model", "models:/convoy/1") is None
+    assert end_of_command("predict", *given, "--json", "--model", "models:/convoy/1") is None
     restored = predictor.restore(working_folder / "left")
     expected = restored.probabilities(np.stack([restored.preprocess(file.read_bytes()) for file in given]))
     for each, row, file in zip(read_lines(capsys), expected, given, strict=True):
@@ -107,11 +106,10 @@ def test_pattern_gives_what_it_matches(
     pattern: str,
     working_folder: Path,
     image_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = {"*.png": ["b.png"], "**/*.[pP][nN][gG]": ["b.png", "more/c.PNG"], "more": ["more/c.PNG"]}[pattern]
-    assert run_predict(monkeypatch, image_folder / pattern, "--json") is None
+    assert end_of_command("predict", image_folder / pattern, "--json") is None
     assert [each["image"] for each in read_lines(capsys)] == [str(image_folder / name) for name in expected]
 
 
@@ -126,7 +124,7 @@ def test_table_shows_model_label_and_probability(
     monkeypatch.chdir(image_folder)
     for name in ("mlflow.db", "params.yaml"):
         (image_folder / name).symlink_to(working_folder / name)
-    assert run_predict(monkeypatch, "a.jpg", "b.png") is None
+    assert end_of_command("predict", "a.jpg", "b.png") is None
     said = capsys.readouterr().out
     assert said.startswith("convoy 1, lenet")
     assert [line.split()[0] for line in said.splitlines()[3:]] == ["a.jpg", "b.png"]
@@ -148,14 +146,14 @@ def test_invalid_image_is_named_and_the_others_are_predicted(
         "empty": "is a folder without images",
         "no*.gif": "does not exist",
     }
-    assert run_predict(monkeypatch, *given, "--json") == "convoy: predict: 5 images could not be predicted"
+    assert end_of_command("predict", *given, "--json") == "convoy: 5 images could not be predicted"
     found = {Path(each["image"]).name: each for each in read_lines(capsys)}
     assert list(found) == [path.name for path in given]
     assert all(found[name]["error"].startswith(reason) for name, reason in reasons.items())
     assert found["a.jpg"]["label"] in CLASSES
 
     monkeypatch.setenv("COLUMNS", "300")
-    assert run_predict(monkeypatch, *given[:3]) == "convoy: predict: 2 images could not be predicted"
+    assert end_of_command("predict", *given[:3]) == "convoy: 2 images could not be predicted"
     said = capsys.readouterr()
     assert f"{image_folder / 'torn.png'} can't be decoded: " in said.err
     assert "a.jpg" in said.out
@@ -170,21 +168,19 @@ def test_file_may_have_any_name(
         )
     monkeypatch.setenv("COLUMNS", "300")
     assert (
-        run_predict(monkeypatch, image_folder, image_folder / "d [red].txt")
-        == "convoy: predict: 1 image could not be predicted"
+        end_of_command("predict", image_folder, image_folder / "d [red].txt")
+        == "convoy: 1 image could not be predicted"
     )
     said = capsys.readouterr()
     assert all(name in said.out for name in ("a[bold].png", r"b\x1b[2J.png", r"c\udcff.png"))
     assert "\x1b" not in said.out
     assert "d [red].txt is not an image" in said.err
-    run_predict(monkeypatch, image_folder, "--json")
+    end_of_command("predict", image_folder, "--json")
     assert str(image_folder / "b\x1b[2J.png") in [each["image"] for each in read_lines(capsys)]
 
 
-def test_device_is_not_read(
-    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_predict(monkeypatch, "/dev/zero", "--json") == "convoy: predict: 1 image could not be predicted"
+def test_device_is_not_read(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end_of_command("predict", "/dev/zero", "--json") == "convoy: 1 image could not be predicted"
     assert read_lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
 
@@ -220,17 +216,17 @@ def test_only_one_batch_is_in_memory(working_folder: Path, monkeypatch: pytest.M
     ],
 )
 def test_model_that_is_not_there_is_one_clear_line(
-    uri: str, said: str, working_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+    uri: str, said: str, working_folder: Path, image_folder: Path
 ) -> None:
-    assert str(run_predict(monkeypatch, image_folder, "--model", uri)).startswith(f"convoy: predict: {said}")
+    assert str(end_of_command("predict", image_folder, "--model", uri)).startswith(f"convoy: {said}")
 
 
 def test_nothing_is_created_if_no_model_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert "params.yaml is missing" in str(run_predict(monkeypatch, "a.png"))
+    assert "params.yaml is missing" in str(end_of_command("predict", "a.png"))
     (tmp_path / "params.yaml").write_text("register:\n  name: convoy\ntrainer:\n  accelerator: cpu\n")
-    assert "mlflow.db does not exist" in str(run_predict(monkeypatch, "a.png"))
+    assert "mlflow.db does not exist" in str(end_of_command("predict", "a.png"))
     assert [file.name for file in tmp_path.iterdir()] == ["params.yaml"]
 
 
@@ -250,45 +246,32 @@ def evaluated(root: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
-    monkeypatch.setattr(sys, "argv", ["verify", *map(str, arguments)])
-    try:
-        verify.main()
-    except SystemExit as end:
-        return end.code
-    return None
-
-
 def test_model_that_predicts_as_evaluated_passes_in_one_line(
-    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    working_folder: Path, evaluated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(monkeypatch, "models:/convoy@champion", evaluated, evaluated) is None
+    assert end_of_command("verify", "models:/convoy@champion", evaluated, evaluated) is None
     assert capsys.readouterr().out.startswith("models:/convoy@champion predicts 200 images as evaluated; probabilities")
 
 
-def test_model_with_other_recorded_predictions_fails(
-    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_with_other_recorded_predictions_fails(working_folder: Path, evaluated: Path) -> None:
     table = pd.read_parquet(evaluated / "predictions.parquet")
     table.iloc[0] = np.roll(table.iloc[0], 1)
     table.to_parquet(evaluated / "predictions.parquet")
-    said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
-    assert str(said).startswith("convoy: verify: models:/convoy/1 does not answer as it was evaluated")
+    said = end_of_command("verify", "models:/convoy@champion", evaluated, evaluated)
+    assert str(said).startswith("convoy: models:/convoy/1 does not answer as it was evaluated")
     table[1:].to_parquet(evaluated / "predictions.parquet")
-    said = check(monkeypatch, "models:/convoy@champion", evaluated, evaluated)
+    said = end_of_command("verify", "models:/convoy@champion", evaluated, evaluated)
     assert "has 449 images" in str(said)
 
 
-def test_folder_without_an_evaluation_is_one_clear_line(
-    working_folder: Path, evaluated: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = check(monkeypatch, "models:/convoy@champion", "nowhere", evaluated)
+def test_folder_without_an_evaluation_is_one_clear_line(working_folder: Path, evaluated: Path) -> None:
+    said = end_of_command("verify", "models:/convoy@champion", "nowhere", evaluated)
     assert said == (
-        "convoy: verify: nowhere/predictions.parquet does not exist: give the folder of an evaluation, such as "
+        "convoy: nowhere/predictions.parquet does not exist: give the folder of an evaluation, such as "
         "artifacts/evaluate/x"
     )
     assert "nowhere/task.json does not exist" in str(
-        check(monkeypatch, "models:/convoy@champion", evaluated, "nowhere")
+        end_of_command("verify", "models:/convoy@champion", evaluated, "nowhere")
     )
     pd.DataFrame({"probability_yak": [1.0]}).to_parquet(evaluated / "predictions.parquet")
-    assert "have different classes" in str(check(monkeypatch, "models:/convoy@champion", evaluated, evaluated))
+    assert "have different classes" in str(end_of_command("verify", "models:/convoy@champion", evaluated, evaluated))

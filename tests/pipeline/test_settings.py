@@ -13,8 +13,8 @@ import yaml
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
-from pipeline.__main__ import check
 from pipeline.adoption import adopt_settings, differences
+from pipeline.check_settings import check_settings
 from pipeline.settings import CHECKSUM_FILE, compose
 from repositories import init_git, run_dvc, run_git
 from small_project import ROOT
@@ -120,8 +120,8 @@ def assert_stops(root: Path, *lines: str) -> None:
     assert (root / "params.yaml").read_bytes() == before
     named = [line.strip() for line in str(refusal.value).splitlines() if line.startswith("  ") and ":" in line]
     assert named == list(lines)
-    assert "  python -m pipeline --adopt" in str(refusal.value)
-    assert "  python -m pipeline --compose" in str(refusal.value)
+    assert "  convoy settings adopt" in str(refusal.value)
+    assert "  convoy settings compose" in str(refusal.value)
     assert compose_project(root, discard=True) == config.parse(config.compose_text(root))
     compose_project(root)
 
@@ -326,7 +326,7 @@ def test_another_order_of_the_architectures_is_named(root: Path) -> None:
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n>>>>>>> other\n", "seed: [1\n", "- 1\n"])
 def test_params_yaml_that_cannot_be_read_stops_composing(text: str, root: Path) -> None:
     (root / "params.yaml").write_text(text)
-    with pytest.raises(ConvoyError, match=r"params\.yaml can't be read.* `python -m pipeline --compose`"):
+    with pytest.raises(ConvoyError, match=r"params\.yaml can't be read.* `convoy settings compose`"):
         compose_project(root)
     assert (root / "params.yaml").read_text() == text
     compose_project(root, discard=True)
@@ -338,7 +338,7 @@ def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> Non
     edit_conf(project_conf, -1)
     before = (project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()
     with pytest.raises(ConvoyError, match="seed=-1"):
-        compose(project_conf, check)
+        compose(project_conf, check_settings)
     assert ((project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()) == before
 
 
@@ -424,7 +424,7 @@ def test_key_that_no_file_sets_is_refused_and_conf_stays(
 def test_wrong_settings_are_not_adopted(project_conf: Path) -> None:
     edit_params(project_conf, -1)
     with pytest.raises(ConvoyError, match="seed=-1"):
-        compose(project_conf, check, adopt=True)
+        compose(project_conf, check_settings, adopt=True)
     assert "\nseed: 1 #" in (project_conf / "conf/config.yaml").read_text()
 
 

@@ -14,17 +14,34 @@ import psutil
 import pytest
 
 from convoy.core import config
-from pipeline.__main__ import dvc, is_alive
+from pipeline.dvc_process import is_alive, run_dvc
 from pipeline.signals import ENDING
 from small_project import ROOT, make_project
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 # the process that reports a training to MLflow is not to end before it
-COMMANDS = sorted(
-    file.stem
+PROCESSES = sorted(
+    (f"pipeline.{file.stem}",)
     for file in (ROOT / "pipeline").glob("*.py")
-    if '__name__ == "__main__"' in file.read_text() and file.stem != "live"
+    if '__name__ == "__main__"' in file.read_text() and file.stem not in ("__main__", "cli", "live")
 )
+COMMANDS = [("pipeline",)] + [
+    ("pipeline.cli", *words.split())
+    for words in (
+        "run",
+        "settings show",
+        "settings adopt",
+        "settings compose",
+        "leaderboard",
+        "ui",
+        "predict a.png",
+        "verify models:/a@b c",
+        "rollback --reason because",
+        "sync",
+        "migrate",
+        "find-lr lenet",
+    )
+]
 
 
 def make_environment(**more: str) -> dict[str, str]:
@@ -155,11 +172,13 @@ def assert_one_line(done: subprocess.CompletedProcess, number: signal.Signals) -
     assert done.returncode == STATUS[number]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_ends_in_one_line_from_its_first_import_on(command: str, interrupting_path: Path) -> None:
-    name = "pipeline" if command == "__main__" else f"pipeline.{command}"
-    number = ENDING[len(command) % len(ENDING)]
-    assert_one_line(run_interrupted(ROOT, interrupting_path, name, "convoy.core.config", number), number)
+@pytest.mark.parametrize("command", PROCESSES + COMMANDS, ids=" ".join)
+def test_every_command_ends_in_one_line_from_its_first_import_on(
+    command: tuple[str, ...], interrupting_path: Path
+) -> None:
+    module, *arguments = command
+    number = ENDING[len(command[-1]) % len(ENDING)]
+    assert_one_line(run_interrupted(ROOT, interrupting_path, module, "convoy.core.config", number, *arguments), number)
 
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
@@ -170,7 +189,9 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
     (root / ".git").mkdir()
     before = (root / "params.yaml").read_bytes()
     assert_one_line(
-        run_interrupted(root, interrupting_path, "pipeline", "convoy.training.init_weights", number, "--compose"),
+        run_interrupted(
+            root, interrupting_path, "pipeline.cli", "convoy.training.init_weights", number, "settings", "compose"
+        ),
         number,
     )
     assert (root / "params.yaml").read_bytes() == before
@@ -178,7 +199,9 @@ def test_composing_that_is_ended_leaves_params_as_they_were(
 
 def test_interrupted_summary_is_reported(interrupting_path: Path, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project")
-    done = run_interrupted(root, interrupting_path, "pipeline", "convoy.reporting.report", signal.SIGINT, "--show")
+    done = run_interrupted(
+        root, interrupting_path, "pipeline.cli", "convoy.reporting.report", signal.SIGINT, "leaderboard"
+    )
     assert_one_line(done, signal.SIGINT)
 
 
@@ -195,13 +218,14 @@ def test_signal_that_is_to_be_ignored_is_ignored(number: signal.Signals) -> None
 # The main command, while DVC is at work
 
 
-def run_dvc(tmp_path: Path, script: str, code: str = "") -> subprocess.Popen:
-    """A process that runs `dvc()` with a shell script in the place of DVC, and exits with its status."""
+def start_dvc(tmp_path: Path, script: str, code: str = "") -> subprocess.Popen:
+    """A process that runs `run_dvc()` with a shell script in the place of DVC, and exits with its status."""
     file = tmp_path / "dvc"
     file.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}\n")
     file.chmod(0o755)
-    code = "import os, signal, subprocess, sys; from pipeline import signals; from pipeline.__main__ import dvc\n" + (
-        f"signals.install(); sys.executable = {str(file)!r}\n" + (textwrap.dedent(code) or "sys.exit(dvc())")
+    code = (
+        "import os, signal, subprocess, sys; from pipeline import signals; from pipeline.dvc_process import run_dvc\n"
+        + (f"signals.install(); sys.executable = {str(file)!r}\n" + (textwrap.dedent(code) or "sys.exit(run_dvc())"))
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -219,7 +243,7 @@ def test_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals
         sh -c "trap 'sleep 1; touch saved; exit 143' TERM; echo ready; while :; do sleep 0.05; done" &
         wait
     """
-    with run_dvc(tmp_path, script) as running:
+    with start_dvc(tmp_path, script) as running:
         assert running.stdout
         assert running.stdout.readline() == "ready\n"
         time.sleep(0.1)
@@ -227,7 +251,7 @@ def test_main_command_waits_for_a_stage_that_outlives_dvc(number: signal.Signals
         _, said = running.communicate(timeout=20)
     assert running.returncode == STATUS[number]
     assert (tmp_path / "saved").exists()
-    assert said.startswith(f"convoy: {number.name}: stopping the running stage; `make repro` resumes it\n")
+    assert said.startswith(f"convoy: {number.name}: stopping the running stage; run the same command again to resume\n")
 
 
 def test_stage_ends_if_dvc_alone_is_killed(tmp_path: Path) -> None:
@@ -236,7 +260,7 @@ def test_stage_ends_if_dvc_alone_is_killed(tmp_path: Path) -> None:
         sleep 0.5
         kill -KILL $$
     """
-    with run_dvc(tmp_path, script) as running:
+    with start_dvc(tmp_path, script) as running:
         running.communicate(timeout=20)
     assert running.returncode == 137
     assert (tmp_path / "saved").exists()
@@ -250,9 +274,9 @@ def test_signal_before_dvc_starts_ends_the_command(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         subprocess.Popen = Slow
-        sys.exit(dvc())
+        sys.exit(run_dvc())
     """
-    with run_dvc(tmp_path, "sleep 60", code) as running:
+    with start_dvc(tmp_path, "sleep 60", code) as running:
         _, said = running.communicate(timeout=20)
     assert running.returncode == 143
     assert said.count("\n") == 1
@@ -260,8 +284,8 @@ def test_signal_before_dvc_starts_ends_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
 def test_signal_between_dvc_runs_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    code = f"status = dvc('update'); os.kill(os.getpid(), {int(number)}); dvc('repro')"
-    with run_dvc(tmp_path, "echo $3", code) as running:
+    code = f"status = run_dvc('update'); os.kill(os.getpid(), {int(number)}); run_dvc('repro')"
+    with start_dvc(tmp_path, "echo $3", code) as running:
         printed, said = running.communicate(timeout=20)
     assert printed == "update\n"
     assert_one_line(subprocess.CompletedProcess([], running.returncode, "", said), number)
@@ -270,7 +294,7 @@ def test_signal_between_dvc_runs_is_one_line(number: signal.Signals, tmp_path: P
 def test_no_handler_outlives_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(number) for number in ENDING]
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    assert dvc("repro") == 1
+    assert run_dvc("repro") == 1
     assert [signal.getsignal(number) for number in ENDING] == before
 
 

@@ -27,7 +27,7 @@ from convoy.training.record import TrainingRecord
 from crash_injection import run_until_write
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
-from pipeline.sync_mlflow import find_result, main
+from pipeline.sync_mlflow import find_result, sync_results
 from pipeline.train import train
 from small_project import ROOT, SMALL
 from tracking_fixtures import copy_project, list_runs, make_client, make_trained_project, read_curve, sync
@@ -298,7 +298,7 @@ def test_deleted_run_is_restored_and_the_older_of_two_is_kept(lenet_project: Pat
 @pytest.mark.slow
 def test_concurrent_syncs_create_each_run_once(trained_project: Path, tmp_path: Path) -> None:
     root = copy_project(trained_project, tmp_path / "project")
-    command, environment = [sys.executable, "-m", "pipeline.sync_mlflow"], os.environ | {"PYTHONPATH": str(ROOT)}
+    command, environment = [sys.executable, "-m", "pipeline.cli", "sync"], os.environ | {"PYTHONPATH": str(ROOT)}
     both = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -338,11 +338,9 @@ def test_unreadable_dvc_lock_is_reported(text: str, lenet_project: Path, tmp_pat
         find_result(Stage(root, "register"), "lenet")
 
 
-def test_missing_project_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
-    with pytest.raises(SystemExit, match=r"convoy: sync_mlflow: params\.yaml is missing"):
-        main()
+def test_missing_project_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^params\.yaml is missing"):
+        sync_results(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,15 +10,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
 
-import pipeline.migrate_mlflow
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
-from convoy.promotion.migrate import COMPLETE_TAG, SOURCE_TAG, embedded, migrate
+from convoy.promotion.migrate import COMPLETE_TAG, SOURCE_TAG, migrate, open_embedded
 from convoy.registry import model_loader
 from convoy.registry import versions as registry
 from convoy.tracking import run_record, runs
 from convoy.tracking.database import local_path
 from convoy.tracking.store import TrackingStore, open_store
+from pipeline.migrate_mlflow import migrate_to_server
 from promotion_fixtures import SimulatedKill, make_promotion
 from registry_fixtures import LIBRARY, write_trained_files
 from tracking_fixtures import DIGITS
@@ -82,7 +82,7 @@ def server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingStore]:
 
 @pytest.fixture
 def source(project: Path, server: TrackingStore) -> TrackingStore:
-    return embedded(project, NAME, server)
+    return open_embedded(project, NAME, server)
 
 
 def list_runs(store: TrackingStore, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
@@ -277,22 +277,21 @@ def test_modified_model_is_not_migrated(source: TrackingStore, server: TrackingS
 
 def test_missing_embedded_store_or_files_are_reported(server: TrackingStore, tmp_path: Path, project: Path) -> None:
     with pytest.raises(ConvoyError, match=r"there is no mlflow\.db in "):
-        embedded(tmp_path / "nowhere", NAME, server)
+        open_embedded(tmp_path / "nowhere", NAME, server)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(project / "mlflow.db", elsewhere)
     with pytest.raises(ConvoyError, match=r"mlartifacts/convoy, not in .*: put them back"):
-        embedded(elsewhere, NAME, server)
+        open_embedded(elsewhere, NAME, server)
     with pytest.raises(ConvoyError, match="has no experiment another"):
-        embedded(project, "another", server)
+        open_embedded(project, "another", server)
 
 
 @pytest.mark.parametrize("address", [None, "sqlite:///mlflow.db"])
-def test_missing_server_address_is_reported(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
+def test_missing_server_address_is_reported(
+    address: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    with pytest.raises(
-        SystemExit, match=r"^convoy: migrate_mlflow: set the target: export MLFLOW_TRACKING_URI=http://server:5000$"
-    ):
-        pipeline.migrate_mlflow.main()
+    with pytest.raises(ConvoyError, match=r"^set the target: export MLFLOW_TRACKING_URI=http://server:5000$"):
+        migrate_to_server(tmp_path)

@@ -20,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 import servers
+from command_line import run_command
 from convoy.core import config
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
@@ -28,7 +29,6 @@ from convoy.registry import model_loader
 from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training.record import TrainingRecord
-from pipeline import migrate_mlflow, predict, rollback, sync_mlflow, verify
 from pipeline.evaluate import evaluate
 from pipeline.register import register
 from pipeline.stage import Stage
@@ -147,20 +147,16 @@ def test_pipeline_from_first_run_to_rollback(
     assert_complete_runs(server, "road", [root / "kept/poor", root / "kept/good"], "verdict.md")
     assert not [name for name in ("mlflow.db", "mlartifacts", "mlruns") if (root / name).exists()]
 
-    monkeypatch.setattr("sys.argv", ["predict", "--json", str(root / "data/lying")])
-    predict.main()
+    run_command("predict", "--json", str(root / "data/lying"))
     answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
     assert answers.count("lying") > 0.8 * len(answers) > 0
     predict_here.undo()
-    monkeypatch.setattr("sys.argv", ["verify", "models:/road@champion", "artifacts/evaluate/lenet"])
-    verify.main()
+    run_command("verify", "models:/road@champion", "artifacts/evaluate/lenet")
     assert "models:/road@champion predicts " in capsys.readouterr().out
 
-    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
-    sync_mlflow.main()
+    run_command("sync")
     assert f"  leaderboard  {server}/#/experiments/" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
-    rollback.main()
+    run_command("rollback", "--reason", "it fails at night")
     assert read_aliases(server, "road") == {CHAMPION: 1}  # version 2 never becomes the champion again
     assert list_promotions(root, "road") == [(None, 1), (1, 2), (2, 1)]
     assert_no_lock_is_left(server, "road")
@@ -353,13 +349,12 @@ def test_migrated_store_continues_on_the_server(
         hashes = {str(each.version): each.tags[runs.CHECKSUMS_TAG] for each in store.client.search_model_versions("")}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server_address.replace("//", "//someone:secret@"))
     monkeypatch.chdir(root)
-    out, err = (moving := start_command(root, "pipeline.migrate_mlflow")).communicate()
+    out, err = (moving := start_command(root, "pipeline.cli", "migrate")).communicate()
     assert moving.returncode == 0, err
     assert "version 2 of moved\neverything is copied:\n" in out
     assert "secret" not in out + err
-    monkeypatch.setattr("sys.argv", ["migrate_mlflow"])
     capsys.readouterr()
-    migrate_mlflow.main()
+    run_command("migrate")
     assert capsys.readouterr().out.startswith("everything was copied already:\n")
 
     results = [root / "kept" / training for training in ("poor", "good")]
@@ -369,10 +364,8 @@ def test_migrated_store_continues_on_the_server(
     assert read_aliases(server_address, "moved") == {CHALLENGER: 2, CHAMPION: 2, PREVIOUS: 1}
     assert list_promotions(root, "moved") == before == [(None, 1), (1, 2)]
     predict_here.undo()
-    monkeypatch.setattr("sys.argv", ["verify", "models:/moved@champion", "artifacts/evaluate/lenet"])
-    verify.main()
-    monkeypatch.setattr("sys.argv", ["predict", str(root / "data/lying/00.png")])
-    predict.main()
+    run_command("verify", "models:/moved@champion", "artifacts/evaluate/lenet")
+    run_command("predict", str(root / "data/lying/00.png"))
     assert "lying" in capsys.readouterr().out
 
     predict_here.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
@@ -382,8 +375,7 @@ def test_migrated_store_continues_on_the_server(
     assert "version 2 stays the champion" in capsys.readouterr().out
     assert list_versions(server_address, "moved") == [1, 2, 3]
     assert_complete_runs(server_address, "moved", [*results, root / "kept/alike"])
-    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
-    rollback.main()
+    run_command("rollback", "--reason", "it fails at night")
     assert read_aliases(server_address, "moved")[CHAMPION] == 1
 
 
@@ -435,18 +427,17 @@ def test_server_outage_during_training_loses_no_data(
     assert read_trained_files(root) == read_trained_files(undisturbed)
     (line,) = training.stderr.read().splitlines()  # the reporter's as well, to its end
     assert line.startswith(f"convoy: live: MLflow at {server} fails: ")
-    assert "`make sync` adds its run" in line
+    assert "`convoy sync` adds its run" in line
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     monkeypatch.chdir(root)
-    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
-    with pytest.raises(SystemExit, match=f"^convoy: sync_mlflow: MLflow at {server} fails: .* run this again$"):
-        sync_mlflow.main()
+    with pytest.raises(SystemExit, match=f"^convoy: MLflow at {server} fails: .* run this again$"):
+        run_command("sync")
     with servers.run_mlflow(folder, port, *options):
         (cut,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
         assert (cut.info.status, epochs()) != ("FINISHED", 60)
         for _ in range(2):
-            sync_mlflow.main()
+            run_command("sync")
             assert_complete_runs(server, "convoy", [root / "artifacts"])
             (whole,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
             assert (whole.info.run_id, whole.info.start_time) == (cut.info.run_id, cut.info.start_time)
@@ -470,10 +461,9 @@ def test_refused_login_is_one_line_without_the_password(
         refusing.answer = answer
         threading.Thread(target=refusing.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{refusing.server_port}")
-        for command, arguments in ((sync_mlflow, []), (predict, ["a.png"]), (rollback, ["--reason", "it fails"])):
-            monkeypatch.setattr("sys.argv", ["command", *arguments])
+        for command in (["sync"], ["predict", "a.png"], ["rollback", "--reason", "it fails"]):
             with pytest.raises(SystemExit) as end:
-                command.main()
+                run_command(*command)
             (line,) = str(end.value).splitlines()
             assert f"MLflow at http://127.0.0.1:{refusing.server_port} fails: " in line
             assert answer in line

@@ -29,9 +29,9 @@ from convoy.registry import model_loader, versions
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
 from pipeline import check_champion, promote, rollback, sync_mlflow
-from pipeline.__main__ import main as pipeline_main
 from pipeline.preprocess import preprocess
 from pipeline.register import export_onnx, register
+from pipeline.run import run as run_pipeline
 from pipeline.stage import Stage
 from promotion_fixtures import REGISTRY_WRITES, SimulatedKill
 from retraining_scenarios import (
@@ -374,8 +374,7 @@ def test_rolled_back_model_is_not_promoted_again(
     retrain("poor")
     retrain("good")
     monkeypatch.chdir(root)
-    monkeypatch.setattr("sys.argv", ["rollback", "--reason", "it fails at night"])
-    rollback.main()
+    rollback.roll_back(root, "it fails at night")
     assert (
         "version 1 is the champion of convoy again, instead of version 2: it fails at night" in capsys.readouterr().out
     )
@@ -467,7 +466,6 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
         store.client.delete_model_version("convoy", "1")
     restore_training(root, "similar")
     monkeypatch.chdir(root)
-    monkeypatch.setattr("sys.argv", ["pipeline"])
     for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):
         subprocess.run([sys.executable, "-m", "dvc", *command], check=True)
     monkeypatch.setattr("pipeline.settings.compose", lambda root, *_, **__: config.load(root / "params.yaml"))
@@ -475,15 +473,13 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     shown = {}
     for stage, run in ended.items():
 
-        def dvc(*_: str, run: Callable[[], None] = run) -> int:
+        def run_dvc(*_: str, run: Callable[[], None] = run) -> int:
             with contextlib.suppress(ConvoyError):
                 run()
             return 1
 
-        monkeypatch.setattr("pipeline.__main__.dvc", dvc)
-        with pytest.raises(SystemExit) as exit_:
-            pipeline_main()
-        assert exit_.value.code == 1
+        monkeypatch.setattr("pipeline.dvc_process.run_dvc", run_dvc)
+        assert run_pipeline(root) == 1
         shown[stage] = "Leaderboard" in capsys.readouterr().out
     assert shown == {"register": True, "fetch": False}  # that of another day is not taken for today's
 
@@ -615,9 +611,8 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
     # in another place, since this process would not notice that its database is gone
     lost = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
     monkeypatch.chdir(lost)
-    monkeypatch.setattr("sys.argv", ["sync_mlflow"])
     for _ in range(2):
-        sync_mlflow.main()
+        sync_mlflow.sync_results(lost)
     with open_store(lost, "convoy") as store:
         (run,) = store.client.search_runs([store.experiment.experiment_id])
         assert run.info.status == "FINISHED"

@@ -17,8 +17,10 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.tracking.store import open_store
 from pipeline import dvc_state
-from pipeline.__main__ import check, check_repository, print_summary
+from pipeline.check_settings import check_settings
+from pipeline.leaderboard import print_summary
 from pipeline.register import register
+from pipeline.run import check_repository
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
 from small_project import ROOT, SMALL, make_project, run_stages
@@ -151,17 +153,17 @@ def test_experiment_in_a_temporary_copy_logs_to_the_project(
 def test_summary_shows_the_leaderboard_and_the_next_commands(
     finished_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_summary(finished_project, config.load(finished_project / "params.yaml"))
+    print_summary(finished_project)
     said = capsys.readouterr().out
     assert "lenet" in said
     assert "resnet" in said
-    assert "make ui" in said
+    assert "convoy ui" in said
     assert "/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=TABLE&viewStateShareKey=" in said
 
 
 def test_without_results_there_is_nothing_to_show(tmp_path: Path) -> None:
-    with pytest.raises(ConvoyError, match=r"^there are no results yet: run `make repro`$"):
-        print_summary(make_project(tmp_path), {"register": {"name": "convoy"}})
+    with pytest.raises(ConvoyError, match=r"^there are no results yet: run `convoy run`$"):
+        print_summary(make_project(tmp_path))
 
 
 def test_training_is_bit_identical_in_another_folder(finished_project: Path, tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_wrong_setting_is_refused_before_anything_runs(
 ) -> None:
     root = make_project(tmp_path / "project", [*SMALL, override])
     with pytest.raises(ConvoyError) as raised:
-        check(config.load(root / "params.yaml"))
+        check_settings(config.load(root / "params.yaml"))
     assert said in str(raised.value)
 
 
@@ -433,12 +435,12 @@ def test_unknown_architecture_is_refused_with_a_suggestion(tmp_path: Path) -> No
 def test_refused_settings_leave_params_yaml_unchanged(finished_project: Path) -> None:
     before = (finished_project / "params.yaml").read_bytes()
     with pytest.raises(ConvoyError, match=r"train\.max_epochs=0"):
-        config.compose(finished_project, ["train.max_epochs=0"], check=check)
+        config.compose(finished_project, ["train.max_epochs=0"], check=check_settings)
     assert (finished_project / "params.yaml").read_bytes() == before
 
 
 def test_committed_settings_pass_the_check() -> None:
-    check(config.load(ROOT / "params.yaml"))
+    check_settings(config.load(ROOT / "params.yaml"))
 
 
 def test_epochs_are_compared_by_the_validation_images(finished_project: Path) -> None:

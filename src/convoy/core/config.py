@@ -123,7 +123,7 @@ def load(params: Path) -> dict[str, Any]:
         ConvoyError: If the file is missing, can't be read, or does not hold sections.
     """
     if not params.exists():
-        raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `make repro`")
+        raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `convoy settings compose`")
     try:
         return parse(params.read_text(encoding="utf-8"))
     # Bytes that are not UTF-8 raise ValueError.
@@ -146,14 +146,12 @@ def parse(text: str) -> dict[str, Any]:
     except (YAMLError, ValueError, OSError) as error:
         raise ConvoyError(_describe_unreadable(error)) from error
     if not isinstance(sections, dict):
-        raise ConvoyError(
-            "params.yaml is not a table of sections: compose it again with `python -m pipeline --compose`"
-        )
+        raise ConvoyError("params.yaml is not a table of sections: compose it again with `convoy settings compose`")
     return sections  # type: ignore[return-value]
 
 
 def _describe_unreadable(error: object) -> str:
-    return f"params.yaml can't be read: compose it again with `python -m pipeline --compose` ({error})"
+    return f"params.yaml can't be read: compose it again with `convoy settings compose` ({error})"
 
 
 def validate(schema: type[Schema], values: Any, section: str) -> Schema:

@@ -78,7 +78,7 @@ def current_version(store: TrackingStore, name: str) -> int | None:
     if HAD_CHAMPION_TAG in _tags(store, name):
         raise ConvoyError(
             f"model {name} had a champion and has none now (a version or its alias was deleted): nothing is promoted. "
-            f'Point to one, such as `make rollback REASON="it was deleted"`, or set the alias on the page of {name}'
+            f'Point to one, such as `convoy rollback --reason "it was deleted"`, or set the alias on the page of {name}'
         )
     check_champion_note(store.champion_notes, name)
     return None
@@ -244,8 +244,8 @@ def roll_back(store: TrackingStore, name: str, reason: str, who: str, commit: st
         is_champion = f"version {champion.version} stays the champion" if champion else "there is no champion"
         raise ConvoyError(
             f"model {name} has no earlier champion to go back to: those before were rolled back or deleted, or there "
-            f"were none; {is_champion}. Promote another by `make repro`, or set the alias {CHAMPION} by hand on the "
-            f"model's page in MLflow (`make ui`)"
+            f"were none; {is_champion}. Promote another by `convoy run`, or set the alias {CHAMPION} by hand on the "
+            f"model's page in MLflow (`convoy ui`)"
         )
     event = PromotionEvent(
         utc_now(), "rollback", int(champion.version) if champion else None, target, who, commit, reason

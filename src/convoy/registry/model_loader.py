@@ -60,7 +60,7 @@ def find(store: TrackingStore, uri: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code not in NOT_FOUND_CODES:
             raise
-        raise ConvoyError(f"MLflow has no {uri}: `make repro` registers a model, its page shows the versions") from None
+        raise ConvoyError(f"MLflow has no {uri}: `convoy run` registers a model, its page shows the versions") from None
 
 
 def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> None:
@@ -190,8 +190,8 @@ def _from_run(store: TrackingStore, run_id: str, folder: Path) -> tuple[str, Pat
             raise ConvoyError(f"run {run_id} holds no {file}: take another run")
         if file not in hashes:
             raise ConvoyError(
-                f"run {run_id} has no hashes of its files in its tag {CHECKSUMS_TAG}: `make sync` writes them for the "
-                "current results; otherwise use another run, or the path of a file that you trust"
+                f"run {run_id} has no hashes of its files in its tag {CHECKSUMS_TAG}: `convoy sync` writes them for "
+                "the current results; otherwise use another run, or the path of a file that you trust"
             )
         store.client.download_artifacts(run_id, file, str(folder))
         if sha256(folder / file) != hashes[file]:

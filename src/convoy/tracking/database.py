@@ -33,8 +33,8 @@ LOCK_TIMEOUT_S = 20.0
 MLFLOW_COLUMNS = {"experiment_id", "name", "artifact_location"}
 POOL_CLASS = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
 START_OVER = (
-    "move mlflow.db, mlartifacts/ and artifacts/.cache/champion/ away; then `make sync` restores the run of each "
-    "result, and `make repro` selects a new champion"
+    "move mlflow.db, mlartifacts/ and artifacts/.cache/champion/ away; then `convoy sync` restores the run of each "
+    "result, and `convoy run` selects a new champion"
 )
 # SQL conditions, by table, for rows that a new database does not have. Such rows were written by a user.
 INITIAL_ROWS = {"alembic_version": "false", "workspaces": "false", "experiments": "experiment_id != 0"}

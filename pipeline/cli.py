@@ -1,0 +1,269 @@
+"""The command line `convoy`.
+
+Each command imports what it runs only when it is called, so that it starts within a second. src/convoy/launcher.py
+starts this module in the project folder; `python -m pipeline.cli` there does the same.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from convoy.launcher import CALLER_FOLDER
+from pipeline.errors import exit_on_error, explain_system_errors
+
+EXIT_CODES = """\b
+Exit codes:
+  0          success
+  1          an error that the message explains, or a stage that failed
+  2          a wrong command, option or argument
+  255        an internal error of DVC
+  128 + n    ended by signal n: 130 for Ctrl-C, 143 for SIGTERM
+
+`convoy --install-completion` makes the shell complete commands and options.
+"""
+
+
+class Commands(TyperGroup):
+    """Commands whose errors end in one message and exit code 1 where the user can fix them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        with exit_on_error(), explain_system_errors("run this again"):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=Commands,
+    epilog=EXIT_CODES,
+    help="From labelled images to a registered champion.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+settings_app = typer.Typer(help="Show, adopt or compose the settings.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(settings_app, name="settings")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="OVERRIDES", help="Settings as Hydra overrides, KEY=VALUE.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; by default with the arguments of this process."""
+    # File names may contain characters that the terminal can't encode.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    app(args=arguments, prog_name="convoy")
+
+
+def caller_folder() -> Path:
+    """Return the folder in which the user typed the command."""
+    return Path(os.environ.get(CALLER_FOLDER, Path.cwd()))
+
+
+def resolve_typed(path: Path) -> Path:
+    """Return a path that the user typed, relative to the project folder where that is possible."""
+    return Path(os.path.relpath(caller_folder() / path)) if not path.is_absolute() else path
+
+
+def show_version(is_asked: bool) -> None:
+    """Print the version and exit, if asked to."""
+    if is_asked:
+        print(f"convoy {importlib.metadata.version('convoy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Accept the options that stand before the command."""
+
+
+@app.command(epilog="Example: convoy run model=resnet train.max_epochs=4")
+def run(
+    overrides: Overrides = None,
+    update: Annotated[bool, typer.Option("--update", help="Fetch the newest data first.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Reuse results that the DVC remote has.")] = False,
+) -> None:
+    """Run the pipeline and show the leaderboard.
+
+    This composes conf/ into params.yaml, checks the settings, and runs the stages that are not up to date. OVERRIDES
+    hold for this run only; `convoy settings adopt` afterwards writes them into conf/.
+    """
+    from pipeline.run import run
+
+    raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull))
+
+
+@app.command(epilog="Example: convoy use ../photos --name pets")
+def use(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder, an archive, a Parquet file, an address such as s3://bucket/pets, or the name of a data set "
+            "that torchvision provides, such as mnist.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the data set, its MLflow experiment and its model.")] = None,
+) -> None:
+    """Make a source of labelled images the one to train on.
+
+    Nothing is downloaded or copied before the next run, and the command to undo it is printed.
+    """
+    from pipeline.use import use
+
+    typed = resolve_typed(Path(source))
+    use(Path.cwd(), str(typed) if typed.exists() else source, name)
+
+
+@settings_app.command("show", epilog="Example: convoy settings show experiment=finetune")
+def show_settings(overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the settings that conf/ composes to.
+
+    This runs and writes nothing.
+    """
+    from convoy.core import config
+
+    text = config.compose_text(Path.cwd(), overrides or ())
+    print(json.dumps(config.parse(text), indent=2, ensure_ascii=False) if as_json else text.rstrip())
+
+
+@settings_app.command("adopt", epilog="Example: dvc exp apply bold-idea && convoy settings adopt")
+def adopt_settings() -> None:
+    """Write settings that only params.yaml has into conf/.
+
+    params.yaml has such settings after `dvc exp apply`, a merge or a run with overrides.
+    """
+    from pipeline import settings
+    from pipeline.check_settings import check_settings
+
+    settings.compose(Path.cwd(), check_settings, adopt=True)
+
+
+@settings_app.command("compose", epilog="Example: convoy settings compose")
+def compose_settings() -> None:
+    """Compose conf/ into params.yaml.
+
+    This discards settings that only params.yaml has.
+    """
+    from pipeline import settings
+    from pipeline.check_settings import check_settings
+
+    settings.compose(Path.cwd(), check_settings, discard=True)
+
+
+@app.command(epilog="Example: convoy leaderboard --json")
+def leaderboard(as_json: AsJson = False) -> None:
+    """Print the leaderboard of the last run."""
+    from pipeline.leaderboard import print_leaderboard
+
+    print_leaderboard(Path.cwd(), as_json=as_json)
+
+
+@app.command(epilog="Example: convoy ui")
+def ui() -> None:
+    """Start the MLflow UI, and print the links to its views.
+
+    With MLFLOW_TRACKING_URI set, the UI of that server is used and none is started.
+    """
+    from pipeline.ui import start_ui
+
+    start_ui(Path.cwd())
+
+
+@app.command(epilog="Example: convoy predict photos/ 'more/*.png' --json")
+def predict(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="A file, a folder or a pattern: '*.png'.")],
+    model: Annotated[
+        str | None, typer.Option(help="models:/NAME@ALIAS or models:/NAME/VERSION; by default the champion.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
+) -> None:
+    """Print the label and probability of each IMAGE."""
+    from pipeline.predict import load_model, print_predictions
+
+    title, predictor = load_model(Path.cwd(), model)
+    with contextlib.chdir(caller_folder()):
+        print_predictions(predictor, images, title, as_json=as_json)
+
+
+@app.command(epilog="Example: convoy verify models:/digits@champion artifacts/evaluate/resnet")
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    evaluated: Annotated[Path, typer.Argument(metavar="EVALUATED", help="Folder of its evaluation.")],
+    prepared: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PREPARED]", help="Folder of the prepared images.", show_default="artifacts/preprocess"
+        ),
+    ] = None,
+) -> None:
+    """Verify that a model predicts as evaluated.
+
+    This checks the files of MODEL, loads it in a new process and compares its predictions with the recorded ones.
+    """
+    from pipeline.verify import verify_model
+
+    prepared = resolve_typed(prepared) if prepared else Path("artifacts/preprocess")
+    print(verify_model(Path.cwd(), model, resolve_typed(evaluated), prepared))
+
+
+@app.command(epilog='Example: convoy rollback --reason "it confuses wolves and dogs"')
+def rollback(reason: Annotated[str, typer.Option(help="Why; recorded with the model.")]) -> None:
+    """Make the previous champion the champion again."""
+    from pipeline.rollback import roll_back
+
+    roll_back(Path.cwd(), reason)
+
+
+@app.command(epilog="Example: convoy sync")
+def sync() -> None:
+    """Sync the runs of the current results to MLflow.
+
+    Each is then there completely and exactly once, whatever was missing before.
+    """
+    from pipeline.sync_mlflow import sync_results
+
+    sync_results(Path.cwd())
+
+
+@app.command(epilog="Example: MLFLOW_TRACKING_URI=http://server:5000 convoy migrate")
+def migrate() -> None:
+    """Copy all runs and models to an MLflow server.
+
+    These are the runs and the registered model, with its versions and its champion, in mlflow.db. MLFLOW_TRACKING_URI
+    names the server.
+    """
+    from pipeline.migrate_mlflow import migrate_to_server
+
+    migrate_to_server(Path.cwd())
+
+
+@app.command(epilog="Example: convoy find-lr resnet")
+def find_lr(
+    architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="An architecture of the settings.")],
+    as_json: AsJson = False,
+) -> None:
+    """Suggest a learning rate for an architecture.
+
+    This trains it for a moment with rising learning rates, plots the loss and changes no setting.
+    """
+    from pipeline.find_lr import find_lr
+
+    find_lr(Path.cwd(), architecture, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""DVC as a process of its own, which is stopped together with the running stage."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+from pipeline import signals
+
+
+def run_all(commands: Sequence[Sequence[str]]) -> int:
+    """Run DVC commands in order until one fails, and return the exit status of the last one that ran."""
+    status = 0
+    for command in commands:
+        status = status or run_dvc(*command)
+    return status
+
+
+def run_dvc(*command: str) -> int:
+    """Run DVC with the given arguments and return its exit status.
+
+    A signal that would end this process is forwarded as SIGTERM to DVC and the running stage, so that a training can
+    save its state. This process waits until all of them have ended.
+
+    Returns:
+        The exit status of DVC, or 128 + the signal number, as in a shell, if a signal ended the run.
+    """
+    received: list[int] = []
+    running: subprocess.Popen | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if not received:
+            signals.write_line(
+                f"{signal.Signals(number).name}: stopping the running stage; run the same command again to resume"
+            )
+        received.append(number)
+        if running:
+            terminate(running.pid)
+
+    with signals.handled(forward):
+        running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
+        # The signal arrived before DVC was started.
+        if received:
+            terminate(running.pid)
+        status = running.wait()
+        # DVC was killed by a signal that its stage may not have received.
+        if status < 0:
+            terminate(running.pid)
+        while (received or status < 0) and is_alive(running.pid):
+            time.sleep(0.05)
+    if received:
+        return 128 + received[0]
+    return status if status >= 0 else 128 - status
+
+
+def terminate(group: int) -> None:
+    """Send SIGTERM to a process group if it still exists."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGTERM)
+
+
+def is_alive(group: int) -> bool:
+    """Return whether any process of a process group is still running.
+
+    Zombies do not count: an ended process stays in its group as a zombie if no parent collects its exit status, as in
+    many containers.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

@@ -79,7 +79,7 @@ def find_line(output: str, start: str) -> str:
 
 def run_commands(root: Path, *commands: str) -> None:
     """Run printed commands; the installed `convoy` would run this repository's own project."""
-    lines = "\n".join(commands).replace("convoy use", "python -m pipeline.use")
+    lines = "\n".join(commands).replace("convoy use", "python -m pipeline.cli use")
     subprocess.run(["bash", "-ec", lines], cwd=root, check=True, capture_output=True)
 
 
@@ -395,7 +395,7 @@ def test_source_that_would_replace_own_files_is_refused(
 
 
 def test_command_explains_an_error_in_one_line(root: Path) -> None:
-    arguments = [sys.executable, "-m", "pipeline.use", "nowhere/at/all"]
+    arguments = [sys.executable, "-m", "pipeline.cli", "use", "nowhere/at/all"]
     result = subprocess.run(arguments, cwd=root, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "convoy: use: nowhere/at/all: there is no such file or folder\n"

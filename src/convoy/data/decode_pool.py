@@ -69,8 +69,7 @@ def start_fork_server() -> BaseContext:
         The multiprocessing context of the workers.
     """
     context = multiprocessing.get_context("forkserver")
-    # Each worker imports the main module, and with it this one; the server imports pandas and others once for all.
-    context.set_forkserver_preload(["convoy.data.ingest", ProcessPool.__module__])
+    context.set_forkserver_preload([__name__])
     # More NumPy threads per worker would only wait for each other.
     with _set_threads("1"):
         forkserver.ensure_running()

@@ -124,8 +124,9 @@ def use(
     """
     from pipeline.use import use
 
-    typed = resolve_typed(Path(source))
-    use(Path.cwd(), str(typed) if typed.exists() else source, name)
+    root = Path.cwd()
+    with contextlib.chdir(caller_folder()):
+        use(root, source, name)
 
 
 @settings_app.command("show", epilog="Example: convoy settings show experiment=finetune")

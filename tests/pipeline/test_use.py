@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from command_line import run_command
 from convoy.core import config
 from convoy.core.errors import ConvoyError
+from convoy.launcher import CALLER_FOLDER
 from factories import ARCHIVES, PETS, SPLIT_PETS, make_png, make_zip, write
 from pipeline import use as command
 from pipeline.data_folder import sync_commands
@@ -398,7 +400,14 @@ def test_command_explains_an_error_in_one_line(root: Path) -> None:
     arguments = [sys.executable, "-m", "pipeline.cli", "use", "nowhere/at/all"]
     result = subprocess.run(arguments, cwd=root, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "convoy: use: nowhere/at/all: there is no such file or folder\n"
+    assert result.stderr == "convoy: nowhere/at/all: there is no such file or folder\n"
+
+
+def test_path_is_relative_to_the_folder_of_the_user(root: Path, pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CALLER_FOLDER, str(pets))
+    run_command("use", ".", "--name", "animals")
+    assert f"- path: {pets}\n" in (root / "data.dvc").read_text()
+    assert dataset(root)["name"] == "animals"
 
 
 def test_command_starts_without_what_it_does_not_need() -> None:

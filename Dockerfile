@@ -19,4 +19,4 @@ RUN python -m venv $VENV \
 
 COPY --chown=convoy . .
 RUN make install
-CMD ["python", "-m", "pipeline"]
+CMD ["convoy", "run"]

@@ -1,5 +1,10 @@
 # `make repro` runs the whole pipeline, `make test` the tests. Both create .venv from requirements.lock if it is
-# missing, outdated or broken. PYTHON is the interpreter to create it with: 3.11, 3.12 or 3.13.
+# missing, outdated or broken. PYTHON is the interpreter to create it with: 3.11, 3.12 or 3.13; VENV is its folder.
+VARIABLES := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+ifneq ($(filter-out PYTHON VENV,$(VARIABLES)),)
+    $(error make knows no $(filter-out PYTHON VENV,$(VARIABLES)), only PYTHON and VENV. Settings go to convoy: \
+        make install, and .venv/bin/convoy run KEY=VALUE)
+endif
 ASKED := $(PYTHON)
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,15 +19,15 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint sync ui lock retrain push push-retrain-branch rollback again
+.PHONY: help install repro test test-slow lint lock retrain push push-retrain-branch again
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
 
 install: $(READY) ## create the environment from requirements.lock
 
-repro: $(READY) ## run the whole pipeline: compose conf/, run the stages that are not up to date, show the leaderboard
-	python -m pipeline
+repro: $(READY) ## run the whole pipeline, as `convoy run` does
+	convoy run
 
 test: $(READY) ## run the tests
 	python -m pytest -q --numprocesses auto --dist loadfile
@@ -36,23 +41,12 @@ lint: $(READY) ## run the linters and the type checker
 	mypy
 	PYTHONPATH=src lint-imports --no-cache
 
-sync: $(READY) ## sync the runs of the current results to MLflow
-	python -m pipeline.sync_mlflow
-
-ui: $(READY) ## start the MLflow UI on this machine
-	@python -m pipeline --show
-	@test -n "$$MLFLOW_TRACKING_URI" || \
-		mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 --workers 1
-
-rollback: $(READY) ## restore the previous champion: make rollback REASON="why"
-	@python -m pipeline.rollback --reason "$$REASON"
-
 lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml --quiet
 
 retrain: $(READY) ## fetch the newest data and run the pipeline, reusing results on the DVC remote
-	python -m pipeline --update --pull
+	convoy run --update --pull
 
 push: $(READY) ## push the results and the run cache to the DVC remote
 	dvc push --run-cache

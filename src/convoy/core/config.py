@@ -113,7 +113,8 @@ def compose_text(root: Path, overrides: Sequence[str] = ()) -> str:
         raise ConvoyError(f"{file}: there is no such file; {suggest(file.stem, known)}") from error
     # OmegaConf raises OSError for a file that does not hold a mapping.
     except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        raise ConvoyError(f"conf/ does not compose: {describe_error(error)}") from error
+        added = f" with {' '.join(overrides)}" if overrides else ""
+        raise ConvoyError(f"conf/ does not compose{added}: {describe_error(error)}") from error
 
 
 def load(params: Path) -> dict[str, Any]:

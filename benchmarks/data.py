@@ -48,9 +48,10 @@ BATCH = 256
 SHIFT = 4  # pixels
 ROUNDS = 3
 RECIPE = RecipeConfig(
-    batch_size=BATCH, accumulate=1, optimizer="sgd", schedule="cosine", lr=0.1, body_lr=1.0, momentum=0.9,
-    weight_decay=0.0, warmup=0.0, label_smoothing=0.0, clip_norm=0.0, ema=0.0, balance="none",
-    augment=AugmentConfig(shift=SHIFT, flip=True, policy="none", erase=0.0, mixup=0.0, cutmix=0.0),
+    batch_size=BATCH, accumulate_grad_batches=1, optimizer="sgd", schedule="cosine", lr=0.1, backbone_lr_scale=1.0,
+    momentum=0.9, weight_decay=0.0, warmup_fraction=0.0, label_smoothing=0.0, grad_clip_norm=0.0, ema_decay=0.0,
+    class_balance="none",
+    augment=AugmentConfig(max_shift=SHIFT, hflip=True, auto_augment="none", random_erasing=0.0, mixup=0.0, cutmix=0.0),
 )  # fmt: skip
 CROP = {"size": 32, "padding": SHIFT, "padding_mode": "edge"}
 

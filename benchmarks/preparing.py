@@ -61,7 +61,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
     dataset = DatasetConfig(
         name="benchmark", longest_side=256 if size <= 192 else 512, group=None
     )  # as conf/dataset/ says
-    params = PreprocessConfig(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate=0.98)
+    params = PreprocessConfig(size=size, channels=3, test_fraction=0.2, val_fraction=0.2, near_duplicate_threshold=0.98)
     with tempfile.TemporaryDirectory() as name:
         source = read_folder(folder)
         home = remembered or Path(name)
@@ -71,7 +71,7 @@ def convoy(folder: Path, size: int, workers: int, remembered: Path | None = None
             made[stage].mkdir(parents=True)
         decoded = CacheDir(home / "decoded" / "benchmark" / "here", home / "fetch")
         resized = CacheDir(home / "resized", home / "preprocess")
-        limits = FetchConfig(max_bad_fraction=0.0)
+        limits = FetchConfig(max_invalid_fraction=0.0)
         lock = DataLock(classes=[], versions=[])
         packed = ingest(source, dataset, limits, lock, made["fetch"], decoded).packed
         prepare(packed, params, 1, made["preprocess"], resized)

@@ -22,7 +22,7 @@ from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 info = DatasetInfo("tiny", ["a", "b"], 32, 1, [0.5], [0.5])
 images = Images(np.zeros((64, 32, 32, 1), np.uint8), np.arange(64) % 2)
-settings = yaml.safe_load(open("conf/model/lenet.yaml"))["lenet"]
+settings = yaml.safe_load(open("params.yaml"))["model"]["lenet"]
 """
 PROCESSES = {
     "pandas": "import pandas",
@@ -51,8 +51,8 @@ class Ending(ImageData):
     def batch(self, step):
         os._exit(0)
 classifier = models.build("lenet", settings, info)
-trainer = Trainer(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
-params = Train(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+trainer = TrainerConfig(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
+params = TrainConfig(seed=0, max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
 hardware = resolve_trainer(trainer, classifier)
 describe_environment(hardware)
 fit(classifier, Ending(images, images, classifier.recipe, 0), params, hardware)

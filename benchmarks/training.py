@@ -37,7 +37,6 @@ import psutil
 import pytorch_lightning as lightning
 import torch
 import torchmetrics
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convoy import models
+from convoy.core import config
 from convoy.core.config import validate
 from convoy.core.malloc import keep_memory
 from convoy.data.packed.arrays import Images
@@ -123,8 +123,8 @@ def quiet() -> None:
 
 
 def build(name: str, changes: dict[str, Any], info: DatasetInfo, recipe: dict[str, Any]) -> Classifier:
-    """One of convoy's, as conf/model/ describes it but for `changes` and `recipe`."""
-    values = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())[name]
+    """One of convoy's, as params.yaml describes it but for `changes` and `recipe`."""
+    values = config.load(ROOT / "params.yaml")["model"][name]
     return models.build(name, values | changes | {"recipe": values["recipe"] | recipe}, info)
 
 
@@ -132,7 +132,7 @@ class Full(Classifier):
     """A small fully connected network, of which a step is soon done."""
 
     def __init__(self, info: DatasetInfo, recipe: dict[str, Any]) -> None:
-        values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
+        values = config.load(ROOT / "params.yaml")["model"]["lenet"]["recipe"]
         super().__init__(info, validate(RecipeConfig, values | recipe, "recipe"))
         self.hidden = nn.Linear(info.channels * info.size**2, 128)
         self.classifier = nn.Linear(128, len(info.classes))
@@ -201,7 +201,7 @@ def limit(classifier: Classifier, images: Images, hardware: ResolvedTrainer, com
     classifier.to(DEVICE, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = make_optimizer(classifier)
     size = classifier.recipe.batch_size
-    store = Store(images, classifier.recipe.augment.flip)
+    store = Store(images, classifier.recipe.augment.hflip)
     width = images.pixels.shape[2]
     scale = (1 / (255 * classifier.std)).flatten().repeat(width)
     offset = (classifier.mean / classifier.std).flatten().repeat(width)
@@ -263,7 +263,7 @@ def ours(
 ) -> list["Mark"]:
     """The two marks; how long `fit` took before and after them goes to `rest`."""
     data = MarkedData(images, Images(images.pixels[:VALIDATED], images.labels[:VALIDATED]), classifier.recipe, 0)
-    params = TrainConfig(max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    params = TrainConfig(seed=0, max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     with tempfile.TemporaryDirectory() as name, silence():
         called = Mark.now()
         trained = fit(classifier, data, params, hardware, Checkpoint(Path(name, "last.pt")))
@@ -339,7 +339,7 @@ def usual(
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(hardware.threads)
     info, recipe = classifier.info, classifier.recipe
-    flip = [transforms.RandomHorizontalFlip()] if recipe.augment.flip else []
+    flip = [transforms.RandomHorizontalFlip()] if recipe.augment.hflip else []
     change = transforms.Compose([
         transforms.RandomCrop(info.size, padding=SHIFT), *flip,
         transforms.ToTensor(), transforms.Normalize(info.mean, info.std),
@@ -385,7 +385,14 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
     """Columns way, round, images, wall and cpu (seconds) of the counted steps; and before and after them, of `fit`."""
     images = read(contest.data, contest.batch_size * contest.steps)
     flip = contest.data != "mnist"
-    augment = {"shift": SHIFT, "flip": flip, "policy": "none", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    augment = {
+        "max_shift": SHIFT,
+        "hflip": flip,
+        "auto_augment": "none",
+        "random_erasing": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    }
     mean, std = (getattr(images.pixels[:1000] / 255, of)((0, 1, 2)).tolist() for of in ("mean", "std"))
     size, channels = images.pixels.shape[2:]
     info = DatasetInfo(contest.data, [str(number) for number in range(10)], size, channels, mean, std)

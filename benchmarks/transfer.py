@@ -1,7 +1,7 @@
 """What weights from other classes are worth where images are few: `python benchmarks/transfer.py`.
 
 CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg, test/...). ResNet as in
-conf/model/resnet.yaml learns five classes of CIFAR-10 from all of their images, then the other five from 50 images a
+params.yaml learns five classes of CIFAR-10 from all of their images, then the other five from 50 images a
 class. Of those 50 ten choose the epoch, as validation does in the pipeline; the test images are seen once, at the end.
 Each seed draws a donor, the images and the first weights anew. All ways take as many steps.
 """
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from safetensors.torch import save_file
 from simplejpeg import decode_jpeg
 
 from convoy import models
+from convoy.core import config
 from convoy.core.artifact_names import RECORD, WEIGHTS
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
@@ -41,15 +41,15 @@ CHOOSING = 10  # of them
 EPOCHS_LEFT = 6
 EPOCHS_NEW = 50  # of 250 images less those that choose
 SEEDS = (1, 2, 3)
-RESNET = yaml.safe_load((Path(__file__).parents[1] / "conf/model/resnet.yaml").read_text())["resnet"]
+RESNET = config.load(Path(__file__).parents[1] / "params.yaml")["model"]["resnet"]
 BATCH = 32  # images; with lr 0.1 the best for scratch among batches of 32 and 64 and rates of 0.1, 0.03 and 0.01
-AUGMENT = {"shift": 4, "flip": True}  # as photographs want it
+AUGMENT = {"max_shift": 4, "hflip": True}  # as photographs want it
 TRAINER = TrainerConfig(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads=1)
-WAYS: dict[str, dict[str, Any]] = {  # the recipe of each, but for what conf/model/resnet.yaml says
+WAYS: dict[str, dict[str, Any]] = {  # the recipe of each, but for what params.yaml says
     "scratch": {},
-    "transfer, all layers alike": {"body_lr": 1.0},
-    "transfer, body_lr 0.1": {"body_lr": 0.1},
-    "transfer, body frozen": {"body_lr": 0.0},
+    "transfer, all layers alike": {"backbone_lr_scale": 1.0},
+    "transfer, backbone_lr_scale 0.1": {"backbone_lr_scale": 0.1},
+    "transfer, body frozen": {"backbone_lr_scale": 0.0},
 }
 
 
@@ -110,7 +110,7 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
     torch.manual_seed(seed)
     classifier = models.build("resnet", values, info)
     init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
-    params = TrainConfig(max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
+    params = TrainConfig(seed=seed, max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
         trained = fit(
             classifier, ImageData(kept, val, classifier.recipe, seed), params, resolve_trainer(TRAINER, classifier)
@@ -128,11 +128,10 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     record = TrainingRecord(
         architecture="resnet",
         settings=values,
-        seed=seed,
-        train=TrainConfig(max_epochs=EPOCHS_LEFT, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
+        train=TrainConfig(seed=seed, max_epochs=EPOCHS_LEFT, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
         trainer=ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1),
         dataset_info=classifier.info,
-        data=DatasetVersion(classifier.info.dataset, "", "CIFAR-10", {}),
+        data=DatasetVersion(classifier.info.dataset, "", "CIFAR-10", {}, split_seed=seed),
         fingerprint="",
         initial_weights=InitialWeights("scratch"),
         parameters=sum(each.numel() for each in classifier.parameters()),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ruamel.yaml.tokens import CommentToken
 
@@ -156,15 +156,30 @@ def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
 
 
 def _set_value(root: Path, key: str, value: Any) -> None:
-    """Set a key in the file that takes precedence for it, if any file sets it."""
-    for file, path in _places(root, key.split(".")):
-        document = table = _yaml().load(file)
-        *around, last = path
-        for name in around:
-            table = table.get(name) if isinstance(table, Mapping) else None
-        if isinstance(table, Mapping) and last in table:
-            _replace(file, document, table, last, value)
+    """Set a key in the file that takes precedence for it, if any file sets it.
+
+    A setting that only a shared recipe states is added to the file of the architecture.
+    """
+    path = key.split(".")
+    for file, keys in _places(root, path):
+        document = _yaml().load(file)
+        if (table := _find_table(document, keys)) is not None:
+            _replace(file, document, table, keys[-1], value)
             return
+    if path[0] == "model" and path[2:3] == ["recipe"]:
+        for recipe in _options(root, "recipe"):
+            table = _find_table(_yaml().load(root / f"conf/recipe/{recipe}.yaml"), path[3:])
+            if table is not None:
+                _add(root / f"conf/model/{path[1]}.yaml", path[1:], value, table.ca.items.get(path[-1]))
+                return
+
+
+def _find_table(document: Any, keys: Sequence[str]) -> Any:
+    """Return the table that holds the last of the nested keys, or None if there is none."""
+    table = document
+    for name in keys[:-1]:
+        table = table.get(name) if isinstance(table, Mapping) else None
+    return table if isinstance(table, Mapping) and keys[-1] in table else None
 
 
 def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[str]]]:
@@ -176,6 +191,17 @@ def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[st
     if inner and (option := chosen(root, section)):
         name = inner[0] if section == "model" else option
         yield root / f"conf/{section}/{name}.yaml", inner
+
+
+def _add(file: Path, keys: Sequence[str], value: Any, comment: Any) -> None:
+    """Add a setting and its comment to a file, with the tables around it."""
+    document = table = _yaml().load(file)
+    for name in keys[:-1]:
+        table = table.setdefault(name, CommentedMap())
+    table[keys[-1]] = None
+    if comment:
+        table.ca.items[keys[-1]] = comment
+    _replace(file, document, table, keys[-1], value)
 
 
 def _replace(file: Path, document: Any, table: Any, key: str, value: Any) -> None:

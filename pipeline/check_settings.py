@@ -3,7 +3,7 @@
 from typing import Any
 
 from convoy.core import config
-from convoy.core.config import Seed, validate
+from convoy.core.config import validate
 from convoy.data.sources.base import DatasetConfig
 
 
@@ -17,14 +17,14 @@ def check_settings(params: dict[str, Any]) -> None:
         ConvoyError: If a key is unknown, missing, of the wrong type or out of range.
     """
     from convoy.data.ingest import FetchConfig
-    from convoy.data.preprocessing import PreprocessConfig
+    from convoy.data.preprocessing import PreprocessConfig, SplitConfig
     from convoy.evaluation.metrics import EvaluateConfig
     from convoy.promotion.config import RegisterConfig
 
     light = {
         "dataset": DatasetConfig,
         "fetch": FetchConfig,
-        "seed": Seed,
+        "split": SplitConfig,
         "preprocess": PreprocessConfig,
         "evaluate": EvaluateConfig,
         "register": RegisterConfig,

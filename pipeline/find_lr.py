@@ -7,9 +7,9 @@ import torch
 
 from convoy import models
 from convoy.core.artifact_names import DATASET_INFO
-from convoy.core.config import Seed
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.recipe import TrainConfig
 from convoy.reporting import report
 from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
 from convoy.training.datamodule import ImageData
@@ -26,7 +26,7 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
         as_json: Whether to print a JSON object instead of a message.
     """
     stage = Stage(root, "train", architecture)
-    seed = stage.validate(Seed, "seed")
+    seed = stage.validate(TrainConfig, "train").seed
     prepared = stage.input("preprocess")
     torch.manual_seed(seed)
     settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)

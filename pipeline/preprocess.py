@@ -15,14 +15,13 @@ from convoy.core.artifact_names import (
     IMAGE_TABLE,
     TRAINING_HASHES,
 )
-from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card.card import write_preprocess_card
 from convoy.data.card.summary import PreprocessSummary
 from convoy.data.image_io import center_crop_resize
 from convoy.data.packed.packed_dataset import ImageTable, PackedDataset
-from convoy.data.preprocessing import PreprocessConfig, prepare, read_checksums, read_test_checksums
+from convoy.data.preprocessing import PreprocessConfig, SplitConfig, prepare, read_checksums, read_test_checksums
 from pipeline.stage import Stage, main, print_limited
 
 # If MLflow has not answered in this time, the check is left to the gate, after the training.
@@ -33,11 +32,11 @@ CHECK_PREFIX = "convoy: check_champion: "
 def preprocess(stage: Stage) -> None:
     """Resize, split and describe the images."""
     params = stage.validate(PreprocessConfig, "preprocess")
-    seed = stage.validate(Seed, "seed")
+    split = stage.validate(SplitConfig, "split")
     packed = PackedDataset.load(stage.input("fetch"))
     artifacts = stage.project_root / "artifacts"
     cache = CacheDir(artifacts / ".cache/resized" / packed.name, artifacts / "preprocess")
-    prepared = prepare(packed, params, seed, stage.scratch, cache)
+    prepared = prepare(packed, params, split.seed, stage.scratch, cache)
     prepared.near_duplicates.to_csv(stage.scratch / "near_duplicates.csv", index=False)
     prepared.excluded.to_csv(stage.scratch / "excluded.csv", index=False)
     prepared.cross_split_duplicates.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
@@ -68,13 +67,13 @@ def preprocess(stage: Stage) -> None:
         "near_duplicates": prepared.pair_count,
         "excluded": len(prepared.excluded),
     }
-    data = {"name": packed.name, "source": packed.origin, "profile": profile}
+    data = {"name": packed.name, "source": packed.origin, "profile": profile, "split_seed": split.seed}
     (stage.scratch / DATA_PROFILE).write_text(json.dumps(data, indent=2) + "\n")
     # This note is printed but not written into the card, because an output must not depend on the previous one.
     if moved_count:
         print(
-            f"note: {moved_count} test images of the last run are now used for training or validation, because the"
-            " seed, a fraction, or the splits or groups in the data changed: models are no longer compared on them"
+            f"note: {moved_count} test images of the last run are now used for training or validation, because"
+            " split.seed, a fraction, or splits or groups in the data changed: models are no longer compared on them"
         )
     print_limited("note", prepared.notes, "artifacts/preprocess/card.md")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))

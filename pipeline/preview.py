@@ -25,7 +25,7 @@ MAX_ENTRIES = 10_000
 MAX_LISTING_S = 1.0
 MAX_TOTAL_S = 2.0
 MAX_OPENED_IMAGES = 100
-# Fraction of images with several labels up to which these are mistakes, as fetch.max_bad_fraction is by default.
+# Fraction of images with several labels up to which these are mistakes, as fetch.max_invalid_fraction is by default.
 MAX_MULTI_LABEL_FRACTION = 0.05
 NOT_READABLE = f"can't be opened as {', '.join(FORMATS)}"
 

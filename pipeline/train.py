@@ -17,7 +17,6 @@ import torch
 
 from convoy import models
 from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO, HISTORY, MANIFEST, RECORD, WEIGHTS
-from convoy.core.config import Seed
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.packed.arrays import Images
@@ -36,13 +35,12 @@ from pipeline.stage import Stage, main
 def train(stage: Stage) -> None:
     """Train one architecture."""
     params = stage.validate(TrainConfig, "train")
-    seed = stage.validate(Seed, "seed")
     architecture = stage.foreach_key
     settings = stage.section(f"model.{architecture}")
     prepared = stage.input("preprocess")
     info = DatasetInfo.load(prepared / DATASET_INFO)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(params.seed)
     classifier = models.build(architecture, settings, info)
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
@@ -52,7 +50,7 @@ def train(stage: Stage) -> None:
     if hardware.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun, as README.md shows")
     machine = describe_environment(hardware)
-    data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
+    data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = Checkpoint(
         stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.pt"
@@ -61,7 +59,6 @@ def train(stage: Stage) -> None:
     record = TrainingRecord(
         architecture=architecture,
         settings=settings,
-        seed=seed,
         train=params,
         trainer=hardware,
         dataset_info=info,

@@ -97,9 +97,9 @@ def _notes(preview: Preview, params: Mapping[str, Any]) -> Iterator[str]:
     if len(preview.notes) > MAX_NOTES:
         yield f"{len(preview.notes) - MAX_NOTES} more, which the fetch stage shows"
     if preview.problems:
-        count, limit = len(preview.problems), validate(FetchConfig, params["fetch"], "fetch").max_bad_fraction
+        count, limit = len(preview.problems), validate(FetchConfig, params["fetch"], "fetch").max_invalid_fraction
         is_fatal = count > limit * (preview.count + count)
-        result = f"too many for fetch.max_bad_fraction={limit}, so that a run stops" if is_fatal else "left out"
+        result = f"too many for fetch.max_invalid_fraction={limit}, so that a run stops" if is_fatal else "left out"
         yield f"{count:,} image{'s' * (count > 1)} can't be used ({result}): {truncate_names(preview.problems)}"
     minimum = validate(RegisterConfig, params["register"], "register").gate.min_test_images
     expected = preview.splits.get("test") or preview.count * params["preprocess"]["test_fraction"]

@@ -21,13 +21,13 @@ RULE = GateConfig(
     alpha=0.05,
     margin=0.02,
     min_test_images=500,
-    floor=0.5,
-    class_drop=0.05,
-    min_class_images=50,
+    min_accuracy=0.5,
+    max_recall_drop=0.05,
+    min_images_per_class=50,
     max_parameters=0,
     max_latency_ratio=0,
-    max_looks=20,
-    acknowledge=[],
+    max_test_set_uses=20,
+    acknowledged_class_changes=[],
 )
 QUICK = settings(max_examples=20)
 counts = st.integers(0, 60)

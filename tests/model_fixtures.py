@@ -2,20 +2,16 @@
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
+from model_settings import load_model_settings
 from small_project import ROOT
 
 CONF = ROOT / "conf" / "model"
 every_architecture = pytest.mark.parametrize("name", models.names())
-
-
-def load_settings(name: str) -> dict:
-    return yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
 
 
 def make_dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:
@@ -26,7 +22,7 @@ def make_dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> D
 
 def build(name: str, seed: int = 0, **of_info: int) -> Classifier:
     torch.manual_seed(seed)
-    return models.build(name, load_settings(name), make_dataset_info(**of_info))
+    return models.build(name, load_model_settings(name), make_dataset_info(**of_info))
 
 
 def make_images(count: int = 2, size: int = 32, channels: int = 1) -> Tensor:

@@ -12,11 +12,10 @@ def make_record(**changes: Any) -> TrainingRecord:
     fields: dict[str, Any] = {
         "architecture": "lenet",
         "settings": {},
-        "seed": 1,
-        "train": TrainConfig(max_epochs=3, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
+        "train": TrainConfig(seed=1, max_epochs=3, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
         "trainer": ResolvedTrainer("cpu", 1, 1, "bfloat16", False, 2),
         "dataset_info": DatasetInfo("digits", ["0", "1"], 32, 1, [0.5], [0.25]),
-        "data": DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797}),
+        "data": DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797}, split_seed=1),
         "fingerprint": "f" * 64,
         "initial_weights": InitialWeights("scratch"),
         "parameters": 61706,

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from mlflow.entities.model_registry import ModelVersion
 from safetensors.torch import save_file
 
@@ -14,8 +13,8 @@ from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.registry import versions
 from convoy.tracking.store import open_store
+from model_settings import load_model_settings
 from record_factory import make_record
-from small_project import ROOT
 
 LIBRARY = Path(convoy.__file__).parent
 CLASSES = ["cat", "dog", "fox"]
@@ -24,7 +23,7 @@ CLASSES = ["cat", "dog", "fox"]
 def write_trained_files(folder: Path, channels: int = 1, more: Mapping[str, object] | None = None) -> dict[str, Path]:
     """What training and evaluation leave of a LeNet: record, weights and calibration."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]
+    settings = load_model_settings("lenet")
     info = {"dataset": "pets", "classes": CLASSES, "size": 32, "channels": channels}
     info |= {"mean": [0.5] * channels, "std": [0.25] * channels}
     torch.manual_seed(0)

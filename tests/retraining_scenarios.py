@@ -9,8 +9,8 @@ from convoy.core import config
 from convoy.inference import predictor
 from small_project import draw_images, make_project, run_stages
 
-BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.floor=0.0"]
-BASE += ["register.gate.min_test_images=50", "register.gate.min_class_images=20"]
+BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.min_accuracy=0.0"]
+BASE += ["register.gate.min_test_images=50", "register.gate.min_images_per_class=20"]
 TRAINING_OVERRIDES = {
     "good": ["train.max_epochs=4"],
     "similar": ["train.max_epochs=4", "model.lenet.recipe.weight_decay=0.0004"],

@@ -20,7 +20,7 @@ SMALL = (
     "model=[lenet,resnet]",
     "train.max_epochs=3",
     "trainer.threads=1",
-    "register.gate.floor=0.0",
+    "register.gate.min_accuracy=0.0",
     "register.gate.min_test_images=1",
 )
 

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from convoy import models
@@ -18,7 +17,7 @@ from convoy.training.datamodule import ImageData
 from convoy.training.record import ResolvedTrainer
 from convoy.training.result import TrainResult
 from convoy.training.trainer import fit
-from small_project import ROOT
+from model_settings import load_model_settings
 
 BARS_INFO = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
 
@@ -36,7 +35,7 @@ def make_bars(count: int, seed: int) -> Images:
 
 
 def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> Classifier:
-    settings = yaml.safe_load((ROOT / f"conf/model/{name}.yaml").read_text())[name]
+    settings = load_model_settings(name)
     settings["recipe"] |= recipe
     settings["recipe"]["augment"] |= augment or {}
     torch.manual_seed(seed)
@@ -51,7 +50,7 @@ def train(
     **params: Any,
 ) -> TrainResult:
     data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, seed)
-    settings = {"max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
+    settings = {"seed": seed, "max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
     return fit(classifier, data, TrainConfig(**settings), hardware, checkpoint)
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import get_model_weights
@@ -13,6 +12,7 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.training import init_weights
 from convoy.training.record import InitialWeights
+from model_settings import load_model_settings
 from record_factory import make_record
 from small_project import ROOT
 
@@ -24,7 +24,7 @@ SOME = ["cat", "dog", "owl"]
 
 def load_settings(name: str, init: str = "scratch", torchvision_name: str = "") -> dict:
     """Load the settings in conf/model, with those of a torchvision network where one is named."""
-    values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())[name] | {"init": init}
+    values = load_model_settings(name) | {"init": init}
     return values | dict(models.equivalents(name).settings[torchvision_name]) if torchvision_name else values
 
 

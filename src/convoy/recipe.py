@@ -2,24 +2,31 @@
 
 from typing import Literal
 
-from convoy.core.config import Decay, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, schema
-
-Balance = Literal["none", "loss", "sampler"]
+from convoy.core.config import (
+    Decay,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    schema,
+)
 
 
 @schema
 class AugmentConfig:
     """Settings of the random changes to training images.
 
-    `shift`, `flip`, `policy` and `erase` change the pixels of single images. `mixup` and `cutmix` combine pairs of
-    images and their labels.
+    `max_shift`, `hflip`, `auto_augment` and `random_erasing` change the pixels of single images. `mixup` and `cutmix`
+    combine pairs of images and their labels.
     """
 
-    shift: NonNegativeInt  # pixels; largest translation in each direction, gaps are filled by repeating the edge
-    flip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
+    max_shift: NonNegativeInt  # pixels; largest translation in each direction, gaps are filled by repeating the edge
+    hflip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
     # TrivialAugment applies one of 14 geometric or colour changes, RandAugment two.
-    policy: Literal["none", "trivial", "rand"]
-    erase: Fraction  # probability that a rectangle of the image is replaced by noise
+    auto_augment: Literal["none", "trivial", "rand"]
+    random_erasing: Fraction  # probability that a rectangle of the image is replaced by noise
     mixup: NonNegativeFloat  # alpha of the Beta distribution; 0 disables MixUp
     # If both mixup and cutmix are set, each batch uses one of them.
     cutmix: NonNegativeFloat  # alpha of the Beta distribution; 0 disables CutMix
@@ -29,6 +36,7 @@ class AugmentConfig:
 class TrainConfig:
     """Training settings that all architectures share."""
 
+    seed: Seed  # of the random weights, the order of the images and their augmentation
     max_epochs: PositiveInt
     patience: NonNegativeInt  # epochs without improvement before training stops; 0 disables early stopping
     max_minutes: NonNegativeFloat  # time limit; no epoch starts that is expected to exceed it; 0 means no limit
@@ -40,17 +48,18 @@ class RecipeConfig:
     """Training settings of one architecture."""
 
     batch_size: PositiveInt  # images per optimizer step, over all devices
-    accumulate: PositiveInt  # micro-batches that a batch is split into to save memory
+    accumulate_grad_batches: PositiveInt  # micro-batches that a batch is split into to save memory
     optimizer: Literal["sgd", "adamw"]  # sgd uses Nesterov momentum
     # Both decay the learning rate by a cosine; one_cycle also varies the momentum inversely to the learning rate.
     schedule: Literal["cosine", "one_cycle"]
     lr: PositiveFloat  # peak learning rate, reached after the warm-up
-    body_lr: Fraction  # fraction of lr for all layers except the heads; 0 freezes these layers
+    backbone_lr_scale: Fraction  # fraction of lr for all layers except the heads; 0 freezes these layers
     momentum: Decay  # momentum of sgd, beta1 of adamw
     weight_decay: NonNegativeFloat  # applied to weights, never to biases and normalisation layers
-    warmup: Fraction  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
+    warmup_fraction: Fraction  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
     label_smoothing: Fraction  # probability mass moved from the true class to all classes
-    clip_norm: NonNegativeFloat  # maximum norm of the gradient; 0 disables clipping
-    ema: Decay  # decay per step of the weight average that is validated and saved; 0 disables it
-    balance: Balance  # class balancing: none, loss weights, or a sampler that draws all classes equally often
+    grad_clip_norm: NonNegativeFloat  # maximum norm of the gradient; 0 disables clipping
+    ema_decay: Decay  # decay per step of the weight average that is validated and saved; 0 disables it
+    # weighted_loss weights the classes in the loss; sampler draws all classes equally often.
+    class_balance: Literal["none", "weighted_loss", "sampler"]
     augment: AugmentConfig

@@ -21,6 +21,7 @@ from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion.config import GateConfig
+from model_settings import load_model_settings
 from small_project import ROOT
 
 SOUND: dict[str, Any] = {
@@ -28,12 +29,12 @@ SOUND: dict[str, Any] = {
     "channels": "auto",
     "test_fraction": 0.2,
     "val_fraction": 0.1,
-    "near_duplicate": 0.9,
+    "near_duplicate_threshold": 0.9,
 }
 
 
 def make_lenet_settings(**augment: object) -> dict[str, Any]:
-    values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]
+    values = load_model_settings("lenet")
     values["recipe"]["augment"] |= augment
     return values
 
@@ -47,7 +48,7 @@ def test_valid_values_are_returned_unchanged() -> None:
 
 
 def test_integer_is_accepted_for_a_float() -> None:
-    assert validate(Fraction, 1, "register.floor") == 1.0
+    assert validate(Fraction, 1, "register.min_accuracy") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -135,9 +136,7 @@ def test_unknown_key_suggests_the_similar_known_key() -> None:
 
 
 def test_dissimilar_unknown_key_lists_all_known_keys() -> None:
-    message = (
-        r"^preprocess\.x: unknown key; it may be one of size, channels, test_fraction, val_fraction, near_duplicate$"
-    )
+    message = r"^preprocess\.x: unknown key; it may be one of size, channels, .*, near_duplicate_threshold$"
     with pytest.raises(ConvoyError, match=message):
         validate(PreprocessConfig, SOUND | {"x": 3}, "preprocess")
 
@@ -151,17 +150,17 @@ def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(ConvoyError) as refusal:
         validate(PreprocessConfig, {"siz": 32, "channels": 2, "test_fraction": 2}, "preprocess")
     named = {line.split(":")[0].split("=")[0] for line in str(refusal.value).splitlines()}
-    keys = ("size", "siz", "channels", "test_fraction", "val_fraction", "near_duplicate")
+    keys = ("size", "siz", "channels", "test_fraction", "val_fraction", "near_duplicate_threshold")
     assert named == {f"preprocess.{key}" for key in keys}
 
 
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ({"shift": 2.5}, r"model\.lenet\.recipe\.augment\.shift=2\.5: input should be a valid integer"),
-        ({"shift": -1}, r"model\.lenet\.recipe\.augment\.shift=-1: input should be greater than or equal to 0"),
-        ({"flip": "no"}, r"model\.lenet\.recipe\.augment\.flip='no': input should be a valid boolean"),
-        ({"shft": 2}, r"model\.lenet\.recipe\.augment\.shft: unknown key; did you mean shift\?"),
+        ({"max_shift": 2.5}, r"model\.lenet\.recipe\.augment\.max_shift=2\.5: input should be a valid integer"),
+        ({"max_shift": -1}, r"model\.lenet\.recipe\.augment\.max_shift=-1: input should be greater than or equal to 0"),
+        ({"hflip": "no"}, r"model\.lenet\.recipe\.augment\.hflip='no': input should be a valid boolean"),
+        ({"max_shft": 2}, r"model\.lenet\.recipe\.augment\.max_shft: unknown key; did you mean max_shift\?"),
     ],
 )
 def test_nested_key_is_named_by_its_full_path(augment: dict, message: str) -> None:
@@ -190,31 +189,31 @@ def test_torchvision_dataset_needs_known_splits(splits: dict) -> None:
 
 # Sections
 
-KNOWN = ["dataset", "seed", "train"]
+KNOWN = ["dataset", "split", "train"]
 
 
-def test_known_sections_pass_even_if_one_is_zero() -> None:
-    check_sections({"dataset": {"name": "x"}, "seed": 0, "train": {"threads": 1}}, KNOWN)
+def test_known_sections_pass() -> None:
+    check_sections({"dataset": {"name": "x"}, "split": {"seed": 0}, "train": {"threads": 1}}, KNOWN)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"trian": {"threads": 1}}, "trian: unknown section; did you mean train?"),
-        ({"x": 1}, "x: unknown section; it may be one of dataset, seed, train"),
+        ({"x": 1}, "x: unknown section; it may be one of dataset, split, train"),
         ({"train": None}, "train: missing or empty"),
         ({"train": {}}, "train: missing or empty"),
-        ({"seed": None}, "seed: missing or empty"),
+        ({"split": None}, "split: missing or empty"),
     ],
 )
 def test_unknown_or_empty_section_is_named(change: dict, message: str) -> None:
     with pytest.raises(ConvoyError) as refusal:
-        check_sections({"dataset": {"name": "x"}, "seed": 0, "train": {"threads": 1}} | change, KNOWN)
+        check_sections({"dataset": {"name": "x"}, "split": {"seed": 0}, "train": {"threads": 1}} | change, KNOWN)
     assert message in str(refusal.value)
 
 
 def test_missing_section_is_named() -> None:
-    with pytest.raises(ConvoyError, match="seed: missing or empty"):
+    with pytest.raises(ConvoyError, match="split: missing or empty"):
         check_sections({"dataset": {"name": "x"}, "train": {"threads": 1}}, KNOWN)
 
 
@@ -242,7 +241,7 @@ def test_architectures_keep_the_order_of_the_list(project: Path) -> None:
 
 def test_dvc_composes_identical_bytes(project: Path) -> None:
     # `dvc exp run` itself, in a project whose one stage does nothing
-    (project / "dvc.yaml").write_text("stages:\n  idle:\n    cmd: echo idle\n    params: [seed]\n")
+    (project / "dvc.yaml").write_text("stages:\n  idle:\n    cmd: echo idle\n    params: [split]\n")
     (project / ".dvc").mkdir()
     (project / ".dvc/config").write_text("[core]\n    analytics = false\n[hydra]\n    enabled = true\n")
     identity = {
@@ -353,5 +352,5 @@ def test_unquoted_yaml_text_is_refused_with_the_quotes(written: str, said: str) 
 
 def test_unquoted_class_name_in_a_list_is_refused_too() -> None:
     gate = yaml.safe_load((ROOT / "params.yaml").read_text())["register"]["gate"]
-    with pytest.raises(ConvoyError, match=r"register.gate.acknowledge.0=False: .* such as 'no'"):
-        validate(GateConfig, gate | {"acknowledge": yaml.safe_load("[off]")}, "register.gate")
+    with pytest.raises(ConvoyError, match=r"register.gate.acknowledged_class_changes.0=False: .* such as 'no'"):
+        validate(GateConfig, gate | {"acknowledged_class_changes": yaml.safe_load("[off]")}, "register.gate")

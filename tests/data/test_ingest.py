@@ -63,7 +63,7 @@ def write(data: Path, files: Mapping[str, bytes]) -> Path:
 
 def run_ingest(
     data: Path,
-    max_bad_fraction: float = 1.0,
+    max_invalid_fraction: float = 1.0,
     group: str | None = None,
     history: DataLock = EMPTY_LOCK,
     into: str = "packed",
@@ -73,7 +73,7 @@ def run_ingest(
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     folder.mkdir()
-    limits = FetchConfig(max_bad_fraction=max_bad_fraction)
+    limits = FetchConfig(max_invalid_fraction=max_invalid_fraction)
     earlier = CacheDir(data.parent / "remembered" / "here", before)
     return ingest(read_folder(data), make_config(group), limits, history, folder, earlier)
 
@@ -148,13 +148,13 @@ def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
 def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None:
     write(data, PETS | {f"cat/{number}.jpg": b"" for number in range(3)})
     with pytest.raises(ConvoyError) as refusal:
-        run_ingest(data, max_bad_fraction=0.2)
+        run_ingest(data, max_invalid_fraction=0.2)
     message = str(refusal.value)
     assert message.startswith(
-        "3 of 11 images can't be used, more than fetch.max_bad_fraction=0.2 allows; fix or remove"
+        "3 of 11 images can't be used, more than fetch.max_invalid_fraction=0.2 allows; fix or remove"
     )
     assert all(f"data/cat/{number}.jpg is empty" in message for number in range(3))
-    assert len(run_ingest(data, max_bad_fraction=3 / 11).quarantine) == 3
+    assert len(run_ingest(data, max_invalid_fraction=3 / 11).quarantine) == 3
 
 
 def test_single_class_with_valid_images_is_refused(data: Path) -> None:
@@ -292,7 +292,7 @@ def test_cache_written_by_another_process_changes_no_pixel(data: Path, monkeypat
     (data.parent / "again").mkdir()
     earlier = CacheDir(data.parent / "remembered" / "here", data.parent / "packed")
     packed = ingest(
-        source, make_config(), FetchConfig(max_bad_fraction=0), EMPTY_LOCK, data.parent / "again", earlier
+        source, make_config(), FetchConfig(max_invalid_fraction=0), EMPTY_LOCK, data.parent / "again", earlier
     ).packed
     assert [encode(packed.read_image(row)) for row in range(len(PETS))] == list(PETS.values())
 
@@ -327,7 +327,7 @@ def test_conflicting_labels_count_as_invalid(data: Path) -> None:
     shared = encode(make_image(61))
     write(data, PETS | {"cat/both.png": shared, "dog/both.png": shared})
     with pytest.raises(ConvoyError, match=r"^2 of 10 images can't be used"):
-        run_ingest(data, max_bad_fraction=0.1)
+        run_ingest(data, max_invalid_fraction=0.1)
 
 
 def test_excluded_copies_do_not_count_as_merged(data: Path) -> None:

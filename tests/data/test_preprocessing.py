@@ -33,7 +33,7 @@ from convoy.data.preprocessing import (
 from convoy.data.sources.base import DatasetConfig, Sample, Source
 from factories import EMPTY_LOCK, read_table
 
-PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate=0.98)
+PARAMS = PreprocessConfig(size=32, channels="auto", test_fraction=0.2, val_fraction=0.25, near_duplicate_threshold=0.98)
 
 
 def test_recompressed_photographs_are_found(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def pack(
 def pack_samples(members: Sequence[Sample], folder: Path, longest_side: int = 512) -> PackedDataset:
     folder.mkdir(parents=True, exist_ok=True)
     source = Source(sorted({member.label for member in members}), len(members), iter(members))
-    limits = FetchConfig(max_bad_fraction=0.0)
+    limits = FetchConfig(max_invalid_fraction=0.0)
     pets = DatasetConfig(name="pets", longest_side=longest_side, group=None)
     return ingest(source, pets, limits, EMPTY_LOCK, folder, CacheDir(folder / "remembered" / "here", folder)).packed
 
@@ -168,7 +168,9 @@ def test_channels_are_grey_only_if_every_image_is_grey(
     tmp_path: Path, asked: object, source: int, expected: int
 ) -> None:
     images = {"cat": make_noise(40, 1, 1), "dog": [*make_noise(39, 1, 2), *make_noise(1, source, 3)]}
-    params = PreprocessConfig(size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate=0.98)
+    params = PreprocessConfig(
+        size=32, channels=asked, test_fraction=0.3, val_fraction=0.3, near_duplicate_threshold=0.98
+    )
     info = prepare_images(pack(tmp_path / "packed", images), tmp_path, params).info
     assert info.channels == len(info.mean) == len(info.std) == expected
     assert np.load(tmp_path / "train_pixels.npy").shape[1:] == (32, 32, expected)

@@ -24,7 +24,7 @@ def test_script_reproduces_the_sample_byte_for_byte(tmp_path: Path) -> None:
 
 def pack(folder: Path) -> PackedDataset:
     dataset = DatasetConfig(name="digits", longest_side=512, group=None)
-    limits = FetchConfig(max_bad_fraction=0.0)
+    limits = FetchConfig(max_invalid_fraction=0.0)
     return ingest(
         read_folder(SAMPLES), dataset, limits, EMPTY_LOCK, folder, CacheDir(folder / "remembered" / "here", folder)
     ).packed

@@ -3,12 +3,12 @@
 import time
 
 import pytest
-import yaml
 
 from convoy import models
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation import latency
 from convoy.models.base import Classifier
+from model_settings import load_model_settings
 from small_project import ROOT
 
 CONF = ROOT / "conf"
@@ -20,8 +20,9 @@ def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(name: str) -> Classifier:
-    values = yaml.safe_load((CONF / f"model/{name}.yaml").read_text())[name]
-    return models.build(name, values, DatasetInfo("digits", ["a", "b"], size=32, channels=1, mean=[0.5], std=[0.5]))
+    return models.build(
+        name, load_model_settings(name), DatasetInfo("digits", ["a", "b"], size=32, channels=1, mean=[0.5], std=[0.5])
+    )
 
 
 def test_latency_is_reported_as_median_and_95th_percentile() -> None:

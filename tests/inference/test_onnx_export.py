@@ -17,13 +17,16 @@ from convoy.inference import onnx_export
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry import model_loader
-from model_fixtures import TORCHVISION_NAMES, build, every_architecture, load_settings, make_dataset_info, make_images
+from model_fixtures import TORCHVISION_NAMES, build, every_architecture, make_dataset_info, make_images
+from model_settings import load_model_settings
 
 
 def make_network(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
     """An untrained network, or one with the settings of a torchvision network, whose layers all do something."""
     torch.manual_seed(0)
-    values = load_settings(name) | (models.equivalents(name).settings[torchvision_name] if torchvision_name else {})
+    values = load_model_settings(name) | (
+        models.equivalents(name).settings[torchvision_name] if torchvision_name else {}
+    )
     classifier = models.build(name, values, make_dataset_info(**of_info)).eval()
     for layer in classifier.modules():
         if isinstance(layer, nn.BatchNorm2d):  # fresh ones hardly do anything

@@ -223,9 +223,13 @@ def test_serving_preprocesses_photographs_as_training_does(form: str, model: Ima
         CacheDir(tmp_path / "remembered/here", tmp_path / "nowhere"),
     )
     dataset = DatasetConfig(name="pets", longest_side=90, group=None)
-    packed = ingest(source, dataset, FetchConfig(max_bad_fraction=0), EMPTY_LOCK, tmp_path / "packed", nothing).packed
+    packed = ingest(
+        source, dataset, FetchConfig(max_invalid_fraction=0), EMPTY_LOCK, tmp_path / "packed", nothing
+    ).packed
     channels = model.predictor.info.channels
-    params = PreprocessConfig(size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate=1)
+    params = PreprocessConfig(
+        size=32, channels=channels, test_fraction=0.5, val_fraction=0.5, near_duplicate_threshold=1
+    )
     info = prepare(packed, params, 1, tmp_path / "prepared", nothing).info
 
     served = dataclasses.replace(model.predictor, info=info)

@@ -19,7 +19,9 @@ from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.models import alexnet, googlenet, lenet, vgg
 from convoy.models.base import Classifier
-from model_fixtures import CONF, build, every_architecture, load_settings, make_dataset_info, make_images
+from model_fixtures import CONF, build, every_architecture, make_dataset_info, make_images
+from model_settings import load_model_settings
+from small_project import ROOT
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -36,9 +38,18 @@ def test_every_module_has_a_settings_file_of_its_name() -> None:
 @every_architecture
 def test_settings_file_has_its_name_as_key_and_fits_the_schema(name: str) -> None:
     content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert list(content) == [name]
-    params = validate(models.schema(name), content[name], f"model.{name}")
-    assert params.recipe.batch_size == content[name]["recipe"]["batch_size"]
+    assert list(content) == ["defaults", name]
+    validate(models.schema(name), load_model_settings(name), f"model.{name}")
+
+
+@every_architecture
+def test_settings_file_overrides_the_shared_recipe(name: str) -> None:
+    content = yaml.safe_load((CONF / f"{name}.yaml").read_text())[name]
+    shared = yaml.safe_load((ROOT / "conf/recipe/default.yaml").read_text())
+    recipe, own = load_model_settings(name)["recipe"], content.get("recipe", {})
+    assert recipe.keys() == shared.keys()
+    for key in recipe.keys() - {"augment"}:
+        assert recipe[key] == own.get(key, shared[key])
 
 
 @every_architecture
@@ -110,7 +121,7 @@ def test_saved_weights_restore_the_same_classifier(name: str, tmp_path: Path) ->
     model(make_images(8, channels=3))  # in training mode: batch norms move
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     restored = models.restore(
-        name, load_settings(name), make_dataset_info(channels=3), tmp_path / "weights.safetensors"
+        name, load_model_settings(name), make_dataset_info(channels=3), tmp_path / "weights.safetensors"
     )
     assert not restored.training
     pixels = make_images(4, channels=3)
@@ -122,7 +133,7 @@ def test_weights_of_another_dataset_are_refused_by_name(name: str, tmp_path: Pat
     weights = tmp_path / "weights.safetensors"
     save_file(build(name, classes=9).state_dict(), weights)
     with pytest.raises(ConvoyError, match=f"weights.safetensors: not the weights of this {name}"):
-        models.restore(name, load_settings(name), make_dataset_info(), weights)
+        models.restore(name, load_model_settings(name), make_dataset_info(), weights)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a safetensors file"])
@@ -131,12 +142,12 @@ def test_missing_or_broken_file_of_weights_is_refused_by_name(content: bytes | N
     if content is not None:
         weights.write_bytes(content)
     with pytest.raises(ConvoyError, match=r"weights\.safetensors"):
-        models.restore("lenet", load_settings("lenet"), make_dataset_info(), weights)
+        models.restore("lenet", load_model_settings("lenet"), make_dataset_info(), weights)
 
 
 @every_architecture
 def test_misspelled_key_is_refused_with_a_suggestion(name: str) -> None:
-    values = load_settings(name)
+    values = load_model_settings(name)
     values["recipe"]["learning_rte"] = 0.1
     with pytest.raises(ConvoyError, match=rf"model\.{name}\.recipe\.learning_rte: unknown key"):
         models.build(name, values, make_dataset_info())
@@ -144,8 +155,8 @@ def test_misspelled_key_is_refused_with_a_suggestion(name: str) -> None:
 
 @every_architecture
 def test_every_setting_is_needed(name: str) -> None:
-    for key in load_settings(name):
-        values = load_settings(name)
+    for key in load_model_settings(name):
+        values = load_model_settings(name)
         del values[key]
         with pytest.raises(ConvoyError, match=rf"model\.{name}\.{key}: missing"):
             models.build(name, values, make_dataset_info())
@@ -201,7 +212,7 @@ def build_imagenet(theirs: str, size: int = 224) -> Classifier:
     with torch.device("meta"):
         return models.build(
             name,
-            load_settings(name) | models.equivalents(name).settings[theirs],
+            load_model_settings(name) | models.equivalents(name).settings[theirs],
             make_dataset_info(size, 3, classes=1000),
         )
 
@@ -247,7 +258,7 @@ def test_googlenet_heads_equal_those_of_torchvision() -> None:
 
 
 def test_imagenet_stem_on_small_images_is_refused() -> None:
-    values = load_settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
+    values = load_model_settings("alexnet") | models.equivalents("alexnet").settings["alexnet"]
     with pytest.raises(ConvoyError, match=r"model\.alexnet: does not fit images of 32 px .* It needs images of 223 px"):
         models.build("alexnet", values, make_dataset_info())
 
@@ -273,7 +284,7 @@ def test_googlenet_auxiliary_classifiers_only_train() -> None:
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_resnet_block_of_equal_shape_starts_as_the_identity(block: str) -> None:
-    values = load_settings("resnet") | {"block": block}
+    values = load_model_settings("resnet") | {"block": block}
     model = models.build("resnet", values, make_dataset_info())
     x = torch.rand(2, model.blocks[1].outputs, 8, 8)
     assert torch.equal(model.blocks[1](x), x)

@@ -22,7 +22,8 @@ from small_project import ROOT
 Edit = Callable[[Path], object]
 # little of it, as composing all of the project's conf/ takes a quarter of a second
 CONF = {
-    "config.yaml": "defaults:\n  - model: [lenet, vgg]\n  - _self_\nseed: 1\ntrain: {epochs: 16, patience: 0}\n",
+    "config.yaml": "defaults:\n  - model: [lenet, vgg]\n  - _self_\n"
+    "split: {seed: 1}\ntrain: {epochs: 16, patience: 0}\n",
     "model/lenet.yaml": "lenet: {widths: [6, 16]}\n",
     "model/vgg.yaml": "vgg: {depth: 11}\n",
 }
@@ -40,7 +41,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import pathlib, sys\nsys.exit('seed: 666' in pathlib.Path('params.yaml').read_text())\n"
     )
     (root / "dvc.yaml").write_text(
-        f"stages:\n  idle: {{cmd: '{sys.executable} fail.py', params: [seed, train, model], always_changed: true}}\n"
+        f"stages:\n  idle: {{cmd: '{sys.executable} fail.py', params: [split, train, model], always_changed: true}}\n"
     )
     (root / ".dvc").mkdir()
     (root / ".dvc/config").write_text("[core]\n    analytics = false\n[hydra]\n    enabled = true\n")
@@ -103,12 +104,12 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def edit_conf(root: Path, seed: int = 5) -> None:
     file = root / "conf/config.yaml"
-    file.write_text(re.sub(r"(?m)^seed: \d+", f"seed: {seed}", file.read_text()))
+    file.write_text(re.sub(r"(split:\s*\{?seed: )\d+", rf"\g<1>{seed}", file.read_text()))
 
 
 def edit_params(root: Path, seed: int = 5) -> None:
     file = root / "params.yaml"
-    file.write_text(re.sub(r"(?m)^seed: \d+", f"seed: {seed}", file.read_text()))
+    file.write_text(re.sub(r"(split:\s*\{?seed: )\d+", rf"\g<1>{seed}", file.read_text()))
 
 
 def assert_stops(root: Path, *lines: str) -> None:
@@ -127,7 +128,7 @@ def assert_stops(root: Path, *lines: str) -> None:
 
 
 def assert_composes(root: Path, seed: int) -> None:
-    assert compose_project(root)["seed"] == seed
+    assert compose_project(root)["split"]["seed"] == seed
     assert (root / "params.yaml").read_text() == config.compose_text(root)
     compose_project(root)
 
@@ -219,47 +220,47 @@ def test_run_that_was_killed_while_it_wrote_is_completed(
 
 def test_settings_left_by_an_experiment_are_composed_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (5, 6):
-        run_experiment(root, f"bold-{seed}", f"seed={seed}")
-    assert config.load(root / "params.yaml")["seed"] == 6
+        run_experiment(root, f"bold-{seed}", f"split.seed={seed}")
+    assert config.load(root / "params.yaml")["split"]["seed"] == 6
     assert_composes(root, 1)
     assert "params.yaml held the settings of the last `dvc exp run`: conf/ is composed again" in capsys.readouterr().out
 
 
 def test_experiment_in_a_fresh_clone_is_composed_again(fresh_clone: Path) -> None:
-    run_experiment(fresh_clone, "bold", "seed=5", "model=[lenet]", "+more=1")
+    run_experiment(fresh_clone, "bold", "split.seed=5", "model=[lenet]", "+more=1")
     assert_composes(fresh_clone, 1)
 
 
 def test_settings_left_by_a_failed_experiment_are_recomposed(root: Path) -> None:
-    run_dvc(root, "exp", "run", "--quiet", "--set-param", "seed=666", status=255)
-    assert config.load(root / "params.yaml")["seed"] == 666
+    run_dvc(root, "exp", "run", "--quiet", "--set-param", "split.seed=666", status=255)
+    assert config.load(root / "params.yaml")["split"]["seed"] == 666
     assert_composes(root, 1)
 
 
 def test_experiment_in_a_temporary_copy_leaves_nothing(root: Path) -> None:
-    run_dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "seed=5")
-    run_dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "seed=6")
+    run_dvc(root, "exp", "run", "--quiet", "--temp", "--set-param", "split.seed=5")
+    run_dvc(root, "exp", "run", "--quiet", "--queue", "--set-param", "split.seed=6")
     assert_composes(root, 1)
     edit_params(root, 5)
-    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+    assert_stops(root, "split.seed: 5 in params.yaml, 1 in conf/")
 
 
 @pytest.mark.parametrize("later", ["", "run again"])
 def test_applied_experiment_stops_composing(later: str, root: Path) -> None:
-    run_experiment(root, "bold", "seed=5", "train.epochs=2")
+    run_experiment(root, "bold", "split.seed=5", "train.epochs=2")
     if later:
         assert_composes(root, 1)
     run_dvc(root, "exp", "apply", "bold")
-    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/", "train.epochs: 2 in params.yaml, 16 in conf/")
+    assert_stops(root, "split.seed: 5 in params.yaml, 1 in conf/", "train.epochs: 2 in params.yaml, 16 in conf/")
     # an experiment of the same settings that is run once more leaves the same again
-    run_experiment(root, "again", "seed=5", "train.epochs=2")
+    run_experiment(root, "again", "split.seed=5", "train.epochs=2")
     assert_composes(root, 1)
 
 
 @pytest.mark.parametrize("is_fresh", [True, False])
 @pytest.mark.parametrize("merge", [["--ff"], ["--no-ff"], ["--squash"]])
 def test_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, root: Path) -> None:
-    run_experiment(root, "bold", "seed=5")
+    run_experiment(root, "bold", "split.seed=5")
     run_dvc(root, "exp", "branch", "bold", "good")
     run_git(root, "checkout", "--quiet", ".")
     run_git(root, "merge", "--quiet", *merge, "good")
@@ -268,21 +269,21 @@ def test_merged_experiment_stops_composing(merge: list[str], is_fresh: bool, roo
     if is_fresh:
         shutil.rmtree(root / "artifacts")
         shutil.rmtree(root / ".dvc/tmp")
-    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+    assert_stops(root, "split.seed: 5 in params.yaml, 1 in conf/")
 
 
 @pytest.mark.parametrize("step", [["add", "params.yaml"], ["commit", "--quiet", "--all", "--message", "take it"]])
 def test_staged_or_committed_experiment_stops_composing(step: list[str], root: Path) -> None:
-    run_experiment(root, "bold", "seed=5")
+    run_experiment(root, "bold", "split.seed=5")
     run_git(root, *step)
-    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+    assert_stops(root, "split.seed: 5 in params.yaml, 1 in conf/")
 
 
 def test_edit_equal_to_an_old_experiment_stops_composing(root: Path) -> None:
-    run_experiment(root, "bold", "seed=5")
+    run_experiment(root, "bold", "split.seed=5")
     compose_project(root)
     edit_params(root, 5)
-    assert_stops(root, "seed: 5 in params.yaml, 1 in conf/")
+    assert_stops(root, "split.seed: 5 in params.yaml, 1 in conf/")
 
 
 # Edits
@@ -298,7 +299,7 @@ def test_edit_of_params_yaml_stops_composing(is_committed: bool, is_fresh: bool,
         commit(fresh_clone)
         edit_conf(fresh_clone, 3)
         commit(fresh_clone)
-    assert_stops(fresh_clone, f"seed: 5 in params.yaml, {3 if is_committed else 1} in conf/")
+    assert_stops(fresh_clone, f"split.seed: 5 in params.yaml, {3 if is_committed else 1} in conf/")
 
 
 def test_keys_that_came_and_went_are_named(root: Path) -> None:
@@ -337,7 +338,7 @@ def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> Non
     compose_project(project_conf)
     edit_conf(project_conf, -1)
     before = (project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()
-    with pytest.raises(ConvoyError, match="seed=-1"):
+    with pytest.raises(ConvoyError, match=r"split\.seed=-1"):
         compose(project_conf, check_settings)
     assert ((project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()) == before
 
@@ -345,14 +346,18 @@ def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> Non
 # Adoption
 
 ADOPTED = [
-    ["seed=5"],
-    ["train.max_epochs=2", "register.gate.floor=0.5", "dataset.name='010'"],
+    ["split.seed=5"],
+    ["train.max_epochs=2", "register.gate.min_accuracy=0.5", "dataset.name='010'"],
     ["model=[resnet,lenet]", "model.resnet.blocks=[1,1,1,1]", "model.lenet.recipe.lr=1e-05"],
     ["dataset=mnist", "dataset.longest_side=64"],
     ["trainer=cpu", "trainer.threads=2"],
-    ["experiment=finetune", "seed=7", "model.resnet.recipe.lr=0.02", "model.resnet.recipe.momentum=0.8"],
-    ["experiment=photographs", "model.vgg.recipe.augment.flip=false", "model.vgg.dropout=0.25"],
-    ["dataset.group='patient-(\\d+)'", "register.gate.acknowledge=['no','off']", "dataset.name='a: b # c'"],
+    ["experiment=finetune", "split.seed=7", "model.resnet.recipe.lr=0.02", "model.resnet.recipe.momentum=0.8"],
+    ["experiment=photographs", "model.vgg.recipe.augment.hflip=false", "model.vgg.dropout=0.25"],
+    [
+        "dataset.group='patient-(\\d+)'",
+        "register.gate.acknowledged_class_changes=['no','off']",
+        "dataset.name='a: b # c'",
+    ],
     ["model=[vgg,resnet,lenet,alexnet,googlenet]"],
 ]
 
@@ -377,7 +382,7 @@ def test_adopting_again_takes_back_an_earlier_choice(project_conf: Path) -> None
 def test_adopting_changes_the_lines_that_it_must(project_conf: Path) -> None:
     before = {file: file.read_text().splitlines() for file in (project_conf / "conf").rglob("*.yaml")}
     config.compose(
-        project_conf, ["seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"]
+        project_conf, ["split.seed=5", "model.resnet.blocks=[1,1,1,1]", "model=[resnet]", "dataset.longest_side=64"]
     )
     compose_project(project_conf, adopt=True)
     changed = {
@@ -387,7 +392,7 @@ def test_adopting_changes_the_lines_that_it_must(project_conf: Path) -> None:
         if old != new
     }
     assert changed == {
-        "seed: 5 # of the split, the first weights, the order and changes of training images; 0 or more, below 2^63",
+        "  seed: 5 # of the random splits of preprocess; 0 or more, below 2^63",
         "  - model: [resnet] # which of the files in model/ are trained and compared",
         "  blocks: [1, 1, 1, 1] # of each of four stages; 1 to 36 each",
         "longest_side: 64 # pixels; 1 or more",
@@ -413,7 +418,7 @@ def test_key_that_no_file_sets_is_refused_and_conf_stays(
     change: Callable[[dict], object], named: str, project_conf: Path
 ) -> None:
     params = config.load(project_conf / "params.yaml")
-    params["seed"] = 5
+    params["split"]["seed"] = 5
     change(params)
     before = {file: file.read_bytes() for file in (project_conf / "conf").rglob("*.yaml")}
     with pytest.raises(ConvoyError, match=re.escape(named)):
@@ -423,15 +428,15 @@ def test_key_that_no_file_sets_is_refused_and_conf_stays(
 
 def test_wrong_settings_are_not_adopted(project_conf: Path) -> None:
     edit_params(project_conf, -1)
-    with pytest.raises(ConvoyError, match="seed=-1"):
+    with pytest.raises(ConvoyError, match=r"split\.seed=-1"):
         compose(project_conf, check_settings, adopt=True)
-    assert "\nseed: 1 #" in (project_conf / "conf/config.yaml").read_text()
+    assert "split:\n  seed: 1 #" in (project_conf / "conf/config.yaml").read_text()
 
 
 def test_applied_experiment_is_adopted(root: Path) -> None:
-    run_experiment(root, "bold", "seed=5")
+    run_experiment(root, "bold", "split.seed=5")
     run_dvc(root, "exp", "apply", "bold")
-    assert compose_project(root, adopt=True)["seed"] == 5
+    assert compose_project(root, adopt=True)["split"]["seed"] == 5
     assert_composes(root, 5)
 
 

@@ -320,7 +320,7 @@ def test_run_ended_by_a_random_signal_is_completed_by_the_next(tmp_path: Path) -
     shutil.copy(ROOT / ".dvcignore", root)
     settings = root / "conf/config.yaml"
     text = settings.read_text().replace("[lenet, alexnet, vgg, googlenet, resnet]", "[lenet]")
-    text = text.replace("max_epochs: 16", "max_epochs: 3").replace("floor: 0.9", "floor: 0.0")
+    text = text.replace("max_epochs: 16", "max_epochs: 3").replace("min_accuracy: 0.9", "min_accuracy: 0.0")
     settings.write_text(text.replace("min_test_images: 300", "min_test_images: 1"))
     config.compose(root)
     for command in (["init", "--no-scm", "--quiet"], ["add", "--quiet", "data"]):

@@ -59,7 +59,7 @@ def test_stage_reads_the_sections_listed_in_dvc_yaml(root: Path) -> None:
     ("stage", "item", "section"),
     [
         ("preprocess", "", "train"),
-        ("fetch", "", "seed"),
+        ("fetch", "", "split"),
         ("train", "lenet", "model.resnet"),
         ("evaluate", "lenet", "model"),
     ],
@@ -397,6 +397,6 @@ def test_fingerprint_covers_settings_data_code_and_machine(root: Path) -> None:
     for file in (mark, code):
         file.write_text('{"changed": 1}')
         found.append(identity())
-    config.compose(root, [*SMALL, "seed=2"])
+    config.compose(root, [*SMALL, "train.seed=2"])
     found.append(identity())
     assert len(set(found)) == len(found) == 7

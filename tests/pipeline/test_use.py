@@ -146,7 +146,7 @@ def test_labels_in_a_table_are_found(root: Path, tmp_path: Path, capsys: Output)
     use(root, "../pets")
     output = capsys.readouterr().out
     assert "found 2 images in 2 classes (cat 1, dog 1);" in output
-    assert "note: 1 image can't be used (too many for fetch.max_bad_fraction=0.05, so that a run stops): " in output
+    assert "note: 1 image can't be used (too many for fetch.max_invalid_fraction=0.05, so that a run stops): " in output
 
 
 def test_parquet_file_with_images_is_found(root: Path, tmp_path: Path, capsys: Output) -> None:

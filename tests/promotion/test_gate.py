@@ -125,13 +125,13 @@ def test_set_of_test_images_has_one_fingerprint_in_any_order() -> None:
 
 
 def test_challenger_below_the_floor_is_rejected_even_if_better() -> None:
-    verdict = run_gate(*make_pair(30, 5), make_rule(floor=0.95))
+    verdict = run_gate(*make_pair(30, 5), make_rule(min_accuracy=0.95))
     assert verdict.decision == "REJECT"
     assert "resnet has test accuracy 0.9417, minimum 0.95" in verdict.summary()
 
 
 def test_score_at_the_floor_passes() -> None:
-    assert run_gate(*make_pair(30, 0), make_rule(floor=0.95)).decision == "PROMOTE"
+    assert run_gate(*make_pair(30, 0), make_rule(min_accuracy=0.95)).decision == "PROMOTE"
 
 
 def test_challenger_no_better_than_majority_class_is_rejected() -> None:
@@ -153,9 +153,11 @@ def test_class_that_only_the_champion_predicts_is_missed() -> None:
     few = run_gate(new, old)
     assert few.decision == "HOLD"  # of five images there is too little to see
     assert "resnet never predicts '007', and vgg does" in few.summary()
-    assert run_gate(new, old, make_rule(acknowledge=["007"])).decision == "PROMOTE"
-    assert run_gate(new, old, make_rule(min_class_images=5)).decision == "REJECT"
-    assert run_gate(new, old, make_rule(min_class_images=5, acknowledge=["007"])).decision == "REJECT"
+    assert run_gate(new, old, make_rule(acknowledged_class_changes=["007"])).decision == "PROMOTE"
+    assert run_gate(new, old, make_rule(min_images_per_class=5)).decision == "REJECT"
+    assert (
+        run_gate(new, old, make_rule(min_images_per_class=5, acknowledged_class_changes=["007"])).decision == "REJECT"
+    )
 
 
 # No class hurt
@@ -175,25 +177,27 @@ def test_better_on_average_but_with_one_class_ruined_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "class_drop", "outcome"),
+    ("lost", "max_recall_drop", "outcome"),
     [
         (5, 0.0, "pass"),  # p = 1/32, and with three classes the limit is 1/60
         (6, 0.0, "reject"),  # p = 1/64
         (6, 0.03, "pass"),  # 6 of 200 images are no more than this
     ],
 )
-def test_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, class_drop: float, outcome: str) -> None:
+def test_class_is_hurt_where_its_drop_is_large_and_no_chance(lost: int, max_recall_drop: float, outcome: str) -> None:
     new, old = make_pair(0, 0, wrong=0)
     predicted = new.predictions["predicted"].mask(np.isin(np.arange(IMAGES), np.arange(lost) * 3), "cat")
     fallen = dataclasses.replace(new, predictions=make_predictions(predicted, new.predictions["actual"]))
-    assert find_result(run_gate(fallen, old, make_rule(class_drop=class_drop)), "recall drop").outcome == outcome
+    assert (
+        find_result(run_gate(fallen, old, make_rule(max_recall_drop=max_recall_drop)), "recall drop").outcome == outcome
+    )
 
 
 def test_classes_with_few_test_images_are_named_as_unguarded() -> None:
     new, old = make_pair(30, 5)
-    verdict = run_gate(new, old, make_rule(min_class_images=201))
+    verdict = run_gate(new, old, make_rule(min_images_per_class=201))
     assert verdict.decision == "PROMOTE"
-    assert list_checks(run_gate(new, old, make_rule(min_class_images=200)), "warn") == []
+    assert list_checks(run_gate(new, old, make_rule(min_images_per_class=200)), "warn") == []
     assert "recall not checked, with fewer than 201 test images: '007', 'NA', 'cat'" in verdict.summary()
     assert find_result(verdict, "recall drop").outcome == "info"
 
@@ -327,14 +331,14 @@ def test_classes_that_came_or_went_need_an_acknowledgement() -> None:
     assert (
         "classes changed since vgg, 'dog' added and '' removed: if that is intended, add 'dog', ''" in verdict.summary()
     )
-    assert run_gate(grown, wider, make_rule(acknowledge=["dog"])).decision == "HOLD"
-    assert run_gate(grown, wider, make_rule(acknowledge=["dog", ""])).decision == "PROMOTE"
+    assert run_gate(grown, wider, make_rule(acknowledged_class_changes=["dog"])).decision == "HOLD"
+    assert run_gate(grown, wider, make_rule(acknowledged_class_changes=["dog", ""])).decision == "PROMOTE"
 
 
 def test_unused_acknowledgement_is_reported() -> None:
-    verdict = run_gate(*make_pair(30, 5), make_rule(acknowledge=["dog"]))
+    verdict = run_gate(*make_pair(30, 5), make_rule(acknowledged_class_changes=["dog"]))
     assert verdict.decision == "PROMOTE"
-    assert "'dog' in register.gate.acknowledge is neither added nor removed" in verdict.summary()
+    assert "'dog' in register.gate.acknowledged_class_changes is neither added nor removed" in verdict.summary()
 
 
 def test_gain_on_a_new_class_does_not_offset_losses() -> None:
@@ -342,7 +346,9 @@ def test_gain_on_a_new_class_does_not_offset_losses() -> None:
     champion = np.where(actual == "dog", "cat", actual)
     everywhere = np.where(np.arange(700) % 20 == 0, "dog", actual)
     new = make_evidence("resnet", make_predictions(everywhere, actual, [*CLASSES, "dog"]))
-    verdict = run_gate(new, make_evidence("vgg", make_predictions(champion, actual)), make_rule(acknowledge=["dog"]))
+    verdict = run_gate(
+        new, make_evidence("vgg", make_predictions(champion, actual)), make_rule(acknowledged_class_changes=["dog"])
+    )
     assert find_result(verdict, "better").outcome == "pass"
     assert "shared classes" in list_checks(verdict, "reject")
     assert verdict.decision == "REJECT"
@@ -355,7 +361,7 @@ def test_images_of_a_removed_class_count_as_wrong() -> None:
         make_evidence("resnet", make_predictions(fewer, actual, CLASSES[:2])),
         make_evidence("vgg", make_predictions(actual, actual)),
     )
-    assert run_gate(new, old, make_rule(acknowledge=["cat"])).decision == "REJECT"
+    assert run_gate(new, old, make_rule(acknowledged_class_changes=["cat"])).decision == "REJECT"
 
 
 # First run
@@ -371,7 +377,7 @@ def test_first_champion_passes_the_applicable_checks() -> None:
 @pytest.mark.parametrize(
     ("rule", "decision"),
     [
-        (make_rule(floor=0.96), "REJECT"),
+        (make_rule(min_accuracy=0.96), "REJECT"),
         (make_rule(min_test_images=601), "HOLD"),
         (make_rule(max_parameters=1), "HOLD"),
         (make_rule(max_latency_ratio=1.0), "PROMOTE"),  # there is nothing to divide by
@@ -397,7 +403,13 @@ def test_missing_champion_is_never_a_first_run() -> None:
 def test_non_numeric_or_out_of_range_settings_are_refused() -> None:
     good = dataclasses.asdict(RULE)
     assert validate(GateConfig, good, "gate") == RULE
-    for key, value in (("alpha", math.nan), ("alpha", 0.5), ("floor", math.nan), ("mode", "any"), ("acknowledge", [7])):
+    for key, value in (
+        ("alpha", math.nan),
+        ("alpha", 0.5),
+        ("min_accuracy", math.nan),
+        ("mode", "any"),
+        ("acknowledged_class_changes", [7]),
+    ):
         with pytest.raises(ConvoyError, match=f"gate.{key}"):
             validate(GateConfig, good | {key: value}, "gate")
 

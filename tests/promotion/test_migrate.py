@@ -43,7 +43,7 @@ def log_run(store: TrackingStore, name: str, **more: Any) -> str:
 
 
 def register_version(store: TrackingStore, root: Path, run: str, seed: int) -> ModelVersion:
-    files = write_trained_files(root / f"left {seed}", more={"seed": seed})
+    files = write_trained_files(root / f"left {seed}", more={"fingerprint": str(seed)})
     given = {"name": NAME, "run_id": run, "identity": f"of {seed}", "files": files, "step": 2}
     return registry.register(store, **given, model=LIBRARY / "inference/pyfunc_model.py", code=LIBRARY)  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ STILL = [
     "model=[lenet]",
     "train.max_epochs=3",
     "model.lenet.recipe.batch_size=10",
-    "model.lenet.recipe.augment.shift=0",
+    "model.lenet.recipe.augment.max_shift=0",
 ]
 DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=float32"]
 
@@ -52,9 +52,9 @@ def train(root: Path, name: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", ["loss", "sampler"])
+@pytest.mark.parametrize("balance", ["weighted_loss", "sampler"])
 def test_two_processes_match_one_and_write_one_record(balance: str, tmp_path: Path) -> None:
-    overrides = [*STILL, f"model.lenet.recipe.balance={balance}", "trainer.threads=1"]
+    overrides = [*STILL, f"model.lenet.recipe.class_balance={balance}", "trainer.threads=1"]
     alone = make_project(tmp_path / "alone", [*overrides, "trainer.precision=float32"])
     together = make_project(tmp_path / "together", [*overrides, *DDP])
     for root in (alone, together):
@@ -122,7 +122,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_validation_uses_the_synchronized_batch_norm_statistics(ema: float, tmp_path: Path) -> None:
-    small = ["model=[resnet]", "train.max_epochs=2", f"model.resnet.recipe.ema={ema}", *DDP, "trainer.threads=1"]
+    small = ["model=[resnet]", "train.max_epochs=2", f"model.resnet.recipe.ema_decay={ema}", *DDP, "trainer.threads=1"]
     root = make_project(tmp_path / "project", small)
     run_stages(root, until="preprocess")
     done = train(root, "resnet")

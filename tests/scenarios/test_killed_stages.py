@@ -24,7 +24,7 @@ from pipeline.stage import Stage
 from small_project import ROOT, make_project, run_stages
 
 OVERRIDES = ["model=[lenet]", "train.max_epochs=2", "trainer.threads=1"]
-OVERRIDES += ["register.gate.floor=0.0", "register.gate.min_test_images=1"]
+OVERRIDES += ["register.gate.min_accuracy=0.0", "register.gate.min_test_images=1"]
 WORK = {"fetch": fetch, "preprocess": preprocess}
 
 
@@ -228,7 +228,9 @@ def test_main_command_killed_with_dvc_ends_as_if_undisturbed(tmp_path: Path, emb
     project = make_project(tmp_path / "project", OVERRIDES)
     settings = (project / "conf/config.yaml").read_text()
     changes = {"[lenet, alexnet, vgg, googlenet, resnet]": "[lenet]", "max_epochs: 16": "max_epochs: 2"}
-    for before, after in (changes | {"min_test_images: 300": "min_test_images: 1", "floor: 0.9": "floor: 0.0"}).items():
+    for before, after in (
+        changes | {"min_test_images: 300": "min_test_images: 1", "min_accuracy: 0.9": "min_accuracy: 0.0"}
+    ).items():
         assert before in settings
         settings = settings.replace(before, after)
     (project / "conf/config.yaml").write_text(settings)

@@ -284,7 +284,7 @@ def test_too_few_test_images_hold_even_the_first_run(root: Path, retrain: Retrai
 
 def test_below_the_floor_there_is_no_first_champion(root: Path, retrain: Retrain) -> None:
     for _ in range(2):  # the second time by the verdict that is known
-        assert "REJECT" in retrain("poor", "register.gate.floor=0.95")
+        assert "REJECT" in retrain("poor", "register.gate.min_accuracy=0.95")
         assert read_aliases(root) == {}
 
 
@@ -630,7 +630,7 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
     assert read_aliases(lost)[CHAMPION] == 1
 
 
-@pytest.mark.parametrize("override", ["register.gate.max_looks=7", "register.gate.alpha=0.04"])
+@pytest.mark.parametrize("override", ["register.gate.max_test_set_uses=7", "register.gate.alpha=0.04"])
 def test_changed_gate_settings_are_evaluated_again(
     override: str, root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

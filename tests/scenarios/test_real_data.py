@@ -38,7 +38,13 @@ def test_cifar10_is_trained_from_its_zip_archive(tmp_path: Path) -> None:
 
 @needs_real_data
 def test_lenet_learns_mnist_in_one_epoch(tmp_path: Path) -> None:
-    overrides = ["dataset=mnist", "model=[lenet]", "train.max_epochs=1", "trainer.threads=1", "register.gate.floor=0.9"]
+    overrides = [
+        "dataset=mnist",
+        "model=[lenet]",
+        "train.max_epochs=1",
+        "trainer.threads=1",
+        "register.gate.min_accuracy=0.9",
+    ]
     root = make_project(tmp_path / "project", overrides)
     raw = root / "downloads" / "mnist" / "MNIST" / "raw"
     raw.mkdir(parents=True)

@@ -272,7 +272,7 @@ def test_weights_changed_during_upload_are_not_registered(tmp_path: Path, monkey
 def run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """The id of a run with the files of a training, and the folder where these lie."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    data = DatasetVersion("pets", "0123", "data.dvc", {"images": 3})
+    data = DatasetVersion("pets", "0123", "data.dvc", {"images": 3}, split_seed=1)
     files = [root / "left" / name for name in ("record.json", "weights.safetensors")]
     tags = {run_record.FINGERPRINT_TAG: str(tmp_path)}
     ended = run_record.RunRecord("lenet", {}, tags, {}, data, files=files, status="FINISHED")

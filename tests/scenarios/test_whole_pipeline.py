@@ -271,7 +271,7 @@ def test_many_invalid_images_are_listed_completely_in_a_file(tmp_path: Path) -> 
     with pytest.raises(ConvoyError) as refusal:
         run_stages(root, until="fetch")
     first, *named, more, last = str(refusal.value).splitlines()
-    assert first.startswith("60 of 150 images can't be used, more than fetch.max_bad_fraction=0.05 allows")
+    assert first.startswith("60 of 150 images can't be used, more than fetch.max_invalid_fraction=0.05 allows")
     assert [line.split()[0] for line in named] == [f"data/lying/torn{number:02}.png" for number in range(50)]
     assert (more, last) == ("  10 more", "The complete list is artifacts/rejected.csv")
     assert len(pd.read_csv(root / "artifacts/rejected.csv")) == 60
@@ -324,8 +324,8 @@ def test_unreachable_mlflow_server_is_one_clear_line(finished_project: Path, mon
         ("trainer.accelerator=cuda", "trainer.accelerator='cuda': input should be 'auto', 'cpu' or 'gpu'"),
         ("preprocess.size=16", "preprocess.size=16: input should be greater than or equal to 32"),
         ("preprocess.test_fraction=1.5", "preprocess.test_fraction=1.5: input should be less than 1"),
-        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
-        (f"seed={2**63}", f"seed={2**63}: input should be less than {2**63}"),
+        ("split.seed=-1", "split.seed=-1: input should be greater than or equal to 0"),
+        (f"train.seed={2**63}", f"train.seed={2**63}: input should be less than {2**63}"),
         ("trainer.devices=0", "trainer.devices=0: input should be greater than or equal to 1, or 'all'"),
         ("model.lenet.recipe.momentum=1.0", "model.lenet.recipe.momentum=1.0: input should be less than 1"),
         ("model.resnet.recipe.lr=-0.1", "model.resnet.recipe.lr=-0.1: input should be greater than 0"),
@@ -333,7 +333,7 @@ def test_unreachable_mlflow_server_is_one_clear_line(finished_project: Path, mon
         ("~model.lenet.recipe.lr", "model.lenet.recipe.lr: missing; set it in conf/"),
         ("+model.lenett.c1=6", "model.lenett: no such architecture; did you mean lenet?"),
         ("+tarin.max_epochs=3", "conf/: tarin: unknown section; did you mean train?"),
-        ("register.gate.floor=.nan", "register.gate.floor="),
+        ("register.gate.min_accuracy=.nan", "register.gate.min_accuracy="),
         ("register.name=a/b", "register.name='a/b': value error, it names folders"),
         ("model.lenet.init=champoin", "model.lenet.init='champoin'"),
         ("register.name=''", "register.name='': value error, it names folders"),
@@ -471,7 +471,7 @@ def test_checkpoint_of_other_settings_is_not_resumed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.train.Checkpoint", noted)
-    for overrides in (SMALL, SMALL, (*SMALL, "seed=2")):
+    for overrides in (SMALL, SMALL, (*SMALL, "train.seed=2")):
         config.compose(root, overrides)
         with pytest.raises(KeyboardInterrupt):
             Stage(root, "train", "lenet").run(train)

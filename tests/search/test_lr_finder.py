@@ -29,7 +29,7 @@ def test_accumulated_batch_gives_the_same_suggestion() -> None:
         sweep_learning_rates(classifier, ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0), CPU).head(
             60
         )
-        for classifier in (build(augment={"shift": 0}), build(augment={"shift": 0}, accumulate=4))
+        for classifier in (build(augment={"max_shift": 0}), build(augment={"max_shift": 0}, accumulate_grad_batches=4))
     )
     np.testing.assert_allclose(pieces["loss"], whole["loss"], rtol=1e-3)
 

@@ -26,7 +26,7 @@ SETTINGS = {
     "widths": [6, 16],
     "batch_norm": True,
     "init": "scratch",
-    "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup": 0.1, "augment": {"flip": False}},
+    "recipe": {"optimizer": "sgd", "lr": 0.05, "batch_size": 32, "warmup_fraction": 0.1, "augment": {"hflip": False}},
 }
 RECORD = make_record(architecture="vgg", settings=SETTINGS)
 
@@ -63,7 +63,7 @@ def test_run_names_the_data_that_its_model_saw(store: TrackingStore) -> None:
 
 
 def test_runs_are_found_by_the_version_of_their_data(store: TrackingStore) -> None:
-    newer = DatasetVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800})
+    newer = DatasetVersion("digits", "b1c2d3e4f5a6", "data.dvc", {"images": 1800}, split_seed=1)
     older = sync_run(store, "lenet", DIGITS).info.run_id
     runs = {sync_run(store, name, newer).info.run_id for name in ("lenet", "resnet")}
     found = store.client.search_runs([store.experiment.experiment_id], "dataset.digest = 'b1c2d3e4f5a6'")
@@ -100,8 +100,8 @@ def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
 def test_nested_settings_share_one_parameter() -> None:
     run = run_record.describe_training(RECORD, {}, {})
     assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
-    assert run.params["recipe.augment"] == "flip=false"
-    assert run.params["recipe.others"] == "warmup=0.1"
+    assert run.params["recipe.augment"] == "hflip=false"
+    assert run.params["recipe.others"] == "warmup_fraction=0.1"
     assert run.params["recipe.lr"] == 0.05
     assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bfloat16"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from convoy.recipe import AugmentConfig
 from convoy.training.augmentation import POLICY_GROUPS, augment, mix
 
-NOTHING = AugmentConfig(shift=0, flip=False, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+NOTHING = AugmentConfig(max_shift=0, hflip=False, auto_augment="none", random_erasing=0.0, mixup=0.0, cutmix=0.0)
 
 
 def make_config(**changes: Any) -> AugmentConfig:
@@ -28,12 +28,12 @@ def describe(params: AugmentConfig) -> str:
 every_policy = pytest.mark.parametrize("policy", ["trivial", "rand"])
 grey_and_colour = pytest.mark.parametrize("channels", [1, 3])
 EVERY_CHANGE = [
-    make_config(shift=3),
-    make_config(flip=True),
-    make_config(policy="trivial"),
-    make_config(policy="rand"),
-    make_config(erase=0.5),
-    make_config(shift=3, flip=True, policy="trivial", erase=0.5),
+    make_config(max_shift=3),
+    make_config(hflip=True),
+    make_config(auto_augment="trivial"),
+    make_config(auto_augment="rand"),
+    make_config(random_erasing=0.5),
+    make_config(max_shift=3, hflip=True, auto_augment="trivial", random_erasing=0.5),
 ]
 every_change = pytest.mark.parametrize("changes", EVERY_CHANGE, ids=describe)
 MIXED = [make_config(mixup=1.0), make_config(cutmix=1.0), make_config(mixup=1.0, cutmix=1.0)]
@@ -147,14 +147,14 @@ def test_image_is_shifted_up_to_the_maximum_and_maybe_flipped(shift: int, flip: 
     ways = range(-shift, shift + 1)
     allowed = [shift_image(image, down, right) for down in ways for right in ways]
     allowed += [other.flip(1) for other in allowed] if flip else []
-    changed = augment(make_ramp(500), make_config(shift=shift, flip=flip))
+    changed = augment(make_ramp(500), make_config(max_shift=shift, hflip=flip))
     assert all(is_among(other, allowed) for other in changed)
     assert len(changed.unique(dim=0)) == len(allowed)  # and every way comes up
 
 
 def test_each_image_is_augmented_independently() -> None:
     torch.manual_seed(0)
-    changed = augment(make_ramp(64), make_config(shift=2, flip=True))
+    changed = augment(make_ramp(64), make_config(max_shift=2, hflip=True))
     assert len(changed.unique(dim=0)) > 20
 
 
@@ -169,7 +169,7 @@ def test_shift_and_flip_invent_no_pixel(
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (4, height, width, channels), dtype=torch.uint8)
     before = pixels.clone()
-    changed = augment(pixels, make_config(shift=shift, flip=flip))
+    changed = augment(pixels, make_config(max_shift=shift, hflip=flip))
     assert changed.shape == pixels.shape
     assert changed.dtype == torch.uint8
     assert torch.equal(pixels, before)
@@ -181,10 +181,10 @@ def augment_one_by_one(pixels: Tensor, params: AugmentConfig) -> Tensor:
     """What `augment` promises, an image at a time, from the same random numbers."""
     count = len(pixels)
     down = right = torch.zeros(count, 1, dtype=torch.int64)
-    if params.shift:
-        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
+    if params.max_shift:
+        down, right = torch.randint(-params.max_shift, params.max_shift + 1, (2, count, 1))
     changed = torch.stack([shift_image(*each) for each in zip(pixels, down, right, strict=True)])
-    if params.flip:
+    if params.hflip:
         for image in (torch.rand(count, 1) < 0.5).flatten().nonzero().flatten():
             changed[image] = changed[image].flip(1)
     return changed
@@ -201,17 +201,17 @@ def test_batch_is_augmented_as_its_images_one_by_one(
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (count, height, width, channels), dtype=torch.uint8)
     before = torch.get_rng_state()
-    expected = augment_one_by_one(pixels, make_config(shift=shift, flip=flip))
+    expected = augment_one_by_one(pixels, make_config(max_shift=shift, hflip=flip))
     after = torch.get_rng_state()
     torch.set_rng_state(before)
-    assert torch.equal(augment(pixels, make_config(shift=shift, flip=flip)), expected)
+    assert torch.equal(augment(pixels, make_config(max_shift=shift, hflip=flip)), expected)
     assert torch.equal(torch.get_rng_state(), after)
 
 
 def test_about_half_of_the_images_are_flipped_exactly() -> None:
     torch.manual_seed(0)
     image = make_ramp(1)[0]
-    changed = augment(make_ramp(1000), make_config(shift=0, flip=True))
+    changed = augment(make_ramp(1000), make_config(max_shift=0, hflip=True))
     flipped = sum(torch.equal(other, image.flip(1)) for other in changed)
     kept = sum(torch.equal(other, image) for other in changed)
     assert flipped + kept == 1000
@@ -232,7 +232,7 @@ def test_policy_equals_that_of_torchvision(policy: str, channels: int) -> None:
     torch.manual_seed(0)
     expected = [change(image.permute(2, 0, 1)).permute(1, 2, 0) for image in images]
     torch.manual_seed(0)
-    assert augment(images, make_config(policy=policy)).equal(torch.stack(expected))
+    assert augment(images, make_config(auto_augment=policy)).equal(torch.stack(expected))
 
 
 @every_policy
@@ -240,9 +240,10 @@ def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
     torch.manual_seed(0)
     image = make_noise(1)
     assert (
-        len(augment(image.repeat(POLICY_GROUPS, 1, 1, 1), make_config(policy=policy)).unique(dim=0)) > POLICY_GROUPS / 2
+        len(augment(image.repeat(POLICY_GROUPS, 1, 1, 1), make_config(auto_augment=policy)).unique(dim=0))
+        > POLICY_GROUPS / 2
     )
-    groups = augment(image.repeat(4 * POLICY_GROUPS, 1, 1, 1), make_config(policy=policy)).split(4)
+    groups = augment(image.repeat(4 * POLICY_GROUPS, 1, 1, 1), make_config(auto_augment=policy)).split(4)
     assert all(len(group.unique(dim=0)) == 1 for group in groups)
     assert len(torch.cat(groups).unique(dim=0)) > POLICY_GROUPS / 2
 
@@ -252,7 +253,7 @@ def test_policy_is_drawn_per_image_or_per_group(policy: str) -> None:
 def test_most_images_are_changed(policy: str, channels: int) -> None:
     torch.manual_seed(0)
     pixels = make_noise(channels=channels)
-    batches = [augment(pixels, make_config(policy=policy)) for _ in range(10)]
+    batches = [augment(pixels, make_config(auto_augment=policy)) for _ in range(10)]
     changed = torch.stack([(batch != pixels).flatten(1).any(1) for batch in batches]).float().mean()
     assert 0.6 < changed < 1
 
@@ -262,7 +263,7 @@ def test_most_images_are_changed(policy: str, channels: int) -> None:
 def test_every_operation_of_a_policy_occurs(policy: str, channels: int) -> None:
     torch.manual_seed(0)
     for _ in range(20):  # of 16 groups: that one of 14 changes never comes up has a chance of 1e-9
-        changed = augment(make_noise(16, channels=channels), make_config(policy=policy))
+        changed = augment(make_noise(16, channels=channels), make_config(auto_augment=policy))
         assert changed.shape == (16, 12, 10, channels)
 
 
@@ -272,7 +273,7 @@ def test_every_operation_of_a_policy_occurs(policy: str, channels: int) -> None:
 def erase(count: int, size: int, probability: float) -> tuple[Tensor, Tensor]:
     """Black images after erasing, and where they are not black: (N, H, W) bool."""
     torch.manual_seed(0)
-    changed = augment(torch.zeros(count, size, size, 3, dtype=torch.uint8), make_config(erase=probability))
+    changed = augment(torch.zeros(count, size, size, 3, dtype=torch.uint8), make_config(random_erasing=probability))
     return changed, (changed > 0).any(dim=3)
 
 
@@ -306,7 +307,7 @@ def test_erased_pixels_become_uniform_noise() -> None:
     assert len(changed[where].unique()) == 256
     assert 126 < changed[where].float().mean() < 129
     full = torch.zeros(200, 64, 64, 3, dtype=torch.uint8)
-    other = augment(full, make_config(erase=1.0))
+    other = augment(full, make_config(random_erasing=1.0))
     both = where & (other > 0).any(3)
     assert (changed[both] == other[both]).float().mean() < 0.01
 
@@ -327,7 +328,7 @@ def roll_batch(values: Tensor) -> Tensor:
 def test_batch_is_unchanged_without_mixing() -> None:
     x, labels = make_numbered()
     state = torch.get_rng_state()
-    images, targets = mix(x, labels, 5, make_config(shift=2, policy="rand", erase=1.0))
+    images, targets = mix(x, labels, 5, make_config(max_shift=2, auto_augment="rand", random_erasing=1.0))
     assert images is x
     assert targets is labels
     assert torch.get_rng_state().equal(state)

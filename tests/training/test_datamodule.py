@@ -6,7 +6,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 
 from convoy.core.config import validate
 from convoy.data.packed.arrays import Images
@@ -14,7 +13,7 @@ from convoy.recipe import RecipeConfig
 from convoy.training import datamodule
 from convoy.training.datamodule import MAX_VAL_BATCH_SIZE, PREFETCH_STEPS, ImageData, ImageStore
 from convoy.training.sampler import BatchSampler
-from small_project import ROOT
+from model_settings import load_model_settings
 
 
 def make_numbered(count: int, size: int = 8) -> Images:
@@ -26,7 +25,7 @@ def make_numbered(count: int, size: int = 8) -> Images:
 
 def make_data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
     images = make_numbered(train) if isinstance(train, int) else train
-    values = yaml.safe_load((ROOT / "conf/model/lenet.yaml").read_text())["lenet"]["recipe"]
+    values = load_model_settings("lenet")["recipe"]
     return ImageData(
         images, make_numbered(val), validate(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1
     )
@@ -53,7 +52,7 @@ def test_batch_holds_its_rows_of_the_current_epoch() -> None:
 
 
 def test_validation_batch_is_no_larger_than_a_micro_batch() -> None:
-    feed = make_data(val=100, batch_size=24, accumulate=2)
+    feed = make_data(val=100, batch_size=24, accumulate_grad_batches=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
     feed.set_rank(torch.device("cpu"), rank=1, world_size=2)
     assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]

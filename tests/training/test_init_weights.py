@@ -471,7 +471,7 @@ def test_finetune_experiment_fits_its_weights(way: str, tmp_path: Path) -> None:
     assert params["train"]["max_epochs"] < plain["train"]["max_epochs"]
     values = params["model"]["resnet"]
     recipe = validate(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
-    assert recipe.body_lr < 1
+    assert recipe.backbone_lr_scale < 1
     init_weights.check_init("resnet", values)
     assert values["init"] == "pretrained"
     assert models.torchvision_name("resnet", values) == "resnet18"

@@ -38,7 +38,7 @@ def test_history_has_every_epoch_and_the_best_is_kept() -> None:
     assert trained.stopped == "max_epochs"
 
 
-@pytest.mark.parametrize("recipe", [{}, {"ema": 0.9}], ids=["as trained", "running mean"])
+@pytest.mark.parametrize("recipe", [{}, {"ema_decay": 0.9}], ids=["as trained", "running mean"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_kept_weights_reach_the_best_accuracy_of_the_history(recipe: dict, precision: str) -> None:
     hardware = ResolvedTrainer("cpu", 1, 1, precision, False, 1)
@@ -54,13 +54,13 @@ LEARNING = {
     "as it is": {},
     "adamw": {"optimizer": "adamw", "lr": 0.002},
     "one cycle": {"schedule": "one_cycle"},
-    "smoothed and clipped": {"label_smoothing": 0.1, "clip_norm": 1.0},
-    "running mean": {"ema": 0.95},
-    "weights in the loss": {"balance": "loss"},
-    "balanced sampler": {"balance": "sampler"},
-    "in pieces": {"accumulate": 2},
+    "smoothed and clipped": {"label_smoothing": 0.1, "grad_clip_norm": 1.0},
+    "running mean": {"ema_decay": 0.95},
+    "weights in the loss": {"class_balance": "weighted_loss"},
+    "balanced sampler": {"class_balance": "sampler"},
+    "in pieces": {"accumulate_grad_batches": 2},
     "mixed": {"augment": {"mixup": 0.2, "cutmix": 0.2}},
-    "policy": {"augment": {"policy": "trivial", "erase": 0.2, "shift": 0}},
+    "policy": {"augment": {"auto_augment": "trivial", "random_erasing": 0.2, "max_shift": 0}},
 }
 
 
@@ -70,14 +70,14 @@ def test_every_recipe_learns_a_simple_dataset(recipe: dict[str, Any]) -> None:
 
 
 def test_accumulated_gradients_equal_those_of_the_batch() -> None:
-    still = {"augment": {"shift": 0}}  # the pieces would draw other changes
-    whole, pieces = train(build(**still), max_epochs=1), train(build(accumulate=4, **still), max_epochs=1)
+    still = {"augment": {"max_shift": 0}}  # the pieces would draw other changes
+    whole, pieces = train(build(**still), max_epochs=1), train(build(accumulate_grad_batches=4, **still), max_epochs=1)
     for name, weights in whole.weights.items():
         assert pieces.weights[name] == pytest.approx(weights, abs=1e-5)
 
 
 def test_frozen_backbone_is_unchanged_while_the_head_learns() -> None:
-    classifier = build(name="resnet", body_lr=0.0)
+    classifier = build(name="resnet", backbone_lr_scale=0.0)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     after = train(classifier, max_epochs=1).weights
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -85,7 +85,7 @@ def test_frozen_backbone_is_unchanged_while_the_head_learns() -> None:
 
 
 def test_norms_and_biases_do_not_decay() -> None:
-    classifier = build(name="resnet", body_lr=0.1, weight_decay=0.5)
+    classifier = build(name="resnet", backbone_lr_scale=0.1, weight_decay=0.5)
     names = {id(parameter): name for name, parameter in classifier.named_parameters()}
     groups = optimizers.make_optimizer(classifier).param_groups
     assert sum(len(group["params"]) for group in groups) == len(names)
@@ -96,7 +96,7 @@ def test_norms_and_biases_do_not_decay() -> None:
 
 
 def test_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
-    rates = [compute_lr_fraction(step, 100, warmup=0.1) for step in range(101)]
+    rates = [compute_lr_fraction(step, 100, warmup_fraction=0.1) for step in range(101)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == pytest.approx(1.0)
@@ -145,7 +145,9 @@ def test_epochs_before_a_failure_stay_in_the_history(monkeypatch: pytest.MonkeyP
 
 def test_too_large_batch_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = limit_memory_to_ten_images(build(), monkeypatch)
-    with pytest.raises(ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate=4 "):
+    with pytest.raises(
+        ConvoyError, match=r"32 images does not fit .* but 8 do: .*batch_size=8, or .*accumulate_grad_batches=4 "
+    ):
         train(classifier)
 
 
@@ -155,7 +157,7 @@ def test_micro_batches_are_of_similar_size() -> None:
 
 
 def test_batches_too_small_for_batch_norm_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = build(batch_size=2, accumulate=2)
+    classifier = build(batch_size=2, accumulate_grad_batches=2)
     monkeypatch.setattr(classifier, "weighted_heads", lambda x: [(1.0, torch.nn.BatchNorm1d(1)(x[:, :, 0, 0]))])
     with pytest.raises(ConvoyError, match=r"on one image at a time: raise model\.lenet\.recipe\.batch_size, or lower"):
         train(classifier)
@@ -193,12 +195,12 @@ def test_memory_is_freed_before_smaller_batches_are_tried(monkeypatch: pytest.Mo
 
 
 def test_advised_batch_size_counts_processes_and_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = build(batch_size=50, accumulate=2)
+    classifier = build(batch_size=50, accumulate_grad_batches=2)
     monkeypatch.setattr(batch_size_errors, "fits_in_memory", lambda *_: _[-1] <= 6)
     data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0)
     said = batch_size_errors.describe_too_large(classifier, data, dataclasses.replace(CPU, devices=2))
     assert "a batch of 13 images does not fit" in said
-    assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate=5 " in said
+    assert "but 6 do: set model.lenet.recipe.batch_size=12, or model.lenet.recipe.accumulate_grad_batches=5 " in said
 
 
 # Output
@@ -244,7 +246,7 @@ def test_every_step_uses_deterministic_algorithms(monkeypatch: pytest.MonkeyPatc
 
 
 def test_random_state_differs_by_process_step_and_seed() -> None:
-    once = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    once = TrainConfig(seed=0, max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
     drawn = set()
     for seed, rank, step in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
         classifier = build()
@@ -261,9 +263,9 @@ def test_random_state_differs_by_process_step_and_seed() -> None:
 
 def make_module(name: str = "lenet", augment: dict[str, Any] | None = None, **recipe: Any) -> module.ClassifierModule:
     """A training before its first step."""
-    classifier = build(name=name, augment={"shift": 0, **(augment or {})}, **recipe)
+    classifier = build(name=name, augment={"max_shift": 0, **(augment or {})}, **recipe)
     data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, 0)
-    params = TrainConfig(max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
+    params = TrainConfig(seed=0, max_epochs=8, patience=0, max_minutes=10.0, checkpoint_minutes=5.0)
     made = module.ClassifierModule(classifier, data, params, CPU, None)
     made.configure_optimizers()
     return made
@@ -295,12 +297,12 @@ def test_gradient_norm_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(self, *given)
 
     monkeypatch.setattr(torch.optim.SGD, "step", noted)
-    train(build(clip_norm=1e-3), max_epochs=1)
+    train(build(grad_clip_norm=1e-3), max_epochs=1)
     assert norms == [pytest.approx(1e-3, rel=1e-2)] * 3
 
 
 def test_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
-    made = make_module(schedule="one_cycle", momentum=0.9, warmup=0.5)
+    made = make_module(schedule="one_cycle", momentum=0.9, warmup_fraction=0.5)
     momenta = []
     for number in range(made.total_steps):
         made._set_lr(number)
@@ -312,7 +314,7 @@ def test_momentum_of_one_cycle_falls_as_the_rate_rises() -> None:
 def test_ema_decay_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     decays: list[float] = []
     monkeypatch.setattr(module, "update_ema", lambda average, classifier, decay: decays.append(decay))
-    train(build(ema=0.3), max_epochs=2)
+    train(build(ema_decay=0.3), max_epochs=2)
     assert decays == pytest.approx([0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3])
 
 

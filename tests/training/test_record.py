@@ -9,6 +9,8 @@ import numpy as np
 import pydantic
 import pytest
 
+from convoy import models
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.training.record import EpochMetrics, FailureInfo, InitialWeights, TrainingRecord
@@ -35,7 +37,7 @@ def test_nan_and_infinity_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 def test_record_is_frozen() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
-        make_record().seed = 2
+        make_record().macs = 2
 
 
 def test_lineage_holds_own_data_and_that_of_initial_weights() -> None:
@@ -62,7 +64,7 @@ def test_file_that_is_no_record_is_refused(text: str, reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"seed": "1"}, "seed"), ({"seed": 1.5}, "seed"), ({"colour": "red"}, "colour"), ({"data": {}}, "data.name")],
+    [({"macs": "1"}, "macs"), ({"macs": 1.5}, "macs"), ({"colour": "red"}, "colour"), ({"data": {}}, "data.name")],
 )
 def test_record_with_a_wrong_field_is_refused_by_name(change: dict, reason: str) -> None:
     table = json.loads(make_record().model_dump_json()) | change
@@ -82,6 +84,25 @@ def test_record_of_format_1_is_upgraded() -> None:
     assert record.dataset_info.classes == old["task"]["classes"]
     assert record.initial_weights == InitialWeights("scratch")
     assert record.best == EpochMetrics(**old["best"])
+    assert record.train.seed == record.data.split_seed == old["seed"]
+
+
+@pytest.mark.parametrize("balance", ["none", "loss", "sampler"])
+def test_settings_of_format_1_are_valid_under_their_new_names(balance: str) -> None:
+    old = json.loads((FORMAT_1 / "record.json").read_text())
+    old["settings"]["recipe"]["balance"] = balance
+    record = TrainingRecord.parse(json.dumps(old))
+    params = validate(models.schema("lenet"), record.settings, "model.lenet")
+    assert params.recipe.grad_clip_norm == old["settings"]["recipe"]["clip_norm"]
+    assert params.recipe.augment.max_shift == old["settings"]["recipe"]["augment"]["shift"]
+    assert params.recipe.class_balance == ("weighted_loss" if balance == "loss" else balance)
+
+
+@pytest.mark.parametrize("field", ["settings", "train", "data", "seed"])
+def test_damaged_record_of_format_1_is_refused(field: str) -> None:
+    old = json.loads((FORMAT_1 / "record.json").read_text())
+    with pytest.raises(ConvoyError, match="is not the record of a training"):
+        TrainingRecord.parse(json.dumps(old | {field: "?"}))
 
 
 def test_early_record_says_that_its_initial_data_is_unknown() -> None:

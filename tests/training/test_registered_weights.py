@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
 def log_run(
     store: TrackingStore, name: str, folder: Path, files: tuple[str, ...] = ("record.json", "weights.safetensors")
 ) -> str:
-    data = DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797})
+    data = DatasetVersion("digits", "a99769f9303d", "data.dvc", {"images": 1797}, split_seed=1)
     run = RunRecord(
         name=name,
         params={"model": name},

@@ -37,12 +37,12 @@ class Interrupted(Checkpoint):
 
 EVERYTHING = {
     "batch_size": 32,
-    "augment": {"mixup": 0.2, "cutmix": 0.2, "erase": 0.2},
-    "ema": 0.9,
-    "balance": "sampler",
+    "augment": {"mixup": 0.2, "cutmix": 0.2, "random_erasing": 0.2},
+    "ema_decay": 0.9,
+    "class_balance": "sampler",
     "schedule": "one_cycle",
-    "accumulate": 2,
-    "clip_norm": 1.0,
+    "accumulate_grad_batches": 2,
+    "grad_clip_norm": 1.0,
 }
 
 
@@ -180,7 +180,9 @@ def test_invalid_checkpoint_is_named_and_not_used(
 
 
 @pytest.mark.parametrize("name", models.names())
-@pytest.mark.parametrize("recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema": 0.5, "accumulate": 2}], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema_decay": 0.5, "accumulate_grad_batches": 2}], ids=str
+)
 def test_every_architecture_resumes_from_its_checkpoint(
     name: str, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import AfterValidator, Field
 
 from convoy.core.errors import ConvoyError, describe_error, suggest
+from convoy.core.renamed_settings import list_keys, refuse_old_names
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -94,8 +95,9 @@ def compose_text(root: Path, overrides: Sequence[str] = ()) -> str:
     """Compose `root/conf` and return the text, which is identical to what `dvc exp run` writes.
 
     Raises:
-        ConvoyError: If Hydra can't compose the settings.
+        ConvoyError: If an override has an old name, or Hydra can't compose the settings.
     """
+    refuse_old_names([override.partition("=")[0].lstrip("+~") for override in overrides], "override")
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException, MissingConfigException
@@ -121,15 +123,17 @@ def load(params: Path) -> dict[str, Any]:
     """Load the sections of a composed `params.yaml`.
 
     Raises:
-        ConvoyError: If the file is missing, can't be read, or does not hold sections.
+        ConvoyError: If the file is missing, can't be read, does not hold sections, or has an old name of a setting.
     """
     if not params.exists():
         raise ConvoyError(f"{params.name} is missing: compose it from conf/ with `convoy settings compose`")
     try:
-        return parse(params.read_text(encoding="utf-8"))
+        sections = parse(params.read_text(encoding="utf-8"))
     # Bytes that are not UTF-8 raise ValueError.
     except (ValueError, OSError) as error:
         raise ConvoyError(_describe_unreadable(error)) from error
+    refuse_old_names(list_keys(sections), params.name)
+    return sections
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -184,13 +188,14 @@ def check_sections(params: Mapping[str, Any], known: Sequence[str]) -> None:
     """Check that the composed settings have all known sections and no others.
 
     Raises:
-        ConvoyError: If a section is unknown, missing or empty.
+        ConvoyError: If a section is unknown, missing or empty, or a setting has an old name.
     """
+    refuse_old_names(list_keys(params), "conf/")
     for name in params:
         if name not in known:
             raise ConvoyError(f"conf/: {name}: unknown section; {suggest(name, known)}")
     for name in known:
-        if not params.get(name) and params.get(name) != 0:
+        if not params.get(name):
             raise ConvoyError(f"conf/: {name}: missing or empty; set it in conf/config.yaml")
 
 

@@ -40,7 +40,7 @@ PATH_PREFIX = re.compile(
 class FetchConfig:
     """Limits beyond which the fetch stage fails."""
 
-    max_bad_fraction: Fraction  # in [0, 1], of all images: those that are unusable or have contradictory labels
+    max_invalid_fraction: Fraction  # in [0, 1], of all images: those that are unusable or have contradictory labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class TooManyInvalidImages(ConvoyError):
         first = quarantine.head(MAX_LISTED_IMAGES).itertuples(index=False)
         more = len(quarantine) - MAX_LISTED_IMAGES
         super().__init__(
-            f"{len(quarantine)} of {count} images can't be used, more than fetch.max_bad_fraction="
-            f"{params.max_bad_fraction} allows; fix or remove them:"
+            f"{len(quarantine)} of {count} images can't be used, more than fetch.max_invalid_fraction="
+            f"{params.max_invalid_fraction} allows; fix or remove them:"
             + "".join(f"\n  {path} {reason}" for path, _, reason in first)
             + (f"\n  {more} more" if more > 0 else "")
         )
@@ -100,7 +100,7 @@ def ingest(
     repeated = table.read_rows(np.flatnonzero(is_repeated))
     contradictions = _find_contradictions(repeated)
     quarantine = pd.concat([invalid, contradictions], ignore_index=True)
-    if len(quarantine) > params.max_bad_fraction * source.count:
+    if len(quarantine) > params.max_invalid_fraction * source.count:
         raise TooManyInvalidImages(quarantine, source.count, params)
     copies = _find_copies(repeated.drop(index=contradictions.index))
     if len(contradictions) + len(copies):

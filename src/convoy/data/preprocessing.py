@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from convoy.core.artifact_names import DATASET_INFO, IMAGE_TABLE
-from convoy.core.config import ProperFraction, schema
+from convoy.core.config import ProperFraction, Seed, schema
 from convoy.core.errors import ConvoyError
 from convoy.core.text import MAX_LISTED_NAMES, truncate_names
 from convoy.data.cache import CacheDir
@@ -45,7 +45,14 @@ class PreprocessConfig:
     # Fraction of the remaining such images; also of the given training images if no validation images are given.
     val_fraction: ProperFraction
     # Correlation of their thumbnails from which two images are near-duplicates.
-    near_duplicate: Annotated[float, Field(gt=0, le=1)]
+    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)]
+
+
+@schema
+class SplitConfig:
+    """Settings of the random splits."""
+
+    seed: Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ def prepare(
         ConvoyError: If no image is left for training, validation or test.
     """
     split_ids, group_split_ids = _split(packed, params, seed)
-    pairs = find_near_duplicates(packed, params.near_duplicate)
+    pairs = find_near_duplicates(packed, params.near_duplicate_threshold)
     is_repeated = packed.table.read_columns("pixel_hash")["pixel_hash"].duplicated(keep=False)
     # Only the few rows that may be excluded are loaded completely.
     involved = np.union1d(np.flatnonzero(is_repeated | (group_split_ids > split_ids)), pairs)

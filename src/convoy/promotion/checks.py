@@ -77,7 +77,7 @@ def check_training_overlap(models: Sequence[ModelEvidence], excluded: int) -> Ch
 
 def check_test_set_uses(uses: int, config: GateConfig) -> CheckResult:
     """Warn if many models were evaluated on the same test images."""
-    message, limit = f"evaluation {uses} on these test images", config.max_looks
+    message, limit = f"evaluation {uses} on these test images", config.max_test_set_uses
     if uses > limit:
         message += f", more than the limit of {limit}: add new test images"
     return CheckResult("test set uses", "warn" if uses > limit else "info", uses, f"at most {limit}", message)
@@ -89,9 +89,9 @@ def check_test_set_uses(uses: int, config: GateConfig) -> CheckResult:
 def check_accuracy(new: AlignedPredictions, config: GateConfig) -> CheckResult:
     """Check that the accuracy reaches the configured minimum."""
     accuracy = float(new.is_correct.mean())
-    outcome: Outcome = "pass" if accuracy >= config.floor else "reject"
-    message = f"{new.name} has test accuracy {accuracy:.4f}, minimum {config.floor}"
-    return CheckResult("accuracy", outcome, accuracy, f"at least {config.floor}", message)
+    outcome: Outcome = "pass" if accuracy >= config.min_accuracy else "reject"
+    message = f"{new.name} has test accuracy {accuracy:.4f}, minimum {config.min_accuracy}"
+    return CheckResult("accuracy", outcome, accuracy, f"at least {config.min_accuracy}", message)
 
 
 def check_majority_class(new: AlignedPredictions) -> CheckResult:

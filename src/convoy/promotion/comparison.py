@@ -117,23 +117,26 @@ def check_best_champion(new: AlignedPredictions, best: AlignedPredictions | None
 def check_class_changes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> Iterator[CheckResult]:
     """Check that added and removed classes are acknowledged, and that the others are not classified worse."""
     added, removed = sorted(set(new.classes) - set(old.classes)), sorted(set(old.classes) - set(new.classes))
-    pending = [name for name in (*added, *removed) if name not in config.acknowledge]
+    pending = [name for name in (*added, *removed) if name not in config.acknowledged_class_changes]
     message = f"the same classes as {old.name}"
     if added or removed:
         changes = [f"{quote(names)} {verb}" for names, verb in ((added, "added"), (removed, "removed")) if names]
         message = f"classes changed since {old.name}, {' and '.join(changes)}"
         # Not truncated: the user must copy every name into the setting.
         missing = ", ".join(map(repr, pending))
-        message += f": if that is intended, add {missing} to register.gate.acknowledge" if pending else ", acknowledged"
+        if pending:
+            message += f": if that is intended, add {missing} to register.gate.acknowledged_class_changes"
+        else:
+            message += ", acknowledged"
     outcome: Outcome = "hold" if pending else "pass"
     yield CheckResult("classes", outcome, len(added) + len(removed), "each acknowledged", message)
     known_changes = {*added, *removed, *_unpredicted_classes(new, old)}
-    if unused := [name for name in config.acknowledge if name not in known_changes]:
+    if unused := [name for name in config.acknowledged_class_changes if name not in known_changes]:
         message = (
-            f"{quote(unused)} in register.gate.acknowledge is neither added nor removed: remove it there, or it will "
-            "hide a later change"
+            f"{quote(unused)} in register.gate.acknowledged_class_changes is neither added nor removed: remove it "
+            "there, or it will hide a later change"
         )
-        yield CheckResult("acknowledge", "warn", len(unused), "0", message)
+        yield CheckResult("acknowledged class changes", "warn", len(unused), "0", message)
     if added or removed:
         yield check_shared_classes(new, old)
 
@@ -151,8 +154,8 @@ def check_shared_classes(new: AlignedPredictions, old: AlignedPredictions) -> Ch
 def check_unpredicted_classes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
     """Check that the challenger predicts every class that the champion predicts."""
     unpredicted = _unpredicted_classes(new, old)
-    frequent = [name for name in unpredicted if (new.actual == name).sum() >= config.min_class_images]
-    pending = frequent or [name for name in unpredicted if name not in config.acknowledge]
+    frequent = [name for name in unpredicted if (new.actual == name).sum() >= config.min_images_per_class]
+    pending = frequent or [name for name in unpredicted if name not in config.acknowledged_class_changes]
     outcome: Outcome = "reject" if frequent else "hold" if pending else "pass"
     if not pending:
         message = f"{new.name} predicts every class that {old.name} predicts"
@@ -160,19 +163,20 @@ def check_unpredicted_classes(new: AlignedPredictions, old: AlignedPredictions, 
     else:
         message = f"{new.name} never predicts {quote(pending)}, and {old.name} does"
         # A class with few test images may be missing from the predictions by chance.
-        message += "" if frequent else ", perhaps by chance: add test images, or add it to register.gate.acknowledge"
+        if not frequent:
+            message += ", perhaps by chance: add test images, or add it to register.gate.acknowledged_class_changes"
     return CheckResult("unpredicted classes", outcome, len(unpredicted), "0", message)
 
 
 def check_recall_drops(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> Iterator[CheckResult]:
     """Check that the recall of no shared class drops significantly and by more than the limit."""
     counts = _count_wins_by_class(new, old)
-    checked = counts[counts["images"] >= config.min_class_images]
+    checked = counts[counts["images"] >= config.min_images_per_class]
     # Bonferroni correction for testing every class.
     alpha = REGRESSION_ALPHA / max(len(checked), 1)
     drop = (checked["losses"] - checked["wins"]) / checked["images"]
     p_worse = pd.Series(mcnemar_p_value(checked["losses"].to_numpy(), checked["wins"].to_numpy()), index=checked.index)
-    failed = drop[(drop > config.class_drop) & (p_worse < alpha)].sort_values(ascending=False, kind="stable")
+    failed = drop[(drop > config.max_recall_drop) & (p_worse < alpha)].sort_values(ascending=False, kind="stable")
     described = {
         name: f"{name!r} by {drop[name]:.4f} ({wins} won, {losses} lost, p = {p_worse[name]:.2g})"
         for name, wins, losses in zip(checked.index, checked["wins"], checked["losses"], strict=True)
@@ -181,15 +185,15 @@ def check_recall_drops(new: AlignedPredictions, old: AlignedPredictions, config:
     message = "the recall of no class drops"
     if len(failed):
         failures = truncate_names([described[name] for name in failed.index])
-        message = f"the recall drops for {failures}, limits {config.class_drop} and {alpha:.2g}"
+        message = f"the recall drops for {failures}, limits {config.max_recall_drop} and {alpha:.2g}"
     elif described:
         message = f"the recall of no class drops beyond the limit; the largest drop is {described[drop.idxmax()]}"
     outcome: Outcome = "reject" if len(failed) else "pass" if len(checked) else "info"
-    limit = f"a drop of at most {config.class_drop}, or p at least {alpha:.2g}"
+    limit = f"a drop of at most {config.max_recall_drop}, or p at least {alpha:.2g}"
     yield CheckResult("recall drop", outcome, float(drop.max()) if len(drop) else None, limit, message)
 
     if len(unchecked := counts.index.difference(checked.index)):
-        minimum = config.min_class_images
+        minimum = config.min_images_per_class
         message = f"recall not checked, with fewer than {minimum} test images: {quote(list(unchecked))}"
         yield CheckResult("unchecked classes", "warn", len(unchecked), f"{minimum} images each", message)
 

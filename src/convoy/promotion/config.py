@@ -15,13 +15,14 @@ class GateConfig:
     alpha: Annotated[float, Field(gt=0, lt=0.5)]  # (0, 0.5): risk per evaluation of promoting an equally good model
     margin: ProperFraction  # (0, 1): largest accuracy loss accepted in mode non_inferior, with confidence 1 - alpha
     min_test_images: PositiveInt  # >= 1: with fewer test images the decision is always HOLD
-    floor: Fraction  # [0, 1]: minimum test accuracy
-    class_drop: Fraction  # [0, 1]: largest accepted drop in the recall of a class; only a significant drop blocks
-    min_class_images: PositiveInt  # >= 1: minimum number of test images of a class for its recall to be checked
+    min_accuracy: Fraction  # [0, 1]: minimum test accuracy
+    max_recall_drop: Fraction  # [0, 1]: largest accepted drop of a class's recall; only a significant drop blocks
+    min_images_per_class: PositiveInt  # >= 1: minimum number of test images of a class for its recall to be checked
     max_parameters: NonNegativeInt  # maximum number of parameters of the network; 0: no limit
     max_latency_ratio: NonNegativeFloat  # maximum latency, as a multiple of the champion's; 0: no limit
-    max_looks: PositiveInt  # >= 1: evaluations on one set of test images, after which the gate warns
-    acknowledge: list[str]  # names of classes that were added, removed or are no longer predicted on purpose
+    max_test_set_uses: PositiveInt  # >= 1: evaluations on one set of test images, after which the gate warns
+    # Names of classes that were added, removed or are no longer predicted on purpose.
+    acknowledged_class_changes: list[str]
 
 
 @schema

@@ -209,7 +209,7 @@ def _check_no_overlap(model: TrainingScope, sha256: np.ndarray, paths: Mapping[s
     if overlap := sorted(_image_name(value, paths) for value in training_hashes.intersection(sha256)):
         raise ConvoyError(
             f"{model.name} was trained on {len(overlap)} of the {len(sha256)} test images, such as {overlap[0]}, so it"
-            " can't be evaluated on them. Restore the seed, fractions, splits and groups that it was trained with, or"
+            " can't be evaluated on them. Restore split.seed and the fractions, splits and groups of its training, or"
             " start without a champion under another register.name in conf/config.yaml"
         )
 

@@ -48,7 +48,7 @@ def sweep_learning_rates(classifier: Classifier, data: ImageData, hardware: Reso
 def _sweep(classifier: Classifier, data: ImageData, hardware: ResolvedTrainer) -> pd.DataFrame:
     device = torch.device("cuda" if hardware.accelerator == "gpu" else "cpu")
     torch.set_num_threads(hardware.threads)
-    params = TrainConfig(max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
+    params = TrainConfig(seed=data.seed, max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=1.0)
     module = ClassifierModule(classifier, data, params, hardware).to(device)
     module.running_totals = module.running_totals.to(device)
     module.progress.close()
@@ -64,7 +64,7 @@ def _sweep(classifier: Classifier, data: ImageData, hardware: ResolvedTrainer) -
         pixels, labels = data.batch(step)
         optimizer.zero_grad()
         loss = 0.0
-        for micro_batch in split_batch(pixels, labels, module.recipe.accumulate):
+        for micro_batch in split_batch(pixels, labels, module.recipe.accumulate_grad_batches):
             micro_batch_loss = module.compute_loss(*micro_batch) / len(labels)
             micro_batch_loss.backward()
             loss += micro_batch_loss.item()
@@ -88,7 +88,7 @@ def suggest_learning_rate(table: pd.DataFrame) -> float:
     """
     falling = table[np.isfinite(table["loss"])].reset_index(drop=True)
     if len(falling) < 2:
-        raise ConvoyError(f"the loss is NaN even at a learning rate of {MIN_LR:g}: set clip_norm to 1.0")
+        raise ConvoyError(f"the loss is NaN even at a learning rate of {MIN_LR:g}: set grad_clip_norm to 1.0")
     until = max(2, int(falling["loss"].idxmin()) + 1)
     slopes = np.gradient(falling["loss"].to_numpy())[:until]
     return float(falling["lr"].iloc[int(slopes.argmin())])

@@ -34,7 +34,8 @@ COLUMNS = [
     "params.recipe.lr",
     "params.recipe.batch_size",
     "params.train.max_epochs",
-    "params.seed",
+    "params.train.seed",
+    "params.split.seed",
     "tags.reproduction",
 ]
 # Metrics of the page of curves, as line charts, bar charts and scatter plots.

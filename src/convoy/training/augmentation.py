@@ -26,17 +26,17 @@ def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
         The augmented images, with the shape and dtype of `pixels`.
     """
     count = len(pixels)
-    if params.shift:
-        down, right = torch.randint(-params.shift, params.shift + 1, (2, count, 1))
-        pixels = translate(pixels, params.shift, down, right)
-    if params.flip:
+    if params.max_shift:
+        down, right = torch.randint(-params.max_shift, params.max_shift + 1, (2, count, 1))
+        pixels = translate(pixels, params.max_shift, down, right)
+    if params.hflip:
         image = torch.arange(count) + count * (torch.rand(count) < 0.5)
         both = torch.cat([pixels, pixels.flip(2)])
         pixels = both.index_select(0, image.to(pixels.device, non_blocking=True))
-    if params.policy != "none":
-        pixels = apply_policy(params.policy, pixels)
-    if params.erase:
-        pixels = erase(pixels, params.erase)
+    if params.auto_augment != "none":
+        pixels = apply_policy(params.auto_augment, pixels)
+    if params.random_erasing:
+        pixels = erase(pixels, params.random_erasing)
     return pixels
 
 

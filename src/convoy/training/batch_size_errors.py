@@ -19,7 +19,7 @@ def describe_too_large(classifier: Classifier, data: ImageData, hardware: Resolv
     gc.collect()
     name, processes = type(classifier).__name__.lower(), hardware.devices * hardware.nodes
     images_per_process = math.ceil(classifier.recipe.batch_size / processes)
-    size = math.ceil(images_per_process / classifier.recipe.accumulate)
+    size = math.ceil(images_per_process / classifier.recipe.accumulate_grad_batches)
     # Lightning may have moved it to another device.
     classifier.to(data.train_store.device)
     fits = size // 2
@@ -30,7 +30,7 @@ def describe_too_large(classifier: Classifier, data: ImageData, hardware: Resolv
         return f"{problem}, and neither does one image: use smaller images, or a smaller network"
     return (
         f"{problem}, but {fits} do: set model.{name}.recipe.batch_size={fits * processes}, "
-        f"or model.{name}.recipe.accumulate={math.ceil(images_per_process / fits)} to keep the batch size"
+        f"or model.{name}.recipe.accumulate_grad_batches={math.ceil(images_per_process / fits)} to keep the batch size"
     )
 
 
@@ -39,7 +39,7 @@ def describe_too_small(classifier: Classifier) -> str:
     name = type(classifier).__name__.lower()
     return (
         f"{name}: batch norm can't be trained on one image at a time: raise model.{name}.recipe.batch_size, or lower "
-        f"model.{name}.recipe.accumulate"
+        f"model.{name}.recipe.accumulate_grad_batches"
     )
 
 

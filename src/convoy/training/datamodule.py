@@ -131,7 +131,7 @@ class ImageData(LightningDataModule):
             world_size: Number of processes that train together.
         """
         self.rank, self.world_size = rank, world_size
-        balanced = self.recipe.balance == "sampler"
+        balanced = self.recipe.class_balance == "sampler"
         self.sampler = BatchSampler(
             self.train.labels, self.recipe.batch_size, self.seed, balanced=balanced, rank=rank, world_size=world_size
         )
@@ -163,7 +163,7 @@ class ImageData(LightningDataModule):
     @property
     def micro_batch_size(self) -> int:
         """Return the micro-batch size, the number of images that this process computes the gradient of at a time."""
-        return math.ceil(self.sampler.batch_size / self.world_size / self.recipe.accumulate)
+        return math.ceil(self.sampler.batch_size / self.world_size / self.recipe.accumulate_grad_batches)
 
     def train_dataloader(self) -> "StepLoader":
         """Return a loader of ranges of the remaining steps of the epoch."""

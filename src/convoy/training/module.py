@@ -65,15 +65,15 @@ class ClassifierModule(lightning.LightningModule):
         self.checkpoint = checkpoint
         self.on_epoch_end = on_epoch_end
         self.recipe = classifier.recipe
-        if self.recipe.body_lr == 0:
+        if self.recipe.backbone_lr_scale == 0:
             freeze_backbone(classifier)
         # The exponential moving average of the weights, if the recipe asks for one.
-        self.average = copy.deepcopy(classifier).requires_grad_(False) if self.recipe.ema else None
+        self.average = copy.deepcopy(classifier).requires_grad_(False) if self.recipe.ema_decay else None
         heads = classifier.weighted_heads
         self.weighted_heads = torch.compile(heads) if hardware.compile else heads
         classes = len(classifier.info.classes)
         weights = None
-        if self.recipe.balance == "loss":
+        if self.recipe.class_balance == "weighted_loss":
             weights = torch.tensor(compute_class_weights(data.train.labels, classes), dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
         self.max_loss = MAX_LOSS_RATIO * math.log(max(2, classes))
@@ -125,7 +125,7 @@ class ClassifierModule(lightning.LightningModule):
         """Raise ValueError if the contents of a checkpoint cannot be a state of this training."""
         loaded = State(**state)
         if (loaded.average is None) != (self.average is None):
-            raise ValueError("average: recipe.ema is enabled in only one of the two trainings")
+            raise ValueError("average: recipe.ema_decay is enabled in only one of the two trainings")
         # Divide the batch among the processes as in training, so that a step has the same number of images.
         processes = self.hardware.devices * self.hardware.nodes
         batch_size = self.data.sampler.batch_size // processes * processes
@@ -190,7 +190,7 @@ class ClassifierModule(lightning.LightningModule):
         """Switch to training mode, except for the batch norms of a frozen backbone."""
         self.sync = ProcessSync(self.trainer.strategy, self.data.step)
         self.classifier.train()
-        if self.recipe.body_lr == 0:
+        if self.recipe.backbone_lr_scale == 0:
             freeze_running_statistics(self.classifier)
 
     def training_step(self, steps: range) -> None:
@@ -256,7 +256,7 @@ class ClassifierModule(lightning.LightningModule):
     # Optimizer step
 
     def _lr_fraction(self, global_step: int) -> float:
-        return compute_lr_fraction(global_step, self.total_steps, self.recipe.warmup)
+        return compute_lr_fraction(global_step, self.total_steps, self.recipe.warmup_fraction)
 
     def _step(self, step: int) -> None:
         recipe = self.recipe
@@ -265,16 +265,16 @@ class ClassifierModule(lightning.LightningModule):
         self._set_lr(global_step)
         pixels, labels = self.data.batch(step)
         total = torch.zeros((), device=self.device)
-        for micro_batch in split_batch(pixels, labels, recipe.accumulate):
+        for micro_batch in split_batch(pixels, labels, recipe.accumulate_grad_batches):
             loss = self.compute_loss(*micro_batch) / len(labels)
             self.manual_backward(loss)
             total += loss.detach()
-        if recipe.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), recipe.clip_norm)
+        if recipe.grad_clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), recipe.grad_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            update_ema(self.average, self.classifier, min(recipe.ema, (1 + global_step) / (10 + global_step)))
+            update_ema(self.average, self.classifier, min(recipe.ema_decay, (1 + global_step) / (10 + global_step)))
         is_unchanged = (self.first_bad_step >= 0) | (total < self.max_loss)
         self.first_bad_step = torch.where(is_unchanged, self.first_bad_step, global_step)
         self.data.step = step + 1

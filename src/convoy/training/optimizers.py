@@ -18,7 +18,7 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     recipe = classifier.recipe
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        lr_scale = 1.0 if classifier.is_in_head(name) else recipe.body_lr
+        lr_scale = 1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault((lr_scale, decay), []).append(parameter)
@@ -36,7 +36,7 @@ def optimizer_state_keys(recipe: RecipeConfig) -> set[str]:
     return {"momentum_buffer"} if recipe.momentum else set()
 
 
-def compute_lr_fraction(step: int, steps: int, warmup: float) -> float:
+def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
     """Compute the learning rate at a step, as a fraction of the peak learning rate.
 
     It rises linearly during the warm-up and then follows a cosine to 0 (Loshchilov & Hutter 2017, without restarts).
@@ -44,12 +44,12 @@ def compute_lr_fraction(step: int, steps: int, warmup: float) -> float:
     Args:
         step: Step, from 0.
         steps: Number of steps of the complete training.
-        warmup: Fraction of the steps used for the warm-up, in [0, 1].
+        warmup_fraction: Fraction of the steps used for the warm-up, in [0, 1].
 
     Returns:
         The fraction, in [0, 1].
     """
-    warm = warmup * steps
+    warm = warmup_fraction * steps
     if step < warm:
         return (step + 1) / (warm + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from convoy.core.artifact_names import RECORD
 from convoy.core.config import describe_validation_error
 from convoy.core.errors import ConvoyError
+from convoy.core.renamed_settings import rename_model_settings
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.recipe import TrainConfig
 
@@ -39,6 +40,7 @@ class DatasetVersion:
     digest: str  # at most 36 characters; name and digest together identify the data in MLflow
     source: str  # where it comes from, such as "data.dvc"
     profile: Mapping[str, int]  # counts of images, classes, train, val, test, ...
+    split_seed: int  # of the random splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,8 @@ class FailureInfo:
         """Return the message for the user, which suggests how to fix the failure."""
         return (
             f"{architecture} failed in epoch {self.epoch}, step {self.step}, at a learning rate of {self.lr:.3g}: "
-            f"{self.reason}. Lower model.{architecture}.recipe.lr, lengthen its warmup or set its clip_norm to 1.0"
+            f"{self.reason}. Lower model.{architecture}.recipe.lr, raise its warmup_fraction or set its grad_clip_norm "
+            "to 1.0"
         )
 
 
@@ -97,7 +100,6 @@ class TrainingRecord(BaseModel):
     format: Literal[2] = 2
     architecture: str
     settings: dict[str, Any]  # of the architecture, as in params.yaml
-    seed: int
     train: TrainConfig
     trainer: ResolvedTrainer
     dataset_info: DatasetInfo
@@ -163,6 +165,13 @@ class TrainingRecord(BaseModel):
 def _upgrade(found: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a record of format 1."""
     record = {RENAMED.get(name, name): value for name, value in found.items()}
+    # One seed was that of the splits and of the training.
+    seed = record.pop("seed", None)
+    for name, more in (("train", {"seed": seed}), ("data", {"split_seed": seed})):
+        if isinstance(record.get(name), dict):
+            record[name] |= more
+    if isinstance(record.get("settings"), dict):
+        record["settings"] = rename_model_settings(record["settings"])
     start = record.get("initial_weights", {"init": "unknown"})
     if isinstance(start, dict) and start.get("init") != "scratch":
         # Early records do not say what the initial weights had been trained on.

@@ -173,8 +173,8 @@ def list_excluded(excluded: pd.DataFrame) -> str:
         return ""
     text = (
         f"Excluded, because they would leak between splits and make the metrics too good:"
-        f" {format_count(len(excluded), 'image')}. preprocess.near_duplicate in conf/config.yaml sets how similar"
-        " near-duplicates are."
+        f" {format_count(len(excluded), 'image')}. preprocess.near_duplicate_threshold in conf/config.yaml sets how"
+        " similar near-duplicates are."
     )
     return join_paragraphs(text, _list_rows(excluded[["path", "label", "reason"]], "excluded.csv"))
 

@@ -174,7 +174,7 @@ def test_full_disk_is_no_damaged_database(
 def test_failing_disk_is_no_damaged_database(tmp_path: Path, empty_database: Path, embedded_store: None) -> None:
     shutil.copy(empty_database, tmp_path)
     with (
-        pytest.raises(ConvoyError, match=r"The disk that mlflow.db is on fails or is full") as found,
+        pytest.raises(ConvoyError, match=r"The disk that mlflow.db is on is full or fails") as found,
         open_project_store(tmp_path),
     ):
         raise sqlite3.OperationalError("disk I/O error")

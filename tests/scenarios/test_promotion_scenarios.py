@@ -268,7 +268,7 @@ def test_best_champion_ever_counts_despite_later_verdicts(root: Path, retrain: R
     retrain("poor")  # rejected now, as it has come again
     retrain("similar", "register.gate.mode=non_inferior", "register.gate.margin=0.2")
     verdict = (root / "artifacts/verdict.md").read_text()
-    assert "than the best champion ever, lenet (version 2)" in verdict
+    assert "than the best champion so far, lenet (version 2)" in verdict
     with open_store(root, "convoy") as store:
         champions = {event.after for event in champion.promotion_events(store, "convoy")}
         assert {1, 2} <= champions
@@ -400,7 +400,7 @@ def test_champion_trained_on_a_test_image_is_an_error(root: Path, retrain: Retra
     answers.to_parquet(predictions, index=False)
     renew_manifest(predictions.parent)
     path = images.loc[other, "path"]
-    with pytest.raises(ConvoyError, match=rf"was trained on 1 of the .* test images, {path} among them"):
+    with pytest.raises(ConvoyError, match=rf"was trained on 1 of the .* test images, such as {path}"):
         retrain("good")
     assert read_aliases(root) == {CHAMPION: 1}
     table = pd.read_csv(root / "artifacts/register/leaderboard.csv")
@@ -426,7 +426,7 @@ def test_champion_that_began_with_a_test_image_is_an_error(root: Path, retrain: 
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
             retrain("similar")
         with open_store(root, "convoy") as store:
-            found = check_champion.describe(store, "convoy")
+            found = check_champion.describe_champion(store, "convoy")
         assert found is not None
         with pytest.raises(ConvoyError, match=r"\(version 2\) was trained on 1 of the"):
             check_champion.check(prepared, found)
@@ -450,7 +450,7 @@ def test_another_split_is_refused_before_training(root: Path, retrain: Retrain) 
         prepare_again(root, "preprocess.test_fraction=0.5")
     said = str(refusal.value)
     assert said.startswith("the champion lenet (version 1) was trained on ")
-    assert re.search(r" of the \d+ test images, data/\w+/\d+\.png among them", said)
+    assert re.search(r" of the \d+ test images, such as data/\w+/\d+\.png", said)
     assert "begin without a champion under another register.name" in said
     assert {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()} == before
 

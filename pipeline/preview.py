@@ -22,6 +22,7 @@ from convoy.data.sources.folder import NoLabelsError, list_file_sets, read_file_
 from convoy.data.sources.label_table import CSV_SUFFIXES, TABLE_SUFFIXES
 
 MAX_ENTRIES = 10_000
+# Processor time, so that what is found hardly depends on what else the machine does.
 MAX_LISTING_S = 1.0
 MAX_TOTAL_S = 2.0
 MAX_OPENED_IMAGES = 100
@@ -63,7 +64,7 @@ def preview_source(path: Path) -> Preview:
         ConvoyError: If there is nothing that convoy can learn from: the source is broken or empty, or has no labels,
             several labels for each image, a single class, or no image that can be opened.
     """
-    deadline = time.monotonic() + MAX_TOTAL_S
+    deadline = time.process_time() + MAX_TOTAL_S
     limit = ListingLimit(MAX_ENTRIES, MAX_LISTING_S)
     file_sets = _list(path, limit)
     count = sum(1 for files in file_sets for _ in files.paths)
@@ -153,7 +154,7 @@ def _count(source: Source, deadline: float) -> _Tally:
     tally = _Tally(dict.fromkeys(source.classes, 0))
     previous = Sample("", "", "", "", "")
     for sample in source.samples:
-        if time.monotonic() > deadline and tally.opened:
+        if time.process_time() > deadline and tally.opened:
             tally.is_complete = False
             break
         if isinstance(sample.content, InvalidImageError):

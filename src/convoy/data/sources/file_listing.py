@@ -66,19 +66,21 @@ class FileSet:
 class ListingLimit:
     """A limit on how many files are listed, for a first look at a source of any size.
 
+    Time is that of the processor, so that what is found hardly depends on what else the machine does.
+
     Args:
         max_entries: The number of files in all folders, and of entries in tar archives.
-        max_seconds: The time after which nothing more is listed.
+        max_seconds: The processor time after which nothing more is listed.
     """
 
     def __init__(self, max_entries: float = math.inf, max_seconds: float = math.inf) -> None:
-        self.remaining, self.deadline = max_entries, time.monotonic() + max_seconds
+        self.remaining, self.deadline = max_entries, time.process_time() + max_seconds
         self.is_reached = False
 
     def take(self, items: Iterable[Item]) -> Iterator[Item]:
         """Yield items until the limit is reached."""
         for item in items:
-            if self.remaining <= 0 or time.monotonic() > self.deadline:
+            if self.remaining <= 0 or time.process_time() > self.deadline:
                 self.is_reached = True
                 return
             self.remaining -= 1
@@ -89,7 +91,7 @@ class ListingLimit:
 
         A few files of each folder are always among them, so that no class and no split is missed.
         """
-        if time.monotonic() > self.deadline:
+        if time.process_time() > self.deadline:
             self.is_reached = True
             return []
         if len(paths) > self.remaining:

@@ -100,7 +100,7 @@ def find_or_register(store: TrackingStore, name: str, result: TrainedResult, run
         "record": result.trained / RECORD,
         "weights": result.trained / WEIGHTS,
         "calibration": result.evaluated / CALIBRATION,
-        "seen": prepared / TRAINING_HASHES,
+        "training_hashes": prepared / TRAINING_HASHES,
     }
     with model_loader.temporary(str(result.trained), store.scratch) as scratch:
         version = versions.register(

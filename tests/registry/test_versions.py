@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
+from convoy.core.artifact_names import TRAINING_HASHES
 from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.registry import model_loader, versions
@@ -99,6 +100,14 @@ def test_registered_model_belongs_to_its_run(root: Path) -> None:
         assert [(point.key, point.value, point.step) for point in model.metrics or []] == [("val/accuracy", 0.5, 1)]
         assert [each.model_id for each in store.client.get_run(run_id).outputs.model_outputs] == [model.model_id]
         assert store.client.get_model_version("convoy", "1").run_id == run_id
+
+
+@pytest.mark.parametrize("name", [TRAINING_HASHES, "seen.txt"])
+def test_training_hashes_are_read_under_both_names(name: str, root: Path) -> None:
+    (root / "left" / name).write_text("0123\n4567\n")
+    register_trained(root)
+    with open_store(root, "convoy") as store:
+        assert model_loader.training_hashes(store.client.get_model_version("convoy", "1")) == ["0123", "4567"]
 
 
 def test_no_model_is_written_where_temporary_files_are(

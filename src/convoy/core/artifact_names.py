@@ -10,7 +10,7 @@ IMAGE_TABLE = "images.parquet"
 DATASET_INFO = "task.json"
 DATA_PROFILE = "data.json"
 # The sha256 checksums of the images for training and validation, one a line.
-TRAINING_HASHES = "seen.txt"
+TRAINING_HASHES = "training_images.sha256"
 # Pairs of a test image and its near-duplicate among the other images, by checksum.
 CROSS_SPLIT_DUPLICATES = "cross_split_duplicates.parquet"
 

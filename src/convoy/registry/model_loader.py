@@ -34,6 +34,8 @@ from convoy.training.record import TrainingRecord
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 # Files of a training that another training can start from.
 START_FILES = (RECORD, WEIGHTS)
+# Name of `TRAINING_HASHES` in models that were registered with a training record of format 1.
+EARLIER_TRAINING_HASHES = "seen.txt"
 # Largest accepted difference of a probability between machines and batch sizes.
 TOLERANCE = 1e-4
 # Time limit of the process that predicts a few hundred images.
@@ -223,8 +225,10 @@ def all_training_hashes(store: TrackingStore, version: ModelVersion) -> list[str
 
 def training_hashes(version: ModelVersion) -> list[str] | None:
     """Return the sha256 of the images used to train and select a version, or `None` if they were not recorded."""
-    file = f"artifacts/{TRAINING_HASHES}"
-    if file not in json.loads(version.tags.get(CHECKSUMS_TAG, "{}")):
+    recorded = json.loads(version.tags.get(CHECKSUMS_TAG, "{}"))
+    names = [f"artifacts/{name}" for name in (TRAINING_HASHES, EARLIER_TRAINING_HASHES)]
+    file = next((name for name in names if name in recorded), None)
+    if file is None:
         return None
     with temporary(f"models:/{version.name}/{version.version}") as scratch:
         fetch(version, scratch, [file])

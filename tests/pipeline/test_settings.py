@@ -359,6 +359,7 @@ ADOPTED = [
         "dataset.name='a: b # c'",
     ],
     ["model=[vgg,resnet,lenet,alexnet,googlenet]"],
+    ["model.resnet.recipe.momentum=0.8", "model.vgg.recipe.class_balance=weighted_loss"],
 ]
 
 
@@ -397,6 +398,20 @@ def test_adopting_changes_the_lines_that_it_must(project_conf: Path) -> None:
         "  blocks: [1, 1, 1, 1] # of each of four stages; 1 to 36 each",
         "longest_side: 64 # pixels; 1 or more",
     }
+
+
+def test_setting_of_the_shared_recipe_is_adopted_for_one_model(project_conf: Path) -> None:
+    config.compose(project_conf, ["model.lenet.recipe.lr=0.01", "model.lenet.recipe.augment.hflip=true"])
+    before = {file: file.read_text() for file in (project_conf / "conf").rglob("*.yaml")}
+    compose_project(project_conf, adopt=True)
+    file = project_conf / "conf/model/lenet.yaml"
+    assert file.read_text() == before.pop(file) + (
+        "  recipe:\n"
+        "    lr: 0.01 # maximum learning rate; 0.001 to 0.3\n"
+        "    augment:\n"
+        "      hflip: true # random horizontal flips; true for photographs, false for digits\n"
+    )
+    assert {other: other.read_text() for other in before} == before
 
 
 def test_nothing_is_adopted_where_conf_is_composed_already(project_conf: Path) -> None:

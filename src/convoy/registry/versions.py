@@ -39,6 +39,7 @@ SERVED_BY = (
     "core/config.py",
     "core/errors.py",
     "core/hashing.py",
+    "core/renamed_settings.py",
     "data/__init__.py",
     "data/image_io.py",
     "data/packed/__init__.py",

@@ -3,17 +3,8 @@
 import json
 from pathlib import Path
 
-import torch
-
-from convoy import models
 from convoy.core.artifact_names import DATASET_INFO
-from convoy.data.packed.arrays import Images
-from convoy.data.packed.dataset_info import DatasetInfo
-from convoy.recipe import TrainConfig
-from convoy.reporting import report
-from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
-from convoy.training.datamodule import ImageData
-from convoy.training.hardware import TrainerConfig, resolve_trainer
+from convoy.core.errors import ConvoyError, suggest
 from pipeline.stage import Stage
 
 
@@ -24,10 +15,28 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
         root: The project folder.
         architecture: The architecture; params.yaml has its settings.
         as_json: Whether to print a JSON object instead of a message.
+
+    Raises:
+        ConvoyError: If the architecture is unknown, or there are no prepared images.
     """
     stage = Stage(root, "train", architecture)
-    seed = stage.validate(TrainConfig, "train").seed
+    if architecture not in (known := list(stage.params["model"])):
+        raise ConvoyError(f"params.yaml has no model.{architecture}; {suggest(architecture, known)}")
     prepared = stage.input("preprocess")
+
+    # torch takes seconds to import.
+    import torch
+
+    from convoy import models
+    from convoy.data.packed.arrays import Images
+    from convoy.data.packed.dataset_info import DatasetInfo
+    from convoy.recipe import TrainConfig
+    from convoy.reporting import report
+    from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
+    from convoy.training.datamodule import ImageData
+    from convoy.training.hardware import TrainerConfig, resolve_trainer
+
+    seed = stage.validate(TrainConfig, "train").seed
     torch.manual_seed(seed)
     settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)
     classifier = models.build(architecture, settings, info)

@@ -5,9 +5,6 @@ from pathlib import Path
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
-from convoy.promotion import migrate
-from convoy.tracking import ui_views
-from convoy.tracking.store import open_store
 
 
 def migrate_to_server(root: Path) -> None:
@@ -21,6 +18,11 @@ def migrate_to_server(root: Path) -> None:
     """
     if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         raise ConvoyError("set the target: export MLFLOW_TRACKING_URI=http://server:5000")
+    # MLflow takes seconds to import.
+    from convoy.promotion import migrate
+    from convoy.tracking import ui_views
+    from convoy.tracking.store import open_store
+
     name = config.load(root / "params.yaml")["register"]["name"]
     with open_store(root, name) as server:
         lines = 0

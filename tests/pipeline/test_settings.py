@@ -86,9 +86,9 @@ def commit(root: Path, *paths: str) -> None:
     run_git(root, "commit", "--quiet", "--message", "next")
 
 
-def compose_project(root: Path, **options: bool) -> dict[str, Any]:
+def compose_project(root: Path, *overrides: str, **options: bool) -> dict[str, Any]:
     """Compose as the main command does."""
-    return compose(root, lambda params: None, **options)
+    return compose(root, lambda params: None, overrides, **options)
 
 
 def run_experiment(root: Path, name: str, *overrides: str) -> None:
@@ -213,6 +213,35 @@ def test_run_that_was_killed_while_it_wrote_is_completed(
         compose_project(root)
     edit_conf(root, 6)
     assert_composes(root, 6)
+
+
+# Overrides
+
+
+def test_overrides_hold_for_one_run(fresh_clone: Path) -> None:
+    before = config.load(fresh_clone / "params.yaml")
+    assert list(compose_project(fresh_clone, "model=lenet", "train.epochs=4")["model"]) == ["lenet"]
+    assert config.load(fresh_clone / "params.yaml")["train"]["epochs"] == 4
+    assert compose_project(fresh_clone, "seed=2")["train"] == before["train"]
+    assert compose_project(fresh_clone) == before
+
+
+def test_overrides_do_not_discard_other_settings(fresh_clone: Path) -> None:
+    edit_params(fresh_clone, seed=5)
+    with pytest.raises(ConvoyError, match=r"\n  seed: 5 in params\.yaml, 1 in conf/\n"):
+        compose_project(fresh_clone, "train.epochs=4")
+    assert config.load(fresh_clone / "params.yaml")["seed"] == 5
+
+
+def test_overrides_are_adopted_afterwards(root: Path) -> None:
+    compose_project(root, "train.epochs=4")
+    compose_project(root, adopt=True)
+    assert compose_project(root)["train"]["epochs"] == 4
+
+
+def test_override_of_an_unknown_key_is_named(root: Path) -> None:
+    with pytest.raises(ConvoyError, match=r"^conf/ does not compose with train\.epoch=4: Could not override"):
+        compose_project(root, "train.epoch=4")
 
 
 # Experiments

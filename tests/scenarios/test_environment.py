@@ -35,6 +35,13 @@ def plan_install(root: Path, *arguments: str, **environment: str) -> str:
     return subprocess.run(command, cwd=root, env=inherited | environment, capture_output=True, text=True).stdout
 
 
+def test_unknown_variables_are_refused(checkout: Path) -> None:
+    command = ["make", "--dry-run", "repro", "model=resnet", "VENV=.venv"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "make knows no model, only PYTHON and VENV. Settings go to convoy: " in done.stderr
+
+
 def make_other_python(folder: Path) -> Path:
     """An interpreter that says it is of another version."""
     file = folder / "python"

@@ -26,7 +26,7 @@ from convoy.promotion.champion import (
     PromotionEvent,
     audit_log,
     complete_pending,
-    current,
+    current_version,
     roll_back,
     set_champion,
     was_rolled_back,
@@ -55,9 +55,9 @@ def read_aliases(store: TrackingStore) -> dict[str, int]:
 
 
 def test_champion_exists_after_the_first_promotion(store: TrackingStore) -> None:
-    assert current(store, NAME) is None
+    assert current_version(store, NAME) is None
     set_champion(store, NAME, make_promotion(None, 1))
-    assert current(store, NAME) == 1
+    assert current_version(store, NAME) == 1
     assert read_aliases(store) == {CHAMPION: 1}
 
 
@@ -89,7 +89,7 @@ def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> N
     else:
         store.client.delete_registered_model_alias(NAME, CHAMPION)
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
-        current(store, NAME)
+        current_version(store, NAME)
     with pytest.raises(ConvoyError, match="was version 1 when it was compared, and is none now"):
         set_champion(store, NAME, make_promotion(1, 2))
 
@@ -344,13 +344,13 @@ def test_killed_first_promotion_leaves_none_or_the_first(
             set_champion(store, NAME, make_promotion(None, 1))
         writes_left[0] = 10**9
         complete_pending(store, NAME)
-        if current(store, NAME) is not None:
+        if current_version(store, NAME) is not None:
             break
     assert writes > 1
     assert read_aliases(store) == {CHAMPION: 1}
     store.client.delete_registered_model_alias(NAME, CHAMPION)
     with pytest.raises(ConvoyError, match="had a champion and has none now"):
-        current(store, NAME)
+        current_version(store, NAME)
 
 
 def test_incomplete_verdict_does_not_count(store: TrackingStore, writes_left: list[int]) -> None:
@@ -399,7 +399,7 @@ def test_lock_of_a_dead_process_is_broken(store: TrackingStore, monkeypatch: pyt
     champion._acquire(store, f"{NAME}.moving", f"{champion.socket.gethostname()} {2**30} left")
     monkeypatch.undo()
     set_champion(store, NAME, make_promotion(None, 1))
-    assert current(store, NAME) == 1
+    assert current_version(store, NAME) == 1
 
 
 def test_lock_of_another_machine_is_not_broken() -> None:
@@ -444,7 +444,7 @@ def test_unreachable_registry_is_not_a_missing_champion(
 
     monkeypatch.setattr(MlflowClient, asked, down)
     with pytest.raises(MlflowException, match="the server is down"):
-        current(store, NAME)
+        current_version(store, NAME)
 
 
 def test_set_evaluations_are_counted_per_image_set(store: TrackingStore) -> None:

@@ -19,6 +19,7 @@ def start_ui(root: Path) -> None:
     print(f"  leaderboard  {leaderboard}\n  curves       {curves}", flush=True)
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
+    os.chdir(root)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
     # The server takes the place of this process, so that Ctrl-C ends it at once.
     os.execv(sys.executable, [*command, "--host", "127.0.0.1", "--port", "5000", "--workers", "1"])

@@ -96,7 +96,8 @@ def test_runs_share_a_few_parameters_and_tags(trained_project: Path, tmp_path: P
     sync(root)
     lenet, resnet = list_runs(root)
     assert set(lenet.data.params) == set(resnet.data.params)
-    assert len(lenet.data.params) <= 12
+    assert len(lenet.data.params) <= 13
+    assert (lenet.data.params["split.seed"], lenet.data.params["train.seed"]) == ("1", "1")
     assert lenet.data.params["recipe.lr"] == str(load_record(root, "lenet")["settings"]["recipe"]["lr"])
     assert lenet.data.params["init"] == "scratch"
     assert set(lenet.data.metrics) == set(resnet.data.metrics)

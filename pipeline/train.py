@@ -48,7 +48,7 @@ def train(stage: Stage) -> None:
     hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
     if hardware.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun, as README.md shows")
+        raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun (docs/training.md)")
     machine = describe_environment(hardware)
     data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))

@@ -26,6 +26,8 @@ Options:
 
 def main() -> None:
     """Run the command line of the nearest project, or explain that there is none."""
+    if sys.platform == "win32":
+        sys.exit("convoy: Windows is not supported: install WSL (`wsl --install`) and run convoy there")
     caller = Path.cwd()
     root = find_project(caller)
     if root is None:

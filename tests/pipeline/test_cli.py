@@ -13,6 +13,7 @@ import yaml
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from convoy import launcher
 from convoy.core import config
 from convoy.launcher import CALLER_FOLDER, find_project
 from pipeline.cli import app, main
@@ -164,6 +165,12 @@ def test_launcher_imports_the_standard_library_only() -> None:
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); {code}"]
     imported = set(yaml.safe_load(subprocess.check_output(command, text=True)))
     assert imported - set(sys.stdlib_module_names) <= {"__main__", "convoy"}
+
+
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"^convoy: Windows is not supported: install WSL"):
+        launcher.main()
 
 
 # The project

@@ -21,6 +21,7 @@ from convoy.core.errors import ConvoyError
 from convoy.data.preprocessing import PreprocessConfig
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion.config import GateConfig
+from convoy.recipe import RecipeConfig
 from model_settings import load_model_settings
 from small_project import ROOT
 
@@ -93,6 +94,28 @@ def test_number_passes_exactly_if_it_is_in_its_range(value: int) -> None:
     else:
         with pytest.raises(ConvoyError, match=r"seed=-\d+: input should be greater than or equal to 0"):
             validate(NonNegativeInt, value, "seed")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", 0),
+        ("accumulate_grad_batches", 0),
+        ("lr", 0.0),
+        ("backbone_lr_scale", 1.1),
+        ("momentum", 1.0),
+        ("weight_decay", -0.1),
+        ("warmup_fraction", 1.1),
+        ("label_smoothing", 1.1),
+        ("grad_clip_norm", -0.1),
+        ("ema_decay", 1.0),
+    ],
+)
+def test_number_of_a_recipe_out_of_its_range_is_refused(key: str, value: float) -> None:
+    recipe = make_lenet_settings()["recipe"]
+    validate(RecipeConfig, recipe, "recipe")
+    with pytest.raises(ConvoyError, match=rf"^recipe\.{key}={value}: input should be"):
+        validate(RecipeConfig, recipe | {key: value}, "recipe")
 
 
 @config.schema

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 from sklearn import metrics
 
-from convoy.evaluation.calibration import apply_temperature
+from convoy import models
+from convoy.data.packed.arrays import Images
+from convoy.evaluation.calibration import apply_temperature, fit_temperature
 from convoy.evaluation.metrics import (
     CALIBRATION_BINS,
     calibration_error,
@@ -20,6 +22,8 @@ from convoy.evaluation.metrics import (
     prediction_table,
     slice_metrics,
 )
+from convoy.models.base import predict
+from convoy.training.record import TrainingRecord
 from pipeline.evaluate import evaluate
 from pipeline.stage import Stage
 from small_project import SMALL, make_project, run_stages
@@ -366,6 +370,15 @@ def test_temperature_never_makes_validation_worse(trained_project: Path) -> None
     found = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())
     assert found["val_log_loss"] <= found["val_log_loss_uncalibrated"]
     assert 0.05 <= found["temperature"] <= 20
+
+
+def test_temperature_is_fitted_to_the_validation_images(trained_project: Path) -> None:
+    found = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())
+    val = Images.load(trained_project / "artifacts/preprocess", "val")
+    record = TrainingRecord.load(trained_project / "artifacts/train/lenet/record.json")
+    weights = trained_project / "artifacts/train/lenet/weights.safetensors"
+    classifier = models.restore("lenet", record.settings, record.dataset_info, weights)
+    assert found["temperature"] == pytest.approx(fit_temperature(val.labels, predict(classifier, val.pixels, 16)))
 
 
 def test_repeated_evaluation_is_bit_identical(trained_project: Path) -> None:

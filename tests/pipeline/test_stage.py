@@ -294,6 +294,16 @@ def test_processes_that_train_together_know_their_rank(
     assert Stage(root, "train", "lenet").rank == rank
 
 
+def test_only_the_process_of_rank_0_publishes_its_outputs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stage(root, "fetch").run(write_hello)
+    monkeypatch.setenv("RANK", "1")
+    other = Stage(root, "fetch")
+    other.on_published.append(lambda: pytest.fail("published"))
+    other.run(lambda stage: (stage.scratch / "hello.txt").write_text("hello from another process"))
+    assert (root / "artifacts/fetch/hello.txt").read_text() == "hello"
+    assert not other.scratch.exists()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_stage_exits_nonzero_and_leaves_no_output(root: Path, number: int, status: int) -> None:
     code = (

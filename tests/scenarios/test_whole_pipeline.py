@@ -10,11 +10,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
+from convoy.models.base import Classifier
 from convoy.tracking.store import open_store
 from pipeline import dvc_state
 from pipeline.check_settings import check_settings
@@ -476,3 +479,24 @@ def test_checkpoint_of_other_settings_is_not_resumed(
         with pytest.raises(KeyboardInterrupt):
             Stage(root, "train", "lenet").run(train)
     assert files[0] == files[1] != files[2]
+
+
+def test_seed_determines_the_initial_weights(
+    finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(
+        finished_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
+    )
+    begun: list[Tensor] = []
+
+    def note(classifier: Classifier, *_: object) -> None:
+        begun.append(torch.cat([parameter.detach().flatten() for parameter in classifier.parameters()]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.train.fit", note)
+    for overrides in (SMALL, SMALL, (*SMALL, "train.seed=2")):
+        config.compose(root, overrides)
+        with pytest.raises(KeyboardInterrupt):
+            Stage(root, "train", "lenet").run(train)
+    assert torch.equal(begun[0], begun[1])
+    assert not torch.equal(begun[0], begun[2])

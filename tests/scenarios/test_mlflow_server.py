@@ -374,7 +374,7 @@ def test_migrated_store_continues_on_the_server(
     Stage(restore_training(root, "similar", "register.name=moved"), "register").run(register)
     assert "version 2 stays the champion" in capsys.readouterr().out
     assert list_versions(server_address, "moved") == [1, 2, 3]
-    assert_complete_runs(server_address, "moved", [*results, root / "kept/alike"])
+    assert_complete_runs(server_address, "moved", [*results, root / "kept/similar"])
     run_command("rollback", "--reason", "it fails at night")
     assert read_aliases(server_address, "moved")[CHAMPION] == 1
 

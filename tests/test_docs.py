@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from convoy import models
 from convoy.core import config
+from pipeline.check_settings import check_settings
 from pipeline.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,14 @@ def test_convoy_commands_and_their_options_exist(page: Path) -> None:
             # With --help, options are checked and nothing is run.
             result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--help"])
             assert result.exit_code == 0, f"{command}: {result.output}"
+
+
+def test_overrides_of_documented_runs_are_valid_settings() -> None:
+    commands = {command for page in PAGES for command in list_commands(page) if command.startswith("convoy run ")}
+    assert len(commands) > 3
+    for command in commands:
+        overrides = [word for word in shlex.split(command)[2:] if not word.startswith("--")]
+        check_settings(config.parse(config.compose_text(ROOT, overrides)))
 
 
 @every_current_page

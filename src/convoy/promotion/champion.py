@@ -95,9 +95,8 @@ def check_champion_note(champions: Path, name: str) -> None:
     if note.exists():
         raise ConvoyError(
             f"model {name} had a champion ({note.read_text().strip()}), of which this MLflow knows nothing: nothing is "
-            "promoted. Put the lost store back, or copy the champion from mlflow.db to the server by `python -m "
-            f"pipeline.migrate_mlflow`. If it is lost for good, remove {note}: the next run then begins without a "
-            "champion"
+            "promoted. Put the lost store back, or copy the champion from mlflow.db to the server by `convoy migrate`. "
+            f"If it is lost for good, remove {note}: the next run then begins without a champion"
         )
 
 

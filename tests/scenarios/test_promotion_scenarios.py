@@ -451,7 +451,7 @@ def test_another_split_is_refused_before_training(root: Path, retrain: Retrain) 
     said = str(refusal.value)
     assert said.startswith("the champion lenet (version 1) was trained on ")
     assert re.search(r" of the \d+ test images, such as data/\w+/\d+\.png", said)
-    assert "begin without a champion under another register.name" in said
+    assert "start without a champion under another register.name" in said
     assert {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()} == before
 
     prepare_again(root, "preprocess.test_fraction=0.5", "register.name=afresh")

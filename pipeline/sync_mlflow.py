@@ -42,7 +42,6 @@ class TrainedResult:
 
     def record(self) -> TrainingRecord:
         """Load the training record."""
-        """Load the training record."""
         return TrainingRecord.load(self.trained / RECORD)
 
 

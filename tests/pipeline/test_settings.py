@@ -372,6 +372,14 @@ def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> Non
     assert ((project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()) == before
 
 
+@pytest.mark.parametrize("experiment", ["photographs", "finetune"])
+def test_experiment_with_settings_of_an_unchosen_model(experiment: str, project_conf: Path) -> None:
+    with pytest.raises(
+        ConvoyError, match=r"conf/model/(alexnet|resnet)\.yaml is not chosen: choose it with the others"
+    ):
+        compose(project_conf, check_settings, [f"experiment={experiment}", "model=[lenet]"])
+
+
 # Adoption
 
 ADOPTED = [

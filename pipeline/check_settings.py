@@ -62,6 +62,6 @@ def check_model_list(models: Mapping[str, Any]) -> None:
         recipe = values.get("recipe") if isinstance(values, Mapping) else None
         if isinstance(recipe, Mapping) and "batch_size" not in recipe:
             raise ConvoyError(
-                f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose it "
-                f"with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the experiment"
+                f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose "
+                f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the experiment"
             )

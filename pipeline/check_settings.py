@@ -63,5 +63,6 @@ def check_model_list(models: Mapping[str, Any]) -> None:
         if isinstance(recipe, Mapping) and "batch_size" not in recipe:
             raise ConvoyError(
                 f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose "
-                f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the experiment"
+                f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the "
+                "experiment"
             )

@@ -222,15 +222,15 @@ def test_overrides_hold_for_one_run(fresh_clone: Path) -> None:
     before = config.load(fresh_clone / "params.yaml")
     assert list(compose_project(fresh_clone, "model=lenet", "train.epochs=4")["model"]) == ["lenet"]
     assert config.load(fresh_clone / "params.yaml")["train"]["epochs"] == 4
-    assert compose_project(fresh_clone, "seed=2")["train"] == before["train"]
+    assert compose_project(fresh_clone, "split.seed=2")["train"] == before["train"]
     assert compose_project(fresh_clone) == before
 
 
 def test_overrides_do_not_discard_other_settings(fresh_clone: Path) -> None:
     edit_params(fresh_clone, seed=5)
-    with pytest.raises(ConvoyError, match=r"\n  seed: 5 in params\.yaml, 1 in conf/\n"):
+    with pytest.raises(ConvoyError, match=r"\n  split\.seed: 5 in params\.yaml, 1 in conf/\n"):
         compose_project(fresh_clone, "train.epochs=4")
-    assert config.load(fresh_clone / "params.yaml")["seed"] == 5
+    assert config.load(fresh_clone / "params.yaml")["split"]["seed"] == 5
 
 
 def test_overrides_are_adopted_afterwards(root: Path) -> None:

@@ -376,7 +376,7 @@ def test_failed_training_is_marked_and_the_others_continue(tmp_path: Path, capsy
     assert table["model"].tolist() == ["lenet", "resnet"]
     assert table["test_accuracy"].isna().tolist() == [False, True]
 
-    print_summary(root, config.load(root / "params.yaml"))
+    print_summary(root)
     shown = capsys.readouterr().out
     assert "failed" in shown
     best, epoch = table.loc[0, ["val_accuracy", "epoch"]]

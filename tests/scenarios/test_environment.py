@@ -36,7 +36,7 @@ def plan_install(root: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_unknown_variables_are_refused(checkout: Path) -> None:
-    command = ["make", "--dry-run", "repro", "model=resnet", "VENV=.venv"]
+    command = ["make", "--no-print-directory", "--dry-run", "repro", "model=resnet", "VENV=.venv"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "make knows no model, only PYTHON and VENV. Settings go to convoy: " in done.stderr

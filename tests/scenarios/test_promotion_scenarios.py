@@ -530,7 +530,7 @@ def test_images_of_other_classes_are_refused_before_training(root: Path, retrain
     old = check_champion.find_champion(root, "convoy")
     assert old is not None
     check_champion.check(root / "artifacts/preprocess", old)
-    with pytest.raises(ConvoyError, match=r"no test image of a class that both .* know.*Give another data set a name"):
+    with pytest.raises(ConvoyError, match=r"no test image of a class that both .* know.*Give the new data set a name"):
         check_champion.check(root / "artifacts/preprocess", dataclasses.replace(old, classes=["rose", "tulip"]))
 
 

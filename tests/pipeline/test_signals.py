@@ -337,8 +337,9 @@ def test_run_ended_by_a_random_signal_is_completed_by_the_next(tmp_path: Path) -
             time.sleep(0.2 + takes * moments.random())
             running.send_signal(ended_by := ENDING[number % len(ENDING)])
             _, said = running.communicate(timeout=60)
-        assert running.returncode in (STATUS[ended_by], 0), said
-        assert "Traceback" not in said
+        # A busy machine may not have started Python yet; then the signal itself ends the process.
+        assert running.returncode in (STATUS[ended_by], -ended_by, 0), said
+        assert "Traceback" not in said or running.returncode == -ended_by
         assert "Exception ignored" not in said
         assert not [process for process in psutil.process_iter() if runs_in(process, root)]
     wait_for_success(root)

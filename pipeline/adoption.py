@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,11 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
     """
     if not _differences(root, wanted):
         return
-    before = {file: file.read_bytes() for file in (root / "conf").rglob("*.yaml")}
     names = list(wanted["model"])
     unknown = [name for name in names if not (root / f"conf/model/{name}.yaml").exists()]
     if unknown:
         raise ConvoyError(f"params.yaml has model.{unknown[0]}, for which there is no conf/model/{unknown[0]}.yaml")
-    try:
+    with restore_on_error((root / "conf").rglob("*.yaml")) as before:
         _choose_experiment(root, wanted)
         present = config.parse(config.compose_text(root))
         for group in ("dataset", "trainer"):
@@ -81,13 +80,28 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
                 f"conf/ can't be made to compose to params.yaml, as no file there sets {', '.join(left)}: edit conf/"
                 " yourself, or discard these settings by `convoy settings compose`"
             )
-    except BaseException:
-        for file, content in before.items():
-            file.write_bytes(content)
-        raise
     for file, content in before.items():
         if file.read_bytes() != content:
             print(f"{file.relative_to(root)}: edited, as `git diff conf` shows")
+
+
+@contextlib.contextmanager
+def restore_on_error(files: Iterable[Path]) -> Iterator[dict[Path, bytes | None]]:
+    """Restore files, and remove those that are new, if an error is raised within the context.
+
+    Yields:
+        The present content of each file, None if it does not exist.
+    """
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
+    try:
+        yield before
+    except BaseException:
+        for file, content in before.items():
+            if content is None:
+                file.unlink(missing_ok=True)
+            else:
+                file.write_bytes(content)
+        raise
 
 
 def _differences(root: Path, wanted: Mapping[str, Any], *overrides: str) -> Differences:

@@ -153,22 +153,13 @@ def write_choice(
     Returns:
         The previous content of each file that changed, None for a new file; and the composed settings.
     """
-    watched = (*files, *(root / "conf").rglob("*.yaml"))
-    before = {file: file.read_bytes() if file.exists() else None for file in watched}
-    try:
+    with adoption.restore_on_error([*files, *(root / "conf").rglob("*.yaml")]) as before:
         for file, text in files.items():
             file.write_text(text, encoding="utf-8")
         if adoption.chosen(root, "dataset") != dataset:
             adoption.set_choice(root, "dataset", dataset)
         params = config.parse(config.compose_text(root))
         validate(DatasetConfig, params["dataset"], "dataset")
-    except BaseException:
-        for file, content in before.items():
-            if content is None:
-                file.unlink(missing_ok=True)
-            else:
-                file.write_bytes(content)
-        raise
     return {file: content for file, content in before.items() if file.read_bytes() != content}, params
 
 

@@ -49,7 +49,8 @@ def use(root: Path, source: str, name: str | None = None) -> None:
         dataset, files = choice.dataset_file(root, name, location)
         data_folder.check_replaceable(root)
         files |= choice.import_file(root, location)
-        preview = None if is_address else preview_source(path)
+        if not is_address:
+            preview = preview_source(path)
     else:
         dataset = choice.find_torchvision_set(root, source, name)
     committed, previous = choice.committed_files(root), choice.present_choice(root)

@@ -60,3 +60,8 @@ def run_stages(root: Path, *, since: str = "fetch", until: str = "register") -> 
     for stage, work, items in steps[stages.index(since) : stages.index(until) + 1]:
         for item in items:
             Stage(root, stage, item).run(work)
+
+
+def copy_without_mlflow(root: Path, target: Path) -> Path:
+    """Copy a project with its results, but without its MLflow store."""
+    return shutil.copytree(root, target, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))

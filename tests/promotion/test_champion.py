@@ -8,7 +8,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -33,7 +32,7 @@ from convoy.promotion.champion import (
 )
 from convoy.registry import versions as registry
 from convoy.tracking.store import TrackingStore, open_store
-from promotion_fixtures import REGISTRY_WRITES, SimulatedKill, make_promotion
+from promotion_fixtures import REGISTRY_WRITES, SimulatedKill, limit_writes, make_promotion
 
 NAME = "convoy"
 
@@ -197,17 +196,8 @@ def writes_left(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> Iterat
     left = [10**9]
     registry = store.client._get_registry_client().store
 
-    def counted(original: Any) -> Any:
-        def write(*arguments: Any, **named: Any) -> Any:
-            if left[0] <= 0:
-                raise SimulatedKill
-            left[0] -= 1
-            return original(*arguments, **named)
-
-        return write
-
     for name in REGISTRY_WRITES:
-        monkeypatch.setattr(registry, name, counted(getattr(registry, name)))
+        monkeypatch.setattr(registry, name, limit_writes(getattr(registry, name), left))
     yield left
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from pipeline.preprocess import preprocess
 from pipeline.register import export_onnx, register
 from pipeline.run import run as run_pipeline
 from pipeline.stage import Stage
-from promotion_fixtures import REGISTRY_WRITES, SimulatedKill
+from promotion_fixtures import REGISTRY_WRITES, SimulatedKill, limit_writes
 from retraining_scenarios import (
     BASE,
     TRAINING_OVERRIDES,
@@ -41,7 +40,7 @@ from retraining_scenarios import (
     predict_in_this_process,
     restore_training,
 )
-from small_project import ROOT
+from small_project import ROOT, copy_without_mlflow
 
 Retrain = Callable[..., str]
 
@@ -60,11 +59,7 @@ def retraining_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(retraining_project: Path, tmp_path: Path, embedded_store: None) -> Path:
     # MLflow writes absolute paths, so the database is made where it will be
-    return Path(
-        shutil.copytree(
-            retraining_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
-        )
-    )
+    return copy_without_mlflow(retraining_project, tmp_path / "project")
 
 
 @pytest.fixture(autouse=True)
@@ -518,7 +513,7 @@ def test_lost_champion_is_reported_before_training(
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
         said = r"weights\.safetensors of the model was changed since it was registered"
     else:
-        root = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+        root = copy_without_mlflow(root, tmp_path / "lost")
         said = "of which this MLflow knows nothing"
     with pytest.raises(ConvoyError, match=said):
         check_champion.find_champion(root, "convoy")
@@ -560,18 +555,9 @@ def writes_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     left = [10**9]
 
-    def counted(original: Any) -> Any:
-        def write(*arguments: Any, **named: Any) -> Any:
-            if left[0] <= 0:
-                raise SimulatedKill
-            left[0] -= 1
-            return original(*arguments, **named)
-
-        return write
-
     for name in REGISTRY_WRITES:
         if name in vars(SqlAlchemyStore):
-            monkeypatch.setattr(SqlAlchemyStore, name, counted(vars(SqlAlchemyStore)[name]))
+            monkeypatch.setattr(SqlAlchemyStore, name, limit_writes(vars(SqlAlchemyStore)[name], left))
     yield left
 
 
@@ -609,7 +595,7 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
 ) -> None:
     retrain("good")
     # in another place, since this process would not notice that its database is gone
-    lost = shutil.copytree(root, tmp_path / "lost", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    lost = copy_without_mlflow(root, tmp_path / "lost")
     monkeypatch.chdir(lost)
     for _ in range(2):
         sync_mlflow.sync_results(lost)

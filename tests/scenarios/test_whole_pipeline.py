@@ -26,7 +26,7 @@ from pipeline.register import register
 from pipeline.run import check_repository
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
-from small_project import ROOT, SMALL, make_project, run_stages
+from small_project import ROOT, SMALL, copy_without_mlflow, make_project, run_stages
 
 
 @pytest.fixture(autouse=True)
@@ -464,9 +464,7 @@ def test_other_classes_under_a_known_dataset_name_are_refused(tmp_path: Path) ->
 def test_checkpoint_of_other_settings_is_not_resumed(
     finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(
-        finished_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
-    )
+    root = copy_without_mlflow(finished_project, tmp_path / "project")
     files: list[Path] = []
 
     def noted(file: Path) -> None:
@@ -484,9 +482,7 @@ def test_checkpoint_of_other_settings_is_not_resumed(
 def test_seed_determines_the_initial_weights(
     finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = shutil.copytree(
-        finished_project, tmp_path / "project", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts")
-    )
+    root = copy_without_mlflow(finished_project, tmp_path / "project")
     begun: list[Tensor] = []
 
     def note(classifier: Classifier, *_: object) -> None:

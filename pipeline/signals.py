@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLEANUP_S = 10
 # Interval at which the exception is raised again while the process is still running.
 RETRY_S = 2
+# Interval at which the exception is tried again while an extension module is being loaded, or after it was dropped.
+SHORT_RETRY_S = 0.01
 
 Handler = Callable[[int, FrameType | None], object]
 
@@ -42,13 +45,25 @@ class _End:
             self.deadline = time.monotonic() + CLEANUP_S
             signal.signal(signal.SIGALRM, self.retry)
             write_line(f"stopped by {signal.Signals(number).name}; run the same command again to resume")
-        self.retry()
+        self.retry(number, frame)
 
-    def retry(self, *_: object) -> None:
+    def retry(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() > self.deadline:
             os._exit(self.status)
+        if _is_loading_extension(frame):
+            signal.setitimer(signal.ITIMER_REAL, SHORT_RETRY_S)
+            return
         signal.setitimer(signal.ITIMER_REAL, RETRY_S)
         raise Ended(self.status)
+
+
+def _is_loading_extension(frame: FrameType | None) -> bool:
+    """Return whether an extension module is being loaded, whose C++ code could abort the process on an exception."""
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def install() -> None:
@@ -63,7 +78,7 @@ def install() -> None:
     def retry_dropped(dropped: Any) -> None:
         if isinstance(dropped.exc_value, Ended):
             # The short delay lets the callback finish first.
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            signal.setitimer(signal.ITIMER_REAL, SHORT_RETRY_S)
         else:
             previous_hook(dropped)
 

@@ -131,6 +131,39 @@ def test_stage_ends_whatever_swallows_the_exception(swallow: str, number: signal
     assert not (root / "artifacts/fetch").exists()
 
 
+def test_signal_while_an_extension_module_loads_does_not_abort(tmp_path: Path) -> None:
+    root = make_project(tmp_path)
+    code = textwrap.dedent("""
+        import os, signal, sys
+        from pipeline.stage import main
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "matplotlib.ft2font":
+                    sys.setprofile(interrupt)
+
+        def interrupt(frame, event, argument):
+            # Python code that the C++ code of the module calls to define its constants
+            if event == "call" and frame.f_code.co_qualname.startswith("Enum"):
+                sys.setprofile(None)
+                print("at work", flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def work(stage):
+            sys.meta_path.insert(0, Finder())
+            import matplotlib
+            print("went on", flush=True)
+
+        main("fetch", work)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=make_environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "at work\n"
+    assert done.stderr == "convoy: stopped by SIGTERM; run the same command again to resume\n"
+    assert done.returncode == STATUS[signal.SIGTERM]
+
+
 # Every command, from its first import on
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convoy import models
 from convoy.core.errors import ConvoyError
 from convoy.inference import onnx_export
+from convoy.inference.onnx_export import OnnxWrapper
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry import model_loader
@@ -75,13 +76,40 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_onnx_file_describes_its_inputs_and_outputs(onnx_file: Path) -> None:
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     told = [(end.name, end.shape, end.type) for end in (*session.get_inputs(), *session.get_outputs())]
-    assert told == [("pixels", ["N", 36, 36, 1], "tensor(uint8)"), ("probabilities", ["N", 3], "tensor(float)")]
+    assert told == [
+        ("pixels", ["N", 36, 36, 1], "tensor(uint8)"),
+        ("probabilities", ["N", 3], "tensor(float)"),
+        ("feature_maps", ["N", 16, 12, 12], "tensor(float)"),
+    ]
     meta = session.get_modelmeta()
     explained = dict(meta.custom_metadata_map)
     assert json.loads(explained.pop("classes")) == ["class 0", "class 1", "class 2"]
-    assert explained == {"architecture": "lenet", "dataset": "test", "size": "36", "channels": "1"}
+    numbers = {"size": "36", "channels": "1", "longest_side": "4096"}
+    assert explained == {"architecture": "lenet", "dataset": "test", "feature_maps": "c3", **numbers}
     assert meta.description.startswith("pixels (N, 36, 36, 1) uint8: the middle square of an upright grey image")
     onnx.checker.check_model(onnx_file, full_check=True)
+
+
+@every_architecture
+def test_last_feature_maps_show_places(name: str) -> None:
+    predictor, pixels = make_network(name, channels=3, classes=5), make_images(2, channels=3)
+    wrapper = OnnxWrapper(predictor, pixels)
+    maps = wrapper(pixels)[wrapper.outputs.index("feature_maps")]
+    assert maps.shape[1:] == wrapper.map_shape
+    assert min(wrapper.map_shape[1:]) >= onnx_export.MIN_MAP_SIZE
+    assert maps.std() > 0
+    assert wrapper.layer in wrapper.describe_maps()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet"])
+def test_class_weights_give_the_logit_from_the_maps(name: str) -> None:
+    predictor, pixels = make_network(name, size=96, channels=3, classes=5), make_images(4, 96, channels=3)
+    wrapper = OnnxWrapper(predictor, pixels)
+    assert wrapper.outputs == ["probabilities", "feature_maps", "class_weights"]
+    probabilities, maps, weights = wrapper(pixels)
+    head = [layer for layer in predictor.classifier.modules() if isinstance(layer, nn.Linear)][-1]
+    evidence = (maps.mean((2, 3)) * weights).sum(dim=1) + head.bias[probabilities.argmax(dim=1)]
+    torch.testing.assert_close(evidence, predictor.classifier(pixels).max(dim=1).values, rtol=1e-3, atol=1e-3)
 
 
 def test_onnx_file_contains_no_source_line_and_no_path(onnx_file: Path) -> None:

@@ -23,26 +23,112 @@ DESCRIPTION = (
     "BILINEAR). probabilities (N, {k}) float: calibrated, of `classes` in their order. Normalisation, softmax and "
     "temperature are inside."
 )
+MAPS_DESCRIPTION = " feature_maps (N, {shape}) float: the last feature maps, of the layer {layer}."
+WEIGHTS_DESCRIPTION = (
+    " class_weights (N, {channels}) float: the weight of each feature map in the logit of the most probable class. "
+    "The weighted sum of the maps shows where the network saw that class (a class activation map)."
+)
+# The last feature maps with at least this height and width show where something is in an image.
+MIN_MAP_SIZE = 3
 
 
 class OnnxWrapper(nn.Module):
-    """A complete predictor as one network, from images (N, H, W, C) uint8 to probabilities (N, K) float."""
+    """A complete predictor as one network, from images (N, H, W, C) uint8 to probabilities and feature maps.
 
-    def __init__(self, predictor: Predictor) -> None:
+    Args:
+        predictor: The predictor.
+        pixels: Images (N, H, W, C) uint8, by which the layer with the last feature maps is found.
+    """
+
+    def __init__(self, predictor: Predictor, pixels: Tensor) -> None:
         super().__init__()
         self.classifier = predictor.classifier
         self.temperature = predictor.temperature
+        self.layer, self.map_shape = find_last_maps(self.classifier, pixels)
+        self.class_weights = self._find_class_weights(pixels)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Compute the probabilities (N, K) of images (N, H, W, C) uint8."""
-        return (self.classifier(pixels) / self.temperature).softmax(dim=1)
+    @property
+    def outputs(self) -> list[str]:
+        """Return the names of the outputs of `forward`."""
+        maps = ["feature_maps"] * bool(self.layer)
+        return ["probabilities", *maps, *["class_weights"] * (self.class_weights is not None)]
+
+    def describe_maps(self) -> str:
+        """Describe the outputs other than the probabilities."""
+        if not self.layer:
+            return ""
+        text = MAPS_DESCRIPTION.format(shape=", ".join(map(str, self.map_shape)), layer=self.layer)
+        return text if self.class_weights is None else text + WEIGHTS_DESCRIPTION.format(channels=self.map_shape[0])
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Compute the probabilities (N, K), and with them feature maps (N, C, h, w) and class weights (N, C)."""
+        logits, maps = self._run(pixels)
+        probabilities = (logits / self.temperature).softmax(dim=1)
+        if maps is None:
+            return (probabilities,)
+        if self.class_weights is None:
+            return probabilities, maps
+        return probabilities, maps, self.class_weights[logits.argmax(dim=1)]
+
+    def _run(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits (N, K) and the last feature maps."""
+        if not self.layer:
+            return self.classifier(pixels), None
+        kept: list[Tensor] = []
+        layer = self.classifier.get_submodule(self.layer)
+        handle = layer.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        try:
+            return self.classifier(pixels), kept[-1]
+        finally:
+            handle.remove()
+
+    def _find_class_weights(self, pixels: Tensor) -> Tensor | None:
+        """Return the weights (K, C) of a linear layer on averaged feature maps, or None if the head is another one."""
+        with torch.no_grad():
+            logits, maps = self._run(pixels)
+            if maps is None:
+                return None
+            shape = logits.shape[1], maps.shape[1]
+            linear = [layer for layer in self.classifier.modules() if isinstance(layer, nn.Linear)]
+            for layer in (layer for layer in linear if layer.weight.shape == shape):
+                # The comparison shows whether the layer is the whole head, whatever the network calls its parts.
+                if torch.allclose(layer(maps.mean((2, 3))), logits, rtol=1e-3, atol=1e-4):
+                    return layer.weight.detach()
+        return None
+
+
+def find_last_maps(classifier: nn.Module, pixels: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Find the layer whose output are the last feature maps that are large enough to show a place in the image.
+
+    Args:
+        classifier: The network, in evaluation mode.
+        pixels: Images (N, H, W, C) uint8.
+
+    Returns:
+        The name of the layer and the shape (C, h, w) of its output; "" and () if there are none.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    handles = []
+    for name, module in classifier.named_modules():
+
+        def keep(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) >= MIN_MAP_SIZE:
+                found.pop(name, None)
+                found[name] = tuple(output.shape[1:])
+
+        handles.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        classifier(pixels)
+    for handle in handles:
+        handle.remove()
+    return list(found.items())[-1] if found else ("", ())
 
 
 def export(predictor: Predictor, file: Path) -> None:
     """Write a predictor to a single ONNX file.
 
-    The file contains the weights, and its metadata describes the input and the output. Repeated exports are
-    bit-identical.
+    The file contains the weights, and its metadata describes the input and the outputs: the probabilities, and the last
+    feature maps where the network has some. Repeated exports are bit-identical.
 
     Args:
         predictor: The predictor to export.
@@ -60,11 +146,12 @@ def export(predictor: Predictor, file: Path) -> None:
             # Imported here, because the import takes seconds and only this function needs it.
             from onnxscript import ir
 
+            wrapper = OnnxWrapper(predictor, pixels).eval()
             program = torch.onnx.export(
-                OnnxWrapper(predictor).eval(),
+                wrapper,
                 (pixels,),
                 input_names=["pixels"],
-                output_names=["probabilities"],
+                output_names=wrapper.outputs,
                 dynamic_shapes=({0: torch.export.Dim("N")},),
                 verbose=False,
             )
@@ -75,13 +162,16 @@ def export(predictor: Predictor, file: Path) -> None:
             model.graph.metadata_props.clear()
             for node in model.graph.all_nodes():
                 node.metadata_props.clear()
-            model.doc_string = DESCRIPTION.format(**vars(info), colours=colours, k=len(info.classes))
+            description = DESCRIPTION.format(**vars(info), colours=colours, k=len(info.classes))
+            model.doc_string = description + wrapper.describe_maps()
             explained = {
                 "architecture": predictor.architecture,
                 "dataset": info.dataset,
                 "classes": json.dumps(info.classes),
                 "size": str(info.size),
                 "channels": str(info.channels),
+                "longest_side": str(info.longest_side),
+                "feature_maps": wrapper.layer,
             }
             model.metadata_props.update(explained)
             # Saves the weights inside the file. Raises an error above 2 GB, the limit of ONNX.

@@ -74,6 +74,11 @@ def resolve_typed(path: Path) -> Path:
     return Path(os.path.relpath(caller_folder() / path)) if not path.is_absolute() else path
 
 
+def resolve_model(model: str | None) -> str | None:
+    """Return a model that the user typed, with the path of a folder relative to the project folder."""
+    return model if model is None or model.startswith("models:") else str(resolve_typed(Path(model)))
+
+
 def show_version(is_asked: bool) -> None:
     """Print the version and exit, if asked to."""
     if is_asked:
@@ -198,6 +203,46 @@ def predict(
     title, predictor = load_model(Path.cwd(), model)
     with contextlib.chdir(caller_folder()):
         print_predictions(predictor, images, title, as_json=as_json)
+
+
+@app.command(epilog="Example: convoy serve --port 8000")
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at. Another than this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    check_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks at the alias for a new version.")
+    ] = 10.0,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 64,
+    max_images: Annotated[int, typer.Option(min=1, help="Most images of a request.")] = 1000,
+    log: Annotated[Path | None, typer.Option(help="Folder to log predictions to, as Parquet files.")] = None,
+    log_days: Annotated[int, typer.Option(min=1, help="Days after which logged predictions are removed.")] = 30,
+    log_images: Annotated[bool, typer.Option("--log-images", help="Log the image files as well.")] = False,
+) -> None:
+    """Serve a model over HTTP, with a page to try it.
+
+    When the alias moves to another version, that one is loaded and takes over without a pause. An API key is read from
+    the environment variable CONVOY_API_KEY.
+    """
+    from convoy.serving.service import Limits
+    from pipeline.serve import serve
+
+    serve(
+        Path.cwd(),
+        resolve_model(model),
+        host=host,
+        port=port,
+        check_seconds=check_seconds,
+        log_folder=resolve_typed(log) if log else None,
+        log_days=log_days,
+        log_images=log_images,
+        limits=Limits(max_bytes=max_megabytes << 20, max_images=max_images),
+    )
 
 
 @app.command(epilog="Example: convoy verify models:/digits@champion artifacts/evaluate/resnet")

@@ -18,8 +18,9 @@ from convoy.promotion import champion
 from convoy.tracking import database, runs
 from convoy.tracking.database import local_path
 from convoy.tracking.run_record import FINGERPRINT_TAG
-from convoy.tracking.runs import CHECKSUMS_TAG, RESULTS_TAG
+from convoy.tracking.runs import RESULTS_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
+from convoy.tracking.tags import CHECKSUMS_TAG
 
 # Tag of a copied run, model or version that holds its original id or number.
 SOURCE_TAG = "convoy.moved_from"

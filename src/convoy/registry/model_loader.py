@@ -27,8 +27,9 @@ from convoy.core.hashing import sha256
 from convoy.data import image_io as images
 from convoy.inference import onnx_export, predictor
 from convoy.inference.predictor import Predictor
-from convoy.tracking.runs import CHECKSUMS_TAG, checksums_of
+from convoy.tracking.runs import checksums_of
 from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
+from convoy.tracking.tags import CHECKSUMS_TAG
 from convoy.training.record import TrainingRecord
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")

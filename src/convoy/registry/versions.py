@@ -22,11 +22,11 @@ from PIL import Image
 from convoy.core.hashing import sha256
 from convoy.inference import predictor
 from convoy.tracking.run_record import FINGERPRINT_TAG
-from convoy.tracking.runs import CHECKSUMS_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
+from convoy.tracking.tags import CHECKSUMS_TAG, VERDICT
 
-# Tags of a version with the verdict of the gate, and the hash of the inputs of that verdict.
-VERDICT, VERDICT_KEY = "convoy.verdict", "convoy.judged"
+# Tag of a version with the hash of the inputs of its verdict.
+VERDICT_KEY = "convoy.judged"
 # Tags of a version with the fingerprint of the test images of that verdict, and the accuracy on them.
 TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
 # Packages that a registered model requires.

@@ -17,12 +17,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from convoy.core.hashing import sha256
 from convoy.tracking.run_record import FINGERPRINT_TAG, HistoryRow, RunRecord
 from convoy.tracking.store import TrackingStore, upload_timeout
+from convoy.tracking.tags import CHECKSUMS_TAG
 from convoy.training.record import DatasetVersion
 
 # Tag of a complete run: the hash of the results that it shows.
 RESULTS_TAG = "convoy.results"
-# Tag of a run and of a model version: the SHA-256 checksums of all its files, as JSON.
-CHECKSUMS_TAG = "convoy.sha256"
 # Tag of a run that was logged while it trained: the machine name and the process ID.
 PROCESS_TAG = "convoy.process"
 

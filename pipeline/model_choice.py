@@ -1,0 +1,18 @@
+"""The model that a command of the user predicts with."""
+
+import os
+from pathlib import Path
+
+from convoy.core import config
+
+
+def choose_model(root: Path, model: str | None) -> tuple[str, Path]:
+    """Return the URI or folder of a model, and the project folder.
+
+    Args:
+        root: The folder that the command runs in.
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a folder; None for the champion.
+    """
+    # DVC may run an experiment in a temporary copy of the project.
+    project = Path(os.environ.get("DVC_ROOT", root))
+    return model or f"models:/{config.load(root / 'params.yaml')['register']['name']}@champion", project

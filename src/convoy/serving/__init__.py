@@ -1,0 +1,1 @@
+"""Serving: a web server and a command that predict with ONNX runtime, without PyTorch and MLflow."""

@@ -1,0 +1,6 @@
+"""Names of tags in MLflow, for modules that read MLflow's data without importing MLflow."""
+
+# Tag of a run or a registered version: the sha256 of each of its files, as JSON.
+CHECKSUMS_TAG = "convoy.sha256"
+# Tag of a registered version: the summary of the gate's verdict.
+VERDICT = "convoy.verdict"

@@ -15,6 +15,7 @@ import yaml
 
 from convoy.core.disk import remove_sqlite_database
 from convoy.core.errors import ConvoyError, describe_error
+from convoy.core.yaml_parser import parse_yaml
 
 
 def repair(root: Path) -> None:
@@ -73,7 +74,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ConvoyError: If the file can't be read or holds no mapping.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = parse_yaml(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         # The cause may be the markers of a merge conflict.
         raise ConvoyError(

@@ -1,9 +1,10 @@
 """The leaderboard of the last run, on the terminal and in MLflow."""
 
+import json
 from pathlib import Path
 
 from convoy.core import config
-from convoy.core.artifact_names import LEADERBOARD
+from convoy.core.artifact_names import LEADERBOARD, LINKS
 from convoy.core.errors import ConvoyError
 
 
@@ -33,9 +34,9 @@ def print_leaderboard(root: Path, *, as_json: bool = False) -> None:
 
 
 def print_summary(root: Path) -> None:
-    """Print the leaderboard and the links to the MLflow views."""
+    """Print the leaderboard and the links to the MLflow views that the register stage saved."""
     print_leaderboard(root)
-    leaderboard, curves = save_views(root)
+    leaderboard, curves = json.loads((root / "artifacts/.scratch" / LINKS).read_text())
     print(f"Next: `convoy ui` shows the runs side by side:\n  leaderboard  {leaderboard}\n  curves       {curves}")
 
 

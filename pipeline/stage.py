@@ -20,6 +20,7 @@ from convoy.core import config
 from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
+from convoy.core.yaml_parser import parse_yaml
 from pipeline import signals
 from pipeline.errors import exit_on_error, explain_system_errors
 
@@ -46,7 +47,7 @@ class Stage:
         self.params = config.load(root / "params.yaml")
         self.foreach_key = foreach_key
         self.name = f"{name}@{foreach_key}" if foreach_key else name
-        stage = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][name]
+        stage = parse_yaml((root / "dvc.yaml").read_text())["stages"][name]
         declared = stage.get("do", stage)
         self.sections = [section.replace("${key}", foreach_key) for section in declared.get("params", [])]
         self.deps = [dep.replace("${key}", foreach_key) for dep in declared.get("deps", [])]
@@ -200,7 +201,7 @@ def damaged_objects(root: Path, stage: str) -> list[Path]:
         stage: The name of the stage in dvc.lock, such as "train@lenet".
     """
     try:
-        locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"][stage]["outs"]
+        locked = parse_yaml((root / "dvc.lock").read_text())["stages"][stage]["outs"]
         command = [sys.executable, "-m", "dvc", "cache", "dir"]
         folder = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
         outputs = [out["md5"] for out in locked if isinstance(out.get("md5"), str)]

@@ -19,6 +19,7 @@ from filelock import Timeout
 
 from convoy.core.artifact_names import HISTORY, INTERVALS, MANIFEST, METRICS, PER_CLASS, PREDICTIONS, RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
+from convoy.core.yaml_parser import parse_yaml
 from convoy.reporting import report
 from convoy.tracking import provenance, run_record, runs, ui_views
 from convoy.tracking.store import TrackingStore, open_store
@@ -84,7 +85,7 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
 def _locked_stages(file: Path) -> dict[str, Any]:
     """Return the stages of dvc.lock, or an empty dict if the file does not exist."""
     try:
-        return (yaml.safe_load(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
+        return (parse_yaml(file.read_text()) or {}).get("stages", {}) if file.exists() else {}
     # The file may hold the markers of a merge conflict.
     except (yaml.YAMLError, AttributeError) as error:
         raise ConvoyError(

@@ -11,7 +11,7 @@ from convoy.core.artifact_names import DATASET_INFO, PREDICTIONS
 from convoy.core.errors import ConvoyError
 from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PROBABILITY_PREFIX
-from convoy.registry import model_loader
+from convoy.registry import model_loader, verification
 from convoy.tracking.store import TrackingStore, open_store
 from pipeline.stage import project_root
 
@@ -41,7 +41,7 @@ def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> s
         ConvoyError: If the model is not the one that was evaluated.
     """
     pixels, expected = sample(evaluated, prepared)
-    difference = model_loader.verify(model_loader.find(store, uri), pixels, expected, store.scratch)
+    difference = verification.verify(model_loader.find(store, uri), pixels, expected, store.scratch)
     return f"{uri} {describe(len(pixels), difference)}"
 
 

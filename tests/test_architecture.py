@@ -38,6 +38,7 @@ MLFLOW = (
     "promotion/champion.py",
     "promotion/migrate.py",
     "registry/model_loader.py",
+    "registry/verification.py",
     "registry/versions.py",
     "serving/mlflow_client.py",
     "tracking/database.py",
@@ -135,6 +136,11 @@ def test_main_command_starts_without_mlflow_and_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
 
 
+def test_register_stage_starts_without_torch() -> None:
+    code = "import sys, pipeline.register; print('mlflow' in sys.modules, 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "True False\n"
+
+
 @pytest.mark.parametrize("folder", [LIBRARY, ROOT / "pipeline"], ids=lambda folder: folder.name)
 def test_nothing_waits_for_onnx_but_what_needs_it(folder: Path) -> None:
     users = {file.name for file in folder.rglob("*.py") if list_packages(file) & {"onnx", "onnxruntime", "onnxscript"}}
@@ -229,7 +235,11 @@ def forget_imports() -> Iterator[None]:
 def list_imported_files(stage: str, key: str) -> set[str]:
     """The files of the project that a stage brings in, but for those that hold a docstring alone."""
     with forget_imports():
-        importlib.import_module(f"pipeline.{stage}")
+        module = importlib.import_module(f"pipeline.{stage}")
+        for name in list_imports(Path(str(module.__file__))):
+            if name.startswith("pipeline."):
+                with contextlib.suppress(ModuleNotFoundError):  # the name of a function
+                    importlib.import_module(name)
         if key:
             importlib.import_module(f"convoy.models.{key}")
         files = [Path(str(module.__file__)) for module in list_modules().values()]
@@ -272,8 +282,8 @@ def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
                 assert {name, name.rpartition(".")[0]} & modules
 
 
-def test_stages_list_at_most_35_dependencies_on_code() -> None:
-    assert sum(len(list_code_deps(stage, "lenet")) for stage in STAGES) <= 35
+def test_stages_list_at_most_36_dependencies_on_code() -> None:
+    assert sum(len(list_code_deps(stage, "lenet")) for stage in STAGES) <= 36
 
 
 @every_stage

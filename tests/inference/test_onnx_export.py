@@ -17,7 +17,7 @@ from convoy.inference import onnx_export
 from convoy.inference.onnx_export import OnnxWrapper
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
-from convoy.registry import model_loader
+from convoy.registry.verification import TOLERANCE
 from model_fixtures import TORCHVISION_NAMES, build, every_architecture, make_dataset_info, make_images
 from model_settings import load_model_settings
 
@@ -63,7 +63,7 @@ def test_network_for_imagenet_exports_too(torchvision_name: str, tmp_path: Path)
     assert expected.std() > 0.01
     onnx_export.export(predictor, tmp_path / "model.onnx")
     # sums over so many numbers are rounded otherwise on each machine: 1.001e-5 was seen
-    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, expected) < model_loader.TOLERANCE
+    assert onnx_export.max_difference(tmp_path / "model.onnx", pixels, expected) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

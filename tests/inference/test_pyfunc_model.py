@@ -41,7 +41,7 @@ from convoy.inference import predictor
 from convoy.inference.predictor import Predictor
 from convoy.inference.pyfunc_model import ImageClassifier
 from convoy.registry import model_loader as served
-from convoy.registry import versions
+from convoy.registry import verification, versions
 from convoy.tracking.store import open_store
 from factories import EMPTY_LOCK
 from registry_fixtures import CLASSES, find_model_folder, register_model, write_trained_files
@@ -323,11 +323,11 @@ def test_version_with_other_than_recorded_predictions_is_refused(root: Path, res
     with pytest.raises(
         ConvoyError, match=r"does not answer as it was evaluated: probabilities differ by up to 0\.0002"
     ):
-        served.verify(version, pixels, recorded)
+        verification.verify(version, pixels, recorded)
     with pytest.raises(ConvoyError, match="does not answer as it was evaluated"):
-        served.verify(version, pixels, recorded[:, :2])
+        verification.verify(version, pixels, recorded[:, :2])
     with pytest.raises(ConvoyError, match="does not answer as it was evaluated"):
-        served.verify(version, pixels, recorded * np.nan)
+        verification.verify(version, pixels, recorded * np.nan)
 
 
 @pytest.mark.parametrize("uri", ["models:/convoy/7", "models:/convoy@best", "models:/other@champion"])

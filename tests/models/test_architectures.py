@@ -1,7 +1,10 @@
 """The architectures: what all have in common, then what is specific to each."""
 
 import copy
+import dataclasses
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +129,20 @@ def test_saved_weights_restore_the_same_classifier(name: str, tmp_path: Path) ->
     assert not restored.training
     pixels = make_images(4, channels=3)
     assert torch.equal(restored(pixels), model.eval()(pixels))
+
+
+def test_restoring_imports_neither_compiler_nor_sympy(tmp_path: Path) -> None:
+    weights, file = tmp_path / "weights.safetensors", tmp_path / "restore.py"
+    save_file(build("lenet").state_dict(), weights)
+    file.write_text(
+        "import sys\nfrom pathlib import Path\nfrom convoy import models\n"
+        "from convoy.data.packed.dataset_info import DatasetInfo\n"
+        f"info = DatasetInfo(**{dataclasses.asdict(make_dataset_info())})\n"
+        f"models.restore('lenet', {load_model_settings('lenet')}, info, Path({str(weights)!r}))\n"
+        "print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.check_output([sys.executable, file], env=environment, text=True) == "set()\n"
 
 
 @every_architecture

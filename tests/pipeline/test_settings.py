@@ -372,6 +372,26 @@ def test_settings_that_fail_the_check_are_not_written(project_conf: Path) -> Non
     assert ((project_conf / "params.yaml").read_bytes(), (project_conf / CHECKSUM_FILE).read_bytes()) == before
 
 
+def test_settings_are_checked_again_only_if_they_changed(
+    project_conf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params = config.load(project_conf / "params.yaml")
+    weights = tmp_path / "start.safetensors"
+    weights.touch()
+    params["model"]["lenet"]["init"] = str(weights)
+    check_settings(params)
+    checked: list[object] = []
+    monkeypatch.setattr("pipeline.check_settings._check", checked.append)
+    check_settings(params)
+    assert checked == []
+    weights.unlink()
+    check_settings(params)
+    params["trainer"]["threads"] = 2
+    check_settings(params)
+    assert len(checked) == 2
+
+
 @pytest.mark.parametrize("experiment", ["photographs", "finetune"])
 def test_experiment_with_settings_of_an_unchosen_model(experiment: str, project_conf: Path) -> None:
     with pytest.raises(

@@ -12,7 +12,6 @@ from mlflow.exceptions import MlflowException
 
 from convoy.core.artifact_names import TRAINING_HASHES
 from convoy.core.errors import ConvoyError
-from convoy.inference import predictor
 from convoy.registry import model_loader, versions
 from convoy.tracking.store import open_store
 from crash_injection import run_until_write
@@ -72,7 +71,7 @@ def test_failure_in_registering_leaves_the_run_finished(
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises((ConvoyError, KeyboardInterrupt, SystemExit)):
         patch.setattr(
-            predictor if where == "verify_checksums" else MlflowClient, where, make_failing(error), raising=True
+            versions if where == "verify_checksums" else MlflowClient, where, make_failing(error), raising=True
         )
         register_trained(root)
     assert_run_is_finished(root)

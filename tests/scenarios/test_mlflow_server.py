@@ -25,7 +25,7 @@ from convoy.core import config
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion
 from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
-from convoy.registry import model_loader
+from convoy.registry import model_loader, verification
 from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training.record import TrainingRecord
@@ -80,7 +80,7 @@ def server(server_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def predict_here() -> Iterator[pytest.MonkeyPatch]:
     """A model answers here and not in a fresh process, which takes ten seconds; until this is undone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
+        patch.setattr(verification, "_predict_in_subprocess", predict_in_this_process)
         yield patch
 
 
@@ -220,7 +220,7 @@ class Machine:
 
 
 def run_machine(connection: Connection, barrier: threading.Barrier) -> None:
-    model_loader._predict_in_subprocess = predict_in_this_process
+    verification._predict_in_subprocess = predict_in_this_process
     meet = ""
 
     def meeting(call: str, original: Any) -> Any:
@@ -368,7 +368,7 @@ def test_migrated_store_continues_on_the_server(
     run_command("predict", str(root / "data/lying/00.png"))
     assert "lying" in capsys.readouterr().out
 
-    predict_here.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
+    predict_here.setattr(verification, "_predict_in_subprocess", predict_in_this_process)
     Stage(restore_training(root, "good", "register.name=moved"), "register").run(register)
     assert "lenet stays the champion: models:/moved@champion, version 2" in capsys.readouterr().out
     Stage(restore_training(root, "similar", "register.name=moved"), "register").run(register)

@@ -24,12 +24,13 @@ from convoy.promotion.champion import CHALLENGER, CHAMPION, PREVIOUS
 from convoy.promotion.config import GateConfig
 from convoy.promotion.evidence import ModelEvidence
 from convoy.promotion.gate import Verdict
-from convoy.registry import model_loader, versions
+from convoy.registry import model_loader, verification, versions
 from convoy.tracking import runs
 from convoy.tracking.store import open_store
 from pipeline import check_champion, promote, rollback, sync_mlflow
 from pipeline.preprocess import preprocess
-from pipeline.register import export_onnx, register
+from pipeline.register import register
+from pipeline.registration import export_onnx
 from pipeline.run import run as run_pipeline
 from pipeline.stage import Stage
 from promotion_fixtures import REGISTRY_WRITES, SimulatedKill, limit_writes
@@ -67,9 +68,9 @@ def fast_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A model answers here and not in a fresh process, and has no ONNX file, but where a story needs them."""
 
     if request.function is not test_first_run_then_better_worse_and_tied_challengers:
-        monkeypatch.setattr(model_loader, "_predict_in_subprocess", predict_in_this_process)
+        monkeypatch.setattr(verification, "_predict_in_subprocess", predict_in_this_process)
         if "onnx" not in request.function.__name__:  # some seconds
-            monkeypatch.setattr("pipeline.register.export_onnx", lambda *_: {})
+            monkeypatch.setattr("pipeline.registration.export_onnx", lambda *_: {})
 
 
 @pytest.fixture

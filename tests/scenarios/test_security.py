@@ -17,7 +17,7 @@ import torch
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.inference import predictor
-from convoy.registry import model_loader, versions
+from convoy.registry import model_loader, verification, versions
 from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training import init_weights
@@ -217,7 +217,7 @@ def test_code_that_was_put_into_a_model_is_refused_and_never_run(
     with open_version(root) as found:
         model_loader.load(found)  # takes none of it: it has its own code
         with pytest.raises(ConvoyError, match="was changed since it was registered; nothing of the model was used"):
-            model_loader.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
+            verification.verify(found, np.zeros((1, 32, 32, 1), np.uint8), np.full((1, 3), 1 / 3))
     assert not fired.exists()
     before, path = set(sys.modules), list(sys.path)
     with contextlib.suppress(Exception):

@@ -44,6 +44,10 @@ def old_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def test_newest_version_is_found_without_importing_migrations() -> None:
+    assert database._head() == VERSIONS[-1]
+
+
 def execute(file: Path, *statements: str) -> None:
     with contextlib.closing(sqlite3.connect(file)) as opened, opened:
         for statement in statements:

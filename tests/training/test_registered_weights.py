@@ -11,7 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 import convoy
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
-from convoy.registry import model_loader, versions
+from convoy.registry import model_loader, verification, versions
 from convoy.tracking import run_record, runs
 from convoy.tracking.run_record import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
@@ -132,7 +132,7 @@ def test_run_that_is_not_there_or_holds_no_weights_is_refused(store: TrackingSto
 
 @pytest.mark.parametrize("file", ["record.json", "weights.safetensors", "calibration.json"])
 @pytest.mark.parametrize(
-    "use", [model_loader.load, lambda version: model_loader.verify(version, np.empty(0), np.empty(0))]
+    "use", [model_loader.load, lambda version: verification.verify(version, np.empty(0), np.empty(0))]
 )
 def test_broken_registered_model_is_named_by_its_uri(
     use: Callable[[ModelVersion], object], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

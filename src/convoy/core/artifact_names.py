@@ -28,6 +28,8 @@ INTERVALS = "intervals.csv"
 
 # register
 LEADERBOARD = "leaderboard.csv"
+# The links to the views in MLflow, beside the scratch folders of the stages.
+LINKS = "links.json"
 
 # A folder of the project, outside the outputs of the stages, with a note about each model that has had a champion.
 CHAMPION_NOTES = "artifacts/.cache/champion"

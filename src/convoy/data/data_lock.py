@@ -6,9 +6,8 @@ import hashlib
 import shlex
 from collections.abc import Collection, Iterable, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pandas as pd
 import yaml
 from pydantic import Field
 
@@ -16,6 +15,9 @@ from convoy.core.config import NonNegativeInt, schema, validate
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.sources.base import DatasetConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HEADER = """\
 # What the fetch stage knows of each data set: where its images come from (see data.dvc; if the same images were moved,
@@ -144,7 +146,7 @@ def extend_classes(known: Sequence[str], classes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*known, *classes]))
 
 
-def compute_version(chunks: Iterable[pd.DataFrame], quarantine: int) -> LockedVersion:
+def compute_version(chunks: Iterable["pd.DataFrame"], quarantine: int) -> LockedVersion:
     """Compute the version that consists of the given images.
 
     Args:

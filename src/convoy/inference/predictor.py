@@ -1,7 +1,6 @@
 """The predictor: a trained classifier with its data set information and its calibration temperature."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from convoy import models
 from convoy.core.artifact_names import CALIBRATION, RECORD, WEIGHTS
 from convoy.core.config import PositiveFloat
 from convoy.core.errors import ConvoyError
-from convoy.core.hashing import sha256
 from convoy.data import image_io
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.evaluation.calibration import apply_temperature
@@ -85,17 +83,3 @@ def _load_temperature(file: Path) -> float:
         return TypeAdapter(PositiveFloat).validate_python(found.get("temperature"), strict=True)
     except (OSError, ValidationError) as error:
         raise ConvoyError(f"{file} is missing, or holds no temperature: evaluate the model again") from error
-
-
-def verify_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Raise `ConvoyError` if a file in `folder` is missing or differs from its checksum.
-
-    Args:
-        folder: The folder of the files.
-        hashes: The expected sha256 of each file, by its path in `folder`.
-    """
-    for file, digest in hashes.items():
-        if not (folder / file).is_file():
-            raise ConvoyError(f"{file} of the model is missing; nothing of the model was used")
-        if sha256(folder / file) != digest:
-            raise ConvoyError(f"{file} of the model was changed since it was registered; nothing of the model was used")

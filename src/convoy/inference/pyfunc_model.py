@@ -12,6 +12,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
+from convoy.core.hashing import verify_checksums
 from convoy.data import image_io
 from convoy.inference import predictor
 
@@ -22,7 +23,7 @@ class ImageClassifier(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Restore the classifier from its verified record, weights and calibration, without unpickling anything."""
         folder = Path(context.artifacts["record"]).parent
-        predictor.verify_checksums(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
+        verify_checksums(folder, json.loads(Path(context.artifacts["hashes"]).read_text()))
         self.predictor = predictor.restore(folder)
 
     # `model_input` has no type hint, because MLflow would use it as a schema and reject the inputs documented here.

@@ -76,12 +76,15 @@ def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Pa
         weights: Path of the safetensors file.
 
     Raises:
-        ConvoyError: If `build` rejects the settings, or the file does not contain the weights of this classifier.
+        ConvoyError: If the name is unknown, a setting is invalid, or the file does not contain the weights of this
+            classifier.
     """
-    classifier = build(name, values, info)
+    # The training has passed the check of the image size, whose import of torch's compiler takes 1.5 s.
+    params: Any = validate(schema(name), values, f"model.{name}")
     try:
+        classifier: Classifier = _find_class(name)(info, params)
         classifier.load_state_dict(load_file(weights), strict=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConvoyError(f"{weights}: not the weights of this {name}; train it again ({error})") from error
     return classifier.eval()
 

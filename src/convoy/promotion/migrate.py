@@ -13,7 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from convoy.core.errors import ConvoyError
-from convoy.inference import predictor
+from convoy.core.hashing import verify_checksums
 from convoy.promotion import champion
 from convoy.tracking import database, runs
 from convoy.tracking.database import local_path
@@ -207,7 +207,7 @@ def _copy_model(source: TrackingStore, server: TrackingStore, version: ModelVers
     model, hashes = source.client.get_logged_model(old), json.loads(version.tags.get(CHECKSUMS_TAG, "{}"))
     folder = local_path(model.artifact_location)
     try:
-        predictor.verify_checksums(folder, hashes)
+        verify_checksums(folder, hashes)
     except ConvoyError as error:
         raise ConvoyError(f"version {version.version}: {error}. Find out who changed it, or delete it here") from None
     made = next(iter(client.search_logged_models([experiment], f"tags.`{SOURCE_TAG}` = '{old}'")), None)
@@ -220,7 +220,7 @@ def _copy_model(source: TrackingStore, server: TrackingStore, version: ModelVers
         client.log_model_artifacts(made.model_id, str(folder))
     with tempfile.TemporaryDirectory(dir=server.scratch) as scratch:
         uri = f"models:/{made.model_id}"
-        predictor.verify_checksums(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
+        verify_checksums(Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)), hashes)
     if run and version.run_id and made.model_id not in _outputs(server, run):
         points = [Metric(one.key, one.value, one.timestamp, one.step, made.model_id) for one in model.metrics or []]
         runs.log_points(client, run, points)

@@ -4,43 +4,34 @@ Somebody who can write to the artifact storage, but not to MLflow's database, ca
 code.
 """
 
-import base64
 import contextlib
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
-import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from convoy.core.artifact_names import RECORD, TRAINING_HASHES, WEIGHTS
 from convoy.core.errors import ConvoyError, describe_error
-from convoy.core.hashing import sha256
-from convoy.data import image_io as images
-from convoy.inference import onnx_export, predictor
-from convoy.inference.predictor import Predictor
+from convoy.core.hashing import sha256, verify_checksums
 from convoy.tracking.runs import checksums_of
 from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
 from convoy.tracking.tags import CHECKSUMS_TAG
 from convoy.training.record import TrainingRecord
+
+if TYPE_CHECKING:
+    from convoy.inference.predictor import Predictor
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
 # Files of a training that another training can start from.
 START_FILES = (RECORD, WEIGHTS)
 # Name of `TRAINING_HASHES` in models that were registered with a training record of format 1.
 EARLIER_TRAINING_HASHES = "seen.txt"
-# Largest accepted difference of a probability between machines and batch sizes.
-TOLERANCE = 1e-4
-# Time limit of the process that predicts a few hundred images.
-PREDICT_TIMEOUT_S = 600  # seconds
 
 
 def find(store: TrackingStore, uri: str) -> ModelVersion:
@@ -86,7 +77,7 @@ def fetch(version: ModelVersion, folder: Path, files: Iterable[str] = ()) -> Non
     for file in wanted:
         _download(f"{uri}/{file}", folder / file)
     try:
-        predictor.verify_checksums(folder, wanted)
+        verify_checksums(folder, wanted)
     except ConvoyError as error:
         raise ConvoyError(f"{uri}: {error}. Find out who changed it, and promote or train another") from None
 
@@ -121,13 +112,16 @@ def temporary(name: str, parent: Path | None = None) -> Iterator[Path]:
             raise ConvoyError(str(error).replace(folder, name)) from error
 
 
-def load(version: ModelVersion, folder: Path | None = None) -> Predictor:
+def load(version: ModelVersion, folder: Path | None = None) -> "Predictor":
     """Load a version with the installed library, without downloading the code stored in the model.
 
     Args:
         version: The registered version.
         folder: The folder for temporary files, with room for a complete model.
     """
+    # Imported here, because the import of torch takes seconds, and only this function needs it.
+    from convoy.inference import predictor
+
     with temporary(f"models:/{version.name}/{version.version}", folder) as scratch:
         fetch(version, scratch, [f"artifacts/{file}" for file in predictor.PREDICTOR_FILES])
         return predictor.restore(scratch / "artifacts")
@@ -256,84 +250,3 @@ def training_hashes_of(store: TrackingStore, name: str, data: Sequence[str]) -> 
             found[digest] = training_hashes(version)
     lists = [found.get(digest) for digest in data]
     return None if None in lists else [image for images in lists for image in images or []]
-
-
-def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, folder: Path | None = None) -> float:
-    """Compare the predictions of a version with the recorded ones, in every way that the model can be run.
-
-    The model is run with the installed library, with its ONNX file if it has one, and as `mlflow models serve` would:
-    in a fresh process, with the code stored in the model, on image files encoded as text.
-
-    Args:
-        version: The registered version.
-        pixels: (N, H, W, C) uint8 preprocessed images.
-        expected: (N, K) recorded probabilities.
-        folder: The folder for temporary files, with room for a complete model.
-
-    Returns:
-        The largest absolute difference of a probability.
-
-    Raises:
-        ConvoyError: If a file was changed, the model can't be run, or its predictions differ from the recorded ones by
-            more than `TOLERANCE`.
-    """
-    uri = f"models:/{version.name}/{version.version}"
-    with temporary(uri, folder) as model, temporary(uri, folder) as scratch:
-        fetch(version, model)
-        ours = _compare(uri, predictor.restore(model / "artifacts").probabilities(pixels), expected)
-        theirs = _compare(uri, _predict_in_subprocess(uri, model, pixels, scratch), expected)
-        onnx = model / "artifacts" / onnx_export.ONNX_FILE
-        exported = (
-            _check(f"{uri} by {onnx.name}", onnx_export.max_difference(onnx, pixels, expected))
-            if onnx.exists()
-            else 0.0
-        )
-    return max(ours, theirs, exported)
-
-
-def _compare(uri: str, answered: np.ndarray, expected: np.ndarray) -> float:
-    return _check(uri, onnx_export.max_absolute_difference(answered, expected))
-
-
-def _check(uri: str, difference: float) -> float:
-    if not difference <= TOLERANCE:
-        raise ConvoyError(
-            f"{uri} does not answer as it was evaluated: probabilities differ by up to {difference:.2g}, more than "
-            f"{TOLERANCE:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `dvc repro` again"
-        )
-    return difference
-
-
-def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: Path) -> np.ndarray:
-    """Predict with MLflow's command line in a process that uses the library stored in the model; return (N, K)."""
-    request, answer = scratch / "request.json", scratch / "answer.json"
-    request.write_text(json.dumps({"inputs": [_encode_png(each) for each in pixels]}))
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
-    command += ["--model-uri", str(model), "--input-path", str(request), "--output-path", str(answer)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=scratch,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=PREDICT_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ConvoyError(f"{uri} gave no answer in {PREDICT_TIMEOUT_S} s, in a process of its own") from None
-    if done.returncode or not answer.exists():
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ConvoyError(f"{uri} does not answer in a process of its own: {last[0]}")
-    try:
-        return np.array([row["probabilities"] for row in json.loads(answer.read_text())["predictions"]], float)
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConvoyError(f"{uri} answers something else than probabilities ({error!r})") from None
-
-
-def _encode_png(pixels: np.ndarray) -> str:
-    """Encode pixels losslessly as the base64 text of a PNG file."""
-    file = io.BytesIO()
-    images.as_image(pixels).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

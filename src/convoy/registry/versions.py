@@ -19,8 +19,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 from PIL import Image
 
-from convoy.core.hashing import sha256
-from convoy.inference import predictor
+from convoy.core.hashing import sha256, verify_checksums
 from convoy.tracking.run_record import FINGERPRINT_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
 from convoy.tracking.tags import CHECKSUMS_TAG, VERDICT
@@ -126,7 +125,7 @@ def register(
                 step=step,
             )
         stored = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(Path(scratch, "stored"))))
-        predictor.verify_checksums(stored / "artifacts", artifacts)
+        verify_checksums(stored / "artifacts", artifacts)
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {FINGERPRINT_TAG: identity, CHECKSUMS_TAG: json.dumps(hashes)}
     return mlflow.register_model(logged.model_uri, name, tags=tags)

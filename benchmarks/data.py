@@ -38,7 +38,7 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.recipe import AugmentConfig, RecipeConfig
 from convoy.training.augmentation import augment
-from convoy.training.datamodule import ImageData
+from convoy.training.datamodule import ImageDataModule
 
 IMAGES = 50_000  # the training images of CIFAR-10
 FED = 25_000  # of them, the same number of each class
@@ -151,13 +151,12 @@ def image_folder(folder: Path, change: Callable[[Any], Tensor], workers: int) ->
 
 def ours(folder: Path, info: DatasetInfo) -> Epoch:
     images = Images.load(folder, "train")
-    data = ImageData(images, images, RECIPE, seed=0)
+    data = ImageDataModule(images, images, RECIPE, seed=0)
+    data.setup()
     classifier = Still(info)
 
     def epoch() -> Iterator[Tensor]:
-        data.epoch += 1
-        for step in range(data.steps):
-            pixels, _ = data.batch(step)
+        for pixels, _ in data.train_dataloader():
             yield classifier.normalise(augment(pixels, RECIPE.augment))
 
     return epoch

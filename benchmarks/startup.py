@@ -47,12 +47,12 @@ with tempfile.TemporaryDirectory() as name:
     "train, to the first step": TINY
     + """
 from pipeline.train import *
-class Ending(ImageData):
-    def batch(self, step):
+class Ending(ImageDataModule):
+    def transfer_batch_to_device(self, *_):
         os._exit(0)
 classifier = models.build("lenet", settings, info)
-trainer = TrainerConfig(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
-params = TrainConfig(seed=0, max_epochs=1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+trainer = config.validate(TrainerConfig, config.load(Path("params.yaml"))["trainer"], "trainer")
+params = TrainConfig(seed=0, max_epochs=1, patience=0, checkpoint_minutes=5.0)
 hardware = resolve_trainer(trainer, classifier)
 describe_environment(hardware)
 fit(classifier, Ending(images, images, classifier.recipe, 0), params, hardware)

@@ -5,6 +5,7 @@ with the same network, batch, number of threads, and random crops and flips:
 
 * limit: a loop over tensors in memory, written by hand for this one purpose, in the precision that convoy chooses,
 * convoy: `convoy.training.trainer.fit` with validation and checkpoints, as the train stage calls it,
+* Lightning, minimal: the fewest lines of Lightning's own style over the batches of the limit, in its precision,
 * Lightning: automatic optimization, torchvision's transforms image by image in a DataLoader, torchmetrics; in that
   precision, and in float32, as most write it.
 
@@ -24,7 +25,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,7 @@ from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig, TrainConfig
-from convoy.training.checkpoint import Checkpoint
-from convoy.training.datamodule import ImageData
+from convoy.training.datamodule import ImageDataModule
 from convoy.training.hardware import TrainerConfig, resolve_trainer
 from convoy.training.optimizers import make_optimizer
 from convoy.training.record import ResolvedTrainer
@@ -64,7 +64,7 @@ WARM = 1 if DEVICE.type == "cuda" else 0  # epochs before the one that is counte
 VALIDATED = 64  # images at the end of an epoch, not counted
 EVERY = 3  # rounds, of which the ways through a DataLoader take part in one
 SHIFT = 2  # pixels
-LIMIT, OURS, USUAL = "limit", "convoy", "Lightning, 0 workers"
+LIMIT, OURS, MINIMAL = "limit", "convoy", "Lightning, minimal"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def limit(classifier: Classifier, images: Images, hardware: ResolvedTrainer, com
 
     def forward(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rows = pixels.flatten(2).float().mul_(scale).sub_(offset)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=hardware.precision == "bfloat16"):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=hardware.precision == "bf16-mixed"):
             logits = classifier.logits(rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)).float()
         return functional.cross_entropy(logits, labels), (logits.detach().argmax(dim=1) == labels).sum()
 
@@ -219,7 +219,7 @@ def limit(classifier: Classifier, images: Images, hardware: ResolvedTrainer, com
     for _ in range(WARM + 1):
         marks.append(Mark.now())
         for index in torch.randperm(store.count, device=DEVICE).split(size):
-            loss, correct = forward(*store.gather(index))
+            loss, correct = forward(*store.take(index))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -235,17 +235,20 @@ def limit(classifier: Classifier, images: Images, hardware: ResolvedTrainer, com
 class Marked:
     """A loader that notes when it is first asked."""
 
-    def __init__(self, loader: Iterable[Any], marks: list["Mark"]) -> None:
+    def __init__(self, loader: Any, marks: list["Mark"]) -> None:
         self.loader = loader
         self.marks = marks
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         self.marks.append(Mark.now())
         yield from self.loader
 
 
-class MarkedData(ImageData):
-    """ImageData that notes when each training and each validation begins, and is otherwise as it was."""
+class MarkedData(ImageDataModule):
+    """ImageDataModule that notes when each training and each validation begins, and is otherwise as it was."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -263,10 +266,10 @@ def ours(
 ) -> list["Mark"]:
     """The two marks; how long `fit` took before and after them goes to `rest`."""
     data = MarkedData(images, Images(images.pixels[:VALIDATED], images.labels[:VALIDATED]), classifier.recipe, 0)
-    params = TrainConfig(seed=0, max_epochs=WARM + 1, patience=0, max_minutes=0.0, checkpoint_minutes=5.0)
+    params = TrainConfig(seed=0, max_epochs=WARM + 1, patience=0, checkpoint_minutes=5.0)
     with tempfile.TemporaryDirectory() as name, silence():
         called = Mark.now()
-        trained = fit(classifier, data, params, hardware, Checkpoint(Path(name, "last.pt")))
+        trained = fit(classifier, data, params, hardware, Path(name, "last.ckpt"))
         ended = Mark.now()
     assert trained.failure is None
     first, last = data.marks[-2:]
@@ -283,6 +286,64 @@ class silence:
     def __exit__(self, *_: object) -> None:
         sys.stdout.close()
         sys.stdout = self.shown
+
+
+# Lightning's own style, over the same batches
+
+
+class StoreLoader:
+    """The shuffled batches of the limit."""
+
+    def __init__(self, store: Store, batch_size: int) -> None:
+        self.store = store
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return self.store.count // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(self.store.count, device=DEVICE).split(self.batch_size):
+            yield self.store.take(index)
+
+
+class Minimal(lightning.LightningModule):
+    def __init__(self, classifier: Classifier, marks: list["Mark"]) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.marks = marks
+
+    def on_train_epoch_start(self) -> None:
+        self.marks.append(Mark.now())
+
+    def on_train_epoch_end(self) -> None:
+        self.marks.append(Mark.now())
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        pixels, labels = batch
+        return functional.cross_entropy(self.classifier(pixels), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.classifier)
+
+
+def minimal(classifier: Classifier, images: Images, hardware: ResolvedTrainer) -> list["Mark"]:
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(hardware.threads)
+    classifier.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = StoreLoader(Store(images, classifier.recipe.augment.hflip), classifier.recipe.batch_size)
+    marks: list[Mark] = []
+    trainer = lightning.Trainer(
+        accelerator=hardware.accelerator,
+        devices=1,
+        precision=hardware.precision,  # type: ignore[arg-type]
+        max_epochs=WARM + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Minimal(classifier, marks), loader)
+    return marks[-2:]
 
 
 # What is usually written
@@ -352,7 +413,7 @@ def usual(
     trainer = lightning.Trainer(
         accelerator="gpu" if DEVICE.type == "cuda" else "cpu",
         devices=1,
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
+        precision=precision,  # type: ignore[arg-type]
         max_epochs=WARM + 1,
         logger=False,
         enable_checkpointing=False,
@@ -403,12 +464,13 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
         torch.manual_seed(0)
         return contest.build(info, recipe)
 
-    asked = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads=threads)
+    asked = validate(TrainerConfig, config.load(ROOT / "params.yaml")["trainer"] | {"threads": threads}, "trainer")
     hardware = resolve_trainer(asked, fresh())
     rest: list[dict[str, float]] = []
     ways: dict[str, Callable[[Classifier, Images], list[Mark]]] = {
         LIMIT: functools.partial(limit, hardware=hardware, compiled=compiled),
         OURS: functools.partial(ours, hardware=hardware, rest=rest),
+        MINIMAL: functools.partial(minimal, hardware=hardware),
     }
     if compiled:
         ways[f"{OURS}, compiled"] = functools.partial(
@@ -417,8 +479,8 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
     for workers in (0, 2):
         way = functools.partial(usual, hardware=hardware, workers=workers)
         ways[f"Lightning, {workers} workers"] = functools.partial(way, precision=hardware.precision)
-        if hardware.precision != "float32":
-            ways[f"Lightning, {workers} workers, float32"] = functools.partial(way, precision="float32")
+        if hardware.precision != "32-true":
+            ways[f"Lightning, {workers} workers, float32"] = functools.partial(way, precision="32-true")
     few = Images(images.pixels[: contest.batch_size], images.labels[: contest.batch_size])
     for way in ways.values():  # what is loaded late, is loaded
         way(fresh(), few)
@@ -428,7 +490,7 @@ def measure(contest: Contest, threads: Any, compiled: bool) -> tuple[pd.DataFram
     for number in range(contest.rounds):
         order = list(ways.items())
         for name, way in order if number % 2 else reversed(order):
-            if name.startswith("Lightning") and number % EVERY:
+            if "workers" in name and number % EVERY:
                 continue
             begin, end = way(fresh(), images)
             rows.append((name, number, len(images), end.wall - begin.wall, end.cpu - begin.cpu))

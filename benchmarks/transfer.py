@@ -29,9 +29,9 @@ from convoy.data.packed.dataset_info import ChannelMoments, DatasetInfo
 from convoy.models.base import Classifier, predict
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights
-from convoy.training.datamodule import ImageData
+from convoy.training.datamodule import ImageDataModule
 from convoy.training.hardware import TrainerConfig, resolve_trainer
-from convoy.training.record import DatasetVersion, InitialWeights, ResolvedTrainer, TrainingRecord
+from convoy.training.record import DatasetVersion, InitialWeights, TrainingRecord
 from convoy.training.trainer import fit
 
 LEFT = ["airplane", "automobile", "bird", "cat", "deer"]  # learned first, from 5,000 images each
@@ -41,10 +41,11 @@ CHOOSING = 10  # of them
 EPOCHS_LEFT = 6
 EPOCHS_NEW = 50  # of 250 images less those that choose
 SEEDS = (1, 2, 3)
-RESNET = config.load(Path(__file__).parents[1] / "params.yaml")["model"]["resnet"]
+PARAMS = config.load(Path(__file__).parents[1] / "params.yaml")
+RESNET = PARAMS["model"]["resnet"]
 BATCH = 32  # images; with lr 0.1 the best for scratch among batches of 32 and 64 and rates of 0.1, 0.03 and 0.01
 AUGMENT = {"max_shift": 4, "hflip": True}  # as photographs want it
-TRAINER = TrainerConfig(accelerator="cpu", devices=1, nodes=1, precision="auto", compile=False, threads=1)
+TRAINER = config.validate(TrainerConfig, PARAMS["trainer"] | {"accelerator": "cpu", "threads": 1}, "trainer")
 WAYS: dict[str, dict[str, Any]] = {  # the recipe of each, but for what params.yaml says
     "scratch": {},
     "transfer, all layers alike": {"backbone_lr_scale": 1.0},
@@ -110,10 +111,13 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
     torch.manual_seed(seed)
     classifier = models.build("resnet", values, info)
     init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
-    params = TrainConfig(seed=seed, max_epochs=epochs, patience=0, max_minutes=0.0, checkpoint_minutes=60.0)
+    params = TrainConfig(seed=seed, max_epochs=epochs, patience=0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
         trained = fit(
-            classifier, ImageData(kept, val, classifier.recipe, seed), params, resolve_trainer(TRAINER, classifier)
+            classifier,
+            ImageDataModule(kept, val, classifier.recipe, seed),
+            params,
+            resolve_trainer(TRAINER, classifier),
         )
     classifier.load_state_dict(trained.weights)
     return classifier
@@ -128,8 +132,8 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     record = TrainingRecord(
         architecture="resnet",
         settings=values,
-        train=TrainConfig(seed=seed, max_epochs=EPOCHS_LEFT, patience=0, max_minutes=0.0, checkpoint_minutes=5.0),
-        trainer=ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1),
+        train=TrainConfig(seed=seed, max_epochs=EPOCHS_LEFT, patience=0, checkpoint_minutes=5.0),
+        trainer=resolve_trainer(TRAINER, classifier),
         dataset_info=classifier.info,
         data=DatasetVersion(classifier.info.dataset, "", "CIFAR-10", {}, split_seed=seed),
         fingerprint="",

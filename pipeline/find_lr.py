@@ -33,14 +33,14 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     from convoy.recipe import TrainConfig
     from convoy.reporting import report
     from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
-    from convoy.training.datamodule import ImageData
+    from convoy.training.datamodule import ImageDataModule
     from convoy.training.hardware import TrainerConfig, resolve_trainer
 
     seed = stage.validate(TrainConfig, "train").seed
     torch.manual_seed(seed)
     settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)
     classifier = models.build(architecture, settings, info)
-    data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
+    data = ImageDataModule(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
     table = sweep_learning_rates(
         classifier, data, resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     )

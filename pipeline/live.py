@@ -1,106 +1,127 @@
-"""Process that shows a running training as a run in MLflow.
+"""The callback that shows a running training as a run in MLflow.
 
-The train stage starts it; it is not a stage itself. It reads JSON lines from standard input: {"record": ...,
-"process": ...} when the training begins, {"row": ...} for each epoch and {"status": ...} at the end, each with its
-"moment" in ms. If the lines end without a status, the training was killed. A slow or failing MLflow does not affect
-the training: one line reports the problem, and `convoy sync` completes the run in MLflow.
+It is not an input of the train stage, because it changes no output. A slow or failing MLflow does not affect the
+training: one line reports the problem, and `convoy sync` completes the run in MLflow.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import platform
 import queue
-import signal
 import sys
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as lightning
+from pytorch_lightning.callbacks import Callback
 
 from convoy.core import config
-from convoy.tracking import provenance, run_record, runs
-from convoy.tracking.store import TrackingStore, describe_mlflow_error, open_store
+from convoy.training.history import EpochHistory
 from convoy.training.record import TrainingRecord
 from pipeline.stage import project_root
 
-END_TIMEOUT_S = 30  # s, for MLflow to answer after the end of the training
-REQUEST_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+if TYPE_CHECKING:
+    from convoy.tracking.store import TrackingStore
+
+# Time by which MLflow may delay the end of a training.
+END_TIMEOUT_S = 4  # seconds
+REQUEST_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+Message = dict[str, Any]  # the row of an epoch or the final status, and its time in milliseconds since the epoch
 
 
-def main() -> None:
-    """Show the training that is reported on standard input as a run in MLflow."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.live", description=main.__doc__)
-    parser.add_argument("architecture", help="for whoever looks at the list of processes")
-    parser.parse_args()
-    # This process ends when its input ends, not by a signal.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    # The training has priority.
-    os.nice(10)
-    os.environ.update(REQUEST_TIMEOUTS)
-    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=[inbox], daemon=True).start()
-    signal.signal(signal.SIGALRM, give_up)
-    Reporter(Path.cwd()).report(inbox)
+class LiveRun(Callback):
+    """Show a training as a run in MLflow, from a background thread that the training never waits for before its end.
+
+    Args:
+        root: The project folder.
+        record: The training record, without results.
+    """
+
+    def __init__(self, root: Path, record: TrainingRecord) -> None:
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        reporter = Reporter(root, record, int(time.time() * 1000))
+        self.thread = threading.Thread(target=reporter.report, args=[self.inbox], daemon=True)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Start the run, or continue it with the epochs before a checkpoint."""
+        if not trainer.is_global_zero:
+            return
+        (self.history,) = (each for each in trainer.callbacks if isinstance(each, EpochHistory))  # type: ignore[attr-defined]
+        self.thread.start()
+        for row in self.history.rows:
+            self._send({"row": row})
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Add the metrics of the epoch."""
+        if trainer.is_global_zero:
+            self._send({"row": self.history.rows[-1]})
+
+    def end(self, status: str) -> None:
+        """End the run, and wait for MLflow for a few seconds at most.
+
+        Args:
+            status: The status of the run in MLflow, "FINISHED", "FAILED" or "KILLED".
+        """
+        if self.thread.ident is None:
+            return
+        self._send({"status": status})
+        self.thread.join(END_TIMEOUT_S)
+        if self.thread.is_alive():
+            report_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds")
+
+    def _send(self, message: Message) -> None:
+        self.inbox.put({**message, "time_ms": int(time.time() * 1000)})
 
 
-def listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Read every line as soon as it arrives, so that the pipe does not fill up while MLflow is slow."""
-    # The last line may be cut off.
-    with contextlib.suppress(ValueError):
-        for line in sys.stdin:
-            inbox.put(json.loads(line))
-    # This has no effect if a status was received before.
-    inbox.put({"status": "KILLED"})
-    signal.alarm(END_TIMEOUT_S)
-
-
-def give_up(*_: object) -> None:
-    """Exit because MLflow has not answered in time after the end of the training."""
-    sys.exit(describe_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds"))
-
-
-def describe_outage(reason: str) -> str:
-    """Return a message for a reason why the run can't be shown."""
-    return f"convoy: live: {reason}; the training is not affected, and `convoy sync` adds its run"
+def report_outage(reason: str) -> None:
+    """Print why the run can't be shown."""
+    message = f"convoy: live: {reason}; the training is not affected, and `convoy sync` adds its run"
+    print(message, file=sys.stderr, flush=True)
 
 
 class Reporter:
-    """Writer of the messages of a training to MLflow, which keeps and retries those that MLflow does not accept."""
+    """Writer of the messages of a training to MLflow, which keeps and retries those that MLflow does not accept.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The project folder.
+        record: The training record, without results.
+        time_ms: Start of the training, in milliseconds since the epoch.
+    """
+
+    def __init__(self, root: Path, record: TrainingRecord, time_ms: int) -> None:
         self.root = root
+        self.record = record
+        self.time_ms = time_ms
         self.store: TrackingStore | None = None
-        self.run = ""
-        self.over = False
+        self.run: str | None = ""
         self.shown: set[int] = set()  # epochs that the run already had
-        self.rows: list[dict[str, Any]] = []  # rows that are not in MLflow yet
-        self.end: dict[str, Any] = {}
+        self.rows: list[Message] = []  # rows that are not in MLflow yet
+        self.end: Message = {}
 
-    def report(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def report(self, inbox: "queue.SimpleQueue[Message]") -> None:
         """Write the messages in `inbox` to MLflow until the training ends."""
-        first, is_reported = inbox.get(), False
-        if "record" not in first:
-            return
+        for name, value in REQUEST_TIMEOUTS.items():
+            os.environ.setdefault(name, value)
+        is_reported = False
         with contextlib.ExitStack() as stack:
-            while not self.over:
+            while True:
                 try:
-                    self.write(first, stack)
+                    self.write(stack)
                 # No error of MLflow may affect the training.
                 except Exception as error:
-                    if not is_reported:
-                        print(
-                            describe_outage(describe_mlflow_error(error.__cause__ or error)),
-                            file=sys.stderr,
-                            flush=True,
-                        )
-                    is_reported = True
-                    self.over = bool(self.end)
-                if not self.over:
-                    self.receive(inbox)
+                    from convoy.tracking.store import describe_mlflow_error
 
-    def receive(self, inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
+                    if not is_reported:
+                        report_outage(describe_mlflow_error(error.__cause__ or error))
+                    is_reported = True
+                if self.end or self.run is None:
+                    return
+                self.receive(inbox)
+
+    def receive(self, inbox: "queue.SimpleQueue[Message]") -> None:
         """Wait for a message, then take all that have arrived."""
         while not self.end:
             message = inbox.get()
@@ -111,36 +132,35 @@ class Reporter:
             if inbox.empty():
                 break
 
-    def write(self, first: dict[str, Any], stack: contextlib.ExitStack) -> None:
+    def write(self, stack: contextlib.ExitStack) -> None:
         """Write the rows and the final status that MLflow does not have yet."""
+        # MLflow takes seconds to import, and the training does not wait for it.
+        from convoy.tracking import runs
+
         if not self.run:
-            self.start_run(first, stack)
-        if self.over:
+            self.start_run(stack)
+        if self.run is None:
             return
         assert self.store
         new = [row for row in self.rows if row["row"]["epoch"] not in self.shown]
-        points = [point for row in new for point in runs.curve_points(row["row"], row["moment"])]
+        points = [point for row in new for point in runs.curve_points(row["row"], row["time_ms"])]
         runs.log_points(self.store.client, self.run, points)
         self.rows = []
         if self.end:
-            self.store.client.set_terminated(self.run, self.end["status"], self.end.get("moment"))
-            self.over = True
+            self.store.client.set_terminated(self.run, self.end["status"], self.end["time_ms"])
 
-    def start_run(self, first: dict[str, Any], stack: contextlib.ExitStack) -> None:
-        """Find or create the run, and finish at once if it already shows the complete training."""
-        record = TrainingRecord.parse(json.dumps(first["record"]))
+    def start_run(self, stack: contextlib.ExitStack) -> None:
+        """Find or create the run; `run` is then None if it already shows the complete training."""
+        from convoy.tracking import provenance, run_record, runs
+        from convoy.tracking.store import open_store
+
         params = config.load(self.root / "params.yaml")
-        run = run_record.describe_training(record, {}, provenance.provenance_tags(self.root))
+        run = run_record.describe_training(self.record, {}, provenance.provenance_tags(self.root))
         home = project_root(self.root)
         with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as lock:
-            # The process that reported this training before it was killed may still be running.
-            lock.enter_context(runs.run_lock(store, record.fingerprint, 2 * END_TIMEOUT_S))
-            found = runs.start_run(store, run, f"{platform.node()} {first['process']}", first["moment"])
+            lock.enter_context(runs.run_lock(store, self.record.fingerprint, END_TIMEOUT_S))
+            found = runs.start_run(store, run, f"{platform.node()} {os.getpid()}", self.time_ms)
             if found:
                 self.shown = runs.logged_epochs(store, found)
                 stack.push(lock.pop_all())
-        self.store, self.run, self.over = store, found or "", not found
-
-
-if __name__ == "__main__":
-    main()
+        self.store, self.run = store, found

@@ -1,15 +1,11 @@
 """The train stage, which trains one architecture on the prepared images and records the run."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import safetensors.torch
@@ -23,12 +19,13 @@ from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights
-from convoy.training.checkpoint import Checkpoint
-from convoy.training.datamodule import ImageData
+from convoy.training.checkpoint import remove_checkpoint
+from convoy.training.datamodule import ImageDataModule
 from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
+from convoy.training.history import COLUMNS
 from convoy.training.record import DatasetVersion, EpochMetrics, TrainingRecord
-from convoy.training.result import COLUMNS
 from convoy.training.trainer import fit
+from pipeline.live import LiveRun
 from pipeline.stage import Stage, main
 
 
@@ -47,14 +44,14 @@ def train(stage: Stage) -> None:
     )
     hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
-    if hardware.nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        raise ConvoyError(f"trainer.nodes={hardware.nodes}: start it on each machine by torchrun (docs/training.md)")
+    if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ConvoyError(
+            f"trainer.num_nodes={hardware.num_nodes}: start it on each machine by torchrun (docs/training.md)"
+        )
     machine = describe_environment(hardware)
-    data = ImageData(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, params.seed)
+    data = ImageDataModule(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
-    checkpoint = Checkpoint(
-        stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.pt"
-    )
+    checkpoint = stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.ckpt"
     data_facts = json.loads((prepared / DATA_PROFILE).read_text())
     record = TrainingRecord(
         architecture=architecture,
@@ -69,11 +66,12 @@ def train(stage: Stage) -> None:
         macs=count_macs(classifier),
         environment=machine,
     )
-    live = Live(stage, record)
+    live = LiveRun(stage.root, record)
+    callbacks = [live] if os.environ.get("CONVOY_LIVE") != "0" else []
     try:
-        trained = fit(classifier, data, params, hardware, checkpoint, live.on_epoch_end)
-    except Exception:
-        live.end("FAILED")
+        trained = fit(classifier, data, params, hardware, checkpoint, callbacks)
+    except BaseException as error:
+        live.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
     pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / HISTORY, index=False)
@@ -85,65 +83,10 @@ def train(stage: Stage) -> None:
         (stage.scratch / WEIGHTS).write_bytes(safetensors.torch.save(trained.weights))
     else:
         print(trained.failure.describe(architecture), file=sys.stderr, flush=True)
-    stage.on_published += [checkpoint.remove, lambda: live.end("FAILED" if trained.failure else "FINISHED")]
-
-
-class Live:
-    """Sender of a training's progress to `pipeline.live`, a separate process that shows it as a run in MLflow.
-
-    The training never waits for that process or for MLflow: a message that can't be written at once is dropped. The
-    process ends when the training process has ended; if no final status was sent, it marks the run as killed. Nothing
-    is sent if the environment variable CONVOY_LIVE is 0, or from processes of a rank other than 0.
-
-    Args:
-        stage: The running train stage.
-        record: The training record, which is the first message.
-    """
-
-    def __init__(self, stage: Stage, record: TrainingRecord) -> None:
-        self.pipe: int | None = None
-        if stage.rank or os.environ.get("CONVOY_LIVE") == "0":
-            return
-        command = [sys.executable, "-m", "pipeline.live", stage.foreach_key]
-        reader, self.pipe = os.pipe()
-        os.set_blocking(self.pipe, False)
-        try:
-            # A separate session lets the process outlive a training that is killed with its process group.
-            subprocess.Popen(command, cwd=stage.root, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)
-        except OSError as error:
-            print(f"the run can't be shown in MLflow while it trains: {error}", file=sys.stderr, flush=True)
-        finally:
-            os.close(reader)
-        # The names of a thousand classes would fill the pipe, so the classes are left out.
-        sent = record.model_copy(update={"dataset_info": dataclasses.replace(record.dataset_info, classes=[])})
-        self._send({"record": sent.model_dump(mode="json"), "process": os.getpid()})
-
-    def on_epoch_end(self, row: Mapping[str, float]) -> None:
-        """Report the end of an epoch.
-
-        Args:
-            row: The row of the epoch in the history.
-        """
-        self._send({"row": row})
-
-    def end(self, status: str) -> None:
-        """Report the end of the training.
-
-        Args:
-            status: The status of the run in MLflow, "FINISHED" or "FAILED".
-        """
-        self._send({"status": status})
-        if self.pipe is not None:
-            os.close(self.pipe)
-            self.pipe = None
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        if self.pipe is None:
-            return
-        line = json.dumps({**message, "moment": int(time.time() * 1000)}) + "\n"
-        # The pipe may be full or no longer read.
-        with contextlib.suppress(OSError):
-            os.write(self.pipe, line.encode())
+    stage.on_published += [
+        lambda: remove_checkpoint(checkpoint),
+        lambda: live.end("FAILED" if trained.failure else "FINISHED"),
+    ]
 
 
 def fetch_weights(stage: Stage, init: str, folder: Path) -> str:

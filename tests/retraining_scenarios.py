@@ -9,7 +9,7 @@ from convoy.core import config
 from convoy.inference import predictor
 from small_project import draw_images, make_project, run_stages
 
-BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=float32", "register.gate.min_accuracy=0.0"]
+BASE = ["model=[lenet]", "trainer.threads=1", "trainer.precision=32-true", "register.gate.min_accuracy=0.0"]
 BASE += ["register.gate.min_test_images=50", "register.gate.min_images_per_class=20"]
 TRAINING_OVERRIDES = {
     "good": ["train.max_epochs=4"],

@@ -1,10 +1,13 @@
 """Short trainings for tests: generated images, a small network, settings for one thread."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from convoy import models
@@ -12,16 +15,14 @@ from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
-from convoy.training.checkpoint import Checkpoint
-from convoy.training.datamodule import ImageData
+from convoy.training.datamodule import ImageDataModule
 from convoy.training.record import ResolvedTrainer
-from convoy.training.result import TrainResult
-from convoy.training.trainer import fit
+from convoy.training.trainer import TrainResult, fit
 from model_settings import load_model_settings
 
 BARS_INFO = DatasetInfo("bars", ["column", "row"], 32, 1, [0.3], [0.2])
 
-CPU = ResolvedTrainer("cpu", devices=1, nodes=1, precision="float32", compile=False, threads=1)
+CPU = ResolvedTrainer("cpu", 1, 1, strategy="auto", precision="32-true", sync_batchnorm=False, compile=False, threads=1)
 
 
 def make_bars(count: int, seed: int) -> Images:
@@ -45,13 +46,14 @@ def build(seed: int = 0, name: str = "lenet", augment: dict[str, Any] | None = N
 def train(
     classifier: Classifier,
     seed: int = 0,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Path | None = None,
     hardware: ResolvedTrainer = CPU,
+    callbacks: Sequence[Callback] = (),
     **params: Any,
 ) -> TrainResult:
-    data = ImageData(make_bars(96, 1), make_bars(40, 2), classifier.recipe, seed)
-    settings = {"seed": seed, "max_epochs": 3, "patience": 0, "max_minutes": 0.0, "checkpoint_minutes": 5.0} | params
-    return fit(classifier, data, TrainConfig(**settings), hardware, checkpoint)
+    data = ImageDataModule(make_bars(96, 1), make_bars(40, 2), classifier.recipe, seed)
+    settings = {"seed": seed, "max_epochs": 3, "patience": 0, "checkpoint_minutes": 5.0} | params
+    return fit(classifier, data, TrainConfig(**settings), hardware, checkpoint, callbacks)
 
 
 def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

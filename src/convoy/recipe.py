@@ -39,7 +39,6 @@ class TrainConfig:
     seed: Seed  # of the random weights, the order of the images and their augmentation
     max_epochs: PositiveInt
     patience: NonNegativeInt  # epochs without improvement before training stops; 0 disables early stopping
-    max_minutes: NonNegativeFloat  # time limit; no epoch starts that is expected to exceed it; 0 means no limit
     checkpoint_minutes: PositiveFloat  # interval between checkpoints within an epoch; each epoch's end also writes one
 
 

@@ -1,19 +1,14 @@
 """Live reporting: a running training is a run in MLflow, and no failure of MLflow affects it."""
 
-import json
 import multiprocessing
 import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -21,6 +16,8 @@ from mlflow.exceptions import MlflowException
 import training_process
 from convoy.core import config
 from convoy.tracking import runs
+from convoy.tracking.store import open_store
+from convoy.training.record import TrainingRecord
 from pipeline.evaluate import evaluate
 from pipeline.live import Reporter
 from pipeline.stage import Stage
@@ -51,11 +48,11 @@ def trained_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def record(trained_project: Path, tmp_path_factory: pytest.TempPathFactory) -> Message:
+def record(trained_project: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingRecord:
     root = copy_project(trained_project, tmp_path_factory.mktemp("trained") / "project")
     config.compose(root, ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
     run_stages(root, until="train")
-    return json.loads((root / "artifacts/train/lenet/record.json").read_text())
+    return TrainingRecord.load(root / "artifacts/train/lenet/record.json")
 
 
 @pytest.fixture
@@ -66,43 +63,42 @@ def root(trained_project: Path, tmp_path: Path) -> Path:
 # What the reporter makes of what it is told
 
 
-def start_message(record: Message) -> Message:
-    return {"record": record, "process": os.getpid(), "moment": 1_000}
-
-
 def epoch_message(number: int) -> Message:
     row = {"epoch": number, "lr": 0.1, "train_loss": 1 / number, "val_loss": 2 / number, "val_accuracy": 0.5}
-    return {"row": row, "moment": 1_000 * (number + 1)}
+    return {"row": row, "time_ms": 1_000 * (number + 1)}
 
 
 def end_message(status: str) -> Message:
-    return {"status": status, "moment": 9_000}
+    return {"status": status, "time_ms": 9_000}
 
 
-def report(root: Path, *messages: Message) -> None:
+def report(root: Path, record: TrainingRecord, *messages: Message) -> None:
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     for message in messages:
         inbox.put(message)
-    Reporter(root).report(inbox)
+    Reporter(root, record, 1_000).report(inbox)
 
 
-def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: Message) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline.live", "lenet"]
-    process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE, text=True, bufsize=1)
-    assert process.stdin
+def start_reporter(root: Path, record: TrainingRecord) -> tuple[queue.SimpleQueue[Message], threading.Thread]:
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    reporter = threading.Thread(target=Reporter(root, record, 1_000).report, args=[inbox])
+    reporter.start()
+    return inbox, reporter
+
+
+def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: TrainingRecord) -> None:
+    inbox, reporter = start_reporter(root, record)
     for number in range(3):
-        process.stdin.write(json.dumps(epoch_message(number) if number else start_message(record)) + "\n")
+        if number:
+            inbox.put(epoch_message(number))
         wait_until(lambda: [len(read_curve(root, run, "val/loss")) for run in list_runs(root)] == [number])  # noqa: B023
         assert list_runs(root)[0].info.status == "RUNNING"
-    os.kill(process.pid, signal.SIGTERM)  # as an impatient system would: it is not for the reporter to end
-    process.stdin.write(json.dumps(end_message("FINISHED")) + "\n")
-    process.stdin.close()
-    assert process.wait() == 0
+    inbox.put(end_message("FINISHED"))
+    reporter.join()
     (run,) = list_runs(root)
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_000, 9_000)
     assert read_curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
-    assert run.data.params["recipe.lr"] == str(record["settings"]["recipe"]["lr"])
+    assert run.data.params["recipe.lr"] == str(record.settings["recipe"]["lr"])
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
 
 
@@ -114,29 +110,29 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     raise AssertionError("it never came")
 
 
-def test_resumed_training_continues_its_run(root: Path, record: Message) -> None:
-    report(root, start_message(record), epoch_message(1), epoch_message(2), end_message("KILLED"))
+def test_resumed_training_continues_its_run(root: Path, record: TrainingRecord) -> None:
+    report(root, record, epoch_message(1), epoch_message(2), end_message("KILLED"))
     assert list_runs(root)[0].info.status == "KILLED"
-    report(root, start_message(record), epoch_message(1), epoch_message(2), epoch_message(3), end_message("FINISHED"))
+    report(root, record, epoch_message(1), epoch_message(2), epoch_message(3), end_message("FINISHED"))
     (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
     assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3]
 
 
-def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: Message) -> None:
-    report(root, start_message(record), epoch_message(1), end_message("FINISHED"))
+def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: TrainingRecord) -> None:
+    report(root, record, epoch_message(1), end_message("FINISHED"))
     before = (root / "mlflow.db").read_bytes()
-    report(root, start_message(record), epoch_message(1), end_message("FINISHED"))
+    report(root, record, epoch_message(1), end_message("FINISHED"))
     assert (root / "mlflow.db").read_bytes() == before
 
 
-def test_failed_training_is_marked_failed(root: Path, record: Message) -> None:
-    report(root, start_message(record), end_message("FAILED"))
+def test_failed_training_is_marked_failed(root: Path, record: TrainingRecord) -> None:
+    report(root, record, end_message("FAILED"))
     assert list_runs(root)[0].info.status == "FAILED"
 
 
 def test_failed_request_is_retried_and_logged_once(
-    root: Path, record: Message, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, record: TrainingRecord, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, calls = MlflowClient.log_batch, []
 
@@ -146,10 +142,8 @@ def test_failed_request_is_retried_and_logged_once(
             raise MlflowException("the server has died")
 
     monkeypatch.setattr(MlflowClient, "log_batch", flaky)
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    reporter = threading.Thread(target=Reporter(root).report, args=[inbox])
-    reporter.start()
-    for message in (start_message(record), *map(epoch_message, range(1, 6))):
+    inbox, reporter = start_reporter(root, record)
+    for message in map(epoch_message, range(1, 6)):
         inbox.put(message)
         wait_until(inbox.empty)
         time.sleep(0.1)
@@ -177,7 +171,7 @@ def test_unusable_server_is_one_line_without_the_password(
     answer: str,
     server: FaultyServer,
     root: Path,
-    record: Message,
+    record: TrainingRecord,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -187,7 +181,7 @@ def test_unusable_server_is_one_line_without_the_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
     before = time.monotonic()
-    report(root, start_message(record), epoch_message(1), epoch_message(2), end_message("FINISHED"))
+    report(root, record, epoch_message(1), epoch_message(2), end_message("FINISHED"))
     assert time.monotonic() - before < 10
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"convoy: live: MLflow at http://127.0.0.1:{server.server_port} fails: ")
@@ -219,32 +213,21 @@ def train_live(root: Path, environment: dict[str, str], said: Path) -> None:
     training_process.run_train_stage(root, "lenet")
 
 
-def find_reporters(root: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        try:
-            if "pipeline.live" in (process.info["cmdline"] or []) and process.cwd() == str(root):
-                found.append(process)
-        except psutil.Error:  # it has just ended
-            pass
-    return found
-
-
-def wait_for_reporters(root: Path) -> None:
-    wait_until(lambda: not [one for one in find_reporters(root) if one.status() != psutil.STATUS_ZOMBIE])
+def wait_for_epochs(root: Path) -> None:
+    wait_until(lambda: any(len(read_curve(root, run, "val/loss")) > 1 for run in list_runs(root)))
 
 
 def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start) -> None:
     first = start(root)
-    wait_until(lambda: any((root / "artifacts/.cache/checkpoints").rglob("last.pt")))
+    wait_for_epochs(root)
     first.kill()
     first.join()
-    wait_for_reporters(root)
+    with open_store(root, "convoy") as store:
+        runs.mark_killed_runs(store)
     (killed,) = list_runs(root)
     assert killed.info.status == "KILLED"
 
     start(root).join()
-    wait_for_reporters(root)
     (run,) = list_runs(root)
     assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
     assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
@@ -255,22 +238,34 @@ def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start)
     assert list_runs(root)[0].info.end_time == run.info.end_time
 
 
-def test_hung_or_killed_reporter_does_not_affect_training(root: Path, tmp_path: Path, start: Start) -> None:
+def test_terminated_training_is_marked_killed(root: Path, start: Start) -> None:
+    training = start(root)
+    wait_for_epochs(root)
+    training.terminate()
+    training.join()
+    assert training.exitcode == 143
+    assert [run.info.status for run in list_runs(root)] == ["KILLED"]
+
+
+@pytest.mark.parametrize("answer", ["later", "nothing"])
+def test_hung_server_does_not_affect_training(
+    answer: str, server: FaultyServer, root: Path, tmp_path: Path, start: Start
+) -> None:
     undisturbed = copy_project(root, tmp_path / "undisturbed")
     before = time.monotonic()
     start(undisturbed, CONVOY_LIVE="0").join()
     alone = time.monotonic() - before
 
+    server.answer = answer
     before = time.monotonic()
-    training = start(root)
-    wait_until(lambda: bool(find_reporters(root)))
-    (reporter,) = find_reporters(root)
-    reporter.suspend()
+    training = start(root, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{server.server_port}")
     training.join()
     assert training.exitcode == 0
-    assert time.monotonic() - before < 2 * alone + 3
-    reporter.kill()
+    # 5 s, and the imports on a busy machine
+    assert time.monotonic() - before < 2 * alone + 5
     assert read_trained_files(root) == read_trained_files(undisturbed)
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.startswith("convoy: live: MLflow ")
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     sync(root)
@@ -284,16 +279,15 @@ def test_training_without_mlflow_completes_with_one_warning(root: Path, tmp_path
     training = start(root, MLFLOW_TRACKING_URI="http://someone:secret@127.0.0.1:9")
     training.join()
     assert training.exitcode == 0
-    wait_for_reporters(root)
     (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.startswith("convoy: live: MLflow at http://127.0.0.1:9 fails: ")
     assert "secret" not in line
     assert (root / "artifacts/train/lenet/weights.safetensors").exists()
 
 
-def test_failed_and_reported_training_is_not_started_again(root: Path, record: Message) -> None:
-    report(root, start_message(record), end_message("FAILED"))
+def test_failed_and_reported_training_is_not_started_again(root: Path, record: TrainingRecord) -> None:
+    report(root, record, end_message("FAILED"))
     run_id = list_runs(root)[0].info.run_id
-    make_client(root).set_tag(run_id, runs.RESULTS_TAG, "a hash")  # as `level` does
-    report(root, start_message(record), end_message("KILLED"))
+    make_client(root).set_tag(run_id, runs.RESULTS_TAG, "a hash")  # as `sync_run` does
+    report(root, record, end_message("KILLED"))
     assert list_runs(root)[0].info.status == "FAILED"

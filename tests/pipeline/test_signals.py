@@ -19,11 +19,10 @@ from pipeline.signals import ENDING
 from small_project import ROOT, make_project
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-# the process that reports a training to MLflow is not to end before it
 PROCESSES = sorted(
     (f"pipeline.{file.stem}",)
     for file in (ROOT / "pipeline").glob("*.py")
-    if '__name__ == "__main__"' in file.read_text() and file.stem not in ("__main__", "cli", "live")
+    if '__name__ == "__main__"' in file.read_text() and file.stem not in ("__main__", "cli")
 )
 COMMANDS = [("pipeline",)] + [
     ("pipeline.cli", *words.split())
@@ -395,10 +394,8 @@ def start_process(root: Path) -> subprocess.Popen:
 
 
 def runs_in(process: psutil.Process, root: Path) -> bool:
-    """Whether it runs in the project; the one that reports a training to MLflow may outlive it."""
+    """Whether it runs in the project."""
     try:
-        if process.status() == psutil.STATUS_ZOMBIE or "pipeline.live" in process.cmdline():
-            return False
-        return Path(process.cwd()) == root
+        return process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()) == root
     except psutil.Error:
         return False

@@ -29,7 +29,7 @@ STILL = [
     "model.lenet.recipe.batch_size=10",
     "model.lenet.recipe.augment.max_shift=0",
 ]
-DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=float32"]
+DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 
 
 def make_environment() -> dict[str, str]:
@@ -55,7 +55,7 @@ def train(root: Path, name: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("balance", ["weighted_loss", "sampler"])
 def test_two_processes_match_one_and_write_one_record(balance: str, tmp_path: Path) -> None:
     overrides = [*STILL, f"model.lenet.recipe.class_balance={balance}", "trainer.threads=1"]
-    alone = make_project(tmp_path / "alone", [*overrides, "trainer.precision=float32"])
+    alone = make_project(tmp_path / "alone", [*overrides, "trainer.precision=32-true"])
     together = make_project(tmp_path / "together", [*overrides, *DDP])
     for root in (alone, together):
         run_stages(root, until="preprocess")
@@ -115,7 +115,7 @@ def test_sigterm_ends_all_processes_with_all_steps_saved(all_of_them: bool, tmp_
         assert running.wait(10) == 143, (root / "said.txt").read_text()
         psutil.wait_procs(others, timeout=10)
         assert not [process for process in others if process.is_running()]
-        (saved,) = (root / "artifacts/.cache/checkpoints").rglob("last.pt")
+        (saved,) = (root / "artifacts/.cache/checkpoints").rglob("last.ckpt")
         assert saved.stat().st_mtime > told - 0.1  # the clock of files is a little late
 
 
@@ -155,7 +155,7 @@ def train_by_torchrun(roots: Sequence[Path]) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> None:
-    nodes = [*STILL, "trainer.accelerator=cpu", "trainer.nodes=2", "trainer.threads=1", "trainer.precision=float32"]
+    nodes = [*STILL, "trainer.accelerator=cpu", "trainer.num_nodes=2", "trainer.threads=1", "trainer.precision=32-true"]
     together = make_project(tmp_path / "together", [*STILL, *DDP, "trainer.threads=1"])
     first = make_project(tmp_path / "first", [*nodes, "train.checkpoint_minutes=0.0005"])
     run_stages(together, until="preprocess")
@@ -166,7 +166,7 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
 
     # both machines go down, and only the first has kept a checkpoint
     processes = train_by_torchrun([first, second])
-    while not list((first / "artifacts/.cache/checkpoints").rglob("last.pt")):
+    while not list((first / "artifacts/.cache/checkpoints").rglob("last.ckpt")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
     for process in processes:

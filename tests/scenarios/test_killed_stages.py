@@ -132,7 +132,7 @@ def test_repeatedly_killed_training_ends_bit_identical(
             process.kill()
         process.join()
         ends.append(process.exitcode)
-        kept += len(list((root / "artifacts/.cache/checkpoints").rglob("last.pt")))
+        kept += len(list((root / "artifacts/.cache/checkpoints").rglob("last.ckpt")))
         if (root / "artifacts/train" / architecture).exists():
             break  # it had been on its last steps
     assert set(ends) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0}
@@ -142,7 +142,7 @@ def test_repeatedly_killed_training_ends_bit_identical(
     last.join()
     assert last.exitcode == 0
     assert read_files(root / "artifacts/train" / architecture) == expected
-    assert not list((root / "artifacts/.cache/checkpoints").rglob("*.pt"))  # success cleans up
+    assert not list((root / "artifacts/.cache/checkpoints").rglob("*.ckpt"))  # success cleans up
 
 
 # The whole pipeline

@@ -390,7 +390,7 @@ def test_server_outage_during_training_loses_no_data(
         Path(shutil.copytree(retraining_project, tmp_path / name)) for name in ("project", "undisturbed")
     )
     for folder in (root, undisturbed):
-        config.compose(folder, [*BASE, "train.max_epochs=60"])
+        config.compose(folder, [*BASE, "train.max_epochs=200"])
         shutil.rmtree(folder / "artifacts/train")
         shutil.rmtree(folder / "artifacts/evaluate")
     begun = time.monotonic()
@@ -413,17 +413,13 @@ def test_server_outage_during_training_loses_no_data(
         training = start_command(root, "pipeline.train", "lenet")
         assert training.stdout
         assert training.stderr
-        said = [training.stdout.readline() for _ in range(5)]
-        training.send_signal(signal.SIGSTOP)  # else it would be over before its reporter has imported MLflow
-        assert "epoch 5/60" in said[-1]
         servers.wait_until(lambda: epochs() >= 3)
         os.killpg(process, signal.SIGKILL)
     begun = time.monotonic()
-    training.send_signal(signal.SIGCONT)
-    said += training.stdout.readlines()
+    said = training.stdout.readlines()
     assert training.wait() == 0
     assert time.monotonic() - begun < 2 * alone + 5
-    assert sum("epoch " in line for line in said) == 60
+    assert sum("epoch " in line for line in said) == 200
     assert read_trained_files(root) == read_trained_files(undisturbed)
     (line,) = training.stderr.read().splitlines()  # the reporter's as well, to its end
     assert line.startswith(f"convoy: live: MLflow at {server} fails: ")
@@ -435,7 +431,7 @@ def test_server_outage_during_training_loses_no_data(
         run_command("sync")
     with servers.run_mlflow(folder, port, *options):
         (cut,) = client.search_runs([client.get_experiment_by_name("convoy").experiment_id])
-        assert (cut.info.status, epochs()) != ("FINISHED", 60)
+        assert (cut.info.status, epochs()) != ("FINISHED", 200)
         for _ in range(2):
             run_command("sync")
             assert_complete_runs(server, "convoy", [root / "artifacts"])

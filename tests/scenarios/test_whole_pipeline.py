@@ -354,9 +354,9 @@ def test_wrong_setting_is_refused_before_anything_runs(
 def test_several_machines_are_not_started_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
-    root = make_project(tmp_path / "project", [*SMALL, "trainer.nodes=2"])
+    root = make_project(tmp_path / "project", [*SMALL, "trainer.num_nodes=2"])
     run_stages(root, until="preprocess")
-    with pytest.raises(ConvoyError, match=r"trainer\.nodes=2: start it on each machine by torchrun"):
+    with pytest.raises(ConvoyError, match=r"trainer\.num_nodes=2: start it on each machine by torchrun"):
         Stage(root, "train", "lenet").run(train)
 
 

@@ -103,7 +103,7 @@ def test_nested_settings_share_one_parameter() -> None:
     assert run.params["recipe.augment"] == "hflip=false"
     assert run.params["recipe.others"] == "warmup_fraction=0.1"
     assert run.params["recipe.lr"] == 0.05
-    assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bfloat16"
+    assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bf16-mixed"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The data module: the remaining steps of an epoch, and the batches in their order."""
+"""The data module: batches in their order, and the position at which a training resumes."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from convoy.core.config import validate
 from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
-from convoy.training import datamodule
-from convoy.training.datamodule import MAX_VAL_BATCH_SIZE, PREFETCH_STEPS, ImageData, ImageStore
+from convoy.training import image_store
+from convoy.training.datamodule import PREFETCH_BATCHES, ImageDataModule, TrainLoader, ValLoader
+from convoy.training.image_store import ImageStore
 from convoy.training.sampler import BatchSampler
 from model_settings import load_model_settings
 
@@ -23,71 +25,79 @@ def make_numbered(count: int, size: int = 8) -> Images:
     return Images(pixels.copy(), numbers.astype(np.int64))
 
 
-def make_data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageData:
+def make_data(train: int | Images = 100, val: int = 30, **recipe: object) -> ImageDataModule:
     images = make_numbered(train) if isinstance(train, int) else train
     values = load_model_settings("lenet")["recipe"]
-    return ImageData(
+    made = ImageDataModule(
         images, make_numbered(val), validate(RecipeConfig, values | {"batch_size": 4} | recipe, "recipe"), 1
     )
+    made.setup()
+    return made
 
 
-@pytest.mark.parametrize("done", [0, 1, 16, 24, 25])
-def test_remaining_steps_are_in_order_and_never_no_item(done: int) -> None:
-    feed = make_data()
-    assert feed.steps == 25
-    feed.step = done
-    due = list(feed.train_dataloader())
-    assert [step for steps in due for step in steps] == list(range(done, 25))
-    assert len(due) >= 1
+def take(loader: TrainLoader | ValLoader, count: int) -> list[list[int]]:
+    """The labels of the next batches, as Lightning takes them."""
+    return [labels.tolist() for _, labels in itertools.islice(iter(loader), count)]
 
 
-def test_batch_holds_its_rows_of_the_current_epoch() -> None:
-    feed = make_data()
-    for epoch in (0, 1, 0):
-        feed.epoch = epoch
-        for step, rows in enumerate(BatchSampler(np.arange(100), 4, 1).draw_epoch(epoch)):
-            pixels, labels = feed.batch(step)
-            assert pixels.dtype == torch.uint8
-            assert labels.tolist() == rows.tolist() == pixels[:, 0, 0, 0].tolist()
+def test_batch_holds_the_rows_of_its_epoch() -> None:
+    loader = make_data().train_dataloader()
+    sampler = BatchSampler(np.arange(100), 4, 1)
+    for epoch in (0, 1, 2):
+        assert take(loader, 25) == sampler.draw_epoch(epoch).tolist()
+    pixels, labels = next(iter(loader))
+    assert pixels.dtype == torch.uint8
+    assert labels.tolist() == pixels[:, 0, 0, 0].tolist()
 
 
-def test_validation_batch_is_no_larger_than_a_micro_batch() -> None:
-    feed = make_data(val=100, batch_size=24, accumulate_grad_batches=2)
-    assert [len(rows) for rows in feed.val_dataloader()] == [24, 24, 24, 24, 4]
-    feed.set_rank(torch.device("cpu"), rank=1, world_size=2)
-    assert [len(rows) for rows in feed.val_dataloader()] == [12, 12, 12, 12, 2]
+@pytest.mark.parametrize("done", [0, 1, 24, 25, 26, 50])
+def test_loading_continues_at_a_saved_position(done: int) -> None:
+    loader, undisturbed = make_data(), make_data()
+    expected = [batch for _ in range(3) for batch in take(undisturbed.train_dataloader(), 25)]
+    for left in (25, done - 25):
+        take(loader.train_dataloader(), min(done, 25) if left == 25 else max(0, left))
+    resumed = make_data()
+    resumed.load_state_dict(loader.state_dict())
+    rest = take(resumed.train_dataloader(), 25 - done % 25 if done % 25 else 25)
+    assert rest == expected[done : done + len(rest)]
+    assert rest
+
+
+def test_validation_batch_is_twice_as_large_as_a_training_batch() -> None:
+    loader = make_data(val=100, batch_size=24, accumulate_grad_batches=2).val_dataloader()
+    assert [len(batch) for batch in take(loader, 9)] == [24, 24, 24, 24, 4]
+    assert len(loader) == 5
 
 
 def test_images_are_uploaded_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_numbered(100)
-    monkeypatch.setattr(datamodule, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
-    assert np.array_equal(datamodule.copy_to_device(images.pixels, torch.device("cpu")).numpy(), images.pixels)
+    monkeypatch.setattr(image_store, "UPLOAD_BYTES", 7 * images.pixels[0].nbytes)
+    assert np.array_equal(image_store.copy_to_device(images.pixels, torch.device("cpu")).numpy(), images.pixels)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_images_are_divided_among_processes(world_size: int) -> None:
-    feed = make_data(train=MAX_VAL_BATCH_SIZE, val=2 * MAX_VAL_BATCH_SIZE + 5, batch_size=MAX_VAL_BATCH_SIZE)
-    seen = []
-    for rank in range(world_size):
-        feed.set_rank(torch.device("cpu"), rank, world_size)
-        batches = list(feed.val_dataloader())
-        assert all(len(rows) <= MAX_VAL_BATCH_SIZE for rows in batches)
-        seen += [row for rows in batches for row in rows]
-    assert sorted(seen) == list(range(2 * MAX_VAL_BATCH_SIZE + 5))
+@pytest.mark.parametrize("count", [2, 1029])
+def test_validation_images_are_divided_among_processes(world_size: int, count: int) -> None:
+    store = ImageStore(make_numbered(count), torch.device("cpu"))
+    loaders = [ValLoader(store, 512, rank, world_size) for rank in range(world_size)]
+    batches = [batch for loader in loaders for batch in take(loader, len(loader))]
+    assert all(len(loader) for loader in loaders)  # all have to validate
+    assert all(len(batch) <= 512 for batch in batches)
+    assert sorted(row for batch in batches for row in batch) == list(range(count))
 
 
 def test_batches_are_copies_of_the_stored_images() -> None:
-    feed = make_data()
-    pixels, _ = feed.batch(0)
+    data = make_data()
+    pixels, _ = next(iter(data.train_dataloader()))
     pixels.zero_()
-    assert feed.train.pixels.max() == 99
+    assert data.train.pixels.max() == 99
 
 
 def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_numbered(100, size=100)  # rows that begin and end within a page
     np.save(tmp_path / "train_pixels.npy", images.pixels)
     np.save(tmp_path / "train_labels.npy", images.labels)
-    monkeypatch.setattr(datamodule, "MMAP_PREFETCH_BYTES", 0)
+    monkeypatch.setattr(image_store, "MMAP_PREFETCH_BYTES", 0)
     asked: list[list[int]] = []
     prefetch = ImageStore.prefetch
 
@@ -98,12 +108,11 @@ def test_memory_map_is_prefetched_and_gives_equal_batches(tmp_path: Path, monkey
 
     monkeypatch.setattr(ImageStore, "prefetch", noted)
     streamed, held = make_data(Images.load(tmp_path, "train")), make_data(images)
-    batches = [streamed.batch(step) for step in range(25)]
+    batches = list(streamed.train_dataloader())
     monkeypatch.undo()
-    for step, (pixels, labels) in enumerate(batches):
-        assert torch.equal(pixels, held.batch(step)[0])
-        assert torch.equal(labels, held.batch(step)[1])
-    assert asked == [labels.tolist() for _, labels in batches[PREFETCH_STEPS:]]
+    for streamed_batch, held_batch in zip(batches, held.train_dataloader(), strict=True):
+        assert all(map(torch.equal, streamed_batch, held_batch))
+    assert asked == [labels.tolist() for _, labels in batches[PREFETCH_BATCHES:]]
 
 
 def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> None:
@@ -114,10 +123,11 @@ def test_memory_does_not_grow_with_the_images_that_are_fed(tmp_path: Path) -> No
         file.truncate(file.tell() + 40_000 * 128 * 128 * 3)
     np.save(tmp_path / "train_labels.npy", np.zeros(40_000, np.int64))
     feed = make_data(Images.load(tmp_path, "train"), batch_size=64)
-    feed.batch(0)
+    batches = iter(feed.train_dataloader())
+    next(batches)
     before = measure_memory()
-    for step in range(feed.steps):
-        feed.batch(step)
+    for _ in batches:
+        pass
     assert measure_memory() - before < 20e6
 
 

@@ -5,13 +5,25 @@ import dataclasses
 import pytest
 import torch
 
+from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.training import hardware
 from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.record import ResolvedTrainer
 from training_fixtures import build
 
-AUTO = TrainerConfig(accelerator="auto", devices=1, nodes=1, precision="auto", compile=False, threads="auto")
+AUTO = TrainerConfig(
+    accelerator="auto",
+    devices=1,
+    num_nodes=1,
+    strategy="auto",
+    precision="auto",
+    sync_batchnorm=False,
+    max_time=None,
+    profiler=None,
+    compile=False,
+    threads="auto",
+)
 
 
 def set_machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: bool = True, cores: int = 8) -> None:
@@ -24,7 +36,7 @@ def set_machine(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, bfloat16: boo
     monkeypatch.setattr("joblib.cpu_count", lambda only_physical_cores: cores)
 
 
-@pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bfloat16"), (False, "float32")])
+@pytest.mark.parametrize(("bfloat16", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_bfloat16_is_chosen_if_the_hardware_supports_it(
     bfloat16: bool, precision: str, gpus: int, monkeypatch: pytest.MonkeyPatch
@@ -45,8 +57,8 @@ def test_small_steps_use_one_thread_and_large_ones_all_cores(monkeypatch: pytest
 def test_gpu_is_chosen_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     every = dataclasses.replace(AUTO, devices="all")
     set_machine(monkeypatch, gpus=4)
-    assert resolve_trainer(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "bfloat16", False, 1)
-    assert resolve_trainer(every, build()).devices == 4
+    assert resolve_trainer(AUTO, build()) == ResolvedTrainer("gpu", 1, 1, "auto", "bf16-mixed", False, False, 1)
+    assert (resolve_trainer(every, build()).devices, resolve_trainer(every, build()).strategy) == (4, "ddp")
     assert resolve_trainer(dataclasses.replace(AUTO, accelerator="cpu"), build()).accelerator == "cpu"
     set_machine(monkeypatch, gpus=0, cores=3)
     assert resolve_trainer(AUTO, build()).accelerator == "cpu"
@@ -74,8 +86,19 @@ def test_unavailable_hardware_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_explicit_settings_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     set_machine(monkeypatch)
-    asked = TrainerConfig(accelerator="cpu", devices=2, nodes=3, precision="float32", compile=True, threads=5)
-    assert resolve_trainer(asked, build()) == ResolvedTrainer("cpu", 2, 3, "float32", True, 5)
+    given = {"precision": "32-true", "sync_batchnorm": True, "compile": True, "threads": 5, "profiler": "simple"}
+    asked = dataclasses.replace(AUTO, accelerator="cpu", devices=2, num_nodes=3, max_time="00:01:00:00", **given)
+    expected = ResolvedTrainer("cpu", 2, 3, "ddp", max_time="00:01:00:00", **given)
+    assert resolve_trainer(asked, build()) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("strategy", "fsdp"), ("accelerator", "mps"), ("precision", "16-mixed"), ("max_time", "1h"), ("profiler", "xla")],
+)
+def test_what_was_never_tried_is_refused_by_name(setting: str, value: str) -> None:
+    with pytest.raises(ConvoyError, match=rf"trainer\.{setting}"):
+        validate(TrainerConfig, dataclasses.asdict(AUTO) | {setting: value}, "trainer")
 
 
 def test_macs_of_lenet_are_those_of_its_layers() -> None:
@@ -92,7 +115,7 @@ def test_macs_of_lenet_are_those_of_its_layers() -> None:
 
 
 def test_environment_names_what_reproducibility_depends_on() -> None:
-    found = describe_environment(ResolvedTrainer("cpu", 2, 3, "bfloat16", False, 3))
+    found = describe_environment(ResolvedTrainer("cpu", 2, 3, "ddp", "bf16-mixed", False, False, 3))
     assert found["torch"] == torch.__version__.split("+")[0]
-    assert {"device": "cpu", "threads": 3, "precision": "bfloat16", "processes": 6}.items() <= found.items()
+    assert {"device": "cpu", "threads": 3, "precision": "bf16-mixed", "processes": 6}.items() <= found.items()
     assert {"python", "numpy", "pytorch-lightning", "instructions"} <= found.keys()

@@ -13,7 +13,7 @@ from convoy import models
 from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
-from convoy.training.record import EpochMetrics, FailureInfo, InitialWeights, TrainingRecord
+from convoy.training.record import EpochMetrics, FailureInfo, InitialWeights, ResolvedTrainer, TrainingRecord
 from record_factory import make_record
 
 # A tiny LeNet as training and evaluation left it before records had a format.
@@ -54,7 +54,7 @@ def test_lineage_holds_own_data_and_that_of_initial_weights() -> None:
         ("[]", "input should be"),
         ("[" * 100_000, "invalid JSON"),
         ("{}", "architecture: field required"),
-        ('{"format": 3}', "format 3 is not known here: update"),
+        ('{"format": 4}', "format 4 is not known here: update"),
     ],
 )
 def test_file_that_is_no_record_is_refused(text: str, reason: str) -> None:
@@ -72,13 +72,24 @@ def test_record_with_a_wrong_field_is_refused_by_name(change: dict, reason: str)
         TrainingRecord.parse(json.dumps(table))
 
 
-# Format 1
+# Earlier formats
+
+
+def test_record_of_format_2_is_upgraded() -> None:
+    old = json.loads(make_record().model_dump_json()) | {"format": 2, "stopped": "max_minutes"}
+    old["train"]["max_minutes"] = 90.0
+    old["trainer"] = {
+        "accelerator": "cpu", "devices": 2, "nodes": 1, "precision": "bfloat16", "compile": False, "threads": 2
+    }  # fmt: skip
+    record = TrainingRecord.parse(json.dumps(old))
+    assert record.trainer == ResolvedTrainer("cpu", 2, 1, "ddp", "bf16-mixed", False, False, 2, "00:01:30:00")
+    assert record.stopped == "max_time"
 
 
 def test_record_of_format_1_is_upgraded() -> None:
     old = json.loads((FORMAT_1 / "record.json").read_text())
     record = TrainingRecord.load(FORMAT_1 / "record.json")
-    assert record.format == 2
+    assert record.format == 3
     assert record.fingerprint == old["identity"]
     assert record.macs == old["multiply_adds"]
     assert record.dataset_info.classes == old["task"]["classes"]

@@ -67,8 +67,18 @@ def test_batches_are_divided_evenly_among_processes(world_size: int, count: int,
 
 
 def test_more_processes_than_images_in_a_batch_are_refused() -> None:
-    with pytest.raises(ConvoyError, match="4 processes can't share a batch of 3 images"):
+    with pytest.raises(ConvoyError, match="3 images per step can't be divided among 4 processes"):
         BatchSampler(make_labels(9), 3, 1, world_size=4)
+
+
+@given(accumulate=st.integers(1, 4), count=st.integers(4, 100), images=st.integers(4, 40))
+def test_accumulated_batches_are_equal_parts_of_a_step(accumulate: int, count: int, images: int) -> None:
+    sampler = BatchSampler(make_labels(count), images, 1, accumulate=accumulate)
+    batches = sampler.draw_epoch(2)
+    assert batches.shape == (len(sampler), sampler.batch_size)
+    assert len(sampler) == sampler.steps * accumulate
+    whole = BatchSampler(make_labels(count), sampler.images_per_step, 1).draw_epoch(2)
+    assert batches.reshape(whole.shape).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

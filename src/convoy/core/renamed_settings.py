@@ -11,6 +11,8 @@ RENAMED_SETTINGS = {
     "seed": "train.seed and split.seed",
     "fetch.max_bad_fraction": "max_invalid_fraction",
     "preprocess.near_duplicate": "near_duplicate_threshold",
+    "train.max_minutes": "trainer.max_time",
+    "trainer.nodes": "num_nodes",
     "model.*.recipe.accumulate": "accumulate_grad_batches",
     "model.*.recipe.body_lr": "backbone_lr_scale",
     "model.*.recipe.warmup": "warmup_fraction",

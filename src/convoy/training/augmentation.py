@@ -1,11 +1,9 @@
 """Random augmentation of image batches on the device that trains."""
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Beta
 
 from convoy.recipe import AugmentConfig
 
@@ -149,67 +147,9 @@ def mix(x: Tensor, labels: Tensor, classes: int, params: AugmentConfig) -> tuple
     """
     if not (params.mixup or params.cutmix):
         return x, labels
-    both = params.mixup > 0 and params.cutmix > 0
-    use_mixup = float(torch.rand(())) < 0.5 if both else params.mixup > 0
-    x, weight = mixup(x, params.mixup) if use_mixup else cutmix(x, params.cutmix)
-    targets = (labels[:, None] == torch.arange(classes, device=labels.device)).float()
-    return x, torch.lerp(roll_batch(targets), targets, weight)
+    # Imported here because the import takes seconds.
+    from torchvision.transforms import v2
 
-
-def mixup(x: Tensor, alpha: float) -> tuple[Tensor, float]:
-    """Average each image with the previous one of the batch (MixUp, Zhang et al. 2018).
-
-    Args:
-        x: Images (N, C, H, W) float.
-        alpha: Both parameters of the Beta distribution that the weight is drawn from.
-
-    Returns:
-        The mixed images and the weight of the original image, in [0, 1].
-    """
-    weight = float(Beta(alpha, alpha).sample())
-    return torch.lerp(roll_batch(x), x, weight), weight
-
-
-def cutmix(x: Tensor, alpha: float) -> tuple[Tensor, float]:
-    """Paste a rectangle of the previous image of the batch into each image (CutMix, Yun et al. 2019).
-
-    The rectangle has the image's aspect ratio and a random centre, and is clipped to the image. Before clipping, it
-    covers a fraction 1 - b of the area, where b is drawn from Beta(alpha, alpha).
-
-    Args:
-        x: Images (N, C, H, W) float.
-        alpha: Both parameters of the Beta distribution.
-
-    Returns:
-        The mixed images and the fraction of pixels that remain from the original image, in [0, 1].
-    """
-    height, width = x.shape[2:]
-    # Fraction of the image's height and width.
-    side = math.sqrt(1 - float(Beta(alpha, alpha).sample()))
-    down, right = torch.rand(2).tolist()
-    top, bottom = clip_interval(height, side, down)
-    left, end = clip_interval(width, side, right)
-    mixed = x.clone()
-    mixed[:, :, top:bottom, left:end] = roll_batch(x[:, :, top:bottom, left:end])
-    return mixed, 1 - (bottom - top) * (end - left) / (height * width)
-
-
-def clip_interval(size: int, fraction: float, centre: float) -> tuple[int, int]:
-    """Compute the start and end of an interval along one axis, clipped to the axis.
-
-    Args:
-        size: Number of pixels along the axis.
-        fraction: Length of the interval as a fraction of `size`.
-        centre: Centre of the interval as a fraction of `size`, in [0, 1).
-
-    Returns:
-        The first pixel and one past the last.
-    """
-    length = round(fraction * size)
-    first = int(centre * size) - length // 2
-    return max(first, 0), min(first + length, size)
-
-
-def roll_batch(values: Tensor) -> Tensor:
-    """Roll entries by one along the batch dimension, preserving a channels-last memory format."""
-    return torch.cat([values[-1:], values[:-1]])
+    mixup = [v2.MixUp(alpha=params.mixup, num_classes=classes)] if params.mixup else []
+    cutmix = [v2.CutMix(alpha=params.cutmix, num_classes=classes)] if params.cutmix else []
+    return v2.RandomChoice([*mixup, *cutmix])(x, labels)

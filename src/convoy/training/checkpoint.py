@@ -1,196 +1,195 @@
-"""The checkpoint file, from which a training resumes with bit-identical results."""
+"""The checkpoint from which a training resumes bit-identically, and the callback that writes it."""
 
-import math
 import os
+import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as lightning
 import torch
-from pydantic import InstanceOf, ValidationError
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from convoy.core.config import NonNegativeFloat, NonNegativeInt, describe_validation_error, schema
-from convoy.core.errors import describe_error
+from convoy.core.errors import ConvoyError, describe_error
+from convoy.training.history import COLUMNS, ranking_key
+from convoy.training.termination import GracefulExit
 
-Tensors = dict[str, InstanceOf[Tensor]]
+# Steps after which the processes of a distributed training agree on whether to write a checkpoint and to exit.
+SYNC_STEPS = 16
 
 
-class Checkpoint:
-    """Checkpoint file that is replaced atomically, so that it always holds the last completely written state.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Replace the checkpoint atomically, so that it always holds the last completely written state."""
 
-    Args:
-        file: Path of the checkpoint.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a state atomically.
-
-        Args:
-            state: Tensors and plain values.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
 
         Raises:
-            OSError: If the file cannot be written; the previous state is kept.
+            OSError: If the file cannot be written; the previous checkpoint is kept.
         """
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Write to the same file system, so that the file can be renamed.
-        temporary = self.file.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{os.getpid()}")
         try:
             with temporary.open("wb") as file:
-                torch.save(state, file)
+                torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.file)
+            temporary.replace(path)
         # Torch raises this if the disk is full.
         except RuntimeError as error:
             raise OSError(*getattr(error.__context__, "args", (str(error),))) from error
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(self.file.parent, os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
             # The rename must be on disk, too.
             os.fsync(folder)
         finally:
             os.close(folder)
 
-    def load(self, check: Callable[[dict[str, Any]], None] = lambda state: None) -> dict[str, Any] | None:
-        """Load the last state, with its tensors on the CPU.
 
-        Args:
-            check: Called with the state; it raises an exception if the state is invalid.
+class ResumeCheckpoint(Checkpoint):
+    """Write a checkpoint within an epoch, at its end and on SIGTERM, where Lightning resumes bit-identically.
 
-        Returns:
-            The state, or None if there is none. If the file cannot be read or is invalid, the reason is printed, and
-            None is returned.
-        """
-        try:
-            # The archive has a checksum for each tensor, which torch does not verify.
-            with zipfile.ZipFile(self.file) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict):
-                raise ValueError(f"it holds a {type(state).__name__} instead of a dict")
-            check(state)
-            return state
-        except FileNotFoundError:
-            return None
-        # Torch may raise any exception for a broken file, and so may the check of its contents.
-        except Exception as error:
-            print(
-                f"{self.file} can't be used, so the training starts from the beginning: {_describe_reason(error)}",
-                flush=True,
-            )
-            return None
+    That is where an optimizer step has just ended and the epoch has not, and where an epoch has ended. Elsewhere, as in
+    a validation, Lightning would resume at another batch or without the validation metrics.
 
-    def remove(self) -> None:
-        """Remove the file, and its folder if that is then empty."""
-        self.file.unlink(missing_ok=True)
-        # A process that was killed while writing leaves its temporary file.
-        for leftover in self.file.parent.glob(f"{self.file.stem}.*"):
-            leftover.unlink()
-        if self.file.parent.is_dir() and not any(self.file.parent.iterdir()):
-            self.file.parent.rmdir()
+    Args:
+        file: Path of the checkpoint. None disables checkpoints.
+        minutes: Interval between checkpoints within an epoch.
+        exit: The handler of SIGTERM, after which a checkpoint is written and the training exits.
+        resumed_step: Steps that the checkpoint has, from which this training resumes.
+    """
 
+    def __init__(self, file: Path | None, minutes: float, exit: GracefulExit, resumed_step: int = 0) -> None:
+        self.file = file
+        self.minutes = minutes
+        self.exit = exit
+        self.resumed_step = resumed_step
+        self.last_save = time.monotonic()
 
-def _describe_reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return describe_validation_error(error)
-    message = describe_error(error, 200)
-    return message if type(error) is ValueError else f"{type(error).__name__}: {message}"
-
-
-@schema
-class State:
-    """Contents of a checkpoint: the state that the rest of the training depends on."""
-
-    epoch: NonNegativeInt  # completed epochs
-    step: NonNegativeInt  # completed steps in the current epoch
-    minutes: NonNegativeFloat  # training time so far
-    classifier: Tensors  # state dict of the trained weights
-    average: Tensors | None  # state dict of the exponential moving average of the weights
-    optimizer: dict[int, Tensors]  # index of a parameter -> its optimizer state
-    running_totals: InstanceOf[Tensor]  # (3,); sums over the current epoch: loss, correct predictions, images
-    first_bad_step: InstanceOf[Tensor]  # (); first step with a loss that is NaN or too large, or -1
-    history: list[dict[str, int | float]]  # one row per completed epoch
-    best: dict[str, int | float]  # row of the best epoch
-    weights: Tensors  # state dict of the best epoch
-
-    def check(
-        self,
-        *,
-        epochs: int,
-        steps: int,
-        batch_size: int,
-        columns: Sequence[str],
-        weights: Mapping[str, Tensor],
-        parameters: Sequence[Tensor],
-        state_keys: set[str],
-    ) -> None:
-        """Check that a training can be in this state.
-
-        Args:
-            epochs: Largest number of epochs of the training.
-            steps: Steps per epoch.
-            batch_size: Images per step.
-            columns: Keys of a row of the history.
-            weights: State dict of the classifier, for names, shapes and dtypes.
-            parameters: Parameters that the optimizer trains, in its order.
-            state_keys: Keys of the optimizer state of each parameter.
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """Check that processes that train together resume from the same step.
 
         Raises:
-            ValueError: If the training cannot be in this state.
+            ConvoyError: If only some machines have the checkpoint.
         """
-        done = self.epoch * steps + self.step
-        if self.step > steps or done > epochs * steps:
-            raise ValueError(
-                f"epoch {self.epoch}, step {self.step} of a training of {epochs} epochs with {steps} steps each"
+        extremes = torch.tensor([self.resumed_step, -self.resumed_step], device=trainer.strategy.root_device)
+        last, first = trainer.strategy.reduce(extremes, reduce_op="max").tolist()
+        if last != -first:
+            raise ConvoyError(
+                f"the machines begin at different steps, {-first} and {last}, because not all have the checkpoint: put "
+                "artifacts/.cache/checkpoints on a disk that they share, or remove it on all of them"
             )
-        if [row.get("epoch") for row in self.history] != list(range(1, self.epoch + 1)):
-            raise ValueError(f"the history does not hold the epochs 1 to {self.epoch}")
-        for row in self.history:
-            if set(row) != set(columns) or min(row["train_accuracy"], row["val_accuracy"], row["lr"]) < 0:
-                raise ValueError(f"not a row of a history: {row}")
-        if self.best != max(self.history, key=ranking_key, default={}):
-            raise ValueError("the best epoch is not the best of the history")
-        _check_tensors("classifier", self.classifier, weights)
-        if self.average is not None:
-            _check_tensors("average", self.average, weights)
-        _check_tensors("weights", self.weights, weights if self.epoch else {})
-        _check_tensors("running_totals", {"": self.running_totals}, {"": torch.zeros(3)})
-        _check_tensors("first_bad_step", {"": self.first_bad_step}, {"": torch.tensor(-1)})
-        _, correct, images = self.running_totals.tolist()
-        # The sums are float32, which counts exactly only up to 16 million images.
-        if not 0 <= correct <= images or not math.isclose(images, self.step * batch_size, rel_tol=1e-3):
-            raise ValueError(
-                f"running_totals {self.running_totals.tolist()} after {self.step} steps of {batch_size} images"
-            )
-        if not -1 <= self.first_bad_step < epochs * steps:
-            raise ValueError(f"first_bad_step {int(self.first_bad_step)}")
-        if set(self.optimizer) != set(range(len(parameters)) if done and state_keys else ()):
-            raise ValueError("the optimizer state is of other parameters")
-        for number, tensors in self.optimizer.items():
-            own = {name: torch.tensor(0.0) if name == "step" else parameters[number] for name in state_keys}
-            _check_tensors(f"optimizer.{number}", tensors, own)
-            if "step" in tensors and tensors["step"] != done:
-                raise ValueError(f"the optimizer has taken {tensors['step']} steps instead of {done}")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write a checkpoint if one is due, and exit after SIGTERM."""
+        has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not has_stepped or batch_idx + 1 == trainer.num_training_batches:
+            return
+        if trainer.world_size > 1 and trainer.global_step % SYNC_STEPS:
+            return
+        is_terminated = self._is_any(trainer, self.exit.was_requested)
+        if is_terminated or self._is_any(trainer, time.monotonic() > self.last_save + 60 * self.minutes):
+            self._save(trainer)
+        if is_terminated:
+            self.exit.exit()
+
+    # Lightning calls this hook of a `Checkpoint` after those of all other callbacks and of the module.
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Write a checkpoint, and exit after SIGTERM."""
+        self._save(trainer)
+        if self._is_any(trainer, self.exit.was_requested):
+            self.exit.exit()
+
+    def _is_any(self, trainer: lightning.Trainer, decision: bool) -> bool:
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        self.last_save = time.monotonic()
+        if self.file is None:
+            return
+        try:
+            trainer.save_checkpoint(self.file)
+        except OSError as error:
+            print(f"no checkpoint could be written ({error}); the training continues", flush=True)
 
 
-def ranking_key(epoch: Mapping[str, float]) -> tuple[float, float]:
-    """Return the sort key that ranks epochs by validation accuracy, then by validation loss."""
-    return epoch["val_accuracy"], -epoch["val_loss"]
+def read_checkpoint(file: Path, module: lightning.LightningModule, max_epochs: int) -> dict[str, Any] | None:
+    """Read a checkpoint, and check that the training can resume from it.
+
+    Args:
+        file: Path of the checkpoint.
+        module: The module that is trained.
+        max_epochs: Number of epochs of the training.
+
+    Returns:
+        The checkpoint, or None if there is none. If the file cannot be read or is invalid, the reason is printed, and
+        None is returned.
+    """
+    try:
+        # The archive has a checksum for each tensor, which torch does not verify.
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        _check(checkpoint, module, max_epochs)
+        return checkpoint
+    except FileNotFoundError:
+        return None
+    # Torch may raise any exception for a broken file, and so may the check of its contents.
+    except Exception as error:
+        message = describe_error(error, 200)
+        reason = message if type(error) is ValueError else f"{type(error).__name__}: {message}"
+        print(f"{file} can't be used, so the training starts from the beginning: {reason}", flush=True)
+        return None
 
 
-def _check_tensors(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if names, shapes or dtypes differ from `own`, or if a value is NaN or infinite."""
+def remove_checkpoint(file: Path) -> None:
+    """Remove a checkpoint, and its folder if that is then empty."""
+    file.unlink(missing_ok=True)
+    # A process that was killed while writing leaves its temporary file.
+    for leftover in file.parent.glob(f"{file.stem}.*"):
+        leftover.unlink()
+    if file.parent.is_dir() and not any(file.parent.iterdir()):
+        file.parent.rmdir()
+
+
+def _check(checkpoint: Any, module: lightning.LightningModule, max_epochs: int) -> None:
+    """Raise an exception if a checkpoint is not of this training."""
+    history = checkpoint["callbacks"]["EpochHistory"]
+    rows, own = history["rows"], module.state_dict()
+    for part in ("loops", "optimizer_states", "lr_schedulers", "train_totals", "ImageDataModule"):
+        if not len(checkpoint[part]):
+            raise ValueError(f"it has no {part}")
+    if not 0 <= checkpoint["epoch"] <= max_epochs or len(rows) > max_epochs:
+        raise ValueError(f"epoch {checkpoint['epoch']} of a training of {max_epochs} epochs")
+    if any(list(row) != COLUMNS for row in rows) or [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise ValueError("it has no complete history")
+    if history["best"] != max(rows, key=ranking_key, default={}):
+        raise ValueError("the best epoch is not the best of the history")
+    best = {f"classifier.{name}": tensor for name, tensor in history["weights"].items()}
+    totals = {"train_totals": checkpoint["train_totals"]}
+    _check_tensors(checkpoint["state_dict"], own)
+    _check_tensors(best, own if rows else {})
+    _check_tensors(totals, {"train_totals": torch.zeros(3)})
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     if set(tensors) != set(own):
-        raise ValueError(f"{name}: its names are not those of this network")
-    for key, tensor in tensors.items():
-        if (tensor.shape, tensor.dtype, tensor.layout) != (own[key].shape, own[key].dtype, torch.strided):
-            raise ValueError(f"{name}.{key}: {list(tensor.shape)} {tensor.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}.{key}: NaN or infinite")
+        raise ValueError("its weights are those of another network")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype) or not tensor.isfinite().all():
+            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype}, or it holds NaN or infinity")

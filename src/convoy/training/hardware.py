@@ -2,12 +2,13 @@
 
 import copy
 import platform
+import re
 from importlib.metadata import version
 from typing import Annotated, Literal
 
 import joblib
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from convoy.core.config import PositiveInt, schema
@@ -23,14 +24,28 @@ MACS_PER_THREAD = 4e9  # MACs
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
+def _check_duration(text: str) -> str:
+    if not re.fullmatch(r"\d\d:\d\d:\d\d:\d\d", text):
+        raise ValueError("it must be days, hours, minutes and seconds, DD:HH:MM:SS, such as 00:12:00:00")
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_check_duration)]
+
+
 @schema
 class TrainerConfig:
     """Hardware settings; `auto` selects what was measured to be best (benchmarks/README.md)."""
 
     accelerator: Literal["auto", "cpu", "gpu"]  # auto uses a GPU if there is one
     devices: PositiveInt | Literal["all"]  # GPUs or CPU processes per machine; more than one use DDP
-    nodes: PositiveInt  # machines
-    precision: Literal["auto", "float32", "bfloat16"]  # precision of the computation; weights are float32
+    num_nodes: PositiveInt  # machines
+    # FSDP and other strategies were never tried here.
+    strategy: Literal["auto", "ddp"]  # auto uses DDP for more than one device
+    precision: Literal["auto", "32-true", "bf16-mixed"]  # precision of the computation; weights are float32
+    sync_batchnorm: bool  # whether batch norms use the statistics of all devices
+    max_time: Duration | None  # validates and ends then, but not before the end of the first epoch
+    profiler: Literal["simple", "advanced"] | None  # prints how long each part of the training takes
     compile: bool  # torch.compile takes minutes at the start, which pays off in runs of hours
     threads: Threads | Literal["auto"]  # per process; results are bit-identical only for the same number
 
@@ -60,14 +75,25 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
         # With hardware support, bfloat16 is 1.3 times as fast for small networks and twice as fast for large ones;
         # without it, bfloat16 is slower than float32.
         is_supported = torch.cuda.is_bf16_supported(including_emulation=False) if is_gpu else has_bfloat16()
-        precision = "bfloat16" if is_supported else "float32"
+        precision = "bf16-mixed" if is_supported else "32-true"
     if trainer.threads == "auto":
-        work = 3 * count_macs(classifier) * classifier.recipe.batch_size / devices / trainer.nodes
+        work = 3 * count_macs(classifier) * classifier.recipe.batch_size / devices / trainer.num_nodes
         # In a small step, threads wait for each other longer than they work, especially on a busy machine.
         threads = 1 if is_gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
     else:
         threads = trainer.threads
-    return ResolvedTrainer("gpu" if is_gpu else "cpu", devices, trainer.nodes, precision, trainer.compile, threads)
+    return ResolvedTrainer(
+        accelerator="gpu" if is_gpu else "cpu",
+        devices=devices,
+        num_nodes=trainer.num_nodes,
+        strategy="ddp" if devices * trainer.num_nodes > 1 else trainer.strategy,
+        precision=precision,
+        sync_batchnorm=trainer.sync_batchnorm,
+        compile=trainer.compile,
+        threads=threads,
+        max_time=trainer.max_time,
+        profiler=trainer.profiler,
+    )
 
 
 def select_device(accelerator: str) -> torch.device:
@@ -113,7 +139,7 @@ def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
         "instructions": list_instruction_sets(),
         "threads": hardware.threads,
         "precision": hardware.precision,
-        "processes": hardware.devices * hardware.nodes,
+        "processes": hardware.devices * hardware.num_nodes,
     }
 
 

@@ -1,39 +1,57 @@
-"""The optimizer of a recipe, its learning-rate schedule, and the moving average of the weights."""
+"""The optimizer of a recipe, its learning-rate schedule, and the decay of the weight average."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from convoy.models.base import Classifier
 from convoy.recipe import RecipeConfig
+
+# Difference between the largest and the smallest momentum of the one-cycle schedule (Smith & Topin 2018).
+MOMENTUM_CYCLE = 0.1
 
 
 def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     """Create the optimizer of the classifier's recipe.
 
-    Biases and normalisation layers have no weight decay. Each parameter group's entry `lr_scale` is its fraction of the
-    learning rate.
+    Biases and normalisation layers have no weight decay, and the backbone has a learning rate of its own.
     """
     recipe = classifier.recipe
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        lr_scale = 1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale
+        lr = recipe.lr * (1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale)
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
-            groups.setdefault((lr_scale, decay), []).append(parameter)
-    tables = [{"params": group, "lr_scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+            groups.setdefault((lr, decay), []).append(parameter)
+    tables = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0
-        return torch.optim.SGD(tables, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
-    return torch.optim.AdamW(tables, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+        return torch.optim.SGD(tables, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.AdamW(tables, betas=(recipe.momentum, 0.999), fused=True)
 
 
-def optimizer_state_keys(recipe: RecipeConfig) -> set[str]:
-    """Return the keys of the state that the recipe's optimizer has for each parameter after its first step."""
-    if recipe.optimizer == "adamw":
-        return {"step", "exp_avg", "exp_avg_sq"}
-    return {"momentum_buffer"} if recipe.momentum else set()
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig, steps: int) -> LRScheduler:
+    """Create the learning-rate schedule of a recipe, which is advanced after each optimizer step.
+
+    Args:
+        optimizer: Optimizer made by `make_optimizer`.
+        recipe: Training settings of the architecture.
+        steps: Number of steps of the complete training.
+    """
+    if recipe.schedule == "one_cycle":
+        # OneCycleLR divides by zero if one of its two phases has one step.
+        warm = min(max(1.5, recipe.warmup_fraction * steps), steps - 0.5)
+        return OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps,
+            pct_start=warm / steps,
+            base_momentum=max(0.0, recipe.momentum - MOMENTUM_CYCLE),
+            max_momentum=recipe.momentum,
+        )
+    return LambdaLR(optimizer, lambda step: compute_lr_fraction(step, steps, recipe.warmup_fraction))
 
 
 def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
@@ -55,33 +73,11 @@ def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, recipe: RecipeConfig, fraction: float) -> None:
-    """Set the learning rate of each parameter group, and its momentum if the schedule is `one_cycle`.
+def compute_ema_decay(ema_decay: float, updates: int) -> float:
+    """Compute the decay of the weight average, which rises at the beginning, when the weights change most.
 
     Args:
-        optimizer: Optimizer made by `make_optimizer`.
-        recipe: Training settings of the architecture.
-        fraction: Fraction of the peak learning rate, in [0, 1].
+        ema_decay: Decay of the recipe, in [0, 1).
+        updates: Number of updates of the average so far.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr * fraction * group["lr_scale"]
-        if recipe.schedule == "one_cycle":
-            momentum = max(0.0, recipe.momentum - 0.1 * fraction)
-            if recipe.optimizer == "sgd":
-                group["momentum"] = momentum
-            else:
-                group["betas"] = (momentum, 0.999)
-
-
-@torch.no_grad()
-def update_ema(average: Classifier, classifier: Classifier, decay: float) -> None:
-    """Update the exponential moving average of a classifier's weights in place.
-
-    Args:
-        average: The classifier that holds the average; its buffers become copies of those of `classifier`.
-        classifier: The classifier that is trained.
-        decay: Weight of the old average, in [0, 1).
-    """
-    torch._foreach_lerp_(list(average.parameters()), list(classifier.parameters()), 1 - decay)
-    for kept, current in zip(average.buffers(), classifier.buffers(), strict=True):
-        kept.copy_(current)
+    return min(ema_decay, (1 + updates) / (10 + updates))

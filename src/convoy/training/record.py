@@ -26,10 +26,14 @@ class ResolvedTrainer:
 
     accelerator: str  # cpu or gpu
     devices: int  # GPUs or CPU processes per machine
-    nodes: int  # machines
-    precision: str  # float32 or bfloat16
+    num_nodes: int  # machines
+    strategy: str  # auto or ddp
+    precision: str  # 32-true or bf16-mixed
+    sync_batchnorm: bool
     compile: bool
     threads: int  # per process
+    max_time: str | None = None  # DD:HH:MM:SS
+    profiler: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ class TrainingRecord(BaseModel):
     # NaN and infinity are written by these names, which JSON lacks, rather than as null.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     architecture: str
     settings: dict[str, Any]  # of the architecture, as in params.yaml
     train: TrainConfig
@@ -111,7 +115,7 @@ class TrainingRecord(BaseModel):
     environment: dict[str, str | int]  # package versions and hardware
     # The following are unknown while the training runs.
     best: EpochMetrics | None = None  # the epoch whose weights were kept; None if the first epoch failed
-    stopped: str = ""  # setting that ended the training: max_epochs, patience or max_minutes; or "failure"
+    stopped: str = ""  # setting that ended the training: max_epochs, patience or max_time; or "failure"
     failure: FailureInfo | None = None
 
     @property
@@ -141,10 +145,13 @@ class TrainingRecord(BaseModel):
         """
         try:
             found = pydantic.TypeAdapter(dict[str, Any]).validate_json(text)
-            if found.get("format", 1) not in (1, 2):
+            if found.get("format", 1) not in (1, 2, 3):
                 raise ConvoyError(f"{name}: format {found['format']} is not known here: update this project's code")
-            upgraded = found if "format" in found else _upgrade(found)
-            return cls.model_validate_json(json.dumps(upgraded), strict=True, extra="forbid")
+            if "format" not in found:
+                found = _upgrade_format_1(found)
+            if found["format"] == 2:
+                found = _upgrade_format_2(found)
+            return cls.model_validate_json(json.dumps(found), strict=True, extra="forbid")
         except pydantic.ValidationError as error:
             raise ConvoyError(f"{name} is not the record of a training ({describe_validation_error(error)})") from None
 
@@ -162,8 +169,8 @@ class TrainingRecord(BaseModel):
         return cls.parse(text, str(file))
 
 
-def _upgrade(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a record of format 1."""
+def _upgrade_format_1(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a record of format 1, which had one seed and other names, into format 2."""
     record = {RENAMED.get(name, name): value for name, value in found.items()}
     # One seed was that of the splits and of the training.
     seed = record.pop("seed", None)
@@ -177,3 +184,24 @@ def _upgrade(found: Mapping[str, Any]) -> dict[str, Any]:
         # Early records do not say what the initial weights had been trained on.
         start = {"lineage": [""], **start}
     return {**record, "format": 2, "initial_weights": start, "best": record.get("best") or None}
+
+
+def _upgrade_format_2(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a record of format 2, whose hardware settings had names of their own, into format 3."""
+    record = dict(found)
+    minutes = 0.0
+    if isinstance(record.get("train"), dict):
+        minutes = record["train"].pop("max_minutes", 0.0)
+    if isinstance(trainer := record.get("trainer"), dict):
+        nodes, precision = trainer.pop("nodes", 1), trainer.get("precision")
+        hours, minutes = divmod(round(minutes), 60)
+        trainer |= {
+            "num_nodes": nodes,
+            "strategy": "ddp" if trainer.get("devices") != 1 or nodes != 1 else "auto",
+            "precision": {"float32": "32-true", "bfloat16": "bf16-mixed"}.get(str(precision), precision),
+            "sync_batchnorm": False,
+            "max_time": f"00:{hours:02}:{minutes:02}:00" if hours or minutes else None,
+        }
+    if record.get("stopped") == "max_minutes":
+        record["stopped"] = "max_time"
+    return {**record, "format": 3}

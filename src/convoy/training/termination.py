@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 import pytorch_lightning as lightning
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 # Exit status of a process that SIGTERM ended, as shells report it.
@@ -19,16 +20,15 @@ SIGTERM_GRACE_S = 8  # seconds
 MESSAGE = b"SIGTERM: the training saves its state and ends; run it again to resume from there\n"
 
 
-class SigtermHandler:
+class GracefulExit(Callback):
     """Handler of SIGTERM, which notes that it was received and ends the process if the training does not.
 
-    Args:
-        rank: Rank of this process; only rank 0 prints a message.
+    Lightning's own handler ends a training at places from which it can't resume, and communicates with other processes
+    from within the handler.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.was_received = False
+    def __init__(self) -> None:
+        self.was_requested = False
         self.is_installed = False
         self.trainer: lightning.Trainer | None = None
         # Times of the alarms since SIGTERM.
@@ -49,24 +49,28 @@ class SigtermHandler:
             yield
         # Lightning raises this if the signal arrives just before `on_train_start`.
         except SIGTERMException:
-            exit_after_sigterm()
+            self.exit()
         finally:
-            if self.was_received:
+            if self.was_requested:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGTERM, before)
-        if self.was_received:
-            exit_after_sigterm()
+        if self.was_requested:
+            self.exit()
 
-    def reinstall(self) -> None:
-        """Replace the handler of Lightning, which ends the process immediately without saving."""
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Replace the handler of Lightning."""
         if self.is_installed:
             signal.signal(signal.SIGTERM, self._receive)
 
+    def exit(self) -> NoReturn:
+        """End this process with the exit status of a process that SIGTERM ended."""
+        sys.exit(self._exit_status())
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.was_received:
+        if self.was_requested:
             return
-        self.was_received = True
-        if self.rank == 0:
+        self.was_requested = True
+        if self.trainer and self.trainer.is_global_zero:
             # The signal may have interrupted a call of print, which is not reentrant.
             with contextlib.suppress(OSError):
                 os.write(2, MESSAGE)
@@ -81,18 +85,12 @@ class SigtermHandler:
     def _force(self, number: int, frame: FrameType | None) -> None:
         self.alarms.append(time.monotonic())
         if self.alarms[-1] > self.alarms[0] + SIGTERM_GRACE_S:
-            os._exit(_exit_status())
-        exit_after_sigterm()
+            os._exit(self._exit_status())
+        self.exit()
 
+    def _exit_status(self) -> int:
+        """Return the exit status of this process after SIGTERM.
 
-def exit_after_sigterm() -> NoReturn:
-    """End this process with the exit status of a process that SIGTERM ended."""
-    sys.exit(_exit_status())
-
-
-def _exit_status() -> int:
-    """Return the exit status of this process after SIGTERM.
-
-    It is 0 in a process that another one has started; otherwise Lightning would kill the one that started it.
-    """
-    return SIGTERM_EXIT_STATUS if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+        It is 0 in a process that another one has started; otherwise Lightning would kill the one that started it.
+        """
+        return SIGTERM_EXIT_STATUS if os.environ.get("LOCAL_RANK", "0") == "0" else 0

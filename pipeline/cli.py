@@ -193,16 +193,21 @@ def ui() -> None:
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="A file, a folder or a pattern: '*.png'.")],
     model: Annotated[
-        str | None, typer.Option(help="models:/NAME@ALIAS or models:/NAME/VERSION; by default the champion.")
+        str | None,
+        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a table in CSV.")] = False,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Print this many of the most probable classes.")] = None,
 ) -> None:
     """Print the label and probability of each IMAGE."""
-    from pipeline.predict import load_model, print_predictions
+    from pipeline.predict import open_model, print_predictions
 
-    title, predictor = load_model(Path.cwd(), model)
+    if as_json and as_csv:
+        raise typer.BadParameter("--json and --csv exclude each other")
+    loaded = open_model(Path.cwd(), resolve_model(model))
     with contextlib.chdir(caller_folder()):
-        print_predictions(predictor, images, title, as_json=as_json)
+        print_predictions(loaded, images, form="json" if as_json else "csv" if as_csv else "table", top_k=top_k)
 
 
 @app.command(epilog="Example: convoy serve --port 8000")

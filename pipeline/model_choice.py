@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-from convoy.core import config
-
 
 def choose_model(root: Path, model: str | None) -> tuple[str, Path]:
     """Return the URI or folder of a model, and the project folder.
@@ -15,4 +13,9 @@ def choose_model(root: Path, model: str | None) -> tuple[str, Path]:
     """
     # DVC may run an experiment in a temporary copy of the project.
     project = Path(os.environ.get("DVC_ROOT", root))
-    return model or f"models:/{config.load(root / 'params.yaml')['register']['name']}@champion", project
+    if model:
+        return model, project
+    # Imported here, because the libraries that read the settings take a third of the time of predicting an image.
+    from convoy.core import config
+
+    return f"models:/{config.load(root / 'params.yaml')['register']['name']}@champion", project

@@ -51,7 +51,20 @@ def runner(project: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
 
 def test_commands_are_those_of_the_documentation() -> None:
     assert {name for name, *_ in COMMANDS} == {
-        *("run", "use", "settings", "leaderboard", "ui", "predict", "verify", "rollback", "sync", "migrate", "find-lr")
+        *(
+            "run",
+            "use",
+            "settings",
+            "leaderboard",
+            "ui",
+            "predict",
+            "serve",
+            "verify",
+            "rollback",
+            "sync",
+            "migrate",
+            "find-lr",
+        )
     }
 
 

@@ -1,7 +1,10 @@
 """The predict command: it predicts images with a registered model."""
 
+import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,12 @@ from PIL import Image
 
 from command_line import run_command
 from convoy.inference import predictor
-from convoy.inference.predictor import Predictor
+from convoy.serving import decode_worker
+from convoy.serving.onnx_model import OnnxModel
 from pipeline import predict
 from registry_fixtures import CLASSES, register_model
+from serving_fixtures import draw, write_onnx
+from small_project import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -184,27 +190,78 @@ def test_device_is_not_read(working_folder: Path, capsys: pytest.CaptureFixture[
     assert read_lines(capsys) == [{"image": "/dev/zero", "error": "is not a file"}]
 
 
-def test_only_one_batch_is_in_memory(working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def colours(tmp_path: Path) -> OnnxModel:
+    """A model that takes an image for a cat, a dog or a fox by its colour."""
+    return OnnxModel(write_onnx(tmp_path / "model" / "model.onnx"), threads=1)
+
+
+def test_only_one_batch_is_in_memory(colours: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> None:
     read, sizes = [], []
-    answered = Predictor.probabilities
+    probabilities = colours.probabilities
 
-    def probabilities(self: Predictor, pixels: np.ndarray) -> np.ndarray:
+    def predict_batch(pixels: np.ndarray) -> np.ndarray:
         sizes.append(len(pixels))
-        return answered(self, pixels)
+        return probabilities(pixels)
 
-    def pixels(path: Path, predictor: Predictor) -> np.ndarray:
+    def read_file(path: Path) -> bytes:
         read.append(path)
-        return np.zeros((32, 32, 1), np.uint8)
+        return draw("dog")
 
-    monkeypatch.setattr(Predictor, "probabilities", probabilities)
-    monkeypatch.setattr(predict, "read_image", pixels)
-    names = [f"{number}.png" for number in range(1000)]
-    answers = predict.predict(predictor.restore(working_folder / "left"), names)
+    monkeypatch.setattr(colours, "probabilities", predict_batch)
+    monkeypatch.setattr(decode_worker, "read_file", read_file)
+    names = [f"{number}.png" for number in range(150)]
+    answers = predict.predict(colours, names)
     assert next(answers)["image"] == "0.png"
     assert len(read) == predict.BATCH_SIZE
     assert [each["image"] for each in answers] == names[1:]
-    assert sum(sizes) == len(read) == 1000
+    assert sum(sizes) == len(read) == 150
     assert max(sizes) == predict.BATCH_SIZE
+
+
+def test_many_images_are_decoded_in_parallel_in_order(colours: OnnxModel, tmp_path: Path) -> None:
+    labels = [CLASSES[number % 3] for number in range(230)]
+    for number, label in enumerate(labels):
+        (tmp_path / f"{number:03}.png").write_bytes(draw(label))
+    (tmp_path / "100.png").write_bytes(draw("cat")[:-20])
+    (tmp_path / "101.png").unlink()
+    (tmp_path / "101.png").mkdir()
+    found = list(predict.predict(colours, [str(tmp_path / f"{number:03}.png") for number in range(230)], top_k=2))
+    assert "can't be decoded" in str(found[100]["error"])
+    assert found[101]["error"] == "is a folder without images"
+    assert [each.get("label") for each in found] == [*labels[:100], None, None, *labels[102:]]
+    assert all(len(each["probabilities"]) == 2 for each in found if "label" in each)
+
+
+def test_folder_of_a_model_needs_no_project(
+    colours: OnnxModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(draw("fox"))
+    (tmp_path / "b,c.png").write_bytes(b"no image")
+    said = end_of_command("predict", "a.png", "b,c.png", "--model", "model", "--csv", "--top-k", "2")
+    assert said == "convoy: 1 image could not be predicted"
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["image"] for row in rows] == ["a.png", "b,c.png"]
+    assert rows[0]["label"] == "fox"
+    assert float(rows[0]["probability"]) > float(rows[0]["probability_2"])
+    assert rows[1]["error"].startswith("is not an image")
+    assert end_of_command("predict", "a.png", "--model", "model", "--json", "--top-k", "3") is None
+    (line,) = read_lines(capsys)
+    assert next(iter(line["probabilities"])) == "fox"
+    assert len(line["probabilities"]) == 3
+
+
+def test_command_with_onnx_imports_neither_torch_nor_mlflow(colours: OnnxModel, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(draw("fox"))
+    code = (
+        "import sys\nfrom pipeline import cli\n"
+        f"cli.app(['predict', {str(tmp_path / 'a.png')!r}, '--model', {str(tmp_path / 'model')!r}], "
+        "standalone_mode=False)\n"
+        "print(sorted({'torch', 'mlflow', 'pandas', 'sklearn', 'dvc', 'hydra'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -212,7 +269,7 @@ def test_only_one_batch_is_in_memory(working_folder: Path, monkeypatch: pytest.M
     [
         ("models:/convoy/7", "MLflow has no models:/convoy/7"),
         ("models:/convoy@best", "MLflow has no models:/convoy@best"),
-        ("left", "left: no registered model; name one as models:/NAME@ALIAS"),
+        ("left", "left has no model.onnx: give a folder of `convoy package`, or models:/NAME@ALIAS"),
     ],
 )
 def test_model_that_is_not_there_is_one_clear_line(

@@ -34,6 +34,7 @@ COMMANDS = [("pipeline",)] + [
         "leaderboard",
         "ui",
         "predict a.png",
+        "serve",
         "verify models:/a@b c",
         "rollback --reason because",
         "sync",

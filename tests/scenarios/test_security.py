@@ -18,6 +18,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.inference import predictor
 from convoy.registry import model_loader, verification, versions
+from convoy.serving.loading import CACHE_FOLDER
 from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training import init_weights
@@ -182,8 +183,10 @@ def test_only_the_registered_files_are_loaded(
     with open_version(root) as found, pytest.raises(ConvoyError, match=f"{file}.*nothing of the model was used"):
         model_loader.load(found)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # Files that were verified before are not fetched again.
+    shutil.rmtree(root / CACHE_FOLDER, ignore_errors=True)
     with pytest.raises(ConvoyError, match=rf"models:/convoy/1.*{file}"):
-        predict.load_model(root, None)
+        predict.open_model(root, None)
     assert not fired.exists()
 
 

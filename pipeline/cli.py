@@ -250,6 +250,23 @@ def serve(
     )
 
 
+@app.command(epilog="Example: convoy package downloads/server")
+def package(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
+    ] = None,
+) -> None:
+    """Write a folder with a model and its server.
+
+    It holds a requirements file without PyTorch, DVC and MLflow, and a Dockerfile.
+    """
+    from pipeline.package import write_package
+
+    write_package(Path.cwd(), resolve_typed(folder), resolve_model(model))
+
+
 @app.command(epilog="Example: convoy verify models:/digits@champion artifacts/evaluate/resnet")
 def verify(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@ALIAS or models:/NAME/VERSION.")],

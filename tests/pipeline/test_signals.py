@@ -35,6 +35,7 @@ COMMANDS = [("pipeline",)] + [
         "ui",
         "predict a.png",
         "serve",
+        "package server",
         "verify models:/a@b c",
         "rollback --reason because",
         "sync",

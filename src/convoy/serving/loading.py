@@ -108,18 +108,28 @@ def load_folder(folder: Path, threads: int) -> LoadedModel:
     Raises:
         ConvoyError: If the folder has no ONNX file, or the file differs from the checksum in the folder.
     """
+    file = find_onnx(folder)
+    digest = sha256(file)
+    card = read_card(file.parent)
+    if card.get("sha256", digest) != digest:
+        raise ConvoyError(f"{file} differs from its checksum in {MODEL_CARD}: package the model again")
+    name, version = card.get("name", folder.resolve().name), card.get("version", digest[:8])
+    return _load(file.parent, name, version, str(folder), digest, threads)
+
+
+def find_onnx(folder: Path) -> Path:
+    """Return the ONNX file in a folder.
+
+    Raises:
+        ConvoyError: If there is none.
+    """
     found = [file for file in (folder / ONNX_FILE, folder / "artifacts" / ONNX_FILE) if file.is_file()]
     if not found:
         raise ConvoyError(
             f"{folder} has no {ONNX_FILE}: give a folder of `convoy package`, or models:/NAME@ALIAS or "
             "models:/NAME/VERSION"
         )
-    digest = sha256(found[0])
-    card = read_card(found[0].parent)
-    if card.get("sha256", digest) != digest:
-        raise ConvoyError(f"{found[0]} differs from its checksum in {MODEL_CARD}: package the model again")
-    name, version = card.get("name", folder.resolve().name), card.get("version", digest[:8])
-    return _load(found[0].parent, name, version, str(folder), digest, threads)
+    return found[0]
 
 
 def read_card(folder: Path) -> dict[str, str]:

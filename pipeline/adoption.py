@@ -207,6 +207,12 @@ def _places(root: Path, path: Sequence[str]) -> Iterator[tuple[Path, Sequence[st
         yield root / f"conf/{section}/{name}.yaml", inner
 
 
+def set_values(file: Path, values: Mapping[str, Any]) -> None:
+    """Set dotted keys in a file, adding those that it lacks and keeping the comments."""
+    for key, value in values.items():
+        _add(file, key.split("."), value, None)
+
+
 def _add(file: Path, keys: Sequence[str], value: Any, comment: Any) -> None:
     """Add a setting and its comment to a file, with the tables around it."""
     document = table = _yaml().load(file)

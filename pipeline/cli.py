@@ -111,7 +111,7 @@ def run(
     raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull))
 
 
-@app.command(epilog="Example: convoy use ../photos --name pets")
+@app.command(epilog="Example: convoy use ../photos --name pets --table metadata.csv --path image_id --label species")
 def use(
     source: Annotated[
         str,
@@ -122,16 +122,39 @@ def use(
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the data set, its MLflow experiment and its model.")] = None,
+    table: Annotated[str | None, typer.Option(metavar="FILE", help="The table of labels beside the images.")] = None,
+    path: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column with the names of the files.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Its column with the classes; of a one-hot table, each.")
+    ] = None,
+    group: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column with groups: patients.")] = None,
+    split: Annotated[str | None, typer.Option(metavar="COLUMN", help="Its column with train, val and test.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Use only images that match, as in .gitignore.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave out files that match, as in .gitignore.")
+    ] = None,
 ) -> None:
     """Make a source of labelled images the one to train on.
 
-    Nothing is downloaded or copied before the next run, and the command to undo it is printed.
+    Nothing is downloaded or copied before the next run, and the command to undo it is printed. The options are written
+    into the file of the data set in conf/dataset/; docs/data.md lists the forms of tables that need none.
     """
     from pipeline.use import use
 
     root = Path.cwd()
+    options = {
+        "table.file": table,
+        "table.path": path,
+        "table.label": label[0] if label and len(label) == 1 else label or None,
+        "table.group": group,
+        "table.split": split,
+        "include": include or None,
+        "exclude": exclude or None,
+    }
     with contextlib.chdir(caller_folder()):
-        use(root, source, name)
+        use(root, source, name, {key: value for key, value in options.items() if value is not None})
 
 
 @settings_app.command("show", epilog="Example: convoy settings show experiment=finetune")

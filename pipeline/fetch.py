@@ -38,7 +38,7 @@ def fetch(stage: Stage) -> None:
     cache = CacheDir(decoded, artifacts / "fetch")
 
     if params.torchvision is None:
-        source = read_folder(stage.root / "data")
+        source = read_folder(stage.root / "data", params)
     else:
         source = read_torchvision(params.torchvision, stage.project_root / "downloads" / params.name)
     lock.check(params.name, source.classes)

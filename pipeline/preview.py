@@ -16,18 +16,18 @@ from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.image_io import FORMATS, InvalidImageError
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES
-from convoy.data.sources.base import FileContent, Sample, Source
+from convoy.data.sources.base import EVERYTHING, FileContent, Sample, Selection, Source
 from convoy.data.sources.file_listing import FileSet, ListingLimit, is_image
 from convoy.data.sources.folder import NoLabelsError, list_file_sets, read_file_sets
-from convoy.data.sources.label_table import CSV_SUFFIXES, TABLE_SUFFIXES
+from convoy.data.sources.label_table import MAX_MULTI_LABEL_FRACTION
+from convoy.data.sources.table_file import CSV_SUFFIXES
+from convoy.data.sources.table_search import ALL_SUFFIXES
 
 MAX_ENTRIES = 10_000
 # Processor time, so that what is found hardly depends on what else the machine does.
 MAX_LISTING_S = 1.0
 MAX_TOTAL_S = 2.0
 MAX_OPENED_IMAGES = 100
-# Fraction of images with several labels up to which these are mistakes, as fetch.max_invalid_fraction is by default.
-MAX_MULTI_LABEL_FRACTION = 0.05
 NOT_READABLE = f"can't be opened as {', '.join(FORMATS)}"
 
 
@@ -44,6 +44,7 @@ class Preview:
     is_grey: bool  # whether all of some images are grey
     problems: list[str]  # why images can't be used, in sentences
     notes: list[str]  # warnings about what may be unintended, in sentences
+    mismatch: str  # how a table and the files do not meet, in one sentence; "" if they do
 
     @property
     def count(self) -> int:
@@ -51,11 +52,12 @@ class Preview:
         return sum(self.classes.values())
 
 
-def preview_source(path: Path) -> Preview:
+def preview_source(path: Path, selection: Selection = EVERYTHING) -> Preview:
     """Look at a source of labelled images for a second or two.
 
     Args:
         path: A folder, an archive or a Parquet file.
+        selection: Which files are images, and which one is the table of labels.
 
     Returns:
         What was found: everything, or a sample of a large source.
@@ -73,7 +75,8 @@ def preview_source(path: Path) -> Preview:
     # Reading all images of an archive would take long, so only some are read, at equal distances.
     distance = -(-count // MAX_OPENED_IMAGES)
     try:
-        source = read_file_sets([_skip_images(files, distance) for files in file_sets], path.name)
+        some = [_skip_images(files, distance) for files in file_sets]
+        source = read_file_sets(some, path.name, selection, limit.is_reached)
     except NoLabelsError as error:
         raise ConvoyError(
             f"{path} holds no images with a label: put them into one folder for each class, or beside a labels.csv with"
@@ -82,9 +85,12 @@ def preview_source(path: Path) -> Preview:
         ) from None
     tally = _count(source, deadline)
     is_complete = tally.is_complete and not limit.is_reached
+    mismatch = source.mismatch.message if source.mismatch else ""
+    if mismatch and not tally.opened:
+        raise ConvoyError(f"{path} holds no image that can be used\n  {mismatch}")
     _check(path, tally, is_complete)
     loose_files = 0 if path.is_file() else sum(map(is_image, file_sets[0].paths))
-    notes = list(source.notes)
+    notes = [note for note in source.notes if note != mismatch]
     if tally.unreadable:
         opened = len(tally.opened) + len(tally.unreadable)
         notes.append(f"{len(tally.unreadable)} of {opened} images {NOT_READABLE}: {truncate_names(tally.unreadable)}")
@@ -100,6 +106,7 @@ def preview_source(path: Path) -> Preview:
         # In a sample, tables name files that were not listed.
         problems=[] if limit.is_reached else tally.problems,
         notes=notes,
+        mismatch=mismatch,
     )
 
 
@@ -128,7 +135,7 @@ def _skip_images(files: FileSet, distance: int) -> FileSet:
         with files.open() as read:
             yield (
                 lambda index, path: (
-                    read(index, path) if index % distance == 0 or path.lower().endswith(TABLE_SUFFIXES) else b""
+                    read(index, path) if index % distance == 0 or path.lower().endswith(ALL_SUFFIXES) else b""
                 )
             )
 

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from convoy.core.errors import ConvoyError, suggest
 from convoy.data.data_lock import DataLock, find_source
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES
 from convoy.data.sources.base import DatasetConfig
-from convoy.data.sources.label_table import TABLE_SUFFIXES
+from convoy.data.sources.table_file import TABLE_SUFFIXES
 from convoy.tracking.provenance import git
 from pipeline import adoption
 
@@ -34,6 +34,10 @@ DATASET = """\
 name: {name}
 longest_side: 256 # pixels; see folder.yaml
 group: null # see folder.yaml
+table: {{file: null, path: null, label: null, group: null, split: null}} # see folder.yaml
+include: null # see folder.yaml
+exclude: null # see folder.yaml
+first_page: false # see folder.yaml
 """
 
 
@@ -132,6 +136,16 @@ def dataset_file(root: Path, name: str, location: str) -> tuple[str, dict[Path, 
     return name, {root / f"conf/dataset/{name}.yaml": DATASET.format(header=header, name=_quote(name))}
 
 
+def read_selection(root: Path, dataset: str, files: Mapping[Path, str], options: Mapping[str, Any]) -> DatasetConfig:
+    """Return the settings of a data set, of which some were given as options of the command."""
+    file = root / f"conf/dataset/{dataset}.yaml"
+    values = yaml.safe_load(files[file]) if file in files else _load(file)
+    for key, value in options.items():
+        table, _, name = key.rpartition(".")
+        (values.setdefault(table, {}) if table else values)[name] = value
+    return validate(DatasetConfig, values, "dataset")
+
+
 def import_file(root: Path, location: str) -> dict[Path, str]:
     """Return the content of data.dvc by path, if it names another source now; the next run then imports this one."""
     file = root / "data.dvc"
@@ -144,9 +158,9 @@ def import_file(root: Path, location: str) -> dict[Path, str]:
 
 
 def write_choice(
-    root: Path, files: Mapping[Path, str], dataset: str
+    root: Path, files: Mapping[Path, str], dataset: str, options: Mapping[str, Any]
 ) -> tuple[dict[Path, bytes | None], dict[str, Any]]:
-    """Write files, choose the data set in conf/, and compose the settings.
+    """Write files, choose the data set in conf/ and set its options, and compose the settings.
 
     If an error is raised, nothing is changed.
 
@@ -156,6 +170,7 @@ def write_choice(
     with adoption.restore_on_error([*files, *(root / "conf").rglob("*.yaml")]) as before:
         for file, text in files.items():
             file.write_text(text, encoding="utf-8")
+        adoption.set_values(root / f"conf/dataset/{dataset}.yaml", options)
         if adoption.chosen(root, "dataset") != dataset:
             adoption.set_choice(root, "dataset", dataset)
         params = config.parse(config.compose_text(root))
@@ -173,12 +188,26 @@ def committed_files(root: Path) -> set[Path]:
     return {root / name for name in {*tracked.splitlines()} - {*changed.splitlines()}}
 
 
-def present_choice(root: Path) -> list[str]:
-    """Return the command that chooses the present source, as words; none if there is no source."""
+def present_choice(root: Path, options: Iterable[str]) -> list[str]:
+    """Return the command that chooses the present source, as words; none if there is no source.
+
+    Args:
+        root: The project folder.
+        options: The settings, such as table.path, whose present values the command sets.
+    """
     dataset = adoption.chosen(root, "dataset")
     table = _load(root / f"conf/dataset/{dataset}.yaml")
     source = dataset if "torchvision" in table else find_source(root / "data.dvc")
-    return [*USE.split(), source, "--name", table["name"]] if source else []
+    flags = [word for key in options for word in _option_words(table, key)]
+    return [*USE.split(), source, "--name", table["name"], *flags] if source else []
+
+
+def _option_words(table: Mapping[str, Any], key: str) -> Iterator[str]:
+    """Yield the option that sets a setting to its value in a table, as words."""
+    outer, _, name = key.rpartition(".")
+    value = (table.get(outer) or {} if outer else table).get(name) or ""
+    for each in [value] if isinstance(value, str) else value:
+        yield from (f"--{'table' if name == 'file' else name}", each)
 
 
 def undo_commands(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convoy.core.config import validate
+from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.ingest import FetchConfig
 from convoy.data.packed.packed_dataset import SPLITS
@@ -26,7 +27,7 @@ MAX_NOTES = 5
 SAFE_TEST_FRACTION = 0.8
 
 
-def use(root: Path, source: str, name: str | None = None) -> None:
+def use(root: Path, source: str, name: str | None = None, options: Mapping[str, Any] | None = None) -> None:
     """Make a source of labelled images the one that the next run trains on.
 
     Nothing is downloaded or copied before that run.
@@ -36,12 +37,15 @@ def use(root: Path, source: str, name: str | None = None) -> None:
         source: A folder, an archive, a Parquet file, an address such as s3://bucket/pets, or a data set that
             torchvision provides, by the name of its file in conf/dataset/.
         name: The name of the data set; by default that of the folder or file.
+        options: Settings of the data set, such as table.path, which are written into its file in conf/dataset/; ""
+            for null.
 
     Raises:
         ConvoyError: If the source or the name can't be used, or if files in data/ would be lost.
     """
     path, is_address = Path(source).expanduser(), "://" in source
     preview = None
+    options = {key: value if any(value) else None for key, value in (options or {}).items()}
     files: dict[Path, str] = {}
     if is_address or path.exists():
         location = choice.check_address(source) if is_address else choice.locate(root, path)
@@ -50,11 +54,13 @@ def use(root: Path, source: str, name: str | None = None) -> None:
         data_folder.check_replaceable(root)
         files |= choice.import_file(root, location)
         if not is_address:
-            preview = preview_source(path)
+            preview = preview_source(path, choice.read_selection(root, dataset, files, options))
     else:
+        if options:
+            raise ConvoyError(f"{source}: a data set of torchvision has no table, and all of its images are used")
         dataset = choice.find_torchvision_set(root, source, name)
-    committed, previous = choice.committed_files(root), choice.present_choice(root)
-    changed, params = choice.write_choice(root, files, dataset)
+    committed, previous = choice.committed_files(root), choice.present_choice(root, options)
+    changed, params = choice.write_choice(root, files, dataset, options)
     undo = choice.undo_commands(root, changed, committed, previous)
     # The commands are for the project's folder.
     if undo and not Path.cwd().samefile(root):
@@ -101,7 +107,8 @@ def _notes(preview: Preview, params: Mapping[str, Any]) -> Iterator[str]:
         count, limit = len(preview.problems), validate(FetchConfig, params["fetch"], "fetch").max_invalid_fraction
         is_fatal = count > limit * (preview.count + count)
         result = f"too many for fetch.max_invalid_fraction={limit}, so that a run stops" if is_fatal else "left out"
-        yield f"{count:,} image{'s' * (count > 1)} can't be used ({result}): {truncate_names(preview.problems)}"
+        shown = preview.mismatch or truncate_names(preview.problems)
+        yield f"{count:,} image{'s' * (count > 1)} can't be used ({result}): {shown}"
     minimum = validate(RegisterConfig, params["register"], "register").gate.min_test_images
     expected = preview.splits.get("test") or preview.count * params["preprocess"]["test_fraction"]
     if expected < minimum and not preview.is_sample:

@@ -104,7 +104,10 @@ def test_look_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             {"l.csv": TABLE + "1.png,dog\n", **IMAGES},
             r"pets holds images with several labels, such as pets/1.png \(cat",
         ),
-        ({"l.csv": TABLE}, "pets holds no image that can be used\n  pets/1.png is named in l.csv"),
+        (
+            {"l.csv": TABLE},
+            "pets holds no image that can be used\n  l.csv: 2 of 2 rows lead to no file \\(1.png, 2.png\\)",
+        ),
         ({"a.zip": make_zip(PETS)[:99]}, "pets/a.zip is not a complete zip archive"),
     ],
 )

@@ -94,12 +94,29 @@ def make_photo(width: int, height: int, mode: str = "RGB", value: int = 0) -> by
 # What it finds and writes
 
 
+def test_table_with_other_columns_is_chosen_by_options(root: Path, tmp_path: Path, capsys: Output) -> None:
+    write(tmp_path / "moles", {f"part_{number}/{number}.png": make_png(number) for number in range(4)})
+    write(tmp_path / "moles", {"metadata.csv": "id,dx,lesion\n0,nv,a\n1,nv,a\n2,mel,b\n3,mel,c\n"})
+    with pytest.raises(ConvoyError, match=r"moles/metadata\.csv has the columns id, dx, lesion: .* --path COLUMN"):
+        use(root, "../moles")
+    options = {"table.file": "metadata.csv", "table.path": "id", "table.label": "dx", "table.group": "lesion"}
+    use(root, "../moles", options=options)
+    assert "found 4 images in 2 classes (mel 2, nv 2)" in capsys.readouterr().out
+    columns = {"file": "metadata.csv", "path": "id", "label": "dx", "group": "lesion", "split": None}
+    assert dataset(root)["table"] == columns
+    use(root, "../moles", options={"table.group": ""})
+    assert dataset(root)["table"] == columns | {"group": None}
+    assert "undo: convoy use" in (output := capsys.readouterr().out)
+    assert "--group lesion" in output
+
+
 def test_folder_is_described_and_chosen(root: Path, pets: Path, capsys: Output) -> None:
     use(root, "../pets")
     output = capsys.readouterr().out
     assert "found 3 images in 2 classes (cat 2, dog 1); no splits; grey, about 4x3 pixels\n" in output
     assert "wrote conf/dataset/pets.yaml, data.dvc, conf/config.yaml\n" in output
-    assert dataset(root) == {"name": "pets", "longest_side": 256, "group": None}
+    found = dataset(root)
+    assert (found["name"], found["longest_side"], found["group"], found["exclude"]) == ("pets", 256, None, None)
     assert f"- path: {pets}\n" in (root / "data.dvc").read_text()
 
 

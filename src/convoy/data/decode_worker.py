@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from convoy.core.malloc import keep_memory
-from convoy.data import decode_cache, image_io, near_duplicates
+from convoy.data import completeness, decode_cache, image_io, near_duplicates
 from convoy.data.cache import CacheDir, fingerprint
 from convoy.data.decode_cache import RECORD, DecodeCache, hash_pixels, pixel_bytes
 from convoy.data.image_io import Decoded, InvalidImageError, as_image, decode, to_grey_or_rgb
@@ -40,7 +40,7 @@ SETTLED_NS = 3_000_000_000
 
 def decoding_fingerprint(longest_side: int) -> str:
     """Hash everything that determines the decoded pixels of a file: code, libraries and settings."""
-    modules = [image_io, near_duplicates, pixel_shards, decode_cache, sys.modules[__name__]]
+    modules = [image_io, completeness, near_duplicates, pixel_shards, decode_cache, sys.modules[__name__]]
     return fingerprint(modules, ["numpy", "pillow", "simplejpeg", "xxhash"], longest_side)
 
 

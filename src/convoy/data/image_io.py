@@ -13,6 +13,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImageError
 
 from convoy.core.errors import describe_error
+from convoy.data.completeness import MISSING, find_missing_after_load, find_missing_before_load, is_complete_progressive
 
 # Pillow may use only the decoders of these formats.
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]
@@ -99,6 +100,8 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     except KeyError:
         raise InvalidImageError("can't be decoded: its header is incomplete") from None
     _check_size(height, width)
+    if not is_complete_progressive(data):
+        raise InvalidImageError(f"{MISSING}: scans of its details are missing")
     if colours in ("CMYK", "YCCK"):
         # Decoding checks the file strictly; the pixels come from Pillow, which converts these colours.
         simplejpeg.decode_jpeg(data, "CMYK")
@@ -139,8 +142,11 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
                     del exif[tag]
         # Loading the image drops its raw mode.
         raw_mode = _raw_mode(image)
+        missing = find_missing_before_load(image, data)
         image.draft(None, (longest_side, longest_side))
         image.load()
+        if missing := missing or find_missing_after_load(image, data):
+            raise InvalidImageError(missing)
         if raw_mode.endswith(RAW_MODES_16_BIT) and not image.mode.startswith("I;16"):
             return Decoded(to_grey_or_rgb(_adapt_16_bit(image, raw_mode), longest_side), height, width)
         return Decoded(to_grey_or_rgb(image, longest_side), height, width)

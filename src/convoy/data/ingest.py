@@ -89,6 +89,7 @@ def ingest(
         TooManyInvalidImages: If more images are invalid or contradictory than `params` allows.
         ConvoyError: If fewer than two classes have images, or if the group pattern matches no path.
     """
+    _check_mismatch(source, params)
     try:
         with snapshot(cache_dir, folder / "earlier") as cache_snapshot:
             invalid = _decode(source, dataset, folder, cache_snapshot)
@@ -128,6 +129,17 @@ def ingest(
         if split in given
     ]
     return IngestResult(PackedDataset.load(folder), quarantine, copies.reset_index(drop=True), notes)
+
+
+def _check_mismatch(source: Source, params: FetchConfig) -> None:
+    """Raise ConvoyError if too many rows of a table lead to no file, or too many images are in no row."""
+    found = source.mismatch
+    if found and len(found.rows) + len(found.files) > params.max_invalid_fraction * source.count:
+        raise ConvoyError(
+            f"{found.message}, more than fetch.max_invalid_fraction={params.max_invalid_fraction} allows: correct the"
+            " paths, name the column that has them by dataset.table.path in conf/dataset/, or leave files out by"
+            " dataset.exclude"
+        )
 
 
 def find_group(path: str, label: str, pattern: str | None) -> str:

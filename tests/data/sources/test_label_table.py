@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
+from convoy.data.sources.base import Selection, TableConfig
 from convoy.data.sources.folder import read_folder
 from factories import PETS, list_faults, make_png, make_tar, make_zip, read, read_content, read_rows, write
 
@@ -178,7 +179,8 @@ def test_ambiguous_file_name_is_reported(data: Path) -> None:
     assert list_faults(read(data)) == [
         "data/x/1.png is not in labels.csv, so its label is unknown",
         "data/y/1.png is not in labels.csv, so its label is unknown",
-        "data/1.png is named in labels.csv, but 2 files have this name: add their folders",
+        "data/1.png is named in labels.csv, but 2 files have this name: add their folders, or leave out the others by"
+        " dataset.exclude",
     ]
 
 
@@ -292,7 +294,8 @@ def test_column_with_split_values_is_reported(data: Path, column: str, noted: bo
     lines = [f"{name},{name[:3]},{'train' if n else 'Test'}\n" for n, name in enumerate(PETS)]
     source = read_folder(write(data, PETS | {"labels.csv": f"path,label,{column}\n{''.join(lines)}"}))
     said = (
-        f"the column {column} of labels.csv has the values test, train: to split the images by it, rename it to split"
+        f"the column {column} of labels.csv has the values test, train: to split the images by it, set"
+        f" dataset.table.split={column}"
     )
     assert source.notes == [said] * noted
 
@@ -356,9 +359,9 @@ cat/2.png,cat,trian
 cat/3.png,cat,
 ../outside.png,cat,
 ..\\outside.png,cat,
-cat/../cat/1.png,cat,
+dog/../cat/2.png,cat,trian
 {outside},cat,
-C:\\cat\\1.png,cat,
+C:\\cat\\7.png,cat,
 ,cat,
 dog/1.png,dog,test
 """
@@ -370,9 +373,8 @@ dog/1.png,dog,test
         "data/cat/3.png is named in labels.csv, but there is no such file",
         "../outside.png is named in labels.csv and points out of the data",
         "..\\outside.png is named in labels.csv and points out of the data",
-        "cat/../cat/1.png is named in labels.csv and points out of the data",
-        f"{outside} is named in labels.csv and points out of the data",
-        "C:\\cat\\1.png is named in labels.csv and points out of the data",
+        f"data/{outside} is named in labels.csv, but there is no such file",
+        "data/C:\\cat\\7.png is named in labels.csv, but there is no such file",
         "data/labels.csv has a row without a path",
     ]
     assert [m.path for m in members if isinstance(m.content, str)] == ["data/dog/1.png"]
@@ -441,23 +443,91 @@ def test_table_in_an_archive_that_cannot_be_read_is_refused(data: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ["name,size\ncat,3\n", "image_id,dx\ncat/1.png,nv\n", "label\ncat\n", "a;b\n1,5;2\n"])
-def test_unrelated_table_is_ignored_and_named(data: Path, table: str) -> None:
-    assert read_rows(write(data, PETS | {"notes.csv": table})) == [(f"data/{name}", name[:3], "") for name in PETS]
+def test_unknown_table_is_refused_with_its_columns_and_settings(data: Path, table: str) -> None:
     columns = ", ".join(table.partition("\n")[0].replace(";", ",").split(","))
-    assert read_folder(data).notes == [
-        f"data/notes.csv has the columns {columns}, but needs path and label: it is not used"
-    ]
+    with pytest.raises(ConvoyError) as refusal:
+        read_folder(write(data, PETS | {"notes.csv": table}))
+    assert str(refusal.value).startswith(f"data/notes.csv has the columns {columns}: ")
+    assert "--table notes.csv --path COLUMN --label COLUMN" in str(refusal.value)
+    without = Selection(exclude=["notes.csv"])
+    assert read_folder(data, without).notes == ["data/notes.csv is left out by dataset.include or dataset.exclude"]
 
 
 @pytest.mark.parametrize("table", ["", "\n\n"])
-def test_empty_table_is_named_too(data: Path, table: str) -> None:
-    assert read_folder(write(data, PETS | {"notes.csv": table})).notes == ["data/notes.csv is empty: it is not used"]
+def test_empty_table_is_refused_too(data: Path, table: str) -> None:
+    with pytest.raises(ConvoyError, match=r"data/notes\.csv is empty"):
+        read_folder(write(data, PETS | {"notes.csv": table}))
 
 
-def test_table_without_label_columns_is_named(data: Path) -> None:
-    write(data, {"1.png": make_png(), "labels.csv": "id;breed\n1;pug\n"})
-    with pytest.raises(ConvoyError, match=r"data/labels\.csv has the columns id, breed, but needs path and label"):
-        read_folder(data)
+# Paths and files that do not meet
+
+
+def test_one_sentence_counts_rows_and_files_without_partner(data: Path) -> None:
+    rows = "".join(f"bird/{number}.png,bird\n" for number in range(5))
+    source = read_folder(write(data, PETS | {"labels.csv": f"path,label\n{rows}cat/1.png,cat\n"}))
+    said = (
+        "labels.csv: 5 of 6 rows lead to no file (bird/0.png, bird/1.png, bird/2.png, ...), and 2 images are in no row"
+        " (data/cat/2.png, data/dog/1.png)"
+    )
+    assert source.mismatch
+    assert source.mismatch.message == said
+    assert said in source.notes
+
+
+@pytest.mark.parametrize("start", ["/Users/me/set/", "C:\\data\\set\\", "\\\\server\\set\\", "../set/", "D:/set/"])
+def test_paths_of_another_machine_lead_to_the_same_ends(data: Path, start: str) -> None:
+    table = "".join(f"{start}{name},{name[:3]}\n" for name in PETS)
+    if start == "../set/":
+        write(data, {f"set/{name}": content for name, content in PETS.items()})
+        write(data, {"tables/labels.csv": f"path,label\n{table}"})
+    else:
+        write(data, PETS | {"labels.csv": f"path,label\n{table}"})
+    assert [label for _, label, _ in read_rows(data)] == ["cat", "cat", "dog"]
+
+
+def test_folder_of_the_images_may_have_another_name(data: Path) -> None:
+    write(data, {f"mine/{name}": content for name, content in PETS.items()})
+    table = "".join(f"/kaggle/input/pets/{name},{name[:3]}\n" for name in PETS)
+    write(data, {"labels.csv": f"path,label\n{table}"})
+    assert [label for _, label, _ in read_rows(data)] == ["cat", "cat", "dog"]
+
+
+def test_missing_files_do_not_lead_to_others_of_their_name(data: Path) -> None:
+    write(data, {"cat/1.png": make_png(1), "dog/2.png": make_png(2)})
+    write(data, {"labels.csv": "path,label\n/set/cat/1.png,cat\n/set/cat/2.png,cat\n/set/dog/2.png,dog\n"})
+    members = read(data)
+    assert {member.path: member.label for member in members if not isinstance(member.content, InvalidImageError)} == {
+        "data/cat/1.png": "cat",
+        "data/dog/2.png": "dog",
+    }
+
+
+def test_rows_of_excluded_files_are_not_missed(data: Path) -> None:
+    write(data, PETS | {"labels.csv": LABELS})
+    source = read_folder(data, Selection(exclude=["dog/"]))
+    assert source.mismatch is None
+    assert [sample.path for sample in source.samples] == ["data/cat/1.png", "data/cat/2.png"]
+
+
+def test_stem_of_two_files_is_ambiguous_until_one_is_excluded(data: Path) -> None:
+    write(
+        data, {"a.png": make_png(1), "a.jpg": make_png(2), "b.png": make_png(3), "labels.csv": "file,label\na,x\nb,y\n"}
+    )
+    assert "2 files have this name" in list_faults(read(data))[-1]
+    source = read_folder(data, Selection(exclude=["*.jpg"]))
+    assert [(sample.path, sample.label) for sample in source.samples] == [("data/a.png", "x"), ("data/b.png", "y")]
+
+
+def test_paths_repeated_with_other_labels_are_refused(data: Path) -> None:
+    rows = "".join(f"{name},{label}\n" for name in PETS for label in "ab")
+    with pytest.raises(ConvoyError, match=r"labels\.csv has several labels for an image, such as cat/1\.png \(a, b\)"):
+        read_folder(write(data, PETS | {"labels.csv": f"path,label\n{rows}"}))
+
+
+def test_another_table_is_set_aside_if_one_is_named(data: Path) -> None:
+    write(data, PETS | {"labels.csv": LABELS, "sizes.csv": "name,size\ncat,3\n"})
+    source = read_folder(data, Selection(table=TableConfig(file="labels.csv")))
+    assert source.notes == ["data/sizes.csv is not used: dataset.table.file=labels.csv names another table"]
 
 
 def test_no_more_leading_folders_are_removed_than_needed(data: Path) -> None:

@@ -189,8 +189,8 @@ def test_row_with_no_label_is_named(data: Path, labels: list) -> None:
     ("columns", "classes", "fault"),
     [
         ({"fine": [0], "coarse": [0]}, {"fine": ["a"], "coarse": ["b"]},
-         "has several columns of classes, fine, coarse, but no column label: rename the one to predict to label"),
-        ({"breed": [0]}, {}, "has the columns image, breed, but no column label: rename"),
+         "has several columns of classes, fine, coarse, but no column label: name the one to predict"),
+        ({"breed": [0]}, {}, "has the columns image, breed, but no column label: name"),
         ({"label": [[0, 1]]}, {}, "has several labels for an image in the column label"),
         ({"label": [0], "img": [b""]}, {}, "has several columns of bytes, image, img: rename"),
     ],

@@ -30,13 +30,37 @@ def _is_pattern(text: str) -> str:
 
 
 @schema
-class DatasetConfig:
+class TableConfig:
+    """Settings of the table of labels: which file it is, and what its columns are called."""
+
+    file: str | None = None  # a pattern as in .gitignore; None for every table beside the images
+    path: str | None = None  # the column of the names of the files; None for the first of `COLUMN_NAMES`
+    label: str | list[str] | None = None  # the column of the classes, or the columns of a one-hot table
+    group: str | None = None
+    split: str | None = None
+
+
+@schema
+class Selection:
+    """Settings that say which files of a source are its images and its table of labels."""
+
+    table: TableConfig = dataclasses.field(default_factory=TableConfig)
+    include: list[str] | None = None  # patterns as in .gitignore; images that match none are left out
+    exclude: list[str] | None = None  # patterns as in .gitignore; files that match one are left out
+
+
+EVERYTHING = Selection()
+
+
+@schema
+class DatasetConfig(Selection):
     """Settings that say where labelled images come from."""
 
     name: Name  # used in reports, folder names and, by default, for the experiment and the model in MLflow
     longest_side: PositiveInt  # pixels; larger images are downscaled when decoded, which bounds the disk usage
     # "folder", a regular expression that finds the name of the group in a path, or None for no groups.
     group: Annotated[str, AfterValidator(_is_pattern)] | None
+    first_page: bool = False  # whether the first page is the image of a TIFF that has several
     torchvision: TorchvisionConfig | None = None  # None for the folders and archives in data/
 
     @property
@@ -78,3 +102,14 @@ class Source:
     samples: Iterator[Sample]  # in the same order in every run
     extra_columns: Sequence[str] = ()  # names of the additional columns of the label tables
     notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences
+    labels: str = ""  # the tables that the labels come from; "" for names of folders and for Parquet files with images
+    mismatch: "Mismatch | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """How a table and the files do not meet."""
+
+    rows: Sequence[str]  # the paths in the table that lead to no file
+    files: Sequence[str]  # the images that no row leads to
+    message: str  # one sentence with the first of each

@@ -1,14 +1,17 @@
 """File listings: the files of one folder or archive, and the annotations of each file."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import re
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, TypeVar
 
+from convoy.core.errors import ConvoyError
 from convoy.data.sources.base import SPLIT_NAMES, FileContent
 
 # The last of these formats can't be decoded; they are listed so that such files are reported by name.
@@ -61,6 +64,25 @@ class FileSet:
     # cheap as long as the index only increases.
     open: Callable[[], AbstractContextManager[Callable[[int, str], FileContent]]]
     notes: Sequence[str] = ()  # warnings about what may be unintended, in sentences
+    excluded: Iterable[str] = ()  # paths of the files that the settings leave out
+
+    def select(self, is_selected: Callable[[str], bool]) -> "FileSet":
+        """Return the files whose paths are selected; the others become `excluded`."""
+        indices, paths, excluded = array("L"), [], []
+        for index, path in enumerate(self.paths):
+            if is_selected(path):
+                indices.append(index)
+                paths.append(path)
+            else:
+                excluded.append(path)
+
+        @contextlib.contextmanager
+        def open_selected() -> Iterator[Callable[[int, str], FileContent]]:
+            with self.open() as read:
+                yield lambda index, path: read(indices[index], path)
+
+        selected = dataclasses.replace(self, paths=PackedPaths(paths), open=open_selected)
+        return dataclasses.replace(selected, excluded=PackedPaths(excluded)) if excluded else self
 
 
 class ListingLimit:
@@ -124,6 +146,16 @@ def normalize_path(name: str) -> str | None:
     if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[/\\]", name) or ".." in name.replace("\\", "/").split("/"):
         return None
     return "/".join(part for part in parts if part not in ("", "."))
+
+
+def check_encoding(name: str) -> None:
+    """Check that the name of a file can be written as UTF-8.
+
+    Raises:
+        ConvoyError: If it can't.
+    """
+    if not name.isascii() and name.encode(errors="replace").decode() != name:
+        raise ConvoyError(f"{name!a} has a name that is not UTF-8: rename it")
 
 
 def is_junk(path: str) -> bool:

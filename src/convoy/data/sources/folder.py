@@ -8,48 +8,47 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pathspec import GitIgnoreSpec
+
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES, open_archive
-from convoy.data.sources.base import Sample, Source
+from convoy.data.sources.base import EVERYTHING, Sample, Selection, Source
 from convoy.data.sources.file_listing import (
     NO_LIMIT,
     Annotation,
     FileSet,
     ListingLimit,
     PackedPaths,
+    check_encoding,
     find_split,
     is_image,
     is_junk,
 )
 from convoy.data.sources.folder_layout import FolderLayout, find_layout
 from convoy.data.sources.label_table import (
-    CSV_SUFFIXES,
-    TABLE_SUFFIXES,
     LabelTable,
+    Matches,
+    check_one_label,
+    describe_mismatch,
     find_extra_columns,
-    find_table_candidates,
-    has_label_columns,
     match_labels,
     note_hidden_splits,
-    read_csv,
-    read_parquet,
 )
-from convoy.data.sources.parquet import (
-    ParquetTable,
-    find_classes,
-    find_image_column,
-    find_label_column,
-    iter_samples,
-    open_parquet,
-)
+from convoy.data.sources.parquet import ParquetTable, find_classes, iter_samples
+from convoy.data.sources.split_list import SplitLists
+from convoy.data.sources.table_file import TABLE_SUFFIXES
+from convoy.data.sources.table_search import find_tables
 
 UNSUPPORTED_SUFFIXES = (
     ".7z", ".rar", ".zip", ".z01", ".001", ".tar", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma",
     ".arrow", ".feather", ".h5", ".hdf5", ".lmdb", ".mat", ".mdb", ".npy", ".npz", ".pkl", ".tfrec", ".tfrecord",
     ".json", ".jsonl", ".xls", ".xlsx",
 )  # fmt: skip
+# The end of the fault of an image that no row of a table leads to.
+NOT_IN_TABLE = ", so its label is unknown"
+NO_MATCHES = Matches([], [], [])
 # An error message lists this many files if no file has a label.
 MAX_LISTED_FILES = 5
 
@@ -70,76 +69,111 @@ class NoLabelsError(ConvoyError):
         )
 
 
-def read_folder(data: Path) -> Source:
+def read_folder(data: Path, selection: Selection = EVERYTHING) -> Source:
     """Find the labelled images in a folder or file; each image is read only when iteration reaches it.
 
     Args:
         data: The data folder, or a single archive, table or Parquet file.
+        selection: Which files are images, and which one is the table of labels.
 
     Returns:
         The source of all images, as `read_file_sets` returns it.
     """
-    return read_file_sets(list_file_sets(data), data.name)
+    return read_file_sets(list_file_sets(data), data.name, selection)
 
 
-def read_file_sets(file_sets: list[FileSet], folder: str) -> Source:
+def read_file_sets(
+    file_sets: list[FileSet], folder: str, selection: Selection = EVERYTHING, is_sample: bool = False
+) -> Source:
     """Find the labelled images in file sets; each image is read only when iteration reaches it.
 
     If there are label tables, only these determine the labels. Otherwise the labels come from Parquet files with images
     and labels, and from class folders: `<class>/...` or `<train|val|test>/<class>/...`, in folders or
-    archives. Outer folders that contain everything else are descended into.
+    archives. Outer folders that contain everything else are descended into. Lists of splits add to both.
 
     Args:
         file_sets: The files outside archives, and those in each archive.
         folder: The name of the data folder in messages.
+        selection: Which files are images, and which one is the table of labels.
+        is_sample: Whether the file sets are only the first part of the source.
 
     Returns:
         The source of all images, including those whose label is unknown.
 
     Raises:
         NoLabelsError: If no label is found.
-        ConvoyError: If a table or Parquet file is broken.
+        ConvoyError: If a table or Parquet file is broken, or in no form that docs/data.md lists.
     """
-    tables, shards, unusable, table_names = _read_tables(file_sets)
-    extra_columns = find_extra_columns(tables)
-    if tables:
-        (annotate_fns, unmatched), notes = (
-            _annotate_by_table(tables, file_sets, extra_columns),
-            note_hidden_splits(tables),
-        )
+    file_sets = [_select(files, selection) for files in file_sets]
+    tables = find_tables(file_sets, selection.table, is_sample)
+    lists = SplitLists([] if is_sample else tables.splits, file_sets)
+    extra_columns, matches = find_extra_columns(tables.labels), NO_MATCHES
+    if tables.labels:
+        matches = match_labels(tables.labels, file_sets, extra_columns)
+        check_one_label(matches.annotations, tables.labels)
+        annotate_fns, notes = _annotate_by_table(tables.labels, matches), note_hidden_splits(tables.labels)
     else:
-        (annotate_fns, notes), unmatched = _annotate_by_folder(file_sets, shards), []
+        annotate_fns, notes = _annotate_by_folder(file_sets, tables.shards)
+    annotate_fns = [lists.apply(number, annotate) for number, annotate in enumerate(annotate_fns)]
 
-    labels, ignored = {sample.label for sample in unmatched}, []
-    count = len(unmatched) + sum(shard.count for shard in shards)
-    problems = [*unusable, *(f"{sample.path} {sample.content!s}" for sample in unmatched[:3])]
+    labels, ignored, unlisted = {sample.label for sample in matches.samples}, [], []
+    count = len(matches.samples) + sum(shard.count for shard in tables.shards)
+    problems = [f"{sample.path} {sample.content!s}" for sample in matches.samples[:3]]
     for files, annotate in zip(file_sets, annotate_fns, strict=True):
         for path in files.paths:
             name = f"{files.name}{path}"
-            _check_encoding(name)
+            check_encoding(name)
             annotations = annotate(path)
-            if path.lower().endswith(TABLE_SUFFIXES) and name not in table_names:
+            if path.lower().endswith(TABLE_SUFFIXES) and name not in tables.names:
                 ignored.append(f"{name} is not used: tables of labels must be at the top")
-            elif not annotations and path.lower().endswith(UNSUPPORTED_SUFFIXES):
+            elif not annotations and path.lower().endswith(UNSUPPORTED_SUFFIXES) and name not in tables.names:
                 ignored.append(f"{name} has an unsupported format: extract or convert it")
             for annotation in annotations:
                 count += 1
                 labels.add(annotation.label)
-                if annotation.fault and len(problems) < len(unusable) + 3:
+                if annotation.fault and len(problems) < 3:
                     problems.append(f"{name} {annotation.fault}")
-    classes = list(dict.fromkeys([*find_classes(shards), *sorted(labels - {""})]))
+                if tables.labels and annotation.fault.endswith(NOT_IN_TABLE):
+                    unlisted.append(name)
+    mismatch = describe_mismatch(tables.labels, matches.unmatched, unlisted)
+    classes = list(dict.fromkeys([*find_classes(tables.shards), *sorted(labels - {""})]))
     if not classes:
         problems = problems or [
             f"{files.name}{path} is none of these" for files in file_sets for path in itertools.islice(files.paths, 3)
         ]
         raise NoLabelsError(folder, problems)
     notes = [
-        *(f"{table}: it is not used" for table in unusable),
+        *tables.notes,
         *(note for files in file_sets for note in files.notes),
+        *_note_excluded(file_sets),
+        *([mismatch.message] if mismatch else []),
         *notes,
         *ignored,
     ]
-    return Source(classes, count, _iter_samples(file_sets, annotate_fns, unmatched, shards), extra_columns, notes)
+    samples = _iter_samples(file_sets, annotate_fns, matches.samples, tables.shards)
+    return Source(
+        classes, count, samples, extra_columns, notes, ", ".join(table.title for table in tables.labels), mismatch
+    )
+
+
+def _select(files: FileSet, selection: Selection) -> FileSet:
+    """Return the files that `dataset.include` and `dataset.exclude` leave."""
+    if selection.include is None and not selection.exclude:
+        return files
+    included = None if selection.include is None else GitIgnoreSpec.from_lines(selection.include)
+    excluded = GitIgnoreSpec.from_lines(selection.exclude or [])
+
+    def is_selected(path: str) -> bool:
+        is_included = included is None or not is_image(path) or included.match_file(path)
+        return is_included and not excluded.match_file(path)
+
+    return files.select(is_selected)
+
+
+def _note_excluded(file_sets: Sequence[FileSet]) -> list[str]:
+    paths = [f"{files.name}{path}" for files in file_sets for path in files.excluded]
+    verb = "is" if len(paths) == 1 else "are"
+    return [f"{truncate_names(paths)} {verb} left out by dataset.include or dataset.exclude"] if paths else []
 
 
 def reject_links(folder: Path) -> None:
@@ -241,58 +275,17 @@ def _find_fault(entry: os.DirEntry, root: Path) -> str:
     return f"is a link to {link.readlink()}, which is not a file in the data: replace it by the file itself"
 
 
-def _read_tables(file_sets: list[FileSet]) -> tuple[list[LabelTable], list[ParquetTable], list[str], set[str]]:
-    """Return the label tables, the Parquet files with images, messages about other tables, and the names of all."""
-    tables, shards, unusable, names = [], [], [], set()
-    for files in file_sets:
-        # A file set without a name is a single file, which is a table.
-        candidates = list(find_table_candidates(files.paths) if files.name else enumerate(files.paths))
-        if not candidates:
-            continue
-        with files.open() as read:
-            for index, path in candidates:
-                name = f"{files.name}{path}"
-                _check_encoding(name)
-                names.add(name)
-                content = read(index, path)
-                if isinstance(content, InvalidImageError):
-                    raise ConvoyError(f"{name} {content}: replace it with an intact copy")
-                if path.lower().endswith(CSV_SUFFIXES):
-                    rows = read_csv(name, content)
-                else:
-                    shard = open_parquet(name, content, find_split(path))
-                    if find_image_column(shard) is not None:
-                        if isinstance(content, bytes):
-                            raise ConvoyError(f"{name} contains images: extract it from the archive")
-                        find_label_column(shard)
-                        shards.append(shard)
-                        continue
-                    rows = read_parquet(shard)
-                columns = ", ".join(map(str, rows.columns))
-                if not columns:
-                    unusable.append(f"{name} is empty")
-                elif not has_label_columns(rows.columns):
-                    unusable.append(f"{name} has the columns {columns}, but needs path and label")
-                elif "submission" in path.lower():
-                    unusable.append(f"{name} has the name of a sample submission, whose labels are only examples")
-                else:
-                    tables.append(LabelTable(path, files, path[: path.rfind("/") + 1], find_split(path), rows))
-    return tables, shards, unusable, names
-
-
-def _annotate_by_table(
-    tables: list[LabelTable], file_sets: list[FileSet], extra_columns: list[str]
-) -> tuple[list[AnnotateFn], list[Sample]]:
-    """Return the annotations from tables for each file set, and samples for table rows that match no file."""
-    unlisted = (Annotation(fault=f"is not in {' or '.join(table.title for table in tables)}, so its label is unknown"),)
+def _annotate_by_table(tables: Sequence[LabelTable], matches: Matches) -> list[AnnotateFn]:
+    """Return the annotations from tables for each file set."""
+    unlisted = (Annotation(fault=f"is not in {' or '.join(table.title for table in tables)}{NOT_IN_TABLE}"),)
 
     def annotate(annotations: dict[str, tuple[Annotation, ...]], path: str) -> Sequence[Annotation]:
         return annotations.get(path, unlisted if is_image(path) else ())
 
-    by_path, unmatched = match_labels(tables, file_sets, extra_columns)
+    by_path = matches.annotations
     if not any(row.split for annotations in by_path for rows in annotations.values() for row in rows):
         by_path = [_add_splits(annotations) for annotations in by_path]
-    return [functools.partial(annotate, annotations) for annotations in by_path], unmatched
+    return [functools.partial(annotate, annotations) for annotations in by_path]
 
 
 def _add_splits(annotations: dict[str, tuple[Annotation, ...]]) -> dict[str, tuple[Annotation, ...]]:
@@ -354,11 +347,6 @@ def _make_annotate_fn(files: FileSet, skipped: set[str], layout: FolderLayout, a
         return annotate_folder(path.rpartition("/")[0]) or (unlabelled if is_image(path) else ())
 
     return annotate
-
-
-def _check_encoding(name: str) -> None:
-    if not name.isascii() and name.encode(errors="replace").decode() != name:
-        raise ConvoyError(f"{name!a} has a name that is not UTF-8: rename it")
 
 
 def _iter_samples(

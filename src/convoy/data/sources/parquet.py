@@ -15,7 +15,7 @@ from convoy.core.errors import ConvoyError, describe_error
 from convoy.data.decode_worker import MAX_FILE_BYTES, TOO_LARGE
 from convoy.data.image_io import InvalidImageError
 from convoy.data.packed.packed_dataset import SPLITS
-from convoy.data.sources.base import SPLIT_NAMES, FileContent, Sample
+from convoy.data.sources.base import SPLIT_NAMES, FileContent, Sample, TableConfig
 
 # The number of rows, each with an image, that are in memory at once.
 CHUNK_ROWS = 16
@@ -31,6 +31,7 @@ class ParquetTable:
     classes: dict[str, list[str]]  # column -> class names, indexed by the numbers in the column
     count: int  # number of rows
     split: str  # split of all rows if there is no split column
+    columns: TableConfig = dataclasses.field(default_factory=TableConfig)  # the names that its columns have
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple]:
         """Yield the values of some columns row by row, with only a few rows in memory at once."""
@@ -84,19 +85,26 @@ def find_label_column(table: ParquetTable) -> str:
         ConvoyError: If there is none, if several columns could be meant, or if it has several labels for an image.
     """
     classes = [column for column in table.classes if column not in ("split", "group")]
-    if "label" in table.schema.names:
+    if isinstance(table.columns.label, str):
+        column = table.columns.label
+        if column not in table.schema.names:
+            raise ConvoyError(
+                f"{table.name} has no column {column}, which dataset.table.label names, but"
+                f" {', '.join(table.schema.names)}"
+            )
+    elif "label" in table.schema.names:
         column = "label"
     elif len(classes) == 1:
         column = classes[0]
     elif classes:
         raise ConvoyError(
-            f"{table.name} has several columns of classes, {', '.join(classes)}, but no column label: rename the one"
-            " to predict to label"
+            f"{table.name} has several columns of classes, {', '.join(classes)}, but no column label: name the one to"
+            " predict by dataset.table.label (convoy use --label)"
         )
     else:
         raise ConvoyError(
-            f"{table.name} has the columns {', '.join(table.schema.names)}, but no column label: rename the one with"
-            " the classes to label"
+            f"{table.name} has the columns {', '.join(table.schema.names)}, but no column label: name the one with the"
+            " classes by dataset.table.label (convoy use --label)"
         )
     if pa.types.is_nested(table.schema.field(column).type):
         raise ConvoyError(
@@ -125,19 +133,20 @@ def find_classes(tables: Sequence[ParquetTable]) -> list[str]:
 def iter_samples(table: ParquetTable) -> Iterator[Sample]:
     """Yield the images of a file with their labels."""
     label, image = find_label_column(table), find_image_column(table)
-    others = [column for column in ("split", "group") if column in table.schema.names]
+    split_column, group_column = table.columns.split or "split", table.columns.group or "group"
+    others = [column for column in (split_column, group_column) if column in table.schema.names]
     columns = [label, str(image), *others]
     for row, values in enumerate(table.rows(columns)):
         cells = dict(zip(columns, values, strict=True))
         text, fault = _read_label(table, label, cells[label])
-        split = _format_category(table, "split", cells.get("split"))
+        split = _format_category(table, split_column, cells.get(split_column))
         if split and split.lower() not in SPLIT_NAMES:
             fault = fault or f"has the split {split!r}, which is none of {', '.join(SPLITS)}"
         yield Sample(
             path=f"{table.name}:{row}",
             label=text,
-            split=SPLIT_NAMES.get(split.lower(), "") if "split" in cells else table.split,
-            group=_format_category(table, "group", cells.get("group")),
+            split=SPLIT_NAMES.get(split.lower(), "") if split_column in cells else table.split,
+            group=_format_category(table, group_column, cells.get(group_column)),
             content=InvalidImageError(fault) if fault else _read_content(cells[str(image)]),
         )
 

@@ -15,17 +15,22 @@ from convoy.core.artifact_names import (
     PER_CLASS,
     PREDICTIONS,
     RECORD,
+    SLICES,
+    VALIDATION,
     WEIGHTS,
 )
 from convoy.core.errors import ConvoyError
+from convoy.core.text import truncate_names
 from convoy.data.packed.arrays import Images
 from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
 from convoy.evaluation.metrics import (
+    MIN_READABLE_IMAGES,
     EvaluateConfig,
     metrics_with_ci,
     per_class_metrics,
     prediction_table,
     slice_metrics,
+    validation_table,
 )
 from convoy.models.base import predict
 from convoy.training import hardware
@@ -44,7 +49,8 @@ def evaluate(stage: Stage) -> None:
     # There is no model to evaluate after a failed training, so the tables stay empty.
     if record.failure:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
-        uncalibrated = probabilities = np.empty((0, len(info.classes)))
+        val = Images(val.pixels[:0], val.labels[:0])
+        uncalibrated = probabilities = uncalibrated_val = np.empty((0, len(info.classes)))
         calibration = {}
     else:
         classifier = models.restore(record.architecture, record.settings, info, trained / WEIGHTS)
@@ -58,21 +64,27 @@ def evaluate(stage: Stage) -> None:
             raise ConvoyError(
                 f"{params.batch_size} images do not fit into the memory of the GPU: lower evaluate.batch_size"
             ) from None
-        temperature = fit_temperature(val.labels, uncalibrated_val)
-        calibrated_val = apply_temperature(uncalibrated_val, temperature)
+        fit = fit_temperature(val.labels, uncalibrated_val)
+        calibrated_val = apply_temperature(uncalibrated_val, fit.temperature)
         calibration = {
-            "temperature": temperature,
+            "temperature": fit.temperature,
+            "fitted_temperature": fit.fitted,
+            "cross_validated_gain": fit.gain,
+            "cross_validated_gain_error": fit.gain_error,
+            "p_value": fit.p_value,
             "val_log_loss": float(per_image_log_loss(val.labels, calibrated_val).mean()),
             "val_log_loss_uncalibrated": float(per_image_log_loss(val.labels, uncalibrated_val).mean()),
         }
-        probabilities = apply_temperature(uncalibrated, temperature)
+        probabilities = apply_temperature(uncalibrated, fit.temperature)
 
     groups = images["group"].to_numpy()
     table = prediction_table(info.classes, images, probabilities)
     table.to_parquet(stage.scratch / PREDICTIONS, index=False)
     table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
-    per_class_metrics(info.classes, test.labels, probabilities, groups).to_csv(stage.scratch / PER_CLASS, index=False)
-    slice_metrics(table).to_csv(stage.scratch / "slices.csv", index=False)
+    validation_table(info.classes, val.labels, uncalibrated_val).to_parquet(stage.scratch / VALIDATION, index=False)
+    per_class = per_class_metrics(info.classes, test.labels, probabilities, groups)
+    per_class.to_csv(stage.scratch / PER_CLASS, index=False)
+    slice_metrics(table).to_csv(stage.scratch / SLICES, index=False)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)
     metrics = dict(zip(intervals["metric"], intervals["value"], strict=True))
@@ -80,6 +92,16 @@ def evaluate(stage: Stage) -> None:
         (stage.scratch / name).write_text(json.dumps(values, indent=2) + "\n")
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_uncalibrated"))
     print(f"{stage.foreach_key}: {shown or 'its training failed'}")
+    if few := list(per_class["class"][per_class["too_few_images"].astype(bool)]):
+        print(
+            f"{stage.foreach_key}: fewer than {MIN_READABLE_IMAGES} test images of {truncate_names(few)}: read their "
+            f"metrics in {PER_CLASS} with their intervals"
+        )
+    if metrics:
+        print(
+            f"{stage.foreach_key}: {fit.describe()}; the log loss on test images is {metrics['log_loss']:.4f}, "
+            f"uncalibrated {metrics['log_loss_uncalibrated']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from convoy.promotion import champion, gate
 from convoy.promotion.config import RegisterConfig
 from convoy.promotion.evidence import ModelEvidence
 from convoy.promotion.gate import Verdict
+from convoy.promotion.paired_metric import score_predictions
 from convoy.registry import model_loader, versions
 from convoy.reporting import report
 from convoy.tracking import provenance
@@ -48,12 +49,13 @@ FILE = "verdict.md"
 
 @dataclasses.dataclass(frozen=True)
 class Challenger:
-    """The best architecture by validation, with its registered version."""
+    """The architecture that was chosen by validation, with its registered version."""
 
     architecture: str
     version: int  # of the registered model
     result: sync_mlflow.TrainedResult
     run: str  # run id in MLflow
+    reason: str  # why this architecture was chosen
 
 
 def promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: int | None) -> None:
@@ -97,13 +99,12 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
         predictions = pd.read_parquet(candidate.result.evaluated / PREDICTIONS)
         verdict = run_gate(stage, params, candidate, predictions, compared)
         summary = verdict.summary()
-        document = report.describe_verdict(verdict, candidate.architecture, version, compared)
+        document = report.describe_verdict(verdict, candidate.architecture, version, compared, candidate.reason)
         with open_store(stage.project_root, name) as store:
-            accuracy = float((predictions["actual"] == predictions["predicted"]).mean())
+            test_images, metric = gate.fingerprint_test_images(predictions), params.selection_metric
+            score = score_predictions(metric, *predictions[["actual", "predicted"]].to_numpy(object).T)
             versions.log_file(store, candidate.run, FILE, document)
-            versions.save_verdict(
-                store, name, version, key, summary, gate.fingerprint_test_images(predictions), accuracy
-            )
+            versions.save_verdict(store, name, version, key, summary, test_images, metric, score)
     (stage.project_root / "artifacts" / FILE).write_text(document)
     print(f"{candidate.architecture}, version {version}: " + summary.replace("; ", ";\n  "))
     if taken_back or summary.startswith("REJECT"):
@@ -163,7 +164,9 @@ def run_gate(
             store, params.name, candidate.version, gate.fingerprint_test_images(predictions)
         )
         champions = {event.after for event in champion.promotion_events(store, params.name)}
-        ever = versions.best_ever(store, params.name, champions) if params.gate.mode == "non_inferior" else None
+        ever = None
+        if params.gate.mode == "non_inferior":
+            ever = versions.best_ever(store, params.name, champions, params.selection_metric)
         seen_before = model_loader.training_hashes_of(store, params.name, record.earlier_data)
     trained_on = None if seen_before is None else [*seen, *seen_before]
     challenger = ModelEvidence(candidate.architecture, predictions, trained_on, record.parameters)
@@ -173,6 +176,7 @@ def run_gate(
             None,
             params.gate,
             test_set_uses=test_set_uses,
+            metric=params.selection_metric,
             near_duplicates=near_duplicates,
             paths=paths,
             is_first=True,
@@ -190,6 +194,7 @@ def run_gate(
         old,
         params.gate,
         test_set_uses=test_set_uses,
+        metric=params.selection_metric,
         best_champion=best,
         near_duplicates=near_duplicates,
         paths=paths,
@@ -202,6 +207,7 @@ def _key(stage: Stage, params: RegisterConfig, candidate: Challenger, compared: 
     code = [sha256(file) for file in files]
     parts = [
         candidate.result.manifest_hash(),
+        candidate.reason,
         compared,
         repr(params),
         sha256(stage.input("preprocess") / MANIFEST),

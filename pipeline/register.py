@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS
+from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS, VALIDATION
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion, ranking
 from convoy.promotion.config import RegisterConfig
+from convoy.promotion.ranking import ValidatedModel
 from convoy.registry import versions
 from convoy.reporting import report
 from convoy.tracking import runs, ui_views
@@ -26,42 +27,59 @@ def register(stage: Stage) -> None:
     results = {name: find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
     metrics = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
-    best = {name: record.best for name, record in records.items() if record.best and not record.failure}
-    ranked = [*ranking.rank(best), *(name for name in names if name not in best)]
-
-    table = report.leaderboard({name: records[name] for name in ranked}, metrics)
-    table.to_csv(stage.scratch / LEADERBOARD, index=False)
     trained = {name: result.trained for name, result in results.items()}
     evaluated = {name: result.evaluated for name, result in results.items()}
+    validated = ranking.rank(
+        [
+            ValidatedModel(name, pd.read_parquet(evaluated[name] / VALIDATION), record.parameters, record.macs)
+            for name, record in records.items()
+            if not record.failure
+        ],
+        params.selection_metric,
+    )
+    failed = [name for name, record in records.items() if record.failure]
+    ranked = [*(model.name for model in validated), *failed]
+
+    validation = {
+        model.name: {metric: model.score(metric) for metric in dict.fromkeys(("accuracy", params.selection_metric))}
+        | {"loss": float(model.predictions["log_loss"].mean())}
+        for model in validated
+    }
+    table = report.leaderboard({name: records[name] for name in ranked}, validation, metrics)
+    table.to_csv(stage.scratch / LEADERBOARD, index=False)
     concat_tables(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
     concat_tables(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
     for name, record in records.items():
         if record.failure:
             print(f"{name} failed: {record.failure.reason}")
     # The comparison runs after the leaderboard is published, so that the leaderboard exists after a refusal, too.
-    stage.on_published.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, list(best)))
+    stage.on_published.append(lambda: compare(stage, params, {name: results[name] for name in ranked}, validated))
 
 
-def compare(stage: Stage, params: RegisterConfig, results: dict[str, TrainedResult], trained: Sequence[str]) -> None:
-    """Sync the runs of all results to MLflow and compare the first of them with the champion.
+def compare(
+    stage: Stage, params: RegisterConfig, results: dict[str, TrainedResult], validated: Sequence[ValidatedModel]
+) -> None:
+    """Sync the runs of all results to MLflow and compare one of them with the champion.
 
     Args:
         stage: The running register stage.
         params: The settings of the stage.
         results: The result of each architecture, in the order of the leaderboard.
-        trained: The architectures whose training did not fail.
+        validated: The architectures whose training did not fail, best in validation first.
 
     Raises:
         ConvoyError: If all trainings failed, or the comparison is refused.
     """
-    names, (winner, result) = list(stage.section("model")), next(iter(results.items()))
+    names = list(stage.section("model"))
     with open_store(stage.project_root, params.name) as store:
         run_ids = sync_runs(store, stage.root, names, dict(reversed(results.items())))
         # The main command prints these links without an import of MLflow, which takes two seconds.
         (stage.scratch.parent / LINKS).write_text(json.dumps(ui_views.save_views(store)))
-        if not trained:
+        if not validated:
             raise ConvoyError(f"the training of {', '.join(names)} failed: there is nothing to register")
-        run = run_ids[winner]
+        choice = ranking.choose(validated, params.selection_metric, params.prefer)
+        winner, result, run = choice.name, results[choice.name], run_ids[choice.name]
+        print(choice.reason)
         if not runs.has_metric(store, run, "latency/image_ms_median"):
             # The imports within this function are of torch, which takes seconds that a repeated run can save.
             from pipeline import registration
@@ -85,7 +103,7 @@ def compare(stage: Stage, params: RegisterConfig, results: dict[str, TrainedResu
 
     from pipeline.promote import Challenger, promote
 
-    promote(stage, params, Challenger(winner, version, result, run), compared)
+    promote(stage, params, Challenger(winner, version, result, run, choice.reason), compared)
 
 
 def concat_tables(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from convoy.core.config import (
     PositiveFloat,
     PositiveInt,
     Seed,
+    SelectionMetric,
     schema,
 )
 
@@ -40,6 +41,8 @@ class TrainConfig:
     max_epochs: PositiveInt
     patience: NonNegativeInt  # epochs without improvement before training stops; 0 disables early stopping
     checkpoint_minutes: PositiveFloat  # interval between checkpoints within an epoch; each epoch's end also writes one
+    # Metric on the validation images by which the best epoch is kept. Records of earlier versions have none.
+    selection_metric: SelectionMetric = "accuracy"
 
 
 @schema

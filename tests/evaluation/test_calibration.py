@@ -24,7 +24,9 @@ def draw_labels(seed: int, images: int, classes: int) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("planted", [0.3, 1.0, 2.5, 8.0])
 def test_planted_temperature_is_found(planted: float) -> None:
     labels, logits = draw_labels(0, 5000, 7)
-    assert fit_temperature(labels, softmax(logits * planted)) == pytest.approx(planted, rel=0.05)
+    fit = fit_temperature(labels, softmax(logits * planted))
+    assert fit.fitted == pytest.approx(planted, rel=0.05)
+    assert fit.temperature == (1 if planted == 1 else fit.fitted)
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -37,6 +39,51 @@ def test_temperature_divides_the_logits() -> None:
         np.testing.assert_allclose(back, softmax(logits), atol=1e-9)
 
 
+def test_temperature_that_fits_noise_is_not_used() -> None:
+    """On 322 images, probabilities that are already calibrated are left alone in at least 9 of 10 cases."""
+    left_alone = []
+    for seed in range(40):
+        labels, logits = draw_labels(seed, 322, 10)
+        fit = fit_temperature(labels, softmax(logits))
+        assert fit.fitted != 1
+        left_alone.append(fit.temperature == 1)
+    assert np.mean(left_alone) >= 0.9
+
+
+def test_kept_temperature_lowers_the_loss_of_other_images() -> None:
+    labels, logits = draw_labels(0, 600, 10)
+    fit = fit_temperature(labels[:300], softmax(1.7 * logits[:300]))
+    others = softmax(1.7 * logits[300:])
+    saved = per_image_log_loss(labels[300:], others) - per_image_log_loss(
+        labels[300:], apply_temperature(others, fit.temperature)
+    )
+    assert saved.mean() > 0
+    assert fit.describe().startswith(f"temperature {fit.temperature:.3f}, which saves ")
+    assert fit.gain == pytest.approx(saved.mean(), abs=3 * fit.gain_error)
+
+
+def test_description_says_why_no_temperature_is_used() -> None:
+    labels, logits = draw_labels(1, 322, 10)
+    message = fit_temperature(labels, softmax(logits)).describe()
+    assert message.startswith("no temperature, as one of ")
+    assert message.endswith(" that none is needed)")
+
+
+def test_hardly_any_errors_do_not_prove_certainty() -> None:
+    """Where accuracy is 0.98, luck on 322 images is taken for certainty at most once in 10 cases."""
+    used = []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        logits = 100 * random.gamma(2, 0.5, (322, 1)) * random.normal(size=(322, 10))
+        labels = (softmax(logits).cumsum(axis=1) < random.random((322, 1))).sum(axis=1).clip(0, 9)
+        used.append(fit_temperature(labels, softmax(logits)).temperature != 1)
+    assert np.mean(used) <= 0.1
+
+
+def test_single_image_gives_no_temperature() -> None:
+    assert fit_temperature(np.array([0]), np.array([[0.9, 0.1]])).temperature == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(2, 12), st.floats(0.01, 200), st.booleans())
 def test_temperature_never_raises_loss_nor_changes_predictions(
@@ -45,7 +92,7 @@ def test_temperature_never_raises_loss_nor_changes_predictions(
     labels, logits = draw_labels(seed, images, classes)
     probabilities = softmax((logits * sharpness).astype(np.float32).astype(float))
     labels = labels[::-1] if shuffled else labels
-    temperature = fit_temperature(labels, probabilities)
+    temperature = fit_temperature(labels, probabilities).temperature
     after = apply_temperature(probabilities, temperature)
     assert 0.05 <= temperature <= 20
     assert per_image_log_loss(labels, after).mean() <= per_image_log_loss(labels, probabilities).mean()
@@ -56,9 +103,10 @@ def test_temperature_never_raises_loss_nor_changes_predictions(
 def test_few_correct_predictions_do_not_prove_certainty() -> None:
     labels = np.zeros(30, int)
     probabilities = np.array([[0.9, 0.1]] * 30)
-    temperature = fit_temperature(labels, probabilities)
-    assert 0.2 < temperature < 1
-    assert apply_temperature(probabilities, temperature).max() < 0.9999
+    fit = fit_temperature(labels, probabilities)
+    assert 0.2 < fit.fitted < 1
+    assert apply_temperature(probabilities, fit.fitted).max() < 0.9999
+    assert fit.temperature == 1
 
 
 def test_one_confident_error_does_not_outweigh_all_others() -> None:

@@ -115,7 +115,7 @@ def test_class_of_which_there_is_no_image_does_not_count() -> None:
     for name in ("balanced_accuracy", "macro_f1"):
         assert compute_metrics(LABELS, wider)[name] == compute_metrics(LABELS, PROBABILITIES)[name]
     row = per_class_metrics(["cat", "dog", "fox"], LABELS, wider).iloc[2]
-    assert row.drop("class").to_list() == [0] + 3 * [0, 0, 1]
+    assert row.drop("class").to_list() == [0, 0, True] + 3 * [0, 0, 1]
 
 
 def test_calibrated_and_raw_probabilities_are_evaluated() -> None:
@@ -134,6 +134,7 @@ def test_each_class_has_its_images_precision_recall_and_f1() -> None:
     table = per_class_metrics(["cat", "dog"], LABELS, PROBABILITIES)
     assert list(table["class"]) == ["cat", "dog"]
     assert list(table["images"]) == [3, 1]
+    assert list(table["predicted"]) == [2, 2]
     assert list(table["precision"]) == pytest.approx([1, 1 / 2])
     assert list(table["recall"]) == pytest.approx([2 / 3, 1])
 
@@ -148,6 +149,23 @@ def test_class_metrics_lie_in_intervals_wide_for_few_images() -> None:
         assert ((low >= 0) & (low <= value) & (value <= high) & (high <= 1)).all()
     width = table["recall_high"] - table["recall_low"]
     assert width.is_monotonic_increasing
+
+
+def test_classes_and_slices_of_under_30_images_are_marked() -> None:
+    labels = np.repeat([0, 1, 2], [300, 30, 29])
+    probabilities = make_probabilities(labels, labels, 3)
+    table = per_class_metrics(["cat", "dog", "fox"], labels, probabilities)
+    assert list(table["images"]) == [300, 30, 29]
+    assert list(table["too_few_images"]) == [False, False, True]
+    # 30 images from 2 films are no more evidence than 2 images.
+    films = np.where(labels == 1, np.where(np.arange(359) % 2, "first", "second"), "").astype(object)
+    assert list(per_class_metrics(["cat", "dog", "fox"], labels, probabilities, films)["too_few_images"]) == [
+        False,
+        True,
+        True,
+    ]
+    sliced = slice_metrics(make_predictions(labels == labels, column_site=np.array(["x", "y", "z"])[labels]))
+    assert list(sliced["too_few_images"]) == [False, False, True]
 
 
 def test_names_of_classes_and_values_round_trip() -> None:
@@ -278,7 +296,7 @@ def test_slices_of_a_column_hold_every_image_once() -> None:
     random = np.random.default_rng(0)
     table = make_predictions(random.random(300) < 0.8, column_site=random.choice(["x", "y", ""], 300), column_age="7")
     found = slice_metrics(table)
-    assert list(found.columns) == ["column", "value", "images", "accuracy", "low", "high"]
+    assert list(found.columns) == ["column", "value", "images", "too_few_images", "accuracy", "low", "high"]
     assert list(found["column"]) == ["site"] * 3 + ["age"]
     for _, rows in found.groupby("column"):
         assert rows["images"].sum() == 300
@@ -316,6 +334,7 @@ def test_without_other_columns_there_are_no_slices() -> None:
         "column",
         "value",
         "images",
+        "too_few_images",
         "accuracy",
         "low",
         "high",
@@ -366,6 +385,15 @@ def test_metrics_can_be_recomputed_from_the_predictions(trained_project: Path) -
     assert slice_metrics(table).to_csv(index=False) == (evaluate_folder(trained_project) / "slices.csv").read_text()
 
 
+def test_validation_table_has_the_classes_and_the_loss_of_images(trained_project: Path) -> None:
+    table = pd.read_parquet(evaluate_folder(trained_project) / "validation.parquet")
+    val = Images.load(trained_project / "artifacts/preprocess", "val")
+    record = TrainingRecord.load(trained_project / "artifacts/train/lenet/record.json")
+    assert list(table["actual"]) == [record.dataset_info.classes[label] for label in val.labels]
+    calibration = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())
+    assert table["log_loss"].mean() == pytest.approx(calibration["val_log_loss_uncalibrated"])
+
+
 def test_temperature_never_makes_validation_worse(trained_project: Path) -> None:
     found = json.loads((evaluate_folder(trained_project) / "calibration.json").read_text())
     assert found["val_log_loss"] <= found["val_log_loss_uncalibrated"]
@@ -378,7 +406,9 @@ def test_temperature_is_fitted_to_the_validation_images(trained_project: Path) -
     record = TrainingRecord.load(trained_project / "artifacts/train/lenet/record.json")
     weights = trained_project / "artifacts/train/lenet/weights.safetensors"
     classifier = models.restore("lenet", record.settings, record.dataset_info, weights)
-    assert found["temperature"] == pytest.approx(fit_temperature(val.labels, predict(classifier, val.pixels, 16)))
+    fit = fit_temperature(val.labels, predict(classifier, val.pixels, 16))
+    assert found["temperature"] == pytest.approx(fit.temperature)
+    assert found["fitted_temperature"] == pytest.approx(fit.fitted)
 
 
 def test_repeated_evaluation_is_bit_identical(trained_project: Path) -> None:
@@ -394,10 +424,11 @@ def test_failed_training_has_headers_and_no_metrics(tmp_path: Path) -> None:
         assert json.loads((evaluate_folder(root) / f"{name}.json").read_text()) == {}
     headers = {
         "intervals.csv": "metric,value,low,high\n",
-        "slices.csv": "column,value,images,accuracy,low,high\n",
+        "slices.csv": "column,value,images,too_few_images,accuracy,low,high\n",
         "confusion.csv": "actual,predicted\n",
     }
     for name, text in headers.items():
         assert (evaluate_folder(root) / name).read_text() == text
     assert not len(pd.read_csv(evaluate_folder(root) / "per_class.csv"))
-    assert not len(pd.read_parquet(evaluate_folder(root) / "predictions.parquet"))
+    for name in ("predictions", "validation"):
+        assert not len(pd.read_parquet(evaluate_folder(root) / f"{name}.parquet"))

@@ -345,14 +345,14 @@ def test_killed_first_promotion_leaves_none_or_the_first(
 
 def test_incomplete_verdict_does_not_count(store: TrackingStore, writes_left: list[int]) -> None:
     for writes in range(5):
-        registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", 0.5)
+        registry.save_verdict(store, NAME, 1, "as it was", "HOLD: too few", "images", "accuracy", 0.5)
         writes_left[0] = writes
         with pytest.raises(SimulatedKill):
-            registry.save_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", 0.6)
+            registry.save_verdict(store, NAME, 1, "as it is", "PROMOTE: better", "others", "accuracy", 0.6)
         writes_left[0] = 10**9
         assert registry.cached_verdict(store, NAME, 1, "as it was") == ("HOLD: too few" if writes == 0 else None)
         assert registry.cached_verdict(store, NAME, 1, "as it is") is None
-        assert registry.best_ever(store, NAME, {1, 2}) == 1
+        assert registry.best_ever(store, NAME, {1, 2}, "accuracy") == 1
 
 
 def test_one_of_two_concurrent_promotions_wins(store: TrackingStore) -> None:
@@ -440,12 +440,12 @@ def test_unreachable_registry_is_not_a_missing_champion(
 def test_set_evaluations_are_counted_per_image_set(store: TrackingStore) -> None:
     assert registry.count_test_set_uses(store, NAME, 1, "images") == 1  # not written down yet
     for version, seen in ((1, "images"), (2, "images"), (3, "others")):
-        registry.save_verdict(store, NAME, version, "key", "HOLD", seen, 0.5)
+        registry.save_verdict(store, NAME, version, "key", "HOLD", seen, "accuracy", 0.5)
     assert [registry.count_test_set_uses(store, NAME, version, "images") for version in (1, 2, 3, 4)] == [2, 2, 3, 3]
 
 
 def test_best_ever_is_the_best_of_those_that_were_champions(store: TrackingStore) -> None:
     for version, accuracy in ((1, 0.5), (2, 0.7), (3, 0.9)):
-        registry.save_verdict(store, NAME, version, "key", "HOLD", "images", accuracy)
-    assert registry.best_ever(store, NAME, {1, 2, 4}) == 2
-    assert registry.best_ever(store, NAME, {4}) is None
+        registry.save_verdict(store, NAME, version, "key", "HOLD", "images", "accuracy", accuracy)
+    assert registry.best_ever(store, NAME, {1, 2, 4}, "accuracy") == 2
+    assert registry.best_ever(store, NAME, {4}, "accuracy") is None

@@ -1,6 +1,5 @@
-"""Promotion settings: how challengers are ranked, and how models are named."""
+"""Promotion settings: how models are named, and what they are compared by."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,37 +12,18 @@ from convoy.core.errors import ConvoyError
 from convoy.data.sources.base import DatasetConfig
 from convoy.promotion import champion
 from convoy.promotion.config import RegisterConfig
-from convoy.promotion.ranking import rank
+from convoy.recipe import TrainConfig
 from convoy.tracking.store import open_store
-from convoy.training.record import EpochMetrics
 from small_project import ROOT
 
-
-def make_metrics(accuracy: float, loss: float = 0.5) -> EpochMetrics:
-    return EpochMetrics(epoch=1, lr=0.1, train_accuracy=1.0, train_loss=0.0, val_accuracy=accuracy, val_loss=loss)
-
-
-def test_models_rank_by_accuracy_then_loss_then_name() -> None:
-    best = {
-        "vgg": make_metrics(0.9),
-        "resnet": make_metrics(0.9),
-        "lenet": make_metrics(0.9, loss=0.4),
-        "alexnet": make_metrics(0.95, loss=2),
-    }
-    assert rank(best) == ["alexnet", "lenet", "resnet", "vgg"]
-
-
-def test_ranking_knows_no_test_metrics() -> None:
-    assert not [field.name for field in dataclasses.fields(EpochMetrics) if "test" in field.name]
-
-
-GATE = yaml.safe_load((ROOT / "conf/config.yaml").read_text())["register"]["gate"]
+SETTINGS = yaml.safe_load((ROOT / "conf/config.yaml").read_text())
+REGISTER = SETTINGS["register"] | {"selection_metric": "accuracy"}
 
 
 def is_accepted(name: object) -> tuple[bool, bool]:
     """Whether it may be the name of a data set, and of a registered model."""
     dataset = {"name": name, "longest_side": 9, "group": None}
-    kinds = ((DatasetConfig, dataset, "dataset"), (RegisterConfig, {"name": name, "gate": GATE}, "register"))
+    kinds = ((DatasetConfig, dataset, "dataset"), (RegisterConfig, {**REGISTER, "name": name}, "register"))
     found = []
     for kind, values, section in kinds:
         try:
@@ -109,3 +89,12 @@ def test_names_that_mlflow_could_not_keep_are_refused_for_both(name: object) -> 
 def test_model_is_called_as_its_data_set(overrides: list[str], name: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     assert config.compose(tmp_path, overrides)["register"]["name"] == name
+
+
+def test_one_setting_selects_epoch_challenger_and_champion(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    composed = config.compose(tmp_path, ["train.selection_metric=macro_f1"])
+    assert composed["register"]["selection_metric"] == "macro_f1"
+    assert validate(TrainConfig, composed["train"], "train").selection_metric == "macro_f1"
+    with pytest.raises(ConvoyError, match=r"train\.selection_metric='f1': input should be 'accuracy', 'balanced_acc"):
+        validate(TrainConfig, composed["train"] | {"selection_metric": "f1"}, "train")

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convoy.core.config import validate
+from convoy.core.config import SelectionMetric, validate
 from convoy.core.errors import ConvoyError
 from convoy.evaluation.metrics import calibration_error, calibration_noise
 from convoy.promotion.config import GateConfig
+from convoy.promotion.evidence import ModelEvidence
 from convoy.promotion.gate import fingerprint_test_images
 from convoy.promotion.statistics import (
     is_better,
@@ -278,6 +279,21 @@ def test_non_inferior_refresh_passes_in_refresh_mode() -> None:
     assert run_gate(*make_pair(5, 30), refresh, best_champion=old).decision == "REJECT"
 
 
+def test_hold_of_non_inferior_names_the_failed_check() -> None:
+    new, old = make_pair(11, 12)
+    below = run_gate(new, old, make_rule(mode="non_inferior"), best_champion=old)
+    assert list_checks(below, "hold") == ["accuracy not lower"]
+    assert find_result(below, "non-inferior").passed
+    assert below.summary().startswith(
+        "HOLD: the accuracy of resnet, 0.9300, is below that of the champion vgg, 0.9317; 600 test images"
+    )
+    new, old = make_pair(12, 12)
+    uncertain = run_gate(new, old, make_rule(mode="non_inferior", margin=0.005), best_champion=old)
+    assert list_checks(uncertain, "hold") == ["non-inferior"]
+    assert "resnet is not shown to be non-inferior to the champion vgg: 12 images won, 12 lost" in uncertain.summary()
+    assert "limit -0.005)" in uncertain.summary()
+
+
 def test_refresh_is_held_against_the_best_champion_ever_too() -> None:
     new, old = make_pair(12, 12)
     refresh = make_rule(mode="non_inferior")
@@ -292,6 +308,67 @@ def test_refresh_is_held_against_the_best_champion_ever_too() -> None:
 
 def test_clear_gain_is_non_inferior() -> None:
     assert bool(is_non_inferior(30, 5, 600, 0.05, 0.02))
+
+
+# Imbalanced classes
+
+
+def make_imbalanced(wins: dict[str, int], losses: dict[str, int]) -> tuple[ModelEvidence, ModelEvidence]:
+    """Challenger and champion that alone are right so often on 500 cats and on 50 images of each other class."""
+    actual = np.repeat(np.array(CLASSES, object), [50, 50, 500])
+    predicted = [actual.copy(), actual.copy()]
+    for model, lost in zip(predicted, (losses, wins), strict=True):
+        for name, count in lost.items():
+            rows = (actual == name).nonzero()[0]
+            model[rows[:count] if model is predicted[0] else rows[-count:]] = "cat" if name != "cat" else "NA"
+    new, old = (make_predictions(model, actual) for model in predicted)
+    return make_evidence("resnet", new), make_evidence("vgg", old)
+
+
+def test_gain_in_a_rare_class_counts_in_balanced_accuracy() -> None:
+    models = make_imbalanced(wins={"NA": 15}, losses={"cat": 20})
+    assert run_gate(*models).decision == "HOLD"
+    verdict = run_gate(*models, metric="balanced_accuracy")
+    assert verdict.decision == "PROMOTE"
+    assert find_result(verdict, "better").message.startswith(
+        "resnet is better than the champion vgg in balanced accuracy: 0.9867 against 0.9000, 15 images won, 20 lost (p"
+    )
+    assert find_result(verdict, "balanced accuracy").value == pytest.approx(1 - 20 / 500 / 3)
+    assert "in balanced accuracy" in find_result(verdict, "detectable gain").message
+
+
+def test_gain_in_a_frequent_class_does_not_offset_a_rare_one() -> None:
+    new, old = make_imbalanced(wins={"cat": 60}, losses={"NA": 3, "007": 3})
+    assert run_gate(new, old, make_rule(max_recall_drop=0.1)).decision == "PROMOTE"
+    assert run_gate(new, old, metric="balanced_accuracy").decision == "HOLD"
+    refresh = make_rule(mode="non_inferior", margin=0.01)
+    verdict = run_gate(new, old, refresh, metric="balanced_accuracy", best_champion=old)
+    assert find_result(verdict, "balanced accuracy not lower").passed
+    assert list_checks(verdict, "hold") == ["non-inferior"]
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1"])
+def test_drop_in_a_rare_class_is_rejected(metric: SelectionMetric) -> None:
+    models = make_imbalanced(wins={"cat": 6}, losses={"NA": 12})
+    verdict = run_gate(*models, make_rule(max_recall_drop=1.0), metric=metric)
+    assert list_checks(verdict, "reject") == ["better"]
+    assert f"is worse than the champion vgg in {metric.replace('_f', ' F').replace('_', ' ')}" in verdict.summary()
+
+
+def test_always_predicting_one_class_is_no_balanced_accuracy() -> None:
+    actual = np.repeat(np.array(CLASSES, object), [50, 50, 500])
+    constant = make_evidence("lenet", make_predictions(np.full(600, "cat", object), actual))
+    verdict = run_gate(constant, None, make_rule(min_accuracy=0.0), metric="balanced_accuracy", is_first=True)
+    assert find_result(verdict, "majority class").limit == "above 0.3333"
+    assert verdict.decision == "REJECT"
+
+
+def test_groups_are_resampled_in_the_selected_metric() -> None:
+    models = make_imbalanced(wins={"NA": 15}, losses={"cat": 20})
+    films = np.arange(600) // 25
+    grouped = [group_images(model, np.array([f"film {film}" for film in films], object)) for model in models]
+    verdict = run_gate(*grouped, metric="balanced_accuracy")
+    assert list_checks(verdict, "hold") == ["group bootstrap"]
 
 
 # Size and latency

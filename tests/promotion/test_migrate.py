@@ -66,7 +66,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 register_version(store, root, run, seed)
             champion.set_champion(store, NAME, make_promotion(None, 1))
             champion.set_champion(store, NAME, make_promotion(1, 3))
-            registry.save_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", 0.5)
+            registry.save_verdict(store, NAME, 3, "key", "PROMOTE: better", "images", "accuracy", 0.5)
             store.client.update_registered_model(NAME, "which image it is")
             store.client.delete_model_version(NAME, "2")
     return root

@@ -61,7 +61,7 @@ def test_lower_bound_exceeds_the_truth_at_most_at_rate_alpha(difference: float) 
 
 
 def test_detectable_gain_is_detected_with_80_percent_power() -> None:
-    gain = detectable_gain(0.05, 2000, 0.05)
+    gain = detectable_gain(np.sqrt(0.05 / 2000), 0.05)
     won, lost, _ = np.random.default_rng(0).multinomial(2000, [0.025 + gain / 2, 0.025 - gain / 2, 0.95], 20_000).T
     assert is_better(won, lost, 0.05).mean() == pytest.approx(0.8, abs=0.05)
 

@@ -268,7 +268,7 @@ def test_best_champion_ever_counts_despite_later_verdicts(root: Path, retrain: R
     with open_store(root, "convoy") as store:
         champions = {event.after for event in champion.promotion_events(store, "convoy")}
         assert {1, 2} <= champions
-        assert versions.best_ever(store, "convoy", {1}) == 1
+        assert versions.best_ever(store, "convoy", {1}, "accuracy") == 1
 
 
 def test_too_few_test_images_hold_even_the_first_run(root: Path, retrain: Retrain) -> None:

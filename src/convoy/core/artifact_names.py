@@ -23,6 +23,8 @@ HISTORY = "history.csv"
 CALIBRATION = "calibration.json"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
+VALIDATION = "validation.parquet"
+SLICES = "slices.csv"
 PER_CLASS = "per_class.csv"
 INTERVALS = "intervals.csv"
 

@@ -10,7 +10,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args
 
 import pydantic
 from pydantic import AfterValidator, Field
@@ -25,6 +25,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# What epochs, architectures and champions are compared by. The last two weight all classes equally.
+SelectionMetric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 # Short enough to be a file name even where every character takes four bytes in UTF-8.
 MAX_NAME_LENGTH = 60  # characters
 

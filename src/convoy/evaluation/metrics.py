@@ -6,12 +6,14 @@ identical results.
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from convoy.core.config import PositiveInt, schema
+from convoy.core.config import PositiveInt, SelectionMetric, schema
+from convoy.core.selection_metric import selection_score
 from convoy.data.packed.packed_dataset import COLUMN_PREFIX, MAX_SLICE_VALUES
 from convoy.evaluation.bootstrap import (
     BLOCK_SIZE,
@@ -28,6 +30,9 @@ CALIBRATION_BINS = 15
 TOP_K = 5
 # Number of classes from which on the top-`TOP_K` accuracy is meaningful.
 MIN_CLASSES_FOR_TOP5 = 10
+# Effective number of images below which a metric of a class or of a slice is marked. The interval of a recall of 0.9 is
+# then wider than 0.2.
+MIN_READABLE_IMAGES = 30
 # Prefix of the columns with class probabilities, followed by the class name.
 PROBABILITY_PREFIX = "probability_"
 METRIC_COLUMNS = ["metric", "value", "low", "high"]
@@ -106,16 +111,25 @@ def per_class_metrics(
         groups: (N,) group names of the images; an empty name means that the image is its own group.
 
     Returns:
-        A table with one row per class and the columns class, images (number of test images), and each metric with its
-        bounds, such as recall, recall_low and recall_high. It has no rows if there are no images.
+        A table with one row per class and the columns class, images (number of test images, on which recall and F1
+        rest), predicted (number of images predicted as the class, on which the precision rests), too_few_images
+        (whether there are fewer than `MIN_READABLE_IMAGES` of the class), and each metric with its bounds, such as
+        recall, recall_low and recall_high. It has no rows if there are no images.
     """
     names = [f"{rate}{end}" for rate in ("precision", "recall", "f1") for end in ("", "_low", "_high")]
     if not len(labels):
-        return pd.DataFrame(columns=["class", "images", *names])
+        return pd.DataFrame(columns=["class", "images", "predicted", "too_few_images", *names])
     parts, units = _count_images(labels, probabilities), resampling_units(groups, len(labels))
     sums = _sum_images(parts)
     values, resampled_values = _compute_rates(sums), _compute_rates(_sum_resampled_images(parts, units))
-    table = pd.DataFrame({"class": classes, "images": sums["actual"].astype(int)})
+    table = pd.DataFrame(
+        {
+            "class": classes,
+            "images": sums["actual"].astype(int),
+            "predicted": sums["predicted"].astype(int),
+            "too_few_images": effective_counts(parts["actual"], units) < MIN_READABLE_IMAGES,
+        }
+    )
     for rate, of in (("precision", "predicted"), ("recall", "actual"), ("f1", "actual")):
         value = np.nan_to_num(values[rate])
         low, high = confidence_interval(value, resampled_values[rate], effective_counts(parts[of], units))
@@ -129,9 +143,10 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
     Slices are made by the group and by each column of the label table with at most `MAX_SLICE_VALUES` values.
 
     Returns:
-        A table with one row per slice and the columns column, value, images, accuracy, low and high.
+        A table with one row per slice and the columns column, value, images, too_few_images (whether there are fewer
+        than `MIN_READABLE_IMAGES`), accuracy, low and high.
     """
-    tables = [pd.DataFrame(columns=["column", "value", "images", "accuracy", "low", "high"])]
+    tables = [pd.DataFrame(columns=["column", "value", "images", "too_few_images", "accuracy", "low", "high"])]
     correct = (predictions["actual"] == predictions["predicted"]).to_numpy(float)
     for column in predictions:
         if column != "group" and not str(column).startswith(COLUMN_PREFIX):
@@ -145,14 +160,14 @@ def slice_metrics(predictions: pd.DataFrame) -> pd.DataFrame:
         units = resampling_units(None if column == "group" else predictions.get("group"), len(codes))
         sums, resampled = _sum_images(parts), _sum_resampled_images(parts, units)
         accuracy = sums["correct"] / sums["images"]
+        counts = effective_counts(images, units)
         with np.errstate(invalid="ignore"):
-            low, high = confidence_interval(
-                accuracy, resampled["correct"] / resampled["images"], effective_counts(images, units)
-            )
+            low, high = confidence_interval(accuracy, resampled["correct"] / resampled["images"], counts)
         found = {
             "column": str(column).removeprefix(COLUMN_PREFIX),
             "value": names,
             "images": sums["images"].astype(int),
+            "too_few_images": counts < MIN_READABLE_IMAGES,
         }
         tables.append(pd.DataFrame(found | {"accuracy": accuracy, "low": low, "high": high}))
     return pd.concat(tables[1:], ignore_index=True) if len(tables) > 1 else tables[0]
@@ -179,16 +194,35 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
     return pd.concat([table, images[more].reset_index(drop=True), numbers], axis=1)
 
 
+def validation_table(classes: list[str], labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
+    """Build the table of validation images by which architectures are ranked.
+
+    Args:
+        classes: The K class names.
+        labels: (N,) class indices in [0, K).
+        probabilities: (N, K) uncalibrated probabilities, as calibration would use the same images.
+
+    Returns:
+        A table with one row per image and the columns actual, predicted and log_loss.
+    """
+    names = np.array(classes, dtype=object)
+    return pd.DataFrame(
+        {
+            "actual": names[labels],
+            "predicted": names[probabilities.argmax(axis=1)],
+            "log_loss": per_image_log_loss(labels, probabilities),
+        }
+    )
+
+
 # Metrics from sums
 
 
 def _compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
     images = sums["images"][..., 0]
-    rates = _compute_rates(sums)
     metrics = {
-        "accuracy": sums["hits"].sum(axis=-1) / images,
-        "balanced_accuracy": np.nanmean(rates["recall"], axis=-1),
-        "macro_f1": np.nanmean(rates["f1"], axis=-1),
+        metric: selection_score(metric, sums["hits"], sums["actual"], sums["predicted"])
+        for metric in get_args(SelectionMetric)
     }
     if "top_5" in sums:
         metrics["top_5"] = sums["top_5"][..., 0] / images

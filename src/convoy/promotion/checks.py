@@ -6,10 +6,12 @@ from typing import Literal
 
 import numpy as np
 
+from convoy.core.config import SelectionMetric
 from convoy.core.text import truncate_names
 from convoy.evaluation.metrics import calibration_error, calibration_noise
 from convoy.promotion.config import GateConfig
 from convoy.promotion.evidence import AlignedPredictions, ModelEvidence
+from convoy.promotion.paired_metric import PairedDifference
 from convoy.promotion.statistics import detectable_gain
 
 Outcome = Literal["pass", "info", "warn", "hold", "reject"]
@@ -43,18 +45,21 @@ def check_test_images(new: AlignedPredictions, config: GateConfig) -> CheckResul
     )
 
 
-def describe_detectable_gain(
-    new: AlignedPredictions, old: AlignedPredictions | None, config: GateConfig
-) -> CheckResult:
-    """Report the smallest gain in accuracy that these test images could show."""
-    images = len(new.sha256)
-    # Without a champion the disagreement is unknown. Two models can hardly disagree more often than they err, so the
-    # error rate of the new champion stands in for its disagreement with a later challenger.
-    disagreement = (new.is_correct != old.is_correct).mean() if old else 1 - new.is_correct.mean()
-    gain = detectable_gain(max(float(disagreement), 1 / images), images, config.alpha)
-    return CheckResult(
-        "detectable gain", "info", gain, "none", f"{images} test images can show a gain of about {gain:.4f} in accuracy"
-    )
+def describe_detectable_gain(images: int, difference: PairedDifference, config: GateConfig) -> CheckResult:
+    """Report the smallest gain in the metric that these test images could show.
+
+    Args:
+        images: Number of test images.
+        difference: The difference between challenger and champion. Without a champion, that between the challenger and
+            the actual classes: two models can hardly disagree more often than they err, so the errors of the new
+            champion stand in for its disagreement with a later challenger.
+        config: The criteria to apply.
+    """
+    # Models that never disagree give no estimate. One image is then assumed to be different.
+    error = max(difference.standard_error, 1 / images)
+    gain = detectable_gain(error, config.alpha)
+    message = f"{images} test images can show a gain of about {gain:.4f} in {label_metric(difference.metric)}"
+    return CheckResult("detectable gain", "info", gain, "none", message)
 
 
 def check_training_overlap(models: Sequence[ModelEvidence], excluded: int) -> CheckResult:
@@ -86,27 +91,28 @@ def check_test_set_uses(uses: int, config: GateConfig) -> CheckResult:
 # The challenger alone
 
 
-def check_accuracy(new: AlignedPredictions, config: GateConfig) -> CheckResult:
-    """Check that the accuracy reaches the configured minimum."""
-    accuracy = float(new.is_correct.mean())
-    outcome: Outcome = "pass" if accuracy >= config.min_accuracy else "reject"
-    message = f"{new.name} has test accuracy {accuracy:.4f}, minimum {config.min_accuracy}"
-    return CheckResult("accuracy", outcome, accuracy, f"at least {config.min_accuracy}", message)
+def check_score(new: AlignedPredictions, metric: SelectionMetric, config: GateConfig) -> CheckResult:
+    """Check that the metric reaches the configured minimum."""
+    score, label = new.score(metric), label_metric(metric)
+    outcome: Outcome = "pass" if score >= config.min_accuracy else "reject"
+    message = f"{new.name} has test {label} {score:.4f}, minimum {config.min_accuracy}"
+    return CheckResult(label, outcome, score, f"at least {config.min_accuracy}", message)
 
 
-def check_majority_class(new: AlignedPredictions) -> CheckResult:
-    """Check that the accuracy is higher than that of always predicting the most frequent class."""
-    accuracy = float(new.is_correct.mean())
+def check_majority_class(new: AlignedPredictions, metric: SelectionMetric) -> CheckResult:
+    """Check that the metric is higher than that of always predicting the most frequent class."""
+    score, label = new.score(metric), label_metric(metric)
     names, counts = np.unique(new.actual.astype(str), return_counts=True)
-    baseline, majority = float(counts.max() / counts.sum()), str(names[counts.argmax()])
-    message = f"{new.name} has test accuracy {accuracy:.4f}, always predicting {majority!r} would have {baseline:.4f}"
-    outcome: Outcome = "pass" if accuracy > baseline else "reject"
-    return CheckResult("majority class", outcome, accuracy, f"above {baseline:.4f}", message)
+    majority = str(names[counts.argmax()])
+    baseline = dataclasses.replace(new, predicted=np.full(len(new.actual), majority, object)).score(metric)
+    message = f"{new.name} has test {label} {score:.4f}, always predicting {majority!r} would have {baseline:.4f}"
+    outcome: Outcome = "pass" if score > baseline else "reject"
+    return CheckResult("majority class", outcome, score, f"above {baseline:.4f}", message)
 
 
-def pass_first_champion(new: AlignedPredictions) -> CheckResult:
+def pass_first_champion(new: AlignedPredictions, metric: SelectionMetric) -> CheckResult:
     """Pass, as there never was a champion to compare with."""
-    message = f"{new.name} may become the first champion, with test accuracy {new.is_correct.mean():.4f}"
+    message = f"{new.name} may become the first champion, with test {label_metric(metric)} {new.score(metric):.4f}"
     return CheckResult("first champion", "pass", 0, "no champion before", message)
 
 
@@ -146,6 +152,11 @@ def check_latency(challenger: ModelEvidence, champion: ModelEvidence | None, con
         return CheckResult("latency", "info", ratio, "no limit", message)
     outcome: Outcome = "hold" if ratio is None else "pass" if ratio <= limit else "reject"
     return CheckResult("latency", outcome, ratio, f"at most {limit} times", f"{message}, limit {limit} times")
+
+
+def label_metric(metric: SelectionMetric) -> str:
+    """Return the name of a metric as written in a sentence."""
+    return metric.replace("_", " ").replace("f1", "F1")
 
 
 def quote(names: Sequence[str]) -> str:

@@ -1,21 +1,17 @@
-"""Checks of the promotion gate that compare challenger and champion: accuracy, recall of each class, log loss."""
+"""Checks of the promotion gate that compare challenger and champion: metric, recall of each class, log loss."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
+from convoy.core.config import SelectionMetric
 from convoy.core.text import truncate_names
-from convoy.promotion.checks import CheckResult, Outcome, quote
+from convoy.promotion.checks import CheckResult, Outcome, label_metric, quote
 from convoy.promotion.config import GateConfig
 from convoy.promotion.evidence import AlignedPredictions
-from convoy.promotion.statistics import (
-    bootstrap_mean,
-    gain_lower_bound,
-    is_better,
-    is_non_inferior,
-    mcnemar_p_value,
-)
+from convoy.promotion.paired_metric import PairedDifference, PredictionPairs, compare_metric
+from convoy.promotion.statistics import bootstrap_mean, mcnemar_p_value
 
 # Significance level of the tests that speak against a challenger. It is separate from `GateConfig.alpha`, because a
 # stricter `alpha` must not weaken these tests.
@@ -26,6 +22,7 @@ def compare(
     new: AlignedPredictions,
     old: AlignedPredictions,
     best: AlignedPredictions | None,
+    difference: PairedDifference,
     groups: np.ndarray | None,
     config: GateConfig,
     seed: int,
@@ -36,61 +33,107 @@ def compare(
         new: The challenger.
         old: The champion.
         best: The best champion so far, for mode `non_inferior`.
+        difference: The difference between challenger and champion in the selection metric, with bounds of confidence
+            1 - `config.alpha`.
         groups: (N,) group name of each test image, or `None` if every image is its own group.
         config: The criteria to apply.
         seed: The seed of the bootstrap.
     """
-    yield check_gain(new, old, config)
-    yield describe_difference(new, old, config)
+    if config.mode == "better":
+        yield check_better(new, old, difference, config)
+    else:
+        yield check_non_inferior(new, old, difference, config)
+        yield check_not_lower(new, old, difference)
+    yield describe_difference(difference, config)
     if groups is not None:
-        yield check_group_bootstrap(new, old, groups, config, seed)
+        yield check_group_bootstrap(new, old, difference.metric, groups, config, seed)
     if config.mode == "non_inferior":
-        yield check_best_champion(new, best)
-    yield from check_class_changes(new, old, config)
+        yield check_best_champion(new, best, difference.metric, seed)
+    yield from check_class_changes(new, old, difference.metric, config, seed)
     yield check_unpredicted_classes(new, old, config)
     yield from check_recall_drops(new, old, config)
     yield check_log_loss(new, old, groups, seed)
 
 
-def check_gain(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
-    """Check that the challenger is better than the champion, or non-inferior, depending on the mode."""
-    wins, losses, images, alpha = *_count_wins(new, old), len(new.sha256), config.alpha
-    p_value, p_worse = float(mcnemar_p_value(wins, losses)), float(mcnemar_p_value(losses, wins))
-    low, minimum = float(gain_lower_bound(wins, losses, images, alpha)), _minimum_gain(config)
-    if config.mode == "better":
-        passed, check, value, limit = bool(is_better(wins, losses, alpha)), "better", p_value, f"p below {alpha}"
-        relation, shown = "better than", f"p = {p_value:.3g}, limit {alpha}"
-    else:
-        passed = bool(is_non_inferior(wins, losses, images, alpha, config.margin))
-        check, value, limit = "non-inferior", low, f"above {minimum}, and at least as many wins as losses"
-        relation = "non-inferior to"
-        shown = f"gain of {low:+.4f} or more with confidence {1 - alpha:g}, limit {minimum}"
-    verb = f"is {relation}" if passed else f"is not shown to be {relation}"
-    outcome: Outcome = "pass" if passed else "hold"
-    if p_worse < REGRESSION_ALPHA:
-        outcome, verb, shown = "reject", "is worse than", f"p = {p_worse:.3g}, limit {REGRESSION_ALPHA}"
-    message = f"{new.name} {verb} the champion {old.name}: {wins} images won, {losses} lost ({shown})"
-    return CheckResult(check, outcome, value, limit, message)
+def check_better(
+    new: AlignedPredictions, old: AlignedPredictions, difference: PairedDifference, config: GateConfig
+) -> CheckResult:
+    """Check that the challenger is significantly better than the champion, and not significantly worse."""
+    limit, p_value = f"p below {config.alpha}", difference.p_better
+    if result := _find_worse("better", new, old, difference, p_value, limit):
+        return result
+    is_shown = p_value < config.alpha
+    verb = "is better than" if is_shown else "is not shown to be better than"
+    message = f"{new.name} {verb} the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
+    message += f" (p = {p_value:.3g}, limit {config.alpha})"
+    return CheckResult("better", "pass" if is_shown else "hold", p_value, limit, message)
 
 
-def describe_difference(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
-    """Report the difference in accuracy with its confidence interval."""
-    wins, losses, images, alpha = *_count_wins(new, old), len(new.sha256), config.alpha
-    low, high = (
-        float(gain_lower_bound(wins, losses, images, alpha)),
-        -float(gain_lower_bound(losses, wins, images, alpha)),
-    )
-    interval, gain = f"{1 - 2 * alpha:.0%} interval {low:+.4f} to {high:+.4f}", (wins - losses) / images
-    message = f"accuracy {new.is_correct.mean():.4f} against {old.is_correct.mean():.4f}: {gain:+.4f}, {interval}"
-    return CheckResult("difference", "info", gain, interval, message)
+def check_non_inferior(
+    new: AlignedPredictions, old: AlignedPredictions, difference: PairedDifference, config: GateConfig
+) -> CheckResult:
+    """Check that the challenger is at most `margin` worse than the champion, and not significantly worse."""
+    limit = f"above {-config.margin}"
+    if result := _find_worse("non-inferior", new, old, difference, difference.low, limit):
+        return result
+    is_shown = difference.low > -config.margin
+    verb = "is non-inferior to" if is_shown else "is not shown to be non-inferior to"
+    message = f"{new.name} {verb} the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
+    message += f" (gain of {difference.low:+.4f} or more with confidence {1 - config.alpha:g}, limit {-config.margin})"
+    return CheckResult("non-inferior", "pass" if is_shown else "hold", difference.low, limit, message)
+
+
+def check_not_lower(new: AlignedPredictions, old: AlignedPredictions, difference: PairedDifference) -> CheckResult:
+    """Check that the metric is at least the champion's, so that it can't decline by a little each time."""
+    label = label_metric(difference.metric)
+    outcome: Outcome = "pass" if difference.gain >= 0 else "hold"
+    verb = "is at least" if difference.gain >= 0 else "is below"
+    message = f"the {label} of {new.name}, {difference.new:.4f}, {verb} that of the champion {old.name}, "
+    message += f"{difference.old:.4f}"
+    return CheckResult(f"{label} not lower", outcome, difference.gain, "at least 0", message)
+
+
+def _find_worse(
+    check: str,
+    new: AlignedPredictions,
+    old: AlignedPredictions,
+    difference: PairedDifference,
+    value: float,
+    limit: str,
+) -> CheckResult | None:
+    """Return a rejection by a check if the challenger is significantly worse, else `None`."""
+    if difference.p_worse >= REGRESSION_ALPHA:
+        return None
+    message = f"{new.name} is worse than the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
+    message += f" (p = {difference.p_worse:.3g}, limit {REGRESSION_ALPHA})"
+    return CheckResult(check, "reject", value, limit, message)
+
+
+def _in_metric(difference: PairedDifference) -> str:
+    return "" if difference.metric == "accuracy" else f" in {label_metric(difference.metric)}"
+
+
+def describe_difference(difference: PairedDifference, config: GateConfig) -> CheckResult:
+    """Report the difference in the metric with its confidence interval."""
+    interval = f"{1 - 2 * config.alpha:.0%} interval {difference.low:+.4f} to {difference.high:+.4f}"
+    message = f"{label_metric(difference.metric)} {difference.new:.4f} against {difference.old:.4f}: "
+    message += f"{difference.gain:+.4f}, {interval}"
+    return CheckResult("difference", "info", difference.gain, interval, message)
 
 
 def check_group_bootstrap(
-    new: AlignedPredictions, old: AlignedPredictions, groups: np.ndarray, config: GateConfig, seed: int
+    new: AlignedPredictions,
+    old: AlignedPredictions,
+    metric: SelectionMetric,
+    groups: np.ndarray,
+    config: GateConfig,
+    seed: int,
 ) -> CheckResult:
     """Check that the gain remains if complete groups of images are resampled."""
-    minimum = _minimum_gain(config)
-    low, high = bootstrap_mean(new.is_correct.astype(float) - old.is_correct, groups, config.alpha, seed)
+    minimum = 0.0 if config.mode == "better" else -config.margin
+    pairs = PredictionPairs.count(new.actual, new.predicted, old.predicted)
+    gains = pairs.gains_by_group(metric, groups, seed)
+    low, high = (float(bound) for bound in np.quantile(gains, [config.alpha, 1 - config.alpha]))
     message = (
         f"if complete groups are resampled the gain is {low:+.4f} to {high:+.4f} ({len(set(groups))} groups), "
         f"limit {minimum}"
@@ -98,23 +141,26 @@ def check_group_bootstrap(
     return CheckResult("group bootstrap", "pass" if low > minimum else "hold", low, f"above {minimum}", message)
 
 
-def check_best_champion(new: AlignedPredictions, best: AlignedPredictions | None) -> CheckResult:
+def check_best_champion(
+    new: AlignedPredictions, best: AlignedPredictions | None, metric: SelectionMetric, seed: int
+) -> CheckResult:
     """Check that the challenger is not significantly worse than the best champion so far."""
     limit = f"p at least {REGRESSION_ALPHA}"
     if best is None:
         return CheckResult("best champion", "hold", None, limit, "the best champion so far is unknown")
-    wins, losses = _count_wins(new, best)
-    p_worse = float(mcnemar_p_value(losses, wins))
-    passed = p_worse >= REGRESSION_ALPHA
+    found = compare_metric(new.actual, new.predicted, best.predicted, metric, REGRESSION_ALPHA, seed)
+    passed = found.p_worse >= REGRESSION_ALPHA
     verb = "is not significantly worse" if passed else "is worse"
     message = (
-        f"{new.name} {verb} than the best champion so far, {best.name}: {wins} images won, {losses} lost "
-        f"(p = {p_worse:.3g})"
+        f"{new.name} {verb} than the best champion so far, {best.name}{_in_metric(found)}: {found.describe()} "
+        f"(p = {found.p_worse:.3g}, limit {REGRESSION_ALPHA})"
     )
-    return CheckResult("best champion", "pass" if passed else "reject", p_worse, limit, message)
+    return CheckResult("best champion", "pass" if passed else "reject", found.p_worse, limit, message)
 
 
-def check_class_changes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> Iterator[CheckResult]:
+def check_class_changes(
+    new: AlignedPredictions, old: AlignedPredictions, metric: SelectionMetric, config: GateConfig, seed: int
+) -> Iterator[CheckResult]:
     """Check that added and removed classes are acknowledged, and that the others are not classified worse."""
     added, removed = sorted(set(new.classes) - set(old.classes)), sorted(set(old.classes) - set(new.classes))
     pending = [name for name in (*added, *removed) if name not in config.acknowledged_class_changes]
@@ -138,17 +184,20 @@ def check_class_changes(new: AlignedPredictions, old: AlignedPredictions, config
         )
         yield CheckResult("acknowledged class changes", "warn", len(unused), "0", message)
     if added or removed:
-        yield check_shared_classes(new, old)
+        yield check_shared_classes(new, old, metric, seed)
 
 
-def check_shared_classes(new: AlignedPredictions, old: AlignedPredictions) -> CheckResult:
+def check_shared_classes(
+    new: AlignedPredictions, old: AlignedPredictions, metric: SelectionMetric, seed: int
+) -> CheckResult:
     """Check that the challenger is not significantly worse on the images of the classes that both models know."""
-    wins, losses = _count_wins(new, old, np.isin(new.actual.astype(str), _shared_classes(new, old)))
-    p_worse = float(mcnemar_p_value(losses, wins))
-    message = f"on the classes that both models know: {wins} images won, {losses} lost"
-    message += f" (p = {p_worse:.3g} for worse, limit {REGRESSION_ALPHA})"
-    outcome: Outcome = "pass" if p_worse >= REGRESSION_ALPHA else "reject"
-    return CheckResult("shared classes", outcome, p_worse, f"p at least {REGRESSION_ALPHA}", message)
+    shared = np.isin(new.actual.astype(str), _shared_classes(new, old))
+    predictions = (new.actual[shared], new.predicted[shared], old.predicted[shared])
+    found = compare_metric(*predictions, metric, REGRESSION_ALPHA, seed)
+    message = f"on the classes that both models know: {found.describe()}"
+    message += f" (p = {found.p_worse:.3g} for worse, limit {REGRESSION_ALPHA})"
+    outcome: Outcome = "pass" if found.p_worse >= REGRESSION_ALPHA else "reject"
+    return CheckResult("shared classes", outcome, found.p_worse, f"p at least {REGRESSION_ALPHA}", message)
 
 
 def check_unpredicted_classes(new: AlignedPredictions, old: AlignedPredictions, config: GateConfig) -> CheckResult:
@@ -215,18 +264,6 @@ def check_log_loss(
 
 
 # Counts
-
-
-def _minimum_gain(config: GateConfig) -> float:
-    return 0.0 if config.mode == "better" else -config.margin
-
-
-def _count_wins(
-    new: AlignedPredictions, old: AlignedPredictions, selected: np.ndarray | slice = slice(None)
-) -> tuple[int, int]:
-    """Return the number of images that only `new`, and that only `old`, classifies correctly."""
-    wins, losses = new.is_correct & ~old.is_correct, old.is_correct & ~new.is_correct
-    return int(wins[selected].sum()), int(losses[selected].sum())
 
 
 def _count_wins_by_class(new: AlignedPredictions, old: AlignedPredictions) -> pd.DataFrame:

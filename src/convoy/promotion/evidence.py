@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from convoy.core.config import SelectionMetric
 from convoy.core.errors import ConvoyError
 from convoy.evaluation.calibration import MIN_PROBABILITY
 from convoy.evaluation.metrics import PROBABILITY_PREFIX
+from convoy.promotion.paired_metric import score_predictions
 
 # Largest allowed deviation from 1 of the sum of an image's probabilities.
 SUM_TOLERANCE = 1e-3
@@ -53,6 +55,10 @@ class AlignedPredictions:
     def is_correct(self) -> np.ndarray:
         """Return whether each prediction is correct, (N,) bool."""
         return self.actual == self.predicted
+
+    def score(self, metric: SelectionMetric) -> float:
+        """Return a metric of the predictions."""
+        return score_predictions(metric, self.actual, self.predicted)
 
     def without(self, excluded: Collection[str]) -> "AlignedPredictions":
         """Return a copy without the images of these sha256."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 import pandas as pd
 
+from convoy.core.config import SelectionMetric
 from convoy.core.errors import ConvoyError
 from convoy.promotion import checks, comparison
 from convoy.promotion.checks import CheckResult
@@ -23,6 +24,7 @@ from convoy.promotion.evidence import (
     check_same_images,
     merge_groups,
 )
+from convoy.promotion.paired_metric import compare_metric
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
 # A promotion requires that one of these checks passed.
@@ -63,6 +65,7 @@ def decide(
     config: GateConfig,
     *,
     test_set_uses: int,
+    metric: SelectionMetric = "accuracy",
     is_first: bool = False,
     best_champion: ModelEvidence | None = None,
     near_duplicates: pd.DataFrame | None = None,
@@ -79,6 +82,7 @@ def decide(
         config: The criteria to apply.
         test_set_uses: The number of models evaluated on these test images (see `fingerprint_test_images`), including
             this one.
+        metric: The metric in which the challenger must be better.
         is_first: Whether there has never been a champion. Must be given explicitly together with `champion=None`, so
             that a champion that is missing by mistake is not skipped.
         best_champion: The best champion so far, which mode `non_inferior` also compares with. It may be the champion
@@ -86,7 +90,7 @@ def decide(
         near_duplicates: Pairs of near-duplicate images, with the columns `test` and `other` (both sha256). A test
             image is excluded if one of the models was trained on a near-duplicate of it.
         paths: The path of each image by its sha256, used in messages.
-        seed: The seed of the bootstrap.
+        seed: The seed of the permutations and of the bootstrap.
 
     Returns:
         The decision and the result of every check.
@@ -119,14 +123,21 @@ def decide(
     best = others[-1] if best_champion else None
     groups = merge_groups([new, *others])
 
+    # Without a champion this compares with perfect predictions, see `describe_detectable_gain`.
+    predicted = old.predicted if old else new.actual
+    difference = compare_metric(new.actual, new.predicted, predicted, metric, config.alpha, seed)
     results = [
         checks.check_test_images(new, config),
-        checks.describe_detectable_gain(new, old, config),
+        checks.describe_detectable_gain(len(new.sha256), difference, config),
         checks.check_training_overlap(models, len(excluded)),
         checks.check_test_set_uses(test_set_uses, config),
-        checks.check_accuracy(new, config),
-        checks.check_majority_class(new),
-        *(comparison.compare(new, old, best, groups, config, seed) if old else [checks.pass_first_champion(new)]),
+        checks.check_score(new, metric, config),
+        checks.check_majority_class(new, metric),
+        *(
+            comparison.compare(new, old, best, difference, groups, config, seed)
+            if old
+            else [checks.pass_first_champion(new, metric)]
+        ),
         checks.describe_calibration([new, old] if old else [new], seed),
         checks.check_parameters(challenger, config),
         checks.check_latency(challenger, champion, config),

@@ -4,8 +4,6 @@ A win is an image that only the challenger classifies correctly, a loss one that
 may be integers or arrays of any shape.
 """
 
-import math
-
 import numpy as np
 from scipy import sparse
 
@@ -79,17 +77,17 @@ def is_non_inferior(
     return (gain_lower_bound(wins, losses, images, alpha) > -margin) & (np.asarray(wins) >= losses)
 
 
-def detectable_gain(disagreement: float, images: int, alpha: float) -> float:
-    """Return the smallest gain in accuracy that McNemar's test would detect with a probability of `POWER`.
+def detectable_gain(standard_error: float, alpha: float) -> float:
+    """Return the smallest gain that a one-sided test would detect with a probability of `POWER`.
 
-    At `alpha=0.05` it is about `2.5 * sqrt(disagreement / images)`.
+    At `alpha=0.05` it is about 2.5 standard errors. The standard error of a gain in accuracy is
+    `sqrt(disagreement / images)`, with the fraction of images that only one of the two models classifies correctly.
 
     Args:
-        disagreement: Fraction of images that only one of the two models classifies correctly, in [0, 1].
-        images: Number of test images.
+        standard_error: Standard error of the gain of two equally good models.
         alpha: Significance level of the test.
     """
-    return float((ndtri(1 - alpha) + ndtri(POWER)) * math.sqrt(disagreement / images))
+    return float((ndtri(1 - alpha) + ndtri(POWER)) * standard_error)
 
 
 def bootstrap_mean(values: np.ndarray, groups: np.ndarray | None, alpha: float, seed: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 from PIL import Image
 
+from convoy.core.config import SelectionMetric
 from convoy.core.hashing import sha256, verify_checksums
 from convoy.tracking.run_record import FINGERPRINT_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
@@ -26,8 +27,10 @@ from convoy.tracking.tags import CHECKSUMS_TAG, VERDICT
 
 # Tag of a version with the hash of the inputs of its verdict.
 VERDICT_KEY = "convoy.judged"
-# Tags of a version with the fingerprint of the test images of that verdict, and the accuracy on them.
-TEST_IMAGES, TEST_ACCURACY = "convoy.test_images", "convoy.test_accuracy"
+# Tag of a version with the fingerprint of the test images of that verdict.
+TEST_IMAGES = "convoy.test_images"
+# Prefix of the tag, followed by a metric such as accuracy, with the value of the metric on these images.
+TEST_SCORE_PREFIX = "convoy.test_"
 # Packages that a registered model requires.
 SERVED_WITH = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "simplejpeg", "torch")
 # Files and packages of this library that are stored inside a registered model.
@@ -183,7 +186,14 @@ def cached_verdict(store: TrackingStore, name: str, version: int, key: str) -> s
 
 
 def save_verdict(
-    store: TrackingStore, name: str, version: int, key: str, summary: str, test_images: str, accuracy: float
+    store: TrackingStore,
+    name: str,
+    version: int,
+    key: str,
+    summary: str,
+    test_images: str,
+    metric: SelectionMetric,
+    score: float,
 ) -> None:
     """Store the verdict of the gate in the tags of a version.
 
@@ -194,9 +204,10 @@ def save_verdict(
         key: The hash of all inputs of the verdict.
         summary: The summary of the verdict.
         test_images: The fingerprint of the test images.
-        accuracy: The accuracy on the test images, in [0, 1].
+        metric: The metric that the gate compares.
+        score: Its value on the test images, in [0, 1].
     """
-    tags = [(VERDICT, summary[:5000]), (TEST_IMAGES, test_images), (TEST_ACCURACY, f"{accuracy:.6f}")]
+    tags = [(VERDICT, summary[:5000]), (TEST_IMAGES, test_images), (f"{TEST_SCORE_PREFIX}{metric}", f"{score:.6f}")]
     # The key is cleared first and written last, so that an interrupted update leaves no valid verdict.
     for tag, value in [(VERDICT_KEY, ""), *tags, (VERDICT_KEY, key)]:
         store.client.set_model_version_tag(name, str(version), tag, value)
@@ -210,14 +221,14 @@ def count_test_set_uses(store: TrackingStore, name: str, version: int, test_imag
     return len({int(found.version) for found in versions} | {version})
 
 
-def best_ever(store: TrackingStore, name: str, champions: Collection[int]) -> int | None:
-    """Return the version with the highest recorded test accuracy among `champions`, or `None` if there is none.
+def best_ever(store: TrackingStore, name: str, champions: Collection[int], metric: SelectionMetric) -> int | None:
+    """Return the version with the highest recorded test metric among `champions`, or `None` if there is none.
 
-    Versions that were deleted or never evaluated are ignored.
+    Versions that were deleted or never evaluated by this metric are ignored.
     """
-    there = store.client.search_model_versions(f"name = '{name}'")
-    judged = [found for found in there if int(found.version) in champions and TEST_ACCURACY in found.tags]
-    best = max(judged, key=lambda found: float(found.tags[TEST_ACCURACY]), default=None)
+    tag, there = f"{TEST_SCORE_PREFIX}{metric}", store.client.search_model_versions(f"name = '{name}'")
+    evaluated = [found for found in there if int(found.version) in champions and tag in found.tags]
+    best = max(evaluated, key=lambda found: float(found.tags[tag]), default=None)
     return int(best.version) if best else None
 
 

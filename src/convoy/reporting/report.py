@@ -19,22 +19,30 @@ MAX_NAMED_CLASSES = 100  # classes
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
 
 
-def leaderboard(records: Mapping[str, TrainingRecord], metrics: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def leaderboard(
+    records: Mapping[str, TrainingRecord],
+    validation: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> pd.DataFrame:
     """Make a table with one row for each architecture: its best epoch, test metrics and size.
 
     Rows are in the order of `records`. For a failed training only the name and the size are known.
 
     Args:
         records: Training record of each architecture.
+        validation: Metrics on the validation images, for each architecture whose training did not fail.
         metrics: Test metrics of each architecture.
 
     Returns:
-        A table with the columns model, val_accuracy, val_loss, epoch, test_<metric> for each metric, and parameters.
+        A table with the columns model, val_<metric> for each validation metric, epoch, test_<metric> for each test
+        metric, and parameters.
     """
+    columns = next(iter(validation.values()), ("accuracy", "loss"))
     rows = [
         {
             "model": name,
-            **{column: getattr(record.best, column, None) for column in ("val_accuracy", "val_loss", "epoch")},
+            **{f"val_{metric}": validation.get(name, {}).get(metric) for metric in columns},
+            "epoch": record.best.epoch if record.best else None,
             **{f"test_{figure}": value for figure, value in metrics[name].items()},
             "parameters": record.parameters,
         }
@@ -121,7 +129,7 @@ def draw_confusion(predictions: pd.DataFrame, classes: list[str], title: str, fi
     pyplot.close(figure)
 
 
-def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None) -> str:
+def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int | None, reason: str) -> str:
     """Format the verdict on a version of the model as Markdown.
 
     Args:
@@ -129,10 +137,11 @@ def describe_verdict(verdict: "Verdict", name: str, version: int, compared: int 
         name: Name of the registered model.
         version: Version that was evaluated.
         compared: Version of the champion it was compared with, or None if there never was a champion.
+        reason: Why this architecture was compared.
     """
     against = f"the champion, version {compared}" if compared else "no champion, as there never was one"
-    table = verdict.table().to_markdown(index=False)
-    return f"# {verdict.decision}: {name}, version {version}, beside {against}\n\n{verdict.summary()}\n\n{table}\n"
+    title = f"# {verdict.decision}: {name}, version {version}, beside {against}"
+    return "\n\n".join([title, verdict.summary(), f"{reason}.", verdict.table().to_markdown(index=False)]) + "\n"
 
 
 def draw_lr_curve(table: pd.DataFrame, guess: float, name: str, file: Path) -> None:

@@ -262,7 +262,7 @@ def test_loss_is_the_weighted_sum_over_all_heads(name: str, smoothing: float) ->
     images = make_bars(8, 1)
     labels = torch.from_numpy(images.labels)
     heads = classifier.weighted_heads(classifier.normalise(torch.from_numpy(images.pixels)))
-    found = module.ClassifierModule(classifier).compute_loss(heads, labels)
+    found, _ = module.ClassifierModule(classifier).compute_loss(heads, labels)
     expected = sum(
         weight * torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
         for weight, logits in heads
@@ -332,7 +332,9 @@ def test_nan_validation_loss_stops_training(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_loss_far_above_chance_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.ClassifierModule.compute_loss
-    monkeypatch.setattr(module.ClassifierModule, "compute_loss", lambda self, *given: 1e4 * real(self, *given))
+    monkeypatch.setattr(
+        module.ClassifierModule, "compute_loss", lambda self, *given: [1e4 * each for each in real(self, *given)]
+    )
     trained = train(build(lr=1e-9))
     assert trained.failure is not None
     assert trained.failure.step == 1

@@ -68,24 +68,29 @@ class ClassifierModule(lightning.LightningModule):
         x = self.classifier.normalise(pixels)
         x, targets = mix(x, labels, len(self.classifier.info.classes), self.recipe.augment)
         heads = [(weight, logits.float()) for weight, logits in self.weighted_heads(x)]
-        self.train_totals += compute_metrics(heads[0][1].detach(), labels)
-        return self.compute_loss(heads, targets)
+        loss, main_loss = self.compute_loss(heads, targets)
+        is_cross_entropy = targets is labels and not self.recipe.label_smoothing and self.class_weights is None
+        known_loss = main_loss.detach() if is_cross_entropy else None
+        self.train_totals += compute_metrics(heads[0][1].detach(), labels, known_loss)
+        return loss
 
-    def compute_loss(self, heads: list[tuple[float, Tensor]], targets: Tensor) -> Tensor:
+    def compute_loss(self, heads: list[tuple[float, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the training loss of a batch.
 
         Args:
-            heads: The weight in the loss and the logits (N, K) float32 of each head.
+            heads: The weight in the loss and the logits (N, K) float32 of each head, the main head first.
             targets: Labels (N,) int64, or the fraction of each class (N, K) float if images are mixed.
 
         Returns:
-            The mean over the images of the weighted sum over the heads, a scalar.
+            The mean over the images of the weighted sum over the heads, and the sum over the images of the main head's
+            loss; both are scalars.
         """
         criterion = nn.CrossEntropyLoss(
             self.class_weights, reduction="sum", label_smoothing=self.recipe.label_smoothing
         )
-        losses = [weight * criterion(logits, targets) for weight, logits in heads]
-        return torch.stack(losses).sum() / len(targets)
+        losses = [criterion(logits, targets) for _, logits in heads]
+        total = torch.stack([weight * loss for (weight, _), loss in zip(heads, losses, strict=True)]).sum()
+        return total / len(targets), losses[0]
 
     def on_validation_epoch_start(self) -> None:
         """Reset the validation metrics, and share the running statistics of the first process."""
@@ -112,16 +117,18 @@ class ClassifierModule(lightning.LightningModule):
             self.train_totals = checkpoint["train_totals"]
 
 
-def compute_metrics(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_metrics(logits: Tensor, labels: Tensor, loss: Tensor | None = None) -> Tensor:
     """Compute the metrics of a batch as sums over its images.
 
     Args:
         logits: Logits (N, K).
         labels: Labels (N,) int64.
+        loss: The summed cross-entropy, if it is already known.
 
     Returns:
         The cross-entropy, the number of correct predictions and the number of images, as (3,) float32.
     """
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
+    if loss is None:
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(dim=1) == labels).sum()
     return torch.stack([loss, correct, torch.full_like(correct, len(labels))])

@@ -42,8 +42,8 @@ class LiveRun(Callback):
 
     def __init__(self, root: Path, record: TrainingRecord) -> None:
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        reporter = Reporter(root, record, int(time.time() * 1000))
-        self.thread = threading.Thread(target=reporter.report, args=[self.inbox], daemon=True)
+        self.reporter = Reporter(root, record, int(time.time() * 1000))
+        self.thread = threading.Thread(target=self.reporter.report, args=[self.inbox], daemon=True)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the run, or continue it with the epochs before a checkpoint."""
@@ -70,16 +70,10 @@ class LiveRun(Callback):
         self._send({"status": status})
         self.thread.join(END_TIMEOUT_S)
         if self.thread.is_alive():
-            report_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds")
+            self.reporter.report_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds")
 
     def _send(self, message: Message) -> None:
         self.inbox.put({**message, "time_ms": int(time.time() * 1000)})
-
-
-def report_outage(reason: str) -> None:
-    """Print why the run can't be shown."""
-    message = f"convoy: live: {reason}; the training is not affected, and `convoy sync` adds its run"
-    print(message, file=sys.stderr, flush=True)
 
 
 class Reporter:
@@ -100,12 +94,19 @@ class Reporter:
         self.shown: set[int] = set()  # epochs that the run already had
         self.rows: list[Message] = []  # rows that are not in MLflow yet
         self.end: Message = {}
+        self.has_reported_outage = False
+
+    def report_outage(self, reason: str) -> None:
+        """Print, once, why the run can't be shown."""
+        if not self.has_reported_outage:
+            self.has_reported_outage = True
+            message = f"convoy: live: {reason}; the training is not affected, and `convoy sync` adds its run"
+            print(message, file=sys.stderr, flush=True)
 
     def report(self, inbox: "queue.SimpleQueue[Message]") -> None:
         """Write the messages in `inbox` to MLflow until the training ends."""
         for name, value in REQUEST_TIMEOUTS.items():
             os.environ.setdefault(name, value)
-        is_reported = False
         with contextlib.ExitStack() as stack:
             while True:
                 try:
@@ -114,9 +115,7 @@ class Reporter:
                 except Exception as error:
                     from convoy.tracking.store import describe_mlflow_error
 
-                    if not is_reported:
-                        report_outage(describe_mlflow_error(error.__cause__ or error))
-                    is_reported = True
+                    self.report_outage(describe_mlflow_error(error.__cause__ or error))
                 if self.end or self.run is None:
                     return
                 self.receive(inbox)

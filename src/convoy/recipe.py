@@ -55,6 +55,9 @@ class RecipeConfig:
     # Both decay the learning rate by a cosine; one_cycle also varies the momentum inversely to the learning rate.
     schedule: Literal["cosine", "one_cycle"]
     lr: PositiveFloat  # peak learning rate, reached after the warm-up
+    # Batch size that lr is meant for: lr is multiplied by batch_size / lr_batch_size (Goyal et al. 2017). 0 disables
+    # it, as in recipes from before this setting existed.
+    lr_batch_size: NonNegativeInt = 0
     backbone_lr_scale: Fraction  # fraction of lr for all layers except the heads; 0 freezes these layers
     momentum: Decay  # momentum of sgd, beta1 of adamw
     weight_decay: NonNegativeFloat  # applied to weights, never to biases and normalisation layers

@@ -64,7 +64,10 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
     """
     gpu_count = count_gpus()
     if trainer.accelerator == "gpu" and not gpu_count:
-        raise ConvoyError("trainer.accelerator=gpu: this machine has no GPU that torch can use; set it to auto or cpu")
+        raise ConvoyError(
+            "trainer.accelerator=gpu: this machine has no GPU that this torch can use, which is built for CUDA "
+            f"{torch.version.cuda}: update the driver (see nvidia-smi), or set trainer.accelerator to auto or cpu"
+        )
     is_gpu = select_device(trainer.accelerator).type == "cuda"
     cores = joblib.cpu_count(only_physical_cores=True)
     devices = trainer.devices if trainer.devices != "all" else gpu_count if is_gpu else cores
@@ -140,6 +143,9 @@ def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
         "threads": hardware.threads,
         "precision": hardware.precision,
         "processes": hardware.devices * hardware.num_nodes,
+        # As `make_trainer` sets them.
+        "deterministic": "on",
+        "tf32": "off",
     }
 
 

@@ -19,9 +19,10 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     Biases and normalisation layers have no weight decay, and the backbone has a learning rate of its own.
     """
     recipe = classifier.recipe
+    peak_lr = recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        lr = recipe.lr * (1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale)
+        lr = peak_lr * (1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale)
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
             groups.setdefault((lr, decay), []).append(parameter)

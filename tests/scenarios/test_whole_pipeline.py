@@ -94,7 +94,8 @@ def test_champion_predicts_images_as_the_evaluation_did(finished_project: Path) 
     answer = model.predict(pictures)
     assert list(answer["label"]) == list(recorded["predicted"])
     expected = recorded.filter(regex="^probability_").to_numpy()
-    np.testing.assert_allclose(np.array(answer["probabilities"].tolist()), expected, atol=1e-5)
+    answered = np.array([list(row.values()) for row in answer["probabilities"]])
+    np.testing.assert_allclose(answered, expected, atol=1e-5)
 
 
 def test_registering_the_same_results_again_changes_nothing(finished_project: Path) -> None:

@@ -1,6 +1,5 @@
 """The MLflow pyfunc model, which serves a trained classifier."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,35 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
 from convoy.core.hashing import verify_checksums
 from convoy.data import image_io
 from convoy.inference import predictor
+from convoy.inference.image_text import decode_text
+
+
+class RefusedImageError(MlflowException):
+    """An image that can't be used.
+
+    MLflow's server puts the whole request, which may have megabytes, in front of the message of an error. This message
+    can't be changed.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
+
+    @property
+    def message(self) -> str:
+        """Return the message."""
+        return self._message
+
+    @message.setter
+    def message(self, _message: str) -> None:
+        pass
 
 
 class ImageClassifier(PythonModel):
@@ -37,35 +59,36 @@ class ImageClassifier(PythonModel):
                 - an integer array (H, W), (H, W, C), (N, H, W) or (N, H, W, C), with 1 to 4 channels (grey, grey and
                   alpha, RGB, RGBA);
                 - a PIL image;
-                - the bytes of an image file, or their base64 text;
+                - the bytes of an image file, their base64 text or a `data:` URI;
                 - images in any of these forms, in a list or in the first column of a table.
             params: MLflow inference parameters, which are not used.
 
         Returns:
-            A table with one row per image and the columns `label`, `probability` and `probabilities`, the last in the
-            order of the model's classes.
+            A table with one row per image and the columns `label`, `probability` and `probabilities`, the last by the
+            names of the classes and in their order.
 
         Raises:
             MlflowException: If the input has any other form, such as an array with the channels first, (3, H, W).
         """
         info = self.predictor.info
         shape = (0, info.size, info.size, info.channels)
-        images = [self._preprocess(image) for image in _split_input(model_input)]
+        given = _split_input(model_input)
+        images = [self._preprocess(image, position, len(given)) for position, image in enumerate(given)]
         probabilities = self.predictor.probabilities(np.stack(images) if images else np.empty(shape, np.uint8))
         best = probabilities.argmax(axis=1)
         return pd.DataFrame(
             {
                 "label": [info.classes[label] for label in best],
                 "probability": probabilities[np.arange(len(best)), best],
-                "probabilities": probabilities.tolist(),
+                "probabilities": [dict(zip(info.classes, row, strict=True)) for row in probabilities.tolist()],
             }
         )
 
-    def _preprocess(self, image: Any) -> np.ndarray:
+    def _preprocess(self, image: Any, position: int, count: int) -> np.ndarray:
         info = self.predictor.info
         try:
             if isinstance(image, str):
-                image = _decode_base64(image)
+                image = decode_text(image)
             if isinstance(image, bytes):
                 return self.predictor.preprocess(image)
             if isinstance(image, Image.Image):
@@ -74,7 +97,8 @@ class ImageClassifier(PythonModel):
                 pixels = _to_grey_or_rgb(image, info.longest_side)
             return image_io.center_crop_resize(pixels, info.size, info.channels)
         except image_io.InvalidImageError as fault:
-            raise MlflowException.invalid_parameter_value(f"the image {fault}") from None
+            where = f" at position {position}" if count > 1 else ""
+            raise RefusedImageError(f"the image{where} {fault}") from None
 
 
 def _split_input(model_input: Any) -> list[Any]:
@@ -99,15 +123,6 @@ def _split_array(pixels: np.ndarray) -> list[np.ndarray]:
         )
     one = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] <= 4)
     return [pixels] if one else list(pixels)
-
-
-def _decode_base64(text: str) -> bytes:
-    try:
-        # Base64 text is often broken into lines.
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        # Includes `binascii.Error`, and the error for text that is not ASCII.
-        raise image_io.InvalidImageError("is text, but not the base64 of an image file") from None
 
 
 def _to_grey_or_rgb(image: Any, longest_side: int) -> np.ndarray:

@@ -91,7 +91,9 @@ def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: P
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ConvoyError(f"{uri} does not answer in a process of its own: {last[0]}")
     try:
-        return np.array([row["probabilities"] for row in json.loads(answer.read_text())["predictions"]], float)
+        rows = [row["probabilities"] for row in json.loads(answer.read_text())["predictions"]]
+        # Models that were registered earlier give a list.
+        return np.array([list(row.values()) if isinstance(row, dict) else row for row in rows], float)
     except (KeyError, ValueError, TypeError) as error:
         raise ConvoyError(f"{uri} answers something else than probabilities ({error!r})") from None
 

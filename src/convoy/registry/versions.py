@@ -16,7 +16,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array
+from mlflow.types.schema import Map
 from PIL import Image
 
 from convoy.core.config import SelectionMetric
@@ -43,12 +43,14 @@ SERVED_BY = (
     "core/hashing.py",
     "core/renamed_settings.py",
     "data/__init__.py",
+    "data/completeness.py",
     "data/image_io.py",
     "data/packed/__init__.py",
     "data/packed/dataset_info.py",
     "evaluation/__init__.py",
     "evaluation/calibration.py",
     "inference/__init__.py",
+    "inference/image_text.py",
     "inference/predictor.py",
     "models",
     "recipe.py",
@@ -160,7 +162,7 @@ def _temporary_folder(store: TrackingStore) -> Iterator[str]:
 def _signature() -> ModelSignature:
     """Return the signature, from the base64 texts of image files, as sent by HTTP, to one row per image."""
     label, probability = ColSpec("string", "label"), ColSpec("double", "probability")
-    probabilities = ColSpec(Array(DataType.double), "probabilities")
+    probabilities = ColSpec(Map(DataType.double), "probabilities")
     signature = ModelSignature(Schema([ColSpec("string")]), Schema([label, probability, probabilities]))
     # Without this MLflow converts every input to a table, so that arrays of pixels could not be passed from Python.
     signature._is_signature_from_type_hint = True

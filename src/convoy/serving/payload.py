@@ -1,9 +1,6 @@
 """The images in the body of a request: as a file, a form of files, or base64 in JSON."""
 
-import base64
-import binascii
 import json
-import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from convoy.data.image_io import InvalidImageError
+from convoy.inference.image_text import decode_text
 
 # The content of an image file, or why it can't be used.
 Received = bytes | InvalidImageError
@@ -136,38 +134,14 @@ def _parse_json(body: bytes, max_images: int) -> list[Received]:
     if not isinstance(found, str | list) or not all(isinstance(image, str) for image in images):
         raise RequestError(422, "images must be a text or a list of texts: image files in base64, or data: URIs")
     check_count(len(images), max_images)
-    return [decode_text(image) for image in images]
+    return [_decode(image) for image in images]
 
 
-def decode_text(text: str) -> Received:
-    """Decode the base64 text of an image file, or a `data:` URI."""
+def _decode(text: str) -> Received:
     try:
-        if text[:5].lower() == "data:":
-            return _decode_data_uri(text)
-        return decode_base64(text)
-    except ValueError:
-        return InvalidImageError("is text, but not the base64 of an image file")
-
-
-def decode_base64(text: str) -> bytes:
-    """Decode base64 text, which is often broken into lines.
-
-    Raises:
-        ValueError: If it is not base64.
-    """
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
-        return base64.b64decode("".join(text.split()), validate=True)
-
-
-def _decode_data_uri(uri: str) -> Received:
-    head, comma, content = uri.partition(",")
-    if not comma:
-        return InvalidImageError("is a data: URI without a comma")
-    if head.lower().endswith(";base64"):
-        return decode_base64(urllib.parse.unquote(content))
-    return urllib.parse.unquote_to_bytes(content)
+        return decode_text(text)
+    except InvalidImageError as fault:
+        return fault
 
 
 def describe_body() -> dict[str, Any]:

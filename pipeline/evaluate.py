@@ -19,6 +19,7 @@ from convoy.core.artifact_names import (
     VALIDATION,
     WEIGHTS,
 )
+from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from convoy.data.packed.arrays import Images
@@ -80,11 +81,11 @@ def evaluate(stage: Stage) -> None:
     groups = images["group"].to_numpy()
     table = prediction_table(info.classes, images, probabilities)
     table.to_parquet(stage.scratch / PREDICTIONS, index=False)
-    table[["actual", "predicted"]].to_csv(stage.scratch / "confusion.csv", index=False)
+    write_csv(table[["actual", "predicted"]], stage.scratch / "confusion.csv")
     validation_table(info.classes, val.labels, uncalibrated_val).to_parquet(stage.scratch / VALIDATION, index=False)
     per_class = per_class_metrics(info.classes, test.labels, probabilities, groups)
-    per_class.to_csv(stage.scratch / PER_CLASS, index=False)
-    slice_metrics(table).to_csv(stage.scratch / SLICES, index=False)
+    write_csv(per_class, stage.scratch / PER_CLASS)
+    write_csv(slice_metrics(table), stage.scratch / SLICES)
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)
     metrics = dict(zip(intervals["metric"], intervals["value"], strict=True))

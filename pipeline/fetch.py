@@ -3,6 +3,7 @@
 import textwrap
 from typing import TYPE_CHECKING
 
+from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.decode_pool import start_fork_server
@@ -47,11 +48,11 @@ def fetch(stage: Stage) -> None:
     try:
         result = ingest(source, params, limits, lock, stage.scratch, cache)
     except TooManyInvalidImages as error:
-        error.quarantine.to_csv(rejected, index=False)
+        write_csv(error.quarantine, rejected)
         raise ConvoyError(f"{error}\nThe complete list is artifacts/{rejected.name}") from error
     packed, quarantine, merged = result.packed, result.quarantine, result.merged
-    quarantine.to_csv(stage.scratch / "quarantine.csv", index=False)
-    merged.to_csv(stage.scratch / "merged.csv", index=False)
+    write_csv(quarantine, stage.scratch / "quarantine.csv")
+    write_csv(merged, stage.scratch / "merged.csv")
 
     version = compute_version(packed.table.iter_chunks("sha256", "label", "split"), len(quarantine))
     lock = lock.add_version(packed.classes, version, packed.drawn, origin)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convoy.core.csv_file import escape_formula
 from convoy.core.errors import ConvoyError
 from convoy.data.image_io import InvalidImageError
 from convoy.serving import decode_worker, onnx_model
@@ -186,7 +187,8 @@ def print_csv(predictions: Iterator[Prediction], top_k: int) -> int:
         failed += "error" in prediction
         values = [str(value) for value in _values(prediction)]
         empty = [""] * (2 * top_k - len(values))
-        writer.writerow([prediction["image"], *values, *empty, prediction.get("error", "")])
+        row = [prediction["image"], *values, *empty, prediction.get("error", "")]
+        writer.writerow([escape_formula(value) for value in row])
     return failed
 
 

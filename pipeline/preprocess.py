@@ -15,6 +15,7 @@ from convoy.core.artifact_names import (
     IMAGE_TABLE,
     TRAINING_HASHES,
 )
+from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.card.card import write_preprocess_card
@@ -37,8 +38,8 @@ def preprocess(stage: Stage) -> None:
     artifacts = stage.project_root / "artifacts"
     cache = CacheDir(artifacts / ".cache/resized" / packed.name, artifacts / "preprocess")
     prepared = prepare(packed, params, split.seed, stage.scratch, cache)
-    prepared.near_duplicates.to_csv(stage.scratch / "near_duplicates.csv", index=False)
-    prepared.excluded.to_csv(stage.scratch / "excluded.csv", index=False)
+    write_csv(prepared.near_duplicates, stage.scratch / "near_duplicates.csv")
+    write_csv(prepared.excluded, stage.scratch / "excluded.csv")
     prepared.cross_split_duplicates.to_parquet(stage.scratch / CROSS_SPLIT_DUPLICATES, index=False)
 
     rows = ImageTable(stage.scratch / IMAGE_TABLE)

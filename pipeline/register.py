@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS, VALIDATION
+from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion, ranking
 from convoy.promotion.config import RegisterConfig
@@ -48,7 +49,7 @@ def register(stage: Stage) -> None:
     table = report.leaderboard({name: records[name] for name in ranked}, validation, metrics)
     table.to_csv(stage.scratch / LEADERBOARD, index=False)
     concat_tables(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
-    concat_tables(evaluated, PER_CLASS).to_csv(stage.scratch / PER_CLASS, index=False)
+    write_csv(concat_tables(evaluated, PER_CLASS), stage.scratch / PER_CLASS)
     for name, record in records.items():
         if record.failure:
             print(f"{name} failed: {record.failure.reason}")

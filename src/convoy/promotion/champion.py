@@ -17,6 +17,7 @@ import psutil
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from convoy.core.csv_file import format_csv
 from convoy.core.errors import ConvoyError
 from convoy.tracking.store import NOT_FOUND_CODES, TrackingStore
 
@@ -185,7 +186,7 @@ def _write_audit_log(store: TrackingStore, name: str, version: ModelVersion) -> 
     if not version.run_id:
         return
     try:
-        store.client.log_text(version.run_id, audit_log(store, name).to_csv(index=False), AUDIT_LOG_FILE)
+        store.client.log_text(version.run_id, format_csv(audit_log(store, name)), AUDIT_LOG_FILE)
     except MlflowException as error:
         # The run may have been deleted permanently. Nothing is lost, as the tags hold the complete audit trail.
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":

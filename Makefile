@@ -26,8 +26,8 @@ help: ## list the targets
 
 install: $(READY) ## create the environment from requirements.lock
 
-repro: $(READY) ## run the whole pipeline, as `convoy run` does
-	convoy run
+repro: $(READY) ## run the whole pipeline, as `convoy run --jobs auto` does
+	convoy run --jobs auto
 
 test: $(READY) ## run the tests
 	python -m pytest -q --numprocesses auto --dist loadfile

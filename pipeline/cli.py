@@ -100,6 +100,13 @@ def run(
     overrides: Overrides = None,
     update: Annotated[bool, typer.Option("--update", help="Fetch the newest data first.")] = False,
     pull: Annotated[bool, typer.Option("--pull", help="Reuse results that the DVC remote has.")] = False,
+    jobs: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Architectures to train at a time. auto: as many as there are processors, or GPUs, for.",
+        ),
+    ] = "1",
 ) -> None:
     """Run the pipeline and show the leaderboard.
 
@@ -108,7 +115,10 @@ def run(
     """
     from pipeline.run import run
 
-    raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull))
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
+        raise typer.BadParameter(f"{jobs!r} is neither auto nor a number from 1", param_hint="--jobs")
+    limit = None if jobs == "auto" else int(jobs)
+    raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull, jobs=limit))
 
 
 @app.command(epilog="Example: convoy use ../photos --name pets --table metadata.csv --path image_id --label species")

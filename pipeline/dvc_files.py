@@ -91,6 +91,18 @@ def uncached(root: Path, files: Sequence[Path]) -> list[Path]:
         return [file for file in files if not (file.exists() and cache.exists(file_md5(str(file), repo.fs)))]
 
 
+def list_changed_stages(root: Path, stages: Sequence[str]) -> list[str]:
+    """Return those of the stages that are not up to date; none if DVC can't compare them, as `dvc repro` reports."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            return list(repo.status(targets=list(stages)))
+    except DvcException:
+        return []
+
+
 def _read(output: Any, cache: Any) -> tuple[Checksums | None, Any]:
     """Return the files of an output or a dependency and their common hash, or (None, None) if it is missing."""
     from dvc_data.hashfile.build import build

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 import psutil
@@ -31,8 +31,44 @@ def run_dvc(*command: str) -> int:
     Returns:
         The exit status of DVC, or 128 + the signal number, as in a shell, if a signal ended the run.
     """
+    running: list[subprocess.Popen] = []
+    with forwarded_signals(running) as received:
+        running.append(start_dvc(*command))
+        # The signal arrived before DVC was started.
+        if received:
+            terminate(running[0].pid)
+        return wait_for_dvc(running[0], received)
+
+
+def start_dvc(*command: str, environment: Mapping[str, str] | None = None, has_pipes: bool = False) -> subprocess.Popen:
+    """Start DVC in a process group of its own.
+
+    Args:
+        command: The arguments of DVC.
+        environment: Environment variables that differ from those of this process.
+        has_pipes: Whether to read its output from pipes instead of showing it.
+    """
+    output = subprocess.PIPE if has_pipes else None
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", *command],
+        start_new_session=True,
+        env=os.environ | dict(environment or {}),
+        stdout=output,
+        stderr=output,
+    )
+
+
+@contextlib.contextmanager
+def forwarded_signals(running: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """Forward a signal that would end this process as SIGTERM to running DVC processes and their stages.
+
+    Args:
+        running: The processes, to which more may be added within the context.
+
+    Yields:
+        The numbers of the signals received so far.
+    """
     received: list[int] = []
-    running: subprocess.Popen | None = None
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not received:
@@ -40,20 +76,29 @@ def run_dvc(*command: str) -> int:
                 f"{signal.Signals(number).name}: stopping the running stage; run the same command again to resume"
             )
         received.append(number)
-        if running:
-            terminate(running.pid)
+        for process in list(running):
+            terminate(process.pid)
 
     with signals.handled(forward):
-        running = subprocess.Popen([sys.executable, "-m", "dvc", *command], start_new_session=True)
-        # The signal arrived before DVC was started.
-        if received:
-            terminate(running.pid)
-        status = running.wait()
-        # DVC was killed by a signal that its stage may not have received.
-        if status < 0:
-            terminate(running.pid)
-        while (received or status < 0) and is_alive(running.pid):
-            time.sleep(0.05)
+        yield received
+
+
+def wait_for_dvc(process: subprocess.Popen, received: Sequence[int]) -> int:
+    """Wait until a DVC process has ended, and its stage too if a signal stopped them.
+
+    Args:
+        process: The process.
+        received: The numbers of the signals that this process has received and forwarded.
+
+    Returns:
+        The exit status of DVC, or 128 + the signal number, as in a shell, if a signal ended the run.
+    """
+    status = process.wait()
+    # DVC was killed by a signal that its stage may not have received.
+    if status < 0:
+        terminate(process.pid)
+    while (received or status < 0) and is_alive(process.pid):
+        time.sleep(0.05)
     if received:
         return 128 + received[0]
     return status if status >= 0 else 128 - status

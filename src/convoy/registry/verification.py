@@ -20,6 +20,14 @@ from convoy.registry import model_loader
 TOLERANCE = 1e-4
 # Time limit of the process that predicts a few hundred images.
 PREDICT_TIMEOUT_S = 600  # seconds
+# Loads a model and predicts. MLflow's own command line does the same, and takes two seconds more to start.
+PREDICT = """
+import json, pathlib, sys
+from mlflow.pyfunc import load_model
+model, request, answer = sys.argv[1:]
+predictions = load_model(model).predict(json.loads(pathlib.Path(request).read_text())["inputs"])
+pathlib.Path(answer).write_text(json.dumps({"predictions": predictions.to_dict("records")}))
+"""
 
 
 def verify(version: ModelVersion, pixels: np.ndarray, expected: np.ndarray, folder: Path | None = None) -> float:
@@ -69,11 +77,10 @@ def _check(uri: str, difference: float) -> float:
 
 
 def _predict_in_subprocess(uri: str, model: Path, pixels: np.ndarray, scratch: Path) -> np.ndarray:
-    """Predict with MLflow's command line in a process that uses the library stored in the model; return (N, K)."""
+    """Predict in a process that uses the library stored in the model; return (N, K)."""
     request, answer = scratch / "request.json", scratch / "answer.json"
     request.write_text(json.dumps({"inputs": [_encode_png(each) for each in pixels]}))
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local", "--content-type", "json"]
-    command += ["--model-uri", str(model), "--input-path", str(request), "--output-path", str(answer)]
+    command = [sys.executable, "-c", PREDICT, str(model), str(request), str(answer)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         done = subprocess.run(

@@ -74,7 +74,8 @@ def train(stage: Stage) -> None:
         live.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
-    pd.DataFrame(trained.history, columns=COLUMNS).to_csv(stage.scratch / HISTORY, index=False)
+    columns = None if trained.history else COLUMNS
+    pd.DataFrame(trained.history, columns=columns).to_csv(stage.scratch / HISTORY, index=False)
     best = EpochMetrics(**trained.best) if trained.best else None  # type: ignore[arg-type]
     results = {"best": best, "stopped": trained.stopped, "failure": trained.failure}
     record.model_copy(update=results).save(stage.scratch / RECORD)

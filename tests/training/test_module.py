@@ -39,6 +39,27 @@ def test_history_has_every_epoch_and_the_best_is_kept() -> None:
     assert trained.stopped == "max_epochs"
 
 
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1"])
+def test_best_epoch_and_early_stop_follow_the_selection_metric(metric: str) -> None:
+    """One class is rare, so that the epoch with the best accuracy ignores it."""
+    scores = iter([0.5, 0.9, 0.8, 0.7])
+
+    class Spoil(Callback):
+        def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            # 90 and 10 images: accuracy and the metric disagree
+            rare = 10 * next(scores)
+            hits = torch.tensor([90 - 4 * rare, rare])
+            module.val_totals = torch.tensor([1.0, float(hits.sum()), 100.0])
+            module.val_counts = torch.stack([hits, torch.tensor([90.0, 10.0]), torch.tensor([90.0, 10.0])])
+
+    trained = train(build(), max_epochs=9, patience=2, selection_metric=metric, callbacks=[Spoil()])
+    assert trained.stopped == "patience"
+    assert [row["epoch"] for row in trained.history] == [1, 2, 3, 4]
+    assert trained.best["epoch"] == 2
+    assert max(trained.history, key=lambda row: row["val_accuracy"])["epoch"] == 1
+    assert trained.best[f"val_{metric}"] == max(row[f"val_{metric}"] for row in trained.history)
+
+
 @pytest.mark.parametrize("recipe", [{}, {"ema_decay": 0.9}], ids=["as trained", "running mean"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_kept_weights_have_the_metrics_of_the_best_epoch(recipe: dict, precision: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, WeightAveraging
 from torch import Tensor
 
+from convoy.core.config import SelectionMetric
 from convoy.training.history import EpochHistory
 from convoy.training.optimizers import compute_ema_decay
 
@@ -53,14 +54,15 @@ class EmaWeights(WeightAveraging):
 
 
 class StopEarly(EarlyStopping):
-    """Early stopping on the validation accuracy that also holds for a training that resumes after its last epoch.
+    """Early stopping on a metric that also holds for a training that resumes after its last epoch.
 
     Args:
+        metric: Metric on the validation images.
         patience: Epochs without improvement before the training stops.
     """
 
-    def __init__(self, patience: int) -> None:
-        super().__init__("val_accuracy", mode="max", patience=patience, check_on_train_epoch_end=False)
+    def __init__(self, metric: SelectionMetric, patience: int) -> None:
+        super().__init__(f"val_{metric}", mode="max", patience=patience, check_on_train_epoch_end=False)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Stop at once if the patience was exhausted when the checkpoint was written."""

@@ -14,7 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from convoy.core.errors import ConvoyError, describe_error
-from convoy.training.history import COLUMNS, ranking_key
+from convoy.training.history import COLUMNS
 from convoy.training.termination import GracefulExit
 
 # Steps after which the processes of a distributed training agree on whether to write a checkpoint and to exit.
@@ -176,10 +176,12 @@ def _check(checkpoint: Any, module: lightning.LightningModule, max_epochs: int) 
             raise ValueError(f"it has no {part}")
     if not 0 <= checkpoint["epoch"] <= max_epochs or len(rows) > max_epochs:
         raise ValueError(f"epoch {checkpoint['epoch']} of a training of {max_epochs} epochs")
-    if any(list(row) != COLUMNS for row in rows) or [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
+    if any(not set(COLUMNS) <= set(row) for row in rows) or [row["epoch"] for row in rows] != list(
+        range(1, len(rows) + 1)
+    ):
         raise ValueError("it has no complete history")
-    if history["best"] != max(rows, key=ranking_key, default={}):
-        raise ValueError("the best epoch is not the best of the history")
+    if history["best"] not in (rows or [{}]):
+        raise ValueError("the best epoch is not in the history")
     best = {f"classifier.{name}": tensor for name, tensor in history["weights"].items()}
     totals = {"train_totals": checkpoint["train_totals"]}
     _check_tensors(checkpoint["state_dict"], own)

@@ -9,11 +9,13 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from convoy.core.config import SelectionMetric
+from convoy.core.selection_metric import selection_score
 from convoy.training.divergence import TrainingDiverged
 from convoy.training.module import ClassifierModule
 from convoy.training.record import FailureInfo
 
-# Keys of a row of the training history.
+# Keys of a row of the training history, which may have more.
 COLUMNS = ["epoch", "lr", "train_accuracy", "train_loss", "val_accuracy", "val_loss"]
 
 
@@ -21,9 +23,14 @@ class EpochHistory(Callback):
     """Record the metrics of each epoch, and keep the weights of the best one.
 
     It must come before `EmaWeights`, which puts the averaged weights into the network only while it is validated.
+
+    Args:
+        metric: Metric on the validation images by which the best epoch is kept. Unless it is the accuracy, the rows
+            have one more column for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metric: SelectionMetric) -> None:
+        self.metric = metric
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}
@@ -52,15 +59,18 @@ class EpochHistory(Callback):
             step = (trainer.current_epoch + 1) * (trainer.num_training_batches // trainer.accumulate_grad_batches)
             reason = "the validation loss is NaN or infinite"
             raise TrainingDiverged(FailureInfo(reason, trainer.current_epoch + 1, int(step), self.lr))
+        if self.metric != "accuracy":
+            counts = trainer.strategy.reduce(module.val_counts, reduce_op="sum")
+            row[f"val_{self.metric}"] = float(selection_score(self.metric, *counts.cpu().numpy()))
         self.rows.append(row)
-        if not self.best or ranking_key(row) > ranking_key(self.best):
+        if not self.best or ranking_key(row, self.metric) > ranking_key(self.best, self.metric):
             self.best = row
             self.weights = {
                 name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
                 for name, value in module.classifier.state_dict().items()
             }
         module.train_totals = torch.zeros_like(module.train_totals)
-        shown = {name: row[name] for name in ("train_loss", "val_accuracy")}
+        shown = {name: row[name] for name in dict.fromkeys(("train_loss", "val_accuracy", f"val_{self.metric}"))}
         module.log_dict(shown, prog_bar=True, sync_dist=trainer.world_size > 1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -72,6 +82,6 @@ class EpochHistory(Callback):
         self.rows, self.best, self.weights = state_dict["rows"], state_dict["best"], state_dict["weights"]
 
 
-def ranking_key(epoch: Mapping[str, float]) -> tuple[float, float]:
-    """Return the sort key that ranks epochs by validation accuracy, then by validation loss."""
-    return epoch["val_accuracy"], -epoch["val_loss"]
+def ranking_key(epoch: Mapping[str, float], metric: SelectionMetric) -> tuple[float, float]:
+    """Return the sort key that ranks epochs by a metric on the validation images, then by the validation loss."""
+    return epoch[f"val_{metric}"], -epoch["val_loss"]

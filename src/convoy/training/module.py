@@ -16,7 +16,7 @@ from convoy.training.optimizers import make_optimizer, make_schedule
 class ClassifierModule(lightning.LightningModule):
     """Lightning module that trains a classifier by its recipe.
 
-    Loss and accuracy are summed on the device, in `train_totals` and `val_totals`, and read once per epoch by
+    Metrics are summed on the device, in `train_totals`, `val_totals` and `val_counts`, and read once per epoch by
     `EpochHistory`.
 
     Args:
@@ -35,6 +35,8 @@ class ClassifierModule(lightning.LightningModule):
         self.register_buffer("class_weights", class_weights, persistent=False)
         # Sums over the epoch: loss, correct predictions, images. No buffers, which weight averaging would average.
         self.train_totals, self.val_totals = torch.zeros(3), torch.zeros(3)
+        # Validation images of each class: classified correctly, there are, predicted.
+        self.val_counts = torch.zeros(3, len(classifier.info.classes))
         if self.recipe.backbone_lr_scale == 0:
             for name, parameter in classifier.named_parameters():
                 parameter.requires_grad_(classifier.is_in_head(name))
@@ -95,17 +97,22 @@ class ClassifierModule(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Reset the validation metrics, and share the running statistics of the first process."""
         self.val_totals = torch.zeros(3, device=self.device)
+        self.val_counts = torch.zeros(self.val_counts.shape, device=self.device)
         # Validate with the running statistics of the first process, which are the ones that are saved.
         if self.trainer.world_size > 1:
             for buffer in self.classifier.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the metrics of a validation batch to `val_totals`."""
+        """Add the metrics of a validation batch to `val_totals` and `val_counts`."""
         pixels, labels = batch
         # In float32, as in inference.
         with torch.autocast(self.device.type, enabled=False):
-            self.val_totals += compute_metrics(self.classifier(pixels), labels)
+            logits = self.classifier(pixels)
+        self.val_totals += compute_metrics(logits, labels)
+        classes = torch.arange(logits.shape[1], device=self.device)
+        actual, predicted = labels[:, None] == classes, logits.argmax(dim=1)[:, None] == classes
+        self.val_counts += torch.stack([actual & predicted, actual, predicted]).sum(dim=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the totals over all processes."""

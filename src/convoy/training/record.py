@@ -89,6 +89,9 @@ class EpochMetrics:
     train_loss: float
     val_accuracy: float
     val_loss: float
+    # At most one, if it is train.selection_metric.
+    val_balanced_accuracy: float | None = None
+    val_macro_f1: float | None = None
 
 
 class TrainingRecord(BaseModel):

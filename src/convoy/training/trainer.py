@@ -42,7 +42,7 @@ class TrainResult:
 
     weights: dict[str, Tensor]  # state dict of the best epoch, on the CPU
     history: list[dict[str, float]]  # one row per epoch, with the keys `COLUMNS`; epochs count from 1
-    best: dict[str, float]  # the row of `history` with the highest val_accuracy, then the lowest val_loss
+    best: dict[str, float]  # the row of `history` that is best by train.selection_metric, then by val_loss
     stopped: str  # setting that ended the training (max_epochs, patience or max_time), or "failure"
     failure: FailureInfo | None
 
@@ -79,7 +79,8 @@ def fit(
     """
     module = make_module(classifier, data, hardware)
     state = read_checkpoint(checkpoint, module, params.max_epochs) if checkpoint else None
-    history, early_stopping, exit = EpochHistory(), StopEarly(params.patience), GracefulExit()
+    history, exit = EpochHistory(params.selection_metric), GracefulExit()
+    early_stopping = StopEarly(params.selection_metric, params.patience)
     own: list[Callback] = [
         SeedSteps(params.seed),
         history,

@@ -92,6 +92,8 @@ class EpochLog(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Print the metrics, the speed and the time that is left."""
+        if not trainer.is_global_zero:
+            return
         row, epochs = self.history.rows[-1], trainer.max_epochs
         seconds_per_step = (time.monotonic() - self.started) / max(1, trainer.global_step - self.first_step)
         images_per_step = trainer.datamodule.train_loader.sampler.images_per_step  # type: ignore[attr-defined]

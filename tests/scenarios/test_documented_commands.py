@@ -39,7 +39,7 @@ NOT_RUN = {
 }
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
 # The port at which a server answers.
-SERVERS = {"convoy ui": 5000, "mlflow models serve": 5001}
+SERVERS = {"convoy ui": 5000, "convoy serve": 8000, "mlflow models serve": 5001}
 SMALL = {
     "[lenet, alexnet, vgg, googlenet, resnet]": "[resnet]",
     "max_epochs: 16": "max_epochs: 1",

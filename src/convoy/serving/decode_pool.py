@@ -20,6 +20,10 @@ from convoy.serving.onnx_model import InputSpec
 BATCH_IMAGES, BATCH_BYTES = 16, 4 << 20
 # Time limit for one image; a batch gets twice as much.
 IMAGE_TIMEOUT_S = 20
+# Time limit for a process to start on a busy machine.
+START_TIMEOUT_S = 120
+# An image crashes its decoder if so many processes have ended over it: something else may have killed the first.
+MAX_TRIES = 3
 # Numeric libraries in a worker have one thread, as there are as many workers as processors.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -75,18 +79,33 @@ class Worker(asyncio.Protocol):
             TimeoutError: If it takes longer than `timeout` seconds.
             WorkerCrashed: If the process ends.
         """
-        loop = asyncio.get_running_loop()
         if self._transport is None:
-            await loop.create_connection(lambda: self, sock=self._socket)
+            # It sends an empty message when it is ready.
+            ready = self._expect_answer()
+            await asyncio.get_running_loop().create_connection(lambda: self, sock=self._socket)
+            await self._wait(ready, START_TIMEOUT_S)
         assert self._transport
+        answer = self._expect_answer()
+        self._transport.write(decode_worker.pack_request(spec, images))
+        return _unpack(await self._wait(answer, timeout), spec, len(images))
+
+    def _expect_answer(self) -> asyncio.Future[bytearray]:
         self._received.clear()
-        self._answer = loop.create_future()
-        timer = loop.call_later(timeout, self._fail, TimeoutError())
+        self._answer = asyncio.get_running_loop().create_future()
+        return self._answer
+
+    async def _wait(self, answer: asyncio.Future[bytearray], timeout: float) -> bytearray:
+        # `asyncio.timeout` takes more time than the rest of this function.
+        timer = asyncio.get_running_loop().call_later(timeout, self._fail, TimeoutError())
         try:
-            self._transport.write(decode_worker.pack_request(spec, images))
-            return _unpack(await self._answer, spec, len(images))
+            return await answer
         finally:
             timer.cancel()
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the connection to the process is lost."""
+        return self._transport is not None and self._transport.is_closing()
 
     def stop(self) -> None:
         """End the process at once."""
@@ -174,8 +193,12 @@ class DecodePool:
 
         return [image for batch in await asyncio.gather(*map(decode_next, batches)) for image in batch]
 
-    async def _decode_batch(self, spec: InputSpec, images: Sequence[Image], *, is_retry: bool = False) -> list[Decoded]:
+    async def _decode_batch(self, spec: InputSpec, images: Sequence[Image], tries: int = 1) -> list[Decoded]:
         worker = await self._idle.get()
+        # Something has killed it while it had nothing to do.
+        while worker.is_lost:
+            self._replace(worker)
+            worker = await self._idle.get()
         is_late = False
         try:
             decoded = await worker.ask(spec, images, self.timeout * (2 if len(images) > 1 else 1))
@@ -190,12 +213,12 @@ class DecodePool:
         else:
             self._idle.put_nowait(worker)
             return decoded
-        # The first time, something else may have killed the process.
-        if len(images) == 1 and (is_retry or is_late):
-            reason = f"takes more than {self.timeout:g} seconds to decode" if is_late else "crashes its decoder"
-            return [InvalidImageError(reason)]
+        if len(images) == 1 and is_late:
+            return [InvalidImageError(f"takes more than {self.timeout:g} seconds to decode")]
+        if len(images) == 1 and tries == MAX_TRIES:
+            return [InvalidImageError("crashes its decoder")]
         # Decoding each image by itself shows which of them is broken.
-        return [(await self._decode_batch(spec, [image], is_retry=True))[0] for image in images]
+        return [(await self._decode_batch(spec, [image], tries + 1))[0] for image in images]
 
     def _replace(self, worker: Worker) -> None:
         self._workers.discard(worker)

@@ -42,6 +42,7 @@ def main() -> None:
     _warm_up()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         connection.setblocking(True)
+        connection.sendall(LENGTHS.pack(0, 0))
         while received := receive_message(connection):
             errors, pixels = decode_batch(*received)
             answer = json.dumps(errors).encode()

@@ -142,21 +142,24 @@ async def _decode_batches(
 
 def find_images(paths: Sequence[str]) -> Iterator[Path]:
     """Yield the files that the paths name; a path that matches nothing is yielded unchanged."""
-    # Imported here, because most of the time of predicting one image is that of imports.
-    from convoy.data.sources.file_listing import is_image, is_junk
-
     for name in paths:
         matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute one)
         for path in map(Path, matches or [name]):
-            below = sorted(file for file in path.rglob("*") if not file.is_dir()) if path.is_dir() else []
-            files = [file for file in below if not is_junk(str(file.relative_to(path)))]
-            inside = [file for file in files if is_image(file.name) or not file.suffix]
-            if other := len(files) - len(inside):
-                print(
-                    f"{escape_unprintable(str(path))}: {other} files without an image suffix are ignored",
-                    file=sys.stderr,
-                )
-            yield from inside or [path]
+            yield from _find_in_folder(path) if path.is_dir() else [path]
+
+
+def _find_in_folder(folder: Path) -> list[Path]:
+    """Return the images below a folder, or the folder itself if there are none."""
+    # Imported here, because the time of predicting one image is that of imports.
+    from convoy.data.sources.file_listing import is_image, is_junk
+
+    below = sorted(file for file in folder.rglob("*") if not file.is_dir())
+    files = [file for file in below if not is_junk(str(file.relative_to(folder)))]
+    inside = [file for file in files if is_image(file.name) or not file.suffix]
+    if other := len(files) - len(inside):
+        name = escape_unprintable(str(folder))
+        print(f"{name}: {other} files without an image suffix are ignored", file=sys.stderr)
+    return inside or [folder]
 
 
 def show_progress(predictions: Iterator[Prediction]) -> Iterator[Prediction]:

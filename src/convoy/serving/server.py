@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import logging
 import os
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -65,12 +66,23 @@ def serve(config: ServerConfig) -> None:
         server_header=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-    address = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{address}:{config.port}  (its API: /docs; end it with Ctrl-C)", flush=True)
-    server = uvicorn.Server(options)
-    server.run()
-    if not server.started:
-        raise ConvoyError(f"the server could not start at {address}:{config.port}: is another one running there?")
+    try:
+        _Server(options).run()
+    # uvicorn has printed why.
+    except SystemExit:
+        reason = "another server may be running there; see --port"
+        raise ConvoyError(f"can't listen at {config.host}, port {config.port}: {reason}") from None
+
+
+class _Server(uvicorn.Server):
+    """A server that prints its address once it answers."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        if self.started:
+            host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+            print(f"http://{host}:{self.config.port}  (its API: /docs; end it with Ctrl-C)", flush=True)
 
 
 def is_loopback(host: str) -> bool:

@@ -35,14 +35,20 @@ def fetch(stage: Stage) -> None:
     lock_file = stage.root / "data.lock"
     lock = DataLock.load(lock_file, params.name)
     artifacts = stage.project_root / "artifacts"
-    decoded = artifacts / ".cache/decoded" / params.name / decoding_fingerprint(params.longest_side)
+    decoded = (
+        artifacts
+        / ".cache/decoded"
+        / params.name
+        / decoding_fingerprint(params.longest_side, limits.max_pixels, params.first_page)
+    )
     cache = CacheDir(decoded, artifacts / "fetch")
 
     if params.torchvision is None:
         source = read_folder(stage.root / "data", params)
     else:
         source = read_torchvision(params.torchvision, stage.project_root / "downloads" / params.name)
-    lock.check(params.name, source.classes)
+    labels = source.labels or None
+    lock = lock.check(params.name, source.classes, labels)
     rejected = stage.folder.parent / "rejected.csv"
     rejected.unlink(missing_ok=True)
     try:
@@ -54,7 +60,7 @@ def fetch(stage: Stage) -> None:
     write_csv(quarantine, stage.scratch / "quarantine.csv")
     write_csv(merged, stage.scratch / "merged.csv")
 
-    version = compute_version(packed.table.iter_chunks("sha256", "label", "split"), len(quarantine))
+    version = compute_version(packed.table.iter_chunks("sha256", "label", "split"), len(quarantine), labels)
     lock = lock.add_version(packed.classes, version, packed.drawn, origin)
     summary = FetchSummary(
         name=params.name,

@@ -23,6 +23,7 @@ from convoy.data.card.summary import PreprocessSummary
 from convoy.data.image_io import center_crop_resize
 from convoy.data.packed.packed_dataset import ImageTable, PackedDataset
 from convoy.data.preprocessing import PreprocessConfig, SplitConfig, prepare, read_checksums, read_test_checksums
+from convoy.data.splitting import describe_groups
 from pipeline.stage import Stage, main, print_limited
 
 # If MLflow has not answered in this time, the check is left to the gate, after the training.
@@ -48,7 +49,8 @@ def preprocess(stage: Stage) -> None:
     moved_count = len(np.intersect1d(training_hashes, read_test_checksums(cache.output)))
     check_champion(stage)
 
-    info, table = prepared.info, rows.read_columns("label", "split")
+    info, table = prepared.info, rows.read_columns("label", "split", "group")
+    groups = describe_groups(table)
     summary = PreprocessSummary(
         name=packed.name,
         **{key: getattr(info, key) for key in ("classes", "size", "channels", "mean", "std")},
@@ -60,6 +62,7 @@ def preprocess(stage: Stage) -> None:
         conflict_count=prepared.conflict_count,
         excluded=prepared.excluded,
         notes=prepared.notes,
+        groups=groups,
     )
     write_preprocess_card(summary, stage.scratch)
     splits = table["split"].astype(str).value_counts()
@@ -77,6 +80,8 @@ def preprocess(stage: Stage) -> None:
             " split.seed, a fraction, or splits or groups in the data changed: models are no longer compared on them"
         )
     print_limited("note", prepared.notes, "artifacts/preprocess/card.md")
+    if groups:
+        print(f"{packed.name}: {groups}")
     print(f"{packed.name}: " + ", ".join(f"{count} {name}" for name, count in profile.items()))
 
 

@@ -3,18 +3,15 @@
 import collections
 import contextlib
 import dataclasses
-import io
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
-from convoy.data.image_io import FORMATS, InvalidImageError
+from convoy.data.image_io import FORMATS, InvalidImageError, read_size
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES
 from convoy.data.sources.base import EVERYTHING, FileContent, Sample, Selection, Source
 from convoy.data.sources.file_listing import FileSet, ListingLimit, is_image
@@ -174,7 +171,8 @@ def _count(source: Source, deadline: float) -> _Tally:
         tally.splits[sample.split] += 1
         if isinstance(sample.content, str | bytes) and sample.content and len(tally.opened) < MAX_OPENED_IMAGES:
             try:
-                tally.opened.append(_read_size(sample.content))
+                content = sample.content
+                tally.opened.append(read_size(content if isinstance(content, bytes) else Path(content).read_bytes()))
             # Pillow raises all kinds of errors for broken files.
             except Exception:
                 tally.unreadable.append(sample.path)
@@ -197,11 +195,3 @@ def _check(path: Path, tally: _Tally, is_complete: bool) -> None:
             f"{path} holds images of one class, {found[0]!r}, and a classifier needs two or more: put the images of"
             " each class into a folder of its own"
         )
-
-
-def _read_size(content: str | bytes) -> tuple[int, int, bool]:
-    """Return height and width in pixels, and whether the image is grey, from the header of an image file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
-            return image.height, image.width, image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")

@@ -216,3 +216,31 @@ def test_damaged_data_dvc_is_one_clear_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "data.dvc").write_text(text)
     with pytest.raises(ConvoyError, match=r"^data\.dvc does not contain the source of the images: restore it"):
         check_source(tmp_path, make_config())
+
+
+def test_table_of_labels_that_is_added_is_a_new_version() -> None:
+    def version(images: dict[str, int], labels: str | None = None) -> LockedVersion:
+        return LockedVersion(digest="0" * 32, images=images, quarantine=0, labels=labels)
+
+    lock = DataLock(classes=["part_1", "part_2"], versions=[version({"part_1": 1, "part_2": 1})])
+    with pytest.raises(ConvoyError, match="give a new data set a new name"):
+        lock.check("moles", ["mel", "nv"])
+    lock = lock.check("moles", ["mel", "nv"], "metadata.csv")
+    lock = lock.add_version(["mel", "nv"], version({"mel": 1, "nv": 1}, "metadata.csv"))
+    assert lock.classes == ["mel", "nv"]
+    assert lock.describe_changes() == [
+        "the labels come from metadata.csv, and came from the names of folders before",
+        "new classes: 'mel', 'nv'",
+        "classes without images now: 'part_1', 'part_2'",
+    ]
+
+
+def test_table_with_the_same_labels_is_a_new_version_too(tmp_path: Path) -> None:
+    same = {"digest": "0" * 32, "images": {"a": 1, "b": 1}, "quarantine": 0}
+    lock = DataLock(classes=["a", "b"], versions=[LockedVersion(**same)])
+    lock = lock.check("pets", ["a", "b"], "labels.csv").add_version(
+        ["a", "b"], LockedVersion(**same, labels="labels.csv")
+    )
+    assert len(lock.describe_changes()) == 1
+    lock.save(tmp_path / "data.lock", "pets")
+    assert DataLock.load(tmp_path / "data.lock", "pets") == lock

@@ -28,7 +28,7 @@ from convoy.data.cache import CacheDir
 from convoy.data.decode_cache import INDEX_FILE, RECORDS_FILE, DecodeCache, write_decode_cache
 from convoy.data.decode_pool import _take_batch, decode_all
 from convoy.data.decode_worker import BATCH_BYTES, Batch, decode_batch
-from convoy.data.image_io import FORMATS, InvalidImageError, decode
+from convoy.data.image_io import InvalidImageError, decode
 from convoy.data.packed import pixel_shards
 from convoy.data.packed.pixel_shards import NOT_STORED, SHARD_LIST, ShardWriter
 from convoy.data.sources.base import Content, Sample, Source
@@ -74,15 +74,17 @@ def read_images(batch: Batch, cache_dir: CacheDir = NOTHING) -> list[np.ndarray]
     return images
 
 
-def report_threads(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
+def report_threads(contents: list[Content], longest_side: int, cache_dir: CacheDir, **limits: int) -> Batch:
     """As `decode_batch`, but the fault is the number of threads with which NumPy multiplies."""
     numbers = {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
-    return dataclasses.replace(decode_batch(contents, longest_side, cache_dir), faults=[f"threads: {numbers}"])
+    return dataclasses.replace(
+        decode_batch(contents, longest_side, cache_dir, **limits), faults=[f"threads: {numbers}"]
+    )
 
 
-def decode_first(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
+def decode_first(contents: list[Content], longest_side: int, cache_dir: CacheDir, **limits: int) -> Batch:
     """As `decode_batch` where images are large: it takes the first of them only."""
-    return decode_batch(contents[:2], longest_side, cache_dir)
+    return decode_batch(contents[:2], longest_side, cache_dir, **limits)
 
 
 def test_partially_read_batch_yields_each_image_once(
@@ -163,13 +165,13 @@ def test_decode_worker_imports_no_large_library() -> None:
 # Processes that die
 
 
-def crash(contents: list[Content], longest_side: int, cache_dir: CacheDir) -> Batch:
+def crash(contents: list[Content], longest_side: int, cache_dir: CacheDir, **limits: int) -> Batch:
     """Decode as `decode_batch`, but one image ends the process, as broken PNGs did, and another takes for ever."""
     if b"crash" in contents:
         os.kill(os.getpid(), signal.SIGSEGV)
     if b"hang" in contents:
         time.sleep(600)
-    return decode_batch(contents, longest_side, cache_dir)
+    return decode_batch(contents, longest_side, cache_dir, **limits)
 
 
 def test_image_that_crashes_or_hangs_its_decoder_is_named(
@@ -190,7 +192,7 @@ def test_image_that_crashes_or_hangs_its_decoder_is_named(
 
 # Damage
 
-FORMS = {form: encode(PHOTOGRAPH, form) for form in FORMATS} | {
+FORMS = {form: encode(PHOTOGRAPH, form) for form in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")} | {
     "progressive JPEG": encode(PHOTOGRAPH, "JPEG", progressive=True, quality=95),
     "TIFF in LZW": encode(PHOTOGRAPH, "TIFF", compression="tiff_lzw"),
     "lossless WEBP": encode(PHOTOGRAPH, "WEBP", lossless=True),

@@ -105,7 +105,7 @@ FAULTS = {
     "cat/notes.txt": (b"milk, bread", "is not an image in BMP, GIF, JPEG, PNG, TIFF, WEBP"),
     "dog/page.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n%%EOF\n", "is not an image"),
     "dog/bomb.png": (make_bomb(), "has more than the limit of 100000000 pixels"),
-    "dog/range.tif": (encode(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"), "has F pixels (32 bits)"),
+    "dog/range.tif": (encode(Image.fromarray(np.full((8, 8), -1, np.float32)), "TIFF"), "has 32 bits per pixel"),
     "stray.png": (encode(make_image(52)), "is in no class folder, so its label is unknown"),
 }
 

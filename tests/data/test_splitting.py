@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from convoy.data.data_lock import LockedVersion
 from convoy.data.packed.packed_dataset import SPLITS
-from convoy.data.splitting import assign_groups, draw_splits, exclude_leaks, find_cross_split_duplicates
+from convoy.data.splitting import (
+    assign_groups,
+    describe_groups,
+    draw_splits,
+    exclude_leaks,
+    find_cross_split_duplicates,
+)
 from factories import EMPTY_LOCK
 
 TEST_FRACTION, VAL_FRACTION = 0.2, 0.25
@@ -232,3 +238,13 @@ def test_group_moves_training_images_only_into_drawn_splits() -> None:
     sides = np.array([SPLITS.index("test"), SPLITS.index("train")], np.int8)
     assert assign_groups(said, sides, ["test"])[0].tolist() == [2, 2]
     assert assign_groups(said, sides, ["val"])[0].tolist() == [2, 0]
+
+
+def test_groups_of_each_split_are_counted() -> None:
+    table = pd.DataFrame({"group": ["a", "a", "b", "c", ""], "split": ["train", "train", "val", "test", "train"]})
+    assert describe_groups(table) == (
+        "3 groups: 1 train, 1 val, 1 test; none of them in two splits; 1 images are in no group"
+    )
+    table["split"] = ["train", "test", "val", "test", "train"]
+    assert describe_groups(table).startswith("3 groups: 1 train, 1 val, 2 test; 1 of them in two splits")
+    assert describe_groups(table.assign(group="")) == ""

@@ -37,6 +37,7 @@ class LockedVersion:
     digest: str  # of all images with their labels and splits, independent of order and file names
     images: dict[str, NonNegativeInt]  # class -> number of images
     quarantine: NonNegativeInt  # number of excluded images
+    labels: str | None = None  # the tables that the labels come from; None for names of folders
 
 
 @schema
@@ -60,26 +61,38 @@ class DataLock:
 
     def save(self, file: Path, name: str) -> None:
         """Save the lock to `file`, keeping the locks of other data sets."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        values = dataclasses.asdict(self, dict_factory=_without_none)
         sections = _load_sections(file) | {name: values}
         text = HEADER + yaml.safe_dump(sections, sort_keys=False)
         partial = file.with_name(f"{file.name}.partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(file)
 
-    def check(self, name: str, classes: Sequence[str]) -> None:
+    def check(self, name: str, classes: Sequence[str], labels: str | None = None) -> "DataLock":
         """Check that at least one known class is still present; otherwise this is a different data set.
+
+        Args:
+            name: The name of the data set.
+            classes: The classes that are present.
+            labels: The tables that the labels come from; None for names of folders.
+
+        Returns:
+            The lock, without classes if the labels come from another place now and all of them are new.
 
         Raises:
             ConvoyError: If none of the known classes is in `classes`.
         """
         if self.classes and not set(self.classes) & set(classes):
+            # For example the classes were part_1 and part_2, and a table of labels was added.
+            if self.versions and self.versions[-1].labels != labels:
+                return dataclasses.replace(self, classes=[])
             raise ConvoyError(
                 f"the data has the classes {truncate_names(classes)}, but none of those that data.lock records for"
                 f" {name} ({truncate_names(self.classes)}): give a new data set a new name in conf/dataset/, or remove"
                 f" {name} from data.lock; if these are folders that contain the classes, move the class folders to the"
                 " top"
             )
+        return self
 
     def splits_to_draw(self, given: Set[str]) -> list[DrawnSplit]:
         """Return the splits to draw from the images that the source assigns to training.
@@ -124,10 +137,15 @@ class DataLock:
             return []
         before, now = self.versions
         messages = []
+        if now.labels != before.labels:
+            places = [version.labels or "the names of folders" for version in (now, before)]
+            messages.append(f"the labels come from {places[0]}, and came from {places[1]} before")
         if new := [name for name in now.images if name not in before.images]:
             messages.append(f"new classes: {', '.join(map(repr, new))}")
         if gone := [name for name in before.images if name not in now.images]:
-            messages.append(f"classes without images now: {', '.join(map(repr, gone))}; they keep their labels")
+            # The class list begins again if the labels come from another place.
+            kept = "; they keep their labels" if set(gone) & set(self.classes) else ""
+            messages.append(f"classes without images now: {', '.join(map(repr, gone))}{kept}")
         total, total_before = sum(now.images.values()), sum(before.images.values())
         if total != total_before:
             messages.append(f"{total} images, {total - total_before:+} ({total_before} before)")
@@ -146,12 +164,17 @@ def extend_classes(known: Sequence[str], classes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*known, *classes]))
 
 
-def compute_version(chunks: Iterable["pd.DataFrame"], quarantine: int) -> LockedVersion:
+def _without_none(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value is not None}
+
+
+def compute_version(chunks: Iterable["pd.DataFrame"], quarantine: int, labels: str | None = None) -> LockedVersion:
     """Compute the version that consists of the given images.
 
     Args:
         chunks: Tables with a row for each image and the columns sha256, label and split.
         quarantine: The number of excluded images.
+        labels: The tables that the labels come from; None for names of folders.
     """
     # The digest is a sum of hashes, because a sum does not depend on the order and needs no memory.
     total, counts = 0, collections.Counter[str]()
@@ -163,6 +186,7 @@ def compute_version(chunks: Iterable["pd.DataFrame"], quarantine: int) -> Locked
         digest=f"{total % 2**128:032x}",
         images=dict(sorted(counts.items())),
         quarantine=quarantine,
+        labels=labels,
     )
 
 

@@ -29,8 +29,12 @@ RECORD = np.dtype(
         ("width", np.int32),  # pixels, as stored
         ("channels", np.int32),
         ("offset", np.int64),  # bytes; offset of the image's pixels
+        ("frames", np.int32),  # frames or pages in the file
+        ("traits", np.uint8),  # sum of `BILEVEL` and `ONE_COLOUR`
     ]
 )
+# What a note tells of an image: its file has one bit per pixel; its pixels have one colour.
+BILEVEL, ONE_COLOUR = 1, 2
 # Records that are in memory at a time.
 CHUNK_RECORDS = 2**13
 # The files that `write_decode_cache` writes beside a list of shards.

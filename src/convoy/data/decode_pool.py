@@ -18,6 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 from convoy.data.cache import CacheDir
 from convoy.data.decode_cache import RECORD
 from convoy.data.decode_worker import BATCH_BYTES, Batch, decode_batch, init_worker
+from convoy.data.image_io import MAX_PIXELS
 from convoy.data.sources.base import Content, Sample, Source
 
 # Number of images in the first and in the largest batch; other batches have about `BATCH_BYTES` of pixels.
@@ -28,19 +29,25 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 IMAGE_TIMEOUT_S = 60
 
 
-def decode_all(source: Source, longest_side: int, cache_dir: CacheDir) -> Iterator[tuple[list[Sample], Batch]]:
+def decode_all(
+    source: Source, longest_side: int, cache_dir: CacheDir, max_pixels: int = MAX_PIXELS, first_page: bool = False
+) -> Iterator[tuple[list[Sample], Batch]]:
     """Decode all samples of a source in parallel processes.
 
     Args:
         source: The source of the samples.
         longest_side: Larger images are reduced to this many pixels on their longest side.
         cache_dir: Cache that `write_decode_cache` wrote. Images whose bytes it contains are not decoded again.
+        max_pixels: Images with more pixels are refused.
+        first_page: Whether the first page is taken of a TIFF that has several, which is refused otherwise.
 
     Yields:
         Batches of samples and their results, in the order of the source.
     """
     workers = cpu_count()
-    decode = functools.partial(decode_batch, longest_side=longest_side, cache_dir=cache_dir)
+    decode = functools.partial(
+        decode_batch, longest_side=longest_side, cache_dir=cache_dir, max_pixels=max_pixels, first_page=first_page
+    )
     pending: collections.deque[tuple[list[Sample], Future]] = collections.deque()
     size = FIRST_BATCH_IMAGES
     pool = ProcessPool(workers, context=start_fork_server(), initializer=init_worker)

@@ -16,8 +16,8 @@ import xxhash
 from convoy.core.malloc import keep_memory
 from convoy.data import completeness, decode_cache, image_io, near_duplicates
 from convoy.data.cache import CacheDir, fingerprint
-from convoy.data.decode_cache import RECORD, DecodeCache, hash_pixels, pixel_bytes
-from convoy.data.image_io import Decoded, InvalidImageError, as_image, decode, to_grey_or_rgb
+from convoy.data.decode_cache import BILEVEL, ONE_COLOUR, RECORD, DecodeCache, hash_pixels, pixel_bytes
+from convoy.data.image_io import MAX_PIXELS, Decoded, InvalidImageError, as_image, decode, to_grey_or_rgb
 from convoy.data.near_duplicates import compute_perceptual_hashes, make_thumbnails
 from convoy.data.packed import pixel_shards
 from convoy.data.packed.pixel_shards import NOT_STORED
@@ -38,10 +38,11 @@ FILE_STATUS = struct.Struct("<3qQ")
 SETTLED_NS = 3_000_000_000
 
 
-def decoding_fingerprint(longest_side: int) -> str:
+def decoding_fingerprint(longest_side: int, max_pixels: int = MAX_PIXELS, first_page: bool = False) -> str:
     """Hash everything that determines the decoded pixels of a file: code, libraries and settings."""
     modules = [image_io, completeness, near_duplicates, pixel_shards, decode_cache, sys.modules[__name__]]
-    return fingerprint(modules, ["numpy", "pillow", "simplejpeg", "xxhash"], longest_side)
+    packages = ["numpy", "pi-heif", "pillow", "simplejpeg", "xxhash"]
+    return fingerprint(modules, packages, longest_side, max_pixels, first_page)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,13 @@ def init_worker() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def decode_batch(contents: list["Content"], longest_side: int, cache_dir: CacheDir) -> Batch:
+def decode_batch(
+    contents: list["Content"],
+    longest_side: int,
+    cache_dir: CacheDir,
+    max_pixels: int = MAX_PIXELS,
+    first_page: bool = False,
+) -> Batch:
     """Read, hash and decode images.
 
     A file whose size and times are the same as when an earlier run read it is not read again.
@@ -76,6 +83,8 @@ def decode_batch(contents: list["Content"], longest_side: int, cache_dir: CacheD
         contents: The images: paths, bytes of files, pixels, or errors.
         longest_side: Larger images are reduced to this many pixels on their longest side.
         cache_dir: Cache of an earlier run.
+        max_pixels: Images with more pixels are refused.
+        first_page: Whether the first page is taken of a TIFF that has several, which is refused otherwise.
 
     Returns:
         The result for all images, or only for the first ones if their new pixels exceed four times `BATCH_BYTES`.
@@ -99,11 +108,13 @@ def decode_batch(contents: list["Content"], longest_side: int, cache_dir: CacheD
                 records[index] = found[0]
                 records[index]["file_stamp"] = stamp
             else:
-                decoded = _decode(data, longest_side)
+                decoded = _decode(data, longest_side, max_pixels, first_page)
                 image = new[index] = np.ascontiguousarray(decoded.pixels)
                 pixel_hash = hash_pixels(image.data, *image.shape)
                 size = decoded.height, decoded.width
-                records[index] = (sha256, stamp, pixel_hash, 0, *size, *image.shape, NOT_STORED)
+                traits = BILEVEL * decoded.is_bilevel + ONE_COLOUR * _has_one_colour(image)
+                place = (NOT_STORED, decoded.frames, traits)
+                records[index] = (sha256, stamp, pixel_hash, 0, *size, *image.shape, *place)
                 new_bytes += image.size
         except InvalidImageError as fault:
             faults[index] = str(fault)
@@ -169,9 +180,14 @@ def _read_bytes(file: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _decode(data: bytes | np.ndarray, longest_side: int) -> Decoded:
+def _has_one_colour(image: np.ndarray) -> bool:
+    # Of nearly all images, the first row is enough.
+    return bool((image[0] == image[0, 0]).all() and (image == image[0, 0]).all())
+
+
+def _decode(data: bytes | np.ndarray, longest_side: int, max_pixels: int, first_page: bool) -> Decoded:
     if isinstance(data, bytes):
-        return decode(data, longest_side)
+        return decode(data, longest_side, max_pixels, first_page)
     height, width, _ = data.shape
     is_small = max(height, width) <= longest_side
     return Decoded(data if is_small else to_grey_or_rgb(as_image(data), longest_side), height, width)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import re
@@ -16,9 +17,12 @@ from convoy.core.errors import describe_error
 from convoy.data.completeness import MISSING, find_missing_after_load, find_missing_before_load, is_complete_progressive
 
 # Pillow may use only the decoders of these formats.
-FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]
-# By its header, an image with more pixels is rejected as a decompression bomb.
+PILLOW_FORMATS = ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "TGA"]
+FORMATS = [*PILLOW_FORMATS, "HEIC"]
+# By its header, an image with more pixels is rejected as a decompression bomb; `fetch.max_pixels` sets another limit.
 MAX_PIXELS = 100_000_000
+# The kinds of ISO media files that are images in HEIF, with HEVC.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # A JPEG may be decoded to this fraction of the longest side: for 256 pixels, an image of 500 is decoded to 250.
 MIN_SIZE_FRACTION = 0.95
 # The first bytes of a JPEG file.
@@ -54,9 +58,11 @@ class Decoded:
     pixels: np.ndarray  # (H, W, 1) grey or (H, W, 3) RGB uint8; upright, on a white background
     height: int  # pixels, in the file, before the image is turned and reduced
     width: int
+    frames: int = 1  # frames of an animation or pages, of which the first is decoded
+    is_bilevel: bool = False  # whether the file has one bit per pixel
 
 
-def decode(data: bytes, longest_side: int) -> Decoded:
+def decode(data: bytes, longest_side: int, max_pixels: int = MAX_PIXELS, first_page: bool = True) -> Decoded:
     """Decode the bytes of an image file.
 
     Of an animation, the first frame is decoded.
@@ -64,6 +70,8 @@ def decode(data: bytes, longest_side: int) -> Decoded:
     Args:
         data: Bytes of the file.
         longest_side: Larger images are reduced to this many pixels on their longest side.
+        max_pixels: Images with more pixels are refused.
+        first_page: Whether the first page is taken of a TIFF that has several, which is refused otherwise.
 
     Returns:
         The image, upright and on a white background.
@@ -76,22 +84,24 @@ def decode(data: bytes, longest_side: int) -> Decoded:
     if not data:
         raise InvalidImageError("is empty")
     try:
-        return (_decode_jpeg if data.startswith(JPEG_START) else _decode_other)(data, longest_side)
+        if data.startswith(JPEG_START):
+            return _decode_jpeg(data, longest_side, max_pixels)
+        return _decode_other(data, longest_side, max_pixels, first_page)
     except InvalidImageError:
         raise
     except UnidentifiedImageError:
         raise InvalidImageError(f"is not an image in {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
-        raise InvalidImageError(f"has more than the limit of {MAX_PIXELS} pixels") from None
+        raise InvalidImageError(f"has more than the limit of {max_pixels} pixels") from None
     # For broken bytes, Pillow's decoders raise all kinds of errors, even OverflowError.
     except Exception as error:
         # Cats vs Dogs has files with the revisions 0 and 2, which mean the same as 1.
         if "unknown JFIF revision" in str(error) and data != (standard := JFIF_REVISION.sub(b"\1", data)):
-            return decode(standard, longest_side)
+            return decode(standard, longest_side, max_pixels)
         raise InvalidImageError(f"can't be decoded: {describe_error(error)}") from None
 
 
-def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
+def _decode_jpeg(data: bytes, longest_side: int, max_pixels: int) -> Decoded:
     """Decode a JPEG with libjpeg-turbo, six times as fast as with Pillow, treating warnings as errors."""
     try:
         # Not strict, because decoding the pixels repeats the same checks.
@@ -99,13 +109,13 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
     # simplejpeg raises KeyError if it can't find the colour space.
     except KeyError:
         raise InvalidImageError("can't be decoded: its header is incomplete") from None
-    _check_size(height, width)
+    _check_size(height, width, max_pixels)
     if not is_complete_progressive(data):
         raise InvalidImageError(f"{MISSING}: scans of its details are missing")
     if colours in ("CMYK", "YCCK"):
         # Decoding checks the file strictly; the pixels come from Pillow, which converts these colours.
         simplejpeg.decode_jpeg(data, "CMYK")
-        return _decode_other(data, longest_side)
+        return _decode_other(data, longest_side, max_pixels, first_page=True)
     space = "GRAY" if colours == "Gray" else "RGB"
     if height <= longest_side and width <= longest_side:
         pixels = simplejpeg.decode_jpeg(data, space)
@@ -121,18 +131,21 @@ def _decode_jpeg(data: bytes, longest_side: int) -> Decoded:
         # Pillow raises for some broken EXIF although the pixels are complete.
         with contextlib.suppress(Exception):
             # EXIF and XMP contain the orientation.
-            image.info = _open(data).info
+            image.info = _open(data, max_pixels).info
         return Decoded(to_grey_or_rgb(image, longest_side), height, width)
 
 
-def _decode_other(data: bytes, longest_side: int) -> Decoded:
-    image = _open(data)
+def _decode_other(data: bytes, longest_side: int, max_pixels: int, first_page: bool) -> Decoded:
+    image = _open(data, max_pixels)
     height, width = image.height, image.width
-    _check_size(height, width)
+    _check_size(height, width, max_pixels)
     # Pillow checks the checksums of a PNG only in `verify`.
     if image.format == "PNG":
         image.verify()
-        image = _open(data)
+        image = _open(data, max_pixels)
+    frames = _count_frames(image, data, max_pixels)
+    if image.format == "TIFF" and frames > 1 and not first_page:
+        raise InvalidImageError(f"has {frames} pages: to use the first of each TIFF, set dataset.first_page=true")
     with _ignore_warnings():
         # When it loads a TIFF, Pillow follows the tags that point to other directories, and raises if one is broken.
         if image.format == "TIFF":
@@ -147,9 +160,24 @@ def _decode_other(data: bytes, longest_side: int) -> Decoded:
         image.load()
         if missing := missing or find_missing_after_load(image, data):
             raise InvalidImageError(missing)
+        is_bilevel = image.mode == "1"
+        loaded: Image.Image = image
         if raw_mode.endswith(RAW_MODES_16_BIT) and not image.mode.startswith("I;16"):
-            return Decoded(to_grey_or_rgb(_adapt_16_bit(image, raw_mode), longest_side), height, width)
-        return Decoded(to_grey_or_rgb(image, longest_side), height, width)
+            loaded = _adapt_16_bit(image, raw_mode)
+        return Decoded(to_grey_or_rgb(loaded, longest_side), height, width, frames, is_bilevel)
+
+
+def _count_frames(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> int:
+    """Return the number of frames or pages, without those after the first broken one."""
+    if not getattr(image, "is_animated", False):
+        return 1
+    # Counting moves the position in some formats, so that it is done in an image of its own.
+    with _open(data, max_pixels) as other:
+        try:
+            return int(getattr(other, "n_frames", 1))
+        # For a broken frame, Pillow raises all kinds of errors; the first frame can still be used.
+        except Exception:
+            return 2
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:
@@ -179,9 +207,31 @@ def _adapt_16_bit(image: Image.Image, raw_mode: str) -> Image.Image:
     return image.convert("LA") if raw_mode.startswith("LA") else image
 
 
-def _open(data: bytes) -> ImageFile.ImageFile:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    # Pillow refuses more than twice this number; `_check_size` refuses what is above it.
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+    if is_heif:
+        _register_heif()
     with _ignore_warnings():
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=["HEIF"] if is_heif else PILLOW_FORMATS)
+
+
+def read_size(data: bytes) -> tuple[int, int, bool]:
+    """Return height and width in pixels, and whether the image is grey, from the header of an image file.
+
+    For broken files, Pillow raises all kinds of errors.
+    """
+    with _open(data, MAX_PIXELS) as image:
+        return image.height, image.width, image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
+
+
+@functools.cache
+def _register_heif() -> None:
+    """Let Pillow open HEIC, which costs 60 ms, in the processes that come across one."""
+    import pi_heif
+
+    pi_heif.register_heif_opener(thumbnails=False)
 
 
 @contextlib.contextmanager
@@ -192,9 +242,9 @@ def _ignore_warnings() -> Iterator[None]:
         yield
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise InvalidImageError(f"has {width}x{height} pixels, over the limit of {MAX_PIXELS}")
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise InvalidImageError(f"has {width}x{height} pixels, over the limit of {max_pixels} (fetch.max_pixels)")
 
 
 def to_grey_or_rgb(image: Image.Image, longest_side: int | None = None) -> np.ndarray:
@@ -260,7 +310,7 @@ def _to_pixels(image: Image.Image) -> np.ndarray:
 
 def _convert_mode(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise InvalidImageError(f"has {image.mode} pixels (32 bits), whose range is unknown: save it with 8 or 16 bits")
+        image = _reduce_32_bit_grey(image)
     # Pillow's own conversion would clip nearly all of the image to white.
     if image.mode.startswith("I;16"):
         return _reduce_16_bit_grey(image)
@@ -268,6 +318,22 @@ def _convert_mode(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("L" if is_grey else "RGB")
+
+
+def _reduce_32_bit_grey(image: Image.Image) -> Image.Image:
+    """Reduce a grey image of 32 bits to 16, if its values are integers that fit, or fractions in [0, 1]."""
+    values = np.asarray(image)
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (low >= 0 and np.isfinite(values).all()):
+        raise InvalidImageError("has 32 bits per pixel and negative or infinite values: save it with 8 or 16 bits")
+    if image.mode == "F" and high <= 1:
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if high >= 2**16 or (image.mode == "F" and (values % 1).any()):
+        raise InvalidImageError(
+            f"has 32 bits per pixel and values up to {high:g}, which are neither fractions from 0 to 1 nor integers of"
+            " 16 bits: save it with 8 or 16 bits"
+        )
+    return Image.fromarray(values.astype(np.uint16))
 
 
 def _reduce_16_bit_grey(image: Image.Image) -> Image.Image:

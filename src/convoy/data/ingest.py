@@ -15,21 +15,24 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from convoy.core.artifact_names import IMAGE_TABLE
-from convoy.core.config import Fraction, schema
+from convoy.core.config import Fraction, PositiveInt, schema
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
 from convoy.data.data_lock import DataLock, extend_classes
 from convoy.data.decode_cache import RECORD, RECORDS_FILE, DecodeCache, write_decode_cache
 from convoy.data.decode_pool import decode_all
+from convoy.data.decode_worker import Batch
+from convoy.data.image_io import MAX_PIXELS
 from convoy.data.packed.packed_dataset import COLUMN_PREFIX, DESCRIPTION_FILE, ImageTable, PackedDataset
 from convoy.data.packed.pixel_shards import PIXELS_FOLDER, MissingShardError, ShardWriter
+from convoy.data.remarks import Remarks
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES
-from convoy.data.sources.base import DatasetConfig, Source
+from convoy.data.sources.base import DatasetConfig, Sample, Source
 
 # An error message lists this many invalid images by name, and counts the rest.
 MAX_LISTED_IMAGES = 50
 # The columns of the image table that come from a `RECORD`.
-RECORD_COLUMNS = [name for name in RECORD.names or () if name not in ("sha256", "file_stamp")]
+RECORD_COLUMNS = [name for name in RECORD.names or () if name not in ("sha256", "file_stamp", "frames", "traits")]
 # The beginning of a path that is not searched for a group: the name of the data folder or of an archive.
 PATH_PREFIX = re.compile(
     rf"^(?:.*?(?:{'|'.join(map(re.escape, ARCHIVE_SUFFIXES))}):|[^/:]*[/:])", re.IGNORECASE | re.DOTALL
@@ -41,6 +44,7 @@ class FetchConfig:
     """Limits beyond which the fetch stage fails."""
 
     max_invalid_fraction: Fraction  # in [0, 1], of all images: those that are unusable or have contradictory labels
+    max_pixels: PositiveInt = MAX_PIXELS  # images with more are refused, as they may be decompression bombs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ def ingest(
     _check_mismatch(source, params)
     try:
         with snapshot(cache_dir, folder / "earlier") as cache_snapshot:
-            invalid = _decode(source, dataset, folder, cache_snapshot)
+            invalid, remarks = _decode(source, dataset, params, folder, cache_snapshot)
     except MissingShardError as error:
         raise ConvoyError(str(error)) from error
     table = ImageTable(folder / IMAGE_TABLE)
@@ -121,7 +125,7 @@ def ingest(
     }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n")
     write_decode_cache(folder / RECORDS_FILE, folder / PIXELS_FOLDER, cache_dir.folder)
-    notes = [*source.notes, *_note_equal_names(classes), *_note_ungrouped(table, dataset.group)]
+    notes = [*source.notes, *remarks.describe(), *_note_equal_names(classes), *_note_ungrouped(table, dataset.group)]
     notes += [
         f"the source assigns {split} images now; some of its training images stay {split} images, as before: to change"
         " this, edit drawn in data.lock"
@@ -207,18 +211,31 @@ def _note_equal_names(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def _decode(source: Source, dataset: DatasetConfig, folder: Path, cache_dir: CacheDir) -> pd.DataFrame:
-    """Write pixels, table and records of the usable images, and return path, label and reason of the others.
+def _decode(
+    source: Source, dataset: DatasetConfig, params: FetchConfig, folder: Path, cache_dir: CacheDir
+) -> tuple[pd.DataFrame, Remarks]:
+    """Write pixels, table and records of the usable images.
+
+    Returns path, label and reason of the other images, and what is remarkable about the usable ones.
 
     Everything is written to disk batch by batch, so that memory does not grow with the number of images.
     """
     invalid: list[tuple[str, str, str]] = []
-    ImageTable(folder / IMAGE_TABLE).write(_iter_tables(source, dataset, folder, cache_dir, invalid))
-    return pd.DataFrame(invalid, columns=["path", "label", "reason"], dtype="str")
+    remarks = Remarks()
+    decoded = decode_all(source, dataset.longest_side, cache_dir, params.max_pixels, dataset.first_page)
+    tables = _iter_tables(source, dataset, decoded, folder, cache_dir, invalid, remarks)
+    ImageTable(folder / IMAGE_TABLE).write(tables)
+    return pd.DataFrame(invalid, columns=["path", "label", "reason"], dtype="str"), remarks
 
 
 def _iter_tables(
-    source: Source, dataset: DatasetConfig, folder: Path, cache_dir: CacheDir, invalid: list[tuple[str, str, str]]
+    source: Source,
+    dataset: DatasetConfig,
+    decoded: Iterator[tuple[list[Sample], Batch]],
+    folder: Path,
+    cache_dir: CacheDir,
+    invalid: list[tuple[str, str, str]],
+    remarks: Remarks,
 ) -> Iterator[pa.Table]:
     """Yield the table rows of the usable images batch by batch, and append the other images to `invalid`."""
     schema, no_values = _table_schema(source.extra_columns), ("",) * len(source.extra_columns)
@@ -230,7 +247,7 @@ def _iter_tables(
         (folder / RECORDS_FILE).open("wb") as records,
         tqdm(total=source.count, desc=dataset.name, unit=" images", mininterval=1) as bar,
     ):
-        for samples, batch in decode_all(source, dataset.longest_side, cache_dir):
+        for samples, batch in decoded:
             sizes = batch.sizes
             shards.write(batch.records["pixel_hash"], sizes, batch.records["offset"], batch.pixels)
             batch.records["offset"] = offset + np.cumsum(sizes) - sizes
@@ -244,6 +261,7 @@ def _iter_tables(
                 else:
                     group = sample.group or find_group(sample.path, sample.label, dataset.group)
                     rows.append((sample.path, sample.label, sample.split, group, *(sample.extra_values or no_values)))
+            remarks.add([path for path, *_ in rows], batch.records)
             columns = _build_columns(rows, batch.records, 4 + len(source.extra_columns))
             yield pa.Table.from_arrays(columns, schema=schema)
             bar.update(len(samples))

@@ -141,3 +141,19 @@ def find_cross_split_duplicates(table: pd.DataFrame, split_ids: np.ndarray, pair
     codes, checksums = pd.factorize(table["sha256"])
     duplicates = {"test": codes[test[is_across]], "other": codes[other[is_across]]}
     return pd.DataFrame({name: pd.Categorical.from_codes(column, checksums) for name, column in duplicates.items()})
+
+
+def describe_groups(table: pd.DataFrame) -> str:
+    """Describe how many groups each split has, and whether a group is in two splits; "" if there are no groups.
+
+    Args:
+        table: Columns group ("" for none) and split of all prepared images.
+    """
+    pairs = table.loc[table["group"] != "", ["group", "split"]].drop_duplicates()
+    if pairs.empty:
+        return ""
+    counts = ", ".join(f"{(pairs['split'] == split).sum():,} {split}" for split in SPLITS)
+    shared = pairs.loc[pairs["group"].duplicated(), "group"].nunique()
+    ungrouped = int((table["group"] == "").sum())
+    rest = f"; {ungrouped:,} images are in no group" if ungrouped else ""
+    return f"{pairs['group'].nunique():,} groups: {counts}; {shared or 'none'} of them in two splits{rest}"

@@ -1,6 +1,7 @@
 """Class folders: each file gets its label, is named with its fault, or is refused."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from convoy.core.errors import ConvoyError
+from convoy.data.sources.base import Selection
 from convoy.data.sources.folder import read_folder, reject_links
 from factories import PETS, SPLIT_PETS, list_faults, make_png, make_tar, make_zip, read, read_content, read_rows, write
 
@@ -300,6 +302,38 @@ def test_folder_that_must_not_be_read_is_named(data: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ConvoyError, match="data/ can't be read: Permission denied"):
         read_folder(data)
+
+
+# Masks and other companions
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        ("cat/1.png cat/1_mask.png dog/2.png dog/2_mask.png", "*_mask*.png"),
+        ("cat/a-1.png cat/a-1-seg.png dog/2.png", "*-seg*.png"),
+        ("cat/x (1).png cat/x (1)_mask.png cat/x (1)_mask_1.png dog/2.png", "*_mask*.png"),
+        ("cat/1.png cat/masks/1.png dog/2.png dog/masks/2.png", "masks/"),
+        ("cat/1.jpg cat/1_flip.jpg cat/2.jpg cat/2_flip.jpg dog/3.jpg dog/3_flip.jpg", "*_flip*.jpg"),
+        ("cat/1.png cat/1_black.png dog/2.png dog/3.png", ""),
+        ("cat/big_cat.png cat/small_cat.png dog/dog_2.png dog/dog_1.png", ""),
+    ],
+)
+def test_companions_are_named_with_a_pattern_to_exclude(data: Path, names: str, pattern: str) -> None:
+    write(data, {name.replace("@", " "): make_png() for name in re.split(r" (?!\()", names)})
+    notes = [note for note in read_folder(data).notes if "masks or other versions" in note]
+    assert len(notes) == bool(pattern)
+    if pattern:
+        assert f"--exclude '{pattern}'" in notes[0]
+        left = [sample.path for sample in read_folder(data, Selection(exclude=[pattern])).samples]
+        assert 0 < len(left) < len(list(read_folder(data).samples))
+        assert not any("mask" in path or "flip" in path or "seg" in path for path in left)
+
+
+def test_only_included_images_are_read(data: Path) -> None:
+    write(data, PETS | {"cat/1_rgb.png": make_png(8), "dog/2_rgb.png": make_png(9), "labels.zip": make_zip({})})
+    found = [sample.path for sample in read_folder(data, Selection(include=["*_rgb.png"])).samples]
+    assert found == ["data/cat/1_rgb.png", "data/dog/2_rgb.png"]
 
 
 # Links

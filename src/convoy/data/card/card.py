@@ -82,7 +82,11 @@ def write_preprocess_card(summary: PreprocessSummary, folder: Path) -> None:
     bodies = {
         "": format_table(pd.DataFrame([headline])),
         "Notes": format_bullets(summary.notes),
-        "Splits": join_paragraphs(sections.describe_splits(table), sections.describe_classes(counts, folder)),
+        "Splits": join_paragraphs(
+            sections.describe_splits(table),
+            summary.groups and f"{summary.groups}.",
+            sections.describe_classes(counts, folder),
+        ),
         "Network inputs": join_paragraphs(sections.describe_channels(summary), samples),
         "Near-duplicates with different labels": sections.list_label_conflicts(summary, folder),
         "Near-duplicates with the same label": sections.list_near_duplicates(summary, folder),

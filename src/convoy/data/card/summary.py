@@ -45,3 +45,4 @@ class PreprocessSummary:
     conflict_count: int  # number of pairs with two different labels
     excluded: pd.DataFrame  # path, label, reason: images excluded because they would leak between splits
     notes: list[str]  # sentences
+    groups: str = ""  # how many groups each split has, in one sentence; "" if there are none

@@ -16,8 +16,9 @@ from convoy.data.sources.base import SPLIT_NAMES, FileContent
 
 # The last of these formats can't be decoded; they are listed so that such files are reported by name.
 IMAGE_SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp",
-    ".avif", ".cr2", ".dcm", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm",
+    ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".cr2", ".dcm", ".dng", ".exr", ".hdr", ".jxl", ".nef", ".psd", ".svg",
 )  # fmt: skip
 # Lower-case names of files and folders that operating systems create. Names that begin with a dot are junk as well.
 JUNK_NAMES = {

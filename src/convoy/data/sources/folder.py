@@ -15,6 +15,7 @@ from convoy.core.text import truncate_names
 from convoy.data.image_io import InvalidImageError
 from convoy.data.sources.archive import ARCHIVE_SUFFIXES, open_archive
 from convoy.data.sources.base import EVERYTHING, Sample, Selection, Source
+from convoy.data.sources.companions import note_companions
 from convoy.data.sources.file_listing import (
     NO_LIMIT,
     Annotation,
@@ -116,7 +117,7 @@ def read_file_sets(
         annotate_fns, notes = _annotate_by_folder(file_sets, tables.shards)
     annotate_fns = [lists.apply(number, annotate) for number, annotate in enumerate(annotate_fns)]
 
-    labels, ignored, unlisted = {sample.label for sample in matches.samples}, [], []
+    labels, ignored, unlisted, labelled = {sample.label for sample in matches.samples}, [], [], []
     count = len(matches.samples) + sum(shard.count for shard in tables.shards)
     problems = [f"{sample.path} {sample.content!s}" for sample in matches.samples[:3]]
     for files, annotate in zip(file_sets, annotate_fns, strict=True):
@@ -128,6 +129,8 @@ def read_file_sets(
                 ignored.append(f"{name} is not used: tables of labels must be at the top")
             elif not annotations and path.lower().endswith(UNSUPPORTED_SUFFIXES) and name not in tables.names:
                 ignored.append(f"{name} has an unsupported format: extract or convert it")
+            if any(not annotation.fault for annotation in annotations):
+                labelled.append(path)
             for annotation in annotations:
                 count += 1
                 labels.add(annotation.label)
@@ -149,6 +152,7 @@ def read_file_sets(
         *([mismatch.message] if mismatch else []),
         *notes,
         *ignored,
+        *note_companions(labelled),
     ]
     samples = _iter_samples(file_sets, annotate_fns, matches.samples, tables.shards)
     return Source(

@@ -10,6 +10,8 @@ from pipeline import signals
 # Threads that spin while they wait stop each other where anything else runs on the machine: a training step took 28
 # times as long beside two other processes on 2 cores. OpenMP reads this when torch is imported, so it stands here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# MLflow reads this when it is imported; DVC's counterpart is in .dvc/config. Nothing is sent to their makers.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -104,6 +104,8 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
             test_images, metric = gate.fingerprint_test_images(predictions), params.selection_metric
             score = score_predictions(metric, *predictions[["actual", "predicted"]].to_numpy(object).T)
             versions.log_file(store, candidate.run, FILE, document)
+            # Shown in the leaderboard of the runs.
+            store.client.set_tag(candidate.run, "verdict", f"{verdict.decision}, version {version}")
             versions.save_verdict(store, name, version, key, summary, test_images, metric, score)
     (stage.project_root / "artifacts" / FILE).write_text(document)
     print(f"{candidate.architecture}, version {version}: " + summary.replace("; ", ";\n  "))

@@ -10,6 +10,7 @@ from convoy.core.errors import ConvoyError
 from convoy.evaluation import latency
 from convoy.inference import onnx_export, predictor
 from convoy.registry import model_loader, verification, versions
+from convoy.reporting import model_card
 from convoy.tracking import runs
 from convoy.tracking.store import TrackingStore
 from convoy.training import hardware
@@ -60,6 +61,7 @@ def register_version(store: TrackingStore, name: str, result: TrainedResult, run
             code=PACKAGE,
             step=record.best.epoch if record.best else 0,
         )
+    store.client.update_registered_model(name, model_card.describe_model(name, record))
     return int(version.version)
 
 

@@ -124,7 +124,7 @@ def sync_runs(
     for name in results:
         record, result, manifest_hash = records[name], results[name], results[name].manifest_hash()
         fingerprint, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
-        tags = {**common, **colour_tag(names, name)}
+        tags = {**common, "mlflow.runColor": report.architecture_colour(name)}
         found = runs.find_run(store, fingerprint)
         if found and runs.is_synced(found, status, manifest_hash):
             runs.set_tags(store, found, tags)
@@ -149,20 +149,32 @@ def sync_runs(
 def build_run(
     record: TrainingRecord, result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
 ) -> run_record.RunRecord:
-    """Collect everything that the run of a result holds, drawing the confusion matrix into `scratch`."""
+    """Collect everything that the run of a result holds, writing plots and rounded tables into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     metrics = json.loads((evaluated / METRICS).read_text())
     files = [trained / RECORD, trained / HISTORY]
-    files += [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
+    tables = [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
+    files += [round_table(table, scratch / table.name) for table in tables]
     if not record.failure:
         plot, title = scratch / "confusion.png", f"{record.architecture} on test images"
         predictions = pd.read_parquet(evaluated / PREDICTIONS, columns=["actual", "predicted"])
         report.draw_confusion(predictions, record.dataset_info.classes, title, plot)
         files += [trained / WEIGHTS, plot]
+    if INTERVALS in {table.name for table in tables}:
+        metrics |= accuracy_interval(evaluated / INTERVALS)
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
     return run_record.describe_result(record, metrics, history, tags, origin, files)
 
 
-def colour_tag(names: Sequence[str], name: str) -> dict[str, str]:
-    """Return the tag that sets the colour of an architecture in MLflow's charts, by its position in `names`."""
-    return {"mlflow.runColor": report.COLOURS[names.index(name) % len(report.COLOURS)]}
+def round_table(file: Path, target: Path) -> Path:
+    """Write a table with four decimal places, as MLflow shows all digits, and return its new file."""
+    # A class may be named NA or 007, so all but numbers with a decimal point stay as they are.
+    table = pd.read_csv(file, dtype={"class": str}, keep_default_na=False)
+    table.to_csv(target, index=False, float_format="%.4f")
+    return target
+
+
+def accuracy_interval(file: Path) -> dict[str, float]:
+    """Return the bounds of the test accuracy as metrics, from a table of intervals."""
+    row = pd.read_csv(file).query("metric == 'accuracy'")
+    return {f"accuracy_{end}": value for end in ("low", "high") for value in row[end].tolist()}

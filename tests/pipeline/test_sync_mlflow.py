@@ -90,13 +90,15 @@ def test_runs_are_complete_and_a_second_sync_changes_nothing(trained_project: Pa
     assert (root / "mlflow.db").read_bytes() == before
 
 
-def test_runs_share_a_few_parameters_and_tags(trained_project: Path, tmp_path: Path) -> None:
+def test_runs_have_their_settings_metrics_and_tags(trained_project: Path, tmp_path: Path) -> None:
     root = copy_project(trained_project, tmp_path / "project")
     (root / "requirements.lock").write_text("torch==1\n")
     sync(root)
     lenet, resnet = list_runs(root)
-    assert set(lenet.data.params) == set(resnet.data.params)
-    assert len(lenet.data.params) <= 13
+    recipe = load_record(root, "resnet")["settings"]["recipe"]
+    assert resnet.data.params["recipe.weight_decay"] == str(recipe["weight_decay"])
+    assert resnet.data.params["recipe.augment.mixup"] == str(recipe["augment"]["mixup"])
+    assert resnet.data.params["model.widths.3"] == str(load_record(root, "resnet")["settings"]["widths"][3])
     assert (lenet.data.params["split.seed"], lenet.data.params["train.seed"]) == ("1", "1")
     assert lenet.data.params["recipe.lr"] == str(load_record(root, "lenet")["settings"]["recipe"]["lr"])
     assert lenet.data.params["init"] == "scratch"
@@ -110,7 +112,8 @@ def test_runs_share_a_few_parameters_and_tags(trained_project: Path, tmp_path: P
     assert lenet.data.tags["lock"] == sha256(root / "requirements.lock")[:12]
     assert lenet.data.tags["why"] == "manual"
     assert lenet.data.tags["who"] == lenet.data.tags["mlflow.user"]
-    assert lenet.data.tags["mlflow.runColor"] != resnet.data.tags["mlflow.runColor"]
+    assert lenet.data.tags["mlflow.runColor"] == report.architecture_colour("lenet")
+    assert lenet.data.metrics["test/accuracy_low"] <= lenet.data.metrics["test/accuracy"]
 
 
 def test_deleted_database_is_recreated_with_every_run(trained_project: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
-from convoy.reporting.report import draw_confusion
+from convoy import models
+from convoy.reporting.report import architecture_colour, draw_confusion
 
 
 def test_rows_of_the_confusion_plot_are_the_actual_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,3 +18,9 @@ def test_rows_of_the_confusion_plot_are_the_actual_classes(tmp_path: Path, monke
     (axes, *_) = drawn[0].axes
     assert axes.images[0].get_array().tolist() == [[0, 2], [0, 1]]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("actual", "predicted")
+
+
+def test_architecture_has_its_colour_in_every_selection() -> None:
+    colours = {name: architecture_colour(name) for name in models.names()}
+    assert len(set(colours.values())) == len(colours)
+    assert architecture_colour("my_network") == architecture_colour("my_network") not in colours.values()

@@ -97,12 +97,19 @@ def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
     assert set(sync_run(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
 
 
-def test_nested_settings_share_one_parameter() -> None:
+def test_each_number_is_a_parameter_under_its_dotted_name() -> None:
     run = run_record.describe_training(RECORD, {}, {})
-    assert run.params["model.numbers"] == "widths=[6,16] batch_norm=true"
-    assert run.params["recipe.augment"] == "hflip=false"
-    assert run.params["recipe.others"] == "warmup_fraction=0.1"
-    assert run.params["recipe.lr"] == 0.05
+    found = {name: value for name, value in run.params.items() if name.startswith(("model.", "recipe."))}
+    assert found == {
+        "model.widths.0": 6,
+        "model.widths.1": 16,
+        "model.batch_norm": "true",
+        "recipe.optimizer": "sgd",
+        "recipe.lr": 0.05,
+        "recipe.batch_size": 32,
+        "recipe.warmup_fraction": 0.1,
+        "recipe.augment.hflip": "false",
+    }
     assert run.tags["hardware"] == "cpu, AVX512, 2 threads, bf16-mixed"
 
 

@@ -1,5 +1,6 @@
 """Tables and plots that compare the architectures."""
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,23 @@ if TYPE_CHECKING:
 
 # A plot of more classes does not show their names.
 MAX_NAMED_CLASSES = 100  # classes
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+COLOURS = ("#0072b2", "#e69f00", "#009e73")
+# Colours of Okabe and Ito (2008), which colour-blind readers can tell apart. An architecture keeps its colour for ever.
+ARCHITECTURE_COLOURS = {
+    "lenet": "#e69f00",
+    "alexnet": "#56b4e9",
+    "vgg": "#009e73",
+    "googlenet": "#d55e00",
+    "resnet": "#0072b2",
+}
+# Colours of other architectures, by the hash of their name.
+OTHER_COLOURS = ("#cc79a7", "#882255", "#999933", "#332288", "#aa4499", "#661100")
+
+
+def architecture_colour(name: str) -> str:
+    """Return the colour of an architecture, which depends on nothing but its name."""
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+    return ARCHITECTURE_COLOURS.get(name, OTHER_COLOURS[number % len(OTHER_COLOURS)])
 
 
 def leaderboard(

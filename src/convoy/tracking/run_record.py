@@ -1,10 +1,8 @@
 """The contents of an MLflow run: parameters, tags, metrics and files of a training and its evaluation."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from convoy.training.record import DatasetVersion, TrainingRecord
 
@@ -19,7 +17,7 @@ class RunRecord:
     """A training as shown in MLflow, with its evaluation once there is one."""
 
     name: str
-    params: Mapping[str, object]  # flat dotted names, the same for all architectures
+    params: Mapping[str, object]  # by dotted name, one value each
     tags: Mapping[str, str]  # tags that are updated; includes FINGERPRINT_TAG
     provenance: Mapping[str, str]  # tags that are never overwritten: commit, who, why
     data: DatasetVersion
@@ -37,11 +35,8 @@ def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenanc
         tags: Additional tags, which are updated.
         provenance: Tags that are never overwritten.
     """
-    settings, recipe, environment = record.settings, dict(record.settings["recipe"]), record.environment
-    shown = {f"recipe.{name}": recipe.pop(name) for name in ("optimizer", "lr", "batch_size")}
-    augment = recipe.pop("augment")
-    numbers = {name: value for name, value in settings.items() if name not in ("init", "recipe")}
-    data = record.data
+    settings, environment, data = record.settings, record.environment, record.data
+    architecture = {name: value for name, value in settings.items() if name not in ("init", "recipe")}
     threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
     processes = f", {environment['processes']} processes" if environment["processes"] != 1 else ""
     versions = {name: environment[name] for name in ("python", "torch", "pytorch-lightning", "numpy")}
@@ -49,16 +44,14 @@ def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenanc
         name=record.architecture,
         params={
             "model": record.architecture,
-            "model.numbers": _format_settings(numbers),
+            **dict(_flatten(architecture, "model")),
             "init": settings["init"],
             "dataset": data.name,
             "preprocess.size": record.dataset_info.size,
             "split.seed": data.split_seed,
             "train.seed": record.train.seed,
             "train.max_epochs": record.train.max_epochs,
-            **shown,
-            "recipe.augment": _format_settings(augment),
-            "recipe.others": _format_settings(recipe),
+            **dict(_flatten(settings["recipe"], "recipe")),
         },
         tags={
             "mlflow.note.content": f"{record.architecture} on {data.name}",
@@ -119,13 +112,17 @@ def describe_result(
     )
 
 
-def _format_settings(values: Mapping[str, Any]) -> str:
-    """Format settings that are too many for one parameter each as one line.
+def _flatten(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """Yield each number or text in nested settings under its dotted name, so that MLflow can filter and sort by it.
 
-    For example, `{"widths": [6, 16], "flip": False}` becomes "widths=[6,16] flip=false".
+    For example, `{"widths": [6, 16]}` with the name "model" yields `model.widths.0` and `model.widths.1`.
     """
-    return " ".join(f"{name}={_format_value(value)}" for name, value in values.items())
-
-
-def _format_value(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _flatten(part, f"{name}.{key}")
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from _flatten(part, f"{name}.{number}")
+    else:
+        # As in YAML, which the settings are written in.
+        yield name, str(value).lower() if isinstance(value, bool) else value

@@ -174,8 +174,9 @@ def checksums_of(found: MlflowRun) -> dict[str, str]:
 def _log_params_and_data(store: TrackingStore, run: RunRecord, found: MlflowRun) -> None:
     """Log those parameters and the data of a run that are missing, as MLflow does not let them be changed."""
     missing = [Param(name, str(value)) for name, value in run.params.items() if name not in found.data.params]
-    if missing:
-        store.client.log_batch(found.info.run_id, params=missing)
+    # A server accepts at most 100 parameters in one request.
+    for start in range(0, len(missing), 100):
+        store.client.log_batch(found.info.run_id, params=missing[start : start + 100])
     if not found.inputs or not found.inputs.dataset_inputs:
         store.client.log_inputs(found.info.run_id, datasets=[_dataset_input(run.data)])
 

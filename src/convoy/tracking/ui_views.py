@@ -17,21 +17,23 @@ from mlflow import MlflowClient
 
 from convoy.tracking.store import TrackingStore
 
-# Columns of the leaderboard.
+# Columns of the leaderboard: what was trained, how good it is, on what, and what came of it; then settings and size.
 COLUMNS = [
+    "params.model",
     "metrics.best/val_accuracy",
-    "metrics.best/val_loss",
-    "metrics.best/epoch",
     "metrics.test/accuracy",
-    "metrics.test/balanced_accuracy",
+    "metrics.test/accuracy_low",
+    "metrics.test/accuracy_high",
+    "tags.data",
+    "attributes.Models",
+    "tags.verdict",
+    "tags.commit",
+    "metrics.best/val_loss",
     "metrics.test/macro_f1",
     "metrics.test/log_loss",
     "metrics.parameters",
-    "attributes.Models",
-    "params.dataset",
-    "params.init",
-    "params.recipe.optimizer",
     "params.recipe.lr",
+    "params.recipe.weight_decay",
     "params.recipe.batch_size",
     "params.train.max_epochs",
     "params.train.seed",

@@ -112,7 +112,7 @@ def test_frames_are_counted(kind: str) -> None:
     assert decode(save(PHOTO, kind), 256).frames == 1
 
 
-def test_tiff_of_several_pages_is_refused_unless_the_first_is_asked_for() -> None:
+def test_tiff_of_several_pages_needs_first_page() -> None:
     pages = save(PHOTO, "TIFF", save_all=True, append_images=[PHOTO])
     with pytest.raises(InvalidImageError, match=r"has 2 pages: .* dataset\.first_page=true"):
         decode(pages, 256, first_page=False)

@@ -59,6 +59,7 @@ def test_commands_are_those_of_the_documentation() -> None:
             "ui",
             "predict",
             "serve",
+            "package",
             "verify",
             "rollback",
             "sync",
@@ -141,7 +142,7 @@ def test_run_passes_its_options_on_and_exits_with_its_status(
     monkeypatch.setattr("pipeline.run.run", lambda *args, **options: passed.append((args, options)) or status)
     overrides = ["model=resnet", "train.max_epochs=4"]
     assert runner.invoke(app, ["run", *overrides, "--update"]).exit_code == status
-    assert passed == [((project, overrides), {"update": True, "pull": False})]
+    assert passed == [((project, overrides), {"update": True, "pull": False, "jobs": 1})]
 
 
 def test_python_m_pipeline_is_the_run(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ def test_images_are_opened_one_by_one_or_rejected_with_a_reason(
         found.append((member.path, member.label, member.split, str(member.content)[:12]))
     assert found == [
         ("MNIST/train/0", "0", "train", "[[[0]\n  [0]]"),
-        ("MNIST/train/1", "1", "train", "has F pixels"),
+        ("MNIST/train/1", "1", "train", "[[[0]\n  [0]]"),
         ("MNIST/test/0", "0", "test", "[[[0]\n  [0]]"),
-        ("MNIST/test/1", "2", "test", "has F pixels"),
+        ("MNIST/test/1", "2", "test", "[[[0]\n  [0]]"),
     ]

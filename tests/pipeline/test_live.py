@@ -217,6 +217,7 @@ def wait_for_epochs(root: Path) -> None:
     wait_until(lambda: any(len(read_curve(root, run, "val/loss")) > 1 for run in list_runs(root)))
 
 
+@pytest.mark.slow
 def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start) -> None:
     first = start(root)
     wait_for_epochs(root)
@@ -247,6 +248,7 @@ def test_terminated_training_is_marked_killed(root: Path, start: Start) -> None:
     assert [run.info.status for run in list_runs(root)] == ["KILLED"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["later", "nothing"])
 def test_hung_server_does_not_affect_training(
     answer: str, server: FaultyServer, root: Path, tmp_path: Path, start: Start

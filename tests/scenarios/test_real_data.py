@@ -36,6 +36,7 @@ def test_cifar10_is_trained_from_its_zip_archive(tmp_path: Path) -> None:
     assert len((root / "artifacts/fetch/quarantine.csv").read_text().splitlines()) == 1  # its header
 
 
+@pytest.mark.slow
 @needs_real_data
 def test_lenet_learns_mnist_in_one_epoch(tmp_path: Path) -> None:
     overrides = [

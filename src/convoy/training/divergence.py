@@ -8,6 +8,7 @@ import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from convoy.training.optimizers import current_lr
 from convoy.training.record import FailureInfo
 
 # Multiple of the loss of random guessing above which the training is considered to diverge.
@@ -41,6 +42,7 @@ class StopOnDivergence(Callback):
         self.max_loss = MAX_LOSS_RATIO * math.log(max(2, classes))
         self.first_bad_step = torch.tensor(-1)
         self.last_check = time.monotonic()
+        self.step = 0
         # Learning rates of the steps since the last check.
         self.lrs: dict[int, float] = {}
 
@@ -51,8 +53,9 @@ class StopOnDivergence(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the learning rate of the step."""
-        self.lrs[trainer.global_step] = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        """Note the step, which `global_step` counts as done after its last batch, and its learning rate."""
+        self.step = trainer.global_step
+        self.lrs[self.step] = current_lr(trainer.optimizers[0])
 
     def on_train_batch_end(
         self,
@@ -64,8 +67,7 @@ class StopOnDivergence(Callback):
     ) -> None:
         """Note the step if it is the first with a bad loss."""
         is_good = outputs["loss"] * trainer.accumulate_grad_batches < self.max_loss
-        step = max(self.lrs)
-        self.first_bad_step = torch.where((self.first_bad_step >= 0) | is_good, self.first_bad_step, step)
+        self.first_bad_step = torch.where((self.first_bad_step >= 0) | is_good, self.first_bad_step, self.step)
         # Several processes check together, when a checkpoint is due.
         if trainer.world_size == 1 and time.monotonic() > self.last_check + LOSS_CHECK_S:
             self.check(trainer)
@@ -84,8 +86,13 @@ class StopOnDivergence(Callback):
         """Raise TrainingDiverged if there was a bad step."""
         step = int(trainer.strategy.reduce(self.first_bad_step.clone(), reduce_op="max"))
         if step >= 0:
-            epoch = step // (trainer.num_training_batches // trainer.accumulate_grad_batches) + 1
+            epoch = step // count_steps_per_epoch(trainer) + 1
             reason = "the loss is NaN, or a thousand times the loss of random guessing"
-            raise TrainingDiverged(FailureInfo(reason, int(epoch), step + 1, self.lrs[step]))
+            raise TrainingDiverged(FailureInfo(reason, epoch, step + 1, self.lrs[step]))
         self.last_check = time.monotonic()
         self.lrs.clear()
+
+
+def count_steps_per_epoch(trainer: lightning.Trainer) -> int:
+    """Return the number of optimizer steps in an epoch."""
+    return int(trainer.num_training_batches // trainer.accumulate_grad_batches)

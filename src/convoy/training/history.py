@@ -11,8 +11,9 @@ from torch import Tensor
 
 from convoy.core.config import SelectionMetric
 from convoy.core.selection_metric import selection_score
-from convoy.training.divergence import TrainingDiverged
+from convoy.training.divergence import TrainingDiverged, count_steps_per_epoch
 from convoy.training.module import ClassifierModule
+from convoy.training.optimizers import current_lr
 from convoy.training.record import FailureInfo
 
 # Keys of a row of the training history, which may have more.
@@ -40,7 +41,7 @@ class EpochHistory(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the learning rate, which the schedule changes after the step."""
-        self.lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        self.lr = current_lr(trainer.optimizers[0])
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Append the epoch to the history, and keep its weights if it is the best so far."""
@@ -56,9 +57,9 @@ class EpochHistory(Callback):
             "val_loss": val_loss / val_count,
         }
         if not math.isfinite(row["val_loss"]):
-            step = (trainer.current_epoch + 1) * (trainer.num_training_batches // trainer.accumulate_grad_batches)
+            step = (trainer.current_epoch + 1) * count_steps_per_epoch(trainer)
             reason = "the validation loss is NaN or infinite"
-            raise TrainingDiverged(FailureInfo(reason, trainer.current_epoch + 1, int(step), self.lr))
+            raise TrainingDiverged(FailureInfo(reason, trainer.current_epoch + 1, step, self.lr))
         if self.metric != "accuracy":
             counts = trainer.strategy.reduce(module.val_counts, reduce_op="sum")
             row[f"val_{self.metric}"] = float(selection_score(self.metric, *counts.cpu().numpy()))

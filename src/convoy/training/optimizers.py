@@ -74,6 +74,11 @@ def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
 
 
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the heads, which is the largest."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
 def compute_ema_decay(ema_decay: float, updates: int) -> float:
     """Compute the decay of the weight average, which rises at the beginning, when the weights change most.
 

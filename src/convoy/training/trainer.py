@@ -79,6 +79,9 @@ def fit(
     """
     module = make_module(classifier, data, hardware)
     state = read_checkpoint(checkpoint, module, params.max_epochs) if checkpoint else None
+    epochs_done, steps_done = (state["epoch"], state["global_step"]) if state else (0, 0)
+    # Lightning reads the file itself, and this copy of the weights would take memory as long as the training lasts.
+    resume_from, state = checkpoint if state else None, None
     history, exit = EpochHistory(params.selection_metric), GracefulExit()
     early_stopping = StopEarly(params.selection_metric, params.patience)
     own: list[Callback] = [
@@ -89,7 +92,7 @@ def fit(
         *([early_stopping] if params.patience else []),
         *progress_callbacks(classifier, history),
         exit,
-        ResumeCheckpoint(checkpoint, params.checkpoint_minutes, exit, state["global_step"] if state else 0),
+        ResumeCheckpoint(checkpoint, params.checkpoint_minutes, exit, steps_done),
     ]
     trainer = make_trainer(
         classifier,
@@ -100,12 +103,12 @@ def fit(
         min_epochs=1,
         callbacks=[*own, *callbacks],
     )
-    if state:
-        print(f"resuming after {state['epoch']} epochs and {state['global_step']} steps", flush=True)
+    if resume_from:
+        print(f"resuming after {epochs_done} epochs and {steps_done} steps", flush=True)
     failure = None
     with exit.handle(trainer), explain_errors(classifier):
         try:
-            trainer.fit(module, data, ckpt_path=checkpoint if state else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
         except TrainingDiverged as diverged:
             failure = diverged.failure
     if failure:

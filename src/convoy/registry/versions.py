@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +20,7 @@ from PIL import Image
 
 from convoy.core.config import SelectionMetric
 from convoy.core.hashing import sha256, verify_checksums
+from convoy.inference.library_copy import copy_library
 from convoy.tracking.run_record import FINGERPRINT_TAG
 from convoy.tracking.store import TrackingStore, upload_timeout
 from convoy.tracking.tags import CHECKSUMS_TAG, VERDICT
@@ -100,12 +100,7 @@ def register(
         hashes_file = Path(scratch, "hashes.json")
         hashes_file.write_text(json.dumps(artifacts))
         brought = Path(scratch, code.name)
-        for part in SERVED_BY:
-            (brought / part).parent.mkdir(parents=True, exist_ok=True)
-            if (code / part).is_dir():
-                shutil.copytree(code / part, brought / part, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copyfile(code / part, brought / part)
+        copy_library(code, SERVED_BY, brought)
         _fail_lost_models(store, run_id)
         # `mlflow.pyfunc.log_model` would need an active run and so change the status of a training that has ended.
         made = mlflow.initialize_logged_model(

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from convoy.core.errors import ConvoyError
+from convoy.inference.library_copy import copy_library
 from convoy.serving.loading import MODEL_CARD, LoadedModel
 from convoy.serving.onnx_model import ONNX_FILE
 
@@ -86,7 +87,7 @@ def write_package(loaded: LoadedModel, onnx: Path, library: Path, folder: Path) 
     try:
         shutil.copyfile(onnx, scratch / ONNX_FILE)
         (scratch / MODEL_CARD).write_text(json.dumps(describe(loaded), indent=2, ensure_ascii=False) + "\n")
-        _copy_library(library, scratch / library.name)
+        copy_library(library, PACKAGED, scratch / library.name)
         lines = [f"{name}=={version(name)}\n" for name in REQUIREMENTS]
         (scratch / "requirements.txt").write_text("".join(lines))
         (scratch / "Dockerfile").write_text(DOCKERFILE)
@@ -123,12 +124,3 @@ def describe(loaded: LoadedModel) -> dict[str, object]:
             ],
         },
     }
-
-
-def _copy_library(library: Path, target: Path) -> None:
-    for part in PACKAGED:
-        (target / part).parent.mkdir(parents=True, exist_ok=True)
-        if (library / part).is_dir():
-            shutil.copytree(library / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(library / part, target / part)

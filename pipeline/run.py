@@ -52,9 +52,9 @@ def run(
     data_lock.check_source(root, validate(DatasetConfig, params["dataset"], "dataset"))
     commands = data_folder.sync_commands(root, update=update)
     repro = ["repro", "--pull"] if pull else ["repro"]
-    before, inputs = leaderboard_time(root), checksum_inputs(root)
+    before = leaderboard_time(root)
     status = 0
-    if jobs != 1 and len(models) > 1 and (commands or inputs != remembered_inputs(root)):
+    if jobs != 1 and len(models) > 1 and (commands or checksum_inputs(root) != remembered_inputs(root)):
         status = run_side_by_side(root, params, [*commands, [*repro, "preprocess"]], jobs, pull=pull)
         commands = []
     commands.append(repro)

@@ -364,20 +364,12 @@ class Pictures(Dataset):
         return self.change(Image.fromarray(self.pixels[row])), self.labels[row]
 
 
-class Usual(lightning.LightningModule):
+class Usual(Minimal):
     def __init__(self, classifier: Classifier, marks: list["Mark"]) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.marks = marks
+        super().__init__(classifier, marks)
         self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=len(classifier.info.classes))
 
-    def on_train_epoch_start(self) -> None:
-        self.marks.append(Mark.now())
-
-    def on_train_epoch_end(self) -> None:
-        self.marks.append(Mark.now())
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self.classifier.logits(images)
         loss = functional.cross_entropy(logits, labels)

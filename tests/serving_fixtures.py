@@ -90,3 +90,11 @@ class FakeRegistry:
         with self.connect() as database:
             database.execute("DELETE FROM registered_model_aliases")
             database.execute("INSERT INTO registered_model_aliases VALUES ('champion', ?, 'pets')", (version,))
+
+
+def make_registry(project: Path) -> FakeRegistry:
+    """A registry whose champion is its only version."""
+    registry = FakeRegistry(project)
+    registry.add(1)
+    registry.move_alias(1)
+    return registry

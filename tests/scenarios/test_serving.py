@@ -20,7 +20,7 @@ import requests
 from PIL import Image
 
 from servers import find_free_port, run_process, wait_until
-from serving_fixtures import CLASSES, FakeRegistry, draw
+from serving_fixtures import CLASSES, FakeRegistry, draw, make_registry
 from small_project import ROOT
 
 pytestmark = pytest.mark.slow
@@ -31,10 +31,7 @@ CLIENTS = 8
 
 @pytest.fixture
 def registry(tmp_path: Path, embedded_store: None) -> FakeRegistry:
-    registry = FakeRegistry(tmp_path)
-    registry.add(1)
-    registry.move_alias(1)
-    return registry
+    return make_registry(tmp_path)
 
 
 @contextlib.contextmanager

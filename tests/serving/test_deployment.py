@@ -8,15 +8,12 @@ from convoy.core.errors import ConvoyError
 from convoy.serving import deployment
 from convoy.serving.deployment import Deployment
 from convoy.serving.loading import CACHE_FOLDER
-from serving_fixtures import FakeRegistry, write_onnx
+from serving_fixtures import FakeRegistry, make_registry, write_onnx
 
 
 @pytest.fixture
 def registry(tmp_path: Path, embedded_store: None) -> FakeRegistry:
-    registry = FakeRegistry(tmp_path)
-    registry.add(1)
-    registry.move_alias(1)
-    return registry
+    return make_registry(tmp_path)
 
 
 def deploy(registry: FakeRegistry, uri: str = "models:/pets@champion") -> Deployment:

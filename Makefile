@@ -43,7 +43,7 @@ lint: $(READY) ## run the linters and the type checker
 
 lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
-		--no-emit-index-url --no-emit-find-links --extra dev --output-file requirements.lock pyproject.toml --quiet
+		--no-emit-index-url --no-emit-find-links --extra dev --extra timm --output-file requirements.lock pyproject.toml --quiet
 
 retrain: $(READY) ## fetch the newest data and run the pipeline, reusing results on the DVC remote
 	convoy run --update --pull

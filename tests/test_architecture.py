@@ -328,7 +328,7 @@ def test_lock_is_of_hashes_alone_and_names_no_address() -> None:
 
 def test_lock_holds_every_package_that_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    asked = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     locked = re.findall(r"^([a-z0-9._-]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     assert {re.match(r"[\w.-]+", name).group().lower() for name in asked} <= set(locked)  # type: ignore[union-attr]
 

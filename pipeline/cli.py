@@ -211,6 +211,18 @@ def leaderboard(as_json: AsJson = False) -> None:
     print_leaderboard(Path.cwd(), as_json=as_json)
 
 
+@app.command(epilog="Example: convoy report")
+def report() -> None:
+    """Open the report of the last run, with the verdict.
+
+    It is one file without outside requests, artifacts/report.html, which can be sent to others. Where there is no
+    display, its path is printed.
+    """
+    from pipeline.show_report import show_report
+
+    show_report(Path.cwd())
+
+
 @app.command(epilog="Example: convoy ui")
 def ui() -> None:
     """Start the MLflow UI, and print the links to its views.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS, VALIDATION
+from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS
 from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion, ranking
@@ -32,7 +32,7 @@ def register(stage: Stage) -> None:
     evaluated = {name: result.evaluated for name, result in results.items()}
     validated = ranking.rank(
         [
-            ValidatedModel(name, pd.read_parquet(evaluated[name] / VALIDATION), record.parameters, record.macs)
+            ValidatedModel(name, ranking.read_validation(evaluated[name]), record.parameters, record.macs)
             for name, record in records.items()
             if not record.failure
         ],

@@ -17,8 +17,19 @@ import pandas as pd
 import yaml
 from filelock import Timeout
 
-from convoy.core.artifact_names import HISTORY, INTERVALS, MANIFEST, METRICS, PER_CLASS, PREDICTIONS, RECORD, WEIGHTS
+from convoy.core.artifact_names import (
+    DATA_CARD,
+    HISTORY,
+    INTERVALS,
+    MANIFEST,
+    METRICS,
+    PER_CLASS,
+    PREDICTIONS,
+    RECORD,
+    WEIGHTS,
+)
 from convoy.core.errors import ConvoyError, describe_error
+from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
 from convoy.reporting import report
 from convoy.tracking import provenance, run_record, runs, ui_views
@@ -35,11 +46,19 @@ class TrainedResult:
 
     trained: Path
     evaluated: Path
+    report: tuple[Path, ...] = ()  # files of its report, which MLflow shows; () if there is no report
 
     def manifest_hash(self) -> str:
         """Return the sha256 of both manifests, which covers every file of the result."""
         manifests = [(folder / MANIFEST).read_bytes() for folder in (self.trained, self.evaluated)]
         return hashlib.sha256(b"".join(manifests)).hexdigest()
+
+    def shown_hash(self) -> str:
+        """Return the sha256 of everything that MLflow shows of the result, which includes its report."""
+        if not self.report:
+            return self.manifest_hash()
+        checksums = [sha256(file) for file in self.report]
+        return hashlib.sha256("".join([self.manifest_hash(), *checksums]).encode()).hexdigest()
 
     def record(self) -> TrainingRecord:
         """Load the training record."""
@@ -73,7 +92,11 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
     Raises:
         ConvoyError: If the result is missing or damaged, or the evaluation belongs to another training.
     """
-    result = TrainedResult(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"))
+    report_files: tuple[Path, ...] = ()
+    if (stage.root / "artifacts/report" / MANIFEST).exists():
+        folder = stage.input("report")
+        report_files = (*sorted((folder / name).glob("*")), folder / DATA_CARD)
+    result = TrainedResult(stage.input(f"train/{name}"), stage.input(f"evaluate/{name}"), report_files)
     stages = _locked_stages(stage.root / "dvc.lock")
     trained = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
     evaluated = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
@@ -122,11 +145,11 @@ def sync_runs(
         common["reproduction"] = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:12]
     run_ids = {}
     for name in results:
-        record, result, manifest_hash = records[name], results[name], results[name].manifest_hash()
+        record, result, shown_hash = records[name], results[name], results[name].shown_hash()
         fingerprint, status = record.fingerprint, "FAILED" if record.failure else "FINISHED"
         tags = {**common, "mlflow.runColor": report.architecture_colour(name)}
         found = runs.find_run(store, fingerprint)
-        if found and runs.is_synced(found, status, manifest_hash):
+        if found and runs.is_synced(found, status, shown_hash):
             runs.set_tags(store, found, tags)
             run_ids[name] = found.info.run_id
             continue
@@ -137,7 +160,7 @@ def sync_runs(
             ):
                 run = build_run(record, result, tags, provenance.provenance_tags(root), Path(folder))
                 end_time = int((result.trained / MANIFEST).stat().st_mtime * 1000)
-                run_ids[name] = runs.sync_run(store, run, manifest_hash, end_time)
+                run_ids[name] = runs.sync_run(store, run, shown_hash, end_time)
             print(f"{name}: its run is now complete in MLflow")
         except Timeout:
             print(f"{name} is being trained: its run is completed afterwards")
@@ -152,7 +175,7 @@ def build_run(
     """Collect everything that the run of a result holds, writing plots and rounded tables into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
     metrics = json.loads((evaluated / METRICS).read_text())
-    files = [trained / RECORD, trained / HISTORY]
+    files = [trained / RECORD, trained / HISTORY, *result.report]
     tables = [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
     files += [round_table(table, scratch / table.name) for table in tables]
     if not record.failure:

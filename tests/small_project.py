@@ -12,6 +12,7 @@ from pipeline.evaluate import evaluate
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.register import register
+from pipeline.report import report
 from pipeline.stage import Stage
 from pipeline.train import train
 
@@ -51,11 +52,13 @@ def draw_images(data: Path, each: int) -> None:
             Image.fromarray(grey.astype(np.uint8)).save(folder / f"{number:02}.png")
 
 
-def run_stages(root: Path, *, since: str = "fetch", until: str = "register") -> None:
-    """Run the stages in this process, in their order."""
+def run_stages(root: Path, *, since: str = "fetch", until: str = "register", with_report: bool = False) -> None:
+    """Run the stages in this process, in their order; the report, which few tests look at, only when asked."""
     names = list(config.load(root / "params.yaml")["model"])
     steps = [("fetch", fetch, [""]), ("preprocess", preprocess, [""]), ("train", train, names)]
-    steps += [("evaluate", evaluate, names), ("register", register, [""])]
+    steps += [("evaluate", evaluate, names)]
+    steps += [("report", report, [""])] if with_report else []
+    steps += [("register", register, [""])]
     stages = [stage for stage, _, _ in steps]
     for stage, work, items in steps[stages.index(since) : stages.index(until) + 1]:
         for item in items:

@@ -282,8 +282,8 @@ def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
                 assert {name, name.rpartition(".")[0]} & modules
 
 
-def test_stages_list_at_most_36_dependencies_on_code() -> None:
-    assert sum(len(list_code_deps(stage, "lenet")) for stage in STAGES) <= 36
+def test_stages_list_at_most_56_dependencies_on_code() -> None:
+    assert sum(len(list_code_deps(stage, "lenet")) for stage in STAGES) <= 56
 
 
 @every_stage

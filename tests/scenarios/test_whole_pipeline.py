@@ -23,6 +23,7 @@ from pipeline import dvc_state
 from pipeline.check_settings import check_settings
 from pipeline.leaderboard import print_summary
 from pipeline.register import register
+from pipeline.report import report
 from pipeline.run import check_repository
 from pipeline.stage import RANKS, Stage
 from pipeline.train import train
@@ -40,7 +41,7 @@ def embedded_store(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose stages have all run once."""
     root = make_project(tmp_path_factory.mktemp("road") / "a project")  # a path may hold a space
-    run_stages(root)
+    run_stages(root, with_report=True)
     return root
 
 
@@ -76,7 +77,7 @@ def test_each_run_has_its_curves_settings_and_metrics(finished_project: Path) ->
             files = {file.path for file in store.client.list_artifacts(run["run_id"])}
         assert [point.step for point in curve] == list(history["epoch"])
         assert [point.value for point in curve] == pytest.approx(list(history["val_loss"]), abs=1e-6)
-        assert {"confusion.png", "per_class.csv", "record.json"} <= files
+        assert {"confusion.png", "data_card.html", "per_class.csv", "record.json", "report.html"} <= files
 
 
 def test_all_runs_have_the_same_metrics_and_parameters(finished_project: Path) -> None:
@@ -87,6 +88,27 @@ def test_all_runs_have_the_same_metrics_and_parameters(finished_project: Path) -
     # a network's own settings, such as its widths, are parameters of its runs alone
     own = table.filter(regex=r"^params\.model\.").columns
     assert table.drop(columns=[*timed.columns, *own]).notna().all().all()
+
+
+def test_report_shows_the_metrics_and_asks_for_nothing(finished_project: Path) -> None:
+    page = (finished_project / "artifacts/report/index.html").read_text()
+    shown = dict(re.findall(r'data-metric="([^"]+)">([\d.]+)<', page))
+    for name in ("lenet", "resnet"):
+        metrics = json.loads((finished_project / f"artifacts/evaluate/{name}/metrics.json").read_text())
+        for metric in ("accuracy", "macro_f1", "log_loss", "calibration_error"):
+            assert shown[f"{name}/{metric}"] == f"{metrics[metric]:.4f}"
+    assert "could not be drawn" not in page
+    assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"|url\((?!#)', page) == []
+    figures = re.findall(r'role="img" aria-label="([^"]*)"|<img src="[^"]*" alt="([^"]*)"', page)
+    assert len(figures) > 8
+    assert all(any(texts) for texts in figures), "each has alternative text"
+
+
+def test_drawing_the_report_again_gives_the_same_bytes(finished_project: Path) -> None:
+    manifest = finished_project / "artifacts/report/manifest.json"
+    before = manifest.read_bytes()
+    Stage(finished_project, "report").run(report)
+    assert manifest.read_bytes() == before
 
 
 def test_champion_predicts_images_as_the_evaluation_did(finished_project: Path) -> None:

@@ -28,6 +28,12 @@ SLICES = "slices.csv"
 PER_CLASS = "per_class.csv"
 INTERVALS = "intervals.csv"
 
+# report
+DATA_CARD = "data_card.html"
+# In the folder of each architecture.
+REPORT_PAGE = "report.html"
+LABEL_ERRORS = "label_errors.csv"
+
 # register
 LEADERBOARD = "leaderboard.csv"
 # The links to the views in MLflow, beside the scratch folders of the stages.

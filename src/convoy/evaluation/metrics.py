@@ -195,7 +195,7 @@ def prediction_table(classes: list[str], images: pd.DataFrame, probabilities: np
 
 
 def validation_table(classes: list[str], labels: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
-    """Build the table of validation images by which architectures are ranked.
+    """Build the table of validation images, by which architectures are ranked and labels are doubted.
 
     Args:
         classes: The K class names.
@@ -203,16 +203,19 @@ def validation_table(classes: list[str], labels: np.ndarray, probabilities: np.n
         probabilities: (N, K) uncalibrated probabilities, as calibration would use the same images.
 
     Returns:
-        A table with one row per image and the columns actual, predicted and log_loss.
+        A table with one row per image, in the order of the arguments, and the columns actual, predicted, log_loss and
+        the probability of each class as float32.
     """
     names = np.array(classes, dtype=object)
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "actual": names[labels],
             "predicted": names[probabilities.argmax(axis=1)],
             "log_loss": per_image_log_loss(labels, probabilities),
         }
     )
+    columns = [f"{PROBABILITY_PREFIX}{name}" for name in classes]
+    return pd.concat([table, pd.DataFrame(probabilities.astype(np.float32), columns=columns)], axis=1)
 
 
 # Metrics from sums

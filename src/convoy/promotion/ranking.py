@@ -5,10 +5,12 @@ Test metrics are excluded on purpose: those of a model that was selected by them
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
+from convoy.core.artifact_names import VALIDATION
 from convoy.core.config import SelectionMetric
 from convoy.core.text import truncate_names
 from convoy.promotion.checks import label_metric
@@ -36,6 +38,11 @@ class Choice:
 
     name: str
     reason: str
+
+
+def read_validation(evaluated: Path) -> pd.DataFrame:
+    """Read the predictions for the validation images from the output folder of an evaluation."""
+    return pd.read_parquet(evaluated / VALIDATION, columns=["actual", "predicted", "log_loss"])
 
 
 def rank(models: Sequence[ValidatedModel], metric: SelectionMetric) -> list[ValidatedModel]:

@@ -1,0 +1,119 @@
+"""Charts as SVG that take the colours of the page around them, in a light as in a dark theme."""
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito (2008), which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8c959f"
+# Placeholders for the colours of the page, and the CSS that replaces them.
+INK, FAINT, LINE = "#24292f", "#6e7781", "#d0d7de"
+THEME = {INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)"}
+# Width of a chart in inches. It fits on a telephone, and two fit beside each other on a larger screen.
+WIDTH = 4.8
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    # The text stays text: the page's font draws it, and readers can select and search it.
+    "svg.fonttype": "none",
+    # Without it, the ids in the file are random.
+    "svg.hashsalt": "convoy",
+    "text.color": INK,
+    # A class may be named "$5".
+    "text.parse_math": False,
+    "xtick.color": LINE,
+    "xtick.labelcolor": FAINT,
+    "ytick.color": LINE,
+    "ytick.labelcolor": FAINT,
+}
+
+
+class Chart:
+    """A figure of matplotlib that becomes SVG when its `chart` block ends."""
+
+    def __init__(self, figure: "Figure") -> None:
+        self.figure = figure
+        self.svg = ""
+
+    def axes(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the axes of the figure, as `Figure.subplots` does."""
+        return self.figure.subplots(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def chart(height: float, width: float = WIDTH) -> Iterator[Chart]:
+    """Create a figure in the page's style, independently of the user's settings of matplotlib.
+
+    Args:
+        height: Height in inches.
+        width: Width in inches.
+
+    Yields:
+        The chart; its `svg` is set at the end of the block.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        drawn = Chart(Figure(figsize=(width, height), layout="constrained"))
+        yield drawn
+        written = io.StringIO()
+        # Date and creator would make the bytes differ from run to run and from version to version.
+        drawn.figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        drawn.svg = _embed(written.getvalue())
+
+
+def format_log_axis(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, such as 200k, at 1, 2 and 5 of each power of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, position: format_number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def format_number(value: float) -> str:
+    """Format a number with three digits and k, M, G or T for its thousands."""
+    power = min(4, max(0, math.floor(math.log10(value) / 3 + 1e-9))) if value > 0 else 0
+    return f"{value / 1000**power:.3g}{' kMGT'[power].strip()}"
+
+
+def put_legend_above(axes: Any, columns: int) -> None:
+    """Put the legend above the axes, where it hides no data."""
+    axes.legend(
+        ncols=columns, loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.2, columnspacing=1.2,
+        handletextpad=0.5, handlelength=2.4,
+    )  # fmt: skip
+
+
+def _embed(svg: str) -> str:
+    """Return an SVG file as an element of an HTML page, with the colours and the font of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
+    # The names of groups are the same in every chart, and an id may occur only once in a page.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    # Without width and height, the chart is as wide as its column.
+    svg = re.sub(r'<svg (.*?)width="[^"]*"', r"<svg \1", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(<svg .*?)height="[^"]*"', r"\1", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for placeholder, colour in THEME.items():
+        svg = svg.replace(placeholder, colour)
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1).strip()

@@ -23,6 +23,8 @@ from convoy.training.record import TrainingRecord
 from pipeline.stage import project_root
 
 if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
     from convoy.tracking.store import TrackingStore
 
 # Time by which MLflow may delay the end of a training.
@@ -47,6 +49,8 @@ class LiveRun(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the run, or continue it with the epochs before a checkpoint."""
+        # Lightning starts no epoch when it resumes in the middle of one.
+        self.on_train_epoch_start(trainer, module)
         if not trainer.is_global_zero:
             return
         (self.history,) = (each for each in trainer.callbacks if isinstance(each, EpochHistory))  # type: ignore[attr-defined]
@@ -54,10 +58,18 @@ class LiveRun(Callback):
         for row in self.history.rows:
             self._send({"row": row})
 
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Start the clock of the epoch."""
+        self.started, self.first_step = time.monotonic(), trainer.global_step
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Add the metrics of the epoch."""
+        """Add the metrics of the epoch, and its speed with validation."""
         if trainer.is_global_zero:
-            self._send({"row": self.history.rows[-1]})
+            row = self.history.rows[-1]
+            images = (trainer.global_step - self.first_step) * trainer.datamodule.train_loader.sampler.images_per_step  # type: ignore[attr-defined]
+            # No output of the stage has the speed, which differs in each run.
+            speed = images / (time.monotonic() - self.started)
+            self._send({"row": {**row, "speed_images_per_second": round(speed, 1)}})
 
     def end(self, status: str) -> None:
         """End the run, and wait for MLflow for a few seconds at most.
@@ -91,6 +103,7 @@ class Reporter:
         self.time_ms = time_ms
         self.store: TrackingStore | None = None
         self.run: str | None = ""
+        self.monitor: SystemMetricsMonitor | None = None
         self.shown: set[int] = set()  # epochs that the run already had
         self.rows: list[Message] = []  # rows that are not in MLflow yet
         self.end: Message = {}
@@ -146,6 +159,8 @@ class Reporter:
         runs.log_points(self.store.client, self.run, points)
         self.rows = []
         if self.end:
+            if self.monitor:
+                self.monitor.finish()
             self.store.client.set_terminated(self.run, self.end["status"], self.end["time_ms"])
 
     def start_run(self, stack: contextlib.ExitStack) -> None:
@@ -163,3 +178,5 @@ class Reporter:
                 self.shown = runs.logged_epochs(store, found)
                 stack.push(lock.pop_all())
         self.store, self.run = store, found
+        if found:
+            self.monitor = runs.monitor_system(found)

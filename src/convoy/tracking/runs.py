@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import platform
@@ -12,6 +13,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.entities import Run as MlflowRun
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from convoy.core.hashing import sha256
@@ -95,6 +97,18 @@ def start_run(store: TrackingStore, run: RunRecord, process: str, time_ms: int) 
         client.update_run(found.info.run_id, "RUNNING")
     _log_params_and_data(store, run, found)
     return found.info.run_id
+
+
+def monitor_system(run_id: str) -> SystemMetricsMonitor:
+    """Log the load of processor, memory, disk, network and GPU to a running run, until `finish` is called.
+
+    A sample every 10 seconds took 0.16% of a processor (0.097 s in 61 s).
+    """
+    # It writes a warning of its own where the server is down, which the reporter has already reported.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor.start()
+    return monitor
 
 
 def is_synced(found: MlflowRun, status: str, results: str) -> bool:

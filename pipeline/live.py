@@ -18,6 +18,7 @@ import pytorch_lightning as lightning
 from pytorch_lightning.callbacks import Callback
 
 from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.training.history import EpochHistory
 from convoy.training.record import TrainingRecord
 from pipeline.stage import project_root
@@ -27,11 +28,23 @@ if TYPE_CHECKING:
 
     from convoy.tracking.store import TrackingStore
 
+# A training that has ended within this time is not shown before `register` or `convoy sync` add its run, because MLflow
+# takes seconds of processor time to import.
+START_AFTER_S = 20  # seconds, or those of the environment variable CONVOY_LIVE_AFTER
 # Time by which MLflow may delay the end of a training.
 END_TIMEOUT_S = 4  # seconds
 REQUEST_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 Message = dict[str, Any]  # the row of an epoch or the final status, and its time in milliseconds since the epoch
+
+
+def start_after_s() -> float:
+    """Return the seconds of training after which it is shown in MLflow."""
+    value = os.environ.get("CONVOY_LIVE_AFTER", str(START_AFTER_S))
+    try:
+        return float(value)
+    except ValueError:
+        raise ConvoyError(f"CONVOY_LIVE_AFTER={value}: give a number of seconds, as 20") from None
 
 
 class LiveRun(Callback):
@@ -40,12 +53,18 @@ class LiveRun(Callback):
     Args:
         root: The project folder.
         record: The training record, without results.
+
+    Raises:
+        ConvoyError: If CONVOY_LIVE_AFTER is not a number of seconds.
     """
 
     def __init__(self, root: Path, record: TrainingRecord) -> None:
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.reporter = Reporter(root, record, int(time.time() * 1000))
-        self.thread = threading.Thread(target=self.reporter.report, args=[self.inbox], daemon=True)
+        self.thread = threading.Thread(target=self._report, daemon=True)
+        self.start_after_s = start_after_s()
+        self.ended = threading.Event()
+        self.status = ""
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the run, or continue it with the epochs before a checkpoint."""
@@ -79,10 +98,17 @@ class LiveRun(Callback):
         """
         if self.thread.ident is None:
             return
+        self.status = status
         self._send({"status": status})
+        self.ended.set()
         self.thread.join(END_TIMEOUT_S)
         if self.thread.is_alive():
             self.reporter.report_outage(f"MLflow takes more than {END_TIMEOUT_S} seconds")
+
+    def _report(self) -> None:
+        ended_soon = self.ended.wait(self.start_after_s)
+        if not ended_soon or self.status != "FINISHED":
+            self.reporter.report(self.inbox)
 
     def _send(self, message: Message) -> None:
         self.inbox.put({**message, "time_ms": int(time.time() * 1000)})

@@ -7,6 +7,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+os.environ["CONVOY_LIVE_AFTER"] = "0"
 os.environ["CONVOY_LIVE"] = "0"  # no training is shown in MLflow while it lasts, but where a test asks for it
 
 import hypothesis

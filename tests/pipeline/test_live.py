@@ -239,6 +239,19 @@ def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start)
     assert list_runs(root)[0].info.end_time == run.info.end_time
 
 
+def test_short_training_is_left_to_the_register_stage(root: Path, start: Start) -> None:
+    config.compose(root, ["model=[lenet]", "train.max_epochs=1", "trainer.threads=1"])
+    training = start(root, CONVOY_LIVE_AFTER="600")
+    training.join()
+    assert training.exitcode == 0
+    assert list_runs(root) == []
+
+
+def test_wrong_delay_is_one_line(root: Path, tmp_path: Path, start: Start) -> None:
+    start(root, CONVOY_LIVE_AFTER="soon").join()
+    assert "CONVOY_LIVE_AFTER=soon: give a number of seconds" in (tmp_path / "said").read_text()
+
+
 def test_terminated_training_is_marked_killed(root: Path, start: Start) -> None:
     training = start(root)
     wait_for_epochs(root)

@@ -72,16 +72,17 @@ def find_free_port() -> int:
     raise ConvoyError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken: stop one of their programs")
 
 
-def open_when_ready(link: str, port: int) -> None:
-    """Open a link in a browser as soon as the server listens."""
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_for_port(port: int, seconds: float) -> bool:
+    """Wait until a server listens at a port of this machine, and return whether it does in time."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with socket.socket() as connection:
             if connection.connect_ex((HOST, port)) == 0:
-                webbrowser.open(link)
-                return
+                return True
         time.sleep(0.2)
+    return False
 
 
 if __name__ == "__main__":
-    open_when_ready(sys.argv[1], int(sys.argv[2]))
+    if wait_for_port(int(sys.argv[2]), START_TIMEOUT_S):
+        webbrowser.open(sys.argv[1])

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#8c959f"
 # Placeholders for the colours of the page, and the CSS that replaces them.
 INK, FAINT, LINE = "#24292f", "#6e7781", "#d0d7de"
-THEME = {INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)"}
+THEME = {INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)", BLUE: "var(--blue)"}
 # Width of a chart in inches. It fits on a telephone, and two fit beside each other on a larger screen.
 WIDTH = 4.8
 STYLE = {

@@ -144,7 +144,7 @@ def take_screenshots(root: Path, folder: Path) -> None:
         save_picture(browser, folder / "leaderboard.png")
         size = {"width": 1500, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        open_page(browser, links[1], "val/accuracy", 8)
+        open_page(browser, links[1], "epoch/val_accuracy", 8)
         save_picture(browser, folder / "curves.png")
 
 

@@ -88,7 +88,7 @@ class LiveRun(Callback):
             images = (trainer.global_step - self.first_step) * trainer.datamodule.train_loader.sampler.images_per_step  # type: ignore[attr-defined]
             # No output of the stage has the speed, which differs in each run.
             speed = images / (time.monotonic() - self.started)
-            self._send({"row": {**row, "speed_images_per_second": round(speed, 1)}})
+            self._send({"row": {**row, "images_per_second": round(speed, 1)}})
 
     def end(self, status: str) -> None:
         """End the run, and wait for MLflow for a few seconds at most.

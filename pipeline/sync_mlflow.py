@@ -166,6 +166,8 @@ def sync_runs(
             print(f"{name} is being trained: its run is completed afterwards")
             if found:
                 run_ids[name] = found.info.run_id
+    if records:
+        runs.rank_runs(store, run_record.data_tag(next(iter(records.values()))))
     return run_ids
 
 

@@ -91,13 +91,13 @@ def test_run_exists_from_the_start_and_its_curves_grow(root: Path, record: Train
     for number in range(3):
         if number:
             inbox.put(epoch_message(number))
-        wait_until(lambda: [len(read_curve(root, run, "val/loss")) for run in list_runs(root)] == [number])  # noqa: B023
+        wait_until(lambda: [len(read_curve(root, run, "epoch/val_loss")) for run in list_runs(root)] == [number])  # noqa: B023
         assert list_runs(root)[0].info.status == "RUNNING"
     inbox.put(end_message("FINISHED"))
     reporter.join()
     (run,) = list_runs(root)
     assert (run.info.status, run.info.start_time, run.info.end_time) == ("FINISHED", 1_000, 9_000)
-    assert read_curve(root, run, "val/loss") == [(1, 2.0), (2, 1.0)]
+    assert read_curve(root, run, "epoch/val_loss") == [(1, 2.0), (2, 1.0)]
     assert run.data.params["recipe.lr"] == str(record.settings["recipe"]["lr"])
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
 
@@ -116,7 +116,7 @@ def test_resumed_training_continues_its_run(root: Path, record: TrainingRecord) 
     report(root, record, epoch_message(1), epoch_message(2), epoch_message(3), end_message("FINISHED"))
     (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3]
+    assert [step for step, _ in read_curve(root, run, "epoch/val_loss")] == [1, 2, 3]
 
 
 def test_forced_repetition_of_a_training_adds_nothing(root: Path, record: TrainingRecord) -> None:
@@ -150,7 +150,7 @@ def test_failed_request_is_retried_and_logged_once(
     inbox.put(end_message("FINISHED"))
     reporter.join()
     (run,) = list_runs(root)
-    assert [step for step, _ in read_curve(root, run, "val/loss")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in read_curve(root, run, "epoch/val_loss")] == [1, 2, 3, 4, 5]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -214,7 +214,7 @@ def train_live(root: Path, environment: dict[str, str], said: Path) -> None:
 
 
 def wait_for_epochs(root: Path) -> None:
-    wait_until(lambda: any(len(read_curve(root, run, "val/loss")) > 1 for run in list_runs(root)))
+    wait_until(lambda: any(len(read_curve(root, run, "epoch/val_loss")) > 1 for run in list_runs(root)))
 
 
 @pytest.mark.slow
@@ -231,11 +231,11 @@ def test_killed_training_is_marked_and_resumes_its_run(root: Path, start: Start)
     start(root).join()
     (run,) = list_runs(root)
     assert (run.info.run_id, run.info.status) == (killed.info.run_id, "FINISHED")
-    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert [step for step, _ in read_curve(root, run, "epoch/val_accuracy")] == list(range(1, 61))
 
     Stage(root, "evaluate", "lenet").run(evaluate)
     assert list(sync(root).values()) == [run.info.run_id]
-    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert [step for step, _ in read_curve(root, run, "epoch/val_accuracy")] == list(range(1, 61))
     assert list_runs(root)[0].info.end_time == run.info.end_time
 
 
@@ -286,7 +286,7 @@ def test_hung_server_does_not_affect_training(
     sync(root)
     (run,) = list_runs(root)
     assert run.info.status == "FINISHED"
-    assert [step for step, _ in read_curve(root, run, "val/accuracy")] == list(range(1, 61))
+    assert [step for step, _ in read_curve(root, run, "epoch/val_accuracy")] == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from pipeline.train import train
 from small_project import ROOT, SMALL
 from tracking_fixtures import copy_project, list_runs, make_client, make_trained_project, read_curve, sync
 
-CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
+CURVES = ["epoch/lr", "epoch/train_accuracy", "epoch/train_loss", "epoch/val_accuracy", "epoch/val_loss"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def assert_complete(root: Path, names: tuple[str, ...] = ("lenet", "resnet")) ->
         for name in CURVES:
             points = read_curve(root, run, name)
             assert [step for step, _ in points] == list(history["epoch"])
-            assert [value for _, value in points] == pytest.approx(list(history[name.replace("/", "_")]), abs=1e-6)
+            assert [value for _, value in points] == pytest.approx(list(history[name.removeprefix("epoch/")]), abs=1e-6)
         assert run.data.metrics["test/accuracy"] <= 1
         assert len(run.inputs.dataset_inputs) == 1
         files = {file.path for file in make_client(root).list_artifacts(run.info.run_id)}
@@ -88,6 +88,16 @@ def test_runs_are_complete_and_a_second_sync_changes_nothing(trained_project: Pa
     before = (root / "mlflow.db").read_bytes()
     assert sync(root) == ids
     assert (root / "mlflow.db").read_bytes() == before
+
+
+def test_runs_of_other_data_have_no_rank(trained_project: Path, tmp_path: Path) -> None:
+    root = copy_project(trained_project, tmp_path / "project")
+    sync(root)
+    with open_store(root, "convoy") as store:
+        older, newer = list_runs(root)
+        store.client.set_tag(older.info.run_id, "data", "digits@before")
+        runs.rank_runs(store, newer.data.tags["data"])
+    assert [run.data.tags.get("rank") for run in list_runs(root)] == [None, "001"]
 
 
 def test_runs_have_their_settings_metrics_and_tags(trained_project: Path, tmp_path: Path) -> None:
@@ -106,6 +116,9 @@ def test_runs_have_their_settings_metrics_and_tags(trained_project: Path, tmp_pa
     assert lenet.data.metrics["parameters"] == load_record(root, "lenet")["parameters"]
     assert lenet.data.metrics["multiply_adds"] == load_record(root, "lenet")["macs"]
     assert lenet.data.metrics["megabytes"] == pytest.approx(4e-6 * lenet.data.metrics["parameters"], rel=0.05)
+    best = max(lenet, resnet, key=lambda run: run.data.metrics["kept/val_accuracy"])
+    assert {run.data.tags["rank"] for run in (lenet, resnet)} == {"001", "002"}
+    assert best.data.tags["rank"] == "001"
     assert lenet.data.tags["reproduction"] == resnet.data.tags["reproduction"]
     assert lenet.data.tags["data"] == "digits@" + load_record(root, "lenet")["data"]["digest"]
     assert lenet.data.tags["hardware"].startswith("cpu, ")
@@ -240,7 +253,9 @@ def test_run_of_a_killed_reporter_is_completed(lenet_project: Path, tmp_path: Pa
     assert list_runs(root)[0].info.status == "RUNNING"
     assert sync(root) == {"lenet": begun}
     assert_complete(root, ("lenet",))
-    assert [point.timestamp for point in make_client(root).get_metric_history(begun, "val/loss")].count(2_000) == 1
+    assert [point.timestamp for point in make_client(root).get_metric_history(begun, "epoch/val_loss")].count(
+        2_000
+    ) == 1
     (found,) = list_runs(root)
     assert found.info.start_time == 1_000
     assert found.info.end_time == int((root / "artifacts/train/lenet" / MANIFEST).stat().st_mtime * 1000)

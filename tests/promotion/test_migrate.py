@@ -60,7 +60,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             killed = store.client.create_run(
                 store.experiment.experiment_id, 1_000, {run_record.FINGERPRINT_TAG: "k"}, "killed"
             )
-            store.client.log_metric(killed.info.run_id, "val/loss", 0.5, 2_000, 1)
+            store.client.log_metric(killed.info.run_id, "epoch/val_loss", 0.5, 2_000, 1)
             store.client.set_terminated(killed.info.run_id, "KILLED", 3_000)
             for seed, run in enumerate([trained[0], trained[1], trained[1], trained[2]], start=1):
                 register_version(store, root, run, seed)

@@ -40,7 +40,7 @@ from tracking_fixtures import read_trained_files
 
 pytestmark = pytest.mark.usefixtures("embedded_store")
 
-CURVES = ["lr", "train/accuracy", "train/loss", "val/accuracy", "val/loss"]
+CURVES = ["epoch/lr", "epoch/train_accuracy", "epoch/train_loss", "epoch/val_accuracy", "epoch/val_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,8 @@ def assert_complete_runs(server: str, name: str, results: list[Path], *files: st
         for curve in CURVES:
             points = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, curve))
             assert [step for step, _ in points] == list(history["epoch"])
-            assert [value for _, value in points] == pytest.approx(list(history[curve.replace("/", "_")]), abs=1e-6)
+            expected = list(history[curve.removeprefix("epoch/")])
+            assert [value for _, value in points] == pytest.approx(expected, abs=1e-6)
         assert len(run.inputs.dataset_inputs) == 1
         there = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert {"record.json", "history.csv", "weights.safetensors", "confusion.png", *files} <= there
@@ -405,7 +406,7 @@ def test_server_outage_during_training_loses_no_data(
     def epochs() -> int:
         experiment = client.get_experiment_by_name("convoy")
         runs = client.search_runs([experiment.experiment_id]) if experiment else []
-        return sum(len(client.get_metric_history(run.info.run_id, "val/loss")) for run in runs)
+        return sum(len(client.get_metric_history(run.info.run_id, "epoch/val_loss")) for run in runs)
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.setenv("CONVOY_LIVE", "1")

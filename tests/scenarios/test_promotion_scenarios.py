@@ -603,7 +603,7 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
     with open_store(lost, "convoy") as store:
         (run,) = store.client.search_runs([store.experiment.experiment_id])
         assert run.info.status == "FINISHED"
-        assert len(store.client.get_metric_history(run.info.run_id, "val/loss")) == 4
+        assert len(store.client.get_metric_history(run.info.run_id, "epoch/val_loss")) == 4
     for _ in range(2):
         with pytest.raises(
             ConvoyError, match=r"had a champion \(version 1, as of [-0-9]+\), of which this MLflow knows nothing"

@@ -70,10 +70,10 @@ def test_each_run_has_its_curves_settings_and_metrics(finished_project: Path) ->
         record = json.loads((finished_project / f"artifacts/train/{name}/record.json").read_text())
         history = pd.read_csv(finished_project / f"artifacts/train/{name}/history.csv")
         run = table.loc[name]
-        assert run["metrics.best/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
+        assert run["metrics.kept/val_accuracy"] == pytest.approx(record["best"]["val_accuracy"], abs=1e-6)
         assert run["params.recipe.lr"] == str(record["settings"]["recipe"]["lr"])
         with open_store(finished_project, "convoy") as store:
-            curve = store.client.get_metric_history(run["run_id"], "val/loss")
+            curve = store.client.get_metric_history(run["run_id"], "epoch/val_loss")
             files = {file.path for file in store.client.list_artifacts(run["run_id"])}
         assert [point.step for point in curve] == list(history["epoch"])
         assert [point.value for point in curve] == pytest.approx(list(history["val_loss"]), abs=1e-6)

@@ -83,7 +83,7 @@ def test_concurrent_syncs_write_each_point_once(store: TrackingStore, monkeypatc
 
     monkeypatch.setattr(MlflowClient, "log_batch", meanwhile)
     found = sync_run(store, "googlenet", DIGITS)
-    for name, points in (("val/accuracy", [(1, 0.5), (2, 0.6)]), ("test/accuracy", [(0, 0.6)])):
+    for name, points in (("epoch/val_accuracy", [(1, 0.5), (2, 0.6)]), ("test/accuracy", [(0, 0.6)])):
         history = store.client.get_metric_history(found.info.run_id, name)
         assert [(point.step, point.value) for point in history] == points
 
@@ -94,7 +94,7 @@ def test_experiment_created_concurrently_is_reused(store: TrackingStore) -> None
 
 
 def test_nan_metrics_are_left_out(store: TrackingStore) -> None:
-    assert set(sync_run(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "val/accuracy"}
+    assert set(sync_run(store, "lenet", DIGITS).data.metrics) == {"test/accuracy", "epoch/val_accuracy"}
 
 
 def test_each_number_is_a_parameter_under_its_dotted_name() -> None:

@@ -57,7 +57,7 @@ def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenanc
             "mlflow.note.content": f"{record.architecture} on {data.name}",
             **tags,
             FINGERPRINT_TAG: record.fingerprint,
-            "data": f"{data.name}@{data.digest}",
+            "data": data_tag(record),
             "hardware": f"{environment['device']}, {environment['instructions']}, {threads}, "
             f"{environment['precision']}{processes}",
             "software": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -65,6 +65,11 @@ def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenanc
         provenance=provenance,
         data=data,
     )
+
+
+def data_tag(record: TrainingRecord) -> str:
+    """Return the value of the tag `data`, which names a version of the data."""
+    return f"{record.data.name}@{record.data.digest}"
 
 
 def describe_result(
@@ -100,7 +105,7 @@ def describe_result(
         run,
         tags={**run.tags, "mlflow.note.content": f"{run.tags['mlflow.note.content']}: {note}"},
         metrics={
-            **({f"best/{name}": getattr(best, name) for name in ("val_accuracy", "val_loss", "epoch")} if best else {}),
+            **({f"kept/{name}": getattr(best, name) for name in ("val_accuracy", "val_loss", "epoch")} if best else {}),
             **{f"test/{name}": value for name, value in metrics.items()},
             "parameters": record.parameters,
             "multiply_adds": record.macs,

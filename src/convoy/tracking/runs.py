@@ -19,9 +19,11 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from convoy.core.hashing import sha256
 from convoy.tracking.run_record import FINGERPRINT_TAG, HistoryRow, RunRecord
 from convoy.tracking.store import TrackingStore, upload_timeout
-from convoy.tracking.tags import CHECKSUMS_TAG
+from convoy.tracking.tags import CHECKSUMS_TAG, RANK_TAG
 from convoy.training.record import DatasetVersion
 
+# Runs that are ranked. A page of MLflow's UI shows 100.
+MAX_RANKED = 200
 # Tag of a complete run: the hash of the results that it shows.
 RESULTS_TAG = "convoy.results"
 # Tag of a run that was logged while it trained: the machine name and the process ID.
@@ -213,23 +215,41 @@ def set_tags(store: TrackingStore, found: MlflowRun, tags: Mapping[str, str]) ->
             store.client.set_tag(found.info.run_id, name, value)
 
 
+def rank_runs(store: TrackingStore, data: str) -> None:
+    """Give the runs of the current data the tag `RANK_TAG`, best in validation first, and no other run.
+
+    MLflow's UI sorts by one column, and would otherwise mix runs of all versions of the data.
+
+    Args:
+        store: Tracking store.
+        data: Value of the tag `data` of the current data.
+    """
+    experiment, is_current = [store.experiment.experiment_id], f"tags.data = '{data}'"
+    order = ["metrics.`kept/val_accuracy` DESC", "metrics.`kept/val_loss` ASC", "attributes.run_name ASC"]
+    ranked = store.client.search_runs(experiment, is_current, max_results=MAX_RANKED, order_by=order)
+    for position, run in enumerate(ranked, 1):
+        set_tags(store, run, {RANK_TAG: f"{position:03}"})
+    for run in store.client.search_runs(experiment, f"tags.{RANK_TAG} LIKE '%' AND tags.data != '{data}'"):
+        store.client.delete_tag(run.info.run_id, RANK_TAG)
+
+
 def curve_points(row: HistoryRow, time_ms: int) -> list[Metric]:
     """Return an epoch's points of all curves, with the epoch as their step.
 
-    `val_accuracy` is named val/accuracy, because MLflow groups charts by prefix. Values that are not finite are left
-    out.
+    `val_accuracy` is named epoch/val_accuracy: MLflow groups charts by prefix, in alphabetical order, and a page should
+    begin with the curves. Values that are not finite are left out.
 
     Args:
         row: Metrics of the epoch.
         time_ms: Timestamp of the points, in milliseconds since the epoch.
     """
-    points = {name.replace("_", "/", 1): round_for_display(value) for name, value in row.items() if name != "epoch"}
+    points = {f"epoch/{name}": round_for_display(value) for name, value in row.items() if name != "epoch"}
     return [Metric(name, value, time_ms, int(row["epoch"])) for name, value in points.items() if math.isfinite(value)]
 
 
 def logged_epochs(store: TrackingStore, run_id: str) -> set[int]:
     """Return the epochs that a run has points of."""
-    return {point.step for point in store.client.get_metric_history(run_id, "val/loss")}
+    return {point.step for point in store.client.get_metric_history(run_id, "epoch/val_loss")}
 
 
 def log_points(client: MlflowClient, run_id: str, points: Sequence[Metric]) -> None:

@@ -16,11 +16,13 @@ from typing import Any
 from mlflow import MlflowClient
 
 from convoy.tracking.store import TrackingStore
+from convoy.tracking.tags import RANK_TAG
 
 # Columns of the leaderboard: what was trained, how good it is, on what, and what came of it; then settings and size.
 COLUMNS = [
+    "tags.rank",
     "params.model",
-    "metrics.best/val_accuracy",
+    "metrics.kept/val_accuracy",
     "metrics.test/accuracy",
     "metrics.test/accuracy_low",
     "metrics.test/accuracy_high",
@@ -28,7 +30,7 @@ COLUMNS = [
     "attributes.Models",
     "tags.verdict",
     "tags.commit",
-    "metrics.best/val_loss",
+    "metrics.kept/val_loss",
     "metrics.test/macro_f1",
     "metrics.test/log_loss",
     "metrics.parameters",
@@ -41,8 +43,8 @@ COLUMNS = [
     "tags.reproduction",
 ]
 # Metrics of the page of curves, as line charts, bar charts and scatter plots.
-CURVES = ["val/accuracy", "val/loss", "train/loss"]
-BARS = ["best/val_accuracy", "test/accuracy"]
+CURVES = ["epoch/val_accuracy", "epoch/val_loss", "epoch/train_loss"]
+BARS = ["kept/val_accuracy", "test/accuracy"]
 SCATTERS = [("parameters", "test/accuracy")]
 # Prefix of the experiment tag that holds a view, followed by the ID of the view.
 TAG = "mlflow.sharedViewState."
@@ -66,17 +68,21 @@ def save_views(store: TrackingStore) -> tuple[str, str]:
         The URLs of the leaderboard and of the curves.
     """
     client, experiment = store.client, store.experiment.experiment_id
-    order_by = "metrics.best/val_accuracy"
+    # Runs without a rank, which are those of other data, come last.
+    order_by = f"tags.{RANK_TAG}"
     table = save_table(client, experiment, "leaderboard", COLUMNS, order_by)
     charts = save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, order_by)
-    note = f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all trained architectures, best in validation first"
+    note = (
+        f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all architectures; those of the newest data come "
+        "first, best in validation"
+    )
     if store.experiment.tags.get("mlflow.note.content") != note:
         client.set_experiment_tag(experiment, "mlflow.note.content", note)
     return store.address + table, store.address + charts
 
 
 def save_table(client: MlflowClient, experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
-    """Save a table of runs as a view, sorted by a column in descending order.
+    """Save a table of runs as a view, sorted by a column in ascending order.
 
     The UI always shows the columns Run Name, Created and Duration, and never shows a column that no run has.
 
@@ -84,7 +90,7 @@ def save_table(client: MlflowClient, experiment_id: str, name: str, columns: lis
         client: MLflow client.
         experiment_id: ID of the experiment.
         name: Name of the view.
-        columns: Columns in order, such as "metrics.val/accuracy", "params.model", "tags.candidate" or
+        columns: Columns in order, such as "metrics.epoch/val_accuracy", "params.model", "tags.candidate" or
             "attributes.Models". Other attributes are Dataset, Source, User, Version and Description.
         order_by: Column to sort by.
 
@@ -106,7 +112,7 @@ def save_table(client: MlflowClient, experiment_id: str, name: str, columns: lis
             "columnOrder": list(widths),
             "columnWidths": widths,
             "orderByKey": _column_key(order_by),
-            "orderByAsc": False,
+            "orderByAsc": True,
         },
     )
 
@@ -122,8 +128,8 @@ def save_charts(
 ) -> str:
     """Save a page of charts of all runs as a view.
 
-    Metrics are named as they were logged, such as "val/accuracy". Below these charts the UI adds its own for metrics
-    that no line or bar chart shows.
+    Metrics are named as they were logged, such as "epoch/val_accuracy". Below these charts the UI adds its own for
+    metrics that no line or bar chart shows.
 
     Args:
         client: MLflow client.
@@ -132,7 +138,7 @@ def save_charts(
         curves: Metrics drawn as line charts over the steps.
         bars: Metrics whose last values are drawn as bar charts.
         scatters: Pairs of metrics drawn as scatter plots, (x, y).
-        order_by: Column to sort runs by in descending order, as in `save_table`.
+        order_by: Column to sort runs by in ascending order, as in `save_table`.
 
     Returns:
         The path of the view's URL.
@@ -159,7 +165,7 @@ def save_charts(
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
             "orderByKey": _column_key(order_by),
-            "orderByAsc": False,
+            "orderByAsc": True,
         },
     )
 

@@ -143,7 +143,8 @@ def summarize_data(stage: Stage, record: TrainingRecord) -> DataSummary:
     paths = table.loc[table["split"] == "train", "path"].tolist()
     # Classes in turn, so that as many as possible are shown.
     turn = pd.Series(train.labels).groupby(train.labels).cumcount().to_numpy()
-    rows = np.lexsort((train.labels, turn))[: comparison_section.MAX_SAMPLES]
+    # As high as the chart of the classes beside them.
+    rows = np.lexsort((train.labels, turn))[: 12 if len(info.classes) <= 4 else 24]
     rows = rows[np.argsort(train.labels[rows], kind="stable")]
     samples = [(train.pixels[row], info.classes[train.labels[row]], paths[row]) for row in rows]
     return DataSummary(record.data, info.classes, info.size, info.channels, counts, samples)

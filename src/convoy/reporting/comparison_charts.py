@@ -7,7 +7,7 @@ import pandas as pd
 
 from convoy.data.card.markdown import shorten
 from convoy.reporting.report import architecture_colour
-from convoy.reporting.svg import BLUE, GREY, INK, LINE, chart, format_log_axis, put_legend_above
+from convoy.reporting.svg import BLUE, GREY, INK, LINE, chart, format_log_axis, label_points, put_legend_above
 
 # Shapes and dashes tell architectures apart where colours don't.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -36,7 +36,7 @@ def draw_accuracies(leaderboard: pd.DataFrame) -> str:
         axes.set_yticks(rows, leaderboard["model"])
         axes.set(xlabel="accuracy", ylim=(len(rows) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
-        put_legend_above(axes, 2)
+        put_legend_above(axes)
     return drawn.svg
 
 
@@ -68,10 +68,11 @@ def draw_frontier(leaderboard: pd.DataFrame, cost: str, label: str) -> str:
             position = (point[cost], point["test_accuracy"])
             axes.vlines(point[cost], point["low"], point["high"], color=colour, linewidth=1.5, alpha=0.5)
             axes.plot(*position, MARKERS[number % len(MARKERS)], color=colour, markersize=7)
-            axes.annotate(point["model"], position, xytext=(6, 5), textcoords="offset points")
         axes.set(xscale="log", xlabel=label, ylabel="accuracy on test images, with 95% interval")
         axes.margins(x=0.2)
         format_log_axis(axes.xaxis)
+        positions = list(zip(points[cost], points["test_accuracy"], strict=True))
+        label_points(axes, positions, points["model"].tolist())
     return drawn.svg
 
 
@@ -93,7 +94,7 @@ def draw_curves(histories: Mapping[str, pd.DataFrame], metric: str, label: str, 
         axes.xaxis.get_major_locator().set_params(integer=True)
         if is_log:
             format_log_axis(axes.yaxis)
-        put_legend_above(axes, min(5, len(histories)))
+        put_legend_above(axes)
     return drawn.svg
 
 
@@ -114,7 +115,7 @@ def draw_classes(f1: pd.DataFrame) -> str:
         axes.set_yticks(rows, [shorten(str(name), NAME_WIDTH) for name in shown.index])
         axes.set(xlabel="F1 on test images", ylim=(len(rows) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
-        put_legend_above(axes, min(5, shown.shape[1]))
+        put_legend_above(axes)
     return drawn.svg
 
 
@@ -167,5 +168,5 @@ def draw_class_counts(counts: pd.DataFrame) -> str:
         axes.set(ylim=(len(rows) - 0.4, -0.6))
         axes.set(xlabel="images, of the largest and the smallest classes" if is_cut else "images")
         axes.grid(axis="y", visible=False)
-        put_legend_above(axes, 3)
+        put_legend_above(axes)
     return drawn.svg

@@ -12,7 +12,7 @@ from convoy.reporting.label_errors import find_label_errors
 from convoy.reporting.model_section import Images, ModelResults, Section
 from convoy.training.record import DatasetVersion
 
-MAX_SAMPLES, MAX_DISPUTED, MAX_LABEL_ERRORS = 24, 24, 24  # images
+MAX_DISPUTED, MAX_LABEL_ERRORS = 24, 24  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def describe_data(data: DataSummary) -> Section:
             Tile(encode_image(pixels), (label,), f"Training image of {label}", path)
             for pixels, label, path in data.samples
         ]
-        return Figure("Training images", tiles=tiles, is_wide=True)
+        return Figure("Training images", tiles=tiles)
 
     figures = [draw_safely("Images of each class", draw_counts), draw_safely("Training images", show_samples)]
     return Section("data", "What was trained on what", figures, intro, "Data")

@@ -16,6 +16,8 @@ from convoy.data.image_io import as_image
 
 # Images are stored with this side at most; a page shows them no larger.
 MAX_TILE_SIDE = 96  # pixels
+# Between two maps of a strip.
+GAP = 4  # pixels
 # Larger images are stored as JPEG, which needs a quarter of the bytes of PNG.
 MAX_PNG_SIDE = 64  # pixels
 
@@ -89,11 +91,11 @@ def encode_strip(maps: np.ndarray, side: int, columns: int, colours: str) -> str
     from matplotlib import colormaps
 
     lines = -(-len(maps) // columns)
-    strip = np.zeros((lines * (side + 2) - 2, min(columns, len(maps)) * (side + 2) - 2, 4), np.uint8)
+    strip = np.zeros((lines * (side + GAP) - GAP, min(columns, len(maps)) * (side + GAP) - GAP, 4), np.uint8)
     for number, values in enumerate(maps):
         rgb = values[..., :3] if values.ndim == 3 else colormaps[colours](values)[..., :3]
         image = Image.fromarray((rgb * 255).round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-        top, left = number // columns * (side + 2), number % columns * (side + 2)
+        top, left = number // columns * (side + GAP), number % columns * (side + GAP)
         strip[top : top + side, left : left + side, :3] = np.asarray(image)
         strip[top : top + side, left : left + side, 3] = 255
     return _encode(Image.fromarray(strip), "PNG")

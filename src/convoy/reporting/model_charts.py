@@ -32,7 +32,7 @@ def draw_learning_curves(history: pd.DataFrame, kept: int | None) -> str:
         # The first epochs of the loss would flatten all others.
         panels[1].set_yscale("log")
         format_log_axis(panels[1].yaxis)
-        put_legend_above(panels[0], 2)
+        put_legend_above(panels[0])
         panels[2].plot(history["epoch"], history["lr"], color=GREEN)
         panels[2].set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
         for axes in panels:
@@ -133,7 +133,7 @@ def draw_class_metrics(per_class: pd.DataFrame) -> str:
         axes.set_yticks(rows, [shorten(name, NAME_WIDTH) for name in shown["class"]])
         axes.set(xlabel="metric on test images, with 95% interval", ylim=(len(shown) - 0.4, -0.6), xlim=(None, 1.01))
         axes.grid(axis="y", visible=False)
-        put_legend_above(axes, 3)
+        put_legend_above(axes)
     return drawn.svg
 
 
@@ -158,10 +158,10 @@ def draw_reliability(confidence: np.ndarray, is_correct: np.ndarray) -> str:
         top.vlines(mean[found], low[found], high[found], color=BLUE, linewidth=1.2)
         top.plot(mean[found], accuracy[found], "o", color=BLUE, label="images of one bin")
         top.set(ylabel="accuracy, with 95% interval", ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
-        put_legend_above(top, 2)
+        put_legend_above(top)
         bottom.bar((edges[:-1] + edges[1:]) / 2, counts, width=0.9 / BINS, color=BLUE, alpha=0.6)
         bottom.set_yscale("log")
-        format_log_axis(bottom.yaxis)
+        format_log_axis(bottom.yaxis, [1])
         bottom.set(ylabel="images", xlabel="confidence (probability of the predicted class)")
     return drawn.svg
 

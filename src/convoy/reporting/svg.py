@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ INK, FAINT, LINE = "#24292f", "#6e7781", "#d0d7de"
 THEME = {INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)", BLUE: "var(--blue)"}
 # Width of a chart in inches. It fits on a telephone, and two fit beside each other on a larger screen.
 WIDTH = 4.8
+# Characters in a line of a legend.
+LEGEND_WIDTH = 64
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": LINE,
@@ -80,11 +82,16 @@ def chart(height: float, width: float = WIDTH) -> Iterator[Chart]:
         drawn.svg = _embed(written.getvalue())
 
 
-def format_log_axis(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers, such as 200k, at 1, 2 and 5 of each power of ten."""
+def format_log_axis(axis: Any, ticks: Sequence[int] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis with plain numbers, such as 200k.
+
+    Args:
+        axis: The axis.
+        ticks: Where to label it, as multiples of each power of ten.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, position: format_number(value)))
     axis.set_minor_formatter(NullFormatter())
 
@@ -95,12 +102,48 @@ def format_number(value: float) -> str:
     return f"{value / 1000**power:.3g}{' kMGT'[power].strip()}"
 
 
-def put_legend_above(axes: Any, columns: int) -> None:
-    """Put the legend above the axes, where it hides no data."""
+def put_legend_above(axes: Any) -> None:
+    """Put the legend above the axes, where it hides no data, in as many lines as it needs."""
+    labels = axes.get_legend_handles_labels()[1]
+    # A handle is as wide as 7 characters.
+    lines = -(-sum(len(label) + 7 for label in labels) // LEGEND_WIDTH)
     axes.legend(
-        ncols=columns, loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.2, columnspacing=1.2,
-        handletextpad=0.5, handlelength=2.4,
-    )  # fmt: skip
+        ncols=-(-len(labels) // lines),
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        borderaxespad=0.2,
+        columnspacing=1.2,
+        handletextpad=0.5,
+        handlelength=2.4,
+    )
+
+
+def label_points(axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Write a label beside each point, where it covers no other label.
+
+    Args:
+        axes: The axes, with their final limits.
+        points: Positions in the units of the data.
+        labels: Text of each label.
+    """
+    # The layout is not known yet, so that positions are those of axes as wide as the figure.
+    scale = axes.figure.get_size_inches() * 72  # points
+    taken: list[tuple[float, float, float]] = []
+    for point, label in zip(points, labels, strict=True):
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform(point)) * scale * 0.8
+        width = 5 * len(label)
+        options = [(7, 4), (-7 - width, 4), (7, -11), (-7 - width, -11), (7, 15), (-7 - width, 15), (7, -22)]
+        free = [
+            (right, up)
+            for right, up in options
+            if all(
+                abs(y + up - other_y) > 10 or x + right > other_x + other_width or x + right + width < other_x
+                for other_x, other_y, other_width in taken
+            )
+        ]
+        right, up = (free or options)[0]
+        taken.append((x + right, y + up, width))
+        axes.annotate(label, point, xytext=(right, up), textcoords="offset points")
 
 
 def _embed(svg: str) -> str:

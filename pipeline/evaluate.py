@@ -1,6 +1,7 @@
 """The evaluate stage, which evaluates one trained architecture on test images that no training has used."""
 
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,9 @@ from convoy.models.base import predict
 from convoy.training import hardware
 from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage, main
+
+# Test metrics in metrics.json; intervals.csv has all.
+SHOWN_TEST_METRICS = ("accuracy", "macro_f1", "log_loss")
 
 
 def evaluate(stage: Stage) -> None:
@@ -89,7 +93,7 @@ def evaluate(stage: Stage) -> None:
     intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)
     metrics = dict(zip(intervals["metric"], intervals["value"], strict=True))
-    for name, values in ((METRICS, metrics), (CALIBRATION, calibration)):
+    for name, values in ((METRICS, select_metrics(record, metrics)), (CALIBRATION, calibration)):
         (stage.scratch / name).write_text(json.dumps(values, indent=2) + "\n")
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.endswith("_uncalibrated"))
     print(f"{stage.foreach_key}: {shown or 'its training failed'}")
@@ -103,6 +107,27 @@ def evaluate(stage: Stage) -> None:
             f"{stage.foreach_key}: {fit.describe()}; the log loss on test images is {metrics['log_loss']:.4f}, "
             f"uncalibrated {metrics['log_loss_uncalibrated']:.4f}"
         )
+
+
+def select_metrics(record: TrainingRecord, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Select the metrics that DVC shows: those to choose settings by come first, and few test metrics last.
+
+    Args:
+        record: The record of the training.
+        metrics: The test metrics by name.
+
+    Returns:
+        The metrics by name; empty if the training failed.
+    """
+    if record.best is None or record.failure:
+        return {}
+    selection = f"val_{record.train.selection_metric}"
+    validation = {name: getattr(record.best, name) for name in (selection, "val_accuracy", "val_loss")}
+    return {
+        **validation,
+        "best_epoch": record.best.epoch,
+        **{f"test_{name}": metrics[name] for name in SHOWN_TEST_METRICS},
+    }
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, METRICS, PER_CLASS
+from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, PER_CLASS
 from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion, ranking
@@ -27,7 +27,7 @@ def register(stage: Stage) -> None:
     names = list(stage.section("model"))
     results = {name: find_result(stage, name) for name in names}
     records = {name: result.record() for name, result in results.items()}
-    metrics = {name: json.loads((result.evaluated / METRICS).read_text()) for name, result in results.items()}
+    metrics = {name: result.test_metrics() for name, result in results.items()}
     trained = {name: result.trained for name, result in results.items()}
     evaluated = {name: result.evaluated for name, result in results.items()}
     validated = ranking.rank(

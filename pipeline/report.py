@@ -1,7 +1,6 @@
 """The report stage, which draws what was trained on what and how good it is, as one page and one for each network."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from convoy.core.artifact_names import (
     IMAGE_TABLE,
     INTERVALS,
     LABEL_ERRORS,
-    METRICS,
     PER_CLASS,
     PREDICTIONS,
     RECORD,
@@ -118,12 +116,13 @@ def load_results(stage: Stage, name: str, record: TrainingRecord) -> ModelResult
         paths = images.loc[images["split"] == split, "path"].tolist()
         return Images(found.pixels, paths, found.labels, probabilities)
 
+    intervals = pd.read_csv(evaluated / INTERVALS)
     return ModelResults(
         name=name,
         record=record,
         history=pd.read_csv(trained / HISTORY),
-        metrics=json.loads((evaluated / METRICS).read_text()),
-        intervals=pd.read_csv(evaluated / INTERVALS),
+        metrics=dict(zip(intervals["metric"], intervals["value"], strict=True)),
+        intervals=intervals,
         # A class may be named NA or 007, so names are read as strings.
         per_class=pd.read_csv(evaluated / PER_CLASS, dtype={"class": str}, keep_default_na=False),
         test=load_images("test", PREDICTIONS),

@@ -7,7 +7,6 @@ module is not a stage.
 
 import dataclasses
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from convoy.core.artifact_names import (
     HISTORY,
     INTERVALS,
     MANIFEST,
-    METRICS,
     PER_CLASS,
     PREDICTIONS,
     RECORD,
@@ -63,6 +61,11 @@ class TrainedResult:
     def record(self) -> TrainingRecord:
         """Load the training record."""
         return TrainingRecord.load(self.trained / RECORD)
+
+    def test_metrics(self) -> dict[str, float]:
+        """Load the test metrics; there are none if the training failed."""
+        table = pd.read_csv(self.evaluated / INTERVALS, float_precision="round_trip")
+        return dict(zip(table["metric"], table["value"], strict=True))
 
 
 def sync_results(root: Path) -> None:
@@ -176,16 +179,14 @@ def build_run(
 ) -> run_record.RunRecord:
     """Collect everything that the run of a result holds, writing plots and rounded tables into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
-    metrics = json.loads((evaluated / METRICS).read_text())
+    metrics = result.test_metrics()
     files = [trained / RECORD, trained / HISTORY, *result.report]
-    tables = [evaluated / name for name in (PER_CLASS, INTERVALS) if (evaluated / name).exists()]
-    files += [round_table(table, scratch / table.name) for table in tables]
+    files += [round_table(evaluated / name, scratch / name) for name in (PER_CLASS, INTERVALS)]
     if not record.failure:
         plot, title = scratch / "confusion.png", f"{record.architecture} on test images"
         predictions = pd.read_parquet(evaluated / PREDICTIONS, columns=["actual", "predicted"])
         report.draw_confusion(predictions, record.dataset_info.classes, title, plot)
         files += [trained / WEIGHTS, plot]
-    if INTERVALS in {table.name for table in tables}:
         metrics |= accuracy_interval(evaluated / INTERVALS)
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
     return run_record.describe_result(record, metrics, history, tags, origin, files)

@@ -366,7 +366,12 @@ def test_evaluation_writes_metrics_slices_and_predictions(trained_project: Path)
     assert list(table.columns[:5]) == ["sha256", "actual", "predicted", "group", "column_site"]
     shown = json.loads((evaluate_folder(trained_project) / "metrics.json").read_text())
     intervals = pd.read_csv(evaluate_folder(trained_project) / "intervals.csv").set_index("metric")
-    assert intervals["value"].to_dict() == pytest.approx(shown)
+    assert [*shown][:3] == ["val_accuracy", "val_loss", "best_epoch"]
+    tested = {name: intervals["value"][name.removeprefix("test_")] for name in [*shown][3:]}
+    assert tested == pytest.approx({name: shown[name] for name in tested})
+    best = TrainingRecord.load(trained_project / "artifacts/train/lenet/record.json").best
+    assert best
+    assert [shown[name] for name in [*shown][:3]] == [best.val_accuracy, best.val_loss, best.epoch]
     sliced = pd.read_csv(evaluate_folder(trained_project) / "slices.csv").set_index(["column", "value"])
     assert sliced.loc["site"]["images"].sum() == len(table)
     assert "number" not in sliced.index.get_level_values("column")

@@ -266,9 +266,10 @@ def test_new_evaluation_of_a_training_updates_its_run(lenet_project: Path, tmp_p
     root = copy_project(lenet_project, tmp_path / "project")
     (run_id,) = sync(root).values()
     folder = root / "artifacts/evaluate/lenet"
-    figures = json.loads((folder / "metrics.json").read_text()) | {"accuracy": 0.125}
-    (folder / "metrics.json").write_text(json.dumps(figures))
-    marks = json.loads((folder / MANIFEST).read_text()) | {"metrics.json": sha256(folder / "metrics.json")}
+    table = pd.read_csv(folder / "intervals.csv")
+    table.loc[table["metric"] == "accuracy", "value"] = 0.125
+    table.to_csv(folder / "intervals.csv", index=False)
+    marks = json.loads((folder / MANIFEST).read_text()) | {"intervals.csv": sha256(folder / "intervals.csv")}
     (folder / MANIFEST).write_text(json.dumps(marks))
     assert list(sync(root).values()) == [run_id]
     (found,) = list_runs(root)

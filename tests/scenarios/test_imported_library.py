@@ -114,5 +114,5 @@ def test_queued_experiment_runs_the_code_that_it_records(repository: Path) -> No
     found = list_experiments(repository)
     assert found["State"]["raises"] == "Failed"
     assert "queued code" in run_command(repository, "dvc", "queue", "logs", "raises").stdout
-    assert float(found["log_loss"]["silent"]) == pytest.approx(np.log(3))
-    assert float(found["log_loss"]["plain"]) != pytest.approx(np.log(3))
+    assert float(found["test_log_loss"]["silent"]) == pytest.approx(np.log(3))
+    assert float(found["test_log_loss"]["plain"]) != pytest.approx(np.log(3))

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,21 @@ def exit_on_error(command: str = "") -> Iterator[None]:
     try:
         yield
     except ConvoyError as error:
-        sys.exit(f"convoy: {command}: {error}" if command else f"convoy: {error}")
+        sys.exit(f"convoy: {command}: {error}{explain_restoring()}" if command else f"convoy: {error}")
+    except Exception:
+        print(explain_restoring().lstrip(), end="", file=sys.stderr)
+        raise
+
+
+def explain_restoring() -> str:
+    """Return a line on how to restore the workspace if an experiment of DVC changes it, else ""."""
+    # In a temporary copy, DVC_ROOT is the folder that it was copied from.
+    if "DVC_EXP_NAME" not in os.environ or os.environ.get("DVC_ROOT") != str(Path.cwd()):
+        return ""
+    return (
+        "\nconvoy: the experiment has changed the workspace: `git checkout params.yaml dvc.lock && dvc checkout` "
+        "restores what was committed"
+    )
 
 
 @contextlib.contextmanager

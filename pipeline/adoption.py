@@ -80,6 +80,34 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
                 f"conf/ can't be made to compose to params.yaml, as no file there sets {', '.join(left)}: edit conf/"
                 " yourself, or discard these settings by `convoy settings compose`"
             )
+    _print_edited(root, before)
+
+
+def write_values(root: Path, values: Mapping[str, Any]) -> None:
+    """Edit `root/conf` so that it composes to other values of some settings.
+
+    Each is set in the file that takes precedence for it. If an error is raised, conf/ is left unchanged.
+
+    Args:
+        root: The project folder.
+        values: The values by the dotted names of the settings.
+
+    Raises:
+        ConvoyError: If conf/ does not compose to the values afterwards.
+    """
+    with restore_on_error((root / "conf").rglob("*.yaml")) as before:
+        for key, value in values.items():
+            _set_value(root, key, value)
+        composed = config.parse(config.compose_text(root))
+        for key, value in values.items():
+            path = key.split(".")
+            table = _find_table(composed, path)
+            if table is None or table[path[-1]] != value:
+                raise ConvoyError(f"no file in conf/ sets {key}: set it to {value} yourself")
+    _print_edited(root, before)
+
+
+def _print_edited(root: Path, before: Mapping[Path, bytes | None]) -> None:
     for file, content in before.items():
         if file.read_bytes() != content:
             print(f"{file.relative_to(root)}: edited, as `git diff conf` shows")

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -79,6 +79,13 @@ def resolve_model(model: str | None) -> str | None:
     return model if model is None or model.startswith("models:") else str(resolve_typed(Path(model)))
 
 
+def parse_jobs(jobs: str) -> int | None:
+    """Return the number of architectures to train at a time; None for as many as the machine allows."""
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
+        raise typer.BadParameter(f"{jobs!r} is neither auto nor a number from 1", param_hint="--jobs")
+    return None if jobs == "auto" else int(jobs)
+
+
 def show_version(is_asked: bool) -> None:
     """Print the version and exit, if asked to."""
     if is_asked:
@@ -115,10 +122,7 @@ def run(
     """
     from pipeline.run import run
 
-    if jobs != "auto" and not (jobs.isdecimal() and int(jobs) > 0):
-        raise typer.BadParameter(f"{jobs!r} is neither auto nor a number from 1", param_hint="--jobs")
-    limit = None if jobs == "auto" else int(jobs)
-    raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull, jobs=limit))
+    raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull, jobs=parse_jobs(jobs)))
 
 
 @app.command(epilog="Example: convoy use ../photos --name pets --table metadata.csv --path image_id --label species")
@@ -376,6 +380,44 @@ def find_lr(
     from pipeline.find_lr import find_lr
 
     find_lr(Path.cwd(), architecture, as_json=as_json)
+
+
+@app.command(epilog="Example: convoy tune lenet --minutes 15 --param recipe.lr=log:0.001:0.3")
+def tune(
+    architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="An architecture of the settings.")],
+    overrides: Overrides = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials in all, with those of earlier calls; 30 if --minutes is not given either."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Minutes of this call, with the comparison at its end.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SETTING=RANGE",
+            help="Search this setting, in log:LOW:HIGH, uniform:LOW:HIGH or choice:A,B,C; by default those that "
+            "conf/search/ names for the optimizer.",
+        ),
+    ] = None,
+    sampler: Annotated[
+        Literal["tpe", "random"], typer.Option(help="What draws the next settings; tpe learns from earlier trials.")
+    ] = "tpe",
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at a time, each in a process of its own.")] = 1,
+    apply: Annotated[bool, typer.Option("--apply", help="Write better settings into conf/.")] = False,
+    as_json: AsJson = False,
+    is_worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+) -> None:
+    """Search for better settings of an architecture.
+
+    This trains it with other settings, compares the best with the present ones on three new seeds, and says so if they
+    are not better. Test images are not read. An interrupted search resumes when it is called again.
+    """
+    from pipeline.tune import TuneOptions, tune
+
+    options = TuneOptions(trials, minutes, param or (), sampler, jobs, apply, as_json, is_worker)
+    tune(Path.cwd(), architecture, overrides or (), options)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def test_commands_are_those_of_the_documentation() -> None:
             "sync",
             "migrate",
             "find-lr",
+            "tune",
         )
     }
 

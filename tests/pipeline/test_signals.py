@@ -41,6 +41,7 @@ COMMANDS = [("pipeline",)] + [
         "sync",
         "migrate",
         "find-lr lenet",
+        "tune lenet",
     )
 ]
 

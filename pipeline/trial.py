@@ -1,0 +1,163 @@
+"""The training of one trial of a search, on training and validation images alone."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import joblib
+import optuna
+import torch
+
+from convoy import models
+from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO, MANIFEST
+from convoy.core.errors import ConvoyError
+from convoy.core.hashing import sha256
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
+from convoy.recipe import TrainConfig
+from convoy.search.pruning import ReportTrial
+from convoy.training import init_weights
+from convoy.training.checkpoint import remove_checkpoint
+from convoy.training.datamodule import ImageDataModule
+from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
+from convoy.training.history import ranking_key
+from convoy.training.record import DatasetVersion, ResolvedTrainer, TrainingRecord
+from convoy.training.trainer import fit
+from pipeline.stage import Stage
+from pipeline.train import fetch_weights
+
+# Parts of a split among the prepared images.
+PARTS = ("pixels", "labels")
+# User attributes of a trial: the rows of its epochs, the best of them, and why it failed.
+HISTORY, BEST, FAILURE = "history", "best", "failure"
+
+
+class TrialTrainer:
+    """Trains an architecture with the settings of a trial, as the train stage would, but on one device.
+
+    Args:
+        stage: The train stage of the architecture.
+        jobs: Trials that run at the same time, among which the processor is divided.
+    """
+
+    def __init__(self, stage: Stage, jobs: int) -> None:
+        self.stage = stage
+        self.jobs = jobs
+        self.architecture = stage.foreach_key
+        self.params = stage.validate(TrainConfig, "train")
+        self.trainer = stage.validate(TrainerConfig, "trainer")
+        self.prepared = verify_without_test(stage)
+        self.info = DatasetInfo.load(self.prepared / DATASET_INFO)
+        self.identity = stage.fingerprint("search", jobs)
+        self.checkpoints = stage.project_root / "artifacts/.cache/tuning/checkpoints"
+
+    def train(
+        self, trial: optuna.Trial, settings: Mapping[str, Any], seed: int, deadline: float | None = None
+    ) -> tuple[float, bool]:
+        """Train, and note the epochs and the best of them in the trial.
+
+        A trial that another process has begun continues from its checkpoint.
+
+        Args:
+            trial: The trial.
+            settings: Settings of the architecture.
+            seed: Seed of the training.
+            deadline: Time by `time.monotonic()` after which the training ends. None for no limit.
+
+        Returns:
+            The selection metric on the validation images, 0 if the training failed in its first epoch; and whether
+            the training was completed.
+
+        Raises:
+            optuna.TrialPruned: If the trial was pruned, or the time is up.
+        """
+        params = dataclasses.replace(self.params, seed=seed)
+        report = ReportTrial(trial, params.selection_metric, deadline)
+        checkpoint = self.checkpoints / self.fingerprint(settings, seed)[:12] / "last.ckpt"
+        try:
+            classifier, hardware, _ = self.build(settings, seed)
+            data = ImageDataModule(
+                Images.load(self.prepared, "train"), Images.load(self.prepared, "val"), classifier.recipe, seed
+            )
+            # A line for each epoch would hide those of the trials. The progress bar of a terminal stays.
+            with contextlib.redirect_stdout(io.StringIO()):
+                trained = fit(classifier, data, params, hardware, checkpoint, [report])
+        except optuna.TrialPruned:
+            self.note(trial, report.rows)
+            remove_checkpoint(checkpoint)
+            raise
+        self.note(trial, trained.history)
+        remove_checkpoint(checkpoint)
+        if trained.failure:
+            trial.set_user_attr(FAILURE, trained.failure.reason)
+        return trained.best.get(f"val_{params.selection_metric}", 0.0), trained.failure is None
+
+    def note(self, trial: optuna.Trial, rows: Sequence[Mapping[str, float]]) -> None:
+        """Note the epochs of a training, and the best of them, in its trial."""
+        best = max(rows, key=lambda row: ranking_key(row, self.params.selection_metric), default={})
+        trial.set_user_attr(HISTORY, rows)
+        trial.set_user_attr(BEST, best)
+
+    def build(
+        self, settings: Mapping[str, Any], seed: int
+    ) -> tuple[Classifier, ResolvedTrainer, init_weights.InitialWeights]:
+        """Build the classifier, choose the hardware for it, and describe its initial weights."""
+        torch.manual_seed(seed)
+        classifier = models.build(self.architecture, settings, self.info)
+        start = init_weights.init_weights(
+            classifier, self.architecture, settings, lambda init, folder: fetch_weights(self.stage, init, folder)
+        )
+        hardware = resolve_trainer(dataclasses.replace(self.trainer, devices=1, num_nodes=1), classifier)
+        threads = min(hardware.threads, max(1, joblib.cpu_count(only_physical_cores=True) // self.jobs))
+        return classifier, dataclasses.replace(hardware, strategy="auto", threads=threads), start
+
+    def describe(self, settings: Mapping[str, Any]) -> TrainingRecord:
+        """Return the training record of a trial, without its results."""
+        classifier, hardware, start = self.build(settings, self.params.seed)
+        facts = json.loads((self.prepared / DATA_PROFILE).read_text())
+        return TrainingRecord(
+            architecture=self.architecture,
+            settings=dict(settings),
+            train=self.params,
+            trainer=hardware,
+            dataset_info=self.info,
+            data=DatasetVersion(**facts, digest=sha256(self.prepared / MANIFEST)[:12]),
+            fingerprint=self.fingerprint(settings, self.params.seed),
+            initial_weights=start,
+            parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+            macs=count_macs(classifier),
+            environment=describe_environment(hardware),
+        )
+
+    def fingerprint(self, settings: Mapping[str, Any], seed: int) -> str:
+        """Return the fingerprint of a training in the search, as a hexadecimal sha256."""
+        return hashlib.sha256(json.dumps([self.identity, settings, seed], sort_keys=True).encode()).hexdigest()
+
+
+def verify_without_test(stage: Stage) -> Path:
+    """Return the folder of the prepared images after verifying all of its files but those of the test images.
+
+    Settings that were chosen by the test images would look better on them than they are, so a search does not open
+    their files.
+
+    Raises:
+        ConvoyError: If the folder is missing, incomplete or was modified.
+    """
+    folder = stage.root / "artifacts" / "preprocess"
+    try:
+        checksums = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise ConvoyError("artifacts/preprocess/ is missing or incomplete: run `dvc repro preprocess`") from None
+    for name in (DATASET_INFO, DATA_PROFILE, *(f"{split}_{part}.npy" for split in ("train", "val") for part in PARTS)):
+        if not (folder / name).is_file() or sha256(folder / name) != checksums.get(name):
+            raise ConvoyError(
+                f"artifacts/preprocess/{name} is not what its stage wrote: run `rm -rf artifacts/preprocess && dvc "
+                "repro preprocess`"
+            )
+    return folder

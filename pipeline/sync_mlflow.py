@@ -64,7 +64,7 @@ class TrainedResult:
 
     def test_metrics(self) -> dict[str, float]:
         """Load the test metrics; there are none if the training failed."""
-        table = pd.read_csv(self.evaluated / INTERVALS, float_precision="round_trip")
+        table = pd.read_csv(self.evaluated / INTERVALS)
         return dict(zip(table["metric"], table["value"], strict=True))
 
 

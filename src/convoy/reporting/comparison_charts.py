@@ -94,6 +94,8 @@ def draw_curves(histories: Mapping[str, pd.DataFrame], metric: str, label: str, 
         axes.xaxis.get_major_locator().set_params(integer=True)
         if is_log:
             format_log_axis(axes.yaxis)
+        else:
+            axes.set_ylim(top=min(1.02, axes.get_ylim()[1]))
         put_legend_above(axes)
     return drawn.svg
 

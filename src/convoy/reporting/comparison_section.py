@@ -135,7 +135,8 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
         )
 
     def draw_classes() -> Figure:
-        f1 = pd.DataFrame({result.name: result.per_class.set_index("class")["f1"] for result in results})
+        tested = first.per_class["images"] > 0
+        f1 = pd.DataFrame({result.name: result.per_class[tested].set_index("class")["f1"] for result in results})
         hardest = f1.mean(axis=1).idxmin()
         shown = min(len(f1), comparison_charts.MAX_CLASSES)
         note = "" if shown == len(f1) else f"The {shown} hardest of {len(f1)} classes."
@@ -147,10 +148,10 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
         )
 
     def show_disputed() -> Figure:
-        # The fewer are correct, the sooner; then the more different answers.
-        answers = np.array([len(set(column)) for column in predicted.T])
+        # The fewer are correct, the sooner; then the more confident the others are.
+        wrong = np.sum([result.test.confidence * ~each for result, each in zip(results, correct, strict=True)], axis=0)
         rows = np.flatnonzero(disputed | (right == 0))
-        rows = rows[np.lexsort((rows, -answers[rows], right[rows]))][:MAX_DISPUTED]
+        rows = rows[np.lexsort((rows, -wrong[rows], right[rows]))][:MAX_DISPUTED]
         tiles = []
         for row in rows:
             by_class: dict[int, list[str]] = {}

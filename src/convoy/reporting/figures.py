@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,6 +47,7 @@ class Figure:
     table: pd.DataFrame | None = None
     error: str = ""  # why it could not be drawn
     is_wide: bool = False  # whether it needs the width of the page
+    is_tall: bool = False  # whether others fit beside it
     is_folded: bool = False  # whether it is shown on request
 
 
@@ -68,7 +70,9 @@ def draw_safely(title: str, draw: Callable[[], Figure]) -> Figure:
 
 def make_chart(title: str, svg: str, alt: str, note: str = "", *, is_wide: bool = False) -> Figure:
     """Create a figure from a chart."""
-    return Figure(title, alt, note, svg=Markup(svg), is_wide=is_wide)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    is_tall = size is not None and float(size[2]) > 1.3 * float(size[1])
+    return Figure(title, alt, note, svg=Markup(svg), is_wide=is_wide, is_tall=is_tall)
 
 
 def encode_image(pixels: np.ndarray) -> str:

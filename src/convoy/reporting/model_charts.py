@@ -29,6 +29,7 @@ def draw_learning_curves(history: pd.DataFrame, kept: int | None) -> str:
             axes.plot(history["epoch"], history[f"train_{metric}"], color=GREY, linestyle="--", label="training")
             axes.plot(history["epoch"], history[f"val_{metric}"], color=BLUE, marker=marker, label="validation")
             axes.set_ylabel(metric)
+        panels[0].set_ylim(top=min(1.02, panels[0].get_ylim()[1]))
         # The first epochs of the loss would flatten all others.
         panels[1].set_yscale("log")
         format_log_axis(panels[1].yaxis)
@@ -119,7 +120,7 @@ def draw_class_metrics(per_class: pd.DataFrame) -> str:
     Args:
         per_class: Rows of the table of `per_class_metrics`.
     """
-    shown = per_class.sort_values(["f1", "class"], ignore_index=True).head(MAX_CLASSES)
+    shown = per_class[per_class["images"] > 0].sort_values(["f1", "class"], ignore_index=True).head(MAX_CLASSES)
     rows = np.arange(len(shown))
     with chart(1.1 + 0.3 * len(shown)) as drawn:
         axes = drawn.axes()
@@ -161,7 +162,7 @@ def draw_reliability(confidence: np.ndarray, is_correct: np.ndarray) -> str:
         put_legend_above(top)
         bottom.bar((edges[:-1] + edges[1:]) / 2, counts, width=0.9 / BINS, color=BLUE, alpha=0.6)
         bottom.set_yscale("log")
-        format_log_axis(bottom.yaxis, [1])
+        format_log_axis(bottom.yaxis)
         bottom.set(ylabel="images", xlabel="confidence (probability of the predicted class)")
     return drawn.svg
 

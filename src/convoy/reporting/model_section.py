@@ -145,8 +145,9 @@ def list_confusions(results: ModelResults) -> Figure:
 
 def draw_class_metrics(results: ModelResults) -> Figure:
     """Draw precision, recall and F1 of each class."""
-    worst = results.per_class.sort_values(["f1", "class"]).iloc[0]
-    count = len(results.per_class)
+    tested = results.per_class[results.per_class["images"] > 0]
+    worst = tested.sort_values(["f1", "class"]).iloc[0]
+    count = len(tested)
     shown = min(count, model_charts.MAX_CLASSES)
     return make_chart(
         "Precision, recall and F1 by class",

@@ -82,16 +82,12 @@ def chart(height: float, width: float = WIDTH) -> Iterator[Chart]:
         drawn.svg = _embed(written.getvalue())
 
 
-def format_log_axis(axis: Any, ticks: Sequence[int] = (1, 2, 5)) -> None:
-    """Label a logarithmic axis with plain numbers, such as 200k.
-
-    Args:
-        axis: The axis.
-        ticks: Where to label it, as multiples of each power of ten.
-    """
+def format_log_axis(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, such as 200k, once everything is drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=ticks))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, position: format_number(value)))
     axis.set_minor_formatter(NullFormatter())
 

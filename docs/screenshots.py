@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
 
 from pipeline.leaderboard import save_views
 from pipeline.show_report import PAGE_WITH_VERDICT, show_report
@@ -126,6 +127,9 @@ def open_page(browser: webdriver.Chrome, link: str, text: str, seconds: float = 
         if time.monotonic() > deadline:
             sys.exit(f"{link} does not show {text!r} after {TIMEOUT_S} seconds, but {_page_text(browser)!r}")
         time.sleep(1)
+    # MLflow's own assistant covers a third of the first page.
+    for button in browser.find_elements(By.CSS_SELECTOR, '[data-component-id="mlflow.assistant.chat_panel.close"]'):
+        button.click()
     time.sleep(seconds)
 
 

@@ -368,6 +368,22 @@ def migrate() -> None:
     migrate_to_server(Path.cwd())
 
 
+@app.command(epilog="Example: convoy gc --delete")
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    days: Annotated[int, typer.Option(min=1, help="Keep checkpoints and model versions of the last days.")] = 30,
+    commits: Annotated[int, typer.Option(min=1, help="Keep the data of this many commits of each branch.")] = 10,
+    versions: Annotated[int, typer.Option(min=1, help="Keep this many of the newest model versions.")] = 10,
+) -> None:
+    """List old data, checkpoints and model versions that nothing needs.
+
+    The rules are printed first. Nothing is removed without --delete.
+    """
+    from pipeline.gc import Rules, collect_garbage
+
+    collect_garbage(Path.cwd(), Rules(days, commits, versions), delete=delete)
+
+
 @app.command(epilog="Example: convoy find-lr resnet")
 def find_lr(
     architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="An architecture of the settings.")],

@@ -32,6 +32,7 @@ from convoy.data.image_io import InvalidImageError, decode
 from convoy.data.packed import pixel_shards
 from convoy.data.packed.pixel_shards import NOT_STORED, SHARD_LIST, ShardWriter
 from convoy.data.sources.base import Content, Sample, Source
+from heic_image import HEIC
 
 NOTHING = CacheDir(Path("nothing is remembered here"), Path("or here"))
 PHOTOGRAPH = load_sample_images().images[0][100:148, 200:264]
@@ -197,6 +198,7 @@ FORMS = {form: encode(PHOTOGRAPH, form) for form in ("BMP", "GIF", "JPEG", "PNG"
     "TIFF in LZW": encode(PHOTOGRAPH, "TIFF", compression="tiff_lzw"),
     "lossless WEBP": encode(PHOTOGRAPH, "WEBP", lossless=True),
 }
+MORE_FORMS = FORMS | {form: encode(PHOTOGRAPH, form) for form in ("AVIF", "JPEG2000")} | {"HEIC": HEIC}
 every_form = pytest.mark.parametrize("data", FORMS.values(), ids=FORMS)
 
 
@@ -222,7 +224,7 @@ def test_png_with_a_flipped_bit_gives_no_wrong_pixels() -> None:
     assert all(isinstance(pixels, str) or np.array_equal(pixels, PHOTOGRAPH) for pixels in found)
 
 
-@every_form
+@pytest.mark.parametrize("data", MORE_FORMS.values(), ids=MORE_FORMS)
 def test_flipped_bits_neither_crash_nor_hang_a_decoder(data: bytes) -> None:
     random = np.random.default_rng(0)
     _, found = decode_to_lists([flip_bit(flip_bit(data, random), random) for _ in range(600)])

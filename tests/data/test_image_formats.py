@@ -1,6 +1,5 @@
 """Formats of images beyond the usual ones: what is decoded, counted and refused."""
 
-import base64
 import io
 from pathlib import Path
 
@@ -14,20 +13,8 @@ from convoy.data.ingest import FetchConfig, ingest
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.folder import read_folder
 from factories import EMPTY_LOCK, make_png, write
+from heic_image import HEIC
 
-# 64x48 pixels of smooth colours.
-HEIC = base64.b64decode(
-    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9j"
-    "AAAAAERAAAEAAQAAAAABoQABAAAAAAAAAWgAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/Wlw"
-    "cnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AA"
-    "AAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAA"
-    "QAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWB"
-    "AgMFhAAAAXBtZGF0AAABZCgBrxmA70n5QZOinF5EnSv/6qW/hFMD7u5DjfunnPbMNzmVqk64eRRixgXskiiL7AJQw+j+nm4vdPzvEvKL27p3"
-    "IgpA/ebVhQoSsJVm49j+dLA2duSqQ4hxoh+dqtyo6omgJWhgvkLvlHitgHUMFBuln92gbCZcl4z/+0Yu6WQVdlOA0MUD+PEO7/qYdka7akc7"
-    "4KUlyGQIxd3cIz2+ahSGias8I18V6zYobzCXuS2P8kIcui7GLyUeO0Iyt+ozLKwd+pZujFZfdb6JBcUyhIUJlRXkFHOVLh8cmupwTozYLPnf"
-    "GbCSD/eMozp2VwP3bdfjJGwJ85HIvluX/1vy+SSFlRChyH7m2DcZATkMz/lvxEd+38bbJYtjU8Tro4PlMNSnTXh1UkkEVR1LyyNw/5BwJKv9"
-    "gXhNbWyb2CxlRrihn04NvG1PywJ2dmJaStJv6i/XGb5+Xt41XWpv82QL9oW9VBVg"
-)
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
 PHOTO = Image.fromarray(NOISE)
 

@@ -17,7 +17,7 @@ from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir
 from convoy.data.data_lock import DataLock, LockedVersion
-from convoy.data.ingest import FetchConfig, IngestResult, find_group, ingest
+from convoy.data.ingest import FetchConfig, IngestResult, estimate_disk_usage, find_group, ingest
 from convoy.data.packed import pixel_shards
 from convoy.data.sources.base import DatasetConfig, Sample, Source
 from convoy.data.sources.folder import read_folder
@@ -143,6 +143,24 @@ def test_each_accepted_image_keeps_its_pixels(data: Path) -> None:
     for row, path in enumerate(read_table(packed)["path"]):
         with Image.open(data.parent / path) as image:
             assert np.array_equal(packed.read_image(row), np.asarray(image))
+
+
+def test_images_that_need_half_of_the_disk_are_announced(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(data, PETS)
+    count = len(run_ingest(data).packed.table.read_columns("label"))
+    assert "GB" not in capfd.readouterr().err
+
+    pixels = count * SIZE * SIZE * 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, pixels))
+    run_ingest(data)
+    assert "need about" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("free", "is_announced"), [(4000, False), (3999, True)])
+def test_disk_estimate_counts_the_copy_in_the_cache(free: int, is_announced: bool) -> None:
+    assert (estimate_disk_usage(1000, free) is not None) == is_announced
 
 
 def test_too_many_invalid_images_stop_the_run_and_are_listed(data: Path) -> None:

@@ -54,6 +54,7 @@ def test_commands_are_those_of_the_documentation() -> None:
         *(
             "run",
             "use",
+            "gc",
             "settings",
             "leaderboard",
             "ui",

@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
@@ -25,7 +26,7 @@ from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
 from pipeline import predict
 from registry_fixtures import find_model_folder, register_model, write_trained_files
-from small_project import ROOT
+from small_project import ROOT, SMALL, make_project, run_stages
 
 SECRET = "correct-horse-battery-staple"
 
@@ -403,3 +404,23 @@ def test_no_loader_that_executes_code_is_called(file: Path) -> None:
             assert file.name == "yaml_parser.py", "yaml.safe_load is the one that builds plain values only"
         if name.endswith(("subprocess.run", "Popen")):
             assert not keywords.get("shell")
+
+
+@pytest.mark.parametrize("until", ["preprocess", pytest.param("register", marks=pytest.mark.slow)])
+def test_place_where_a_photograph_was_taken_stays_in_its_file(until: str, tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "train.max_epochs=1"])
+    exif = Image.Exif()
+    exif[0x010E] = "the home of Ada"  # ImageDescription
+    exif.get_ifd(0x8825)[29] = "2026:11:30"  # GPSDateStamp
+    for file in root.glob("data/*/*.png"):
+        with Image.open(file) as image:
+            image.save(file.with_suffix(".jpg"), exif=exif, quality=95)
+        file.unlink()
+    secrets = [b"the home of Ada", b"2026:11:30"]
+    (photograph, *_) = root.glob("data/*/*.jpg")
+    assert all(secret in photograph.read_bytes() for secret in secrets)
+
+    run_stages(root, until=until, with_report=True)
+    written = [file for file in root.rglob("*") if file.is_file() and "data" not in file.relative_to(root).parts[:1]]
+    assert len(written) > 20
+    assert [file for file in written for secret in secrets if secret in file.read_bytes()] == []

@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
+import sys
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +33,10 @@ from convoy.data.sources.base import DatasetConfig, Sample, Source
 
 # An error message lists this many invalid images by name, and counts the rest.
 MAX_LISTED_IMAGES = 50
+# After this many images the disk usage of all is estimated.
+ESTIMATE_IMAGES = 256
+# The pixels are stored in the output of the stage and in DVC's cache.
+CACHE_COPIES = 2
 # The columns of the image table that come from a `RECORD`.
 RECORD_COLUMNS = [name for name in RECORD.names or () if name not in ("sha256", "file_stamp", "frames", "traits")]
 # The beginning of a path that is not searched for a group: the name of the data folder or of an archive.
@@ -240,7 +246,7 @@ def _iter_tables(
     """Yield the table rows of the usable images batch by batch, and append the other images to `invalid`."""
     schema, no_values = _table_schema(source.extra_columns), ("",) * len(source.extra_columns)
     yield schema.empty_table()
-    offset = 0
+    offset, is_estimated = 0, False
     with (
         contextlib.closing(DecodeCache.load(cache_dir)) as cache,
         contextlib.closing(ShardWriter(folder / PIXELS_FOLDER, cache.pixels)) as shards,
@@ -265,6 +271,27 @@ def _iter_tables(
             columns = _build_columns(rows, batch.records, 4 + len(source.extra_columns))
             yield pa.Table.from_arrays(columns, schema=schema)
             bar.update(len(samples))
+            if not is_estimated and bar.n >= min(ESTIMATE_IMAGES, source.count):
+                is_estimated = True
+                free = shutil.disk_usage(folder).free
+                if note := estimate_disk_usage(offset * source.count // bar.n, free):
+                    bar.write(f"{dataset.name}: {note}", file=sys.stderr)
+
+
+def estimate_disk_usage(pixel_bytes: int, free_bytes: int) -> str | None:
+    """Return a note if decoded images would fill more than half of the free disk space, else None.
+
+    Args:
+        pixel_bytes: The size of the pixels of all images.
+        free_bytes: The free space on the disk.
+    """
+    needed = CACHE_COPIES * pixel_bytes
+    if needed <= free_bytes / 2:
+        return None
+    return (
+        f"the decoded images need about {needed / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB that are free, with the"
+        " copy in DVC's cache: set a lower dataset.longest_side in conf/dataset/, or make room (`convoy gc`)"
+    )
 
 
 def _table_schema(extra_columns: Sequence[str]) -> pa.Schema:

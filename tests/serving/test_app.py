@@ -201,7 +201,14 @@ def test_api_is_described_for_tools(client: TestClient) -> None:
     assert set(described["paths"]) == {"/predict", "/health", "/ready", "/model", "/metrics"}
     accepted = described["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert {"multipart/form-data", "application/json", "image/*"} <= set(accepted)
-    assert client.get("/docs").status_code == 200
+
+
+def test_documentation_page_needs_no_internet(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert "SwaggerUIBundle" in page
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(loaded) == 3
+    assert [client.get(address).status_code for address in loaded if address.startswith("/")] == [200] * 3
 
 
 def test_page_needs_nothing_from_elsewhere(client: TestClient) -> None:

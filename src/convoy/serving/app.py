@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Query, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import APIKeyHeader
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, Field
 
 from convoy.serving import payload
@@ -112,7 +113,14 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
             raise RequestError(401, f"the API key is missing or wrong: send it in the header {API_KEY_HEADER}")
 
     protected = [Depends(check_key)] if api_key else []
-    app = FastAPI(title="convoy", version=_version(), lifespan=lifespan, description="Predict classes of images.")
+    # The page /docs of FastAPI itself loads its scripts from the web.
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="convoy",
+        version=_version(),
+        lifespan=lifespan,
+        description="Predict classes of images.",
+    )
     budget = ByteBudget(service.limits.max_bytes_in_memory)
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"model": Refusal} for status in (401, 408, 413, 415, 422, 503)

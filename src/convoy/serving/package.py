@@ -28,8 +28,8 @@ PACKAGED = (
     "tracking/tags.py",
 )
 # The libraries that it needs, which are installed in the versions that are installed here.
-REQUIREMENTS = ("fastapi", "fastapi-offline", "httptools", "numpy", "onnxruntime", "pi-heif", "pillow", "prometheus-client",
-                "pydantic", "python-multipart", "simplejpeg", "uvicorn", "uvloop")  # fmt: skip
+REQUIREMENTS = ("fastapi", "fastapi-offline", "httptools", "numpy", "onnxruntime", "pi-heif", "pillow",
+                "prometheus-client", "pydantic", "python-multipart", "simplejpeg", "uvicorn", "uvloop")  # fmt: skip
 DOCKERFILE = """\
 FROM python:3.12-slim
 RUN useradd --create-home server

@@ -1,14 +1,15 @@
-"""What weights from other classes are worth where images are few: `python benchmarks/transfer.py`.
+"""What weights from other classes are worth where images are few: `python benchmarks/transfer.py [convnext]`.
 
 CONVOY_REAL_DATA names the folder with cifar10-jpeg.zip (train/<class>/<number>.jpg, test/...). ResNet as in
-params.yaml learns five classes of CIFAR-10 from all of their images, then the other five from 50 images a
-class. Of those 50 ten choose the epoch, as validation does in the pipeline; the test images are seen once, at the end.
-Each seed draws a donor, the images and the first weights anew. All ways take as many steps.
+params.yaml, or a small ConvNeXt of timm, learns five classes of CIFAR-10 from all of their images, then the other five
+from 50 images a class. Of those 50 ten choose the epoch, as validation does in the pipeline; the test images are seen
+once, at the end. Each seed draws a donor, the images and the first weights anew. All ways take as many steps.
 """
 
 import contextlib
 import io
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -43,6 +44,14 @@ EPOCHS_NEW = 50  # of 250 images less those that choose
 SEEDS = (1, 2, 3)
 PARAMS = config.load(Path(__file__).parents[1] / "params.yaml")
 RESNET = PARAMS["model"]["resnet"]
+# Two pixels a patch instead of four, for small images.
+CONVNEXT = {
+    **{"module": "builders", "size": 32, "builder": "timm/convnext_tiny", "weights": "DEFAULT", "init": "scratch"},
+    "arguments": {"depths": [2, 2, 4, 2], "dims": [24, 48, 96, 192], "patch_size": 2},
+    "recipe": RESNET["recipe"] | {"optimizer": "adamw", "lr": 0.002, "weight_decay": 0.05},
+}
+NETWORK = CONVNEXT if sys.argv[1:] == ["convnext"] else RESNET
+NAME = "convnext" if NETWORK is CONVNEXT else "resnet"
 BATCH = 32  # images; with lr 0.1 the best for scratch among batches of 32 and 64 and rates of 0.1, 0.03 and 0.01
 AUGMENT = {"max_shift": 4, "hflip": True}  # as photographs want it
 TRAINER = config.validate(TrainerConfig, PARAMS["trainer"] | {"accelerator": "cpu", "threads": 1}, "trainer")
@@ -98,8 +107,8 @@ def held_out(images: Images, share: int) -> tuple[Images, Images]:
 
 
 def settings(init: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    plain = RESNET["recipe"] | {"augment": RESNET["recipe"]["augment"] | AUGMENT}
-    return RESNET | {"init": init, "recipe": plain | recipe}
+    plain = NETWORK["recipe"] | {"augment": NETWORK["recipe"]["augment"] | AUGMENT}
+    return NETWORK | {"init": init, "recipe": plain | recipe}
 
 
 def train(values: dict[str, Any], classes: list[str], images: Images, share: int, epochs: int, seed: int) -> Classifier:
@@ -109,8 +118,8 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
     sums.add(kept.pixels)
     info = DatasetInfo("cifar10", classes, 32, 3, *sums.mean_and_std())
     torch.manual_seed(seed)
-    classifier = models.build("resnet", values, info)
-    init_weights.init_weights(classifier, "resnet", values, lambda *_: "")
+    classifier = models.build(NAME, values, info)
+    init_weights.init_weights(classifier, NAME, values, lambda *_: "")
     params = TrainConfig(seed=seed, max_epochs=epochs, patience=0, checkpoint_minutes=60.0)
     with contextlib.redirect_stdout(io.StringIO()):
         trained = fit(
@@ -130,7 +139,7 @@ def leave(folder: Path, images: Images, seed: int) -> float:
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     save_file(weights, folder / WEIGHTS)
     record = TrainingRecord(
-        architecture="resnet",
+        architecture=NAME,
         settings=values,
         train=TrainConfig(seed=seed, max_epochs=EPOCHS_LEFT, patience=0, checkpoint_minutes=5.0),
         trainer=resolve_trainer(TRAINER, classifier),

@@ -71,9 +71,11 @@ def adopt_settings(root: Path, wanted: Mapping[str, Any]) -> None:
                 _choose_file(root, group, wanted)
         if names != list(present["model"]):
             set_choice(root, "model", names)
-        for key, (value, old) in _differences(root, wanted).items():
-            if ... not in (value, old):
-                _set_value(root, key, value)
+        # A value that refers to another one, such as ${preprocess.size}, is replaced only if that is not enough.
+        for keeps_references in (True, False):
+            for key, (value, old) in _differences(root, wanted).items():
+                if ... not in (value, old):
+                    _set_value(root, key, value, keeps_references=keeps_references)
         left = _differences(root, wanted)
         if left:
             raise ConvoyError(
@@ -197,23 +199,24 @@ def _entries(root: Path, group: str) -> Iterator[tuple[Path, Any, Any, str]]:
 # Values
 
 
-def _set_value(root: Path, key: str, value: Any) -> None:
+def _set_value(root: Path, key: str, value: Any, *, keeps_references: bool) -> None:
     """Set a key in the file that takes precedence for it, if any file sets it.
 
-    A setting that only a shared recipe states is added to the file of the architecture.
+    A setting that only a shared file states, of recipes or builders, is added to the file of the architecture.
     """
     path = key.split(".")
     for file, keys in _places(root, path):
         document = _yaml().load(file)
         if (table := _find_table(document, keys)) is not None:
-            _replace(file, document, table, keys[-1], value)
+            if not (keeps_references and "${" in str(table[keys[-1]])):
+                _replace(file, document, table, keys[-1], value)
             return
-    if path[0] == "model" and path[2:3] == ["recipe"]:
-        for recipe in _options(root, "recipe"):
-            table = _find_table(_yaml().load(root / f"conf/recipe/{recipe}.yaml"), path[3:])
-            if table is not None:
-                _add(root / f"conf/model/{path[1]}.yaml", path[1:], value, table.ca.items.get(path[-1]))
-                return
+    group, keys = ("recipe", path[3:]) if path[2:3] == ["recipe"] else ("builder", path[2:])
+    for option in _options(root, group) if path[0] == "model" and keys else []:
+        table = _find_table(_yaml().load(root / f"conf/{group}/{option}.yaml"), keys)
+        if table is not None:
+            _add(root / f"conf/model/{path[1]}.yaml", path[1:], value, table.ca.items.get(path[-1]))
+            return
 
 
 def _find_table(document: Any, keys: Sequence[str]) -> Any:

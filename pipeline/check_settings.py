@@ -62,7 +62,7 @@ def _check(params: dict[str, Any]) -> None:
 
     validate(TrainerConfig, params["trainer"], "trainer")
     for name, values in params["model"].items():
-        validate(models.schema(name), values, f"model.{name}")
+        models.check_settings(name, values)
         init_weights.check_init(name, values)
 
 

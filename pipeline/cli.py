@@ -322,9 +322,7 @@ def verify(
     evaluated: Annotated[Path, typer.Argument(metavar="EVALUATED", help="Folder of its evaluation.")],
     prepared: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[PREPARED]", help="Folder of the prepared images.", show_default="artifacts/preprocess"
-        ),
+        typer.Argument(metavar="[PREPARED]", help="Folder of the prepared images.", show_default="those of its size"),
     ] = None,
 ) -> None:
     """Verify that a model predicts as evaluated.
@@ -333,8 +331,8 @@ def verify(
     """
     from pipeline.verify import verify_model
 
-    prepared = resolve_typed(prepared) if prepared else Path("artifacts/preprocess")
-    print(verify_model(Path.cwd(), model, resolve_typed(evaluated), prepared))
+    images = resolve_typed(prepared) if prepared else None
+    print(verify_model(Path.cwd(), model, resolve_typed(evaluated), images))
 
 
 @app.command(epilog='Example: convoy rollback --reason "it confuses wolves and dogs"')

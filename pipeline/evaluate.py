@@ -47,9 +47,10 @@ def evaluate(stage: Stage) -> None:
     """Evaluate one trained architecture on the test images."""
     params = stage.validate(EvaluateConfig, "evaluate")
     trained, prepared = stage.input(f"train/{stage.foreach_key}"), stage.input("preprocess")
+    resized = stage.images()
     record = TrainingRecord.load(trained / RECORD)
     info = record.dataset_info
-    test, val = Images.load(prepared, "test"), Images.load(prepared, "val")
+    test, val = Images.load(resized, "test"), Images.load(resized, "val")
     images = pd.read_parquet(prepared / IMAGE_TABLE).query("split == 'test'")
     # There is no model to evaluate after a failed training, so the tables stay empty.
     if record.failure:

@@ -22,7 +22,7 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     stage = Stage(root, "train", architecture)
     if architecture not in (known := list(stage.params["model"])):
         raise ConvoyError(f"params.yaml has no model.{architecture}; {suggest(architecture, known)}")
-    prepared = stage.input("preprocess")
+    prepared = stage.images()
 
     # torch takes seconds to import.
     import torch

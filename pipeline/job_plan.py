@@ -40,9 +40,9 @@ def plan_jobs(params: Mapping[str, Any]) -> tuple[list[Job], Machine]:
     from convoy.training.hardware import TrainerConfig, count_gpus, count_macs, resolve_trainer
 
     trainer = validate(TrainerConfig, params["trainer"], "trainer")
-    info = DatasetInfo("", [str(label) for label in range(1000)], params["preprocess"]["size"], 3, [0.5] * 3, [0.5] * 3)
     jobs, is_gpu = [], False
     for name, settings in params["model"].items():
+        info = DatasetInfo("", [str(label) for label in range(1000)], settings["size"], 3, [0.5] * 3, [0.5] * 3)
         classifier = models.build(name, settings, info)
         hardware = resolve_trainer(trainer, classifier)
         is_gpu = hardware.accelerator == "gpu"

@@ -10,7 +10,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.text import truncate_names
 from pipeline.dvc_files import uncached
 
-SINGLE = ("fetch", "preprocess", "report", "register")
+SINGLE = ("fetch", "preprocess", "resize", "report", "register")
 PER_MODEL = ("train", "evaluate")
 
 

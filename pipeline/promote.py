@@ -118,7 +118,8 @@ def _promote(stage: Stage, params: RegisterConfig, candidate: Challenger, compar
         return
 
     with open_store(stage.project_root, name) as store:
-        print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, stage.input("preprocess")))
+        images = stage.images(candidate.architecture)
+        print(verify.verify(store, f"models:/{name}/{version}", candidate.result.evaluated, images))
         who, commit = provenance.user(stage.root), provenance.git_commit(stage.root)
         champion.set_champion(
             store,
@@ -185,7 +186,7 @@ def run_gate(
         )
     old, predictor = contender(compared)
     settings, weights = record.settings, candidate.result.trained / WEIGHTS
-    classifier = models.restore(record.architecture, settings, info, weights).to(device)
+    classifier = models.restore(record.architecture, settings, record.dataset_info, weights).to(device)
     challenger = dataclasses.replace(
         challenger, latency=latency.measure_latency_ratio(classifier, predictor.classifier)
     )

@@ -96,7 +96,9 @@ def compare(
         else:
             from pipeline import registration
 
-            version = registration.register_version(store, params.name, result, run, stage.input("preprocess"))
+            version = registration.register_version(
+                store, params.name, result, run, stage.input("preprocess"), stage.images(winner)
+            )
         compared = champion.current_version(store, params.name)
     if version == compared:
         print(f"{winner} stays the champion: models:/{params.name}@champion, version {compared}")

@@ -30,7 +30,9 @@ def measure_latency(store: TrackingStore, run: str, result: TrainedResult) -> No
     runs.log_latencies(store, run, timings, latency.describe_hardware(device))
 
 
-def register_version(store: TrackingStore, name: str, result: TrainedResult, run: str, prepared: Path) -> int:
+def register_version(
+    store: TrackingStore, name: str, result: TrainedResult, run: str, prepared: Path, images: Path
+) -> int:
     """Register a result as a new version of a model, with an ONNX file if its predictions equal the evaluation.
 
     Args:
@@ -39,6 +41,7 @@ def register_version(store: TrackingStore, name: str, result: TrainedResult, run
         result: The result to register.
         run: The id of its run in MLflow.
         prepared: The output folder of the preprocess stage.
+        images: The folder with the images at the size of the network.
 
     Returns:
         The number of the version.
@@ -57,8 +60,9 @@ def register_version(store: TrackingStore, name: str, result: TrainedResult, run
             run_id=run,
             identity=result.manifest_hash(),
             model=PACKAGE / "inference/pyfunc_model.py",
-            files=files | export_onnx(record.architecture, files, result, prepared, scratch),
+            files=files | export_onnx(record.architecture, files, result, images, scratch),
             code=PACKAGE,
+            libraries=models.libraries(record.settings),
             step=record.best.epoch if record.best else 0,
         )
     store.client.update_registered_model(name, model_card.describe_model(name, record))
@@ -66,7 +70,7 @@ def register_version(store: TrackingStore, name: str, result: TrainedResult, run
 
 
 def export_onnx(
-    name: str, files: Mapping[str, Path], result: TrainedResult, prepared: Path, scratch: Path
+    name: str, files: Mapping[str, Path], result: TrainedResult, images: Path, scratch: Path
 ) -> dict[str, Path]:
     """Export a model to an ONNX file in `scratch` and compare its predictions with the evaluation.
 
@@ -74,7 +78,7 @@ def export_onnx(
         name: The name of the architecture, for messages.
         files: The files of the registered model.
         result: The result that the files belong to.
-        prepared: The output folder of the preprocess stage.
+        images: The folder with the images at the size of the network.
         scratch: The folder to write into.
 
     Returns:
@@ -83,7 +87,7 @@ def export_onnx(
     """
     for file in files.values():
         (scratch / file.name).symlink_to(file.absolute())
-    model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, prepared)
+    model, (pixels, expected) = predictor.restore(scratch), verify.sample(result.evaluated, images)
     onnx = scratch / onnx_export.ONNX_FILE
     try:
         onnx_export.export(model, onnx)

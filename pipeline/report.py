@@ -111,7 +111,7 @@ def load_results(stage: Stage, name: str, record: TrainingRecord) -> ModelResult
     images = pd.read_parquet(prepared / IMAGE_TABLE, columns=["path", "split"])
 
     def load_images(split: str, file: str) -> Images:
-        found = arrays.Images.load(prepared, split)
+        found = arrays.Images.load(stage.images(name), split)
         probabilities = model_section.class_probabilities(pd.read_parquet(evaluated / file), info.classes)
         paths = images.loc[images["split"] == split, "path"].tolist()
         return Images(found.pixels, paths, found.labels, probabilities)

@@ -55,7 +55,7 @@ def run(
     before = leaderboard_time(root)
     status = 0
     if jobs != 1 and len(models) > 1 and (commands or checksum_inputs(root) != remembered_inputs(root)):
-        status = run_side_by_side(root, params, [*commands, [*repro, "preprocess"]], jobs, pull=pull)
+        status = run_side_by_side(root, params, [*commands, [*repro, "resize"]], jobs, pull=pull)
         commands = []
     commands.append(repro)
     status = status or run_all(commands)

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from convoy.core import config
-from convoy.core.artifact_names import MANIFEST
+from convoy.core.artifact_names import DATASET_INFO, MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
@@ -49,8 +50,8 @@ class Stage:
         self.name = f"{name}@{foreach_key}" if foreach_key else name
         stage = parse_yaml((root / "dvc.yaml").read_text())["stages"][name]
         declared = stage.get("do", stage)
-        self.sections = [section.replace("${key}", foreach_key) for section in declared.get("params", [])]
-        self.deps = [dep.replace("${key}", foreach_key) for dep in declared.get("deps", [])]
+        self.sections = [self._interpolate(section) for section in declared.get("params", [])]
+        self.deps = [self._interpolate(dep) for dep in declared.get("deps", [])]
         self.folder = root / "artifacts" / name / foreach_key
         # In distributed training every process runs the stage. Only the process of rank 0 publishes its outputs.
         self.rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name)), 0)
@@ -59,6 +60,12 @@ class Stage:
         self.previous = self.scratch.with_name(f"{self.scratch.name}.before")
         self.verified: set[str] = set()  # inputs whose checksums were verified
         self.on_published: list[Callable[[], None]] = []  # called after the outputs are published
+
+    def _interpolate(self, text: str) -> str:
+        """Replace `${key}` and `${item.x}` in a foreach stage as DVC does."""
+        item = self.params.get("model", {}).get(self.foreach_key, {})
+        text = text.replace("${key}", self.foreach_key)
+        return re.sub(r"\$\{item\.(\w+)\}", lambda match: str(item.get(match[1], "")), text)
 
     def section(self, name: str) -> Any:
         """Return a section of params.yaml by its dotted name.
@@ -95,7 +102,7 @@ class Stage:
         if name in self.verified:
             return folder
         if fault := self._find_fault(folder):
-            stage = name.replace("/", "@")
+            stage = name.partition("/")[0] if name.startswith("resize/") else name.replace("/", "@")
             damaged = damaged_objects(self.root, stage)
             cause = ", and DVC's cache holds it damaged" if damaged else ""
             removed = [folder, *damaged] if damaged or (folder / MANIFEST).exists() else []
@@ -103,6 +110,18 @@ class Stage:
             raise ConvoyError(f"{fault}{cause}: run `{removal if removed else ''}dvc repro {stage}`")
         self.verified.add(name)
         return folder
+
+    def images(self, architecture: str = "") -> Path:
+        """Return the folder with the images at the size of an architecture, after verifying their checksums.
+
+        Args:
+            architecture: The name of the architecture; by default that of this foreach stage.
+        """
+        prepared = self.input("preprocess")
+        size = self.params["model"][architecture or self.foreach_key].get("size")
+        if size in (None, json.loads((prepared / DATASET_INFO).read_text())["size"]):
+            return prepared
+        return self.input(f"resize/{size}")
 
     def _find_fault(self, folder: Path) -> str:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""

@@ -21,6 +21,7 @@ from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.checkpoint import remove_checkpoint
 from convoy.training.datamodule import ImageDataModule
+from convoy.training.determinism import list_nondeterministic
 from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.history import COLUMNS
 from convoy.training.record import DatasetVersion, EpochMetrics, TrainingRecord
@@ -34,8 +35,8 @@ def train(stage: Stage) -> None:
     params = stage.validate(TrainConfig, "train")
     architecture = stage.foreach_key
     settings = stage.section(f"model.{architecture}")
-    prepared = stage.input("preprocess")
-    info = DatasetInfo.load(prepared / DATASET_INFO)
+    prepared, resized = stage.input("preprocess"), stage.images()
+    info = DatasetInfo.load(resized / DATASET_INFO)
 
     torch.manual_seed(params.seed)
     classifier = models.build(architecture, settings, info)
@@ -43,13 +44,16 @@ def train(stage: Stage) -> None:
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
     hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
+    if hardware.deterministic is not True:
+        operations = ", ".join(list_nondeterministic(classifier))
+        print(f"{architecture}: {operations} is not deterministic on a GPU, so repeated trainings differ slightly")
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
     if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(
             f"trainer.num_nodes={hardware.num_nodes}: start it on each machine by torchrun (docs/training.md)"
         )
     machine = describe_environment(hardware)
-    data = ImageDataModule(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, params.seed)
+    data = ImageDataModule(Images.load(resized, "train"), Images.load(resized, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.ckpt"
     data_facts = json.loads((prepared / DATA_PROFILE).read_text())

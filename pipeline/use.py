@@ -124,11 +124,12 @@ def _advise(root: Path, preview: Preview | None) -> str:
     if experiment := adoption.chosen(root, "experiment"):
         return f"conf/config.yaml chooses experiment: {experiment}\nnext: {RUN}"
     if preview is None:
-        return f"photographs suit experiment=photographs or, if they are large, experiment=finetune\nnext: {RUN}"
+        return f"photographs suit experiment=photographs or, if they are large, experiment=finetune_small\nnext: {RUN}"
     if max(preview.height, preview.width) > MAX_SMALL_SIDE:
         return (
-            "such large images suit experiment=finetune, which trains a pretrained ResNet-18 (a download of"
-            f" 45 MB); from scratch: experiment=photographs\nnext: {RUN} experiment=finetune"
+            "such large images suit experiment=finetune_small, a pretrained ResNet-18 (a download of 45 MB), or, with a"
+            " GPU, experiment=finetune, three larger networks (300 MB); from scratch: experiment=photographs\n"
+            f"next: {RUN} experiment=finetune_small"
         )
     if not preview.is_grey:
         return (

@@ -1,6 +1,5 @@
 """Networks for tests: every architecture with its settings in conf/, and random images for it."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -11,7 +10,6 @@ from model_settings import load_model_settings
 from small_project import ROOT
 
 CONF = ROOT / "conf" / "model"
-every_architecture = pytest.mark.parametrize("name", models.names())
 
 
 def make_dataset_info(size: int = 32, channels: int = 1, classes: int = 10) -> DatasetInfo:

@@ -1,20 +1,37 @@
-"""Settings of the architectures for tests, composed from the project's conf/."""
+"""Settings of the networks for tests, composed from the project's conf/."""
 
 import copy
 import functools
 from typing import Any
 
+import pytest
+
 from convoy import models
 from convoy.core import config
 from small_project import ROOT
 
+NETWORKS = sorted(file.stem for file in (ROOT / "conf/model").glob("*.yaml"))
+# Settings that make networks of torchvision small enough for tests. The class is the one that vit_b_16 builds.
+SHRUNK: dict[str, dict[str, Any]] = {
+    "mobilenet_v3_small": {"arguments": {"width_mult": 0.25}},
+    "vit_b_16": {
+        "builder": "torchvision/VisionTransformer",
+        "arguments": {"patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32},
+    },
+}
+FAST = {*models.names(), *SHRUNK}
+every_network = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NETWORKS]
+)
+
 
 def load_model_settings(name: str) -> dict[str, Any]:
-    """Return the settings of an architecture, which the caller may change."""
-    return copy.deepcopy(_compose()[name])
+    """Return the settings of a network, shrunk where it is large; the caller may change them."""
+    settings = copy.deepcopy(_compose()[name]) | copy.deepcopy(SHRUNK.get(name, {}))
+    return settings | {"size": 32}
 
 
 @functools.cache
 def _compose() -> dict[str, Any]:
-    overrides = [f"model=[{','.join(models.names())}]", "~experiment"]
+    overrides = [f"model=[{','.join(NETWORKS)}]", "~experiment"]
     return config.parse(config.compose_text(ROOT, overrides))["model"]

@@ -13,6 +13,7 @@ from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.register import register
 from pipeline.report import report
+from pipeline.resize import resize
 from pipeline.stage import Stage
 from pipeline.train import train
 
@@ -56,6 +57,7 @@ def run_stages(root: Path, *, since: str = "fetch", until: str = "register", wit
     """Run the stages in this process, in their order; the report, which few tests look at, only when asked."""
     names = list(config.load(root / "params.yaml")["model"])
     steps = [("fetch", fetch, [""]), ("preprocess", preprocess, [""]), ("train", train, names)]
+    steps.insert(2, ("resize", resize, [""]))
     steps += [("evaluate", evaluate, names)]
     steps += [("report", report, [""])] if with_report else []
     steps += [("register", register, [""])]

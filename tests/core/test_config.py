@@ -187,9 +187,9 @@ def test_all_errors_are_reported_at_once() -> None:
     ],
 )
 def test_nested_key_is_named_by_its_full_path(augment: dict, message: str) -> None:
-    validate(models.schema("lenet"), make_lenet_settings(), "model.lenet")
+    models.parse("lenet", make_lenet_settings())
     with pytest.raises(ConvoyError, match=f"^{message}"):
-        validate(models.schema("lenet"), make_lenet_settings(**augment), "model.lenet")
+        models.parse("lenet", make_lenet_settings(**augment))
 
 
 def test_key_in_an_optional_section_gets_a_suggestion_too() -> None:

@@ -18,8 +18,8 @@ from convoy.inference.onnx_export import OnnxWrapper
 from convoy.inference.predictor import Predictor
 from convoy.models.base import Classifier
 from convoy.registry.verification import TOLERANCE
-from model_fixtures import TORCHVISION_NAMES, build, every_architecture, make_dataset_info, make_images
-from model_settings import load_model_settings
+from model_fixtures import TORCHVISION_NAMES, build, make_dataset_info, make_images
+from model_settings import every_network, load_model_settings
 
 
 def make_network(name: str, torchvision_name: str = "", **of_info: int) -> Predictor:
@@ -40,7 +40,7 @@ def make_network(name: str, torchvision_name: str = "", **of_info: int) -> Predi
     return Predictor(name, classifier.info, classifier, temperature=0.6)
 
 
-@every_architecture
+@every_network
 def test_onnx_file_predicts_any_batch_as_the_predictor_does(name: str, tmp_path: Path) -> None:
     predictor, file = make_network(name, channels=3, classes=5), tmp_path / "here" / "model.onnx"
     file.parent.mkdir()
@@ -90,7 +90,7 @@ def test_onnx_file_describes_its_inputs_and_outputs(onnx_file: Path) -> None:
     onnx.checker.check_model(onnx_file, full_check=True)
 
 
-@every_architecture
+@every_network
 def test_last_feature_maps_show_places(name: str) -> None:
     predictor, pixels = make_network(name, channels=3, classes=5), make_images(2, channels=3)
     wrapper = OnnxWrapper(predictor, pixels)

@@ -392,7 +392,7 @@ def test_settings_are_checked_again_only_if_they_changed(
     assert len(checked) == 2
 
 
-@pytest.mark.parametrize("experiment", ["photographs", "finetune"])
+@pytest.mark.parametrize("experiment", ["photographs", "finetune_small"])
 def test_experiment_with_settings_of_an_unchosen_model(experiment: str, project_conf: Path) -> None:
     with pytest.raises(
         ConvoyError, match=r"conf/model/(alexnet|resnet)\.yaml is not chosen: choose it with the others"
@@ -408,7 +408,7 @@ ADOPTED = [
     ["model=[resnet,lenet]", "model.resnet.blocks=[1,1,1,1]", "model.lenet.recipe.lr=1e-05"],
     ["dataset=mnist", "dataset.longest_side=64"],
     ["trainer=cpu", "trainer.threads=2"],
-    ["experiment=finetune", "split.seed=7", "model.resnet.recipe.lr=0.02", "model.resnet.recipe.momentum=0.8"],
+    ["experiment=finetune_small", "split.seed=7", "model.resnet.recipe.lr=0.02", "model.resnet.recipe.momentum=0.8"],
     ["experiment=photographs", "model.vgg.recipe.augment.hflip=false", "model.vgg.dropout=0.25"],
     [
         "dataset.group='patient-(\\d+)'",

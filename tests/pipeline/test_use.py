@@ -298,8 +298,8 @@ def test_undo_from_another_folder_begins_in_the_project(
     [
         (28, 28, "L", "convoy run"),
         (32, 32, "RGB", "convoy run experiment=photographs"),
-        (400, 300, "RGB", "convoy run experiment=finetune"),
-        (500, 500, "L", "convoy run experiment=finetune"),
+        (400, 300, "RGB", "convoy run experiment=finetune_small"),
+        (500, 500, "L", "convoy run experiment=finetune_small"),
     ],
 )
 def test_preset_follows_from_size_and_colour(

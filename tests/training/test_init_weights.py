@@ -16,7 +16,6 @@ from torchvision.models import get_model_weights
 
 from convoy import models
 from convoy.core import config
-from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -466,12 +465,12 @@ def test_finetune_experiment_fits_its_weights(way: str, tmp_path: Path) -> None:
         file.write_text(text.replace("experiment: null", "experiment: finetune"))
     params = config.compose(tmp_path, ["experiment=finetune"] if way == "override" else [])
     assert set(params) == set(plain)  # no section of its own
-    assert list(params["model"]) == ["resnet"]
+    assert list(params["model"]) == ["resnet", "efficientnet_v2_s", "convnext_tiny"]
     assert params["preprocess"]["channels"] == 3
-    assert params["train"]["max_epochs"] < plain["train"]["max_epochs"]
+    for name, values in params["model"].items():
+        models.check_settings(name, values)
+        init_weights.check_init(name, values)
+        assert values["init"] == "pretrained"
+        assert values["recipe"]["lr"] < plain["model"]["resnet"]["recipe"]["lr"]
     values = params["model"]["resnet"]
-    recipe = validate(models.schema("resnet"), values, "model.resnet").recipe  # type: ignore[attr-defined]
-    assert recipe.backbone_lr_scale < 1
-    init_weights.check_init("resnet", values)
-    assert values["init"] == "pretrained"
-    assert models.torchvision_name("resnet", values) == "resnet18"
+    assert models.torchvision_name("resnet", values) == "resnet50"

@@ -10,7 +10,6 @@ import pydantic
 import pytest
 
 from convoy import models
-from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.inference import predictor
 from convoy.training.record import EpochMetrics, FailureInfo, InitialWeights, ResolvedTrainer, TrainingRecord
@@ -103,7 +102,7 @@ def test_settings_of_format_1_are_valid_under_their_new_names(balance: str) -> N
     old = json.loads((FORMAT_1 / "record.json").read_text())
     old["settings"]["recipe"]["balance"] = balance
     record = TrainingRecord.parse(json.dumps(old))
-    params = validate(models.schema("lenet"), record.settings, "model.lenet")
+    params = models.parse("lenet", record.settings)
     assert params.recipe.grad_clip_norm == old["settings"]["recipe"]["clip_norm"]
     assert params.recipe.augment.max_shift == old["settings"]["recipe"]["augment"]["shift"]
     assert params.recipe.class_balance == ("weighted_loss" if balance == "loss" else balance)

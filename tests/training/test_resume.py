@@ -15,9 +15,9 @@ import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from torch import Tensor
 
-from convoy import models
 from convoy.training import termination
 from convoy.training.trainer import TrainResult
+from model_settings import every_network
 from training_fixtures import CPU, are_equal, build, train
 
 EVERYTHING = {
@@ -163,7 +163,7 @@ def test_training_that_stopped_early_resumes_without_an_epoch(tmp_path: Path) ->
     assert_equal(train(build(1, lr=1e-9), **settings), first)
 
 
-@pytest.mark.parametrize("name", models.names())
+@every_network
 @pytest.mark.parametrize(
     "recipe", [{"momentum": 0.0}, {"optimizer": "adamw", "ema_decay": 0.5, "accumulate_grad_batches": 2}], ids=str
 )

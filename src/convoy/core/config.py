@@ -24,6 +24,8 @@ ProperFraction = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+# Pixels, height and width of the images of a network. LeNet-5's are the smallest.
+ImageSize = Annotated[int, Field(ge=32, le=1024)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 # What epochs, architectures and champions are compared by. The last two weight all classes equally.
 SelectionMetric = Literal["accuracy", "balanced_accuracy", "macro_f1"]

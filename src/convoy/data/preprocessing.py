@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from convoy.core.artifact_names import DATASET_INFO, IMAGE_TABLE
-from convoy.core.config import ProperFraction, Seed, schema
+from convoy.core.config import ImageSize, ProperFraction, Seed, schema
 from convoy.core.errors import ConvoyError
 from convoy.core.text import MAX_LISTED_NAMES, truncate_names
 from convoy.data.cache import CacheDir
@@ -38,7 +39,7 @@ MANY_NEAR_DUPLICATES = 0.1
 class PreprocessConfig:
     """Settings of the images and splits that all networks share."""
 
-    size: Annotated[int, Field(ge=32, le=1024)]  # pixels; height and width
+    size: ImageSize  # pixels; height and width
     channels: Literal["auto", 1, 3]  # auto: 1 where every image is grey, else 3
     # Fraction of the images without a given split; also of the given training images if no test images are given.
     test_fraction: ProperFraction
@@ -113,19 +114,7 @@ def prepare(
 
     is_grey = bool((packed.pixel_extents[:, 2] == 1).all())
     channels = params.channels if params.channels != "auto" else 1 if is_grey else 3
-    files = [folder / f"{split}_pixels.npy" for split in SPLITS]
-    moments = write_resized(packed, split_ids, (params.size, params.size, channels), files, cache_dir)
-    mean, std = moments.mean_and_std()
-    info = DatasetInfo(
-        dataset=packed.name,
-        classes=packed.classes,
-        size=params.size,
-        channels=channels,
-        mean=mean,
-        std=std,
-        longest_side=packed.longest_side,
-    )
-    info.save(folder / DATASET_INFO)
+    info = _write_images(packed, split_ids, params.size, channels, folder, cache_dir)
     left, right = labels[involved[pairs]].T
     return PreprocessResult(
         info=info,
@@ -137,6 +126,49 @@ def prepare(
         cross_split_duplicates=cross_split_duplicates,
         notes=notes,
     )
+
+
+def prepare_size(packed: PackedDataset, prepared: Path, size: int, folder: Path, cache_dir: CacheDir) -> list[str]:
+    """Write the images that `prepare` wrote in another size: their arrays and `task.json`, with the same splits.
+
+    Args:
+        packed: The data set that was prepared.
+        prepared: Folder that `prepare` wrote.
+        size: Height and width, in pixels.
+        folder: Folder to write to.
+        cache_dir: Cache of resized images of an earlier run, which is updated to this run.
+
+    Returns:
+        Remarks for the user.
+    """
+    table = ImageTable(prepared / IMAGE_TABLE).read_columns("path", "split")
+    ids = pd.Series(table["split"].astype(str).map(SPLITS.index).to_numpy(), index=table["path"])
+    paths = packed.table.read_columns("path")["path"]
+    split_ids = ids.reindex(paths, fill_value=EXCLUDED).to_numpy(np.int8)
+    channels = DatasetInfo.load(prepared / DATASET_INFO).channels
+    _write_images(packed, split_ids, size, channels, folder, cache_dir)
+    for split in SPLITS:
+        shutil.copyfile(prepared / f"{split}_labels.npy", folder / f"{split}_labels.npy")
+    return _note_enlarged(packed, size, "the size of a network, ")
+
+
+def _write_images(
+    packed: PackedDataset, split_ids: np.ndarray, size: int, channels: int, folder: Path, cache_dir: CacheDir
+) -> DatasetInfo:
+    """Write the pixels of each split and their description, in the order of the packed data set."""
+    files = [folder / f"{split}_pixels.npy" for split in SPLITS]
+    mean, std = write_resized(packed, split_ids, (size, size, channels), files, cache_dir).mean_and_std()
+    info = DatasetInfo(
+        dataset=packed.name,
+        classes=packed.classes,
+        size=size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        longest_side=packed.longest_side,
+    )
+    info.save(folder / DATASET_INFO)
+    return info
 
 
 def _split(packed: PackedDataset, params: PreprocessConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +317,7 @@ def _recommend_groups(excluded: pd.DataFrame, count: int) -> list[str]:
     ]
 
 
-def _note_enlarged(packed: PackedDataset, size: int) -> list[str]:
+def _note_enlarged(packed: PackedDataset, size: int, setting: str = "preprocess.size=") -> list[str]:
     """Report images that fetch reduced below `size` although their files are larger."""
     count = 0
     for chunk in packed.table.iter_chunks("source_height", "source_width", "height", "width"):
@@ -294,6 +326,6 @@ def _note_enlarged(packed: PackedDataset, size: int) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} of {len(packed.table)} images were reduced to less than preprocess.size={size} and are enlarged"
+        f"{count} of {len(packed.table)} images were reduced to less than {setting}{size} and are enlarged"
         " again: raise dataset.longest_side in conf/dataset/"
     ]

@@ -39,6 +39,11 @@ ENTRY = np.dtype(
 Shape = tuple[int, int, int]  # height, width, channels
 
 
+def fingerprint_code(*shape: int) -> str:
+    """Hash everything besides the images that determines resized images: code, libraries and their shape."""
+    return fingerprint([image_io, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
+
+
 def write_resized(
     packed: PackedDataset, split_ids: np.ndarray, shape: Shape, files: Sequence[Path], cache_dir: CacheDir
 ) -> ChannelMoments:
@@ -58,7 +63,7 @@ def write_resized(
         The channel sums of the training images.
     """
     moments = ChannelMoments(shape[-1])
-    folder = cache_dir.folder / fingerprint([image_io, sys.modules[__name__]], ["numpy", "pillow", "xxhash"], *shape)
+    folder = cache_dir.folder / fingerprint_code(*shape)
     index = np.empty(len(split_ids), ENTRY)
     index["pixel_hash"], index["split_id"] = packed.table.read_columns("pixel_hash")["pixel_hash"], split_ids
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The architectures, found by module name: `conf/model/resnet.yaml` configures `models/resnet.py`."""
+"""The architectures: `conf/model/x.yaml` names the module here that builds network `x`, such as `resnet`."""
 
 import bisect
 import dataclasses
@@ -15,13 +15,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convoy.core.config import validate
+from convoy.core.config import ImageSize, validate
+from convoy.core.config import schema as _schema
 from convoy.core.errors import ConvoyError, suggest
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
 
-# Modules of this package that do not define an architecture.
-SHARED = ("base",)
+# Modules of this package that do not define one architecture.
+SHARED = ("base", "builders")
+# The largest image size that is tried when the images of a network are too small.
+MAX_SIZE_TRIED = 256
+
+
+@_schema
+class CommonParams:
+    """Settings of every network, which stand beside those of its module's `Params`."""
+
+    module: str  # module of this package
+    size: ImageSize  # pixels; height and width of its images
+
+
+COMMON = tuple(field.name for field in dataclasses.fields(CommonParams))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +55,54 @@ class TorchvisionEquivalent:
 
 
 def names() -> list[str]:
-    """Return the names of all architectures without importing them."""
+    """Return the names of the modules of one architecture each, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
-def schema(name: str) -> type:
-    """Return the `Params` class of architecture `name`, the schema of `conf/model/<name>.yaml`."""
-    return _import_architecture(name).Params
+def check_settings(name: str, values: Mapping[str, Any]) -> None:
+    """Check the settings of a network as far as that is possible without images.
+
+    Args:
+        name: Name of the network.
+        values: Settings, as in `conf/model/<name>.yaml`.
+
+    Raises:
+        ConvoyError: If a setting is invalid.
+    """
+    section = f"model.{name}"
+    common = {key: values[key] for key in COMMON if key in values}
+    # The module comes first, because the other settings depend on it.
+    module = import_module(name, values)
+    params = parse(name, values)
+    validate(CommonParams, common, section)
+    if hasattr(module, "check_params"):
+        module.check_params(section, params, values["size"])
 
 
 def build(name: str, values: Mapping[str, Any], info: DatasetInfo) -> Classifier:
     """Build a classifier with initial weights drawn from torch's global random generator.
 
     Args:
-        name: Name of the architecture.
+        name: Name of the network.
         values: Settings, as in `conf/model/<name>.yaml`.
         info: Classes, image size and channel statistics of the data set.
 
     Raises:
         ConvoyError: If the name is unknown, a setting is invalid, or the images are too small for the settings.
     """
-    params: Any = validate(schema(name), values, f"model.{name}")
-    _check_image_size(name, params, info)
-    return _find_class(name)(info, params)
+    params: Any = parse(name, values)
+    network = _find_class(name, values)
+    _check_image_size(name, network, params, info)
+    classifier: Classifier = network(info, params)
+    classifier.name = name
+    return classifier
 
 
 def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Path) -> Classifier:
     """Build a classifier, load its weights from a safetensors file and switch it to evaluation mode.
 
     Args:
-        name: Name of the architecture.
+        name: Name of the network.
         values: Settings that the weights were trained with.
         info: Classes, image size and channel statistics of the data set.
         weights: Path of the safetensors file.
@@ -80,18 +112,36 @@ def restore(name: str, values: Mapping[str, Any], info: DatasetInfo, weights: Pa
             classifier.
     """
     # The training has passed the check of the image size, whose import of torch's compiler takes 1.5 s.
-    params: Any = validate(schema(name), values, f"model.{name}")
+    params: Any = parse(name, values)
     try:
-        classifier: Classifier = _find_class(name)(info, params)
+        classifier: Classifier = _find_class(name, values)(info, params)
         classifier.load_state_dict(load_file(weights), strict=True)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConvoyError(f"{weights}: not the weights of this {name}; train it again ({error})") from error
+    classifier.name = name
     return classifier.eval()
 
 
-def equivalents(name: str) -> TorchvisionEquivalent:
+def import_module(name: str, values: Mapping[str, Any]) -> ModuleType:
+    """Import the module that builds a network. Settings of earlier versions do not name it: it has the same name."""
+    return _import_module(str(values.get("module", name)), f"model.{name}.module={{}}" if "module" in values else "")
+
+
+def parse(name: str, values: Mapping[str, Any]) -> Any:
+    """Return the settings of a network that its module defines, validated as an instance of the module's `Params`."""
+    own = {key: value for key, value in values.items() if key not in COMMON}
+    return validate(import_module(name, values).Params, own, f"model.{name}")
+
+
+def libraries(values: Mapping[str, Any]) -> list[str]:
+    """Return the packages besides torch that a network with these settings is built from."""
+    # timm itself requires torchvision.
+    return [str(values["builder"]).partition("/")[0]] if "builder" in values else []
+
+
+def equivalents(name: str, values: Mapping[str, Any] | None = None) -> TorchvisionEquivalent:
     """Return the torchvision equivalents of architecture `name`, which may be empty."""
-    return getattr(_import_architecture(name), "TORCHVISION_EQUIVALENTS", TorchvisionEquivalent({}))
+    return getattr(import_module(name, values or {}), "TORCHVISION_EQUIVALENTS", TorchvisionEquivalent({}))
 
 
 def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
@@ -102,7 +152,7 @@ def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
     """
     differences = {
         other: {key: value for key, value in settings.items() if values[key] != value}
-        for other, settings in equivalents(name).settings.items()
+        for other, settings in equivalents(name, values).settings.items()
     }
     if not differences:
         raise ConvoyError(f"model.{name}.init: torchvision has no {name} with weights from ImageNet; set init: scratch")
@@ -115,15 +165,17 @@ def torchvision_name(name: str, values: Mapping[str, Any]) -> str:
     return nearest
 
 
-def _import_architecture(name: str) -> ModuleType:
-    if name not in names():
-        raise ConvoyError(f"model.{name}: no such architecture; {suggest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+def _import_module(module: str, setting: str = "") -> ModuleType:
+    known = [*names(), "builders"]
+    if module not in known:
+        where = setting.format(module) or f"model.{module}"
+        raise ConvoyError(f"{where}: no such architecture; {suggest(module, known)}")
+    return importlib.import_module(f"{__name__}.{module}")
 
 
-def _find_class(name: str) -> type:
-    """Return the single `Classifier` subclass that the module of `name` defines."""
-    module = _import_architecture(name)
+def _find_class(name: str, values: Mapping[str, Any]) -> type:
+    """Return the single `Classifier` subclass that the module of a network defines."""
+    module = import_module(name, values)
     (found,) = (
         value
         for value in vars(module).values()
@@ -132,29 +184,37 @@ def _find_class(name: str) -> type:
     return found
 
 
-def _check_image_size(name: str, params: Any, info: DatasetInfo) -> None:
+def _check_image_size(name: str, network: type, params: Any, info: DatasetInfo) -> None:
     """Check the settings by passing one batch through every head on the meta device, which computes only shapes.
 
     Raises:
-        ConvoyError: If the images are too small; the message gives the smallest size that fits.
+        ConvoyError: If the network does not fit the images; the message gives the nearest sizes that it fits.
     """
 
     def find_error(size: int) -> str:
         try:
             with torch.device("meta"):
-                classifier = _find_class(name)(dataclasses.replace(info, size=size), params)
+                classifier = network(dataclasses.replace(info, size=size), params)
                 pixels = torch.empty(params.recipe.batch_size, size, size, info.channels, dtype=torch.uint8)
             with torch.inference_mode():
                 classifier.weighted_heads(classifier.normalise(pixels))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             return str(error)
         return ""
 
-    if reason := find_error(info.size):
-        sizes = range(info.size, 257)
-        smallest = bisect.bisect_left(sizes, True, key=lambda size: not find_error(size))
-        larger = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
-        raise ConvoyError(
-            f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {larger}"
-            f"a smaller kernel, stride or pool in conf/model/{name}.yaml"
-        )
+    if not (reason := find_error(info.size)):
+        return
+    if hasattr(network, "candidate_sizes"):
+        fitting = [
+            next((size for size in sizes if not find_error(size)), None) for sizes in network.candidate_sizes(info.size)
+        ]
+        found = " or ".join(str(size) for size in fitting if size)
+        fix = f"set model.{name}.size to {found}, the nearest that fits" if found else "choose another network"
+        raise ConvoyError(f"model.{name}: does not fit images of {info.size} px ({reason}): {fix}")
+    sizes = range(info.size, MAX_SIZE_TRIED + 1)
+    smallest = bisect.bisect_left(sizes, True, key=lambda size: not find_error(size))
+    larger = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
+    raise ConvoyError(
+        f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {larger}"
+        f"a smaller kernel, stride or pool in conf/model/{name}.yaml"
+    )

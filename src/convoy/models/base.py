@@ -26,6 +26,8 @@ class Classifier(nn.Module, ABC):
 
     # Names of the layers that must be re-initialised when the classes change.
     head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
+    # Name in the settings, which `convoy.models` sets, for messages.
+    name: str = ""
     mean: Tensor
     std: Tensor
 

@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def register(
     files: Mapping[str, Path],
     code: Path,
     step: int,
+    libraries: Sequence[str] = (),
 ) -> ModelVersion:
     """Log a model and create a version of it, with the sha256 of each of its files in the tag `CHECKSUMS_TAG`.
 
@@ -89,6 +90,7 @@ def register(
         files: The artifacts of the model by their keys, such as the record, weights and calibration of a training.
         code: The folder of this library, of which the parts in `SERVED_BY` are stored with the model.
         step: The step of the run that the model belongs to.
+        libraries: Packages that build its network, which it requires besides those in `SERVED_WITH`.
 
     Raises:
         ConvoyError: If the files in the store differ from those that were uploaded.
@@ -119,7 +121,7 @@ def register(
                 python_model=str(model),
                 artifacts={key: str(file) for key, file in {**files, "hashes": hashes_file}.items()},
                 code_paths=[str(brought)],
-                pip_requirements=[f"{package}=={version(package)}" for package in SERVED_WITH],
+                pip_requirements=[f"{package}=={version(package)}" for package in (*SERVED_WITH, *libraries)],
                 signature=_signature(),
                 input_example=_example(),
                 step=step,

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convoy.core.config import PositiveInt, schema
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
+from convoy.training.determinism import list_nondeterministic
 from convoy.training.record import ResolvedTrainer
 
 # Instruction sets that multiply matrices in half precision.
@@ -85,6 +86,7 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
         threads = 1 if is_gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
     else:
         threads = trainer.threads
+    is_deterministic = not (is_gpu and list_nondeterministic(classifier))
     return ResolvedTrainer(
         accelerator="gpu" if is_gpu else "cpu",
         devices=devices,
@@ -96,6 +98,7 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
         threads=threads,
         max_time=trainer.max_time,
         profiler=trainer.profiler,
+        deterministic=True if is_deterministic else "warn",
     )
 
 
@@ -127,9 +130,9 @@ def has_bfloat16() -> bool:
 def count_macs(classifier: Classifier) -> int:
     """Count the MACs of the convolutions and fully connected layers that compute the main logits of one image."""
     info = classifier.info
-    x = torch.empty(1, info.channels, info.size, info.size, device="meta")
+    pixels = torch.empty(1, info.size, info.size, info.channels, dtype=torch.uint8, device="meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        copy.deepcopy(classifier).eval().to("meta").logits(x)
+        copy.deepcopy(classifier).eval().to("meta")(pixels)
     return counter.get_total_flops() // 2
 
 
@@ -144,7 +147,7 @@ def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
         "precision": hardware.precision,
         "processes": hardware.devices * hardware.num_nodes,
         # As `make_trainer` sets them.
-        "deterministic": "on",
+        "deterministic": "on" if hardware.deterministic is True else hardware.deterministic,
         "tf32": "off",
     }
 

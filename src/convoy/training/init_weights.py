@@ -17,8 +17,9 @@ from convoy.core.artifact_names import RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.models.base import Classifier
+from convoy.training import builder_weights, torchvision_weights
 from convoy.training.record import InitialWeights, TrainingRecord
-from convoy.training.torchvision_weights import TORCH_SUFFIXES, download_weights, is_published, load_weights
+from convoy.training.torchvision_weights import TORCH_SUFFIXES
 
 # The ID of an MLflow run.
 RUN_ID = re.compile("[0-9a-f]{32}")
@@ -57,9 +58,10 @@ def check_init(architecture: str, settings: Mapping[str, Any]) -> None:
     init = settings["init"]
     if init in ("scratch", "champion") or RUN_ID.fullmatch(init):
         return
-    if init == "pretrained" or Path(init).suffix in TORCH_SUFFIXES:
+    is_published = init == "pretrained" or Path(init).suffix in TORCH_SUFFIXES
+    if is_published and not is_built(settings):
         models.torchvision_name(architecture, settings)
-    elif Path(init).suffix != Path(WEIGHTS).suffix:
+    elif not is_published and Path(init).suffix != Path(WEIGHTS).suffix:
         raise ConvoyError(
             f"model.{architecture}.init={init!r}: it may be scratch, pretrained, champion, the id of an MLflow run "
             "(32 digits and letters a to f), or a file of weights (.safetensors, .pth)"
@@ -97,13 +99,14 @@ def init_weights(
     """
     check_init(architecture, settings)
     init = settings["init"]
-    channels = classifier.info.channels
+    channels = classifier.mean.numel()
     if init == "scratch":
         return InitialWeights(init)
     if init == "pretrained":
         # Check before anything is downloaded.
         _check_channels(architecture, 3, channels)
-        file, source = download_weights(architecture, settings)
+        library = builder_weights if is_built(settings) else torchvision_weights
+        file, source = library.download_weights(architecture, settings)
         loaded = dataclasses.replace(load_source_weights(file, classifier, architecture, settings), source=source)
     elif init == "champion" or RUN_ID.fullmatch(init):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -128,6 +131,11 @@ def init_weights(
         raise ConvoyError(f"model.{architecture}.init: {loaded.source}: {error}{fix}") from None
     head: Literal["kept", "new"] = "kept" if same_classes else "new"
     return InitialWeights(init, loaded.source, loaded.sha256, loaded.verified, head, tuple(loaded.lineage))
+
+
+def is_built(settings: Mapping[str, Any]) -> bool:
+    """Return whether a network is built by another library, whose weights have the names of that library."""
+    return settings.get("module") == "builders"
 
 
 def load_matching(classifier: Classifier, weights: Mapping[str, Tensor], same_classes: bool) -> None:
@@ -181,10 +189,13 @@ def load_source_weights(
         checksum = sha256(file)
     except OSError as error:
         raise ConvoyError(f"model.{architecture}.init: {file} can't be read ({error.strerror})") from error
-    if file.suffix not in TORCH_SUFFIXES:
+    # A safetensors file of ours has a record beside it, one of timm has none.
+    is_own = file.suffix not in TORCH_SUFFIXES and (not is_built(settings) or file.with_name(RECORD).exists())
+    if is_own:
         return _load_own_weights(file, checksum, architecture, source)
-    verified = is_published(file, checksum, architecture, settings)
-    weights, classes = load_weights(file, classifier, architecture, settings)
+    library = builder_weights if is_built(settings) else torchvision_weights
+    verified = library.is_published(file, checksum, architecture, settings)
+    weights, classes = library.load_weights(file, classifier, architecture, settings)
     return SourceWeights(source or str(file), weights, classes, settings, checksum, verified)
 
 

@@ -58,7 +58,7 @@ class ClassifierModule(lightning.LightningModule):
         """Switch the batch norms of a frozen backbone to evaluation mode, so that their statistics do not change."""
         if self.recipe.backbone_lr_scale == 0:
             for name, layer in self.classifier.named_modules():
-                if isinstance(layer, nn.BatchNorm2d) and not self.classifier.is_in_head(name):
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not self.classifier.is_in_head(name):
                     layer.eval()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

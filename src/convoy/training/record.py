@@ -34,6 +34,8 @@ class ResolvedTrainer:
     threads: int  # per process
     max_time: str | None = None  # DD:HH:MM:SS
     profiler: str | None = None
+    # As in Lightning: "warn" for a network on a GPU that needs an operation without a deterministic implementation.
+    deterministic: Literal[True, "warn"] = True
 
 
 @dataclasses.dataclass(frozen=True)

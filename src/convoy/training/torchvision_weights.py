@@ -38,16 +38,31 @@ def download_weights(architecture: str, settings: Mapping[str, Any]) -> tuple[Pa
     torchvision_name = models.torchvision_name(architecture, settings)
     published = get_model_weights(torchvision_name).IMAGENET1K_V1
     file = Path(torch.hub.get_dir(), "checkpoints", Path(published.url).name)
-    if not file.exists():
-        try:
-            # By default, torchvision would unpickle any object and verify no checksum.
-            published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-        except (OSError, HTTPException, RuntimeError) as error:
-            raise ConvoyError(
-                f"model.{architecture}.init: {published.url} can't be downloaded ({describe_error(error, 200)}); "
-                f"put that file into {file.parent} by hand, or set init: scratch"
-            ) from error
+    download(architecture, published, file)
     return file, f"torchvision {torchvision_name} {published.name}"
+
+
+def download(architecture: str, published: Any, file: Path) -> None:
+    """Download the file of published weights into torch's cache, unless it is there.
+
+    Args:
+        architecture: Name of the architecture, for messages.
+        published: The weights, an entry of a `WeightsEnum` of torchvision.
+        file: The file in the cache.
+
+    Raises:
+        ConvoyError: If the file can't be downloaded, or its sha256 does not begin as its name says.
+    """
+    if file.exists():
+        return
+    try:
+        # By default, torchvision would unpickle any object and verify no checksum.
+        published.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise ConvoyError(
+            f"model.{architecture}.init: {published.url} can't be downloaded ({describe_error(error, 200)}); "
+            f"put that file into {file.parent} by hand, or set init: scratch"
+        ) from error
 
 
 def is_published(file: Path, checksum: str, architecture: str, settings: Mapping[str, Any]) -> bool:
@@ -100,7 +115,7 @@ def load_weights(
     from torchvision.models import get_model_weights
 
     torchvision_name = models.torchvision_name(architecture, settings)
-    weights = _load_tensors(file, architecture)
+    weights = load_tensors(file, architecture)
     network = make_meta_network(torchvision_name, IMAGENET_CLASSES)
     # The last name is the bias of the output layer.
     *_, last = network.state_dict()
@@ -114,7 +129,7 @@ def load_weights(
             f"model.{architecture}.init: {file} does not hold the weights of torchvision's {torchvision_name} "
             f"({describe_error(error, 300)})"
         ) from error
-    equivalents = models.equivalents(architecture)
+    equivalents = models.equivalents(architecture, settings)
     normalisation = {name: torch.tensor(getattr(equivalents, name)).view(1, -1, 1, 1) for name in ("mean", "std")}
     names = [name for name in classifier.state_dict() if name not in normalisation]
     layers = zip(names, equivalents.translate(network.state_dict()).values(), strict=True)
@@ -134,7 +149,8 @@ def make_meta_network(torchvision_name: str, classes: int) -> nn.Module:
         return get_model(torchvision_name, weights=None, num_classes=classes)
 
 
-def _load_tensors(file: Path, architecture: str) -> Mapping[str, Tensor]:
+def load_tensors(file: Path, architecture: str) -> Mapping[str, Tensor]:
+    """Load a state dict that torch.save wrote, without running any code in the file."""
     try:
         # Files in the old format, which is not a ZIP archive, cannot be memory-mapped.
         weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))

@@ -159,7 +159,7 @@ def make_trainer(classifier: Classifier, hardware: ResolvedTrainer, **arguments:
         profiler=hardware.profiler,
         accumulate_grad_batches=classifier.recipe.accumulate_grad_batches,
         gradient_clip_val=classifier.recipe.grad_clip_norm or None,
-        deterministic=True,
+        deterministic=hardware.deterministic,
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
@@ -182,7 +182,7 @@ def progress_callbacks(classifier: Classifier, history: EpochHistory) -> list[Ca
 @contextlib.contextmanager
 def explain_errors(classifier: Classifier) -> Iterator[None]:
     """Raise ConvoyError for errors of torch that other settings avoid."""
-    name = type(classifier).__name__.lower()
+    name = classifier.name or type(classifier).__name__.lower()
     batch_size, accumulate = f"model.{name}.recipe.batch_size", f"model.{name}.recipe.accumulate_grad_batches"
     try:
         yield

@@ -1,0 +1,70 @@
+"""The networks in conf/model/ at their own sizes: `python benchmarks/networks.py [NAME ...]`.
+
+Prints the table in docs/models.md: parameters and MACs for 10 classes of RGB images, and on this machine the time to
+predict one image, and to train on one, in batches of 8 with one thread and the precision that `trainer: auto` chooses.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from convoy import models
+from convoy.core import config
+from convoy.data.packed.arrays import Images
+from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.evaluation.latency import measure_latency
+from convoy.training.datamodule import ImageDataModule
+from convoy.training.hardware import TrainerConfig, count_macs, resolve_trainer
+from convoy.training.trainer import make_module, make_trainer
+
+ROOT = Path(__file__).parents[1]
+BATCH_SIZE = 8  # images
+STEPS = 4  # the first is not measured
+CLASSES = [str(label) for label in range(10)]
+
+
+def main() -> None:
+    names = sys.argv[1:] or sorted(file.stem for file in (ROOT / "conf/model").glob("*.yaml"))
+    params = config.parse(config.compose_text(ROOT, [f"model=[{','.join(names)}]"]))
+    trainer = params["trainer"] | {"accelerator": "cpu", "threads": 1}
+    torch.set_num_threads(1)
+    print("| network | parameters | MACs | size | ms to predict an image | ms to train on an image |")
+    print("|---|---|---|---|---|---|")
+    for name, settings in params["model"].items():
+        settings["recipe"] |= {"batch_size": BATCH_SIZE, "class_balance": "none"}
+        size = settings["size"]
+        info = DatasetInfo("images", CLASSES, size, 3, [0.4] * 3, [0.2] * 3)
+        classifier = models.build(name, settings, info)
+        hardware = resolve_trainer(config.validate(TrainerConfig, trainer, "trainer"), classifier)
+        pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE * STEPS, size, size, 3), np.uint8)
+        images = Images(pixels, np.arange(len(pixels)) % len(CLASSES))
+        data = ImageDataModule(images, Images(pixels[:1], images.labels[:1]), classifier.recipe, 1)
+        clock = Clock()
+        fitted = make_trainer(classifier, hardware, max_epochs=1, callbacks=[clock], limit_val_batches=0)
+        fitted.fit(make_module(classifier, data, hardware), data)
+        training = 1e3 * (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1) / BATCH_SIZE
+        predicting = measure_latency(classifier.eval())["image_ms_median"]
+        count = sum(parameter.numel() for parameter in classifier.parameters())
+        print(
+            f"| {name} | {count / 1e6:.2f}M | {count_macs(classifier) / 1e6:,.0f}M | {size} | {predicting:.1f} | "
+            f"{training:.1f} |",
+            flush=True,
+        )
+
+
+class Clock(Callback):
+    """The time at the end of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.times.append(time.perf_counter())
+
+
+if __name__ == "__main__":
+    main()

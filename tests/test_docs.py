@@ -101,7 +101,7 @@ def test_make_targets_and_modules_exist(page: Path) -> None:
 def test_settings_that_are_named_exist(page: Path) -> None:
     params = config.load(ROOT / "params.yaml")
     # x is any architecture, and a recipe is that of any.
-    params["model"]["x"] = params["model"]["lenet"]
+    params["model"]["x"] = params["model"]["lenet"] | {"weights": "DEFAULT"}
     params["recipe"] = params["model"]["lenet"]["recipe"]
     for code in list_spans(page):
         setting = re.match(r"([a-z]+)(\.[a-z_]+)+(?=$|[:=])", code)

@@ -63,7 +63,7 @@ def test_builder_is_found_in_both_libraries() -> None:
         ({"builder": "timm/resnett50"}, r"resnett50: timm has no such network; did you mean resnet50"),
         ({"builder": "keras/resnet50"}, "must be torchvision/NAME or timm/NAME, such as torchvision/resnet50"),
         ({"builder": "resnet50"}, "must be torchvision/NAME or timm/NAME"),
-        ({"arguments": {"width": 2}}, "does not take these arguments .*'width'"),
+        ({"builder": "torchvision/resnet18", "arguments": {"width": 2}}, "resnet18 does not take them .*'width'"),
         (
             {"arguments": {"num_classes": 2}},
             "num_classes of torchvision/.* is set by convoy: remove it",
@@ -72,7 +72,10 @@ def test_builder_is_found_in_both_libraries() -> None:
             {"init": "pretrained", "weights": "IMAGENET21K"},
             "weights=IMAGENET21K: torchvision offers DEFAULT, IMAGE",
         ),
-        ({"builder": "timm/resnet18", "init": "pretrained", "weights": "none"}, "weights=none: timm offers a1_in1k"),
+        (
+            {"builder": "timm/resnet18", "init": "pretrained", "weights": "none", "arguments": {}},
+            "weights=none: timm offers a1_in1k",
+        ),
         (
             {"builder": "torchvision/vit_b_16", "init": "pretrained", "arguments": {}},
             "size=32: the weights torchvision vit_b_16 .* fit images of 224 px only",

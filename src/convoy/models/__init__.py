@@ -204,10 +204,16 @@ def _check_image_size(name: str, network: type, params: Any, info: DatasetInfo) 
 
     if not (reason := find_error(info.size)):
         return
-    if hasattr(network, "candidate_sizes"):
-        fitting = [
-            next((size for size in sizes if not find_error(size)), None) for sizes in network.candidate_sizes(info.size)
-        ]
+    if hasattr(network, "sizes_tried"):
+        smaller = [size for size in network.sizes_tried if size < info.size]
+        larger = [size for size in network.sizes_tried if size > info.size]
+        fitting = [next((size for size in sizes if not find_error(size)), 0) for sizes in (larger, reversed(smaller))]
+        if fitting[0]:
+            # Between the last size that does not fit and the first that does.
+            between = range(max([info.size, *(size for size in larger if size < fitting[0])]) + 1, fitting[0])
+            fitting[0] = [*between, fitting[0]][
+                bisect.bisect_left(between, True, key=lambda size: not find_error(size))
+            ]
         found = " or ".join(str(size) for size in fitting if size)
         fix = f"set model.{name}.size to {found}, the nearest that fits" if found else "choose another network"
         raise ConvoyError(f"model.{name}: does not fit images of {info.size} px ({reason}): {fix}")

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,9 @@ class BuiltNetwork(Classifier):
         params: Settings of the network.
     """
 
+    # Pixels; tried where it does not fit the images. These are multiples of the usual patches and windows.
+    sizes_tried: ClassVar[Sequence[int]] = sorted({*range(32, 1025, 32), *range(28, 1025, 28)})
+
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)
         self.network = replace_pooling(make_network(params, len(info.classes), info.size))
@@ -81,13 +84,6 @@ class BuiltNetwork(Classifier):
         if info.channels == 1:
             self.mean = self.mean.repeat(1, self.channels, 1, 1)
             self.std = self.std.repeat(1, self.channels, 1, 1)
-
-    @staticmethod
-    def candidate_sizes(size: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Return sizes to try where a network does not fit images of `size` px: larger ones and smaller ones."""
-        steps = sorted({*range(32, 1025, 32), *range(28, 1025, 28)})
-        larger = [*range(size + 1, size + 64), *(step for step in steps if step >= size + 64)]
-        return larger, [step for step in reversed(steps) if step < size]
 
     def logits(self, x: Tensor) -> Tensor:
         """Compute the logits (N, K) of normalised images (N, C, H, W)."""
@@ -160,8 +156,8 @@ def make_network(params: Params, classes: int, size: int) -> nn.Module:
             return find_torchvision_builder(torchvision.models, name)(**arguments)
     except TypeError as error:
         raise ConvoyError(
-            f"{params.builder} does not take these arguments ({describe_error(error, 200)}): the documentation of "
-            f"{library} lists them"
+            f"arguments: {params.builder} does not take them ({describe_error(error, 200)}): see the documentation of "
+            f"{library}"
         ) from error
 
 
@@ -301,9 +297,9 @@ def _find_timm_weights(name: str, params: Params) -> PublishedWeights:
 
     full_name = name if params.weights == "DEFAULT" else f"{name.partition('.')[0]}.{params.weights}"
     offered = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-    found: Any = timm.get_pretrained_cfg(full_name)
-    is_offered = found is not None and (full_name in offered or "." not in full_name) and found.hf_hub_id
-    if not is_offered:
+    is_known = full_name in offered or ("." not in full_name and offered)
+    found: Any = timm.get_pretrained_cfg(full_name) if is_known else None
+    if found is None or not found.hf_hub_id:
         tags = ", ".join(each.partition(".")[2] for each in offered) or "none"
         raise ConvoyError(f"weights={params.weights}: timm offers {tags} for {name.partition('.')[0]}")
     return PublishedWeights(

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from convoy.core.config import PositiveInt, schema
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
-from convoy.training.determinism import list_nondeterministic
 from convoy.training.record import ResolvedTrainer
 
 # Instruction sets that multiply matrices in half precision.
@@ -86,7 +85,6 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
         threads = 1 if is_gpu else max(1, min(cores // devices, int(work / MACS_PER_THREAD)))
     else:
         threads = trainer.threads
-    is_deterministic = not (is_gpu and list_nondeterministic(classifier))
     return ResolvedTrainer(
         accelerator="gpu" if is_gpu else "cpu",
         devices=devices,
@@ -98,7 +96,6 @@ def resolve_trainer(trainer: TrainerConfig, classifier: Classifier) -> ResolvedT
         threads=threads,
         max_time=trainer.max_time,
         profiler=trainer.profiler,
-        deterministic=True if is_deterministic else "warn",
     )
 
 

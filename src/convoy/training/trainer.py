@@ -175,7 +175,11 @@ def make_trainer(classifier: Classifier, hardware: ResolvedTrainer, **arguments:
 def progress_callbacks(classifier: Classifier, history: EpochHistory) -> list[Callback]:
     """Return a progress bar if standard error is a terminal, and a line per epoch for a log."""
     bar = sys.stderr.isatty()
-    log = [EpochLog(type(classifier).__name__.lower(), history)] if not (bar and sys.stdout.isatty()) else []
+    log = (
+        [EpochLog(classifier.name or type(classifier).__name__.lower(), history)]
+        if not (bar and sys.stdout.isatty())
+        else []
+    )
     return [*([TQDMProgressBar(PROGRESS_REFRESH_RATE)] if bar else []), *log]
 
 

@@ -219,8 +219,8 @@ def _check_image_size(name: str, network: type, params: Any, info: DatasetInfo) 
         raise ConvoyError(f"model.{name}: does not fit images of {info.size} px ({reason}): {fix}")
     sizes = range(info.size, MAX_SIZE_TRIED + 1)
     smallest = bisect.bisect_left(sizes, True, key=lambda size: not find_error(size))
-    larger = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
+    hint = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
     raise ConvoyError(
-        f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {larger}"
+        f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {hint}"
         f"a smaller kernel, stride or pool in conf/model/{name}.yaml"
     )

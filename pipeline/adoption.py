@@ -99,7 +99,7 @@ def write_values(root: Path, values: Mapping[str, Any]) -> None:
     """
     with restore_on_error((root / "conf").rglob("*.yaml")) as before:
         for key, value in values.items():
-            _set_value(root, key, value)
+            _set_value(root, key, value, keeps_references=False)
         composed = config.parse(config.compose_text(root))
         for key, value in values.items():
             path = key.split(".")

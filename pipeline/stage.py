@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from convoy.core import config
-from convoy.core.artifact_names import DATASET_INFO, MANIFEST
+from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
@@ -117,11 +117,12 @@ class Stage:
         Args:
             architecture: The name of the architecture; by default that of this foreach stage.
         """
-        prepared = self.input("preprocess")
+        return self.input(self.images_name(architecture))
+
+    def images_name(self, architecture: str = "") -> str:
+        """Return the name of the folder of `images`, relative to artifacts/."""
         size = self.params["model"][architecture or self.foreach_key].get("size")
-        if size in (None, json.loads((prepared / DATASET_INFO).read_text())["size"]):
-            return prepared
-        return self.input(f"resize/{size}")
+        return "preprocess" if size in (None, self.params["preprocess"]["size"]) else f"resize/{size}"
 
     def _find_fault(self, folder: Path) -> str:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""

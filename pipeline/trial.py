@@ -52,8 +52,9 @@ class TrialTrainer:
         self.architecture = stage.foreach_key
         self.params = stage.validate(TrainConfig, "train")
         self.trainer = stage.validate(TrainerConfig, "trainer")
-        self.prepared = verify_without_test(stage)
-        self.info = DatasetInfo.load(self.prepared / DATASET_INFO)
+        self.prepared = verify_without_test(stage, "preprocess", (DATA_PROFILE,))
+        self.images = verify_without_test(stage, stage.images_name())
+        self.info = DatasetInfo.load(self.images / DATASET_INFO)
         self.identity = stage.fingerprint("search", jobs)
         self.checkpoints = stage.project_root / "artifacts/.cache/tuning/checkpoints"
 
@@ -83,7 +84,7 @@ class TrialTrainer:
         try:
             classifier, hardware, _ = self.build(settings, seed)
             data = ImageDataModule(
-                Images.load(self.prepared, "train"), Images.load(self.prepared, "val"), classifier.recipe, seed
+                Images.load(self.images, "train"), Images.load(self.images, "val"), classifier.recipe, seed
             )
             # A line for each epoch would hide those of the trials. The progress bar of a terminal stays.
             with contextlib.redirect_stdout(io.StringIO()):
@@ -140,24 +141,29 @@ class TrialTrainer:
         return hashlib.sha256(json.dumps([self.identity, settings, seed], sort_keys=True).encode()).hexdigest()
 
 
-def verify_without_test(stage: Stage) -> Path:
-    """Return the folder of the prepared images after verifying all of its files but those of the test images.
+def verify_without_test(stage: Stage, name: str, more: Sequence[str] = ()) -> Path:
+    """Return a folder of prepared images after verifying all of its files but those of the test images.
 
     Settings that were chosen by the test images would look better on them than they are, so a search does not open
     their files.
 
+    Args:
+        stage: The train stage of the architecture.
+        name: Name of the folder, relative to artifacts/.
+        more: Names of further files to verify.
+
     Raises:
         ConvoyError: If the folder is missing, incomplete or was modified.
     """
-    folder = stage.root / "artifacts" / "preprocess"
+    folder, target = stage.root / "artifacts" / name, name.partition("/")[0]
     try:
         checksums = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
-        raise ConvoyError("artifacts/preprocess/ is missing or incomplete: run `dvc repro preprocess`") from None
-    for name in (DATASET_INFO, DATA_PROFILE, *(f"{split}_{part}.npy" for split in ("train", "val") for part in PARTS)):
-        if not (folder / name).is_file() or sha256(folder / name) != checksums.get(name):
+        raise ConvoyError(f"artifacts/{name}/ is missing or incomplete: run `dvc repro {target}`") from None
+    for file in (DATASET_INFO, *more, *(f"{split}_{part}.npy" for split in ("train", "val") for part in PARTS)):
+        if not (folder / file).is_file() or sha256(folder / file) != checksums.get(file):
             raise ConvoyError(
-                f"artifacts/preprocess/{name} is not what its stage wrote: run `rm -rf artifacts/preprocess && dvc "
-                "repro preprocess`"
+                f"artifacts/{name}/{file} is not what its stage wrote: run `rm -rf artifacts/{target} && dvc repro "
+                f"{target}`"
             )
     return folder

@@ -17,7 +17,6 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from convoy import models
-from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
 from convoy.search.comparison import Comparison, compare
 from convoy.search.plots import draw_plots
@@ -86,7 +85,7 @@ class Tuner:
         self.settings: dict[str, Any] = stage.section(f"model.{stage.foreach_key}")
         for values in list_bounds(space):
             changed = change_settings(self.settings, values)
-            validate(models.schema(stage.foreach_key), changed, f"model.{stage.foreach_key}")
+            models.check_settings(stage.foreach_key, changed)
         self.stage = stage
         self.space = space
         self.options = options

@@ -33,10 +33,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=15.0, help="of each search, with its comparison")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=16)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         project = Path(name, "project")
-        make_project(project, options.model)
+        make_project(project, options.model, options.epochs)
         default = convoy(project, "settings", "show", "--json")["model"][options.model]["recipe"]["lr"]
         rows = []
         for factor in FACTORS:
@@ -49,7 +50,7 @@ def main() -> None:
     show(pd.DataFrame(rows))
 
 
-def make_project(project: Path, model: str) -> None:
+def make_project(project: Path, model: str, epochs: int) -> None:
     """A project of convoy's own with prepared images and one architecture."""
     project.mkdir()
     for part in ("pipeline", "src", "conf"):
@@ -65,6 +66,7 @@ def make_project(project: Path, model: str) -> None:
                 file.write_bytes(packed.read(name))
     settings = project / "conf" / "config.yaml"
     settings.write_text(settings.read_text().replace("[lenet, alexnet, vgg, googlenet, resnet]", f"[{model}]", 1))
+    settings.write_text(settings.read_text().replace("max_epochs: 16", f"max_epochs: {epochs}", 1))
     for command in (["dvc", "init", "--quiet", "--no-scm"], ["pipeline.cli", "settings", "compose"]):
         run(project, command)
     run(project, ["dvc", "repro", "--quiet", "preprocess"])

@@ -33,8 +33,8 @@ def explain_restoring() -> str:
     if "DVC_EXP_NAME" not in os.environ or os.environ.get("DVC_ROOT") != str(Path.cwd()):
         return ""
     return (
-        "\nconvoy: the experiment has changed the workspace: `git checkout params.yaml dvc.lock && dvc checkout` "
-        "restores what was committed"
+        "\nconvoy: the experiment has changed the workspace: `git checkout params.yaml dvc.lock && dvc "
+        "checkout --allow-missing` restores what was committed"
     )
 
 

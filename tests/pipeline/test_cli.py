@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from convoy import launcher
 from convoy.core import config
+from convoy.core.errors import ConvoyError
 from convoy.launcher import CALLER_FOLDER, find_project
 from pipeline.cli import app, main
+from pipeline.errors import exit_on_error
 from small_project import ROOT, make_project
 
 CONVOY = Path(sys.executable).with_name("convoy")
@@ -104,6 +106,17 @@ def test_leaderboard_is_shown_as_a_table_and_as_json(runner: CliRunner) -> None:
 
 
 # Errors
+
+
+def test_failed_experiment_says_how_to_restore_the_workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root, is_explained in ((tmp_path, True), (tmp_path / "elsewhere", False)):
+        monkeypatch.setenv("DVC_EXP_NAME", "bold")
+        monkeypatch.setenv("DVC_ROOT", str(root))
+        with pytest.raises(SystemExit) as end, exit_on_error("train"):
+            raise ConvoyError("no")
+        assert str(end.value).startswith("convoy: train: no")
+        assert ("git checkout params.yaml dvc.lock" in str(end.value)) == is_explained
 
 
 def test_error_of_the_user_is_one_line_and_exit_code_1(runner: CliRunner) -> None:

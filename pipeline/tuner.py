@@ -61,10 +61,10 @@ class TuningResult:
         if self.comparison is None:
             return "Nothing better was found: the present settings were the best of all trials"
         found = self.comparison.difference
-        interval = f"by {found.mean:+.4f}, 95% interval {found.low:+.4f} to {found.high:+.4f}"
+        interval = f"{found.mean:+.4f}, 95% interval {found.low:+.4f} to {found.high:+.4f}"
         if self.is_better:
-            return f"The tuned settings are better {interval}"
-        return f"Nothing better was found: the tuned settings differ {interval}, which includes no difference or worse"
+            return f"The tuned settings are better by {interval}"
+        return f"Nothing better was found: the difference is {interval}, which is not above zero"
 
     def describe(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -157,7 +157,7 @@ class Tuner:
         """
         folder.mkdir(parents=True, exist_ok=True)
         with open_search(self.folder, self.name, self.params.seed, self.options.sampler) as search:
-            title = f"{self.stage.foreach_key}, {len(self.ended)} trials"
+            title = f"{self.stage.foreach_key}, {result.trials} trials"
             files = draw_plots(search.study, self.metric, title, folder)
         files += [folder / "trials.csv", folder / "result.json"]
         pd.DataFrame([self._table_row(each) for each in self.ended]).to_csv(folder / "trials.csv", index=False)

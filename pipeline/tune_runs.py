@@ -146,11 +146,16 @@ class SearchRuns:
             runs.sync_run(store, run, results, ended)
 
     def _save_view(self, store: TrackingStore) -> str:
-        columns = ["metrics.best/val_accuracy", "metrics.best/val_loss", "metrics.best/epoch", "params.model"]
+        columns = ["metrics.kept/val_accuracy", "metrics.kept/val_loss", "metrics.kept/epoch", "params.model"]
         columns += [f"params.{name}" for name in self.ranges if name.startswith("recipe.")]
         columns += ["params.train.seed", "tags.data"]
         return ui_views.save_table(
-            store.client, store.experiment.experiment_id, "trials", columns, "metrics.best/val_accuracy"
+            store.client,
+            store.experiment.experiment_id,
+            "trials",
+            columns,
+            "metrics.kept/val_accuracy",
+            is_ascending=False,
         )
 
 

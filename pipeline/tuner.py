@@ -162,7 +162,7 @@ class Tuner:
         files += [folder / "trials.csv", folder / "result.json"]
         pd.DataFrame([self._table_row(each) for each in self.ended]).to_csv(folder / "trials.csv", index=False)
         (folder / "result.json").write_text(json.dumps(result.describe(), indent=2) + "\n")
-        metrics = {f"best/{name}": result.best_epoch[name] for name in ("val_accuracy", "val_loss", "epoch")}
+        metrics = {f"kept/{name}": result.best_epoch[name] for name in ("val_accuracy", "val_loss", "epoch")}
         if compared := result.comparison:
             metrics |= {
                 f"compared/{name}_{self.metric}": interval.mean

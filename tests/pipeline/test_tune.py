@@ -77,8 +77,8 @@ def test_mlflow_shows_trials_below_the_search_with_curves(tuned: Path) -> None:
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {search.info.run_id}
     assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
     for run in children:
-        curve = client.get_metric_history(run.info.run_id, "val/accuracy")
-        assert run.data.metrics["best/val_accuracy"] == pytest.approx(max(point.value for point in curve), rel=1e-6)
+        curve = client.get_metric_history(run.info.run_id, "epoch/val_accuracy")
+        assert run.data.metrics["kept/val_accuracy"] == pytest.approx(max(point.value for point in curve), rel=1e-6)
     assert read_result(tuned)["conclusion"] in search.data.tags["mlflow.note.content"]
     assert {"history.png", "trials.csv"} <= {file.path for file in client.list_artifacts(search.info.run_id)}
 

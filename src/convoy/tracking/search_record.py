@@ -71,7 +71,7 @@ def describe_trial(
         run,
         name=name,
         tags={**run.tags, FINGERPRINT_TAG: fingerprint, PARENT_TAG: parent},
-        metrics={f"best/{key}": best[key] for key in ("val_accuracy", "val_loss", "epoch") if key in best},
+        metrics={f"kept/{key}": best[key] for key in ("val_accuracy", "val_loss", "epoch") if key in best},
         history=history,
         status=status,
     )

@@ -81,8 +81,16 @@ def save_views(store: TrackingStore) -> tuple[str, str]:
     return store.address + table, store.address + charts
 
 
-def save_table(client: MlflowClient, experiment_id: str, name: str, columns: list[str], order_by: str) -> str:
-    """Save a table of runs as a view, sorted by a column in ascending order.
+def save_table(
+    client: MlflowClient,
+    experiment_id: str,
+    name: str,
+    columns: list[str],
+    order_by: str,
+    *,
+    is_ascending: bool = True,
+) -> str:
+    """Save a table of runs as a view, sorted by a column.
 
     The UI always shows the columns Run Name, Created and Duration, and never shows a column that no run has.
 
@@ -93,6 +101,7 @@ def save_table(client: MlflowClient, experiment_id: str, name: str, columns: lis
         columns: Columns in order, such as "metrics.epoch/val_accuracy", "params.model", "tags.candidate" or
             "attributes.Models". Other attributes are Dataset, Source, User, Version and Description.
         order_by: Column to sort by.
+        is_ascending: Whether the smallest value is the first.
 
     Returns:
         The path of the view's URL.
@@ -112,7 +121,7 @@ def save_table(client: MlflowClient, experiment_id: str, name: str, columns: lis
             "columnOrder": list(widths),
             "columnWidths": widths,
             "orderByKey": _column_key(order_by),
-            "orderByAsc": True,
+            "orderByAsc": is_ascending,
         },
     )
 

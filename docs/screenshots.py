@@ -131,6 +131,9 @@ def open_page(browser: webdriver.Chrome, link: str, text: str, seconds: float = 
     for button in browser.find_elements(By.CSS_SELECTOR, '[data-component-id="mlflow.assistant.chat_panel.close"]'):
         button.click()
     time.sleep(seconds)
+    # MLflow scrolls while its charts appear one by one.
+    browser.execute_script("document.querySelectorAll('*').forEach(each => { each.scrollTop = 0; });")
+    time.sleep(2)
 
 
 def _page_text(browser: webdriver.Chrome) -> str:
@@ -140,13 +143,13 @@ def _page_text(browser: webdriver.Chrome) -> str:
 def take_screenshots(root: Path, folder: Path) -> None:
     """Take the pictures of the documentation in a project that has run."""
     show_report(root)
-    with open_browser(1180, 1560) as browser:
+    with open_browser(1180, 2180) as browser:
         browser.get((root / PAGE_WITH_VERDICT).resolve().as_uri())
         save_picture(browser, folder / "report.png")
-    with serve_mlflow(root) as (_, links), open_browser(1500, 620) as browser:
+    with serve_mlflow(root) as (_, links), open_browser(1700, 480) as browser:
         open_page(browser, links[0], "Models")
         save_picture(browser, folder / "leaderboard.png")
-        size = {"width": 1500, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        size = {"width": 1500, "height": 1040, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         open_page(browser, links[1], "epoch/val_accuracy", 8)
         save_picture(browser, folder / "curves.png")

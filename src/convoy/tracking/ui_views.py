@@ -171,6 +171,8 @@ def save_charts(
         {
             "compareRunCharts": charts,
             "isAccordionReordered": True,
+            # MLflow hides a line chart before its points are loaded, and then never loads them.
+            "hideEmptyCharts": False,
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
             "orderByKey": _column_key(order_by),

@@ -49,7 +49,7 @@ SCATTERS = [("parameters", "test/accuracy")]
 # Prefix of the experiment tag that holds a view, followed by the ID of the view.
 TAG = "mlflow.sharedViewState."
 LINE_CHART = {
-    "type": "LINE_CHART",
+    "type": "LINE",
     "lineSmoothness": 0,
     "scaleType": "linear",
     "xAxisScaleType": "linear",
@@ -171,8 +171,6 @@ def save_charts(
         {
             "compareRunCharts": charts,
             "isAccordionReordered": True,
-            # MLflow hides a line chart before its points are loaded, and then never loads them.
-            "hideEmptyCharts": False,
             "runsHiddenMode": "SHOW_ALL",
             "compareRunSections": [{"uuid": top, "name": name, "display": True, "isReordered": True}],
             "orderByKey": _column_key(order_by),

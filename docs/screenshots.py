@@ -99,7 +99,7 @@ def check_page(browser: webdriver.Chrome, file: Path) -> PageCheck:
 def save_picture(browser: webdriver.Chrome, file: Path) -> None:
     """Save what the window shows, with few colours."""
     browser.save_screenshot(str(file))
-    Image.open(file).convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
+    Image.open(file).convert("RGB").quantize(COLOURS).save(file, optimize=True)
 
 
 @contextlib.contextmanager
@@ -146,8 +146,8 @@ def take_screenshots(root: Path, folder: Path) -> None:
     with open_browser(1180, 2180) as browser:
         browser.get((root / PAGE_WITH_VERDICT).resolve().as_uri())
         save_picture(browser, folder / "report.png")
-    with serve_mlflow(root) as (_, links), open_browser(1700, 480) as browser:
-        open_page(browser, links[0], "Models")
+    with serve_mlflow(root) as (_, links), open_browser(1700, 540) as browser:
+        open_page(browser, links[0], "kept/val_accuracy")
         save_picture(browser, folder / "leaderboard.png")
         size = {"width": 1500, "height": 1040, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

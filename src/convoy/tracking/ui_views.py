@@ -21,7 +21,6 @@ from convoy.tracking.tags import RANK_TAG
 # Columns of the leaderboard: what was trained, how good it is, on what, and what came of it; then settings and size.
 COLUMNS = [
     "tags.rank",
-    "params.model",
     "metrics.kept/val_accuracy",
     "metrics.test/accuracy",
     "metrics.test/accuracy_low",
@@ -34,6 +33,7 @@ COLUMNS = [
     "metrics.test/macro_f1",
     "metrics.test/log_loss",
     "metrics.parameters",
+    "params.model",
     "params.recipe.lr",
     "params.recipe.weight_decay",
     "params.recipe.batch_size",
@@ -42,6 +42,8 @@ COLUMNS = [
     "params.split.seed",
     "tags.reproduction",
 ]
+# Widths of columns whose content is wider than their name, in pixels.
+COLUMN_WIDTHS = {"tags.data": 170, "tags.verdict": 160, "tags.commit": 110, "attributes.Models": 110}
 # Metrics of the page of curves, as line charts, bar charts and scatter plots.
 CURVES = ["epoch/val_accuracy", "epoch/val_loss", "epoch/train_loss"]
 BARS = ["kept/val_accuracy", "test/accuracy"]
@@ -110,7 +112,7 @@ def save_table(
     # Pixels: 7 for each character, a margin, and space for the arrow in the header of the sorted column.
     for column in columns:
         width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 40)
-        widths[_column_key(column)] = min(220, max(80, width))
+        widths[_column_key(column)] = COLUMN_WIDTHS.get(column, min(220, max(80, width)))
     return _save(
         client,
         experiment_id,

@@ -19,7 +19,7 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint screenshots lock retrain push push-retrain-branch again
+.PHONY: help install repro test test-slow lint docs screenshots lock retrain push push-retrain-branch again
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
@@ -43,6 +43,10 @@ lint: $(READY) ## run the linters and the type checker
 
 screenshots: $(READY) ## take the pictures of the documentation, of the results of the last run
 	PYTHONPATH=.:src python docs/screenshots.py
+
+docs: $(READY) ## build the documentation as a site, in docs/_build/
+	sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build
+	@echo "docs/_build/docs/index.html"
 
 lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \

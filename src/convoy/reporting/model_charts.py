@@ -19,7 +19,7 @@ def draw_learning_curves(history: pd.DataFrame, kept: int | None) -> str:
     """Draw accuracy, loss and learning rate by epoch, and mark the epoch whose weights were kept.
 
     Args:
-        history: Table with the columns epoch, lr, and train_ and val_ of accuracy and loss.
+        history: Table with the columns epoch, lr, train_loss, train_accuracy, val_loss and val_accuracy.
         kept: The epoch that was kept, or None.
     """
     with chart(5.0) as drawn:

@@ -1,0 +1,38 @@
+"""The site of the documentation, which `make docs` builds with Sphinx.
+
+Sphinx is maintained, reads the same Markdown as GitHub through MyST, and makes the reference from the docstrings;
+mkdocs-material, the alternative, only receives fixes by now.
+"""
+
+import importlib.metadata
+from pathlib import Path
+
+project = "convoy"
+author = "The convoy authors"
+version = release = importlib.metadata.version("convoy")
+
+# The pages link to each other and to files beside docs/ as they do on GitHub, so the source folder is the project's.
+root_doc = "docs/index"
+exclude_patterns = ["docs/_build", "docs/_templates"]
+include_patterns = ["docs/**", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+myst_heading_anchors = 3
+myst_enable_extensions = ["colon_fence"]
+
+html_theme = "furo"
+html_title = f"convoy {version}"
+html_show_sphinx = False
+html_show_copyright = False
+
+templates_path = [str(Path(__file__).with_name("_templates"))]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_numpy_docstring = False

@@ -1,7 +1,7 @@
 """The report stage, which draws what was trained on what and how good it is, as one page and one for each network."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def report(stage: Stage) -> None:
     )
     choice = ranking.choose(validated, params.selection_metric, params.prefer) if validated else Choice("", "")
     results = [load_results(stage, model.name, trained[model.name]) for model in validated]
-    data = summarize_data(stage, next(iter(records.values())))
+    data = summarize_data(stage, list(records.values()))
     leaderboard = make_leaderboard(results, {model.name: model.score("accuracy") for model in validated})
     rows = leaderboard.assign(failure="").to_dict("records")
     rows += [{"model": name, "failure": reason} for name, reason in failed.items()]
@@ -131,7 +131,7 @@ def load_results(stage: Stage, name: str, record: TrainingRecord) -> ModelResult
     )
 
 
-def summarize_data(stage: Stage, record: TrainingRecord) -> DataSummary:
+def summarize_data(stage: Stage, records: Sequence[TrainingRecord]) -> DataSummary:
     """Count the images of each class and split, and choose some training images."""
     prepared = stage.input("preprocess")
     info = DatasetInfo.load(prepared / DATASET_INFO)
@@ -146,7 +146,8 @@ def summarize_data(stage: Stage, record: TrainingRecord) -> DataSummary:
     rows = np.lexsort((train.labels, turn))[: 12 if len(info.classes) <= 4 else 24]
     rows = rows[np.argsort(train.labels[rows], kind="stable")]
     samples = [(train.pixels[row], info.classes[train.labels[row]], paths[row]) for row in rows]
-    return DataSummary(record.data, info.classes, info.size, info.channels, counts, samples)
+    sizes = sorted({record.dataset_info.size for record in records})
+    return DataSummary(records[0].data, info.classes, sizes, info.channels, counts, samples)
 
 
 def make_leaderboard(results: list[ModelResults], val_accuracy: Mapping[str, float]) -> pd.DataFrame:

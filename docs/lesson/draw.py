@@ -126,9 +126,11 @@ def trained_network() -> tuple[Classifier, TrainingRecord, np.ndarray]:
     trained = ARTIFACTS / "train"
     best = pd.read_csv(leaderboard)["model"][0] if leaderboard.exists() else sorted(trained.iterdir())[0].name
     record = TrainingRecord.load(trained / best / RECORD)
-    info = DatasetInfo.load(ARTIFACTS / "preprocess" / DATASET_INFO)
+    info = record.dataset_info
     network = models.restore(record.architecture, record.settings, info, trained / best / WEIGHTS)
-    test = Images.load(ARTIFACTS / "preprocess", "test")
+    prepared = DatasetInfo.load(ARTIFACTS / "preprocess" / DATASET_INFO)
+    # A network may have a size of its own.
+    test = Images.load(ARTIFACTS / ("preprocess" if info.size == prepared.size else f"resize/{info.size}"), "test")
     probabilities = models.base.predict(network, np.asarray(test.pixels[:200]), 200)
     correct = np.flatnonzero(probabilities.argmax(axis=1) == test.labels[:200])
     row = correct[0] if len(correct) else 0

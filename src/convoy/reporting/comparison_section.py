@@ -21,7 +21,7 @@ class DataSummary:
 
     version: DatasetVersion
     classes: list[str]
-    size: int  # height and width of an image, in pixels
+    sizes: Sequence[int]  # height and width of the images that the networks see, in pixels, ascending
     channels: int  # 1 grey or 3 RGB
     counts: pd.DataFrame  # a row for each class; images of the splits train, val and test
     samples: Sequence[tuple[np.ndarray, str, str]]  # pixels, label and path of training images
@@ -30,12 +30,12 @@ class DataSummary:
 def describe_data(data: DataSummary) -> Section:
     """Draw what the architectures were trained on."""
     totals = {split: int(data.counts[split].sum()) for split in ("train", "val", "test")}
+    sizes = " or ".join(f"{size}x{size}" for size in data.sizes)
     colours = "grey" if data.channels == 1 else "colour"
     intro = (
         f"{data.version.name}, version {data.version.digest}: {sum(totals.values()):,} images of {len(data.classes)} "
         f"classes; {totals['train']:,} for training, {totals['val']:,} to choose the epoch and the architecture, and "
-        f"{totals['test']:,} to test, which no training has used. The networks see {data.size}x{data.size} pixels in "
-        f"{colours}."
+        f"{totals['test']:,} to test, which no training has used. The networks see {sizes} pixels in {colours}."
     )
     largest, smallest = data.counts.sum(axis=1).idxmax(), data.counts.sum(axis=1).idxmin()
 

@@ -24,7 +24,7 @@ from pipeline.ui import HOST, find_free_port, wait_for_port
 DOCS = Path(__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_S = 90
-COLOURS = 128  # of a stored picture, which then has a third of the bytes
+COLOURS = 256  # of a stored picture, which then has a third of the bytes
 
 
 def find_browser() -> tuple[str, str] | None:
@@ -143,10 +143,10 @@ def _page_text(browser: webdriver.Chrome) -> str:
 def take_screenshots(root: Path, folder: Path) -> None:
     """Take the pictures of the documentation in a project that has run."""
     show_report(root)
-    with open_browser(1180, 2180) as browser:
-        browser.get((root / PAGE_WITH_VERDICT).resolve().as_uri())
+    with open_browser(1180, 1240) as browser:
+        browser.get((root / PAGE_WITH_VERDICT).resolve().as_uri() + "#results")
         save_picture(browser, folder / "report.png")
-    with serve_mlflow(root) as (_, links), open_browser(1700, 540) as browser:
+    with serve_mlflow(root) as (_, links), open_browser(1700, 590) as browser:
         open_page(browser, links[0], "kept/val_accuracy")
         save_picture(browser, folder / "leaderboard.png")
         size = {"width": 1500, "height": 1040, "deviceScaleFactor": 1, "mobile": False}

@@ -19,7 +19,7 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint docs screenshots lock retrain push push-retrain-branch again
+.PHONY: help install repro test test-slow lint docs screenshots lock retrain push again
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
@@ -52,17 +52,11 @@ lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versi
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --extra dev --extra timm --output-file requirements.lock pyproject.toml --quiet
 
-retrain: $(READY) ## fetch the newest data and run the pipeline, reusing results on the DVC remote
-	convoy run --update --pull
+retrain: $(READY) ## retrain on the newest data, as `convoy retrain` does
+	convoy retrain
 
 push: $(READY) ## push the results and the run cache to the DVC remote
 	dvc push --run-cache
-
-push-retrain-branch: ## commit the lock files that a retraining changed to a new branch and push it
-	git diff --quiet -- data.dvc data.lock dvc.lock params.yaml || { \
-		git switch --create retrain-$$(date -u +%Y-%m-%d-%H%M) && \
-		git commit --message "Retrain on the newest data" -- data.dvc data.lock dvc.lock params.yaml && \
-		git push --set-upstream origin HEAD; }
 
 # Without --compile-bytecode, uv writes no bytecode, and each stage would start seconds later.
 $(READY): requirements.lock pyproject.toml $(if $(BROKEN),again)

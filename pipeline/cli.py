@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from convoy.core.errors import ConvoyError
 from convoy.launcher import CALLER_FOLDER
 from pipeline.errors import exit_on_error, explain_system_errors
 
@@ -123,6 +124,33 @@ def run(
     from pipeline.run import run
 
     raise typer.Exit(run(Path.cwd(), overrides or (), update=update, pull=pull, jobs=parse_jobs(jobs)))
+
+
+@app.command(
+    epilog="Example: convoy retrain --push\n\nExit codes: 0 promoted, 3 not promoted, 4 nothing has changed, 1 failed"
+)
+def retrain(
+    push: Annotated[
+        bool, typer.Option("--push", help="Push the results to the DVC remote, and the lock files as a branch.")
+    ] = False,
+    jobs: Annotated[str, typer.Option(metavar="N|auto", help="Architectures to train at a time.")] = "1",
+    exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit with 0 unless it failed.")] = False,
+    require_server: Annotated[
+        bool, typer.Option("--require-server", help="Refuse to run without MLFLOW_TRACKING_URI.")
+    ] = False,
+) -> None:
+    """Retrain on the newest data, unless nothing has changed.
+
+    This fetches the newest data, runs what has changed, reusing results that the DVC remote has, lets the gate decide,
+    and writes a summary to artifacts/retrain/summary.md.
+    """
+    from pipeline.retrain import retrain
+
+    if require_server and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConvoyError(
+            "MLFLOW_TRACKING_URI is not set: name a server there, as the champion would be gone with this machine"
+        )
+    raise typer.Exit(retrain(Path.cwd(), push=push, jobs=parse_jobs(jobs), exit_zero=exit_zero))
 
 
 @app.command(epilog="Example: convoy use ../photos --name pets --table metadata.csv --path image_id --label species")

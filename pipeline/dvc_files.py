@@ -103,6 +103,42 @@ def list_changed_stages(root: Path, stages: Sequence[str]) -> list[str]:
         return []
 
 
+def list_changed_inputs(root: Path) -> list[str]:
+    """Return the stages whose data, settings or code differ from dvc.lock.
+
+    Results that are missing, as in a fresh clone, are no difference.
+
+    Raises:
+        ConvoyError: If DVC can't compare them.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            found = repo.status()
+            locked = {out.def_path: out.hash_info for stage in repo.index.stages for out in stage.outs}
+            outdated = [
+                stage.addressing
+                for stage in repo.index.stages
+                for dep in stage.deps
+                if dep.def_path in locked and dep.hash_info != locked[dep.def_path]
+            ]
+    except DvcException as error:
+        raise ConvoyError(f"DVC can't compare the stages with dvc.lock: {describe_error(error)}") from error
+    changed = [stage for stage, entries in found.items() if any(map(_is_changed_input, entries))]
+    return list(dict.fromkeys([*changed, *outdated]))
+
+
+def _is_changed_input(entry: Any) -> bool:
+    """Return whether an entry of DVC's status is a changed input rather than an output or a missing result."""
+    if not isinstance(entry, dict):
+        return entry == "changed command"
+    return any(
+        state != "deleted" or not name.startswith("artifacts/") for name, state in entry.get("changed deps", {}).items()
+    )
+
+
 def _read(output: Any, cache: Any) -> tuple[Checksums | None, Any]:
     """Return the files of an output or a dependency and their common hash, or (None, None) if it is missing."""
     from dvc_data.hashfile.build import build

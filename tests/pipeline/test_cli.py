@@ -69,6 +69,7 @@ def test_commands_are_those_of_the_documentation() -> None:
             "migrate",
             "find-lr",
             "tune",
+            "retrain",
             "report",
         )
     }

@@ -42,6 +42,7 @@ COMMANDS = [("pipeline",)] + [
         "migrate",
         "find-lr lenet",
         "tune lenet",
+        "retrain",
     )
 ]
 

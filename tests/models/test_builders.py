@@ -51,7 +51,8 @@ def full_settings(name: str) -> dict[str, Any]:
 
 
 def test_builder_is_found_in_both_libraries() -> None:
-    for values in (make_settings(), make_settings("timm/convnext_tiny", arguments=SMALL_TIMM)):
+    regnet = make_settings("torchvision/regnet_y_400mf", arguments={})
+    for values in (make_settings(), make_settings("timm/convnext_tiny", arguments=SMALL_TIMM), regnet):
         network = build(values, channels=3, classes=7).eval()
         assert network(make_images(2, 32, 3)).shape == (2, 7)
 

@@ -147,13 +147,13 @@ def make_network(params: Params, classes: int, size: int) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if library == "timm":
-                import timm
-
-                return timm.create_model(name, pretrained=False, **arguments)
-            import torchvision
-
-            return find_torchvision_builder(torchvision.models, name)(**arguments)
+            try:
+                return _call_builder(library, name, arguments)
+            except NotImplementedError:
+                # Some builders, such as RegNet's, compute with tensors and can't do so on the meta device.
+                device = torch.get_default_device()
+                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                    return _call_builder(library, name, arguments).to(device)
     except TypeError as error:
         raise ConvoyError(
             f"arguments: {params.builder} does not take them ({describe_error(error, 200)}): see the documentation of "
@@ -161,10 +161,16 @@ def make_network(params: Params, classes: int, size: int) -> nn.Module:
         ) from error
 
 
-def find_torchvision_builder(package: Any, name: str) -> Any:
-    """Return the function, or the class such as VisionTransformer, that builds a network of torchvision."""
-    builder = getattr(package, name, None)
-    return builder if inspect.isclass(builder) else package.get_model_builder(name)
+def _call_builder(library: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name, pretrained=False, **arguments)
+    from torchvision import models
+
+    builder: Any = getattr(models, name, None)
+    # A class such as VisionTransformer may be called, too.
+    return (builder if inspect.isclass(builder) else models.get_model_builder(name))(**arguments)
 
 
 def default_arguments(library: str, name: str, size: int) -> dict[str, Any]:

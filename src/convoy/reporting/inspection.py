@@ -53,7 +53,12 @@ def record_outputs(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Te
 def list_steps(classifier: Classifier) -> dict[str, nn.Module]:
     """Return the steps of a network by name: its direct parts, or the parts of those that are sequences."""
     steps: dict[str, nn.Module] = {}
-    for name, part in classifier.named_children():
+    parts = dict(classifier.named_children())
+    # A network of another library is the only part, and its own parts are the steps.
+    if len(parts) == 1:
+        ((outer, network),) = parts.items()
+        parts = {f"{outer}.{name}": part for name, part in network.named_children()}
+    for name, part in parts.items():
         inner = part.named_children() if isinstance(part, nn.Sequential) else [("", part)]
         steps |= {f"{name}.{inner_name}".rstrip("."): module for inner_name, module in inner}
     return steps

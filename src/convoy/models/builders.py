@@ -161,7 +161,7 @@ def make_network(params: Params, classes: int, size: int) -> nn.Module:
         ) from error
 
 
-def _call_builder(library: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _call_builder(library: str, name: str, arguments: Mapping[str, Any]) -> Any:
     if library == "timm":
         import timm
 

@@ -27,10 +27,12 @@ def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
         if parameter.requires_grad:
             groups.setdefault((lr, decay), []).append(parameter)
     tables = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+    # Lightning does not clip the gradients of a fused optimizer in mixed precision.
+    is_fused = recipe.grad_clip_norm == 0
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0
-        return torch.optim.SGD(tables, momentum=recipe.momentum, nesterov=nesterov, fused=True)
-    return torch.optim.AdamW(tables, betas=(recipe.momentum, 0.999), fused=True)
+        return torch.optim.SGD(tables, momentum=recipe.momentum, nesterov=nesterov, fused=is_fused)
+    return torch.optim.AdamW(tables, betas=(recipe.momentum, 0.999), fused=is_fused)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig, steps: int) -> LRScheduler:

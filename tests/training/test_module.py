@@ -376,3 +376,9 @@ def test_ema_changes_the_kept_weights_and_not_the_training() -> None:
     # the running statistics of batch norms are copied
     assert all(name.endswith((".weight", ".bias")) for name in changed)
     assert plain.history[0]["train_loss"] == averaged.history[0]["train_loss"]
+
+
+def test_gradients_are_clipped_in_mixed_precision() -> None:
+    hardware = dataclasses.replace(CPU, precision="bf16-mixed")
+    trained = train(build(optimizer="adamw", grad_clip_norm=1.0), hardware=hardware, max_epochs=1)
+    assert trained.failure is None

@@ -1,25 +1,18 @@
 """Garbage collection: remove old files of DVC's cache, abandoned checkpoints and model versions that nothing needs."""
 
 import dataclasses
-import datetime
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from mlflow.entities.model_registry import ModelVersion
-
 from convoy.core import config
 from convoy.core.errors import ConvoyError
-from convoy.promotion.champion import promotion_events
-from convoy.registry.versions import TEST_IMAGES
-from convoy.tracking.database import local_path
-from convoy.tracking.store import TrackingStore, open_store
+from convoy.promotion.retention import creation_time, delete_version, find_unneeded_versions
+from convoy.tracking.store import open_store
 from pipeline.dvc_process import run_dvc
 
 CHECKPOINTS = Path("artifacts/.cache/checkpoints")
-# Beginning of the source of a version, which the id of its logged model follows.
-MODEL_SOURCE = "models:/"
 SECONDS_PER_DAY = 86400
 
 
@@ -59,7 +52,7 @@ def collect_garbage(root: Path, rules: Rules, delete: bool = False) -> None:
     name = config.load(root / "params.yaml")["register"]["name"]
     checkpoints = find_checkpoints(root, rules.days)
     with open_store(root, name) as store:
-        versions = find_versions(store, name, rules)
+        versions = find_unneeded_versions(store, name, days=rules.days, newest=rules.versions)
         print(f"\ndata: as `{' '.join(['dvc', *gc_command(rules, delete)])}` finds", flush=True)
         if run_dvc(*gc_command(rules, delete)):
             raise ConvoyError("dvc gc failed: see its message above; no checkpoint or model version was removed")
@@ -68,7 +61,7 @@ def collect_garbage(root: Path, rules: Rules, delete: bool = False) -> None:
             if delete:
                 shutil.rmtree(folder)
         for version in versions:
-            print(f"version: {name} {version.version}, of {created(version):%Y-%m-%d}")
+            print(f"version: {name} {version.version}, of {creation_time(version):%Y-%m-%d}")
             if delete:
                 delete_version(root, store, version)
     counted = f"{len(checkpoints)} checkpoints and {len(versions)} model versions"
@@ -97,48 +90,3 @@ def find_checkpoints(root: Path, days: int) -> list[tuple[Path, int]]:
         if newest < time.time() - days * SECONDS_PER_DAY:
             found.append((folder, sum(file.st_size for file in files)))
     return found
-
-
-def find_versions(store: TrackingStore, name: str, rules: Rules) -> list[ModelVersion]:
-    """Return the versions of a registered model that the rules don't keep, oldest first."""
-    listed = store.client.search_model_versions(f"name = '{name}'")
-    # A search returns no aliases.
-    versions = sorted((store.client.get_model_version(name, each.version) for each in listed), key=number)
-    events = promotion_events(store, name)
-    champions = {version for event in events for version in (event.before, event.after)}
-    oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=rules.days)
-    test_images = versions[-1].tags.get(TEST_IMAGES) if versions else None
-    return [
-        version
-        for version in versions[: max(len(versions) - rules.versions, 0)]
-        if not version.aliases
-        and number(version) not in champions
-        and created(version) < oldest
-        and version.tags.get(TEST_IMAGES) != test_images
-    ]
-
-
-def number(version: ModelVersion) -> int:
-    """Return the number of a version, which MLflow stores as text in some stores."""
-    return int(version.version)
-
-
-def created(version: ModelVersion) -> datetime.datetime:
-    """Return when a version was created."""
-    return datetime.datetime.fromtimestamp(version.creation_timestamp / 1000, datetime.UTC)
-
-
-def delete_version(root: Path, store: TrackingStore, version: ModelVersion) -> None:
-    """Delete a version of the registered model and its logged model.
-
-    The files are removed at once from the embedded store; on a server, by its own `mlflow gc`.
-    """
-    store.client.delete_model_version(version.name, version.version)
-    # The attribute `model_id` of a version is empty in MLflow's own stores.
-    source = version.source or ""
-    if source.startswith(MODEL_SOURCE):
-        model_id = source.removeprefix(MODEL_SOURCE)
-        folder = local_path(store.client.get_logged_model(model_id).artifact_location)
-        store.client.delete_logged_model(model_id)
-        if (root / "mlartifacts").resolve() in folder.resolve().parents:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -37,6 +37,7 @@ MLFLOW = (
     "inference/pyfunc_model.py",
     "promotion/champion.py",
     "promotion/migrate.py",
+    "promotion/retention.py",
     "registry/model_loader.py",
     "registry/verification.py",
     "registry/versions.py",

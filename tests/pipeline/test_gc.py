@@ -11,10 +11,11 @@ import pytest
 
 from convoy.core.errors import ConvoyError
 from convoy.promotion.champion import set_champion
+from convoy.promotion.retention import find_unneeded_versions
 from convoy.registry.versions import TEST_IMAGES
 from convoy.tracking.database import local_path
 from convoy.tracking.store import TrackingStore, open_store
-from pipeline.gc import Rules, collect_garbage, find_checkpoints, find_versions
+from pipeline.gc import Rules, collect_garbage, find_checkpoints
 from promotion_fixtures import make_promotion
 
 NAME = "convoy"
@@ -60,21 +61,27 @@ def add_checkpoint(root: Path, name: str, age_days: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("rules", "found"),
+    ("days", "newest", "found"),
     [
-        (Rules(days=0, versions=1), [3, 4]),
-        (Rules(days=0, versions=3), [3]),
-        (Rules(days=0, versions=10), []),
-        (Rules(days=1, versions=1), []),
+        (0, 1, [3, 4]),
+        (0, 3, [3]),
+        (0, 10, []),
+        (1, 1, []),
     ],
 )
-def test_champions_and_counted_versions_are_kept(rules: Rules, found: list[int], store: TrackingStore) -> None:
-    assert [int(version.version) for version in find_versions(store, NAME, rules)] == found
+def test_champions_and_counted_versions_are_kept(
+    days: int, newest: int, found: list[int], store: TrackingStore
+) -> None:
+    assert list_unneeded(store, days, newest) == found
+
+
+def list_unneeded(store: TrackingStore, days: int, newest: int) -> list[int]:
+    return [int(version.version) for version in find_unneeded_versions(store, NAME, days=days, newest=newest)]
 
 
 def test_version_with_an_alias_is_kept(store: TrackingStore) -> None:
     store.client.set_registered_model_alias(NAME, "shadow", "3")
-    assert [int(version.version) for version in find_versions(store, NAME, Rules(days=0, versions=1))] == [4]
+    assert list_unneeded(store, days=0, newest=1) == [4]
 
 
 def test_checkpoint_is_old_only_if_all_its_files_are(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_latency_is_reported_as_median_and_95th_percentile() -> None:
     assert found["batch_ms_median"] > found["image_ms_median"]
 
 
+@pytest.mark.slow
 def test_larger_network_takes_longer_and_repeats_its_time() -> None:
     small, large = build("lenet"), build("resnet")
     assert latency.measure_latency_ratio(large, small) > 1

@@ -269,6 +269,7 @@ STEPS = st.lists(
 ).map(lambda steps: [("promote", 0, 99)] * 3 + steps)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_rollbacks_go_back_through_any_history(

@@ -148,6 +148,7 @@ def test_weights_that_came_from_unknown_data_are_held_back(root: Path, retrain: 
     assert read_aliases(root)[CHAMPION] == 1
 
 
+@pytest.mark.slow
 def test_images_of_a_source_training_count_as_seen(root: Path, retrain: Retrain) -> None:
     retrain("poor")
     with open_store(root, "convoy") as store:
@@ -235,6 +236,7 @@ def test_same_results_are_evaluated_once(root: Path, retrain: Retrain, monkeypat
     assert first.splitlines()[-2:] == retrain("similar").splitlines()[-2:]
 
 
+@pytest.mark.slow
 def test_reported_verdict_is_that_of_the_last_run(root: Path, retrain: Retrain) -> None:
     retrain("good")
     retrain("similar")
@@ -243,6 +245,7 @@ def test_reported_verdict_is_that_of_the_last_run(root: Path, retrain: Retrain) 
     assert (root / "artifacts/verdict.md").read_text().startswith("# HOLD: lenet, version 2, beside the champion")
 
 
+@pytest.mark.slow
 def test_changed_code_makes_the_champion_predict_again(
     root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +261,7 @@ def test_changed_code_makes_the_champion_predict_again(
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_best_champion_ever_counts_despite_later_verdicts(root: Path, retrain: Retrain) -> None:
     retrain("poor")
     retrain("good")
@@ -341,6 +345,7 @@ def test_tampered_champion_is_an_error(root: Path, retrain: Retrain) -> None:
     assert read_aliases(root)[CHAMPION] == 1
 
 
+@pytest.mark.slow
 def test_alias_moved_by_hand_meanwhile_is_left_where_it_is(
     root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +409,7 @@ def test_champion_trained_on_a_test_image_is_an_error(root: Path, retrain: Retra
     assert table["val_accuracy"].tolist() == pytest.approx([record["best"]["val_accuracy"]])  # of the refused night
 
 
+@pytest.mark.slow
 def test_champion_that_began_with_a_test_image_is_an_error(root: Path, retrain: Retrain) -> None:
     """It was trained on other data first, which some of today's test images were among."""
     retrain("poor")
@@ -439,6 +445,7 @@ def prepare_again(root: Path, *overrides: str) -> None:
     Stage(root, "preprocess").run(preprocess)
 
 
+@pytest.mark.slow
 def test_another_split_is_refused_before_training(root: Path, retrain: Retrain) -> None:
     retrain("good")
     before = {file: file.stat().st_mtime_ns for file in (root / "artifacts/preprocess").iterdir()}
@@ -454,6 +461,7 @@ def test_another_split_is_refused_before_training(root: Path, retrain: Retrain) 
     assert len(pd.read_parquet(root / "artifacts/preprocess/images.parquet").query("split == 'test'")) > 100
 
 
+@pytest.mark.slow
 def test_after_a_refusal_the_new_leaderboard_is_shown(
     root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -480,12 +488,14 @@ def test_after_a_refusal_the_new_leaderboard_is_shown(
     assert shown == {"register": True, "fetch": False}  # that of another day is not taken for today's
 
 
+@pytest.mark.slow
 def test_experiment_may_split_otherwise(root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain("good")
     monkeypatch.setenv("DVC_EXP_NAME", "bold-idea")
     prepare_again(root, "preprocess.test_fraction=0.5")
 
 
+@pytest.mark.slow
 def test_server_that_is_down_does_not_stop_the_preparation(
     root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -617,6 +627,7 @@ def test_sync_refills_a_deleted_database_but_has_no_champion(
     assert read_aliases(lost)[CHAMPION] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["register.gate.max_test_set_uses=7", "register.gate.alpha=0.04"])
 def test_changed_gate_settings_are_evaluated_again(
     override: str, root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
@@ -628,6 +639,7 @@ def test_changed_gate_settings_are_evaluated_again(
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_other_images_or_champion_are_evaluated_again(
     root: Path, retrain: Retrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

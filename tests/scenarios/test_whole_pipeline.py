@@ -219,6 +219,7 @@ def test_each_run_names_the_data_that_its_model_saw(finished_project: Path) -> N
 # Data that grow
 
 
+@pytest.mark.slow
 def test_new_class_is_appended_and_a_removed_one_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_project(tmp_path / "project", [*SMALL, "model=[lenet]", "train.max_epochs=1"])
     run_stages(root, until="preprocess")

@@ -24,6 +24,7 @@ from convoy.tracking import run_record, runs
 from convoy.tracking.store import open_store
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
+from model_settings import load_model_settings
 from pipeline import predict
 from registry_fixtures import find_model_folder, register_model, write_trained_files
 from small_project import ROOT, SMALL, make_project, run_stages
@@ -90,8 +91,9 @@ def test_training_refuses_a_file_that_may_hold_code(suffix: str, fired: Path, tm
         ({"_target_": "os.system", "dataset_info": {"_target_": "os.system"}}, "dataset_info"),
         ({"settings": {"_target_": "pathlib.Path.touch", "_args_": ["fired"]}}, "_target_: unknown key"),
         ({"settings": "!!python/object/apply:os.system [ls]"}, "settings: input should be an object"),
-        ({"architecture": "os"}, "no such architecture"),
-        ({"architecture": "../../../evil"}, "no such architecture"),
+        ({"settings": {**load_model_settings("lenet"), "module": "os"}}, "no such architecture"),
+        ({"settings": {**load_model_settings("lenet"), "module": "../../../evil"}}, "no such architecture"),
+        ({"architecture": "../../../evil"}, "architecture: "),
         ({"architecture": ["lenet"]}, "architecture: input should be a valid string"),
         ({"dataset_info": None}, "dataset_info: input should be an object"),
     ],

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from convoy.core.artifact_names import RECORD
-from convoy.core.config import describe_validation_error
+from convoy.core.config import Name, describe_validation_error
 from convoy.core.errors import ConvoyError
 from convoy.core.renamed_settings import rename_model_settings
 from convoy.data.packed.dataset_info import DatasetInfo
@@ -107,7 +107,7 @@ class TrainingRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     format: Literal[3] = 3
-    architecture: str
+    architecture: Name
     settings: dict[str, Any]  # of the architecture, as in params.yaml
     train: TrainConfig
     trainer: ResolvedTrainer

@@ -31,11 +31,7 @@ def register(stage: Stage) -> None:
     trained = {name: result.trained for name, result in results.items()}
     evaluated = {name: result.evaluated for name, result in results.items()}
     validated = ranking.rank(
-        [
-            ValidatedModel(name, ranking.read_validation(evaluated[name]), record.parameters, record.macs)
-            for name, record in records.items()
-            if not record.failure
-        ],
+        [ValidatedModel.load(record, evaluated[name]) for name, record in records.items() if not record.failure],
         params.selection_metric,
     )
     failed = [name for name, record in records.items() if record.failure]

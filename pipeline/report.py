@@ -50,12 +50,7 @@ def report(stage: Stage) -> None:
     torch.set_num_threads(1)
 
     validated = ranking.rank(
-        [
-            ValidatedModel(
-                name, ranking.read_validation(stage.input(f"evaluate/{name}")), record.parameters, record.macs
-            )
-            for name, record in trained.items()
-        ],
+        [ValidatedModel.load(record, stage.input(f"evaluate/{name}")) for name, record in trained.items()],
         params.selection_metric,
     )
     choice = ranking.choose(validated, params.selection_metric, params.prefer) if validated else Choice("", "")
@@ -208,7 +203,10 @@ def write_model_page(folder: Path, results: ModelResults, section: Section, data
     folder.mkdir()
     html = page.render_page("model.html.jinja", section=section, data=data, metrics=results.intervals)
     (folder / REPORT_PAGE).write_text(html, encoding="utf-8", newline="\n")
-    write_csv(model_section.list_label_errors(results).drop(columns="row").round(4), folder / LABEL_ERRORS)
+    write_csv(
+        model_section.list_label_errors(results.classes, results.held_out).drop(columns="row").round(4),
+        folder / LABEL_ERRORS,
+    )
 
 
 if __name__ == "__main__":

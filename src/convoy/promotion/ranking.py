@@ -15,6 +15,7 @@ from convoy.core.config import SelectionMetric
 from convoy.core.text import truncate_names
 from convoy.promotion.checks import label_metric
 from convoy.promotion.paired_metric import compare_metric, score_predictions
+from convoy.training.record import TrainingRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,12 @@ class ValidatedModel:
     predictions: pd.DataFrame  # columns actual, predicted and log_loss, one row per image
     parameters: int  # of the network
     macs: int  # multiply-accumulate operations for one image, which unlike latencies have no noise
+
+    @classmethod
+    def load(cls, record: TrainingRecord, evaluated: Path) -> "ValidatedModel":
+        """Load the predictions of a trained architecture from the output folder of its evaluation."""
+        predictions = pd.read_parquet(evaluated / VALIDATION, columns=["actual", "predicted", "log_loss"])
+        return cls(record.architecture, predictions, record.parameters, record.macs)
 
     def score(self, metric: SelectionMetric) -> float:
         """Return a metric of the predictions."""
@@ -38,11 +45,6 @@ class Choice:
 
     name: str
     reason: str
-
-
-def read_validation(evaluated: Path) -> pd.DataFrame:
-    """Read the predictions for the validation images from the output folder of an evaluation."""
-    return pd.read_parquet(evaluated / VALIDATION, columns=["actual", "predicted", "log_loss"])
 
 
 def rank(models: Sequence[ValidatedModel], metric: SelectionMetric) -> list[ValidatedModel]:

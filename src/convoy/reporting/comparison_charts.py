@@ -7,14 +7,25 @@ import pandas as pd
 
 from convoy.data.card.markdown import shorten
 from convoy.reporting.report import architecture_colour
-from convoy.reporting.svg import BLUE, GREY, INK, LINE, chart, format_log_axis, label_points, put_legend_above
+from convoy.reporting.svg import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINE,
+    ORANGE,
+    chart,
+    format_log_axis,
+    label_points,
+    put_legend_above,
+)
 
 # Shapes and dashes tell architectures apart where colours don't.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MAX_CLASSES = 30
 NAME_WIDTH = 16  # columns
-SPLITS = {"train": BLUE, "val": "#e69f00", "test": "#009e73"}
+SPLITS = {"train": BLUE, "val": ORANGE, "test": GREEN}
 
 
 def draw_accuracies(leaderboard: pd.DataFrame) -> str:

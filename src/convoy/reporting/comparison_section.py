@@ -8,11 +8,10 @@ import pandas as pd
 
 from convoy.reporting import comparison_charts
 from convoy.reporting.figures import Figure, Tile, draw_safely, encode_image, make_chart
-from convoy.reporting.label_errors import find_label_errors
-from convoy.reporting.model_section import Images, ModelResults, Section
+from convoy.reporting.model_section import Images, ModelResults, Section, show_label_errors
 from convoy.training.record import DatasetVersion
 
-MAX_DISPUTED, MAX_LABEL_ERRORS = 24, 24  # images
+MAX_DISPUTED = 24  # images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
     """Draw where the architectures disagree, and which images all of them get wrong."""
     first = results[0]
     predicted = np.stack([result.test.predicted for result in results])  # (M, N)
-    correct = predicted == first.test.labels
+    correct = np.stack([result.test.is_correct for result in results])  # (M, N)
     right = correct.sum(axis=0)
     disputed = (predicted != predicted[0]).any(axis=0)
     intro = (
@@ -170,7 +169,11 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
         "F1 by class": draw_classes,
         "Agreement by pair": draw_agreement,
         "Images on which the architectures disagree": show_disputed,
-        "Probable label errors": lambda: show_label_errors(results),
+        "Probable label errors": lambda: show_label_errors(
+            first.classes,
+            average_held_out(results),
+            "the mean probabilities of all architectures and confident learning",
+        ),
     }
     if len(results) == 1:
         draws = {title: draws[title] for title in ("F1 by class", "Probable label errors")}
@@ -181,24 +184,11 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
     return Section("disagreement", title, figures, intro, "Disagreement" if len(results) > 1 else "Classes")
 
 
-def show_label_errors(results: Sequence[ModelResults]) -> Figure:
-    """Show the images whose label is probably wrong by the mean probabilities of all architectures."""
-    first = results[0]
-    tiles = []
-    found: list[tuple[float, str, Images, int, int]] = []
-    for split in ("val", "test"):
-        of_models: list[Images] = [getattr(result, split) for result in results]
-        mean = np.mean([each.probabilities for each in of_models], axis=0)
-        table = find_label_errors(of_models[0].labels, mean)
-        found += [(-margin, split, of_models[0], row, code) for row, code, margin in table.to_numpy(object).tolist()]
-    for margin, split, images, row, suggested in sorted(found, key=lambda each: each[:2])[:MAX_LABEL_ERRORS]:
-        label, other = first.classes[images.labels[row]], first.classes[suggested]
-        lines = (f"label {label}", f"rather {other}", f"margin {-margin:.2f}, {split}")
-        alt = f"{split} image labelled {label}, probably {other}"
-        tiles.append(Tile(encode_image(images.pixels[row]), lines, alt, images.paths[row]))
-    candidates = f"{len(tiles)} of {len(found)} candidates" if found else "No candidates"
-    note = (
-        f"{candidates} among validation and test images, by the mean probabilities of all architectures and confident "
-        "learning. Look at them before you trust a label."
-    )
-    return Figure("Probable label errors", note=note, tiles=tiles, is_wide=True)
+def average_held_out(results: Sequence[ModelResults]) -> dict[str, Images]:
+    """Return the held-out images by their split, with the mean probabilities of all architectures."""
+    return {
+        split: dataclasses.replace(
+            images, probabilities=np.mean([result.held_out[split].probabilities for result in results], axis=0)
+        )
+        for split, images in results[0].held_out.items()
+    }

@@ -1,7 +1,8 @@
 """The section of a report about one architecture."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,15 +37,26 @@ class Images:
     labels: np.ndarray  # (N,) class indices
     probabilities: np.ndarray  # (N, K)
 
-    @property
+    @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Return the predicted classes (N,)."""
         return self.probabilities.argmax(axis=1)
 
-    @property
+    @functools.cached_property
     def confidence(self) -> np.ndarray:
         """Return the probability of the predicted class (N,)."""
         return self.probabilities.max(axis=1)
+
+    @functools.cached_property
+    def is_correct(self) -> np.ndarray:
+        """Return whether the predicted class is that of the label (N,)."""
+        return self.predicted == self.labels
+
+    @functools.cached_property
+    def mistakes(self) -> np.ndarray:
+        """Return the positions of the images that are classified wrongly, the most confident mistake first."""
+        wrong = np.flatnonzero(~self.is_correct)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,11 @@ class ModelResults:
         """Return the names of the classes."""
         return self.record.dataset_info.classes
 
+    @property
+    def held_out(self) -> dict[str, Images]:
+        """Return the images that the network was not trained on, by their split."""
+        return {"val": self.val, "test": self.test}
+
     def name_predictions(self) -> pd.DataFrame:
         """Return a table of test images with the columns actual and predicted, both names of classes."""
         names = np.array(self.classes, dtype=object)
@@ -85,9 +102,6 @@ class Section:
 
 def describe_model(results: ModelResults) -> Section:
     """Draw all figures of one architecture."""
-    failure = results.record.failure
-    if failure:
-        return Section(results.name, results.name, [], f"Its training failed: {failure.reason}.")
     figures = [draw_safely(title, lambda draw=draw: draw(results)) for title, draw in FIGURES.items()]  # type: ignore[misc]
     return Section(results.name, results.name, figures, _summarize(results))
 
@@ -95,10 +109,10 @@ def describe_model(results: ModelResults) -> Section:
 def _summarize(results: ModelResults) -> str:
     record = results.record
     best = f" Epoch {record.best.epoch} of {record.train.max_epochs} was kept." if record.best else ""
-    wrong = int((results.test.predicted != results.test.labels).sum())
+    wrong, count = len(results.test.mistakes), len(results.test.labels)
     return (
         f"{record.parameters:,} parameters, {record.macs / 1e6:,.1f} million multiply-accumulate operations for one "
-        f"image.{best} {wrong:,} of {len(results.test.labels):,} test images are classified wrongly."
+        f"image.{best} {wrong:,} of {count:,} test images are classified wrongly."
     )
 
 
@@ -163,7 +177,7 @@ def draw_reliability(results: ModelResults) -> Figure:
     error = results.metrics["calibration_error"]
     return make_chart(
         "Reliability",
-        model_charts.draw_reliability(results.test.confidence, results.test.predicted == results.test.labels),
+        model_charts.draw_reliability(results.test.confidence, results.test.is_correct),
         f"Accuracy of test images by the confidence of their prediction. The calibration error is {error:.4f}.",
         f"Calibration error {error:.4f}. Below the diagonal, predictions are more confident than they are correct.",
     )
@@ -171,12 +185,11 @@ def draw_reliability(results: ModelResults) -> Figure:
 
 def draw_coverage(results: ModelResults) -> Figure:
     """Draw accuracy against coverage."""
-    is_correct = results.test.predicted == results.test.labels
-    coverage, accuracy = model_charts.accuracy_by_coverage(results.test.confidence, is_correct)
+    coverage, accuracy = model_charts.accuracy_by_coverage(results.test.confidence, results.test.is_correct)
     at = accuracy[np.searchsorted(coverage, 0.9)]
     return make_chart(
         "Accuracy against coverage",
-        model_charts.draw_coverage(results.test.confidence, is_correct),
+        model_charts.draw_coverage(results.test.confidence, results.test.is_correct),
         f"Accuracy on the most certain images against their fraction: {at:.4f} on the most certain 90%, "
         f"{accuracy[-1]:.4f} on all.",
         f"If the least certain 10% go to a person, {at:.4f} of the others are correct.",
@@ -185,27 +198,31 @@ def draw_coverage(results: ModelResults) -> Figure:
 
 def show_mistakes(results: ModelResults) -> Figure:
     """Show the most confident mistakes."""
-    wrong = np.flatnonzero(results.test.predicted != results.test.labels)
-    chosen = wrong[np.argsort(-results.test.confidence[wrong], kind="stable")][:MAX_MISTAKES]
-    note = f"{len(chosen)} of {len(wrong)} mistakes." if len(wrong) else "There are no mistakes."
-    return Figure("Most confident mistakes", note=note, tiles=_make_tiles(results, results.test, chosen), is_wide=True)
+    mistakes = results.test.mistakes
+    chosen = mistakes[:MAX_MISTAKES]
+    note = f"{len(chosen)} of {len(mistakes)} mistakes." if len(mistakes) else "There are no mistakes."
+    return Figure("Most confident mistakes", note=note, tiles=_make_tiles(results, chosen), is_wide=True)
 
 
 def show_uncertain(results: ModelResults) -> Figure:
     """Show the least certain images."""
     chosen = np.argsort(results.test.confidence, kind="stable")[:MAX_UNCERTAIN]
-    return Figure("Least certain images", tiles=_make_tiles(results, results.test, chosen), is_wide=True)
+    return Figure("Least certain images", tiles=_make_tiles(results, chosen), is_wide=True)
 
 
-def list_label_errors(results: ModelResults) -> pd.DataFrame:
-    """List the probable label errors of the validation and test images, the most probable first.
+def list_label_errors(classes: Sequence[str], splits: Mapping[str, Images]) -> pd.DataFrame:
+    """List the probable label errors of some splits, the most probable first.
+
+    Args:
+        classes: Names of the classes.
+        splits: Images of the validation and test splits, by the name of the split.
 
     Returns:
-        A table with the columns path, split, label, suggested and margin.
+        A table with the columns path, split, label, suggested, margin, and row, the position in the split.
     """
-    names = np.array(results.classes, dtype=object)
+    names = np.array(classes, dtype=object)
     tables = []
-    for split, images in (("val", results.val), ("test", results.test)):
+    for split, images in splits.items():
         found = find_label_errors(images.labels, images.probabilities)
         rows = found["row"].to_numpy()
         tables.append(
@@ -224,10 +241,15 @@ def list_label_errors(results: ModelResults) -> pd.DataFrame:
     return table.sort_values(["margin", "path"], ascending=[False, True], ignore_index=True)
 
 
-def show_label_errors(results: ModelResults) -> Figure:
-    """Show the images whose label is probably wrong."""
-    table = list_label_errors(results)
-    splits = {"val": results.val, "test": results.test}
+def show_label_errors(classes: Sequence[str], splits: Mapping[str, Images], method: str) -> Figure:
+    """Show the images whose label is probably wrong.
+
+    Args:
+        classes: Names of the classes.
+        splits: Images of the validation and test splits, by the name of the split.
+        method: How they are found, for the note.
+    """
+    table = list_label_errors(classes, splits)
     tiles = [
         Tile(
             encode_image(splits[row["split"]].pixels[row["row"]]),
@@ -237,8 +259,8 @@ def show_label_errors(results: ModelResults) -> Figure:
         )
         for row in table.head(MAX_LABEL_ERRORS).to_dict("records")
     ]
-    more = f"{len(tiles)} of {len(table)} candidates" if len(table) else "No candidates"
-    note = f"{more} among validation and test images, by confident learning. Look at them before you trust a label."
+    candidates = f"{len(tiles)} of {len(table)} candidates" if len(table) else "No candidates"
+    note = f"{candidates} among validation and test images, by {method}. Look at them before you trust a label."
     return Figure("Probable label errors", note=note, tiles=tiles, is_wide=True)
 
 
@@ -265,7 +287,7 @@ def show_filters(results: ModelResults) -> Figure:
 
 def show_feature_maps(results: ModelResults) -> Figure:
     """Show one image on its way through the network."""
-    correct = np.flatnonzero(results.test.predicted == results.test.labels)
+    correct = np.flatnonzero(results.test.is_correct)
     candidates = correct if len(correct) else np.arange(len(results.test.labels))
     row = int(candidates[np.argmax(results.test.confidence[candidates])])
     pixels = results.test.pixels[row]
@@ -296,9 +318,8 @@ def show_feature_maps(results: ModelResults) -> Figure:
 def show_evidence(results: ModelResults) -> Figure:
     """Show where the network sees evidence for its prediction, by Grad-CAM."""
     test = results.test
-    wrong = np.flatnonzero(test.predicted != test.labels)
-    wrong = wrong[np.argsort(-test.confidence[wrong], kind="stable")][:MAX_EXPLAINED]
-    correct = np.flatnonzero(test.predicted == test.labels)
+    wrong = test.mistakes[:MAX_EXPLAINED]
+    correct = np.flatnonzero(test.is_correct)
     # Of each class one, as far as there is room.
     first = correct[np.unique(test.labels[correct], return_index=True)[1]]
     correct = first[np.linspace(0, len(first) - 1, min(MAX_EXPLAINED, len(first))).round().astype(int)]
@@ -336,7 +357,7 @@ FIGURES: dict[str, Callable[[ModelResults], Figure]] = {
     "Accuracy against coverage": draw_coverage,
     "Most confident mistakes": show_mistakes,
     "Least certain images": show_uncertain,
-    "Probable label errors": show_label_errors,
+    "Probable label errors": lambda results: show_label_errors(results.classes, results.held_out, "confident learning"),
     "Filters of the first convolution": show_filters,
     "One image on its way through the network": show_feature_maps,
     "Where the network looks": show_evidence,
@@ -344,11 +365,9 @@ FIGURES: dict[str, Callable[[ModelResults], Figure]] = {
 }
 
 
-def _make_tiles(results: ModelResults, images: Images, rows: np.ndarray) -> list[Tile]:
-    return list(_iterate_tiles(results, images, rows))
-
-
-def _iterate_tiles(results: ModelResults, images: Images, rows: np.ndarray) -> Iterator[Tile]:
+def _make_tiles(results: ModelResults, rows: np.ndarray) -> list[Tile]:
+    """Return the test images in some rows with the most probable classes of each."""
+    images, tiles = results.test, []
     for row in rows:
         ranked = np.argsort(-images.probabilities[row], kind="stable")
         actual, first = images.labels[row], ranked[0]
@@ -359,7 +378,8 @@ def _iterate_tiles(results: ModelResults, images: Images, rows: np.ndarray) -> I
         else:
             lines.append(f"actually {results.classes[actual]} {images.probabilities[row, actual]:.1%}")
         alt = f"Image of {results.classes[actual]}, predicted as {results.classes[first]}"
-        yield Tile(encode_image(images.pixels[row]), tuple(lines), alt, images.paths[row])
+        tiles.append(Tile(encode_image(images.pixels[row]), tuple(lines), alt, images.paths[row]))
+    return tiles
 
 
 def class_probabilities(predictions: pd.DataFrame, classes: list[str]) -> np.ndarray:

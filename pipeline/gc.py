@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 from convoy.core import config
+from convoy.core.disk import format_size
 from convoy.core.errors import ConvoyError
 from convoy.promotion.retention import creation_time, delete_version, find_unneeded_versions
+from convoy.tracking.provenance import git
 from convoy.tracking.store import open_store
 from pipeline.dvc_process import run_dvc
 
@@ -57,7 +58,7 @@ def collect_garbage(root: Path, rules: Rules, delete: bool = False) -> None:
         if run_dvc(*gc_command(rules, delete)):
             raise ConvoyError("dvc gc failed: see its message above; no checkpoint or model version was removed")
         for folder, size in checkpoints:
-            print(f"checkpoint: {folder.relative_to(root)}, {size / 1e6:.1f} MB")
+            print(f"checkpoint: {folder.relative_to(root)}, {format_size(size)}")
             if delete:
                 shutil.rmtree(folder)
         for version in versions:
@@ -70,8 +71,7 @@ def collect_garbage(root: Path, rules: Rules, delete: bool = False) -> None:
 
 def check_git(root: Path) -> None:
     """Raise `ConvoyError` if the folder has no commit, whose data DVC would keep."""
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    if subprocess.run(command, cwd=root, capture_output=True).returncode:
+    if not git(root, "rev-parse", "HEAD"):
         raise ConvoyError(f"{root} is no Git repository with a commit, so nobody knows which data is still needed")
 
 

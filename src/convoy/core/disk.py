@@ -36,7 +36,7 @@ def explain_full_disk(error: BaseException, root: Path, fix: str = "run this aga
     hint = ""
     if _is_on_temporary_disk(min(folders, key=free.__getitem__), root):
         hint = f". {tempfile.gettempdir()} is for temporary files: set TMPDIR to a folder on a larger disk"
-    listed = ", ".join(f"{folder} has {_format_size(free[folder])} free" for folder in folders)
+    listed = ", ".join(f"{folder} has {format_size(free[folder])} free" for folder in folders)
     return f"the disk is full: make room and {fix}; what was there is untouched ({listed}){hint}"
 
 
@@ -108,5 +108,6 @@ def _select_one_per_disk(folders: list[Path]) -> list[Path]:
     return list({folder.stat().st_dev: folder for folder in reversed(folders)}.values())[::-1]
 
 
-def _format_size(count: int) -> str:
+def format_size(count: int) -> str:
+    """Return a number of bytes with its unit, such as 1.5 GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

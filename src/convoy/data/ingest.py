@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from convoy.core.artifact_names import IMAGE_TABLE
 from convoy.core.config import Fraction, PositiveInt, schema
+from convoy.core.disk import format_size
 from convoy.core.errors import ConvoyError
 from convoy.data.cache import CacheDir, snapshot
 from convoy.data.data_lock import DataLock, extend_classes
@@ -289,7 +290,7 @@ def estimate_disk_usage(pixel_bytes: int, free_bytes: int) -> str | None:
     if needed <= free_bytes / 2:
         return None
     return (
-        f"the decoded images need about {needed / 1e9:.3g} GB of the {free_bytes / 1e9:.3g} GB that are free, with the"
+        f"the decoded images need about {format_size(needed)} of the {format_size(free_bytes)} that are free, with the"
         " copy in DVC's cache: set a lower dataset.longest_side in conf/dataset/, or make room (`convoy gc`)"
     )
 

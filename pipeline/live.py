@@ -6,7 +6,6 @@ training: one line reports the problem, and `convoy sync` completes the run in M
 
 import contextlib
 import os
-import platform
 import queue
 import sys
 import threading
@@ -199,7 +198,7 @@ class Reporter:
         home = project_root(self.root)
         with open_store(home, params["register"]["name"]) as store, contextlib.ExitStack() as lock:
             lock.enter_context(runs.run_lock(store, self.record.fingerprint, END_TIMEOUT_S))
-            found = runs.start_run(store, run, f"{platform.node()} {os.getpid()}", self.time_ms)
+            found = runs.start_run(store, run, runs.name_process(), self.time_ms)
             if found:
                 self.shown = runs.logged_epochs(store, found)
                 stack.push(lock.pop_all())

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from convoy.core import config
 from convoy.core.artifact_names import MANIFEST
 from convoy.core.errors import ConvoyError
-from convoy.core.hashing import sha256
+from convoy.core.hashing import hash_json, sha256
 from convoy.core.yaml_parser import parse_yaml
 from pipeline import signals
 from pipeline.errors import exit_on_error, explain_system_errors
@@ -89,11 +89,12 @@ class Stage:
         """Return a section of params.yaml, validated as an instance of `schema`."""
         return config.validate(schema, self.section(name), name)
 
-    def input(self, name: str) -> Path:
+    def input(self, name: str, *, only: Collection[str] = ()) -> Path:
         """Return the output folder of an earlier stage after verifying the checksums of its files.
 
         Args:
             name: The folder relative to artifacts/, such as "preprocess" or "train/lenet".
+            only: Names of the files to verify; by default all, and otherwise no other file is opened.
 
         Raises:
             ConvoyError: If the folder is missing, incomplete or was modified.
@@ -101,14 +102,15 @@ class Stage:
         folder = self.root / "artifacts" / name
         if name in self.verified:
             return folder
-        if fault := self._find_fault(folder):
+        if fault := self._find_fault(folder, only):
             stage = name.partition("/")[0] if name.startswith("resize/") else name.replace("/", "@")
             damaged = damaged_objects(self.root, stage)
             cause = ", and DVC's cache holds it damaged" if damaged else ""
             removed = [folder, *damaged] if damaged or (folder / MANIFEST).exists() else []
             removal = shlex.join(["rm", "-rf", *(_relative(path, self.root) for path in removed)]) + " && "
             raise ConvoyError(f"{fault}{cause}: run `{removal if removed else ''}dvc repro {stage}`")
-        self.verified.add(name)
+        if not only:
+            self.verified.add(name)
         return folder
 
     def images(self, architecture: str = "") -> Path:
@@ -124,13 +126,13 @@ class Stage:
         size = self.params["model"][architecture or self.foreach_key].get("size")
         return "preprocess" if size in (None, self.params["preprocess"]["size"]) else f"resize/{size}"
 
-    def _find_fault(self, folder: Path) -> str:
+    def _find_fault(self, folder: Path, only: Collection[str]) -> str:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""
         path = _relative(folder, self.root)
         try:
             checksums = json.loads((folder / MANIFEST).read_text())
-            for file, checksum in checksums.items():
-                if not (folder / file).is_file() or sha256(folder / file) != checksum:
+            for file in only or checksums.keys():
+                if not (folder / file).is_file() or sha256(folder / file) != checksums.get(file):
                     return f"{path}/{file} is not what its stage wrote"
         except FileNotFoundError:
             return f"{path}/ is missing or incomplete"
@@ -150,7 +152,7 @@ class Stage:
         # An output folder is represented by its manifest, which holds the checksums of its files.
         inputs = [file for dep in self.deps for file in _hashed_files(self.root / dep)]
         files = {str(file.relative_to(self.root)): sha256(file) for file in inputs}
-        return hashlib.sha256(json.dumps([self.name, settings, files, more], sort_keys=True).encode()).hexdigest()
+        return hash_json([self.name, settings, files, more])
 
     def run(self, work: Callable[["Stage"], None]) -> None:
         """Run the stage and publish its outputs atomically.

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import safetensors.torch
@@ -17,6 +19,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
+from convoy.models.base import Classifier
 from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.checkpoint import remove_checkpoint
@@ -24,7 +27,7 @@ from convoy.training.datamodule import ImageDataModule
 from convoy.training.determinism import list_nondeterministic
 from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.history import COLUMNS
-from convoy.training.record import DatasetVersion, EpochMetrics, TrainingRecord
+from convoy.training.record import DatasetVersion, EpochMetrics, ResolvedTrainer, TrainingRecord
 from convoy.training.trainer import fit
 from pipeline.live import LiveRun
 from pipeline.stage import Stage, main
@@ -56,20 +59,7 @@ def train(stage: Stage) -> None:
     data = ImageDataModule(Images.load(resized, "train"), Images.load(resized, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.ckpt"
-    data_facts = json.loads((prepared / DATA_PROFILE).read_text())
-    record = TrainingRecord(
-        architecture=architecture,
-        settings=settings,
-        train=params,
-        trainer=hardware,
-        dataset_info=info,
-        data=DatasetVersion(**data_facts, digest=sha256(prepared / MANIFEST)[:12]),
-        fingerprint=identity,
-        initial_weights=start,
-        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
-        macs=count_macs(classifier),
-        environment=machine,
-    )
+    record = describe_training(architecture, settings, params, hardware, classifier, prepared, start, identity, machine)
     live = LiveRun(stage.root, record)
     callbacks = [live] if os.environ.get("CONVOY_LIVE") != "0" else []
     try:
@@ -92,6 +82,46 @@ def train(stage: Stage) -> None:
         lambda: remove_checkpoint(checkpoint),
         lambda: live.end("FAILED" if trained.failure else "FINISHED"),
     ]
+
+
+def describe_training(
+    architecture: str,
+    settings: Mapping[str, Any],
+    params: TrainConfig,
+    hardware: ResolvedTrainer,
+    classifier: Classifier,
+    prepared: Path,
+    start: init_weights.InitialWeights,
+    fingerprint: str,
+    environment: Mapping[str, str | int],
+) -> TrainingRecord:
+    """Return the record of a training that is about to begin, without results.
+
+    Args:
+        architecture: Name of the architecture.
+        settings: Its settings, as in params.yaml.
+        params: Settings of the train stage.
+        hardware: Hardware, precision and threads.
+        classifier: The classifier, with its initial weights.
+        prepared: Output folder of the preprocess stage.
+        start: Where the initial weights are from.
+        fingerprint: Fingerprint of the training.
+        environment: Versions and hardware, from `describe_environment`.
+    """
+    data_facts = json.loads((prepared / DATA_PROFILE).read_text())
+    return TrainingRecord(
+        architecture=architecture,
+        settings=dict(settings),
+        train=params,
+        trainer=hardware,
+        dataset_info=classifier.info,
+        data=DatasetVersion(**data_facts, digest=sha256(prepared / MANIFEST)[:12]),
+        fingerprint=fingerprint,
+        initial_weights=start,
+        parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        macs=count_macs(classifier),
+        environment=dict(environment),
+    )
 
 
 def fetch_weights(stage: Stage, init: str, folder: Path) -> str:

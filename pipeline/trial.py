@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import joblib
@@ -14,9 +11,8 @@ import optuna
 import torch
 
 from convoy import models
-from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO, MANIFEST
-from convoy.core.errors import ConvoyError
-from convoy.core.hashing import sha256
+from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO
+from convoy.core.hashing import hash_json
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
@@ -25,15 +21,16 @@ from convoy.search.pruning import ReportTrial
 from convoy.training import init_weights
 from convoy.training.checkpoint import remove_checkpoint
 from convoy.training.datamodule import ImageDataModule
-from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
+from convoy.training.hardware import TrainerConfig, describe_environment, resolve_trainer
 from convoy.training.history import ranking_key
-from convoy.training.record import DatasetVersion, ResolvedTrainer, TrainingRecord
+from convoy.training.record import ResolvedTrainer, TrainingRecord
 from convoy.training.trainer import fit
 from pipeline.stage import Stage
-from pipeline.train import fetch_weights
+from pipeline.train import describe_training, fetch_weights
 
-# Parts of a split among the prepared images.
-PARTS = ("pixels", "labels")
+# The files of prepared images that a search opens. Settings that were chosen by the test images would look better on
+# them than they are, so their files are not among these.
+IMAGE_FILES = (DATASET_INFO, *(f"{split}_{part}.npy" for split in ("train", "val") for part in ("pixels", "labels")))
 # User attributes of a trial: the rows of its epochs, the best of them, and why it failed.
 HISTORY, BEST, FAILURE = "history", "best", "failure"
 
@@ -52,8 +49,8 @@ class TrialTrainer:
         self.architecture = stage.foreach_key
         self.params = stage.validate(TrainConfig, "train")
         self.trainer = stage.validate(TrainerConfig, "trainer")
-        self.prepared = verify_without_test(stage, "preprocess", (DATA_PROFILE,))
-        self.images = verify_without_test(stage, stage.images_name())
+        self.prepared = stage.input("preprocess", only=[*IMAGE_FILES, DATA_PROFILE])
+        self.images = stage.input(stage.images_name(), only=IMAGE_FILES)
         self.info = DatasetInfo.load(self.images / DATASET_INFO)
         self.identity = stage.fingerprint("search", jobs)
         self.checkpoints = stage.project_root / "artifacts/.cache/tuning/checkpoints"
@@ -121,49 +118,19 @@ class TrialTrainer:
     def describe(self, settings: Mapping[str, Any]) -> TrainingRecord:
         """Return the training record of a trial, without its results."""
         classifier, hardware, start = self.build(settings, self.params.seed)
-        facts = json.loads((self.prepared / DATA_PROFILE).read_text())
-        return TrainingRecord(
-            architecture=self.architecture,
-            settings=dict(settings),
-            train=self.params,
-            trainer=hardware,
-            dataset_info=self.info,
-            data=DatasetVersion(**facts, digest=sha256(self.prepared / MANIFEST)[:12]),
-            fingerprint=self.fingerprint(settings, self.params.seed),
-            initial_weights=start,
-            parameters=sum(parameter.numel() for parameter in classifier.parameters()),
-            macs=count_macs(classifier),
-            environment=describe_environment(hardware),
+        fingerprint, machine = self.fingerprint(settings, self.params.seed), describe_environment(hardware)
+        return describe_training(
+            self.architecture,
+            settings,
+            self.params,
+            hardware,
+            classifier,
+            self.prepared,
+            start,
+            fingerprint,
+            machine,
         )
 
     def fingerprint(self, settings: Mapping[str, Any], seed: int) -> str:
         """Return the fingerprint of a training in the search, as a hexadecimal sha256."""
-        return hashlib.sha256(json.dumps([self.identity, settings, seed], sort_keys=True).encode()).hexdigest()
-
-
-def verify_without_test(stage: Stage, name: str, more: Sequence[str] = ()) -> Path:
-    """Return a folder of prepared images after verifying all of its files but those of the test images.
-
-    Settings that were chosen by the test images would look better on them than they are, so a search does not open
-    their files.
-
-    Args:
-        stage: The train stage of the architecture.
-        name: Name of the folder, relative to artifacts/.
-        more: Names of further files to verify.
-
-    Raises:
-        ConvoyError: If the folder is missing, incomplete or was modified.
-    """
-    folder, target = stage.root / "artifacts" / name, name.partition("/")[0]
-    try:
-        checksums = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise ConvoyError(f"artifacts/{name}/ is missing or incomplete: run `dvc repro {target}`") from None
-    for file in (DATASET_INFO, *more, *(f"{split}_{part}.npy" for split in ("train", "val") for part in PARTS)):
-        if not (folder / file).is_file() or sha256(folder / file) != checksums.get(file):
-            raise ConvoyError(
-                f"artifacts/{name}/{file} is not what its stage wrote: run `rm -rf artifacts/{target} && dvc repro "
-                f"{target}`"
-            )
-    return folder
+        return hash_json([self.identity, settings, seed])

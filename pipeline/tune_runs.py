@@ -1,10 +1,6 @@
 """The runs of a search in MLflow, in an experiment of their own beside that of the trainings."""
 
 import dataclasses
-import hashlib
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from convoy.core.errors import ConvoyError
+from convoy.core.hashing import hash_json
 from convoy.tracking import provenance, runs, search_record, ui_views
 from convoy.tracking.run_record import RunRecord
 from convoy.tracking.store import TrackingStore, open_store
@@ -83,7 +80,7 @@ class SearchRuns:
                 self._write_trial(store, each, parent)
             if note:
                 search = dataclasses.replace(self._describe(note, metrics, files), status="FINISHED")
-                runs.sync_run(store, search, _digest(note, metrics), _now_ms())
+                runs.sync_run(store, search, hash_json([note, metrics]), _now_ms())
             return store.address + self._save_view(store)
 
         return self._use_store(write)
@@ -92,7 +89,7 @@ class SearchRuns:
         self, note: str = "", metrics: Mapping[str, float] | None = None, files: Sequence[Path] = ()
     ) -> RunRecord:
         return search_record.describe_search(
-            self.record, _digest(self.study), self.ranges, self.provenance, note, metrics, files
+            self.record, hash_json([self.study]), self.ranges, self.provenance, note, metrics, files
         )
 
     def begin(self) -> None:
@@ -100,16 +97,16 @@ class SearchRuns:
 
         def begin(store: TrackingStore) -> str:
             runs.mark_killed_runs(store)
-            return runs.start_run(store, self._describe(), f"{platform.node()} {os.getpid()}", _now_ms()) or ""
+            return runs.start_run(store, self._describe(), runs.name_process(), _now_ms()) or ""
 
         self._use_store(begin)
 
     def _find_parent(self, store: TrackingStore) -> str:
         """Return the ID of the run of the search, which is created if it does not exist."""
-        found = runs.find_run(store, _digest(self.study))
+        found = runs.find_run(store, hash_json([self.study]))
         if found is None:
-            runs.start_run(store, self._describe(), f"{platform.node()} {os.getpid()}", _now_ms())
-            found = runs.find_run(store, _digest(self.study))
+            runs.start_run(store, self._describe(), runs.name_process(), _now_ms())
+            found = runs.find_run(store, hash_json([self.study]))
         assert found
         return found.info.run_id
 
@@ -125,10 +122,10 @@ class SearchRuns:
             return ""
 
     def _write_trial(self, store: TrackingStore, each: TrialRun, parent: str) -> None:
-        trial, fingerprint = each.trial, _digest(each.study, each.trial.number)
+        trial, fingerprint = each.trial, hash_json([each.study, each.trial.number])
         status = "FAILED" if FAILURE in trial.user_attrs else STATUS[trial.state]
         history, best = trial.user_attrs.get(HISTORY, []), trial.user_attrs.get(BEST, {})
-        results = _digest(status, history)
+        results = hash_json([status, history])
         found = runs.find_run(store, fingerprint)
         if found and runs.is_synced(found, status, results):
             return
@@ -142,7 +139,7 @@ class SearchRuns:
             int(when.timestamp() * 1000) for when in (trial.datetime_start, trial.datetime_complete) if when
         )
         with runs.run_lock(store, fingerprint, timeout=60):
-            runs.start_run(store, run, f"{platform.node()} {os.getpid()}", begun)
+            runs.start_run(store, run, runs.name_process(), begun)
             runs.sync_run(store, run, results, ended)
 
     def _save_view(self, store: TrackingStore) -> str:
@@ -157,10 +154,6 @@ class SearchRuns:
             "metrics.kept/val_accuracy",
             is_ascending=False,
         )
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _now_ms() -> int:

@@ -1,7 +1,6 @@
 """A search for settings: its trials, the comparison of the best with the present ones, and their results."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from convoy import models
 from convoy.core.errors import ConvoyError
+from convoy.core.hashing import hash_json
 from convoy.search.comparison import Comparison, compare
 from convoy.search.plots import draw_plots
 from convoy.search.space import Space, change_settings, contains, flatten, list_bounds, round_values
@@ -94,8 +94,8 @@ class Tuner:
         self.metric = f"val_{self.params.selection_metric}"
         self.seeds = [self.params.seed + number for number in range(1, COMPARED_SEEDS + 1)]
         # Other data, settings, code or ranges are another search.
-        identity = json.dumps([stage.fingerprint("search"), ranges, options.sampler], sort_keys=True)
-        self.name = f"{stage.foreach_key}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        identity = hash_json([stage.fingerprint("search"), ranges, options.sampler])
+        self.name = f"{stage.foreach_key}-{identity[:12]}"
         self.folder = stage.project_root / "artifacts/.cache/tuning"
         self.runs = SearchRuns(stage, self.trainer.describe(self.settings), self.name, ranges)
         self.ended: list[TrialRun] = []

@@ -1,6 +1,7 @@
-"""Checksums of files."""
+"""Checksums of files and values."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,11 @@ def sha256(file: Path) -> str:
     """Return the SHA-256 checksum of a file as a hexadecimal string."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def hash_json(value: object) -> str:
+    """Return the SHA-256 of a JSON-serializable value, whatever the order of its keys, as a hexadecimal string."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def verify_checksums(folder: Path, hashes: Mapping[str, str]) -> None:

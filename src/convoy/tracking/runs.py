@@ -284,6 +284,11 @@ def log_latencies(store: TrackingStore, run_id: str, latencies: Mapping[str, flo
     store.client.log_batch(run_id, metrics=points, tags=[RunTag("latency.hardware", hardware)])
 
 
+def name_process() -> str:
+    """Return the value of the tag `PROCESS_TAG` for this process: its machine and its ID."""
+    return f"{platform.node()} {os.getpid()}"
+
+
 def mark_killed_runs(store: TrackingStore) -> None:
     """Mark running runs as killed if their process on this machine no longer exists."""
     for run in store.client.search_runs([store.experiment.experiment_id], "attributes.status = 'RUNNING'"):

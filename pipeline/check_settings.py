@@ -39,6 +39,7 @@ def _check(params: dict[str, Any]) -> None:
     from convoy.data.ingest import FetchConfig
     from convoy.data.preprocessing import PreprocessConfig, SplitConfig
     from convoy.evaluation.metrics import EvaluateConfig
+    from convoy.monitoring.config import RetrainConfig
     from convoy.promotion.config import RegisterConfig
 
     light = {
@@ -49,6 +50,7 @@ def _check(params: dict[str, Any]) -> None:
         "train": TrainConfig,
         "evaluate": EvaluateConfig,
         "register": RegisterConfig,
+        "retrain": RetrainConfig,
     }
     config.check_sections(params, [*light, "trainer", "model"])
     for name, schema in light.items():

@@ -153,6 +153,25 @@ def retrain(
     raise typer.Exit(retrain(Path.cwd(), push=push, jobs=parse_jobs(jobs), exit_zero=exit_zero))
 
 
+@app.command(
+    epilog="Example: convoy monitor ../photos\n\nExit codes: 0 no drift, 3 drift, 1 an error that the message explains"
+)
+def monitor(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Images without labels, or the log of `convoy serve --log-images`.")
+    ],
+    alpha: Annotated[float, typer.Option(min=0.001, max=0.1, help="Probability of a false alarm.")] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Test new images for drift from those that the champion was trained on.
+
+    This prints the p-value and the effect, and draws the most unusual images to artifacts/monitor/unusual.png.
+    """
+    from pipeline.monitor import monitor
+
+    raise typer.Exit(monitor(Path.cwd(), resolve_typed(folder), alpha, as_json=as_json))
+
+
 @app.command(epilog="Example: convoy use ../photos --name pets --table metadata.csv --path image_id --label species")
 def use(
     source: Annotated[

@@ -1,5 +1,6 @@
 """Files under DVC: compare an import's recorded version, its source, the workspace and the cache."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,8 +104,8 @@ def list_changed_stages(root: Path, stages: Sequence[str]) -> list[str]:
         return []
 
 
-def list_changed_inputs(root: Path) -> list[str]:
-    """Return the stages whose data, settings or code differ from dvc.lock.
+def list_changed_inputs(root: Path) -> dict[str, list[str]]:
+    """Return the stages whose data, settings or code differ from dvc.lock, each with the inputs that differ.
 
     Results that are missing, as in a fresh clone, are no difference.
 
@@ -118,25 +119,59 @@ def list_changed_inputs(root: Path) -> list[str]:
         with Repo(str(root)) as repo:
             found = repo.status()
             locked = {out.def_path: out.hash_info for stage in repo.index.stages for out in stage.outs}
-            outdated = [
-                stage.addressing
-                for stage in repo.index.stages
-                for dep in stage.deps
-                if dep.def_path in locked and dep.hash_info != locked[dep.def_path]
-            ]
+            changed = {stage: inputs for stage, entries in found.items() if (inputs := _list_changed(entries))}
+            # A stage before this one has run since.
+            for stage in repo.index.stages:
+                outdated = [
+                    dep.def_path
+                    for dep in stage.deps
+                    if dep.def_path in locked and dep.hash_info != locked[dep.def_path]
+                ]
+                if outdated:
+                    changed.setdefault(stage.addressing, []).extend(outdated)
     except DvcException as error:
         raise ConvoyError(f"DVC can't compare the stages with dvc.lock: {describe_error(error)}") from error
-    changed = [stage for stage, entries in found.items() if any(map(_is_changed_input, entries))]
-    return list(dict.fromkeys([*changed, *outdated]))
+    return changed
 
 
-def _is_changed_input(entry: Any) -> bool:
-    """Return whether an entry of DVC's status is a changed input rather than an output or a missing result."""
-    if not isinstance(entry, dict):
-        return entry == "changed command"
-    return any(
-        state != "deleted" or not name.startswith("artifacts/") for name, state in entry.get("changed deps", {}).items()
-    )
+def _list_changed(entries: Sequence[Any]) -> list[str]:
+    """Return the changed inputs in DVC's status of a stage, which are neither outputs nor missing results."""
+    names = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            names += ["command"] if entry == "changed command" else []
+            continue
+        for name, state in entry.get("changed deps", {}).items():
+            names += [name] if state != "deleted" or not name.startswith("artifacts/") else []
+    return names
+
+
+def read_locked_file(root: Path, stage: str, folder: str, name: str) -> bytes | None:
+    """Return a file in a folder that a stage depends on, as it was when the stage ran last.
+
+    Args:
+        root: Project folder.
+        stage: Name of the stage in dvc.lock.
+        folder: The folder, a dependency of the stage.
+        name: Name of the file in it.
+
+    Returns:
+        The content, or None if neither the cache nor the default remote has it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.tree import Tree
+    from dvc_objects.errors import ObjectFormatError
+
+    with Repo(str(root)) as repo:
+        (dep,) = (each for each in repo.stage.load_one(stage).deps if each.def_path == folder)
+        for find_storage in (lambda: repo.cache.local, lambda: repo.cloud.get_remote_odb(None, "pull")):
+            with contextlib.suppress(DvcException, ObjectFormatError, OSError, KeyError):
+                storage = find_storage()
+                _, checksum = Tree.load(storage, dep.hash_info).get((name,)) or (None, None)
+                if checksum:
+                    return storage.fs.cat_file(storage.oid_to_path(checksum.value))
+    return None
 
 
 def _read(output: Any, cache: Any) -> tuple[Checksums | None, Any]:

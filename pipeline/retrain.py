@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -15,13 +16,13 @@ from convoy.data.data_lock import DataLock
 from convoy.reporting.run_summary import describe_run
 from pipeline import data_folder, dvc_files, settings
 from pipeline.check_settings import check_settings
-from pipeline.dvc_process import run_all
+from pipeline.dvc_process import run_all, run_dvc
 from pipeline.publication import publish
 from pipeline.run import check_repository, run
 
-Decision = Literal["PROMOTE", "HOLD", "REJECT", "KEPT", "UNCHANGED", "FAILED"]
+Decision = Literal["PROMOTE", "HOLD", "REJECT", "KEPT", "UNCHANGED", "WAIT", "FAILED"]
 # The exit status of each decision. With `--exit-zero` only a failure differs from 0.
-STATUS = {"PROMOTE": 0, "FAILED": 1, "HOLD": 3, "REJECT": 3, "KEPT": 3, "UNCHANGED": 4}
+STATUS = {"PROMOTE": 0, "FAILED": 1, "HOLD": 3, "REJECT": 3, "KEPT": 3, "UNCHANGED": 4, "WAIT": 4}
 SUMMARY = Path("artifacts/retrain/summary.md")
 VERDICT = Path("artifacts/verdict.md")
 RESULTS = Path("artifacts/report/summary.md")
@@ -57,12 +58,12 @@ def retrain(root: Path, *, push: bool = False, jobs: int | None = 1, exit_zero: 
 def _retrain(root: Path, *, push: bool, jobs: int | None) -> Decision:
     began, before = time.monotonic(), _modified(root / VERDICT)
     decision, reason, error = _run(root, jobs)
-    if decision != "UNCHANGED" and decision != "FAILED":
+    if decision == "KEPT":
         decision = read_decision(root, before)
     summary = summarize(root, decision, reason, (time.monotonic() - began) / 60)
     print(f"\n{summary.splitlines()[0].removeprefix('# ')}; the summary is {SUMMARY}")
     # What is trained already is pushed after a failure, too, so that another machine need not repeat it.
-    if push and decision != "UNCHANGED":
+    if push and decision not in ("UNCHANGED", "WAIT"):
         publish(root, root / SUMMARY, has_result=decision != "FAILED")
     if error:
         raise error
@@ -75,16 +76,45 @@ def _run(root: Path, jobs: int | None) -> tuple[Decision, str, ConvoyError | Non
         check_repository(root)
         if status := run_all(data_folder.sync_commands(root, update=True)):
             return "FAILED", f"The data could not be fetched: DVC ended with status {status}.", None
-        settings.compose(root, check_settings)
+        params = settings.compose(root, check_settings)
         if not (changed := dvc_files.list_changed_inputs(root)):
             print("nothing has changed since the last run: data, settings and code are those of dvc.lock")
             return "UNCHANGED", "Data, settings and code are those of the last run.", None
         print(f"changed: {', '.join(changed)}")
+        is_due, reason = check_due(root, params, changed)
+        if not is_due:
+            return "WAIT", reason, None
         if status := run(root, pull=has_remote(root), jobs=jobs):
             return "FAILED", f"A stage failed with status {status}; its message is in the log.", None
     except ConvoyError as error:
         return "FAILED", f"{error}.", error
-    return "KEPT", "", None
+    return "KEPT", reason, None
+
+
+def check_due(root: Path, params: Mapping[str, Any], changed: Mapping[str, Sequence[str]]) -> tuple[bool, str]:
+    """Return whether what has changed is a reason to train, and why in Markdown.
+
+    Changed settings or code always are. Data are if one of the triggers of the settings says so.
+
+    Args:
+        root: The project folder.
+        params: The sections of params.yaml.
+        changed: The changed stages, each with the inputs that differ.
+    """
+    is_only_data = all(name == "data" or name.startswith("artifacts/") for names in changed.values() for name in names)
+    if not is_only_data or params["retrain"]["min_new_images"] == 1:
+        return True, ""
+    command = ["repro", "--pull", "preprocess"] if has_remote(root) else ["repro", "preprocess"]
+    if run_dvc(*command):
+        # The run reports the same error.
+        return True, ""
+    from pipeline.triggers import check_triggers
+
+    picture = root / SUMMARY.with_name("unusual.png")
+    picture.unlink(missing_ok=True)
+    is_due, reasons = check_triggers(root, params, picture)
+    print("; ".join(reasons))
+    return is_due, "\n".join(f"* {reason}" for reason in reasons)
 
 
 def read_decision(root: Path, before: int | None) -> Decision:
@@ -103,7 +133,7 @@ def read_decision(root: Path, before: int | None) -> Decision:
 def summarize(root: Path, decision: Decision, reason: str, minutes: float) -> str:
     """Write the summary, also to the page of a job on GitHub, and return it."""
     params = config.load(root / "params.yaml")
-    has_run = decision not in ("UNCHANGED", "FAILED")
+    has_run = decision not in ("UNCHANGED", "WAIT", "FAILED")
     results = (root / RESULTS).read_text() if has_run and (root / RESULTS).exists() else ""
     verdict = (root / VERDICT).read_text() if decision in ("PROMOTE", "HOLD", "REJECT") else ""
     changes = list_data_changes(root, params["dataset"]["name"])

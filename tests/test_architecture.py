@@ -193,7 +193,8 @@ def test_settings_that_a_stage_watches_are_there(stage: str, composed: Path) -> 
 
 def test_every_section_of_the_settings_is_watched_by_a_stage(composed: Path) -> None:
     watched = {section.split(".")[0] for stage in STAGES for section in get_stage(stage)["params"]}
-    assert watched == set(config.load(composed / "params.yaml"))
+    # `convoy retrain` reads its section itself.
+    assert watched == set(config.load(composed / "params.yaml")) - {"retrain"}
 
 
 def test_every_network_names_its_module_and_yaml_file(composed: Path) -> None:

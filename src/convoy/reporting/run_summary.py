@@ -11,6 +11,7 @@ ADVICE = {
     "in `register.gate`, as docs/promotion.md describes; the same model is then compared again.",
     "KEPT": "The best model is the champion that there already was.",
     "UNCHANGED": "Nothing was trained. To train again in spite of that, change a setting, such as `train.seed`.",
+    "WAIT": "Nothing was trained; the new images count again next time. To train now, lower `retrain.min_new_images`.",
     "FAILED": "Nothing was promoted. When the cause is removed, run this again: what is done already is not repeated.",
 }
 
@@ -27,12 +28,12 @@ def describe_run(
     """Describe a retraining as Markdown.
 
     Args:
-        decision: PROMOTE, HOLD, REJECT, KEPT, UNCHANGED or FAILED.
+        decision: PROMOTE, HOLD, REJECT, KEPT, UNCHANGED, WAIT or FAILED.
         name: Name of the registered model.
         changes: What has changed in the data, a sentence each.
         results: The summary of the report with the leaderboard, "" if there is none of this retraining.
         verdict: The verdict of the gate as Markdown, "" if there is none.
-        reason: Why it failed or there was nothing to do, in one sentence; may be empty.
+        reason: Why it failed, there was nothing to do, or it was due; may be empty.
         minutes: Duration.
     """
     data = "\n".join(f"* {change}" for change in changes) or "Unchanged."

@@ -184,6 +184,32 @@ class RequestLog:
                 file.unlink(missing_ok=True)
 
 
+def read_images(folder: Path, limit: int) -> dict[str, bytes]:
+    """Return the newest different image files in a log, by their sha256.
+
+    Args:
+        folder: The folder of the log.
+        limit: How many to return at most.
+
+    Raises:
+        ConvoyError: If the log was written without images.
+    """
+    import pandas as pd
+
+    images: dict[str, bytes] = {}
+    # The names of files begin with the time.
+    for file in sorted((*folder.glob("*.jsonl"), *folder.glob("*.parquet")), reverse=True):
+        rows = list(_read_rows(file)) if file.suffix == ".jsonl" else pd.read_parquet(file).to_dict("records")
+        for row in reversed(rows):
+            if "image" not in row:
+                raise ConvoyError(f"{file} holds no images: start the server with --log-images")
+            content = row["image"]
+            images.setdefault(row["sha256"], base64.b64decode(content) if isinstance(content, str) else content)
+            if len(images) == limit:
+                return images
+    return images
+
+
 def _to_parquet(file: Path) -> None:
     """Turn a text file into a Parquet file, and remove it."""
     import pyarrow as pa

@@ -429,6 +429,27 @@ def gc(
     collect_garbage(Path.cwd(), Rules(days, commits, versions), delete=delete)
 
 
+@app.command(epilog="Example: convoy replay resnet\n\nExit codes: 0 reproduced, 3 another result, 1 failed")
+def replay(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="The ID of an MLflow run, its first digits, or an architecture, for its newest run."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Train a run again from nothing and compare the results.
+
+    This checks out its commit, takes its images by their checksum and its settings, installs its packages if they are
+    others than here, and trains. Where hardware and versions are the same, the answer is whether weights, history and
+    metrics are bit-identical; where they differ, whether the accuracy is that of another seed.
+    """
+    from pipeline.replay import replay
+
+    raise typer.Exit(replay(Path.cwd(), run, as_json=as_json))
+
+
 @app.command(epilog="Example: convoy find-lr resnet")
 def find_lr(
     architecture: Annotated[str, typer.Argument(metavar="ARCHITECTURE", help="An architecture of the settings.")],

@@ -174,6 +174,16 @@ def read_locked_file(root: Path, stage: str, folder: str, name: str) -> bytes | 
     return None
 
 
+def share_cache(root: Path, checkout: Path) -> None:
+    """Let another checkout of a project use the project's cache and remotes, by its `.dvc/config.local`."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo, Repo(str(checkout)) as other, other.config.edit("local") as settings:
+        # Paths are absolute here, and relative to their file in the files.
+        settings |= {name: repo.config[name] for name in ("core", "remote")}
+        settings["cache"] = {**repo.config["cache"], "dir": repo.cache.local_cache_dir}
+
+
 def _read(output: Any, cache: Any) -> tuple[Checksums | None, Any]:
     """Return the files of an output or a dependency and their common hash, or (None, None) if it is missing."""
     from dvc_data.hashfile.build import build

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -31,10 +32,23 @@ def run_dvc(*command: str) -> int:
     Returns:
         The exit status of DVC, or 128 + the signal number, as in a shell, if a signal ended the run.
     """
+    return run_forwarding([sys.executable, "-m", "dvc", *command])
+
+
+def run_forwarding(command: Sequence[str], **options: Any) -> int:
+    """Run a command that starts DVC as `run_dvc` does.
+
+    Args:
+        command: The command and its arguments.
+        options: Options of `subprocess.Popen`.
+
+    Returns:
+        The exit status of the command, or 128 + the signal number, as in a shell, if a signal ended the run.
+    """
     running: list[subprocess.Popen] = []
     with forwarded_signals(running) as received:
-        running.append(start_dvc(*command))
-        # The signal arrived before DVC was started.
+        running.append(subprocess.Popen(command, start_new_session=True, **options))
+        # The signal arrived before the command was started.
         if received:
             terminate(running[0].pid)
         return wait_for_dvc(running[0], received)

@@ -31,6 +31,7 @@ from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
 from convoy.reporting import report
 from convoy.tracking import provenance, run_record, runs, ui_views
+from convoy.tracking.logged_run import DATA_LOCK, DVC_LOCK
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage
@@ -162,6 +163,8 @@ def sync_runs(
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
                 run = build_run(record, result, tags, provenance.provenance_tags(root), Path(folder))
+                inputs = write_inputs(root, name, Path(folder))
+                run = dataclasses.replace(run, files=[*run.files, *inputs])
                 end_time = int((result.trained / MANIFEST).stat().st_mtime * 1000)
                 run_ids[name] = runs.sync_run(store, run, shown_hash, end_time)
             print(f"{name}: its run is now complete in MLflow")
@@ -190,6 +193,21 @@ def build_run(
         metrics |= accuracy_interval(evaluated / INTERVALS)
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
     return run_record.describe_result(record, metrics, history, tags, origin, files)
+
+
+def write_inputs(root: Path, name: str, scratch: Path) -> list[Path]:
+    """Return files that tell from which images, settings and code a result was made, so that it can be made again.
+
+    Args:
+        root: The project folder.
+        name: The architecture.
+        scratch: The folder to write into.
+    """
+    stages = _locked_stages(root / "dvc.lock")
+    own = ("fetch", "preprocess", "resize", f"train@{name}", f"evaluate@{name}")
+    locked = {stage: stages[stage] for stage in own if stage in stages}
+    (scratch / DVC_LOCK).write_text(yaml.safe_dump({"schema": "2.0", "stages": locked}, sort_keys=False))
+    return [*([scratch / DVC_LOCK] if locked else []), *(file for file in [root / DATA_LOCK] if file.exists())]
 
 
 def round_table(file: Path, target: Path) -> Path:

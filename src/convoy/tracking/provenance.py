@@ -9,7 +9,7 @@ from pathlib import Path
 from convoy.core.hashing import sha256
 
 # The paths that a commit must contain to make results reproducible.
-CODE = ("src", "pipeline", "conf", "dvc.yaml")
+CODE = ("src", "pipeline", "conf", "dvc.yaml", "requirements.lock")
 
 
 def provenance_tags(root: Path) -> dict[str, str]:
@@ -27,7 +27,7 @@ def provenance_tags(root: Path) -> dict[str, str]:
         "experiment": experiment,
         # The names that MLflow itself uses, for the columns User, Version and Source of its UI.
         "mlflow.user": user(root),
-        "mlflow.source.git.commit": head.partition(" ")[0],
+        "mlflow.source.git.commit": git(root, "rev-parse", "HEAD"),
         "mlflow.source.name": "pipeline/train.py",
         "mlflow.source.type": "LOCAL",
     }

@@ -1,6 +1,7 @@
 """The choice of hardware, precision and number of threads for a training."""
 
 import copy
+import os
 import platform
 import re
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convoy.core.config import PositiveInt, schema
 from convoy.core.errors import ConvoyError
 from convoy.models.base import Classifier
-from convoy.training.record import ResolvedTrainer
+from convoy.training.record import ISA_VARIABLES, ResolvedTrainer
 
 # Instruction sets that multiply matrices in half precision.
 HALF_PRECISION_SETS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
@@ -146,6 +147,7 @@ def describe_environment(hardware: ResolvedTrainer) -> dict[str, str | int]:
         # As `make_trainer` sets them.
         "deterministic": "on" if hardware.deterministic is True else hardware.deterministic,
         "tf32": "off",
+        **{name: os.environ.get(name, "") for name in ISA_VARIABLES},
     }
 
 

@@ -18,6 +18,8 @@ from convoy.recipe import TrainConfig
 
 # Names of the fields in format 1, which had no field `format`.
 RENAMED = {"task": "dataset_info", "identity": "fingerprint", "init": "initial_weights", "multiply_adds": "macs"}
+# Environment variables that restrict the instruction sets of torch and of oneDNN. They are part of `environment`.
+ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 @dataclasses.dataclass(frozen=True)

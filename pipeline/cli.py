@@ -55,6 +55,12 @@ app.add_typer(settings_app, name="settings")
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="OVERRIDES", help="Settings as Hydra overrides, KEY=VALUE.")
 ]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="The ID of an MLflow run, its first digits, or an architecture, for its newest run."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -430,15 +436,7 @@ def gc(
 
 
 @app.command(epilog="Example: convoy replay resnet\n\nExit codes: 0 reproduced, 3 another result, 1 failed")
-def replay(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN", help="The ID of an MLflow run, its first digits, or an architecture, for its newest run."
-        ),
-    ],
-    as_json: AsJson = False,
-) -> None:
+def replay(run: Run, as_json: AsJson = False) -> None:
     """Train a run again from nothing and compare the results.
 
     This checks out its commit, takes its images by their checksum and its settings, installs its packages if they are
@@ -448,6 +446,17 @@ def replay(
     from pipeline.replay import replay
 
     raise typer.Exit(replay(Path.cwd(), run, as_json=as_json))
+
+
+@app.command(epilog="Example: convoy diff lenet resnet")
+def diff(first: Run, second: Run, as_json: AsJson = False) -> None:
+    """Show what differs between two runs.
+
+    These are settings, images, code, environment and results, in one table.
+    """
+    from pipeline.diff import diff
+
+    diff(Path.cwd(), first, second, as_json=as_json)
 
 
 @app.command(epilog="Example: convoy find-lr resnet")

@@ -158,19 +158,37 @@ def read_locked_file(root: Path, stage: str, folder: str, name: str) -> bytes | 
     Returns:
         The content, or None if neither the cache nor the default remote has it.
     """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        (dep,) = (each for each in repo.stage.load_one(stage).deps if each.def_path == folder)
+    return read_folder_file(root, dep.hash_info.value, name)
+
+
+def read_folder_file(root: Path, checksum: str, name: str) -> bytes | None:
+    """Return a file in a folder that DVC tracks.
+
+    Args:
+        root: Project folder.
+        checksum: The checksum of the folder, as in dvc.lock: MD5 and ".dir".
+        name: Name of the file in it.
+
+    Returns:
+        The content, or None if neither the cache nor the default remote has it.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.tree import Tree
     from dvc_objects.errors import ObjectFormatError
 
     with Repo(str(root)) as repo:
-        (dep,) = (each for each in repo.stage.load_one(stage).deps if each.def_path == folder)
         for find_storage in (lambda: repo.cache.local, lambda: repo.cloud.get_remote_odb(None, "pull")):
             with contextlib.suppress(DvcException, ObjectFormatError, OSError, KeyError):
                 storage = find_storage()
-                _, checksum = Tree.load(storage, dep.hash_info).get((name,)) or (None, None)
-                if checksum:
-                    return storage.fs.cat_file(storage.oid_to_path(checksum.value))
+                _, file = Tree.load(storage, HashInfo("md5", checksum)).get((name,)) or (None, None)
+                if file:
+                    return storage.fs.cat_file(storage.oid_to_path(file.value))
     return None
 
 

@@ -44,14 +44,14 @@ def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenanc
         name=record.architecture,
         params={
             "model": record.architecture,
-            **dict(_flatten(architecture, "model")),
+            **dict(flatten(architecture, "model")),
             "init": settings["init"],
             "dataset": data.name,
             "preprocess.size": record.dataset_info.size,
             "split.seed": data.split_seed,
             "train.seed": record.train.seed,
             "train.max_epochs": record.train.max_epochs,
-            **dict(_flatten(settings["recipe"], "recipe")),
+            **dict(flatten(settings["recipe"], "recipe")),
         },
         tags={
             "mlflow.note.content": f"{record.architecture} on {data.name}",
@@ -117,17 +117,17 @@ def describe_result(
     )
 
 
-def _flatten(value: object, name: str) -> Iterator[tuple[str, object]]:
+def flatten(value: object, name: str) -> Iterator[tuple[str, object]]:
     """Yield each number or text in nested settings under its dotted name, so that MLflow can filter and sort by it.
 
     For example, `{"widths": [6, 16]}` with the name "model" yields `model.widths.0` and `model.widths.1`.
     """
     if isinstance(value, Mapping):
         for key, part in value.items():
-            yield from _flatten(part, f"{name}.{key}")
+            yield from flatten(part, f"{name}.{key}")
     elif isinstance(value, list):
         for number, part in enumerate(value):
-            yield from _flatten(part, f"{name}.{number}")
+            yield from flatten(part, f"{name}.{number}")
     else:
         # As in YAML, which the settings are written in.
         yield name, str(value).lower() if isinstance(value, bool) else value

@@ -25,6 +25,8 @@ DATA_LOCK = "data.lock"
 RUN_FILES = (RECORD, HISTORY, WEIGHTS, DVC_LOCK, DATA_LOCK)
 RUN_ID_PART = re.compile("[0-9a-f]{1,32}")
 MAX_LISTED_RUNS = 5
+# The status of a run without a result.
+UNFINISHED = ("RUNNING", "SCHEDULED", "KILLED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LoggedRun:
     """A run that has ended, with its files in a local folder."""
 
     run_id: str
-    status: str  # FINISHED, FAILED or KILLED
+    status: str  # FINISHED or FAILED
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     folder: Path
@@ -95,7 +97,7 @@ def find(store: TrackingStore, name: str) -> MlflowRun:
             f"MLflow has no run {name}: give the ID of a run, its first digits, or an architecture, which stands for "
             f"its newest run; {known}"
         )
-    if found.info.status not in ("FINISHED", "FAILED"):
+    if found.info.status in UNFINISHED:
         raise ConvoyError(
             f"run {found.info.run_id} has no result, its status is {found.info.status}: wait until it has ended, or "
             "name another run"
@@ -106,9 +108,14 @@ def find(store: TrackingStore, name: str) -> MlflowRun:
 def _find_newest(store: TrackingStore, architecture: str) -> MlflowRun | None:
     if not re.fullmatch(r"[\w.-]+", architecture):
         return None
-    ended = f"attributes.run_name = '{architecture}' and attributes.status IN ('FINISHED', 'FAILED')"
-    newest = ["attributes.start_time DESC"]
-    runs = store.client.search_runs([store.experiment.experiment_id], ended, max_results=1, order_by=newest)
+    # MLflow's filters have neither "in" nor "or" for a status.
+    wanted = [f"attributes.run_name = '{architecture}'", *(f"attributes.status != '{each}'" for each in UNFINISHED)]
+    runs = store.client.search_runs(
+        [store.experiment.experiment_id],
+        " and ".join(wanted),
+        max_results=1,
+        order_by=["attributes.start_time DESC"],
+    )
     return runs[0] if runs else None
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from convoy.core import config
-from convoy.core.artifact_names import IMAGE_TABLE, MANIFEST
+from convoy.core.artifact_names import HISTORY, IMAGE_TABLE, MANIFEST
 from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
 from convoy.tracking import logged_run
@@ -54,9 +54,8 @@ class RunDifferences:
     code: dict[str, Pair]
     changed_files: list[str] | None  # None if a commit is not in this clone
     environment: dict[str, Pair]
-    results: dict[str, Pair]
-    weights: str  # where they differ; "" if they are bit-identical
-    history: str  # likewise
+    results: dict[str, Pair]  # with the checksums of the weights
+    first_difference: dict[str, str]  # where weights and history begin to differ
 
 
 def diff(root: Path, first: str, second: str, *, as_json: bool = False) -> None:
@@ -102,7 +101,12 @@ def compare(root: Path, one: LoggedRun, other: LoggedRun) -> RunDifferences:
     }
     code = {"commit": (one.commit, other.commit), "lock": (one.tags.get("lock"), other.tags.get("lock"))}
     environments = first.environment, second.environment
-    shown = [name for name in {**one.metrics, **other.metrics} if name.startswith(("kept/", "test/"))]
+    results = [
+        {name: value for name, value in run.metrics.items() if name.startswith(("kept/", "test/"))}
+        | {"weights": sha256(run.weights)[:12] if run.weights else None}
+        for run in (one, other)
+    ]
+    history = compare_histories(one.folder / HISTORY, other.folder / HISTORY).difference
     return RunDifferences(
         (one, other),
         _only_different(dict(list_settings(one)), dict(list_settings(other))),
@@ -111,9 +115,8 @@ def compare(root: Path, one: LoggedRun, other: LoggedRun) -> RunDifferences:
         {name: (before, after) for name, (before, after) in code.items() if before != after},
         changed,
         _only_different(*environments),
-        _only_different(*({name: run.metrics[name] for name in shown if name in run.metrics} for run in (one, other))),
-        compare_weights(one.weights, other.weights).difference,
-        compare_histories(one.folder / logged_run.HISTORY, other.folder / logged_run.HISTORY).difference,
+        _only_different(*results),
+        {"weights": compare_weights(one.weights, other.weights).difference, "history": history},
     )
 
 
@@ -188,11 +191,8 @@ def describe(differences: RunDifferences) -> dict[str, Any]:
         "data": {**differences.data, "images": dataclasses.asdict(differences.images)},
         "code": {**differences.code, "changed_files": differences.changed_files},
         "environment": differences.environment,
-        "results": {
-            **differences.results,
-            "weights": differences.weights or "bit-identical",
-            "history": differences.history or "bit-identical",
-        },
+        "results": differences.results,
+        "first_difference": differences.first_difference,
     }
 
 
@@ -220,20 +220,14 @@ def table_rows(differences: RunDifferences) -> Iterator[tuple[str, str, str]]:
     text = "a commit is not in this clone (`git fetch`)" if files is None else _shorten(files, MAX_LISTED_FILES)
     yield from _section("code", {**differences.code, **({"changed files": ("", text)} if text else {})})
     yield from _section("environment", differences.environment)
-    same = {"weights": differences.weights, "history": differences.history}
-    yield from _section("results", {**differences.results, **{name: ("", text) for name, text in same.items() if text}})
+    yield from _section("results", differences.results, ".4f")
 
 
-def _section(title: str, values: Mapping[str, Pair]) -> Iterator[tuple[str, str, str]]:
+def _section(title: str, values: Mapping[str, Pair], floats: str = "g") -> Iterator[tuple[str, str, str]]:
     yield (title, "", "") if values else (title, "the same", "")
-    for name, (before, after) in values.items():
-        yield f"  {name}", _format(before), _format(after)
-
-
-def _format(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    for name, pair in values.items():
+        before, after = (format(value, floats) if isinstance(value, float) else str(value or "-") for value in pair)
+        yield f"  {name}", before, after
 
 
 def _shorten(names: list[str], limit: int) -> str:

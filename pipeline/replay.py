@@ -13,7 +13,7 @@ from typing import Any
 from scipy import stats
 
 from convoy.core import config
-from convoy.core.artifact_names import WEIGHTS
+from convoy.core.artifact_names import HISTORY, WEIGHTS
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.tracking import logged_run
@@ -164,7 +164,7 @@ def compare(workspace: Workspace) -> Replay:
     metrics = {name.removeprefix("test/"): value for name, value in run.metrics.items() if name.startswith("test/")}
     comparisons = [
         compare_weights(run.weights, workspace.weights),
-        compare_histories(run.folder / logged_run.HISTORY, workspace.history),
+        compare_histories(run.folder / HISTORY, workspace.history),
         compare_metrics(metrics, workspace.test_metrics()),
     ]
     inputs = {

@@ -50,10 +50,7 @@ def open_workspace(root: Path, run: LoggedRun) -> Iterator["Workspace"]:
             # A killed replay may have left its folder.
             remove(root, folder)
             try:
-                git_add = ["git", "worktree", "add", "--quiet", "--detach", str(folder / "checkout"), commit]
-                subprocess.run(git_add, cwd=root, check=True, stdout=sys.stderr)
-                # The project may be a folder of its repository.
-                project = folder / "checkout" / git(root, "rev-parse", "--show-prefix")
+                project = check_out(root, commit, folder / "checkout")
                 workspace = Workspace(project, run)
                 workspace.python = find_python(root, project, run, folder / "environment")
                 workspace.write_inputs()
@@ -86,6 +83,17 @@ def check_commit(root: Path, run: LoggedRun, commit: str) -> None:
             f"commit {commit} of run {run.name} is not in this clone: `{fetch}`, or `git fetch FOLDER` from the clone "
             "in which the run was made"
         )
+
+
+def check_out(root: Path, commit: str, folder: Path) -> Path:
+    """Check out a commit into a folder, and return the project folder in it."""
+    # A hook of this repository might change the checkout, such as those of `dvc install`.
+    command = ["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(folder), commit]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise ConvoyError(f"git can't check out commit {commit} into {folder}: {' '.join(done.stderr.split())}")
+    # The project may be a folder of its repository.
+    return folder / git(root, "rev-parse", "--show-prefix")
 
 
 def remove(root: Path, folder: Path) -> None:

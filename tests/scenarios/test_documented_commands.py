@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 # Commands that are not run here, and why.
 NOT_RUN = {
+    "convoy diff lenet": "test_replay.py runs it",
     "convoy migrate": "test_mlflow_server.py runs it",
     "convoy rollback": "test_promotion_scenarios.py runs it",
     "convoy run experiment=": "it downloads weights, or trains five networks; test_docs.py checks its settings",

@@ -1,6 +1,8 @@
 """The differences of two runs: settings, images, code, environment and results."""
 
 import dataclasses
+import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from convoy.tracking.logged_run import LoggedRun
 from convoy.tracking.provenance import CODE, git
 from convoy.tracking.run_record import flatten
 from convoy.tracking.store import open_store
-from pipeline.dvc_files import find_object
+from pipeline.dvc_files import read_folder_file
 
 MAX_LISTED_IMAGES = 10  # in the table; JSON has all
 MAX_LISTED_FILES = 10
@@ -156,27 +158,27 @@ def compare_images(root: Path, one: LoggedRun, other: LoggedRun) -> ImageChanges
 
 def read_images(root: Path, run: LoggedRun) -> pd.DataFrame | None:
     """Return path, label and split of the images of a run by checksum, or None if they can't be had."""
-    table = find_image_table(root, run)
-    if table is None:
+    content = find_image_table(root, run)
+    if content is None:
         return None
-    images = pd.read_parquet(table, columns=["sha256", "path", "label", "split"])
+    images = pd.read_parquet(io.BytesIO(content), columns=["sha256", "path", "label", "split"])
     return images.set_index("sha256").sort_values("path").astype(str)
 
 
-def find_image_table(root: Path, run: LoggedRun) -> Path | None:
-    """Return the table of the images of a run, from the last run of the pipeline or DVC's cache; or None."""
+def find_image_table(root: Path, run: LoggedRun) -> bytes | None:
+    """Return the table of the images of a run from the last run of the pipeline or from DVC, or None."""
     prepared = root / "artifacts/preprocess"
     if (prepared / MANIFEST).exists() and sha256(prepared / MANIFEST).startswith(run.record.data.digest):
-        return prepared / IMAGE_TABLE
+        return (prepared / IMAGE_TABLE).read_bytes()
     stages = run.stages
     if not stages:
         # A run of an earlier version has no dvc.lock of its own, and its commit's may be of other data.
         committed = git(root, "show", f"{run.commit.partition(' ')[0]}:./dvc.lock")
         stages = (parse_yaml(committed) or {}).get("stages", {}) if committed else {}
     for output in stages.get("preprocess", {}).get("outs", []):
-        manifest = find_object(root, output["md5"], MANIFEST)
-        if manifest and sha256(manifest).startswith(run.record.data.digest):
-            return find_object(root, output["md5"], IMAGE_TABLE)
+        manifest = read_folder_file(root, output["md5"], MANIFEST)
+        if manifest and hashlib.sha256(manifest).hexdigest().startswith(run.record.data.digest):
+            return read_folder_file(root, output["md5"], IMAGE_TABLE)
     return None
 
 

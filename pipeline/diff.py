@@ -147,7 +147,7 @@ def compare_images(root: Path, one: LoggedRun, other: LoggedRun) -> ImageChanges
     before, after = (read_images(root, run) for run in (one, other))
     if before is None or after is None:
         return ImageChanges()
-    common = before.join(after, how="inner", lsuffix="_before", rsuffix="_after")
+    common = before.merge(after, left_index=True, right_index=True, suffixes=("_before", "_after"))
     return ImageChanges(
         after.loc[~after.index.isin(before.index), "path"].tolist(),
         before.loc[~before.index.isin(after.index), "path"].tolist(),
@@ -228,8 +228,8 @@ def table_rows(differences: RunDifferences) -> Iterator[tuple[str, str, str]]:
 def _section(title: str, values: Mapping[str, Pair], floats: str = "g") -> Iterator[tuple[str, str, str]]:
     yield (title, "", "") if values else (title, "the same", "")
     for name, pair in values.items():
-        before, after = (format(value, floats) if isinstance(value, float) else str(value or "-") for value in pair)
-        yield f"  {name}", before, after
+        before, after = (format(value, floats) if isinstance(value, float) else value for value in pair)
+        yield f"  {name}", "-" if before is None else str(before), "-" if after is None else str(after)
 
 
 def _shorten(names: list[str], limit: int) -> str:

@@ -43,6 +43,7 @@ MLFLOW = (
     "registry/versions.py",
     "serving/mlflow_client.py",
     "tracking/database.py",
+    "tracking/logged_run.py",
     "tracking/runs.py",
     "tracking/store.py",
     "tracking/ui_views.py",

@@ -34,6 +34,7 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     from convoy.reporting import report
     from convoy.search.lr_finder import suggest_learning_rate, sweep_learning_rates
     from convoy.training.datamodule import ImageDataModule
+    from convoy.training.determinism import resolve_determinism
     from convoy.training.hardware import TrainerConfig, resolve_trainer
 
     seed = stage.validate(TrainConfig, "train").seed
@@ -41,9 +42,8 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)
     classifier = models.build(architecture, settings, info)
     data = ImageDataModule(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
-    table = sweep_learning_rates(
-        classifier, data, resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
-    )
+    hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
+    table = sweep_learning_rates(classifier, data, resolve_determinism(hardware, classifier))
 
     steepest = suggest_learning_rate(table)
     plot = stage.root / "artifacts" / "lr" / f"{architecture}.png"

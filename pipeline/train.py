@@ -24,7 +24,7 @@ from convoy.recipe import TrainConfig
 from convoy.training import init_weights
 from convoy.training.checkpoint import remove_checkpoint
 from convoy.training.datamodule import ImageDataModule
-from convoy.training.determinism import list_nondeterministic
+from convoy.training.determinism import list_nondeterministic, resolve_determinism
 from convoy.training.hardware import TrainerConfig, count_macs, describe_environment, resolve_trainer
 from convoy.training.history import COLUMNS
 from convoy.training.record import DatasetVersion, EpochMetrics, ResolvedTrainer, TrainingRecord
@@ -47,9 +47,10 @@ def train(stage: Stage) -> None:
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
     hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
-    if hardware.accelerator == "gpu" and (operations := list_nondeterministic(classifier)):
-        hardware = dataclasses.replace(hardware, deterministic="warn")
-        print(f"{architecture}: no determinism of {', '.join(operations)} on a GPU: repeated trainings differ slightly")
+    hardware = resolve_determinism(hardware, classifier)
+    if hardware.deterministic == "warn":
+        operations = ", ".join(list_nondeterministic(classifier))
+        print(f"{architecture}: no determinism of {operations} on a GPU: repeated trainings differ slightly")
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
     if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(

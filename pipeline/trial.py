@@ -21,6 +21,7 @@ from convoy.search.pruning import ReportTrial
 from convoy.training import init_weights
 from convoy.training.checkpoint import remove_checkpoint
 from convoy.training.datamodule import ImageDataModule
+from convoy.training.determinism import resolve_determinism
 from convoy.training.hardware import TrainerConfig, describe_environment, resolve_trainer
 from convoy.training.history import ranking_key
 from convoy.training.record import ResolvedTrainer, TrainingRecord
@@ -112,6 +113,7 @@ class TrialTrainer:
             classifier, self.architecture, settings, lambda init, folder: fetch_weights(self.stage, init, folder)
         )
         hardware = resolve_trainer(dataclasses.replace(self.trainer, devices=1, num_nodes=1), classifier)
+        hardware = resolve_determinism(hardware, classifier)
         threads = min(hardware.threads, max(1, joblib.cpu_count(only_physical_cores=True) // self.jobs))
         return classifier, dataclasses.replace(hardware, strategy="auto", threads=threads), start
 

@@ -1,5 +1,6 @@
 """Networks of torchvision and timm by name: what they share with our own is tested with those."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models import builders
 from convoy.models.builders import AveragePool
 from convoy.training import builder_weights
-from convoy.training.determinism import list_nondeterministic
+from convoy.training.determinism import list_nondeterministic, resolve_determinism
 from convoy.training.hardware import count_macs
 from convoy.training.init_weights import init_weights
+from convoy.training.record import ResolvedTrainer
 from model_fixtures import make_dataset_info, make_images
 from model_settings import NETWORKS, load_model_settings
 
@@ -137,6 +139,9 @@ def test_operations_that_are_not_deterministic_are_found() -> None:
     network.network.avgpool = nn.AdaptiveMaxPool2d(1)
     network.network.features.append(nn.ReflectionPad2d(0))
     assert list_nondeterministic(network) == ["adaptive_max_pool2d_backward", "reflection_pad2d_backward"]
+    gpu = ResolvedTrainer("gpu", 1, 1, "auto", "32-true", False, False, 1)
+    assert resolve_determinism(gpu, network).deterministic == "warn"
+    assert resolve_determinism(dataclasses.replace(gpu, accelerator="cpu"), network).deterministic is True
 
 
 @pytest.mark.parametrize("size", [1, 7])

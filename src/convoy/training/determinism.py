@@ -1,6 +1,7 @@
 """Operations of a network that torch can't compute deterministically on a GPU."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convoy.models.base import Classifier
+from convoy.training.record import ResolvedTrainer
 
 # Operations for which the documentation of `torch.use_deterministic_algorithms` lists a RuntimeError on CUDA tensors.
 NONDETERMINISTIC = frozenset(
@@ -59,6 +61,13 @@ class _OperationNames(TorchDispatchMode):
     ) -> Any:
         self.names.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def resolve_determinism(hardware: ResolvedTrainer, classifier: Classifier) -> ResolvedTrainer:
+    """Allow operations that are not deterministic to a network on a GPU that needs them, and to no other."""
+    if hardware.accelerator != "gpu" or not list_nondeterministic(classifier):
+        return hardware
+    return dataclasses.replace(hardware, deterministic="warn")
 
 
 def list_nondeterministic(classifier: Classifier) -> list[str]:

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from convoy import models
-from convoy.core import config
 from convoy.core.artifact_names import DATASET_INFO, LEADERBOARD, RECORD, WEIGHTS
+from convoy.core.yaml_parser import parse_yaml
 from convoy.data.packed.arrays import Images
 from convoy.data.packed.dataset_info import DatasetInfo
 from convoy.models.base import Classifier
@@ -27,6 +27,17 @@ ROOT = Path(__file__).parents[2]
 ARTIFACTS = Path("artifacts")
 BLUE, ORANGE, INK, FAINT = "#0072b2", "#e69f00", "#24292f", "#6e7781"
 WIDTH = 8.6  # inches of 100 pixels
+
+# The sizes in conf/model/ of a new clone, which the text of the lesson is about; yours may be others.
+NETWORKS = parse_yaml("""
+lenet: {c1: 6, c3: 16, c5: 120, f6: 84}
+alexnet: {widths: [12, 32, 48, 48, 32], stem_kernel: 5, stem_stride: 1, stem_padding: 2, response_norm: true, pool: 3,
+  hidden: 256, dropout: 0.5}
+vgg: {stacks: [[1, 16], [1, 32], [2, 64], [2, 128]], batch_norm: true, pool: 2, hidden: 256, dropout: 0.5}
+googlenet: {width: 0.25, third_kernel: 5, stem_kernel: 3, stem_stride: 1, stem_pools: true, dropout: 0.2,
+  auxiliary_dropout: 0.5}
+resnet: {block: basic, blocks: [2, 2, 2, 2], widths: [16, 32, 64, 128], stem_kernel: 3, stem_stride: 1, stem_pool: true}
+""")
 
 
 def _figure(height: float) -> Figure:
@@ -90,10 +101,14 @@ def filtered(image: np.ndarray, kernels: Mapping[str, np.ndarray], name: str) ->
 
 
 def layer_tables() -> dict[str, pd.DataFrame]:
-    """The tables of layers of all architectures, with the settings of conf/, for grey images of 32x32 pixels."""
-    settings = config.parse(config.compose_text(ROOT, ()))["model"]
+    """The tables of layers of all architectures, for grey images of 32x32 pixels."""
+    recipe = parse_yaml((ROOT / "conf/recipe/default.yaml").read_text())
     info = DatasetInfo("digits", [str(number) for number in range(10)], 32, 1, [0.5], [0.5])
-    return {name: inspection.list_layers(models.build(name, settings[name], info).eval()) for name in settings}
+    tables = {}
+    for name, sizes in NETWORKS.items():
+        settings = {**sizes, "module": name, "size": info.size, "init": "scratch", "recipe": recipe}
+        tables[name] = inspection.list_layers(models.build(name, settings, info).eval())
+    return tables
 
 
 def architectures(tables: Mapping[str, pd.DataFrame], name: str) -> None:

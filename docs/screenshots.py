@@ -147,7 +147,7 @@ def take_screenshots(root: Path, folder: Path) -> None:
         browser.get((root / PAGE_WITH_VERDICT).resolve().as_uri() + "#results")
         save_picture(browser, folder / "report.png")
     with serve_mlflow(root) as (_, links), open_browser(1700, 590) as browser:
-        open_page(browser, links[0], "kept/val_accuracy")
+        open_page(browser, links[0], "validation/accuracy")
         save_picture(browser, folder / "leaderboard.png")
         size = {"width": 1500, "height": 1040, "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

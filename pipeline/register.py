@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from convoy.core.artifact_names import HISTORY, LEADERBOARD, LINKS, PER_CLASS
+from convoy.core.artifact_names import HISTORY, LATENCIES, LEADERBOARD, LINKS, PER_CLASS
 from convoy.core.csv_file import write_csv
 from convoy.core.errors import ConvoyError
 from convoy.promotion import champion, ranking
@@ -16,7 +16,7 @@ from convoy.promotion.ranking import ValidatedModel
 from convoy.registry import versions
 from convoy.reporting import report
 from convoy.tracking import runs, ui_views
-from convoy.tracking.store import open_store
+from convoy.tracking.store import TrackingStore, open_store
 from pipeline.stage import Stage, main
 from pipeline.sync_mlflow import TrainedResult, find_result, sync_runs
 
@@ -37,11 +37,7 @@ def register(stage: Stage) -> None:
     failed = [name for name, record in records.items() if record.failure]
     ranked = [*(model.name for model in validated), *failed]
 
-    validation = {
-        model.name: {metric: model.score(metric) for metric in dict.fromkeys(("accuracy", params.selection_metric))}
-        | {"loss": float(model.predictions["log_loss"].mean())}
-        for model in validated
-    }
+    validation = {model.name: model.summarize(params.selection_metric) for model in validated}
     table = report.leaderboard({name: records[name] for name in ranked}, validation, metrics)
     table.to_csv(stage.scratch / LEADERBOARD, index=False)
     concat_tables(trained, HISTORY).to_csv(stage.scratch / "curves.csv", index=False)
@@ -69,7 +65,7 @@ def compare(
     """
     names = list(stage.section("model"))
     with open_store(stage.project_root, params.name) as store:
-        run_ids = sync_runs(store, stage.root, names, dict(reversed(results.items())))
+        run_ids = sync_runs(store, stage.root, names, dict(reversed(results.items())), params.selection_metric)
         # The main command prints these links without an import of MLflow, which takes two seconds.
         (stage.scratch.parent / LINKS).write_text(json.dumps(ui_views.save_views(store)))
         if not validated:
@@ -77,11 +73,7 @@ def compare(
         choice = ranking.choose(validated, params.selection_metric, params.prefer)
         winner, result, run = choice.name, results[choice.name], run_ids[choice.name]
         print(choice.reason)
-        if not runs.has_metric(store, run, "latency/image_ms_median"):
-            # The imports within this function are of torch, which takes seconds that a repeated run can save.
-            from pipeline import registration
-
-            registration.measure_latency(store, run, result)
+        write_latencies(stage, store, run_ids, {model.name: results[model.name] for model in validated}, winner)
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; experiments never change the champion")
             return
@@ -90,6 +82,7 @@ def compare(
         if found:
             version = int(found.version)
         else:
+            # It imports torch, which takes seconds that a repeated run can save.
             from pipeline import registration
 
             version = registration.register_version(
@@ -103,6 +96,43 @@ def compare(
     from pipeline.promote import Challenger, promote
 
     promote(stage, params, Challenger(winner, version, result, run, choice.reason), compared)
+
+
+def write_latencies(
+    stage: Stage,
+    store: TrackingStore,
+    run_ids: Mapping[str, str],
+    results: Mapping[str, TrainedResult],
+    challenger: str,
+) -> None:
+    """Write the latencies of all networks for `convoy report`, measuring them if those of a run are missing.
+
+    The file is no output of the stage, as each measurement differs.
+
+    Args:
+        stage: The running register stage.
+        store: The open MLflow store.
+        run_ids: The ID of each network's run.
+        results: The results of networks whose training did not fail.
+        challenger: The network whose latency of a batch is measured, too.
+    """
+
+    def read() -> pd.DataFrame:
+        rows = [
+            {"model": name, "training": result.record().fingerprint, **runs.read_latencies(store, run_ids[name])}
+            for name, result in results.items()
+        ]
+        return pd.DataFrame(rows).set_index("model")
+
+    columns = ["training", "image_ms_median", "image_ms_p95", "hardware"]
+    table = read().reindex(columns=[*columns, "batch_ms_median"])
+    # Latencies of different measurements can't be compared, so that one that is missing is measured with all others.
+    if table[columns].isna().any(axis=None) or table["batch_ms_median"].isna()[challenger]:
+        from pipeline import registration
+
+        registration.measure_latencies(store, run_ids, results, challenger)
+        table = read()
+    table[columns].to_csv(stage.root / "artifacts" / LATENCIES)
 
 
 def concat_tables(folders: Mapping[str, Path], file: str) -> pd.DataFrame:

@@ -20,14 +20,27 @@ from pipeline.sync_mlflow import TrainedResult
 PACKAGE = Path(convoy.__file__).parent
 
 
-def measure_latency(store: TrackingStore, run: str, result: TrainedResult) -> None:
-    """Measure the latency of a single image and of a batch on this machine, and log it to the run of the result."""
-    record = result.record()
-    weights = result.trained / WEIGHTS
-    classifier = models.restore(record.architecture, record.settings, record.dataset_info, weights)
-    device = hardware.select_device(record.trainer.accelerator)
-    timings = latency.measure_latency(classifier.to(device))
-    runs.log_latencies(store, run, timings, latency.describe_hardware(device))
+def measure_latencies(
+    store: TrackingStore, run_ids: Mapping[str, str], results: Mapping[str, TrainedResult], challenger: str
+) -> None:
+    """Measure the latency of a single image of all networks on this machine, in turn, and log it to their runs.
+
+    Args:
+        store: The open MLflow store.
+        run_ids: The ID of each network's run.
+        results: The results of networks whose training did not fail.
+        challenger: The network whose latency of a batch is measured, too.
+    """
+    device = hardware.select_device(next(iter(results.values())).record().trainer.accelerator)
+    classifiers = {}
+    for name, result in results.items():
+        record = result.record()
+        classifier = models.restore(name, record.settings, record.dataset_info, result.trained / WEIGHTS)
+        classifiers[name] = classifier.to(device)
+    timings = dict(zip(classifiers, latency.measure_latencies(list(classifiers.values()), "image"), strict=True))
+    timings[challenger] |= latency.measure_latencies([classifiers[challenger]], "batch")[0]
+    for name, found in timings.items():
+        runs.log_latencies(store, run_ids[name], found, latency.describe_hardware(device))
 
 
 def register_version(

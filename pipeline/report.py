@@ -32,6 +32,7 @@ from convoy.promotion.ranking import Choice, ValidatedModel
 from convoy.reporting import comparison_section, model_section, page
 from convoy.reporting.comparison_section import DataSummary
 from convoy.reporting.model_section import Images, ModelResults, Section
+from convoy.reporting.sheet import save_sheet
 from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage, main
 
@@ -199,10 +200,12 @@ def list_conditions(records: Mapping[str, TrainingRecord]) -> pd.DataFrame:
 
 
 def write_model_page(folder: Path, results: ModelResults, section: Section, data: DataSummary) -> None:
-    """Write the page and the probable label errors of one architecture, which also go into its run in MLflow."""
+    """Write the page, sheets and probable label errors of one architecture, which also go into its run in MLflow."""
     folder.mkdir()
     html = page.render_page("model.html.jinja", section=section, data=data, metrics=results.intervals)
     (folder / REPORT_PAGE).write_text(html, encoding="utf-8", newline="\n")
+    for figure in section.figures:
+        save_sheet(figure, results.name, folder)
     write_csv(
         model_section.list_label_errors(results.classes, results.held_out).drop(columns="row").round(4),
         folder / LABEL_ERRORS,

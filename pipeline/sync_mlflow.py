@@ -26,9 +26,12 @@ from convoy.core.artifact_names import (
     RECORD,
     WEIGHTS,
 )
+from convoy.core.config import SelectionMetric
 from convoy.core.errors import ConvoyError, describe_error
 from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
+from convoy.promotion.config import RegisterConfig
+from convoy.promotion.ranking import ValidatedModel
 from convoy.reporting import report
 from convoy.tracking import provenance, run_record, runs, ui_views
 from convoy.tracking.logged_run import DATA_LOCK, DVC_LOCK
@@ -84,8 +87,9 @@ def sync_results(root: Path) -> None:
             results[name] = find_result(stage, name)
         except ConvoyError as error:
             print(f"{name} is left out: {error}")
-    with open_store(stage.project_root, stage.section("register")["name"]) as store:
-        sync_runs(store, root, list(stage.section("model")), results)
+    params = stage.validate(RegisterConfig, "register")
+    with open_store(stage.project_root, params.name) as store:
+        sync_runs(store, root, list(stage.section("model")), results, params.selection_metric)
         table, curves = ui_views.save_views(store)
     print(f"MLflow shows {len(results)} runs:\n  leaderboard  {table}\n  curves       {curves}")
 
@@ -125,7 +129,11 @@ def _hashes(stages: Mapping[str, Any], stage: str, kind: str) -> dict[str, str]:
 
 
 def sync_runs(
-    store: TrackingStore, root: Path, names: Sequence[str], results: Mapping[str, TrainedResult]
+    store: TrackingStore,
+    root: Path,
+    names: Sequence[str],
+    results: Mapping[str, TrainedResult],
+    metric: SelectionMetric,
 ) -> dict[str, str]:
     """Sync the runs of results to MLflow, each completely and exactly once.
 
@@ -137,6 +145,7 @@ def sync_runs(
         root: The project folder.
         names: All architectures in params.yaml.
         results: The results to sync, by architecture.
+        metric: The metric that runs are ranked by.
 
     Returns:
         The run id of each architecture. A run that is still being trained and is not in MLflow yet is left out.
@@ -162,7 +171,7 @@ def sync_runs(
                 runs.run_lock(store, fingerprint, LIVE_TIMEOUT_S),
                 tempfile.TemporaryDirectory(dir=store.scratch) as folder,
             ):
-                run = build_run(record, result, tags, provenance.provenance_tags(root), Path(folder))
+                run = build_run(record, result, metric, tags, provenance.provenance_tags(root), Path(folder))
                 inputs = write_inputs(root, name, Path(folder))
                 run = dataclasses.replace(run, files=[*run.files, *inputs])
                 end_time = int((result.trained / MANIFEST).stat().st_mtime * 1000)
@@ -173,16 +182,21 @@ def sync_runs(
             if found:
                 run_ids[name] = found.info.run_id
     if records:
-        runs.rank_runs(store, run_record.data_tag(next(iter(records.values()))))
+        runs.rank_runs(store, run_record.data_tag(next(iter(records.values()))), metric)
     return run_ids
 
 
 def build_run(
-    record: TrainingRecord, result: TrainedResult, tags: Mapping[str, str], origin: Mapping[str, str], scratch: Path
+    record: TrainingRecord,
+    result: TrainedResult,
+    metric: SelectionMetric,
+    tags: Mapping[str, str],
+    origin: Mapping[str, str],
+    scratch: Path,
 ) -> run_record.RunRecord:
     """Collect everything that the run of a result holds, writing plots and rounded tables into `scratch`."""
     trained, evaluated = result.trained, result.evaluated
-    metrics = result.test_metrics()
+    metrics, validation = result.test_metrics(), {}
     files = [trained / RECORD, trained / HISTORY, *result.report]
     files += [round_table(evaluated / name, scratch / name) for name in (PER_CLASS, INTERVALS)]
     if not record.failure:
@@ -191,8 +205,9 @@ def build_run(
         report.draw_confusion(predictions, record.dataset_info.classes, title, plot)
         files += [trained / WEIGHTS, plot]
         metrics |= accuracy_interval(evaluated / INTERVALS)
+        validation = ValidatedModel.load(record, evaluated).summarize(metric)
     history: list[Any] = pd.read_csv(trained / HISTORY).to_dict("records")
-    return run_record.describe_result(record, metrics, history, tags, origin, files)
+    return run_record.describe_result(record, metrics, history, tags, origin, files, validation)
 
 
 def write_inputs(root: Path, name: str, scratch: Path) -> list[Path]:

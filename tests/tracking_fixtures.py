@@ -54,7 +54,8 @@ def sync(root: Path) -> dict[str, str]:
     stage = Stage(root, "register")
     names = list(stage.section("model"))
     with open_store(root, "convoy") as store:
-        return sync_runs(store, root, names, {name: find_result(stage, name) for name in names})
+        results = {name: find_result(stage, name) for name in names}
+        return sync_runs(store, root, names, results, stage.section("register")["selection_metric"])
 
 
 def read_trained_files(root: Path) -> dict[str, bytes]:

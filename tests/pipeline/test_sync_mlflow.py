@@ -96,7 +96,7 @@ def test_runs_of_other_data_have_no_rank(trained_project: Path, tmp_path: Path) 
     with open_store(root, "convoy") as store:
         older, newer = list_runs(root)
         store.client.set_tag(older.info.run_id, "data", "digits@before")
-        runs.rank_runs(store, newer.data.tags["data"])
+        runs.rank_runs(store, newer.data.tags["data"], "accuracy")
     assert [run.data.tags.get("rank") for run in list_runs(root)] == [None, "001"]
 
 

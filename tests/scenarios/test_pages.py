@@ -49,6 +49,7 @@ def test_report_is_seen_without_errors_and_requests(finished_project: Path, brow
     seen = check_page(browser, finished_project / PAGE_WITH_VERDICT)
     charts = [figure for figure in seen.figures if figure["tag"] == "svg"]
     assert len(charts) >= 8
+    assert any("on the frontier" in figure["alt"] and "milliseconds" in figure["alt"] for figure in charts)
     assert all(figure["width"] * figure["height"] > 100 and figure["alt"] for figure in seen.figures)
     assert (seen.errors, seen.requests) == ([], [])
     assert seen.overflow <= 0, "the page must not scroll sideways"
@@ -59,6 +60,7 @@ def test_report_is_seen_without_errors_and_requests(finished_project: Path, brow
             assert cell.text == f"{metrics[f'test_{metric}']:.4f}"
     text = browser.find_element(By.TAG_NAME, "main").text
     assert "PROMOTE" in text, "the verdict is shown"
+    assert "milliseconds for one image" in text
     assert "could not be drawn" not in text
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from mlflow import MlflowClient
@@ -14,7 +14,7 @@ from mlflow.entities import Run as Found
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from convoy.core.errors import ConvoyError
-from convoy.tracking import run_record, runs
+from convoy.tracking import run_record, runs, ui_views
 from convoy.tracking import store as tracking
 from convoy.tracking.run_record import RunRecord
 from convoy.tracking.store import TrackingStore
@@ -232,3 +232,30 @@ def test_process_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(tracking.os, "kill", not_ours)
     assert runs._is_alive(1)
+
+
+def test_rank_follows_the_metric_and_breaks_ties_by_loss(store: TrackingStore) -> None:
+    results = {"a": (0.9, 0.6, 0.3), "b": (0.8, 0.7, 0.2), "c": (0.8, 0.7, 0.1), "d": ()}
+    client, experiment = store.client, store.experiment.experiment_id
+    for name, values in results.items():
+        run = client.create_run(experiment, run_name=name, tags={"data": "digits@1"})
+        for metric, value in zip(("accuracy", "macro_f1", "loss"), values, strict=False):
+            client.log_metric(run.info.run_id, f"validation/{metric}", value)
+
+    def order(metric: Literal["accuracy", "macro_f1"]) -> str:
+        runs.rank_runs(store, "digits@1", metric)
+        ranked = client.search_runs([experiment], "tags.rank LIKE '%'", order_by=["tags.rank"])
+        return "".join(run.info.run_name or "" for run in ranked)
+
+    assert order("accuracy") == "acbd"
+    assert order("macro_f1") == "cbad"
+
+
+def test_views_show_only_settings_that_differ(store: TrackingStore) -> None:
+    for lr, seed in (("0.1", "1"), ("0.05", "1")):
+        run = store.client.create_run(store.experiment.experiment_id, tags={"data": "digits@2"})
+        store.client.log_param(run.info.run_id, "recipe.lr", lr)
+        store.client.log_param(run.info.run_id, "train.seed", seed)
+    runs.rank_runs(store, "digits@2", "accuracy")
+    experiment = store.experiment.experiment_id
+    assert ui_views.list_different(store.client, experiment, ui_views.SETTINGS) == ["recipe.lr"]

@@ -39,5 +39,8 @@ LEADERBOARD = "leaderboard.csv"
 # The links to the views in MLflow, beside the scratch folders of the stages.
 LINKS = "links.json"
 
+# In artifacts/, beside the output folders: the latency of each network on the machine that measured it.
+LATENCIES = "latency.csv"
+
 # A folder of the project, outside the outputs of the stages, with a note about each model that has had a champion.
 CHAMPION_NOTES = "artifacts/.cache/champion"

@@ -6,6 +6,7 @@ Latencies are never part of a cached output, because their noise would make equa
 import platform
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,23 +18,28 @@ BATCH_SIZE = 64  # images
 WARMUP_CALLS = 5
 # Minimum and maximum number of measured calls.
 MIN_CALLS, MAX_CALLS = 10, 100
-# Time per measured function, after which measuring stops once `MIN_CALLS` calls were made.
+# Time of a measurement; in that of a ratio, each of both functions has as much.
 MEASURING_TIME_S = 1.5
 
 
-def measure_latency(classifier: Classifier) -> dict[str, float]:
-    """Measure the time from uint8 pixels to probabilities, on the classifier's device.
+def measure_latencies(classifiers: Sequence[Classifier], kind: Literal["image", "batch"]) -> list[dict[str, float]]:
+    """Measure the time from uint8 pixels to probabilities of several classifiers, each on its own device.
+
+    The calls alternate, so that other load on the machine affects all of them equally.
+
+    Args:
+        classifiers: The classifiers.
+        kind: Whether a call predicts a single image or a batch of `BATCH_SIZE` images.
 
     Returns:
-        The metrics `image_ms_median`, `image_ms_p95`, `batch_ms_median` and `batch_ms_p95`, in milliseconds per call,
-        for a single image and for a batch of `BATCH_SIZE` images.
+        For each classifier the metrics `<kind>_ms_median` and `<kind>_ms_p95`, in milliseconds per call.
     """
-    latencies = {}
-    for name, count in (("image", 1), ("batch", BATCH_SIZE)):
-        (times,) = time_alternately([_make_call(classifier, count)])
-        latencies[f"{name}_ms_median"] = float(np.median(times))
-        latencies[f"{name}_ms_p95"] = float(np.quantile(times, 0.95))
-    return latencies
+    count = 1 if kind == "image" else BATCH_SIZE
+    times = time_alternately([_make_call(classifier, count) for classifier in classifiers], MEASURING_TIME_S)
+    return [
+        {f"{kind}_ms_median": float(np.median(each)), f"{kind}_ms_p95": float(np.quantile(each, 0.95))}
+        for each in times
+    ]
 
 
 def describe_hardware(device: torch.device) -> str:
@@ -58,12 +64,16 @@ def measure_latency_ratio(classifier: Classifier, other: Classifier, count: int 
     Returns:
         The ratio of the median latencies.
     """
-    times, others = time_alternately([_make_call(classifier, count), _make_call(other, count)])
+    times, others = time_alternately([_make_call(classifier, count), _make_call(other, count)], 2 * MEASURING_TIME_S)
     return float(np.median(times) / np.median(others))
 
 
-def time_alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
+def time_alternately(calls: Sequence[Callable[[], object]], duration_s: float) -> np.ndarray:
     """Measure functions in turn, reversing the order in every round.
+
+    Args:
+        calls: The functions.
+        duration_s: Seconds after which measuring stops once `MIN_CALLS` calls of each were made.
 
     Returns:
         Times in milliseconds, of shape (functions, rounds).
@@ -74,9 +84,7 @@ def time_alternately(calls: Sequence[Callable[[], object]]) -> np.ndarray:
     times: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     start = time.perf_counter()
-    while len(times[0]) < MIN_CALLS or (
-        len(times[0]) < MAX_CALLS and time.perf_counter() - start < MEASURING_TIME_S * len(calls)
-    ):
+    while len(times[0]) < MIN_CALLS or (len(times[0]) < MAX_CALLS and time.perf_counter() - start < duration_s):
         for turn in order:
             before = time.perf_counter()
             calls[turn]()

@@ -38,6 +38,11 @@ class ValidatedModel:
         actual, predicted = (self.predictions[name].to_numpy(object) for name in ("actual", "predicted"))
         return score_predictions(metric, actual, predicted)
 
+    def summarize(self, metric: SelectionMetric) -> dict[str, float]:
+        """Return the metrics that architectures are compared by: accuracy, the selection metric and the log loss."""
+        scores = {name: self.score(name) for name in dict.fromkeys(("accuracy", metric))}  # type: ignore[arg-type]
+        return scores | {"loss": float(self.predictions["log_loss"].mean())}
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:

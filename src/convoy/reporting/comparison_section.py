@@ -75,23 +75,51 @@ def describe_results(leaderboard: pd.DataFrame) -> Section:
             is_wide=True,
         )
 
-    def draw_cost(cost: str, label: str, title: str) -> Figure:
-        names = leaderboard["model"].tolist()
-        at = comparison_charts.find_frontier(leaderboard[cost].tolist(), leaderboard["test_accuracy"].tolist())
+    figures = [
+        draw_safely("Accuracy with interval", draw_accuracies),
+        _draw_cost(leaderboard, "Accuracy against size", "parameters", "parameters"),
+        _draw_cost(leaderboard, "Accuracy against computation", "macs", "multiply-accumulate operations for one image"),
+    ]
+    return Section("results", "Accuracy and cost", figures, short_title="Accuracy and cost")
+
+
+def describe_latencies(table: pd.DataFrame) -> list[Figure]:
+    """Draw the accuracy of the architectures against the latencies that were measured on this machine.
+
+    Args:
+        table: Table with the columns model, test_accuracy, low, high, image_ms_median, image_ms_p95 and hardware.
+    """
+    title = "Accuracy against latency"
+    if not len(table):
+        return [Figure(title, note="The latencies of these networks were not measured yet: `convoy run` does it.")]
+    shown = pd.DataFrame(
+        {
+            "architecture": table["model"],
+            "median, ms": table["image_ms_median"].map("{:.2f}".format),
+            "95% below, ms": table["image_ms_p95"].map("{:.2f}".format),
+        }
+    )
+    note = f"Measured in turn on {', '.join(table['hardware'].unique())}, one image in each call."
+    return [
+        _draw_cost(table, title, "image_ms_median", "milliseconds for one image (median)"),
+        Figure("Latency of one image", note=note, table=shown),
+    ]
+
+
+def _draw_cost(table: pd.DataFrame, title: str, cost: str, label: str) -> Figure:
+    """Draw accuracy against a cost, with the frontier."""
+
+    def draw() -> Figure:
+        at = comparison_charts.find_frontier(table[cost].tolist(), table["test_accuracy"].tolist())
+        names = ", ".join(table["model"].iloc[at])
         return make_chart(
             title,
-            comparison_charts.draw_frontier(leaderboard, cost, label),
-            f"Test accuracy against {label}; on the frontier: {', '.join(names[number] for number in at)}.",
+            comparison_charts.draw_frontier(table, cost, label),
+            f"Test accuracy against {label}; on the frontier: {names}.",
             "No architecture on the dashed line is surpassed by one that costs less.",
         )
 
-    size, work = "Accuracy against size", "Accuracy against computation"
-    figures = [
-        draw_safely("Accuracy with interval", draw_accuracies),
-        draw_safely(size, lambda: draw_cost("parameters", "parameters", size)),
-        draw_safely(work, lambda: draw_cost("macs", "multiply-accumulate operations for one image", work)),
-    ]
-    return Section("results", "Accuracy and cost", figures, short_title="Accuracy and cost")
+    return draw_safely(title, draw)
 
 
 def describe_curves(results: Sequence[ModelResults]) -> Section:

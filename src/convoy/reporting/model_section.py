@@ -23,7 +23,7 @@ from convoy.reporting.figures import (
 from convoy.reporting.label_errors import find_label_errors
 from convoy.training.record import TrainingRecord
 
-MAX_MISTAKES, MAX_UNCERTAIN, MAX_LABEL_ERRORS, MAX_EXPLAINED = 24, 12, 24, 6  # images
+MAX_SAMPLES, MAX_MISTAKES, MAX_UNCERTAIN, MAX_LABEL_ERRORS, MAX_EXPLAINED = 12, 24, 12, 24, 6  # images
 MAX_FILTERS, MAX_MAPS, MAX_BLOCKS, MAX_CONFUSIONS = 60, 12, 12, 15
 FILTER_SIDE = 80  # pixels
 
@@ -204,6 +204,13 @@ def show_mistakes(results: ModelResults) -> Figure:
     return Figure("Most confident mistakes", note=note, tiles=_make_tiles(results, chosen), is_wide=True)
 
 
+def show_samples(results: ModelResults) -> Figure:
+    """Show test images from the first to the last, with their predictions."""
+    count = len(results.test.labels)
+    chosen = np.linspace(0, count - 1, min(MAX_SAMPLES, count)).round().astype(int)
+    return Figure("Sample predictions", tiles=_make_tiles(results, chosen), is_wide=True)
+
+
 def show_uncertain(results: ModelResults) -> Figure:
     """Show the least certain images."""
     chosen = np.argsort(results.test.confidence, kind="stable")[:MAX_UNCERTAIN]
@@ -355,6 +362,7 @@ FIGURES: dict[str, Callable[[ModelResults], Figure]] = {
     "Precision, recall and F1 by class": draw_class_metrics,
     "Reliability": draw_reliability,
     "Accuracy against coverage": draw_coverage,
+    "Sample predictions": show_samples,
     "Most confident mistakes": show_mistakes,
     "Least certain images": show_uncertain,
     "Probable label errors": lambda results: show_label_errors(results.classes, results.held_out, "confident learning"),

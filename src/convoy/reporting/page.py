@@ -12,16 +12,24 @@ from markupsafe import Markup
 
 from convoy.data.card.markdown import escape, format_table
 from convoy.reporting.comparison_section import DataSummary
+from convoy.reporting.figures import Figure
 from convoy.reporting.model_charts import count_confusions
 from convoy.reporting.model_section import ModelResults
 from convoy.reporting.report import architecture_colour
 
 # Where the page waits for the verdict, which depends on the champion in MLflow and not only on outputs.
 VERDICT_SLOT = "<!-- the verdict of the gate -->"
+# Where it waits for the latencies, which differ in each measurement.
+LATENCY_SLOT = "<!-- the latencies -->"
 
 
 def render_page(template: str, **values: object) -> str:
     """Render a template of this package as HTML."""
+    slots = {"verdict_slot": Markup(VERDICT_SLOT), "latency_slot": Markup(LATENCY_SLOT)}
+    return _make_environment().get_template(template).render(**slots, **values)
+
+
+def _make_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("convoy.reporting"),
         autoescape=True,
@@ -30,7 +38,7 @@ def render_page(template: str, **values: object) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"colour": architecture_colour, "cell": format_cell}
-    return environment.get_template(template).render(slot=Markup(VERDICT_SLOT), **values)
+    return environment
 
 
 def format_cell(value: object) -> str:
@@ -54,6 +62,12 @@ def fill_verdict(page: str, verdict: str, facts: Sequence[str] = ()) -> str:
     body = render_markdown(text) if text else "<p>There is no verdict yet: <code>convoy run</code> writes it.</p>"
     listed = "".join(f"<li>{jinja2.filters.do_forceescape(fact)}</li>" for fact in facts)
     return page.replace(VERDICT_SLOT, f'<div class="scroll">{body}</div>' + (f"<ul>{listed}</ul>" if facts else ""))
+
+
+def fill_latencies(page: str, figures: Sequence[Figure]) -> str:
+    """Put the figures about latencies into a report."""
+    template = _make_environment().get_template("figures.html.jinja")
+    return page.replace(LATENCY_SLOT, "".join(template.module.show_figure(figure) for figure in figures))  # type: ignore[attr-defined]
 
 
 def render_markdown(text: str) -> str:

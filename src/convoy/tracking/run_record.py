@@ -79,6 +79,7 @@ def describe_result(
     tags: Mapping[str, str],
     provenance: Mapping[str, str],
     files: Sequence[Path],
+    validation: Mapping[str, float],
 ) -> RunRecord:
     """Create the run of a training that has ended.
 
@@ -89,6 +90,7 @@ def describe_result(
         tags: Additional tags, which are updated.
         provenance: Tags that are never overwritten.
         files: Files to upload as artifacts.
+        validation: Metrics on the validation images by name, logged as `validation/<name>`.
     """
     best, max_epochs, failure = record.best, record.train.max_epochs, record.failure
     weights = [file for file in files if file.suffix == ".safetensors"]
@@ -107,6 +109,7 @@ def describe_result(
         metrics={
             **({f"kept/{name}": getattr(best, name) for name in ("val_accuracy", "val_loss", "epoch")} if best else {}),
             **{f"test/{name}": value for name, value in metrics.items()},
+            **{f"validation/{name}": value for name, value in validation.items()},
             "parameters": record.parameters,
             "multiply_adds": record.macs,
             **({"megabytes": sum(file.stat().st_size for file in weights) / 1e6} if weights else {}),

@@ -16,6 +16,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from convoy.core.config import SelectionMetric
 from convoy.core.hashing import sha256
 from convoy.tracking.run_record import FINGERPRINT_TAG, HistoryRow, RunRecord
 from convoy.tracking.store import TrackingStore, upload_timeout
@@ -215,19 +216,26 @@ def set_tags(store: TrackingStore, found: MlflowRun, tags: Mapping[str, str]) ->
             store.client.set_tag(found.info.run_id, name, value)
 
 
-def rank_runs(store: TrackingStore, data: str) -> None:
+def rank_runs(store: TrackingStore, data: str, metric: SelectionMetric) -> None:
     """Give the runs of the current data the tag `RANK_TAG`, best in validation first, and no other run.
 
-    MLflow's UI sorts by one column, and would otherwise mix runs of all versions of the data.
+    MLflow's UI sorts by one column, and would otherwise mix runs of all versions of the data. Ties are broken as in the
+    leaderboard of a terminal.
 
     Args:
         store: Tracking store.
         data: Value of the tag `data` of the current data.
+        metric: Metric on the validation images to rank by.
     """
     experiment, is_current = [store.experiment.experiment_id], f"tags.data = '{data}'"
-    order = ["metrics.`kept/val_accuracy` DESC", "metrics.`kept/val_loss` ASC", "attributes.run_name ASC"]
-    ranked = store.client.search_runs(experiment, is_current, max_results=MAX_RANKED, order_by=order)
-    for position, run in enumerate(ranked, 1):
+    found = store.client.search_runs(experiment, is_current, max_results=MAX_RANKED)
+
+    def key(run: MlflowRun) -> tuple[float, float, str]:
+        metrics = run.data.metrics
+        score, loss = metrics.get(f"validation/{metric}", -math.inf), metrics.get("validation/loss", math.inf)
+        return -score, loss, run.info.run_name or ""
+
+    for position, run in enumerate(sorted(found, key=key), 1):
         set_tags(store, run, {RANK_TAG: f"{position:03}"})
     for run in store.client.search_runs(experiment, f"tags.{RANK_TAG} LIKE '%' AND tags.data != '{data}'"):
         store.client.delete_tag(run.info.run_id, RANK_TAG)
@@ -264,11 +272,6 @@ def round_for_display(value: float) -> float:
     return value if float(value).is_integer() else float(f"{value:.7g}")
 
 
-def has_metric(store: TrackingStore, run_id: str, metric: str) -> bool:
-    """Return whether a metric was logged to a run."""
-    return metric in store.client.get_run(run_id).data.metrics
-
-
 def log_latencies(store: TrackingStore, run_id: str, latencies: Mapping[str, float], hardware: str) -> None:
     """Log the latency of a run's model, and the hardware on which it was measured.
 
@@ -282,6 +285,13 @@ def log_latencies(store: TrackingStore, run_id: str, latencies: Mapping[str, flo
     """
     points = [Metric(f"latency/{name}", round(value, 3), _now_ms(), 0) for name, value in latencies.items()]
     store.client.log_batch(run_id, metrics=points, tags=[RunTag("latency.hardware", hardware)])
+
+
+def read_latencies(store: TrackingStore, run_id: str) -> dict[str, float | str]:
+    """Return what `log_latencies` has logged: latencies by name, and the `hardware`; empty if there are none."""
+    data, prefix = store.client.get_run(run_id).data, "latency/"
+    found = {name.removeprefix(prefix): value for name, value in data.metrics.items() if name.startswith(prefix)}
+    return {**found, "hardware": data.tags.get("latency.hardware", "")} if found else {}
 
 
 def name_process() -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from mlflow import MlflowClient
@@ -18,10 +19,13 @@ from mlflow import MlflowClient
 from convoy.tracking.store import TrackingStore
 from convoy.tracking.tags import RANK_TAG
 
-# Columns of the leaderboard: what was trained, how good it is, on what, and what came of it; then settings and size.
+# Columns of the leaderboard: what was trained, how good it is, on what, and what came of it; then cost and settings.
 COLUMNS = [
     "tags.rank",
-    "metrics.kept/val_accuracy",
+    # Only those of `register.selection_metric` exist.
+    "metrics.validation/balanced_accuracy",
+    "metrics.validation/macro_f1",
+    "metrics.validation/accuracy",
     "metrics.test/accuracy",
     "metrics.test/accuracy_low",
     "metrics.test/accuracy_high",
@@ -29,25 +33,34 @@ COLUMNS = [
     "attributes.Models",
     "tags.verdict",
     "tags.commit",
-    "metrics.kept/val_loss",
+    "metrics.validation/loss",
     "metrics.test/macro_f1",
     "metrics.test/log_loss",
     "metrics.parameters",
-    "params.model",
-    "params.recipe.lr",
-    "params.recipe.weight_decay",
-    "params.recipe.batch_size",
-    "params.train.max_epochs",
-    "params.train.seed",
-    "params.split.seed",
-    "tags.reproduction",
+    "metrics.latency/image_ms_median",
+]
+# Settings that matter most. The views show those that are not the same in all ranked runs.
+SETTINGS = [
+    "recipe.optimizer",
+    "recipe.lr",
+    "recipe.batch_size",
+    "recipe.weight_decay",
+    "recipe.label_smoothing",
+    "recipe.ema_decay",
+    "recipe.augment.auto_augment",
+    "recipe.augment.mixup",
+    "init",
+    "model.size",
+    "train.max_epochs",
+    "train.seed",
+    "split.seed",
 ]
 # Widths of columns whose content is wider than their name, in pixels.
 COLUMN_WIDTHS = {"tags.data": 170, "tags.verdict": 160, "tags.commit": 110, "attributes.Models": 110}
 # Metrics of the page of curves, as line charts, bar charts and scatter plots.
 CURVES = ["epoch/val_accuracy", "epoch/val_loss", "epoch/train_loss"]
-BARS = ["kept/val_accuracy", "test/accuracy"]
-SCATTERS = [("parameters", "test/accuracy")]
+BARS = ["validation/accuracy", "test/accuracy"]
+SCATTERS = [("parameters", "test/accuracy"), ("latency/image_ms_median", "test/accuracy")]
 # Prefix of the experiment tag that holds a view, followed by the ID of the view.
 TAG = "mlflow.sharedViewState."
 LINE_CHART = {
@@ -72,8 +85,10 @@ def save_views(store: TrackingStore) -> tuple[str, str]:
     client, experiment = store.client, store.experiment.experiment_id
     # Runs without a rank, which are those of other data, come last.
     order_by = f"tags.{RANK_TAG}"
-    table = save_table(client, experiment, "leaderboard", COLUMNS, order_by)
-    charts = save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, order_by)
+    settings = list_different(client, experiment, SETTINGS)
+    columns = [*COLUMNS, *(f"params.{name}" for name in settings), "tags.reproduction"]
+    table = save_table(client, experiment, "leaderboard", columns, order_by)
+    charts = save_charts(client, experiment, "curves", CURVES, BARS, SCATTERS, settings, order_by)
     note = (
         f"[Leaderboard]({table[1:]}) · [Curves]({charts[1:]}) · all architectures; those of the newest data come "
         "first, best in validation"
@@ -81,6 +96,12 @@ def save_views(store: TrackingStore) -> tuple[str, str]:
     if store.experiment.tags.get("mlflow.note.content") != note:
         client.set_experiment_tag(experiment, "mlflow.note.content", note)
     return store.address + table, store.address + charts
+
+
+def list_different(client: MlflowClient, experiment_id: str, settings: Sequence[str]) -> list[str]:
+    """Return those of some settings that are not the same in all ranked runs."""
+    ranked = client.search_runs([experiment_id], f"tags.{RANK_TAG} LIKE '%'")
+    return [name for name in settings if len({run.data.params.get(name) for run in ranked}) > 1]
 
 
 def save_table(
@@ -135,6 +156,7 @@ def save_charts(
     curves: list[str],
     bars: list[str],
     scatters: list[tuple[str, str]],
+    settings: list[str],
     order_by: str,
 ) -> str:
     """Save a page of charts of all runs as a view.
@@ -149,6 +171,7 @@ def save_charts(
         curves: Metrics drawn as line charts over the steps.
         bars: Metrics whose last values are drawn as bar charts.
         scatters: Pairs of metrics drawn as scatter plots, (x, y).
+        settings: Parameters drawn as parallel coordinates with the first of `bars`, if there are two or more.
         order_by: Column to sort runs by in ascending order, as in `save_table`.
 
     Returns:
@@ -163,6 +186,10 @@ def save_charts(
     for x, y in scatters:
         axes = (("xaxis", x), ("yaxis", y))
         charts.append({"type": "SCATTER"} | {axis: {"key": m, "type": "METRIC"} for axis, m in axes})
+    if len(settings) > 1:
+        charts.append(
+            {"type": "PARALLEL", "selectedParams": settings, "selectedMetrics": bars[:1], "showAllRuns": True}
+        )
     for i, chart in enumerate(charts):
         chart |= {"uuid": f"{top}-{i}", "metricSectionId": top, "runsCountToCompare": 100, "deleted": False}
     return _save(

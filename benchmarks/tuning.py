@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="of each search, with its comparison")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="of the default learning rate")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         project = Path(name, "project")
         make_project(project, options.model, options.epochs)
         default = convoy(project, "settings", "show", "--json")["model"][options.model]["recipe"]["lr"]
         rows = []
-        for factor in FACTORS:
+        for factor in options.factors:
             for sampler in SAMPLERS:
                 rows.append(search(project, options, default * factor, sampler) | {"start": f"{factor:g} x default"})
                 print(rows[-1], file=sys.stderr, flush=True)

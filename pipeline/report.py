@@ -131,17 +131,19 @@ def summarize_data(stage: Stage, records: Sequence[TrainingRecord]) -> DataSumma
     """Count the images of each class and split, and choose some training images."""
     prepared = stage.input("preprocess")
     info = DatasetInfo.load(prepared / DATASET_INFO)
-    table = pd.read_parquet(prepared / IMAGE_TABLE, columns=["path", "label", "split"])
+    table = pd.read_parquet(prepared / IMAGE_TABLE, columns=["label", "split"])
     counts = pd.crosstab(table["label"], table["split"])
     counts = counts.reindex(index=info.classes, columns=["train", "val", "test"], fill_value=0)
     train = arrays.Images.load(prepared, "train")
-    paths = table.loc[table["split"] == "train", "path"].tolist()
-    # Classes in turn, so that as many as possible are shown.
+    # Classes in turn, so that as many as possible are shown; of many classes, some from the first to the last.
     turn = pd.Series(train.labels).groupby(train.labels).cumcount().to_numpy()
+    rows = np.lexsort((train.labels, turn))
+    first = rows[turn[rows] == 0]
     # As high as the chart of the classes beside them.
-    rows = np.lexsort((train.labels, turn))[: 12 if len(info.classes) <= 4 else 24]
+    count = 12 if len(info.classes) <= 12 else 24
+    rows = first[np.linspace(0, len(first) - 1, count).round().astype(int)] if len(first) > count else rows[:count]
     rows = rows[np.argsort(train.labels[rows], kind="stable")]
-    samples = [(train.pixels[row], info.classes[train.labels[row]], paths[row]) for row in rows]
+    samples = [(train.pixels[row], info.classes[train.labels[row]]) for row in rows]
     sizes = sorted({record.dataset_info.size for record in records})
     return DataSummary(records[0].data, info.classes, sizes, info.channels, counts, samples)
 

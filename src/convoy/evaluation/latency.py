@@ -46,8 +46,9 @@ def describe_hardware(device: torch.device) -> str:
     """Describe the hardware of a device: the GPU, or the processor with its instruction set and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
     return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, " + (
-        f"{torch.get_num_threads()} threads"
+        f"{threads} thread{'s' * (threads > 1)}"
     )
 
 

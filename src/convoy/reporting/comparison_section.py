@@ -23,7 +23,7 @@ class DataSummary:
     sizes: Sequence[int]  # height and width of the images that the networks see, in pixels, ascending
     channels: int  # 1 grey or 3 RGB
     counts: pd.DataFrame  # a row for each class; images of the splits train, val and test
-    samples: Sequence[tuple[np.ndarray, str, str]]  # pixels, label and path of training images
+    samples: Sequence[tuple[np.ndarray, str]]  # pixels and label of training images
 
 
 def describe_data(data: DataSummary) -> Section:
@@ -46,10 +46,7 @@ def describe_data(data: DataSummary) -> Section:
         )
 
     def show_samples() -> Figure:
-        tiles = [
-            Tile(encode_image(pixels), (label,), f"Training image of {label}", path)
-            for pixels, label, path in data.samples
-        ]
+        tiles = [Tile(encode_image(pixels), (label,), f"Training image of {label}") for pixels, label in data.samples]
         return Figure("Training images", tiles=tiles)
 
     figures = [draw_safely("Images of each class", draw_counts), draw_safely("Training images", show_samples)]
@@ -95,14 +92,14 @@ def describe_latencies(table: pd.DataFrame) -> list[Figure]:
     shown = pd.DataFrame(
         {
             "architecture": table["model"],
-            "median, ms": table["image_ms_median"].map("{:.2f}".format),
-            "95% below, ms": table["image_ms_p95"].map("{:.2f}".format),
+            "median, ms": table["image_ms_median"],
+            "95th percentile, ms": table["image_ms_p95"],
         }
     )
     note = f"Measured in turn on {', '.join(table['hardware'].unique())}, one image in each call."
     return [
         _draw_cost(table, title, "image_ms_median", "milliseconds for one image (median)"),
-        Figure("Latency of one image", note=note, table=shown),
+        Figure("Latency of one image", note=note, table=shown, digits=2),
     ]
 
 
@@ -203,6 +200,9 @@ def describe_disagreement(results: Sequence[ModelResults]) -> Section:
             "the mean probabilities of all architectures and confident learning",
         ),
     }
+    if len(results) == 2:
+        # The introduction says how often they disagree.
+        del draws["Agreement by pair"]
     if len(results) == 1:
         draws = {title: draws[title] for title in ("F1 by class", "Probable label errors")}
         title, intro = "Hard classes and images", ""

@@ -45,6 +45,7 @@ class Figure:
     svg: Markup | None = None
     tiles: Sequence[Tile] = ()
     table: pd.DataFrame | None = None
+    digits: int = 4  # after the decimal point, of floats in the table
     error: str = ""  # why it could not be drawn
     is_wide: bool = False  # whether it needs the width of the page
     is_tall: bool = False  # whether others fit beside it

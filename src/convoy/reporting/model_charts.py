@@ -105,7 +105,7 @@ def draw_confusion_matrix(predictions: pd.DataFrame, classes: Sequence[str]) -> 
         corners = np.arange(count + 1) - 0.5
         axes.pcolormesh(corners, corners, rgba, linewidth=0)
         names = [shorten(name, NAME_WIDTH) for name in classes]
-        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_xticks(range(count), names, rotation=90 if count * max(map(len, names)) > 45 else 0, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
         axes.set(xlabel="predicted class", ylabel="actual class", aspect="equal")
         axes.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -0.5))
@@ -184,7 +184,8 @@ def draw_coverage(confidence: np.ndarray, is_correct: np.ndarray) -> str:
         axes.plot([1], accuracy[-1:], "o", color=BLUE)
         axes.set_title(f"all images: {accuracy[-1]:.4f}", loc="right", fontsize=9, color=BLUE)
         axes.set(xlabel="fraction of images kept, the most certain first", ylabel="accuracy on them", xlim=(0, 1.02))
-        axes.set_ylim(min(accuracy[keep].min(), accuracy[-1]) - 0.02, 1.005)
+        axes.set_ylim(max(0, min(accuracy[keep].min(), accuracy[-1]) - 0.02), 1.005)
+        axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1])
     return drawn.svg
 
 

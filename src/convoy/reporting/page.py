@@ -41,12 +41,12 @@ def _make_environment() -> jinja2.Environment:
     return environment
 
 
-def format_cell(value: object) -> str:
-    """Format a cell of a table: numbers with thousands separators, and floats with four digits."""
+def format_cell(value: object, digits: int = 4) -> str:
+    """Format a cell of a table: integers with thousands separators, and floats with some digits after the point."""
     if pd.isna(value):  # type: ignore[call-overload]
         return "-"
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.{digits}f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -61,7 +61,9 @@ def fill_verdict(page: str, verdict: str, facts: Sequence[str] = ()) -> str:
     text = re.sub("^# ", "### ", verdict, count=1, flags=re.MULTILINE)
     body = render_markdown(text) if text else "<p>There is no verdict yet: <code>convoy run</code> writes it.</p>"
     listed = "".join(f"<li>{jinja2.filters.do_forceescape(fact)}</li>" for fact in facts)
-    return page.replace(VERDICT_SLOT, f'<div class="scroll">{body}</div>' + (f"<ul>{listed}</ul>" if facts else ""))
+    return page.replace(
+        VERDICT_SLOT, f'<div class="scroll prose">{body}</div>' + (f"<ul>{listed}</ul>" if facts else "")
+    )
 
 
 def fill_latencies(page: str, figures: Sequence[Figure]) -> str:

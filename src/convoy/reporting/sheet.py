@@ -19,12 +19,13 @@ from convoy.reporting.figures import Figure, Tile
 # All lengths are in pixels.
 TILE_SIDE = 128
 GAP = 16
+COLUMN_GAP = 28  # captions are wider than their images
 TITLE_HEIGHT = 44
 LINE_HEIGHT = 15
 COLUMNS = 6
 INK = "#24292f"
 DPI = 100  # pixels of an inch
-CHARACTER_WIDTH = 6.5
+CHARACTER_WIDTH = 7.2  # of a bold one
 POINT = 72 / DPI  # points of a pixel
 
 
@@ -66,7 +67,7 @@ def _draw_sheet(figure: Figure, title: str, file: Path) -> None:
             canvas.figimage(np.asarray(image), left, height - top - image.height, origin="upper")
             for number, line in enumerate(lines):
                 below = top + image.height + 5 + number * LINE_HEIGHT
-                text = shorten(line, int(max(image.width, TILE_SIDE + GAP) / CHARACTER_WIDTH))
+                text = shorten(line, int((image.width + COLUMN_GAP - 8) / CHARACTER_WIDTH))
                 write(left, height - below, text, fontsize=11 * POINT, weight="normal" if number else "bold")
         canvas.savefig(file, metadata={"Software": None})
 
@@ -89,13 +90,13 @@ def _arrange(
         The left and top edge of each image, and the width and height of the sheet.
     """
     places: list[tuple[int, int]] = []
-    limit = COLUMNS * (TILE_SIDE + GAP) + GAP
+    limit = COLUMNS * (TILE_SIDE + COLUMN_GAP) + GAP
     left, top, bottom, right = GAP, TITLE_HEIGHT, TITLE_HEIGHT, 0
     for image, lines, wide in zip(images, captions, is_wide, strict=True):
         if left > GAP and (wide or left + image.width > limit):
             left, top = GAP, bottom
         places.append((left, top))
-        right = max(right, left + image.width + GAP)
+        right = max(right, left + image.width + COLUMN_GAP)
         bottom = max(bottom, top + image.height + len(lines) * LINE_HEIGHT + GAP)
-        left = left + image.width + GAP if not wide else limit
+        left = left + image.width + COLUMN_GAP if not wide else limit
     return places, right, bottom

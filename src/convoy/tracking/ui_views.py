@@ -132,7 +132,7 @@ def save_table(
     widths = {"attributes.`Run Name`": 140, "runDateAndNestInfo": 140}
     # Pixels: 7 for each character, a margin, and space for the arrow in the header of the sorted column.
     for column in columns:
-        width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 40)
+        width = 7 * len(column.partition(".")[2]) + (60 if column == order_by else 30)
         widths[_column_key(column)] = COLUMN_WIDTHS.get(column, min(220, max(80, width)))
     return _save(
         client,

@@ -58,6 +58,8 @@ def open_browser(width: int, height: int, *, dark: bool = False, scale: float = 
 class _Driver:
     def __init__(self, options: webdriver.ChromeOptions, service: Service) -> None:
         self.driver = webdriver.Chrome(options, service)
+        # MLflow's charts keep a busy machine occupied for longer than the default of 30 seconds.
+        self.driver.set_script_timeout(TIMEOUT_S)
 
     def close(self) -> None:
         self.driver.quit()

@@ -73,7 +73,8 @@ def compare(
         choice = ranking.choose(validated, params.selection_metric, params.prefer)
         winner, result, run = choice.name, results[choice.name], run_ids[choice.name]
         print(choice.reason)
-        write_latencies(stage, store, run_ids, {model.name: results[model.name] for model in validated}, winner)
+        shown = {model.name: results[model.name] for model in validated if model.name in run_ids}
+        write_latencies(stage, store, run_ids, shown, winner)
         if experiment := os.environ.get("DVC_EXP_NAME"):
             print(f"{winner} is the best of experiment {experiment}; experiments never change the champion")
             return

@@ -18,7 +18,8 @@ def make_tile(grey: int) -> Tile:
 def test_sheet_has_all_images_in_rows(tmp_path: Path) -> None:
     greys = [10 + 20 * number for number in range(COLUMNS + 1)]
     save_sheet(Figure("Some images", tiles=[make_tile(grey) for grey in greys]), "lenet", tmp_path)
-    pixels = np.asarray(Image.open(tmp_path / "some_images.png").convert("L"))
+    with Image.open(tmp_path / "some_images.png") as sheet:
+        pixels = np.asarray(sheet.convert("L"))
     assert pixels.shape[1] > COLUMNS * TILE_SIDE
     for grey in greys:
         assert (pixels == grey).sum() >= TILE_SIDE**2
@@ -27,7 +28,8 @@ def test_sheet_has_all_images_in_rows(tmp_path: Path) -> None:
 def test_strips_are_as_wide_as_they_are(tmp_path: Path) -> None:
     strip = encode_strip(np.zeros((12, 4, 4)), side=64, columns=12, colours="gray")
     save_sheet(Figure("Maps", tiles=[Tile(strip, ("maps",), "maps", is_wide=True)]), "lenet", tmp_path)
-    assert Image.open(tmp_path / "maps.png").width > 12 * 64
+    with Image.open(tmp_path / "maps.png") as sheet:
+        assert sheet.width > 12 * 64
 
 
 def test_sheet_that_fails_leaves_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -319,7 +319,7 @@ def show_feature_maps(results: ModelResults) -> Figure:
         f"block: up to {MAX_MAPS} maps with the most structure, each in its own range. Shapes are "
         "channels x height x width."
     )
-    return Figure("One image on its way through the network", note=note, tiles=tiles, is_wide=True)
+    return Figure("Feature maps of one image", note=note, tiles=tiles, is_wide=True)
 
 
 def show_evidence(results: ModelResults) -> Figure:
@@ -367,7 +367,7 @@ FIGURES: dict[str, Callable[[ModelResults], Figure]] = {
     "Least certain images": show_uncertain,
     "Probable label errors": lambda results: show_label_errors(results.classes, results.held_out, "confident learning"),
     "Filters of the first convolution": show_filters,
-    "One image on its way through the network": show_feature_maps,
+    "Feature maps of one image": show_feature_maps,
     "Where the network looks": show_evidence,
     "Layers": list_layers,
 }

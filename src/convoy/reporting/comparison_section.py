@@ -92,8 +92,8 @@ def describe_latencies(table: pd.DataFrame) -> list[Figure]:
     shown = pd.DataFrame(
         {
             "architecture": table["model"],
-            "median, ms": table["image_ms_median"],
-            "95th percentile, ms": table["image_ms_p95"],
+            "median ms": table["image_ms_median"],
+            "p95 ms": table["image_ms_p95"],
         }
     )
     note = f"Measured in turn on {', '.join(table['hardware'].unique())}, one image in each call."

@@ -61,9 +61,7 @@ def fill_verdict(page: str, verdict: str, facts: Sequence[str] = ()) -> str:
     text = re.sub("^# ", "### ", verdict, count=1, flags=re.MULTILINE)
     body = render_markdown(text) if text else "<p>There is no verdict yet: <code>convoy run</code> writes it.</p>"
     listed = "".join(f"<li>{jinja2.filters.do_forceescape(fact)}</li>" for fact in facts)
-    return page.replace(
-        VERDICT_SLOT, f'<div class="scroll prose">{body}</div>' + (f"<ul>{listed}</ul>" if facts else "")
-    )
+    return page.replace(VERDICT_SLOT, f'<div class="scroll">{body}</div>' + (f"<ul>{listed}</ul>" if facts else ""))
 
 
 def fill_latencies(page: str, figures: Sequence[Figure]) -> str:

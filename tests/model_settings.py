@@ -11,12 +11,16 @@ from convoy.core import config
 from small_project import ROOT
 
 NETWORKS = sorted(file.stem for file in (ROOT / "conf/model").glob("*.yaml"))
-# Settings that make networks small enough for tests: timm's ConvNeXt takes its widths, torchvision's does not, and the
-# class is the one that vit_b_16 builds.
+# Settings that make networks small enough for tests: timm's ConvNeXt and EfficientNet take their widths, torchvision's
+# do not, and the class is the one that vit_b_16 builds.
 SHRUNK: dict[str, dict[str, Any]] = {
     "convnext_tiny": {
         "builder": "timm/convnext_tiny",
         "arguments": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32], "patch_size": 2},
+    },
+    "efficientnet_v2_s": {
+        "builder": "timm/efficientnetv2_s",
+        "arguments": {"channel_multiplier": 0.1, "depth_multiplier": 0.1},
     },
     "mobilenet_v3_small": {"arguments": {"width_mult": 0.25}},
     "vit_b_16": {

@@ -96,8 +96,16 @@ def test_wrong_setting_is_refused_with_a_fix(changes: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("builder", "size", "message"),
     [
-        ("torchvision/inception_v3", 32, r"images of 32 px .*set model\.mine\.size to 75, the nearest"),
-        ("torchvision/vit_b_32", 250, r"images of 250 px .*set model\.mine\.size to 256 or 224, the nearest"),
+        (
+            "torchvision/inception_v3",
+            32,
+            r"images of 32 px .*set model\.mine\.size to 75, the near.* smallest is 75, the largest 1024",
+        ),
+        (
+            "torchvision/vit_b_32",
+            250,
+            r"images of 250 px .*set model\.mine\.size to 256 or 224, the nearest.* smallest is 32, the largest 1024",
+        ),
     ],
 )
 def test_size_that_does_not_fit_is_refused_with_those_that_do(builder: str, size: int, message: str) -> None:
@@ -120,6 +128,14 @@ def test_work_and_size_are_those_that_torchvision_states(name: str) -> None:
         network = models.build(name, full_settings(name), DatasetInfo("x", classes, size, 3, [0.4] * 3, [0.2] * 3))
     assert sum(parameter.numel() for parameter in network.parameters()) == weights.meta["num_params"]
     assert math.isclose(count_macs(network) / 1e9, weights.meta["_ops"], abs_tol=0.001, rel_tol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_fit_the_sizes_that_the_documentation_gives(name: str) -> None:
+    values = load_model_settings(name) if name in models.names() else full_settings(name)
+    for size in (32, 48, 224, 1024):
+        build(values | {"size": size}, size=size, channels=3, meta=1)
 
 
 # Determinism

@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,8 @@ from convoy.models.base import Classifier
 
 # Modules of this package that do not define one architecture.
 SHARED = ("base", "builders")
-# The largest image size that is tried when the images of a network are too small.
-MAX_SIZE_TRIED = 256
+# Pixels; tried where a network does not fit its images. These are multiples of the usual patches and windows.
+SIZES_TRIED = sorted({*range(32, 1025, 32), *range(56, 1025, 28)})
 
 
 @_schema
@@ -188,7 +188,7 @@ def _check_image_size(name: str, network: type, params: Any, info: DatasetInfo) 
     """Check the settings by passing one batch through every head on the meta device, which computes only shapes.
 
     Raises:
-        ConvoyError: If the network does not fit the images; the message gives the nearest sizes that it fits.
+        ConvoyError: If the network does not fit the images; the message gives the sizes that it fits.
     """
 
     def find_error(size: int) -> str:
@@ -202,25 +202,26 @@ def _check_image_size(name: str, network: type, params: Any, info: DatasetInfo) 
             return str(error)
         return ""
 
+    def find_first(sizes: Iterable[int]) -> int:
+        return next((size for size in sizes if not find_error(size)), 0)
+
     if not (reason := find_error(info.size)):
         return
-    if hasattr(network, "sizes_tried"):
-        smaller = [size for size in network.sizes_tried if size < info.size]
-        larger = [size for size in network.sizes_tried if size > info.size]
-        fitting = [next((size for size in sizes if not find_error(size)), 0) for sizes in (larger, reversed(smaller))]
-        if fitting[0]:
-            # Between the last size that does not fit and the first that does.
-            between = range(max([info.size, *(size for size in larger if size < fitting[0])]) + 1, fitting[0])
-            fitting[0] = [*between, fitting[0]][
-                bisect.bisect_left(between, True, key=lambda size: not find_error(size))
-            ]
-        found = " or ".join(str(size) for size in fitting if size)
-        fix = f"set model.{name}.size to {found}, the nearest that fits" if found else "choose another network"
-        raise ConvoyError(f"model.{name}: does not fit images of {info.size} px ({reason}): {fix}")
-    sizes = range(info.size, MAX_SIZE_TRIED + 1)
-    smallest = bisect.bisect_left(sizes, True, key=lambda size: not find_error(size))
-    hint = f"images of {sizes[smallest]} px or more, or " if smallest < len(sizes) else ""
-    raise ConvoyError(
-        f"model.{name}: does not fit images of {info.size} px ({reason}). It needs {hint}"
-        f"a smaller kernel, stride or pool in conf/model/{name}.yaml"
-    )
+    larger = find_first(size for size in SIZES_TRIED if size > info.size)
+    smaller = find_first(size for size in reversed(SIZES_TRIED) if size < info.size)
+    if larger:
+        # Between the last size that does not fit and the first that does.
+        between = range(max([info.size, *(size for size in SIZES_TRIED if size < larger)]) + 1, larger)
+        larger = [*between, larger][bisect.bisect_left(between, True, key=lambda size: not find_error(size))]
+    settings = f"other settings in conf/model/{name}.yaml"
+    if larger or smaller:
+        nearest = " or ".join(str(size) for size in (larger, smaller) if size)
+        smallest = find_first(SIZES_TRIED) if smaller else larger
+        largest = find_first(reversed(SIZES_TRIED)) if larger else smaller
+        fix = (
+            f"set model.{name}.size to {nearest}, the nearest that fits (the smallest is {smallest}, the largest"
+            f" {largest}), or {settings}"
+        )
+    else:
+        fix = f"set {settings}, or choose another network"
+    raise ConvoyError(f"model.{name}: does not fit images of {info.size} px ({reason}): {fix}")

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,6 @@ class BuiltNetwork(Classifier):
         info: Classes, image size and channel statistics of the data set.
         params: Settings of the network.
     """
-
-    # Pixels; tried where it does not fit the images. These are multiples of the usual patches and windows.
-    sizes_tried: ClassVar[Sequence[int]] = sorted({*range(32, 1025, 32), *range(28, 1025, 28)})
 
     def __init__(self, info: DatasetInfo, params: Params) -> None:
         super().__init__(info, params.recipe)

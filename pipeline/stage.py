@@ -123,8 +123,7 @@ class Stage:
 
     def images_name(self, architecture: str = "") -> str:
         """Return the name of the folder of `images`, relative to artifacts/."""
-        size = self.params["model"][architecture or self.foreach_key].get("size")
-        return "preprocess" if size in (None, self.params["preprocess"]["size"]) else f"resize/{size}"
+        return find_images_name(self.params, architecture or self.foreach_key)
 
     def _find_fault(self, folder: Path, only: Collection[str]) -> str:
         """Return a description of how an output folder deviates from its manifest, or "" if it does not."""
@@ -202,6 +201,17 @@ def _hashed_files(dep: Path) -> list[Path]:
     if dep.is_file():
         return [dep]
     return [dep / MANIFEST] if (dep / MANIFEST).is_file() else sorted(dep.rglob("*.py"))
+
+
+def find_images_name(params: Mapping[str, Any], architecture: str) -> str:
+    """Return the name of the folder with the images at the size of an architecture, relative to artifacts/.
+
+    Args:
+        params: The settings in params.yaml.
+        architecture: The name of the architecture; one that params.yaml lacks has images of the common size.
+    """
+    size = params["model"].get(architecture, {}).get("size")
+    return "preprocess" if size in (None, params["preprocess"]["size"]) else f"resize/{size}"
 
 
 def project_root(root: Path) -> Path:

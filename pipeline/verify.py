@@ -13,24 +13,17 @@ from convoy.data.packed.arrays import Images
 from convoy.evaluation.metrics import PROBABILITY_PREFIX
 from convoy.registry import model_loader, verification
 from convoy.tracking.store import TrackingStore, open_store
-from pipeline.stage import project_root
+from pipeline.stage import find_images_name, project_root
 
 MAX_IMAGES = 200  # images to predict
 
 
 def verify_model(root: Path, uri: str, evaluated: Path, prepared: Path | None = None) -> str:
     """Verify a registered model of the project against its recorded evaluation; see `verify`."""
-    prepared = prepared or find_images(root, evaluated)
-    name = config.load(root / "params.yaml")["register"]["name"]
-    with open_store(project_root(root), name) as store:
+    params = config.load(root / "params.yaml")
+    prepared = prepared or root / "artifacts" / find_images_name(params, evaluated.name)
+    with open_store(project_root(root), params["register"]["name"]) as store:
         return verify(store, uri, evaluated, prepared)
-
-
-def find_images(root: Path, evaluated: Path) -> Path:
-    """Return the folder with the images of an evaluation, which have the size of its network."""
-    settings = config.load(root / "params.yaml")["model"].get(evaluated.name, {})
-    resized = root / f"artifacts/resize/{settings.get('size')}"
-    return resized if (resized / DATASET_INFO).is_file() else root / "artifacts/preprocess"
 
 
 def verify(store: TrackingStore, uri: str, evaluated: Path, prepared: Path) -> str:

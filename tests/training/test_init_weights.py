@@ -228,7 +228,7 @@ def test_other_weights_under_a_published_name_are_refused(
     with pytest.raises(ConvoyError) as refusal:
         initialise(classifier, name, values)
     expected, message = published.stem[-8:], str(refusal.value)
-    assert message.startswith(f"model.{name}.init: {file} is damaged, or not the file that torchvision published")
+    assert message.startswith(f"model.{name}.init: {file} is damaged, or not the file that was published")
     assert f"its sha256 begins with {sha256(file)[:8]} instead of {expected}. Remove it, and" in message
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
 
@@ -239,7 +239,7 @@ def test_flipped_bit_in_published_weights_is_detected(publish: Publish, tmp_path
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     values = load_settings("resnet", "pretrained", "resnet18")
-    with pytest.raises(ConvoyError, match="is damaged, or not the file that torchvision published"):
+    with pytest.raises(ConvoyError, match="is damaged, or not the file that was published"):
         initialise(build("resnet", values, make_info()), "resnet", values)
 
 

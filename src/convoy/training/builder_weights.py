@@ -16,6 +16,7 @@ from convoy.training.torchvision_weights import IMAGENET_CLASSES, download, load
 
 # Seconds to wait for an answer of the Hugging Face Hub.
 HUB_TIMEOUT_S = 10
+SHA256_DIGITS = 64
 
 
 def download_weights(architecture: str, settings: Mapping[str, Any]) -> tuple[Path, str]:
@@ -53,34 +54,22 @@ def _download_from_hub(architecture: str, published: Any) -> Path:
         ) from error
 
 
-def is_published(file: Path, checksum: str, architecture: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether the name of a file confirms its checksum.
+def find_published_checksum(file: Path, architecture: str, settings: Mapping[str, Any]) -> str:
+    """Return the beginning of the sha256 that the name of a file states; "" if it states none.
 
     torchvision's file names end in the first 8 digits of the sha256. The cache of the Hugging Face Hub names a file by
     its complete sha256, which the Hub has stated.
 
     Args:
         file: File of weights.
-        checksum: The file's sha256.
         architecture: Name of the network.
         settings: Settings of the network, as in `conf/model/<name>.yaml`.
-
-    Raises:
-        ConvoyError: If the name contradicts the checksum.
     """
     published = _find_published(architecture, settings, is_required=False)
-    expected = ""
     if published and file.name == published.file_name:
-        expected = file.stem.rpartition("-")[2]
-    elif file.is_symlink() and len(file.resolve().name) == len(checksum):
-        expected = file.resolve().name
-    if not checksum.startswith(expected):
-        raise ConvoyError(
-            f"model.{architecture}.init: {file} is damaged, or not the file that was published under this name: its "
-            f"sha256 begins with {checksum[: min(8, len(expected))]} instead of {expected[:8]}. Remove it and download "
-            "it again; if it is a file of your own, give it another name"
-        )
-    return bool(expected)
+        return file.stem.rpartition("-")[2]
+    blob = file.resolve().name
+    return blob if file.is_symlink() and len(blob) == SHA256_DIGITS else ""
 
 
 def load_weights(

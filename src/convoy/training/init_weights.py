@@ -194,9 +194,16 @@ def load_source_weights(
     if is_own:
         return _load_own_weights(file, checksum, architecture, source)
     library = builder_weights if is_built(settings) else torchvision_weights
-    verified = library.is_published(file, checksum, architecture, settings)
+    expected = library.find_published_checksum(file, architecture, settings)
+    if not checksum.startswith(expected):
+        download = "the next run downloads it again" if settings["init"] == "pretrained" else "download it again"
+        raise ConvoyError(
+            f"model.{architecture}.init: {file} is damaged, or not the file that was published under this name: its "
+            f"sha256 begins with {checksum[:8]} instead of {expected[:8]}. Remove it, and {download}; if it is a file "
+            "of your own, give it another name"
+        )
     weights, classes = library.load_weights(file, classifier, architecture, settings)
-    return SourceWeights(source or str(file), weights, classes, settings, checksum, verified)
+    return SourceWeights(source or str(file), weights, classes, settings, checksum, bool(expected))
 
 
 def _load_own_weights(file: Path, checksum: str, architecture: str, source: str) -> SourceWeights:

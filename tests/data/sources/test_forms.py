@@ -1,10 +1,12 @@
 """The forms of labelled images: those in the tables of docs/data.md are read or refused as the tables say."""
 
 import dataclasses
+import io
 import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from convoy.core.errors import ConvoyError
@@ -41,8 +43,20 @@ class Form:
         )
 
     def write(self, data: Path, in_archive: bool = False) -> Path:
-        images = {name: make_png(number) for number, name in enumerate(self.images)}
-        return write(data, ({"images.zip": make_zip(images)} if in_archive else images) | self.files)
+        archives: dict[str, dict[str, bytes]] = {}
+        content: dict[str, bytes | str] = dict(self.files)
+        for number, path in enumerate(self.images):
+            archive, _, name = path.rpartition(":")
+            if archive or in_archive:
+                archives.setdefault(archive or "images.zip", {})[name] = make_png(number)
+            else:
+                content[name] = make_png(number)
+        content |= {archive: make_zip(images) for archive, images in archives.items()}
+        for name in [name for name in content if name.endswith(".parquet")]:
+            table = pd.read_csv(io.StringIO(str(content[name])))
+            table["image"] = [make_png(number) for number in range(len(table))]
+            content[name] = table.to_parquet()
+        return write(data, content)
 
 
 def read_forms(heading: str) -> list[Form]:

@@ -49,6 +49,11 @@ UNSUPPORTED_SUFFIXES = (
 )  # fmt: skip
 # The end of the fault of an image that no row of a table leads to.
 NOT_IN_TABLE = ", so its label is unknown"
+FOLDER_FORMS = (
+    "folders may be class folders (cat/1.jpg), with split folders around all of them (train/cat/1.jpg) or with images"
+    " in them (cat/train/1.jpg); move the images, name them in a labels.csv with the columns path and label, or leave"
+    " folders out by dataset.exclude (convoy use --exclude FOLDER/)"
+)
 NO_MATCHES = Matches([], [], [])
 # An error message lists this many files if no file has a label.
 MAX_LISTED_FILES = 5
@@ -114,7 +119,7 @@ def read_file_sets(
         check_one_label(matches.annotations, tables.labels)
         annotate_fns, notes = _annotate_by_table(tables.labels, matches), note_hidden_splits(tables.labels)
     else:
-        annotate_fns, notes = _annotate_by_folder(file_sets, tables.shards)
+        annotate_fns, notes = _annotate_by_folder(file_sets, tables.shards), []
     annotate_fns = [lists.apply(number, annotate) for number, annotate in enumerate(annotate_fns)]
 
     labels, ignored, unlisted, labelled = {sample.label for sample in matches.samples}, [], [], []
@@ -304,21 +309,26 @@ def _add_splits(annotations: dict[str, tuple[Annotation, ...]]) -> dict[str, tup
     return {path: add_split(path.rpartition("/")[0], rows) for path, rows in annotations.items()}
 
 
-def _annotate_by_folder(file_sets: list[FileSet], shards: list[ParquetTable]) -> tuple[list[AnnotateFn], list[str]]:
-    """Return the annotations from class folders for each file set, and warnings about ambiguous folders.
+def _annotate_by_folder(file_sets: list[FileSet], shards: list[ParquetTable]) -> list[AnnotateFn]:
+    """Return the annotations from class folders for each file set.
 
     The Parquet files in `shards` are among the files and are skipped. Archives may be named after splits.
+
+    Raises:
+        ConvoyError: If the folders are in no form that docs/data.md lists.
     """
     skipped = {shard.name for shard in shards}
     splits = [find_split(files.name.removesuffix(":").partition("/")[2]) for files in file_sets]
     layouts = [_find_layout(files, skipped) for files in file_sets]
+    for files, layout in zip(file_sets, layouts, strict=True):
+        if layout.problem:
+            raise ConvoyError(f"{files.name}{layout.problem}: {FOLDER_FORMS}")
     all_splits = {*splits, *(root.split for layout in layouts for root in layout.roots.values())} - {""}
     is_divided = "train" in all_splits and len(all_splits) > 1
-    annotate_fns = [
+    return [
         _make_annotate_fn(files, skipped, layout, split if is_divided else "")
         for files, layout, split in zip(file_sets, layouts, splits, strict=True)
     ]
-    return annotate_fns, list(dict.fromkeys(note for layout in layouts for note in layout.notes))
 
 
 def _find_layout(files: FileSet, skipped: set[str]) -> FolderLayout:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from convoy.core.text import truncate_names
 from convoy.data.sources.base import SPLIT_NAMES
@@ -24,8 +24,8 @@ class ClassRoot:
 class FolderLayout:
     """The positions of classes and splits in the paths of a data set."""
 
-    roots: dict[Names, ClassRoot]
-    notes: list[str]  # warnings about ambiguous folders, in sentences
+    roots: Mapping[Names, ClassRoot]
+    problem: str = ""  # what is in none of the forms of docs/data.md, such as "a/ has ..."; "" if nothing is
 
     def find_class_and_split(self, folder: str) -> tuple[str, str]:
         """Return the class and the split of the files in a folder; "" for none."""
@@ -48,68 +48,58 @@ class _FolderNode:
     subfolders: dict[str, "_FolderNode"] = dataclasses.field(default_factory=dict)
     has_images: bool = False  # directly in it
 
-
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
-    """A folder that may be a class root."""
-
-    path: Names
-    folder: _FolderNode
-    split: str
-    # A folder next to split folders does not count, unless it is divided into split folders itself.
-    counts: bool
-
-    def descend(self, splits: Mapping[str, str], counts: bool) -> "list[_Candidate]":
-        """Return the folders in this one as candidates."""
-        return [
-            _Candidate((*self.path, name), folder, splits.get(name, self.split), counts or name in splits)
-            for name, folder in self.folder.subfolders.items()
-        ]
+    def walk(self) -> Iterator["_FolderNode"]:
+        """Yield this folder and all below it."""
+        stack = [self]
+        while stack:
+            yield (folder := stack.pop())
+            stack += folder.subfolders.values()
 
 
 def find_layout(folders: Iterable[str]) -> FolderLayout:
-    """Infer the layout of a data set from the folders that contain its images.
+    """Find the class folders of a data set, and the split folders around them or in them.
 
-    Outer folders that contain all others are descended into. Split folders may be around the classes (train/cat),
-    inside them (cat/train), or around them in each part of the data set (site/train/cat).
+    Outer folders that contain all others are descended into. Folders beside split folders have no classes.
 
     Args:
         folders: The paths of the folders that have images directly in them.
-
-    Returns:
-        The layout, with warnings about ambiguous folders.
     """
     top = _FolderNode()
-    for path in folders:
+    for joined in folders:
         folder = top
-        for name in path.split("/"):
+        for name in joined.split("/"):
             folder = folder.subfolders.setdefault(name, _FolderNode())
         folder.has_images = True
-    candidates = [_Candidate((), top, "", True)]
-    # All candidates move one level deeper at a time, because classes are at the same depth in each of them.
-    while deeper := _descend(candidates):
-        candidates = deeper
-    found = [each for each in candidates if each.counts and (each.folder.subfolders or each.split)]
-    roots = {each.path: ClassRoot(each.split, _find_inner_splits(each.folder)) for each in found}
-    notes = dict.fromkeys(note for each in found for note in _note_ambiguities(each.folder, roots[each.path]))
-    return FolderLayout(roots, list(notes))
+    outer: Names = ()
+    folder = top
+    while not (splits := _find_split_folders(folder)) and _are_outer([folder]):
+        ((name, folder),) = folder.subfolders.items()
+        outer = (*outer, name)
+    found = {(*outer, name): folder.subfolders[name] for name in splits} or {outer: folder}
+    # For example seg_train/seg_train/cat.
+    while splits and _are_outer(found.values()):
+        found = _descend(found)
+    roots: dict[Names, ClassRoot] = {}
+    problem = ""
+    for path, folder in found.items():
+        split = splits[path[len(outer)]] if splits else ""
+        inner_splits = {name: inner for name, each in folder.subfolders.items() if (inner := _find_split_folders(each))}
+        problem = problem or _find_problem(path, folder, inner_splits)
+        if folder.subfolders or split:
+            roots[path] = ClassRoot(split, inner_splits)
+    return FolderLayout(roots, problem)
 
 
-def _descend(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Return the candidates one level deeper, or an empty list if the current ones are the class roots."""
-    splits = [_find_split_folders(candidate.folder) for candidate in candidates]
-    if any(splits):
-        return [
-            inner
-            for candidate, split_folders in zip(candidates, splits, strict=True)
-            for inner in (candidate.descend(split_folders, False) if split_folders else [candidate])
-        ]
-    counting = [candidate.folder for candidate in candidates if candidate.counts and candidate.folder.subfolders]
-    only = [inner for folder in counting for inner in folder.subfolders.values() if len(folder.subfolders) == 1]
-    are_outer = len(only) == len(counting) and all(inner.subfolders and not inner.has_images for inner in only)
-    if counting and (are_outer or any(map(_is_in_parts, counting))):
-        return [inner for candidate in candidates for inner in candidate.descend({}, candidate.counts) or [candidate]]
-    return []
+def _are_outer(folders: Collection[_FolderNode]) -> bool:
+    """Check whether each folder with subfolders has only one, which is no class folder because it has only folders."""
+    inner = [list(folder.subfolders.values()) for folder in folders if folder.subfolders]
+    return bool(inner) and all(len(each) == 1 and each[0].subfolders and not each[0].has_images for each in inner)
+
+
+def _descend(folders: Mapping[Names, _FolderNode]) -> dict[Names, _FolderNode]:
+    """Replace each folder by its only subfolder, if it has one."""
+    deeper = {(*path, name): inner for path, folder in folders.items() for name, inner in folder.subfolders.items()}
+    return deeper | {path: folder for path, folder in folders.items() if not folder.subfolders}
 
 
 def _find_split_folders(folder: _FolderNode) -> dict[str, str]:
@@ -118,88 +108,47 @@ def _find_split_folders(folder: _FolderNode) -> dict[str, str]:
     exact = {name: SPLIT_NAMES[name.lower()] for name in subfolders if name.lower() in SPLIT_NAMES}
     if len(exact) == len(subfolders) or _is_division(exact.values()):
         return exact
-    # For example train_images.
+    # For example train_images. The name of a class may contain the name of a split as well: test tube.
     similar = {name: split for name in subfolders if (split := find_split_name(name))}
-    if not _is_division(similar.values()):
-        return {}
-    # The name of a class may contain the name of a split as well: test tube.
     training = [subfolders[name] for name, split in similar.items() if split == "train"]
     contain_classes = all(inner.subfolders and not inner.has_images for inner in training)
-    return similar if contain_classes or len(similar) == len(subfolders) else {}
+    is_clear = contain_classes or len(similar) == len(subfolders)
+    return similar if _is_division(similar.values()) and is_clear else {}
 
 
 def _is_division(splits: Collection[str]) -> bool:
     return "train" in splits and len(set(splits)) > 1
 
 
-def _find_inner_splits(folder: _FolderNode) -> dict[str, dict[str, str]]:
-    """Map each folder in `folder` to its split folders, if these divide the images; else return {}."""
-    splits = {name: found for name, inner in folder.subfolders.items() if (found := _find_split_folders(inner))}
-    return splits if _is_division([split for found in splits.values() for split in found.values()]) else {}
-
-
-def _is_in_parts(folder: _FolderNode) -> bool:
-    """Check whether parts of the data set have split folders of their own, recognized by classes that they share."""
-    inner_splits = _find_inner_splits(folder)
-    classes = []
-    for name, inner in folder.subfolders.items():
-        parts = [inner.subfolders[split] for split in inner_splits.get(name, [])] or [inner]
-        if any(part.has_images for part in parts):
-            return False
-        classes.append({label for part in parts for label in part.subfolders})
-    return bool(inner_splits) and bool(_find_repeated(classes))
-
-
-def _note_ambiguities(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """Return notes about folders that are taken for classes but look like something else."""
-    notes, splits = [], {name: find_split_name(name) for name in folder.subfolders}
-    is_division = _is_division(splits.values())
-    like_splits = [
-        name
-        for name, split in splits.items()
-        if name.lower() in SPLIT_NAMES or (split and (is_division or split == root.split))
-    ]
-    if like_splits:
-        notes.append(
-            f"{truncate_names(like_splits)}: taken for {'classes' if len(like_splits) > 1 else 'a class'}, not for"
-            " splits, because of the folders beside or in them: to define splits, put the same classes into folders"
-            " train and test"
+def _find_problem(path: Names, root: _FolderNode, inner_splits: Mapping[str, Mapping[str, str]]) -> str:
+    """Return what is in no accepted form in the folder at `path`, whose subfolders should be class folders."""
+    classes = root.subfolders
+    for name, folder in classes.items():
+        at = "/".join((*path, name))
+        if name.lower() in SPLIT_NAMES and not folder.has_images:
+            return (
+                f"{at}/ is named after a split, and {truncate_names(sorted(classes.keys() - {name}))} beside it is not"
+            )
+        # For example test/test/1.jpg beside train/train/cat/2.jpg.
+        if folder.has_images and len(classes) == 1 and path[-1:] == (name,):
+            return f"{at}/ has images and no class folders"
+        if same := sorted(folder.subfolders.keys() & classes.keys() - {name}):
+            return f"{at}/ has folders with the names of those beside it ({truncate_names(same)})"
+        splits = inner_splits.get(name, {})
+        if any(folder.subfolders[inner].subfolders for inner in splits) or any(
+            inner is not folder and _is_division(_find_split_folders(inner).values()) for inner in folder.walk()
+        ):
+            return f"{at}/ has split folders with folders in them"
+    others = [name for name, folder in classes.items() if name not in inner_splits]
+    divided = [split for splits in inner_splits.values() for split in splits.values()]
+    if inner_splits and others and (not _is_division(divided) or any(classes[name].subfolders for name in others)):
+        return (
+            f"{truncate_names(sorted(inner_splits))} have split folders, and {truncate_names(sorted(others))} have none"
         )
-    for name, inner in folder.subfolders.items():
-        if same_names := sorted(folder.subfolders.keys() & inner.subfolders.keys() - {name}):
-            notes.append(
-                f"{name} is taken for a class, but has folders with the names of classes: {truncate_names(same_names)}"
-            )
-        elif _contains_splits(inner):
-            notes.append(
-                f"{name} is taken for a class, but has split folders with folders in them: if those are the classes,"
-                f" remove everything beside {name}"
-            )
-    return notes + _note_shared_subfolders(folder, root)
-
-
-def _contains_splits(folder: _FolderNode) -> bool:
-    """Check whether split folders with folders in them divide the images here or at a deeper level."""
-    splits = _find_split_folders(folder)
-    if _is_division(splits.values()) and any(folder.subfolders[name].subfolders for name in splits):
-        return True
-    return any(map(_contains_splits, folder.subfolders.values()))
-
-
-def _note_shared_subfolders(folder: _FolderNode, root: ClassRoot) -> list[str]:
-    """Return a note if the folders in the class folders look like the actual classes."""
-    shared = sorted(
-        _find_repeated([set(inner.subfolders) for inner in folder.subfolders.values() if not inner.has_images])
+    counts = collections.Counter(
+        name for folder in classes.values() if not folder.has_images for name in folder.subfolders
     )
-    if root.inner_splits or len(shared) < 2:
-        return []
-    return [
-        f"{truncate_names(sorted(folder.subfolders))} are taken for the classes, but several of them have the folders"
-        f" {truncate_names(shared)}: if those are the classes, put them at the top, one folder for each"
-    ]
-
-
-def _find_repeated(collections_of_names: Iterable[Collection[str]]) -> list[str]:
-    """Return the names that are in more than one collection."""
-    counts = collections.Counter(name for names in collections_of_names for name in names)
-    return [name for name, count in counts.items() if count > 1]
+    shared = sorted(name for name, count in counts.items() if count > 1)
+    if len(shared) > 1 and not inner_splits:
+        return f"{truncate_names(sorted(classes))} have the same folders in them ({truncate_names(shared)})"
+    return ""

@@ -56,8 +56,8 @@ def test_tie_or_a_little_luck_is_held(wins: int, losses: int) -> None:
 
 def test_summary_names_the_deciding_check() -> None:
     assert run_gate(*make_pair(7, 5)).summary() == (
-        "HOLD: resnet is not shown to be better than the champion vgg: 7 images won, 5 lost (p = 0.387, limit 0.05);"
-        " 600 test images can show a gain of about 0.0144 in accuracy"
+        "HOLD: resnet is not shown to be better than the champion vgg: 7 images won, 5 lost (p = 0.387 by"
+        " McNemar's test, limit 0.05); 600 test images can show a gain of about 0.0144 in accuracy"
     )
 
 

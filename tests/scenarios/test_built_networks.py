@@ -1,6 +1,7 @@
 """Networks of torchvision from a settings file to a registered champion, at a size of their own."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ def test_network_becomes_champion_is_served_and_starts_the_next(
     start = again["initial_weights"]
     assert (start["init"], start["head"], start["verified"]) == ("champion", "kept", True)
     assert "version 1" in (root / "artifacts/verdict.md").read_text()
+
+
+@pytest.mark.slow
+def test_documented_file_adds_a_network_that_becomes_champion(tmp_path: Path, embedded_store: None) -> None:
+    root = make_project(tmp_path / "project")
+    (text,) = re.findall(r"```yaml\n(defaults:.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    (root / "conf/model/regnet_y_400mf.yaml").write_text(text)
+    config.compose(root, [*list_overrides("regnet_y_400mf", epochs=15, size=64), *GATE])
+    run_stages(root)
+    with open_store(root, "convoy") as store:
+        assert store.client.get_registered_model("convoy").aliases == {"champion": 1}
 
 
 def predict_by_http(root: Path, files: Sequence[Path]) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ No other module uses Hydra or OmegaConf.
 import dataclasses
 import io
 import json
+import re
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,7 +121,22 @@ def compose_text(root: Path, overrides: Sequence[str] = ()) -> str:
     # OmegaConf raises OSError for a file that does not hold a mapping.
     except (DvcException, HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         added = f" with {' '.join(overrides)}" if overrides else ""
-        raise ConvoyError(f"conf/ does not compose{added}: {describe_error(error)}") from error
+        hint = _suggest_key(root, overrides, str(error))
+        raise ConvoyError(f"conf/ does not compose{added}: {describe_error(error)}{hint}") from error
+
+
+def _suggest_key(root: Path, overrides: Sequence[str], message: str) -> str:
+    """Return a hint which setting an override means, if Hydra's message says that there is none of its name."""
+    if not (found := re.search(r"Could not override '([^']+)'", message)):
+        return ""
+    values: Any = parse(compose_text(root, [each for each in overrides if each.partition("=")[0] != found[1]]))
+    for key in found[1].split("."):
+        if not isinstance(values, Mapping):
+            return ""
+        if key not in values:
+            return f"; {suggest(key, list(values))}"
+        values = values[key]
+    return ""
 
 
 def load(params: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def check_better(
     is_shown = p_value < config.alpha
     verb = "is better than" if is_shown else "is not shown to be better than"
     message = f"{new.name} {verb} the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
-    message += f" (p = {p_value:.3g}, limit {config.alpha})"
+    message += f" (p = {p_value:.3g} by {difference.test}, limit {config.alpha})"
     return CheckResult("better", "pass" if is_shown else "hold", p_value, limit, message)
 
 
@@ -79,7 +79,8 @@ def check_non_inferior(
     is_shown = difference.low > -config.margin
     verb = "is non-inferior to" if is_shown else "is not shown to be non-inferior to"
     message = f"{new.name} {verb} the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
-    message += f" (gain of {difference.low:+.4f} or more with confidence {1 - config.alpha:g}, limit {-config.margin})"
+    confidence = f"with confidence {1 - config.alpha:g} by {difference.interval}"
+    message += f" (gain of {difference.low:+.4f} or more {confidence}, limit {-config.margin})"
     return CheckResult("non-inferior", "pass" if is_shown else "hold", difference.low, limit, message)
 
 
@@ -105,7 +106,7 @@ def _find_worse(
     if difference.p_worse >= REGRESSION_ALPHA:
         return None
     message = f"{new.name} is worse than the champion {old.name}{_in_metric(difference)}: {difference.describe()}"
-    message += f" (p = {difference.p_worse:.3g}, limit {REGRESSION_ALPHA})"
+    message += f" (p = {difference.p_worse:.3g} by {difference.test}, limit {REGRESSION_ALPHA})"
     return CheckResult(check, "reject", value, limit, message)
 
 
@@ -153,7 +154,7 @@ def check_best_champion(
     verb = "is not significantly worse" if passed else "is worse"
     message = (
         f"{new.name} {verb} than the best champion so far, {best.name}{_in_metric(found)}: {found.describe()} "
-        f"(p = {found.p_worse:.3g}, limit {REGRESSION_ALPHA})"
+        f"(p = {found.p_worse:.3g} by {found.test}, limit {REGRESSION_ALPHA})"
     )
     return CheckResult("best champion", "pass" if passed else "reject", found.p_worse, limit, message)
 
@@ -195,7 +196,7 @@ def check_shared_classes(
     predictions = (new.actual[shared], new.predicted[shared], old.predicted[shared])
     found = compare_metric(*predictions, metric, REGRESSION_ALPHA, seed)
     message = f"on the classes that both models know: {found.describe()}"
-    message += f" (p = {found.p_worse:.3g} for worse, limit {REGRESSION_ALPHA})"
+    message += f" (p = {found.p_worse:.3g} for worse by {found.test}, limit {REGRESSION_ALPHA})"
     outcome: Outcome = "pass" if found.p_worse >= REGRESSION_ALPHA else "reject"
     return CheckResult("shared classes", outcome, found.p_worse, f"p at least {REGRESSION_ALPHA}", message)
 

@@ -44,6 +44,16 @@ class PairedDifference:
         """Return the metric of the new model minus that of the old one."""
         return self.new - self.old
 
+    @property
+    def test(self) -> str:
+        """Return the name of the test that gave the p-values."""
+        return "McNemar's test" if self.metric == "accuracy" else "a paired permutation test"
+
+    @property
+    def interval(self) -> str:
+        """Return the name of the interval that gave the bounds."""
+        return "Tango's interval" if self.metric == "accuracy" else "a bootstrap within each class"
+
     def describe(self) -> str:
         """Return the evidence in a few words, such as "30 images won, 5 lost"."""
         won = f"{self.wins} images won, {self.losses} lost"

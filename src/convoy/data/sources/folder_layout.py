@@ -145,9 +145,11 @@ def _find_problem(path: Names, root: _FolderNode, inner_splits: Mapping[str, Map
         return (
             f"{truncate_names(sorted(inner_splits))} have split folders, and {truncate_names(sorted(others))} have none"
         )
-    counts = collections.Counter(
-        name for folder in classes.values() if not folder.has_images for name in folder.subfolders
-    )
+    inner = [folder for folder in classes.values() if not folder.has_images]
+    # For example amazon/images/mug and dslr/images/mug.
+    while len({name for folder in inner for name in folder.subfolders}) == 1:
+        inner = [each for folder in inner for each in folder.subfolders.values() if not each.has_images]
+    counts = collections.Counter(name for folder in inner for name in folder.subfolders)
     shared = sorted(name for name, count in counts.items() if count > 1)
     if len(shared) > 1 and not inner_splits:
         return f"{truncate_names(sorted(classes))} have the same folders in them ({truncate_names(shared)})"

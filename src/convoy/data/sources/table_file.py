@@ -31,8 +31,8 @@ COLUMN_NAMES = {
     "group": ("group",),
 }
 SEPARATORS = ",;\t|"
-# The values of a one-hot table.
-ONE_HOT_VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+# The values of a one-hot table, in lower case.
+ONE_HOT_VALUES = {"0": 0, "0.0": 0, "-1": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 # The path at the start of a line of a list, with or without quotes: up to the ending of an image, else up to a space.
 LINE = re.compile(
     rf'"?(?P<path>.+?(?:{"|".join(map(re.escape, IMAGE_SUFFIXES))})|[^\s,;"]+)"?(?:[\s,;]+(?P<rest>.*))?', re.IGNORECASE
@@ -49,7 +49,16 @@ IsImageName = Callable[[str], bool]
 
 
 class UnknownTableError(Exception):
-    """Error for a file that is no label table and no split list; its message says what was found instead."""
+    """Error for a file that is no label table and no split list; its message says what was found instead.
+
+    Args:
+        message: What was found.
+        names_images: Whether the file names images, so that it must not be overlooked.
+    """
+
+    def __init__(self, message: str, names_images: bool = False) -> None:
+        super().__init__(message)
+        self.names_images = names_images
 
 
 def read_csv(name: str, file: str | bytes, config: TableConfig, is_image_name: IsImageName) -> pd.DataFrame:
@@ -158,6 +167,9 @@ def read_list(
     if not any(map(is_image_name, paths)):
         shown = ", ".join(repr(path) for path in paths[:3])
         raise UnknownTableError(f"has no names of images, but {shown}" if rows else "is empty")
+    # Labels may have spaces and commas in them.
+    if several := next((value for value in values if "\t" in value), ""):
+        raise UnknownTableError(f"has several values after the names of images, such as {several!r}", names_images=True)
     title = name.rpartition("/")[2]
     if SPLIT_LIST_NAME.search(title):
         names = {"1": "train", "0": "test"} if TRAIN_TEST_SPLIT.search(title) else {}
@@ -214,7 +226,7 @@ def select_columns(name: str, table: pd.DataFrame, config: TableConfig) -> pd.Da
     others = [column for column in table.columns if column not in used.values()]
     one_hot = config.label if isinstance(config.label, list) else []
     if "label" not in used and not one_hot and config.label is None and len(others) > 1:
-        one_hot = others if table[others].isin(list(ONE_HOT_VALUES)).all(axis=None) and len(table) else []
+        one_hot = others if len(table) and not _read_one_hot(table[others]).isna().any(axis=None) else []
     if one_hot:
         labels = _join_one_hot(name, table, used["path"], one_hot)
         table = table.drop(columns=one_hot).assign(label=labels)
@@ -267,9 +279,14 @@ def _describe_columns(columns: Sequence[str] | Any) -> str:
     return f"has the columns {', '.join(shown[:MAX_LISTED_COLUMNS])}{more}" if shown else "is empty"
 
 
+def _read_one_hot(table: pd.DataFrame) -> pd.DataFrame:
+    """Return 0 or 1 for each field of one-hot columns, NaN for any other value."""
+    return table.apply(lambda column: column.str.strip().str.lower().map(ONE_HOT_VALUES))
+
+
 def _join_one_hot(name: str, table: pd.DataFrame, path: str, columns: list[str]) -> list[str]:
     """Return the name of the column that is 1 in each row, "" where none is."""
-    values = table[columns].apply(lambda column: column.str.strip().map(ONE_HOT_VALUES))
+    values = _read_one_hot(table[columns])
     if values.isna().any(axis=None):
         column = next(column for column in columns if values[column].isna().any())
         value = table[column][values[column].isna()].iloc[0]

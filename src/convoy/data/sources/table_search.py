@@ -81,7 +81,7 @@ def find_tables(file_sets: Sequence[FileSet], config: TableConfig, is_sample: bo
             try:
                 rows = _read(f"{files.name}{path}", content, config, image_names, ids.get(_folder(path)), is_sample)
             except UnknownTableError as fault:
-                if not _is_list(path) or (_is_split_list(path) and not is_sample):
+                if not _is_list(path) or fault.names_images or (_is_split_list(path) and not is_sample):
                     unknown.append(_refuse(f"{files.name}{path}", str(fault)))
                 continue
             if isinstance(rows, ParquetTable):
@@ -141,8 +141,9 @@ def _refuse(name: str, fault: str) -> str:
     title = _title(name.rpartition(":")[2])
     if _is_list(name):
         return (
-            f"{name} {fault}: a list of a split has the path, the name or the id of an image in each line; if it is"
-            f" something else, leave it out by dataset.exclude (convoy use --exclude {title})"
+            f"{name} {fault}: a list has the path, the name or the id of an image in each line, and a label, a split"
+            " or nothing after it; if it is something else, leave it out by dataset.exclude"
+            f" (convoy use --exclude {title})"
         )
     return (
         f"{name} {fault}: a table of labels needs path and label, or path and a column for each class; say which"
@@ -167,6 +168,8 @@ def _read(
     """
     suffix = name.lower()
     if suffix.endswith(LIST_SUFFIXES):
+        # Other lists have ids of something else, such as classes.txt of CUB-200.
+        ids = ids if _is_split_list(name) else None
         return read_list(name, content, lambda text: is_sample or text in image_names, ids)
     if suffix.endswith(CSV_SUFFIXES):
         return read_csv(name, content, config, image_names.__contains__)

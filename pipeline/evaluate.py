@@ -26,6 +26,7 @@ from convoy.core.text import truncate_names
 from convoy.data.packed.arrays import Images
 from convoy.evaluation.calibration import apply_temperature, fit_temperature, per_image_log_loss
 from convoy.evaluation.metrics import (
+    FLIP_AVERAGED,
     MIN_READABLE_IMAGES,
     EvaluateConfig,
     metrics_with_ci,
@@ -40,7 +41,7 @@ from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage, main
 
 # Test metrics in metrics.json; intervals.csv has all.
-SHOWN_TEST_METRICS = ("accuracy", "macro_f1", "log_loss")
+SHOWN_TEST_METRICS = ("accuracy", FLIP_AVERAGED, "macro_f1", "log_loss")
 
 
 def evaluate(stage: Stage) -> None:
@@ -57,6 +58,7 @@ def evaluate(stage: Stage) -> None:
         test, images = Images(test.pixels[:0], test.labels[:0]), images[:0]
         val = Images(val.pixels[:0], val.labels[:0])
         uncalibrated = probabilities = uncalibrated_val = np.empty((0, len(info.classes)))
+        flip_averaged = None
         calibration = {}
     else:
         classifier = models.restore(record.architecture, record.settings, info, trained / WEIGHTS)
@@ -66,10 +68,14 @@ def evaluate(stage: Stage) -> None:
         try:
             uncalibrated_val = predict(classifier, val.pixels, params.batch_size)
             uncalibrated = predict(classifier, test.pixels, params.batch_size)
+            mirrored = (
+                predict(classifier, np.flip(test.pixels, axis=2), params.batch_size) if params.flip_average else None
+            )
         except torch.OutOfMemoryError:
             raise ConvoyError(
                 f"{params.batch_size} images do not fit into the memory of the GPU: lower evaluate.batch_size"
             ) from None
+        flip_averaged = None if mirrored is None else (uncalibrated + mirrored) / 2
         fit = fit_temperature(val.labels, uncalibrated_val)
         calibrated_val = apply_temperature(uncalibrated_val, fit.temperature)
         calibration = {
@@ -91,7 +97,7 @@ def evaluate(stage: Stage) -> None:
     per_class = per_class_metrics(info.classes, test.labels, probabilities, groups)
     write_csv(per_class, stage.scratch / PER_CLASS)
     write_csv(slice_metrics(table), stage.scratch / SLICES)
-    intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups)
+    intervals = metrics_with_ci(test.labels, probabilities, uncalibrated, groups, flip_averaged)
     intervals.to_csv(stage.scratch / INTERVALS, index=False)
     metrics = dict(zip(intervals["metric"], intervals["value"], strict=True))
     for name, values in ((METRICS, select_metrics(record, metrics)), (CALIBRATION, calibration)):
@@ -127,7 +133,7 @@ def select_metrics(record: TrainingRecord, metrics: Mapping[str, float]) -> dict
     return {
         **validation,
         "best_epoch": record.best.epoch,
-        **{f"test_{name}": metrics[name] for name in SHOWN_TEST_METRICS},
+        **{f"test_{name}": metrics[name] for name in SHOWN_TEST_METRICS if name in metrics},
     }
 
 

@@ -41,7 +41,9 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     torch.manual_seed(seed)
     settings, info = stage.section(f"model.{architecture}"), DatasetInfo.load(prepared / DATASET_INFO)
     classifier = models.build(architecture, settings, info)
-    data = ImageDataModule(Images.load(prepared, "train"), Images.load(prepared, "val"), classifier.recipe, seed)
+    images = Images.load(prepared, "train")
+    classifier.init_from_images(images.pixels)
+    data = ImageDataModule(images, Images.load(prepared, "val"), classifier.recipe, seed)
     hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
     table = sweep_learning_rates(classifier, data, resolve_determinism(hardware, classifier))
 

@@ -43,6 +43,8 @@ def train(stage: Stage) -> None:
 
     torch.manual_seed(params.seed)
     classifier = models.build(architecture, settings, info)
+    images = Images.load(resized, "train")
+    classifier.init_from_images(images.pixels)
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
@@ -57,7 +59,7 @@ def train(stage: Stage) -> None:
             f"trainer.num_nodes={hardware.num_nodes}: start it on each machine by torchrun (docs/training.md)"
         )
     machine = describe_environment(hardware)
-    data = ImageDataModule(Images.load(resized, "train"), Images.load(resized, "val"), classifier.recipe, params.seed)
+    data = ImageDataModule(images, Images.load(resized, "val"), classifier.recipe, params.seed)
     identity = stage.fingerprint(machine, dataclasses.asdict(start))
     checkpoint = stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.ckpt"
     record = describe_training(architecture, settings, params, hardware, classifier, prepared, start, identity, machine)

@@ -109,6 +109,7 @@ class TrialTrainer:
         """Build the classifier, choose the hardware for it, and describe its initial weights."""
         torch.manual_seed(seed)
         classifier = models.build(self.architecture, settings, self.info)
+        classifier.init_from_images(Images.load(self.images, "train").pixels)
         start = init_weights.init_weights(
             classifier, self.architecture, settings, lambda init, folder: fetch_weights(self.stage, init, folder)
         )

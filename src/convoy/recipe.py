@@ -24,7 +24,8 @@ class AugmentConfig:
     """
 
     max_shift: NonNegativeInt  # pixels; largest translation in each direction, gaps are filled by repeating the edge
-    hflip: bool  # horizontally, with probability 0.5; unsuitable for digits and letters
+    # Horizontal flips, unsuitable for digits and letters: with probability 0.5, or of each image in every second epoch.
+    hflip: Literal[False, True, "alternate"]
     # TrivialAugment applies one of 14 geometric or colour changes, RandAugment two.
     auto_augment: Literal["none", "trivial", "rand"]
     random_erasing: Fraction  # probability that a rectangle of the image is replaced by noise
@@ -52,16 +53,18 @@ class RecipeConfig:
     batch_size: PositiveInt  # images per optimizer step, over all devices
     accumulate_grad_batches: PositiveInt  # micro-batches that a batch is split into to save memory
     optimizer: Literal["sgd", "adamw"]  # sgd uses Nesterov momentum
-    # Both decay the learning rate by a cosine; one_cycle also varies the momentum inversely to the learning rate.
-    schedule: Literal["cosine", "one_cycle"]
+    # How the learning rate falls to 0: by a cosine, which one_cycle combines with a momentum that rises meanwhile, or
+    # linearly.
+    schedule: Literal["cosine", "one_cycle", "linear"]
     lr: PositiveFloat  # peak learning rate, reached after the warm-up
     # Batch size that lr is meant for: lr is multiplied by batch_size / lr_batch_size (Goyal et al. 2017). 0 disables
     # it, as in recipes from before this setting existed.
     lr_batch_size: NonNegativeInt = 0
+    bias_lr_scale: PositiveFloat = 1.0  # factor of lr for biases, also those of normalisation layers
     backbone_lr_scale: Fraction  # fraction of lr for all layers except the heads; 0 freezes these layers
     momentum: Decay  # momentum of sgd, beta1 of adamw
     weight_decay: NonNegativeFloat  # applied to weights, never to biases and normalisation layers
-    warmup_fraction: Fraction  # fraction of all steps; linear from 0 to lr, followed by a cosine to 0
+    warmup_fraction: Fraction  # fraction of all steps; linear from 0 to lr, before it falls to 0
     label_smoothing: Fraction  # probability mass moved from the true class to all classes
     grad_clip_norm: NonNegativeFloat  # maximum norm of the gradient; 0 disables clipping
     ema_decay: Decay  # decay per step of the weight average that is validated and saved; 0 disables it

@@ -361,6 +361,11 @@ def evaluate_folder(root: Path) -> Path:
     return root / "artifacts/evaluate/lenet"
 
 
+def read_metrics(root: Path) -> dict[str, float]:
+    table = pd.read_csv(evaluate_folder(root) / "intervals.csv")
+    return dict(zip(table["metric"], table["value"], strict=True))
+
+
 def test_evaluation_writes_metrics_slices_and_predictions(trained_project: Path) -> None:
     table = pd.read_parquet(evaluate_folder(trained_project) / "predictions.parquet")
     assert list(table.columns[:5]) == ["sha256", "actual", "predicted", "group", "column_site"]
@@ -414,6 +419,28 @@ def test_temperature_is_fitted_to_the_validation_images(trained_project: Path) -
     fit = fit_temperature(val.labels, predict(classifier, val.pixels, 16))
     assert found["temperature"] == pytest.approx(fit.temperature)
     assert found["fitted_temperature"] == pytest.approx(fit.fitted)
+
+
+def test_flip_averaging_adds_an_accuracy_of_its_own(trained_project: Path) -> None:
+    root = trained_project
+    before = read_metrics(root)
+    params = root / "params.yaml"
+    settings = params.read_text()
+    params.write_text(settings.replace("flip_average: false", "flip_average: true"))
+    try:
+        Stage(root, "evaluate", "lenet").run(evaluate)
+        found = read_metrics(root)
+    finally:
+        params.write_text(settings)
+        Stage(root, "evaluate", "lenet").run(evaluate)
+    test = Images.load(root / "artifacts/preprocess", "test")
+    record = TrainingRecord.load(root / "artifacts/train/lenet/record.json")
+    weights = root / "artifacts/train/lenet/weights.safetensors"
+    classifier = models.restore("lenet", record.settings, record.dataset_info, weights)
+    both = [predict(classifier, pixels, 512) for pixels in (test.pixels, test.pixels[:, :, ::-1])]
+    expected = (sum(both).argmax(axis=1) == test.labels).mean()
+    assert found.pop("accuracy_flip_averaged") == pytest.approx(expected)
+    assert found == before
 
 
 def test_repeated_evaluation_is_bit_identical(trained_project: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from convoy import models
 from convoy.core.errors import ConvoyError
-from convoy.models import alexnet, googlenet, lenet, vgg
+from convoy.models import alexnet, googlenet, lenet, resnet9, vgg
 from convoy.models.base import Classifier
 from model_fixtures import CONF, build, make_dataset_info, make_images
 from model_settings import every_network, load_model_settings
@@ -115,7 +116,7 @@ def test_gradient_of_the_heads_reaches_every_parameter(name: str) -> None:
     idle = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().sum() > 0)
     ]
     assert idle == []
 
@@ -216,10 +217,34 @@ def test_architecture_is_imported_only_when_requested(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("lenet", 61_706), ("alexnet", 200_802), ("vgg", 481_786), ("googlenet", 654_902), ("resnet", 701_178)],
+    [
+        ("lenet", 61_706),
+        ("alexnet", 200_802),
+        ("vgg", 481_786),
+        ("googlenet", 654_902),
+        ("resnet", 701_178),
+        ("resnet9", 3_180_968),
+    ],
 )
 def test_parameter_count_is_unchanged(name: str, count: int) -> None:
     assert count_parameters(build(name)) == count
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_first_layer_of_resnet9_whitens_the_patches(channels: int) -> None:
+    model = build("resnet9", channels=channels)
+    assert isinstance(model, resnet9.ResNet9)
+    random = np.random.default_rng(0)
+    # Neighbouring pixels and channels are alike, as in photographs.
+    base = random.integers(0, 200, (400, 16, 16, 1)).repeat(2, axis=1).repeat(2, axis=2)
+    pixels = (base + random.integers(0, 50, (400, 32, 32, channels))).astype(np.uint8)
+    model.init_from_images(pixels)
+    with torch.inference_mode():
+        x = model.normalise(torch.from_numpy(pixels))
+        found = functional.conv2d(x, model.whitening.weight).transpose(0, 1).flatten(1)
+    half = len(found) // 2
+    assert torch.equal(found[:half], -found[half:])
+    torch.testing.assert_close(torch.cov(found[:half]), torch.eye(half), atol=0.02, rtol=0)
 
 
 # Against torchvision, at the papers' settings for ImageNet; tests/training/test_init_weights.py compares the logits

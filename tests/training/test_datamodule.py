@@ -35,6 +35,10 @@ def make_data(train: int | Images = 100, val: int = 30, **recipe: object) -> Ima
     return made
 
 
+def make_augment(**changes: object) -> dict[str, object]:
+    return load_model_settings("lenet")["recipe"]["augment"] | changes
+
+
 def take(loader: TrainLoader | ValLoader, count: int) -> list[list[int]]:
     """The labels of the next batches, as Lightning takes them."""
     return [labels.tolist() for _, labels in itertools.islice(iter(loader), count)]
@@ -61,6 +65,22 @@ def test_loading_continues_at_a_saved_position(done: int) -> None:
     rest = take(resumed.train_dataloader(), 25 - done % 25 if done % 25 else 25)
     assert rest == expected[done : done + len(rest)]
     assert rest
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs() -> None:
+    pixels = np.arange(100 * 8, dtype=np.uint8).reshape(100, 1, 8, 1)
+    data = make_data(Images(pixels, np.arange(100)), augment=make_augment(hflip="alternate"))
+    sides: list[dict[int, bool]] = []
+    for _ in range(3):
+        seen = {}
+        for images, labels in itertools.islice(iter(data.train_dataloader()), 25):
+            for image, label in zip(images.numpy(), labels.tolist(), strict=True):
+                assert image.tolist() in (pixels[label].tolist(), pixels[label][:, ::-1].tolist())
+                seen[label] = image.tolist() != pixels[label].tolist()
+        sides.append(seen)
+    assert 30 < sum(sides[0].values()) < 70
+    assert sides[1] == {label: not flipped for label, flipped in sides[0].items()}
+    assert sides[2] == sides[0]
 
 
 def test_validation_batch_is_twice_as_large_as_a_training_batch() -> None:

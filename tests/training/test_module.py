@@ -4,7 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,13 @@ from convoy.recipe import AugmentConfig
 from convoy.training import module, optimizers
 from convoy.training.callbacks import SeedSteps
 from convoy.training.history import COLUMNS
-from convoy.training.optimizers import compute_ema_decay, compute_lr_fraction, make_optimizer, make_schedule
+from convoy.training.optimizers import (
+    compute_ema_decay,
+    compute_lr_fraction,
+    current_lr,
+    make_optimizer,
+    make_schedule,
+)
 from training_fixtures import CPU, are_equal, build, limit_memory_to_ten_images, make_bars, train
 
 # What training leaves
@@ -125,8 +131,19 @@ def test_learning_rate_is_scaled_to_the_batch_size(lr_batch_size: int, lr: float
     assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(lr)] * len(optimizer.param_groups)
 
 
-def test_learning_rate_rises_linearly_and_then_falls_to_zero() -> None:
-    rates = [compute_lr_fraction(step, 100, warmup_fraction=0.1) for step in range(101)]
+def test_biases_have_a_learning_rate_of_their_own() -> None:
+    classifier = build(name="resnet", lr=0.1, bias_lr_scale=64.0)
+    names = {id(parameter): name for name, parameter in classifier.named_parameters()}
+    optimizer = make_optimizer(classifier)
+    rates = {names[id(each)]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    assert rates == {name: pytest.approx(6.4 if name.endswith("bias") else 0.1) for name in names.values()}
+    assert current_lr(optimizer) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_rises_linearly_and_then_falls_to_zero(schedule: Literal["cosine", "linear"]) -> None:
+    rates = [compute_lr_fraction(step, 100, 0.1, schedule) for step in range(101)]
+    assert rates[55] == pytest.approx(0.5)
     assert rates[:11] == sorted(rates[:11])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == pytest.approx(1.0)

@@ -35,6 +35,8 @@ MIN_CLASSES_FOR_TOP5 = 10
 MIN_READABLE_IMAGES = 30
 # Prefix of the columns with class probabilities, followed by the class name.
 PROBABILITY_PREFIX = "probability_"
+# Name of the accuracy with flip averaging.
+FLIP_AVERAGED = "accuracy_flip_averaged"
 METRIC_COLUMNS = ["metric", "value", "low", "high"]
 CALIBRATION_ERROR = "calibration_error"
 # Suffixes of metric names, for calibrated and uncalibrated probabilities.
@@ -49,21 +51,30 @@ class EvaluateConfig:
     """Settings of the evaluation on test images."""
 
     batch_size: PositiveInt  # images per batch; limits the memory use
+    # Whether to compute the accuracy of the mean prediction for each image and its mirror image, too. It is a metric of
+    # its own, because the registered model predicts from the image alone.
+    flip_average: bool = False
 
 
 def metrics_with_ci(
-    labels: np.ndarray, probabilities: np.ndarray, uncalibrated: np.ndarray, groups: np.ndarray | None = None
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    uncalibrated: np.ndarray,
+    groups: np.ndarray | None = None,
+    flip_averaged: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Compute all metrics with their confidence intervals.
 
     `balanced_accuracy` and `macro_f1` are means over the classes that occur, `top_5` is included from ten classes on,
-    and `brier` is a sum over the classes, in [0, 2] (Brier 1950).
+    `brier` is a sum over the classes, in [0, 2] (Brier 1950), and `accuracy_flip_averaged` is included if the
+    predictions for it are given.
 
     Args:
         labels: (N,) class indices in [0, K).
         probabilities: (N, K) calibrated probabilities.
         uncalibrated: (N, K) probabilities before calibration.
         groups: (N,) group names of the images; an empty name means that the image is its own group.
+        flip_averaged: (N, K) means of the probabilities for each image and its mirror image.
 
     Returns:
         A table with one row per metric and the columns metric, value, low and high. It has no rows if there are no
@@ -74,6 +85,8 @@ def metrics_with_ci(
     parts = _count_images(labels, probabilities)
     if probabilities.shape[1] >= MIN_CLASSES_FOR_TOP5:
         parts["top_5"] = _column(_rank_actual_class(labels, probabilities) < TOP_K)
+    if flip_averaged is not None:
+        parts[FLIP_AVERAGED] = _column(flip_averaged.argmax(axis=1) == labels)
     for suffix, variant in zip(CALIBRATION_SUFFIXES, (probabilities, uncalibrated), strict=True):
         parts |= {f"{name}{suffix}": part for name, part in _compute_losses(labels, variant).items()}
     units = resampling_units(groups, len(labels))
@@ -85,7 +98,13 @@ def metrics_with_ci(
     # Number of images for which a single proportion is as certain as the mean of the classes' proportions.
     mean_count = len(present) ** 2 / (1 / present).sum()
     images = effective_counts(parts["images"], units)[0]
-    counts = {"accuracy": images, "top_5": images, "balanced_accuracy": mean_count, "macro_f1": mean_count}
+    counts = {
+        "accuracy": images,
+        FLIP_AVERAGED: images,
+        "top_5": images,
+        "balanced_accuracy": mean_count,
+        "macro_f1": mean_count,
+    }
     rows = []
     for name, value in values.items():
         low, high = confidence_interval(value, resampled_values[name], counts.get(name, np.nan))
@@ -227,8 +246,9 @@ def _compute_metrics(sums: Sums) -> dict[str, np.ndarray]:
         metric: selection_score(metric, sums["hits"], sums["actual"], sums["predicted"])
         for metric in get_args(SelectionMetric)
     }
-    if "top_5" in sums:
-        metrics["top_5"] = sums["top_5"][..., 0] / images
+    for name in (FLIP_AVERAGED, "top_5"):
+        if name in sums:
+            metrics[name] = sums[name][..., 0] / images
     for suffix in CALIBRATION_SUFFIXES:
         metrics[f"log_loss{suffix}"] = sums[f"log_loss{suffix}"][..., 0] / images
         metrics[f"brier{suffix}"] = sums[f"brier{suffix}"][..., 0] / images

@@ -42,6 +42,13 @@ class Classifier(nn.Module, ABC):
     def logits(self, x: Tensor) -> Tensor:
         """Compute the logits (N, K) of normalised images (N, C, H, W)."""
 
+    def init_from_images(self, pixels: np.ndarray) -> None:
+        """Initialise the layers whose first weights follow from training images; most networks have none.
+
+        Args:
+            pixels: Images (N, H, W, C) uint8.
+        """
+
     def weighted_heads(self, x: Tensor) -> list[tuple[float, Tensor]]:
         """Compute the logits of every head that is trained, the main head first.
 
@@ -105,8 +112,7 @@ def predict(classifier: Classifier, pixels: np.ndarray, batch_size: int) -> np.n
     device = classifier.mean.device
     # On a GPU, cuDNN would otherwise round to the 10 mantissa bits of TF32, and predictions would differ from a CPU's.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        batches = [
-            classifier(torch.tensor(pixels[start : start + batch_size], device=device)).double().softmax(dim=1)
-            for start in range(0, len(pixels), batch_size)
-        ]
-    return torch.cat(batches).cpu().numpy()
+        # Flipped images have negative strides, which torch does not read.
+        batches = (np.ascontiguousarray(pixels[at : at + batch_size]) for at in range(0, len(pixels), batch_size))
+        found = [classifier(torch.tensor(batch, device=device)).double().softmax(dim=1) for batch in batches]
+    return torch.cat(found).cpu().numpy()

@@ -27,15 +27,29 @@ def augment(pixels: Tensor, params: AugmentConfig) -> Tensor:
     if params.max_shift:
         down, right = torch.randint(-params.max_shift, params.max_shift + 1, (2, count, 1))
         pixels = translate(pixels, params.max_shift, down, right)
-    if params.hflip:
-        image = torch.arange(count) + count * (torch.rand(count) < 0.5)
-        both = torch.cat([pixels, pixels.flip(2)])
-        pixels = both.index_select(0, image.to(pixels.device, non_blocking=True))
+    # `TrainLoader` makes the flips that alternate, because they depend on the epoch.
+    if params.hflip is True:
+        pixels = flip(pixels, torch.rand(count) < 0.5)
     if params.auto_augment != "none":
         pixels = apply_policy(params.auto_augment, pixels)
     if params.random_erasing:
         pixels = erase(pixels, params.random_erasing)
     return pixels
+
+
+def flip(pixels: Tensor, chosen: Tensor) -> Tensor:
+    """Flip some images of a batch horizontally.
+
+    Args:
+        pixels: Images (N, H, W, C) uint8.
+        chosen: Mask (N,) bool of the images to flip, on the host.
+
+    Returns:
+        The images, (N, H, W, C) uint8.
+    """
+    image = torch.arange(len(pixels)) + len(pixels) * chosen
+    both = torch.cat([pixels, pixels.flip(2)])
+    return both.index_select(0, image.to(pixels.device, non_blocking=True))
 
 
 def translate(pixels: Tensor, shift: int, down: Tensor, right: Tensor) -> Tensor:

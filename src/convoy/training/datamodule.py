@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convoy.data.packed.arrays import Images
 from convoy.recipe import RecipeConfig
+from convoy.training.augmentation import flip
 from convoy.training.image_store import ImageStore
 from convoy.training.sampler import BatchSampler
 
@@ -26,11 +27,15 @@ class TrainLoader:
     Args:
         store: Training images.
         sampler: Order of the images.
+        alternate_flips: Whether to flip each image in every second epoch, half of the images in the first (Jordan 2024,
+            arXiv:2404.00498). In two epochs, a network then sees both sides of each image, which random flips would
+            show only half of the time.
     """
 
-    def __init__(self, store: ImageStore, sampler: BatchSampler) -> None:
+    def __init__(self, store: ImageStore, sampler: BatchSampler, *, alternate_flips: bool = False) -> None:
         self.store = store
         self.sampler = sampler
+        self.flipped_first = draw_halves(len(store.images), sampler.seed) if alternate_flips else None
         self.epoch = 0
         # Batches of the epoch that were yielded.
         self.position = 0
@@ -47,7 +52,10 @@ class TrainLoader:
             for later in batches[number + PREFETCH_BATCHES : number + PREFETCH_BATCHES + 1]:
                 self.store.prefetch(later)
             self.position = number + 1
-            yield self.store.gather(batches[number])
+            pixels, labels = self.store.gather(batches[number])
+            if self.flipped_first is not None:
+                pixels = flip(pixels, self.flipped_first[batches[number]] ^ bool(self.epoch % 2))
+            yield pixels, labels
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the data."""
@@ -56,6 +64,11 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a position that `state_dict` returned."""
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+def draw_halves(count: int, seed: int) -> Tensor:
+    """Draw a mask (count,) bool of about half of the images."""
+    return torch.from_numpy(np.random.default_rng([seed, count]).random(count) < 0.5)
 
 
 class ValLoader:
@@ -111,7 +124,10 @@ class ImageDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        self.train_loader = TrainLoader(ImageStore(self.train, device, shuffled=True), sampler)
+        alternate_flips = self.recipe.augment.hflip == "alternate"
+        self.train_loader = TrainLoader(
+            ImageStore(self.train, device, shuffled=True), sampler, alternate_flips=alternate_flips
+        )
         val_batch_size = min(MAX_VAL_BATCH_SIZE, 2 * sampler.batch_size)
         self.val_loader = ValLoader(ImageStore(self.val, device), val_batch_size, rank, world_size)
 

@@ -1,6 +1,7 @@
 """The optimizer of a recipe, its learning-rate schedule, and the decay of the weight average."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +17,21 @@ MOMENTUM_CYCLE = 0.1
 def make_optimizer(classifier: Classifier) -> torch.optim.Optimizer:
     """Create the optimizer of the classifier's recipe.
 
-    Biases and normalisation layers have no weight decay, and the backbone has a learning rate of its own.
+    Biases and normalisation layers have no weight decay. Biases and the backbone have learning rates of their own.
     """
     recipe = classifier.recipe
     peak_lr = recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in classifier.named_parameters():
-        lr = peak_lr * (1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale)
+        lr_scale = 1.0 if classifier.is_in_head(name) else recipe.backbone_lr_scale
+        lr_scale *= recipe.bias_lr_scale if name.endswith("bias") else 1.0
         decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
         if parameter.requires_grad:
-            groups.setdefault((lr, decay), []).append(parameter)
-    tables = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+            groups.setdefault((lr_scale, decay), []).append(parameter)
+    tables = [
+        {"params": group, "lr": peak_lr * lr_scale, "lr_scale": lr_scale, "weight_decay": decay}
+        for (lr_scale, decay), group in groups.items()
+    ]
     # Lightning does not clip the gradients of a fused optimizer in mixed precision.
     is_fused = recipe.grad_clip_norm == 0
     if recipe.optimizer == "sgd":
@@ -54,18 +59,22 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig, steps:
             base_momentum=max(0.0, recipe.momentum - MOMENTUM_CYCLE),
             max_momentum=recipe.momentum,
         )
-    return LambdaLR(optimizer, lambda step: compute_lr_fraction(step, steps, recipe.warmup_fraction))
+    return LambdaLR(optimizer, lambda step: compute_lr_fraction(step, steps, recipe.warmup_fraction, recipe.schedule))
 
 
-def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
+def compute_lr_fraction(
+    step: int, steps: int, warmup_fraction: float, schedule: Literal["cosine", "linear"] = "cosine"
+) -> float:
     """Compute the learning rate at a step, as a fraction of the peak learning rate.
 
-    It rises linearly during the warm-up and then follows a cosine to 0 (Loshchilov & Hutter 2017, without restarts).
+    It rises linearly during the warm-up and then falls to 0, either along a cosine (Loshchilov & Hutter 2017, without
+    restarts) or linearly.
 
     Args:
         step: Step, from 0.
         steps: Number of steps of the complete training.
         warmup_fraction: Fraction of the steps used for the warm-up, in [0, 1].
+        schedule: How it falls.
 
     Returns:
         The fraction, in [0, 1].
@@ -73,12 +82,13 @@ def compute_lr_fraction(step: int, steps: int, warmup_fraction: float) -> float:
     warm = warmup_fraction * steps
     if step < warm:
         return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm)))
+    progress = (step - warm) / max(1.0, steps - warm)
+    return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the heads, which is the largest."""
-    return max(group["lr"] for group in optimizer.param_groups)
+    """Return the learning rate of the weights of the heads."""
+    return next(group["lr"] for group in optimizer.param_groups if group["lr_scale"] == 1)
 
 
 def compute_ema_decay(ema_decay: float, updates: int) -> float:

@@ -19,7 +19,7 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint docs screenshots lock retrain push again
+.PHONY: help install repro test test-slow lint docs screenshots lock audit retrain push again
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
@@ -51,6 +51,11 @@ docs: $(READY) ## build the documentation as a site, in docs/_build/
 lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
 	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --extra dev --extra timm --output-file requirements.lock pyproject.toml --quiet
+
+# diskcache (a dependency of DVC) has no version without CVE-2025-69872: who can write to DVC's folder for temporary
+# files can run code, and that folder is the user's own.
+audit: $(READY) ## look for known vulnerabilities of the packages in requirements.lock
+	uvx pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock --ignore-vuln CVE-2025-69872
 
 retrain: $(READY) ## retrain on the newest data, as `convoy retrain` does
 	convoy retrain

@@ -342,7 +342,8 @@ def test_lock_holds_every_package_that_the_project_asks_for() -> None:
 def test_every_make_target_that_is_named_anywhere_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {}
-    for file in ("README.md", "Dockerfile", ".ci/run", ".github/workflows/ci.yml", ".github/workflows/retrain.yml"):
+    workflows = (f".github/workflows/{name}.yml" for name in ("ci", "retrain", "upgrade"))
+    for file in ("README.md", "Dockerfile", ".ci/run", *workflows):
         found = re.findall(r"(?:`|^ *|run: |RUN )make ([a-z-]+)(?:`| |$)", (ROOT / file).read_text(), re.MULTILINE)
         named[file] = set(found)
     assert {"install", "repro"} <= named["README.md"]

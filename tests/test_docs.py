@@ -1,5 +1,6 @@
 """Documentation: its links, and that every command, setting and file that it names exists."""
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -118,6 +119,12 @@ def test_files_of_the_project_that_are_named_exist(page: Path) -> None:
     for code in list_spans(page):
         if re.match(r"(conf|docs|pipeline|samples|src|tests|benchmarks|\.ci|\.github)/", code):
             assert (ROOT / code).exists() or Path(code).stem in ("x", "mynet"), code
+
+
+def test_index_of_messages_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    rendered = importlib.import_module("messages").render()
+    assert (ROOT / "docs/messages.md").read_text() == rendered, "run `python docs/messages.py`"
 
 
 def test_readme_is_short() -> None:

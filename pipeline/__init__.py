@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import signals
+from pipeline import fork_server, signals
 
 # Threads that spin while they wait stop each other where anything else runs on the machine: a training step took 28
 # times as long beside two other processes on 2 cores. OpenMP reads this when torch is imported, so it stands here.
@@ -47,4 +47,6 @@ def use_own_library() -> None:
 # Python's word for a command that is run by its name and still being looked for: the imports that follow take seconds
 if sys.argv[0] == "-m":
     signals.install()
+    if fork_server.VARIABLE in os.environ:
+        fork_server.hand_over(signals.ENDING)
 use_own_library()

@@ -1,5 +1,6 @@
 """One run of the complete pipeline: compose and check the settings, run every stage, and print the leaderboard."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.data import data_lock
 from convoy.data.sources.base import DatasetConfig
-from pipeline import data_folder, dvc_state, output_folders, settings
+from pipeline import data_folder, dvc_state, fork_server, output_folders, settings
 from pipeline.check_settings import check_settings
 from pipeline.dvc_process import run_all
 from pipeline.job_plan import plan_jobs, select_changed
@@ -54,11 +55,13 @@ def run(
     repro = ["repro", "--pull"] if pull else ["repro"]
     before = leaderboard_time(root)
     status = 0
-    if jobs != 1 and len(models) > 1 and (commands or checksum_inputs(root) != remembered_inputs(root)):
-        status = run_side_by_side(root, params, [*commands, [*repro, "resize"]], jobs, pull=pull)
-        commands = []
-    commands.append(repro)
-    status = status or run_all(commands)
+    has_work = bool(commands) or checksum_inputs(root) != remembered_inputs(root)
+    with fork_server.started() if has_work else contextlib.nullcontext():
+        if has_work and jobs != 1 and len(models) > 1:
+            status = run_side_by_side(root, params, [*commands, [*repro, "resize"]], jobs, pull=pull)
+            commands = []
+        commands.append(repro)
+        status = status or run_all(commands)
     # DVC exits with 255 on an internal error. If its own databases were damaged, they are removed here, and DVC
     # creates them again.
     if status == 255 and dvc_state.remove_damaged_databases(root):

@@ -78,8 +78,7 @@ def check_model_list(models: Mapping[str, Any]) -> None:
         ConvoyError: If a model without its file has settings.
     """
     for name, values in models.items():
-        recipe = values.get("recipe") if isinstance(values, Mapping) else None
-        if isinstance(recipe, Mapping) and "batch_size" not in recipe:
+        if isinstance(values, Mapping) and "module" not in values:
             raise ConvoyError(
                 f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose "
                 f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the "

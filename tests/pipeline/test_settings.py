@@ -468,7 +468,7 @@ def test_setting_of_the_shared_recipe_is_adopted_for_one_model(project_conf: Pat
         "  recipe:\n"
         "    lr: 0.01 # maximum learning rate; 0.001 to 0.3\n"
         "    augment:\n"
-        "      hflip: true # random horizontal flips; true for photographs, false for digits; alternate: in every second epoch\n"
+        "      hflip: true # horizontal flips; true for photographs, alternate: every second epoch, false for digits\n"
     )
     assert {other: other.read_text() for other in before} == before
 

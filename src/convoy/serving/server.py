@@ -47,7 +47,8 @@ def serve(config: ServerConfig) -> None:
     if not is_loopback(config.host) and not api_key:
         raise ConvoyError(
             f"--host {config.host} lets other machines use this server: set the environment variable "
-            f"{API_KEY_VARIABLE} to a key that they must send, for example export {API_KEY_VARIABLE}=$(openssl rand -hex 16)"
+            f"{API_KEY_VARIABLE} to a key that they must send, for example by "
+            f"`export {API_KEY_VARIABLE}=$(openssl rand -hex 16)`"
         )
     logging.basicConfig(format="convoy: %(message)s", level=logging.WARNING)
     logging.getLogger("convoy.serving").setLevel(logging.INFO)

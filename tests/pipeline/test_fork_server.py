@@ -64,7 +64,7 @@ def read_parent(process: subprocess.Popen) -> int:
     return int(process.stdout.readline().split()[0])
 
 
-def test_fork_has_arguments_environment_and_streams_of_its_client(job: Path, server: Path) -> None:
+def test_fork_has_arguments_and_streams_of_its_client(job: Path, server: Path) -> None:
     job.write_text(f"{JOB}print(os.getcwd(), os.environ['OWN'], file=sys.stderr)\nsys.exit(5)\n")
     process = start(job, server, "one", "two", OWN="mine")
     output, errors = process.communicate()

@@ -1,4 +1,4 @@
-"""Two-sample test of drift: do new images come from the distribution of the reference images?
+"""Two-sample test of drift: whether new images come from the distribution of the reference images.
 
 The test compares embeddings by their energy distance (Székely & Rizzo 2013) and permutes which images are new, so that
 it holds for any distribution and any number of images. It takes images as independent of each other: many frames of

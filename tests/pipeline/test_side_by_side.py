@@ -1,5 +1,6 @@
 """Trainings side by side: their order and number, their output, and how a failure or a signal ends them."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -132,25 +133,25 @@ def test_signal_stops_all_jobs_and_waits_for_them(number: signal.Signals, dvc: P
 
 
 @pytest.mark.slow
-def test_side_by_side_is_bit_identical_to_one_by_one(tmp_path: Path) -> None:
+def test_forks_side_by_side_are_bit_identical_to_one_by_one(tmp_path: Path) -> None:
     results = []
-    for jobs in ("1", "auto"):
+    for jobs, fork in (("1", "0"), ("auto", "1")):
         root = make_project(tmp_path / jobs, SMALL)
         for name in ("pipeline", "src"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        results.append(run_project(root, jobs))
+        results.append(run_project(root, jobs, fork))
     assert results[0].keys() == results[1].keys()
     assert results[0] == results[1]
 
 
-def run_project(root: Path, jobs: str) -> dict[str, bytes]:
+def run_project(root: Path, jobs: str, fork: str) -> dict[str, bytes]:
     """Run the pipeline of a project under DVC, and return its results by file."""
     init_git(root)
     run_git(root, "add", "conf")
     run_dvc(root, "init", "--quiet")
     run_dvc(root, "add", "--quiet", "data")
     command = [sys.executable, "-m", "pipeline.cli", "run", "--jobs", jobs, *SMALL]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=os.environ | {"CONVOY_FORK": fork}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = [file for stage in ("train", "evaluate") for file in sorted((root / "artifacts" / stage).rglob("*.*"))]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}

@@ -76,7 +76,7 @@ def serve(folder: str) -> list:
         listener.bind(socket_path(folder))
         listener.listen()
         while True:
-            if 0 in select.select([0, listener], [], [])[0]:
+            if 0 in select.select([0, listener.fileno()], [], [])[0]:
                 sys.exit()
             connection, _ = listener.accept()
             if os.fork() == 0:
@@ -96,7 +96,7 @@ def serve(folder: str) -> list:
 def supervise(worker: int, connection: socket.socket) -> None:
     """Forward signals from a connection to a process, kill it if the connection ends, and send its exit status."""
     ended = os.pidfd_open(worker)
-    while ended not in select.select([ended, connection], [], [])[0]:
+    while ended not in select.select([ended, connection.fileno()], [], [])[0]:
         os.kill(worker, *(connection.recv(1) or [signal.SIGKILL]))
     status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     with contextlib.suppress(OSError):

@@ -1,7 +1,6 @@
 """The optimizer of a recipe, its learning-rate schedule, and the decay of the weight average."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -62,9 +61,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: RecipeConfig, steps:
     return LambdaLR(optimizer, lambda step: compute_lr_fraction(step, steps, recipe.warmup_fraction, recipe.schedule))
 
 
-def compute_lr_fraction(
-    step: int, steps: int, warmup_fraction: float, schedule: Literal["cosine", "linear"] = "cosine"
-) -> float:
+def compute_lr_fraction(step: int, steps: int, warmup_fraction: float, schedule: str = "cosine") -> float:
     """Compute the learning rate at a step, as a fraction of the peak learning rate.
 
     It rises linearly during the warm-up and then falls to 0, either along a cosine (Loshchilov & Hutter 2017, without
@@ -74,7 +71,7 @@ def compute_lr_fraction(
         step: Step, from 0.
         steps: Number of steps of the complete training.
         warmup_fraction: Fraction of the steps used for the warm-up, in [0, 1].
-        schedule: How it falls.
+        schedule: How it falls: "cosine" or "linear".
 
     Returns:
         The fraction, in [0, 1].

@@ -93,7 +93,7 @@ def test_documented_file_adds_a_network_that_becomes_champion(tmp_path: Path, em
     config.compose(root, [*list_overrides("regnet_y_400mf", epochs=15, size=64), *GATE])
     run_stages(root)
     with open_store(root, "convoy") as store:
-        assert store.client.get_registered_model("convoy").aliases == {"champion": 1}
+        assert store.client.get_registered_model("convoy").aliases["champion"] == 1
 
 
 def predict_by_http(root: Path, files: Sequence[Path]) -> list[dict[str, float]]:

@@ -58,7 +58,7 @@ class SeedSpread:
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """What came of repeating a run."""
+    """The outcome of repeating a run."""
 
     run: LoggedRun
     comparisons: list[Comparison]
@@ -78,8 +78,10 @@ class Replay:
             return "bit-identical"
         if self.inputs:
             return "not bit-identical, from other inputs"
-        if self.spread is None:
+        if not self.environment:
             return "not bit-identical, in the same environment"
+        if self.spread is None:
+            return "not bit-identical, in another environment"
         usual = "as another seed" if self.spread.is_usual() else "unlike another seed"
         return f"not bit-identical, in another environment; its accuracy is {usual}"
 
@@ -99,8 +101,7 @@ def replay(root: Path, name: str, *, as_json: bool = False) -> int:
         as_json: Whether to print JSON.
 
     Returns:
-        0 if the result is bit-identical, or the environment differs and the accuracy is that of another seed; 3 if it
-        is neither; the exit status of DVC if a stage failed.
+        0 if the result is bit-identical, or the environment differs and the accuracy is that of another seed; else 3.
 
     Raises:
         ConvoyError: If the run can't be repeated.
@@ -114,15 +115,10 @@ def replay(root: Path, name: str, *, as_json: bool = False) -> int:
             check_machines(run.record)
             run = fetch_initial_weights(root, store, run)
         with open_workspace(root, run) as workspace:
-            status = workspace.train()
-            if status:
-                return status
+            workspace.train()
             repeated = compare(workspace)
             if not repeated.is_identical and repeated.environment and not repeated.inputs:
-                spread, status = train_seeds(workspace)
-                if status:
-                    return status
-                repeated = dataclasses.replace(repeated, spread=spread)
+                repeated = dataclasses.replace(repeated, spread=train_seeds(workspace))
     print(json.dumps(describe(repeated), indent=2) if as_json else format_replay(repeated))
     return repeated.status
 
@@ -184,24 +180,19 @@ def _only_different(values: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[An
     return {name: (before, after) for name, (before, after) in values.items() if before != after}
 
 
-def train_seeds(workspace: Workspace) -> tuple[SeedSpread | None, int]:
-    """Train a run with two more seeds.
-
-    Returns:
-        The accuracies and 0; or None and the exit status of DVC if a stage failed.
-    """
+def train_seeds(workspace: Workspace) -> SeedSpread | None:
+    """Train a run with two more seeds, and return the accuracies; None if the training of the run failed."""
     run = workspace.run
     if "test/accuracy" not in run.metrics:
-        return None, 0
+        return None
     seed, accuracies = run.record.train.seed, {}
     for number in range(seed, seed + SEEDS):
         if number > seed:
             print(f"training with seed {number}, as the environment differs", file=sys.stderr)
             workspace.set_seed(number)
-            if status := workspace.train():
-                return None, status
+            workspace.train()
         accuracies[number] = workspace.test_metrics()["accuracy"]
-    return SeedSpread(run.metrics["test/accuracy"], accuracies, run.record.data.profile["test"]), 0
+    return SeedSpread(run.metrics["test/accuracy"], accuracies, run.record.data.profile["test"])
 
 
 def describe(repeated: Replay) -> dict[str, Any]:

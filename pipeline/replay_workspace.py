@@ -140,11 +140,10 @@ class Workspace:
         section["seed"] = seed
         self._write_yaml("params.yaml", self.params)
 
-    def train(self) -> int:
+    def train(self) -> None:
         """Run the stages that are not up to date, from the images to the evaluation.
 
-        Returns:
-            The exit status of DVC, or 128 + the signal number if a signal ended it.
+        Exits with the status of DVC if a stage fails, or with 128 + the signal number if a signal ended it.
         """
         recorded = self.run.record.environment
         variables = {name: str(recorded[name]) for name in ISA_VARIABLES if recorded.get(name)}
@@ -153,10 +152,9 @@ class Workspace:
         own = {"PATH": path, "PYTHONPATH": str(self.root / "src"), "CONVOY_LIVE": "0"}
         options = ["--no-run-cache", "--no-commit", f"evaluate@{self.architecture}"]
         # Standard output is for the result.
-        return run_forwarding(
-            [str(self.python), "-m", "dvc", "repro", *options],
-            cwd=self.root, env=variables | kept | own, stdout=sys.stderr,
-        )  # fmt: skip
+        command = [str(self.python), "-m", "dvc", "repro", *options]
+        if status := run_forwarding(command, cwd=self.root, env=variables | kept | own, stdout=sys.stderr):
+            sys.exit(status)
 
     @property
     def trained(self) -> Path:

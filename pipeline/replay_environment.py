@@ -72,7 +72,8 @@ def make_environment(lock: Path, python: str, folder: Path, run: str) -> Path:
     if subprocess.run([*create, python], capture_output=True).returncode:
         print(f"there is no Python {python} for uv: {platform.python_version()} is used", file=sys.stderr)
         subprocess.run([*create, sys.executable], check=True)
-    install = [command, "pip", "sync", "--quiet", "--compile-bytecode", "--python", str(folder), str(lock)]
+    # Without bytecode, as a replay imports only a part of the packages.
+    install = [command, "pip", "sync", "--quiet", "--python", str(folder), str(lock)]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split())[:400]

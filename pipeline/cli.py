@@ -140,6 +140,9 @@ def retrain(
         bool, typer.Option("--push", help="Push the results to the DVC remote, and the lock files as a branch.")
     ] = False,
     jobs: Annotated[str, typer.Option(metavar="N|auto", help="Architectures to train at a time.")] = "1",
+    now: Annotated[
+        bool, typer.Option("--now", help="Train on changed data whatever the triggers in `retrain` say.")
+    ] = False,
     exit_zero: Annotated[bool, typer.Option("--exit-zero", help="Exit with 0 unless it failed.")] = False,
     require_server: Annotated[
         bool, typer.Option("--require-server", help="Refuse to run without MLFLOW_TRACKING_URI.")
@@ -156,7 +159,7 @@ def retrain(
         raise ConvoyError(
             "MLFLOW_TRACKING_URI is not set: name a server there, as the champion would be gone with this machine"
         )
-    raise typer.Exit(retrain(Path.cwd(), push=push, jobs=parse_jobs(jobs), exit_zero=exit_zero))
+    raise typer.Exit(retrain(Path.cwd(), push=push, jobs=parse_jobs(jobs), exit_zero=exit_zero, now=now))
 
 
 @app.command(

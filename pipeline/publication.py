@@ -39,10 +39,15 @@ def publish(root: Path, summary: Path, *, has_result: bool) -> None:
     if not has_result or not run_git(root, "status", "--porcelain", "--", *files):
         return
     branch = "retrain-" + hashlib.sha256(b"".join((root / name).read_bytes() for name in files)).hexdigest()[:12]
+    is_gitlab = bool(os.environ.get("GITLAB_CI"))
     if not run_git(root, "ls-remote", "--heads", "origin", branch):
-        run_git(root, "push", "origin", f"{commit(root, files)}:refs/heads/{branch}")
+        # GitLab opens a merge request with the push; its description is one line.
+        options = ("merge_request.create", f"merge_request.title={TITLE}") if is_gitlab else ()
+        flags = [f"--push-option={option}" for option in options]
+        run_git(root, "push", *flags, "origin", f"{commit(root, files)}:refs/heads/{branch}")
         print(f"pushed the lock files as the branch {branch}")
-    open_pull_request(root, branch, summary)
+    if not is_gitlab:
+        open_pull_request(root, branch, summary)
 
 
 def commit(root: Path, files: list[str]) -> str:

@@ -16,6 +16,7 @@ from convoy.data.data_lock import DataLock
 from convoy.reporting.run_summary import describe_run
 from pipeline import data_folder, dvc_files, settings
 from pipeline.check_settings import check_settings
+from pipeline.credentials import usable_credentials
 from pipeline.dvc_process import run_all, run_dvc
 from pipeline.publication import publish
 from pipeline.run import check_repository, run
@@ -28,7 +29,7 @@ VERDICT = Path("artifacts/verdict.md")
 RESULTS = Path("artifacts/report/summary.md")
 
 
-def retrain(root: Path, *, push: bool = False, jobs: int | None = 1, exit_zero: bool = False) -> int:
+def retrain(root: Path, *, push: bool = False, jobs: int | None = 1, exit_zero: bool = False, now: bool = False) -> int:
     """Retrain on the newest data, unless nothing has changed, and write a summary.
 
     Every step can be repeated: after an interruption the next call completes the work.
@@ -38,6 +39,7 @@ def retrain(root: Path, *, push: bool = False, jobs: int | None = 1, exit_zero: 
         push: Whether to push the results to the DVC remote, and the changed lock files as a branch.
         jobs: The largest number of architectures to train at a time; None for as many as the machine allows.
         exit_zero: Whether to return 0 unless the retraining failed.
+        now: Whether to train on changed data whatever the triggers in the settings say.
 
     Returns:
         The exit status.
@@ -48,16 +50,16 @@ def retrain(root: Path, *, push: bool = False, jobs: int | None = 1, exit_zero: 
     lock = root / "artifacts/.scratch/retrain.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(lock, timeout=0):
-            decision = _retrain(root, push=push, jobs=jobs)
+        with FileLock(lock, timeout=0), usable_credentials():
+            decision = _retrain(root, push=push, jobs=jobs, now=now)
     except Timeout:
         raise ConvoyError("another retraining runs in this folder: wait for it, or end it") from None
     return 0 if exit_zero and decision != "FAILED" else STATUS[decision]
 
 
-def _retrain(root: Path, *, push: bool, jobs: int | None) -> Decision:
+def _retrain(root: Path, *, push: bool, jobs: int | None, now: bool) -> Decision:
     began, before = time.monotonic(), _modified(root / VERDICT)
-    decision, reason, error = _run(root, jobs)
+    decision, reason, error = _run(root, jobs, now)
     if decision == "KEPT":
         decision = read_decision(root, before)
     summary = summarize(root, decision, reason, (time.monotonic() - began) / 60)
@@ -70,7 +72,7 @@ def _retrain(root: Path, *, push: bool, jobs: int | None) -> Decision:
     return decision
 
 
-def _run(root: Path, jobs: int | None) -> tuple[Decision, str, ConvoyError | None]:
+def _run(root: Path, jobs: int | None, now: bool) -> tuple[Decision, str, ConvoyError | None]:
     """Fetch the data and run the pipeline; return the decision as far as it is known, and why it failed."""
     try:
         check_repository(root)
@@ -81,7 +83,7 @@ def _run(root: Path, jobs: int | None) -> tuple[Decision, str, ConvoyError | Non
             print("nothing has changed since the last run: data, settings and code are those of dvc.lock")
             return "UNCHANGED", "Data, settings and code are those of the last run.", None
         print(f"changed: {', '.join(changed)}")
-        is_due, reason = check_due(root, params, changed)
+        is_due, reason = (True, "") if now else check_due(root, params, changed)
         if not is_due:
             return "WAIT", reason, None
         if status := run(root, pull=has_remote(root), jobs=jobs):

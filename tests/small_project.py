@@ -40,9 +40,9 @@ def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
     return root
 
 
-def draw_images(data: Path, each: int) -> None:
+def draw_images(data: Path, each: int, seed: int = 0) -> None:
     """Grey pictures of 12x12 pixels in class folders: a bright bar that stands, lies or leans, in noise."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     masks = {"lying": np.eye(12)[6][:, None] * np.ones(12), "leaning": np.eye(12)}
     masks["standing"] = masks["lying"].T
     for name, mask in masks.items():

@@ -1,6 +1,4 @@
-"""The job of .github/workflows/retrain.yml on this machine: its `run:` lines in fresh clones, with a git remote, a DVC
-remote, an MLflow server and a forge.
-"""
+"""The scheduled job on this machine: the `run:` lines of its workflow, in fresh clones with remotes of their own."""
 
 import contextlib
 import dataclasses

@@ -52,27 +52,9 @@ def runner(project: Path, monkeypatch: pytest.MonkeyPatch) -> CliRunner:
 
 
 def test_commands_are_those_of_the_documentation() -> None:
-    assert {name for name, *_ in COMMANDS} == {
-        *(
-            "run",
-            "use",
-            "gc",
-            "settings",
-            "leaderboard",
-            "ui",
-            "predict",
-            "serve",
-            "package",
-            "verify",
-            "rollback",
-            "sync",
-            "migrate",
-            "find-lr",
-            "tune",
-            "retrain",
-            "report",
-        )
-    }
+    documented = "run use gc settings leaderboard ui predict serve package verify rollback sync migrate find-lr tune"
+    documented += " retrain report monitor replay diff"
+    assert {name for name, *_ in COMMANDS} == set(documented.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

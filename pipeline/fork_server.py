@@ -87,9 +87,9 @@ def serve(folder: str) -> list:
     request = json.loads(connection.makefile().readline())
     if worker := os.fork():
         supervise(worker, connection)
-    connection.close()
-    for number, stream in enumerate(streams):
+    for number, (name, stream) in enumerate(zip(("stdin", "stdout", "stderr"), streams, strict=True)):
         os.dup2(stream, number)
+        setattr(sys, name, os.fdopen(number, "w" if number else "r", 1, errors="backslashreplace", closefd=False))
     return request
 
 

@@ -29,7 +29,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Not from `pipeline`, which a fork has to import itself.
     code = "import sys; sys.path[0] = sys.argv[1]; import fork_server; fork_server.main(sys.argv[2], ())"
     command = [sys.executable, "-c", code, str(ROOT / "pipeline"), str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT | {"SERVER": "1"})
+    with (folder.parent / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=ENVIRONMENT | {"SERVER": "1"}
+        )
     deadline = time.monotonic() + 60
     while not list(folder.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -65,7 +68,9 @@ def read_parent(process: subprocess.Popen) -> int:
 
 
 def test_fork_has_arguments_and_streams_of_its_client(job: Path, server: Path) -> None:
-    job.write_text(f"{JOB}print(os.getcwd(), os.environ['OWN'], file=sys.stderr)\nsys.exit(5)\n")
+    # A stream that was a file, which can be sought, is a pipe in the fork.
+    code = "sys.stdout.reconfigure(errors='backslashreplace')\nprint(os.getcwd(), os.environ['OWN'], file=sys.stderr)"
+    job.write_text(f"{JOB}{code}\nsys.exit(5)\n")
     process = start(job, server, "one", "two", OWN="mine")
     output, errors = process.communicate()
     parent, rest = output.split(maxsplit=1)

@@ -94,6 +94,13 @@ def test_uncaught_error_has_a_traceback_and_status_1(job: Path, server: Path) ->
     assert process.returncode == 1
 
 
+def test_message_and_handlers_of_an_exit_are_kept(job: Path, server: Path) -> None:
+    job.write_text("import atexit, sys\natexit.register(print, 'cleaned up')\nsys.exit('convoy: no')\n")
+    process = start(job, server)
+    assert process.communicate() == ("cleaned up\n", "convoy: no\n")
+    assert process.returncode == 1
+
+
 def test_signal_reaches_the_fork(job: Path, server: Path) -> None:
     job.write_text(f"{JOB}time.sleep(60)\n")
     process = start(job, server)

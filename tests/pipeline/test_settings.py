@@ -241,7 +241,7 @@ def test_overrides_are_adopted_afterwards(root: Path) -> None:
 
 def test_override_of_an_unknown_key_is_named(root: Path) -> None:
     with pytest.raises(
-        ConvoyError, match=r"^conf/ does not compose with train\.epoch=4: Could not override .*did you mean max_epochs"
+        ConvoyError, match=r"^conf/ does not compose with train\.epoch=4: Could not override .*did you mean epochs"
     ):
         compose_project(root, "train.epoch=4")
 

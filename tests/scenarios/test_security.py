@@ -392,8 +392,10 @@ def find_calls(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_loader_that_executes_code_is_called(file: Path) -> None:
+    # It runs the stages of this project, as `python -m` does; its socket is in a folder of this user alone.
+    allowed = {"runpy"} if file.name == "fork_server.py" else set()
     for name, keywords in find_calls(file):
-        assert not [word for word in RUNS_CODE if f".{word}." in f".{name}."], name
+        assert not [word for word in RUNS_CODE - allowed if f".{word}." in f".{name}."], name
         assert name not in ("eval", "exec")  # a network has an eval() that is another
         if name in ("torch.load", "torch.jit.load", "torch.export.load"):
             assert name == "torch.load"

@@ -149,7 +149,8 @@ def _choose_experiment(root: Path, wanted: Mapping[str, Any]) -> None:
     for option in [*_options(root, "experiment"), "null"] if now else []:
         # An experiment may not compose with the other choices.
         with contextlib.suppress(ConvoyError):
-            counts[option] = len(_differences(root, wanted, models, f"experiment={option}"))
+            override = "~experiment" if option == "null" else f"experiment={option}"
+            counts[option] = len(_differences(root, wanted, models, override))
     best = min(counts, key=counts.__getitem__, default="")
     if best and counts[best] < now:
         set_choice(root, "experiment", None if best == "null" else best)

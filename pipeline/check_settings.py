@@ -78,7 +78,8 @@ def check_model_list(models: Mapping[str, Any]) -> None:
         ConvoyError: If a model without its file has settings.
     """
     for name, values in models.items():
-        if isinstance(values, Mapping) and "module" not in values:
+        is_known = Path(f"conf/model/{name}.yaml").exists()
+        if isinstance(values, Mapping) and "module" not in values and is_known:
             raise ConvoyError(
                 f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose "
                 f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the "

@@ -121,9 +121,10 @@ def test_tuned_settings_are_written_with_comments_kept(tmp_path: Path) -> None:
     values = {"model.resnet.recipe.lr": 0.0432, "model.resnet.recipe.weight_decay": 1.23e-05}
     adoption.write_values(tmp_path, values)
     before, after = ((root / "conf/model/resnet.yaml").read_text().splitlines() for root in (ROOT, tmp_path))
-    assert [line for line in before if line not in after] == ["    lr: 0.1 # maximum learning rate; 0.01 to 0.3"]
+    (changed,) = (line for line in before if line not in after)
+    assert changed.startswith("    lr: 0.1 # maximum learning rate; 0.01 to 0.3")
     added = [line for line in after if line not in before]
-    assert added[0] == "    lr: 0.0432 # maximum learning rate; 0.01 to 0.3"
+    assert added[0] == changed.replace("0.1", "0.0432", 1)
     assert added[1].startswith("    weight_decay: 1.23e-05 #")
     assert len(added) == 2
 

@@ -23,4 +23,4 @@ def test_rows_of_the_confusion_plot_are_the_actual_classes(tmp_path: Path, monke
 def test_architecture_has_its_colour_in_every_selection() -> None:
     colours = {name: architecture_colour(name) for name in models.names()}
     assert len(set(colours.values())) == len(colours)
-    assert architecture_colour("my_network") == architecture_colour("my_network") not in colours.values()
+    assert architecture_colour("other_network") == architecture_colour("other_network") not in colours.values()

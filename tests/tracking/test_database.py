@@ -259,11 +259,14 @@ def test_database_open_in_another_process_is_not_replaced(tmp_path: Path, old_da
     shutil.copy(old_database, tmp_path)
     add_run(tmp_path / "mlflow.db", tmp_path / "mlartifacts/theirs")
     told, tell = os.pipe()
+    opened, has_opened = os.pipe()
     other = os.fork()
     if not other:
         with (tmp_path / "mlflow.db").open("rb"):
+            os.write(has_opened, b".")
             os.read(told, 1)
         os._exit(0)
+    os.read(opened, 1)
     with pytest.raises(ConvoyError, match=rf"process {other} \(.*\) has it open: wait until it has finished, or stop"):
         database.prepare(tmp_path / "mlflow.db")
     os.write(tell, b".")

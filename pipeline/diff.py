@@ -20,7 +20,7 @@ from convoy.core.artifact_names import HISTORY, IMAGE_TABLE, MANIFEST
 from convoy.core.hashing import sha256
 from convoy.core.yaml_parser import parse_yaml
 from convoy.tracking import logged_run
-from convoy.tracking.differences import compare_histories, compare_weights
+from convoy.tracking.differences import compare_histories, compare_weights, only_different
 from convoy.tracking.logged_run import LoggedRun
 from convoy.tracking.provenance import CODE, git
 from convoy.tracking.run_record import flatten
@@ -90,11 +90,12 @@ def diff(root: Path, first: str, second: str, *, as_json: bool = False) -> None:
 def compare(root: Path, one: LoggedRun, other: LoggedRun) -> RunDifferences:
     """Return what differs between two runs."""
     first, second = one.record, other.record
-    commits = [run.commit.partition(" ")[0] for run in (one, other)]
+    commits = [run.commit_id for run in (one, other)]
     are_known = all(git(root, "cat-file", "-t", commit) for commit in commits)
     changed = git(root, "diff", "--name-only", *commits, "--", *CODE).splitlines() if are_known else None
-    data = {
-        "version": tuple(f"{record.data.name}@{record.data.digest}" for record in (first, second)),
+    versions = [f"{record.data.name}@{record.data.digest}" for record in (first, second)]
+    data: dict[str, Pair] = {
+        "version": (versions[0], versions[1]),
         "source": (first.data.source, second.data.source),
         **{
             name: (first.data.profile.get(name), second.data.profile.get(name))
@@ -111,18 +112,18 @@ def compare(root: Path, one: LoggedRun, other: LoggedRun) -> RunDifferences:
     history = compare_histories(one.folder / HISTORY, other.folder / HISTORY).difference
     return RunDifferences(
         (one, other),
-        _only_different(dict(list_settings(one)), dict(list_settings(other))),
+        _compare_values(dict(list_settings(one)), dict(list_settings(other))),
         compare_images(root, one, other) if first.data.digest != second.data.digest else ImageChanges([], [], [], []),
-        {name: (before, after) for name, (before, after) in data.items() if before != after},
-        {name: (before, after) for name, (before, after) in code.items() if before != after},
+        only_different(data),
+        only_different(code),
         changed,
-        _only_different(*environments),
-        _only_different(*results),
+        _compare_values(*environments),
+        _compare_values(*results),
         {"weights": compare_weights(one.weights, other.weights).difference, "history": history},
     )
 
 
-def _only_different(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Pair]:
+def _compare_values(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Pair]:
     # A variable of the environment that is not set is "", and records of earlier formats lack it.
     return {
         name: (one.get(name), other.get(name))
@@ -173,7 +174,7 @@ def find_image_table(root: Path, run: LoggedRun) -> bytes | None:
     stages = run.stages
     if not stages:
         # A run of an earlier version has no dvc.lock of its own, and its commit's may be of other data.
-        committed = git(root, "show", f"{run.commit.partition(' ')[0]}:./dvc.lock")
+        committed = git(root, "show", f"{run.commit_id}:./dvc.lock")
         stages = (parse_yaml(committed) or {}).get("stages", {}) if committed else {}
     for output in stages.get("preprocess", {}).get("outs", []):
         manifest = read_folder_file(root, output["md5"], MANIFEST)

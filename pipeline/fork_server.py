@@ -38,13 +38,15 @@ def started() -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="convoy-") as folder:
         # The server ends at the end of its standard input, which also comes if this process is killed.
-        server = subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, start_new_session=True)
-        os.environ[VARIABLE] = folder
-        try:
-            yield
-        finally:
-            del os.environ[VARIABLE]
-            server.communicate()
+        command = [sys.executable, __file__, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as server:
+            os.environ[VARIABLE] = folder
+            try:
+                yield
+            finally:
+                del os.environ[VARIABLE]
+                # After a short run it is still importing.
+                server.kill()
 
 
 def socket_path(folder: str) -> str:

@@ -12,15 +12,15 @@ import typer
 from pipeline.cli_options import caller_folder, resolve_model, resolve_typed
 
 app = typer.Typer(rich_markup_mode=None)
+Model = Annotated[
+    str | None, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion.")
+]
 
 
 @app.command(epilog="Example: convoy predict photos/ 'more/*.png' --json")
 def predict(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="A file, a folder or a pattern: '*.png'.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
-    ] = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print a table in CSV.")] = False,
     top_k: Annotated[int | None, typer.Option(min=1, help="Print this many of the most probable classes.")] = None,
@@ -37,10 +37,7 @@ def predict(
 
 @app.command(epilog="Example: convoy serve --port 8000")
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
-    ] = None,
+    model: Model = None,
     host: Annotated[str, typer.Option(help="Address to listen at. Another than this machine's own needs a key.")] = (
         "127.0.0.1"
     ),
@@ -78,10 +75,7 @@ def serve(
 @app.command(epilog="Example: convoy package downloads/server")
 def package(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION or a folder; by default the champion."),
-    ] = None,
+    model: Model = None,
 ) -> None:
     """Write a folder with a model and its server.
 

@@ -17,7 +17,7 @@ from convoy.core.artifact_names import HISTORY, WEIGHTS
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
 from convoy.tracking import logged_run
-from convoy.tracking.differences import Comparison, compare_histories, compare_metrics, compare_weights
+from convoy.tracking.differences import Comparison, compare_histories, compare_metrics, compare_weights, only_different
 from convoy.tracking.logged_run import LoggedRun
 from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import TrainingRecord
@@ -111,7 +111,7 @@ def replay(root: Path, name: str, *, as_json: bool = False) -> int:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         with open_store(root, config.load(root / "params.yaml")["register"]["name"]) as store:
             run = logged_run.download(store, logged_run.find(store, name), Path(folder))
-            check_commit(root, run, run.commit.partition(" ")[0])
+            check_commit(root, run)
             check_machines(run.record)
             run = fetch_initial_weights(root, store, run)
         with open_workspace(root, run) as workspace:
@@ -173,11 +173,7 @@ def compare(workspace: Workspace) -> Replay:
     environment = {name: (before.get(name, ""), after.get(name, "")) for name in {**before, **after}}
     if run.record.stopped == "max_time":
         environment["end by trainer.max_time"] = ("after", f"{run.record.trainer.max_time} on that machine")
-    return Replay(run, comparisons, _only_different(inputs), _only_different(environment))
-
-
-def _only_different(values: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
-    return {name: (before, after) for name, (before, after) in values.items() if before != after}
+    return Replay(run, comparisons, only_different(inputs), only_different(environment))
 
 
 def train_seeds(workspace: Workspace) -> SeedSpread | None:

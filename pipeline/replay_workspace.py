@@ -32,17 +32,17 @@ OWN_VARIABLES = re.compile("(MLFLOW|DVC|CONVOY)_|PYTHONPATH$")
 
 @contextlib.contextmanager
 def open_workspace(root: Path, run: LoggedRun) -> Iterator["Workspace"]:
-    """Check out the commit of a run with its settings and images, and remove everything at the end.
+    """Check out the commit of a run, which `check_commit` has accepted, with its settings and images.
+
+    Everything is removed at the end.
 
     Args:
         root: The project folder.
         run: The run.
 
     Raises:
-        ConvoyError: If the commit, the packages or the images can't be had, or another process repeats the run.
+        ConvoyError: If the packages or the images can't be had, or another process repeats the run.
     """
-    commit = run.commit.partition(" ")[0]
-    check_commit(root, run, commit)
     folder = root / FOLDER / run.run_id
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -50,7 +50,7 @@ def open_workspace(root: Path, run: LoggedRun) -> Iterator["Workspace"]:
             # A killed replay may have left its folder.
             remove(root, folder)
             try:
-                project = check_out(root, commit, folder / "checkout")
+                project = check_out(root, run.commit_id, folder / "checkout")
                 workspace = Workspace(project, run)
                 workspace.python = find_python(root, project, run, folder / "environment")
                 workspace.write_inputs()
@@ -65,8 +65,9 @@ def open_workspace(root: Path, run: LoggedRun) -> Iterator["Workspace"]:
         raise ConvoyError(f"another process repeats run {run.name}: wait for it, or end it") from None
 
 
-def check_commit(root: Path, run: LoggedRun, commit: str) -> None:
+def check_commit(root: Path, run: LoggedRun) -> None:
     """Raise ConvoyError if a run was made from uncommitted code, or its commit is not in this clone."""
+    commit = run.commit_id
     if not commit:
         raise ConvoyError(f"run {run.name} has no tag `commit`, as it was made outside of git: its code is not known")
     if run.commit != commit:

@@ -3,12 +3,14 @@
 import contextlib
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
-from convoy.tracking.store import open_store
+from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import DatasetVersion
 from pipeline.stage import Stage
 from pipeline.sync_mlflow import find_result, sync_runs
@@ -21,6 +23,15 @@ def make_trained_project(root: Path, overrides: list[str], *, until: str = "eval
     run_stages(root, until=until)
     with open_store(root, "convoy"):
         return root
+
+
+@contextlib.contextmanager
+def open_embedded_store(root: Path, name: str) -> Iterator[TrackingStore]:
+    """The store of a project, whatever server the environment names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with open_store(root, name) as store:
+            yield store
 
 
 def copy_project(road: Path, root: Path) -> Path:

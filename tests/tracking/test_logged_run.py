@@ -7,20 +7,18 @@ import pytest
 
 from convoy.core.errors import ConvoyError
 from convoy.tracking import logged_run, run_record, runs
-from convoy.tracking.store import TrackingStore, open_store
+from convoy.tracking.store import TrackingStore
 from record_factory import make_record
-from tracking_fixtures import DIGITS
+from tracking_fixtures import DIGITS, open_embedded_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with open_store(root, "digits") as opened:
-            for name in ("lenet", "resnet"):
-                log_run(opened, root, name)
-            yield opened
+    with open_embedded_store(root, "digits") as opened:
+        for name in ("lenet", "resnet"):
+            log_run(opened, root, name)
+        yield opened
 
 
 def log_run(store: TrackingStore, folder: Path, name: str) -> str:

@@ -14,10 +14,11 @@ from convoy.models.base import Classifier
 from convoy.registry import model_loader, verification, versions
 from convoy.tracking import run_record, runs
 from convoy.tracking.run_record import RunRecord
-from convoy.tracking.store import TrackingStore, open_store
+from convoy.tracking.store import TrackingStore
 from convoy.training import init_weights
 from convoy.training.record import DatasetVersion
 from registry_fixtures import write_trained_files as leave_registered
+from tracking_fixtures import open_embedded_store
 from weights_fixtures import build, load_settings, make_info, save_trained
 
 VERSIONS = ["lenet", "resnet", "lenet"]
@@ -27,24 +28,22 @@ VERSIONS = ["lenet", "resnet", "lenet"]
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingStore]:
     """A store with three versions of a model: a lenet, a resnet and another lenet."""
     root = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with open_store(root, "convoy") as store:
-            package = Path(convoy.__file__).parent
-            for number, name in enumerate(VERSIONS, start=1):
-                folder = root / str(number)
-                save_trained(folder, name, load_settings(name), make_info(), seed=number)
-                versions.register(
-                    store,
-                    name="convoy",
-                    run_id=log_run(store, name, folder),
-                    identity=str(number),
-                    model=package / "inference/pyfunc_model.py",
-                    files={"record": folder / "record.json", "weights": folder / "weights.safetensors"},
-                    code=package,
-                    step=1,
-                )
-            yield store
+    with open_embedded_store(root, "convoy") as store:
+        package = Path(convoy.__file__).parent
+        for number, name in enumerate(VERSIONS, start=1):
+            folder = root / str(number)
+            save_trained(folder, name, load_settings(name), make_info(), seed=number)
+            versions.register(
+                store,
+                name="convoy",
+                run_id=log_run(store, name, folder),
+                identity=str(number),
+                model=package / "inference/pyfunc_model.py",
+                files={"record": folder / "record.json", "weights": folder / "weights.safetensors"},
+                code=package,
+                step=1,
+            )
+        yield store
 
 
 def log_run(

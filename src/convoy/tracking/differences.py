@@ -4,6 +4,7 @@ import csv
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -18,6 +19,11 @@ class Comparison:
     part: str  # weights, history or metrics
     compared: str  # what was compared, such as "10 tensors"
     difference: str  # where the first difference is; "" if there is none
+
+
+def only_different(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Return those of some named pairs of values that are not equal."""
+    return {name: (before, after) for name, (before, after) in pairs.items() if before != after}
 
 
 def compare_weights(before: Path | None, after: Path | None) -> Comparison:

@@ -51,6 +51,11 @@ class LoggedRun:
         return self.tags.get("commit", "")
 
     @property
+    def commit_id(self) -> str:
+        """Return the commit that the run was made at, "" if unknown."""
+        return self.commit.partition(" ")[0]
+
+    @property
     def weights(self) -> Path | None:
         """Return the file of the weights, or None if the training failed."""
         return self.folder / WEIGHTS if (self.folder / WEIGHTS).exists() else None

@@ -36,8 +36,9 @@ class Params:
 class ResNet9(Classifier):
     """ResNet-9 from Page 2018, "How to train your ResNet".
 
-    Three groups of a 3x3 convolution with max pooling, of which the first and the last are followed by a residual block
-    of two convolutions; global max pooling; and one fully connected layer, whose logits are scaled down.
+    Three groups of a 3x3 convolution with max pooling, each of which may be followed by a residual block of two
+    convolutions (in the source, the first and the last are); global max pooling; and one fully connected layer, whose
+    logits are scaled down.
 
     Differences from the source, all of them from Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"
     (arXiv:2404.00498):

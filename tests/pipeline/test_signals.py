@@ -22,7 +22,7 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 PROCESSES = sorted(
     (f"pipeline.{file.stem}",)
     for file in (ROOT / "pipeline").glob("*.py")
-    if '__name__ == "__main__"' in file.read_text() and file.stem not in ("__main__", "cli")
+    if '__name__ == "__main__"' in file.read_text() and file.stem not in ("__main__", "cli", "fork_server")
 )
 COMMANDS = [("pipeline",)] + [
     ("pipeline.cli", *words.split())

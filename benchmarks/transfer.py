@@ -134,7 +134,7 @@ def train(values: dict[str, Any], classes: list[str], images: Images, share: int
 
 
 def leave(folder: Path, images: Images, seed: int) -> float:
-    """The weights and the record of a training on the first classes, and its accuracy in validation."""
+    """The weights and the record of a training run on the first classes, and its accuracy in validation."""
     values = settings("scratch", {})
     classifier = train(values, LEFT, images, 10, EPOCHS_LEFT, seed)
     weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}

@@ -82,8 +82,8 @@ def check_model_list(models: Mapping[str, Any]) -> None:
         if isinstance(values, Mapping) and "module" not in values and is_known:
             raise ConvoyError(
                 f"model.{name} has settings, as from an experiment, but conf/model/{name}.yaml is not chosen: choose "
-                f"it with the others, such as by 'model=[{','.join(models)}]', or remove its settings from the "
-                "experiment"
+                f"it with the others, such as by 'model=[{','.join(models)}]', or leave its settings out by "
+                f"'~model.{name}'"
             )
 
 

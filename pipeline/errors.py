@@ -39,7 +39,7 @@ def explain_restoring() -> str:
 
 
 @contextlib.contextmanager
-def explain_system_errors(fix: str = "run `dvc repro` again") -> Iterator[None]:
+def explain_system_errors(fix: str = "run `convoy run` again") -> Iterator[None]:
     """Replace an error of the system that the user can fix by a ConvoyError that explains how.
 
     These are a full disk, files that this user may not write, and a full memory of the GPU.

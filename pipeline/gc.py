@@ -30,7 +30,7 @@ class Rules:
         return f"""\
 Kept are
   data         that the workspace, the last {self.commits} commits of a branch, a tag or an experiment names,
-  checkpoints  of unfinished trainings that were written in the last {self.days} days,
+  checkpoints  of unfinished training runs that were written in the last {self.days} days,
   versions     of the registered model that have an alias, ever were the champion, are among the {self.versions} newest
                or not older than {self.days} days, or were evaluated on today's test images, which the gate counts,
   runs         with their curves and metrics.

@@ -1,4 +1,4 @@
-"""The plan of trainings side by side: their order, and how many of them the machine allows at a time."""
+"""The plan of training runs side by side: their order, and how many of them the machine allows at a time."""
 
 import dataclasses
 import os
@@ -20,10 +20,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The processors, or the GPUs, that the trainings of a project share."""
+    """The processors, or the GPUs, that the training runs of a project share."""
 
     units: int
-    gpus: tuple[str, ...]  # as in CUDA_VISIBLE_DEVICES; empty if the trainings run on processors
+    gpus: tuple[str, ...]  # as in CUDA_VISIBLE_DEVICES; empty if the training runs run on processors
 
 
 def plan_jobs(params: Mapping[str, Any]) -> tuple[list[Job], Machine]:

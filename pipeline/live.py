@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A training that has ended within this time is not shown before `register` or `convoy sync` add its run, because MLflow
 # takes seconds of processor time to import.
 START_AFTER_S = 20  # seconds, or those of the environment variable CONVOY_LIVE_AFTER
-# Time by which MLflow may delay the end of a training.
+# Time by which MLflow may delay the end of a training run.
 END_TIMEOUT_S = 4  # seconds
 REQUEST_TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
@@ -114,7 +114,7 @@ class LiveRun(Callback):
 
 
 class Reporter:
-    """Writer of the messages of a training to MLflow, which keeps and retries those that MLflow does not accept.
+    """Writer of the messages of a training run to MLflow, which keeps and retries those that MLflow does not accept.
 
     Args:
         root: The project folder.

@@ -61,7 +61,7 @@ def compare(
         validated: The architectures whose training did not fail, best in validation first.
 
     Raises:
-        ConvoyError: If all trainings failed, or the comparison is refused.
+        ConvoyError: If all training runs failed, or the comparison is refused.
     """
     names = list(stage.section("model"))
     with open_store(stage.project_root, params.name) as store:

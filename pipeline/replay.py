@@ -31,7 +31,7 @@ CONFIDENCE = 0.95  # of the interval for the accuracy of another seed
 
 @dataclasses.dataclass(frozen=True)
 class SeedSpread:
-    """The test accuracy of a run, and of trainings in this environment that differ in nothing but their seeds."""
+    """The test accuracy of a run, and of training runs in this environment that differ in nothing but their seeds."""
 
     recorded: float
     repeated: Mapping[int, float]  # by seed, first that of the run
@@ -124,7 +124,7 @@ def replay(root: Path, name: str, *, as_json: bool = False) -> int:
 
 
 def check_machines(record: TrainingRecord) -> None:
-    """Raise ConvoyError if a training ran on several machines."""
+    """Raise ConvoyError if a training run ran on several machines."""
     if record.trainer.num_nodes > 1:
         raise ConvoyError(
             f"the run was trained on {record.trainer.num_nodes} machines at once, and a replay runs on one: check out "

@@ -97,7 +97,7 @@ def report(stage: Stage) -> None:
 
 
 def load_results(stage: Stage, name: str, record: TrainingRecord) -> ModelResults:
-    """Load everything that the report shows of a training that did not fail."""
+    """Load everything that the report shows of a training run that did not fail."""
     trained, evaluated, prepared = (
         stage.input(f"train/{name}"),
         stage.input(f"evaluate/{name}"),

@@ -49,7 +49,7 @@ def load_latencies(root: Path) -> "pd.DataFrame":
     """Load the latencies of the current networks beside their test accuracy.
 
     Returns:
-        A table as for `describe_latencies`, empty if the latencies are missing or of earlier trainings.
+        A table as for `describe_latencies`, empty if the latencies are missing or of earlier training runs.
     """
     import pandas as pd
 

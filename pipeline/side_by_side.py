@@ -1,6 +1,6 @@
-"""Trainings of several architectures side by side, each by a DVC process of its own.
+"""Training runs of several architectures side by side, each by a DVC process of its own.
 
-The results are those of trainings one after the other: the number of threads, which decides them, follows from the
+The results are those of training runs one after the other: the number of threads, which decides them, follows from the
 settings and the network alone.
 """
 

@@ -39,7 +39,7 @@ from convoy.tracking.store import TrackingStore, open_store
 from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage
 
-LIVE_TIMEOUT_S = 40  # to wait for a process that still reports a training
+LIVE_TIMEOUT_S = 40  # to wait for a process that still reports a training run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
     """Return the result of an architecture.
 
     Raises:
-        ConvoyError: If the result is missing or damaged, or the evaluation belongs to another training.
+        ConvoyError: If the result is missing or damaged, or the evaluation belongs to another training run.
     """
     report_files: tuple[Path, ...] = ()
     if (stage.root / "artifacts/report" / MANIFEST).exists():
@@ -109,7 +109,7 @@ def find_result(stage: Stage, name: str) -> TrainedResult:
     trained = _hashes(stages, f"train@{name}", "outs").get(f"artifacts/train/{name}")
     evaluated = _hashes(stages, f"evaluate@{name}", "deps").get(f"artifacts/train/{name}")
     if trained != evaluated:
-        raise ConvoyError(f"its evaluation belongs to an earlier training: run `dvc repro evaluate@{name}`")
+        raise ConvoyError("its evaluation belongs to an earlier training run: run `convoy run`")
     return result
 
 
@@ -120,7 +120,7 @@ def _locked_stages(file: Path) -> dict[str, Any]:
     # The file may hold the markers of a merge conflict.
     except (yaml.YAMLError, AttributeError) as error:
         raise ConvoyError(
-            f"dvc.lock can't be read: resolve the merge conflict, and run `dvc repro` ({describe_error(error)})"
+            f"dvc.lock can't be read: resolve the merge conflict, and run `convoy run` ({describe_error(error)})"
         ) from None
 
 

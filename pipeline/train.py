@@ -52,7 +52,7 @@ def train(stage: Stage) -> None:
     hardware = resolve_determinism(hardware, classifier)
     if hardware.deterministic == "warn":
         operations = ", ".join(list_nondeterministic(classifier))
-        print(f"{architecture}: no determinism of {operations} on a GPU: repeated trainings differ slightly")
+        print(f"{architecture}: no determinism of {operations} on a GPU: repeated training runs differ slightly")
     # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
     if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise ConvoyError(
@@ -98,7 +98,7 @@ def describe_training(
     fingerprint: str,
     environment: Mapping[str, str | int],
 ) -> TrainingRecord:
-    """Return the record of a training that is about to begin, without results.
+    """Return the record of a training run that is about to begin, without results.
 
     Args:
         architecture: Name of the architecture.

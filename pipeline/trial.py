@@ -98,7 +98,7 @@ class TrialTrainer:
         return trained.best.get(f"val_{params.selection_metric}", 0.0), trained.failure is None
 
     def note(self, trial: optuna.Trial, rows: Sequence[Mapping[str, float]]) -> None:
-        """Note the epochs of a training, and the best of them, in its trial."""
+        """Note the epochs of a training run, and the best of them, in its trial."""
         best = max(rows, key=lambda row: ranking_key(row, self.params.selection_metric), default={})
         trial.set_user_attr(HISTORY, rows)
         trial.set_user_attr(BEST, best)
@@ -135,5 +135,5 @@ class TrialTrainer:
         )
 
     def fingerprint(self, settings: Mapping[str, Any], seed: int) -> str:
-        """Return the fingerprint of a training in the search, as a hexadecimal sha256."""
+        """Return the fingerprint of a training run in the search, as a hexadecimal sha256."""
         return hash_json([self.identity, settings, seed])

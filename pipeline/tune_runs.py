@@ -1,4 +1,4 @@
-"""The runs of a search in MLflow, in an experiment of their own beside that of the trainings."""
+"""The runs of a search in MLflow, in an experiment of their own beside that of the training runs."""
 
 import dataclasses
 import sys

@@ -71,11 +71,11 @@ def sample(evaluated: Path, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
     classes = json.loads((prepared / DATASET_INFO).read_text())["classes"]
     columns = [f"{PROBABILITY_PREFIX}{name}" for name in classes]
     if not set(columns) <= set(predictions):
-        raise ConvoyError(f"{evaluated} and {prepared} have different classes: run `dvc repro`")
+        raise ConvoyError(f"{evaluated} and {prepared} have different classes: run `convoy run`")
     expected = predictions[columns].to_numpy()
     test = Images.load(prepared, "test")
     if len(test) != len(expected):
-        raise ConvoyError(f"{evaluated} has {len(expected)} images and {prepared} has {len(test)}: run `dvc repro`")
+        raise ConvoyError(f"{evaluated} has {len(expected)} images and {prepared} has {len(test)}: run `convoy run`")
     # Evenly spaced rows cover every class, because the test images are ordered by class.
     rows = np.unique(np.linspace(0, len(test) - 1, MAX_IMAGES).round().astype(int))
     return test.pixels[rows], expected[rows]

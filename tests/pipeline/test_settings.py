@@ -397,7 +397,7 @@ def test_settings_are_checked_again_only_if_they_changed(
 @pytest.mark.parametrize("experiment", ["photographs", "finetune_small"])
 def test_experiment_with_settings_of_an_unchosen_model(experiment: str, project_conf: Path) -> None:
     with pytest.raises(
-        ConvoyError, match=r"conf/model/(alexnet|resnet)\.yaml is not chosen: choose it with the others"
+        ConvoyError, match=r"conf/model/(alexnet|resnet)\.yaml is not chosen: choose it with the others.*~model"
     ):
         compose(project_conf, check_settings, [f"experiment={experiment}", "model=[lenet]"])
 

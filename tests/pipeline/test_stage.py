@@ -327,8 +327,8 @@ def test_stopped_stage_exits_nonzero_and_leaves_no_output(root: Path, number: in
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        ("ENOSPC, 'No space left on device'", "the disk is full: make room and run `dvc repro` again"),
-        ("EDQUOT, 'Disk quota exceeded'", "the disk is full: make room and run `dvc repro` again"),
+        ("ENOSPC, 'No space left on device'", "the disk is full: make room and run `convoy run` again"),
+        ("EDQUOT, 'Disk quota exceeded'", "the disk is full: make room and run `convoy run` again"),
         ("EROFS, 'Read-only file system', 'artifacts/x'", "artifacts/x: read-only file system: let this user read and"),
         ("EACCES, 'Permission denied', 'artifacts/x'", "artifacts/x: permission denied: let this user read and write"),
         ("EPERM, 'Operation not permitted'", "artifacts/: operation not permitted: let this user read and write there"),
@@ -356,7 +356,7 @@ def test_folder_of_another_user_is_named_with_the_fix(root: Path, unwritable: st
     process = subprocess.run(command, cwd=root, env=make_environment(), capture_output=True, text=True)
     assert process.stderr.startswith(f"convoy: fetch: {folder}")
     assert process.stderr.endswith(
-        ": permission denied: let this user read and write there, and run `dvc repro` again\n"
+        ": permission denied: let this user read and write there, and run `convoy run` again\n"
     )
     assert process.stderr.count("\n") == 1
     assert unwritable == "artifacts" or (folder / "left.txt").exists()

@@ -344,7 +344,7 @@ def test_evaluation_of_an_earlier_training_is_not_logged(lenet_project: Path, tm
     train, path = "train@lenet:\n    outs:\n    - path: artifacts/train/lenet\n", "artifacts/train/lenet"
     lock = "schema: '2.0'\nstages:\n  {}      md5: {}\n  evaluate@lenet:\n    deps:\n    - path: {}\n      md5: {}\n"
     (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "old.dir"))
-    with pytest.raises(ConvoyError, match="its evaluation belongs to an earlier training: run `dvc repro eval"):
+    with pytest.raises(ConvoyError, match="its evaluation belongs to an earlier training run: run `convoy run`"):
         find_result(Stage(root, "register"), "lenet")
     (root / "dvc.lock").write_text(lock.format(train, "new.dir", path, "new.dir"))
     assert find_result(Stage(root, "register"), "lenet").trained == root / path
@@ -354,7 +354,7 @@ def test_evaluation_of_an_earlier_training_is_not_logged(lenet_project: Path, tm
 def test_unreadable_dvc_lock_is_reported(text: str, lenet_project: Path, tmp_path: Path) -> None:
     root = copy_project(lenet_project, tmp_path / "project")
     (root / "dvc.lock").write_text(text)
-    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict, and run `dvc repro`"):
+    with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict, and run `convoy run`"):
         find_result(Stage(root, "register"), "lenet")
 
 

@@ -311,7 +311,7 @@ def assert_asks_to_rerun(error: str, name: str, compared: int | None, found: int
     assert "Traceback" not in error
     line = error.splitlines()[-1]  # MLflow says before it that it has made a version
     assert f"the champion of {name} was {was} when it was compared, and is version {found} now: nothing was" in line
-    assert "Run `dvc repro` again" in line
+    assert "Run `convoy run` again" in line
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def set_champion(store: TrackingStore, name: str, event: PromotionEvent) -> None
         store.client.set_registered_model_tag(name, PENDING_EVENT_TAG, json.dumps(dataclasses.asdict(event)))
         store.client.set_registered_model_alias(name, CHAMPION, str(event.after))
         if current_version(store, name) != event.after:
-            raise ConvoyError(f"the champion of {name} was moved by another at the same moment: run `dvc repro` again")
+            raise ConvoyError(f"the champion of {name} was moved by another at the same moment: run `convoy run` again")
         _complete_pending(store, name)
 
 
@@ -200,7 +200,7 @@ def _check_unchanged(store: TrackingStore, name: str, compared: int | None) -> N
         was, now_is = (f"version {version}" if version else "none" for version in (compared, found))
         raise ConvoyError(
             f"the champion of {name} was {was} when it was compared, and is {now_is} now: nothing was moved. "
-            "Run `dvc repro` again to compare with the new one"
+            "Run `convoy run` again to compare with the new one"
         )
 
 
@@ -341,7 +341,7 @@ def registry_lock(store: TrackingStore, name: str) -> Iterator[None]:
     until = time.monotonic() + LOCK_TIMEOUT_S
     while not _acquire(store, lock, owner):
         if time.monotonic() > until:
-            raise ConvoyError(f"another process moves the champion of {name}: run `dvc repro` again when it is done")
+            raise ConvoyError(f"another process moves the champion of {name}: run `convoy run` again when it is done")
         time.sleep(1)
     try:
         yield

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from convoy.inference.predictor import Predictor
 
 URI = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>[0-9]{1,9})|@(?P<alias>[^/@]+))")
-# Files of a training that another training can start from.
+# Files of a training run that another training run can start from.
 START_FILES = (RECORD, WEIGHTS)
 # Name of `TRAINING_HASHES` in models that were registered with a training record of format 1.
 EARLIER_TRAINING_HASHES = "seen.txt"
@@ -128,7 +128,7 @@ def load(version: ModelVersion, folder: Path | None = None) -> "Predictor":
 
 
 def fetch_weights(store: TrackingStore, name: str, architecture: str, init: str, folder: Path) -> str:
-    """Download record.json and weights.safetensors of a training, to start another training from.
+    """Download record.json and weights.safetensors of a training run, to start another training run from.
 
     Args:
         store: The MLflow store.
@@ -211,7 +211,7 @@ def all_training_hashes(store: TrackingStore, version: ModelVersion) -> list[str
     """Return the sha256 of all images that a version, or any training its initial weights come from, was trained on.
 
     Returns:
-        The sha256 of the images, or `None` if they are unknown for one of the trainings.
+        The sha256 of the images, or `None` if they are unknown for one of the training runs.
     """
     record, own = read_record(version), training_hashes(version)
     before = training_hashes_of(store, version.name, record.earlier_data)

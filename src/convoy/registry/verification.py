@@ -71,7 +71,7 @@ def _check(uri: str, difference: float) -> float:
     if not difference <= TOLERANCE:
         raise ConvoyError(
             f"{uri} does not answer as it was evaluated: probabilities differ by up to {difference:.2g}, more than "
-            f"{TOLERANCE:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `dvc repro` again"
+            f"{TOLERANCE:g}. If it is the model of that evaluation, remove artifacts/evaluate and run `convoy run`"
         )
     return difference
 

@@ -87,7 +87,7 @@ def register(
         run_id: The MLflow run of the training.
         identity: The identity of the training's results, by which `find_version` finds the version.
         model: The Python file that defines the model ("models from code").
-        files: The artifacts of the model by their keys, such as the record, weights and calibration of a training.
+        files: The artifacts of the model by their keys, such as the record, weights and calibration of a training run.
         code: The folder of this library, of which the parts in `SERVED_BY` are stored with the model.
         step: The step of the run that the model belongs to.
         libraries: Packages that build its network, which it requires besides those in `SERVED_WITH`.
@@ -104,7 +104,7 @@ def register(
         brought = Path(scratch, code.name)
         copy_library(code, SERVED_BY, brought)
         _fail_lost_models(store, run_id)
-        # `mlflow.pyfunc.log_model` would need an active run and so change the status of a training that has ended.
+        # `mlflow.pyfunc.log_model` would need an active run and so change the status of a training run that has ended.
         made = mlflow.initialize_logged_model(
             "model",
             source_run_id=run_id,

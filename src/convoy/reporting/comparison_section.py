@@ -58,7 +58,7 @@ def describe_results(leaderboard: pd.DataFrame) -> Section:
 
     Args:
         leaderboard: Table with the columns model, val_accuracy, test_accuracy, low, high, parameters and macs, best in
-            validation first; without failed trainings.
+            validation first; without failed training runs.
     """
     best = leaderboard.iloc[int(leaderboard["test_accuracy"].argmax())]
 

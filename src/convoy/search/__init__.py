@@ -1,1 +1,1 @@
-"""Search: better settings than the first ones, outside of what a training depends on."""
+"""Search: better settings than the first ones, outside of what a training run depends on."""

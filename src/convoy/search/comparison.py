@@ -1,4 +1,4 @@
-"""The comparison of two settings by trainings with the same seeds."""
+"""The comparison of two settings by training runs with the same seeds."""
 
 import dataclasses
 import warnings
@@ -42,8 +42,8 @@ def compare(present: Sequence[float], tuned: Sequence[float]) -> Comparison:
     settings were chosen on them.
 
     Args:
-        present: Score of each training with the present settings, at least two.
-        tuned: Score of each training with the tuned settings, at least two.
+        present: Score of each training run with the present settings, at least two.
+        tuned: Score of each training run with the tuned settings, at least two.
     """
     return Comparison(_mean_interval(present), _mean_interval(tuned), _difference_interval(present, tuned))
 

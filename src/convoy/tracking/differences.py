@@ -1,4 +1,4 @@
-"""The first differences between two trainings: in weights, history and metrics, compared bit by bit."""
+"""The first differences between two training runs: in weights, history and metrics, compared bit by bit."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ from convoy.tracking.runs import round_for_display
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A part of the results of two trainings, compared."""
+    """A part of the results of two training runs, compared."""
 
     part: str  # weights, history or metrics
     compared: str  # what was compared, such as "10 tensors"
@@ -27,7 +27,7 @@ def only_different(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any,
 
 
 def compare_weights(before: Path | None, after: Path | None) -> Comparison:
-    """Compare two files of weights; None stands for a training that failed and left none."""
+    """Compare two files of weights; None stands for a training run that failed and left none."""
     if before is None or after is None:
         none = [when for when, file in (("before", before), ("after", after)) if file is None]
         return Comparison("weights", "none", "" if len(none) == 2 else f"there are none {none[0]}")

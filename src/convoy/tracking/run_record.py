@@ -14,7 +14,7 @@ HistoryRow = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A training as shown in MLflow, with its evaluation once there is one."""
+    """A training run as shown in MLflow, with its evaluation once there is one."""
 
     name: str
     params: Mapping[str, object]  # by dotted name, one value each
@@ -28,7 +28,7 @@ class RunRecord:
 
 
 def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenance: Mapping[str, str]) -> RunRecord:
-    """Create the run of a training that has started.
+    """Create the run of a training run that has started.
 
     Args:
         record: Training record, with everything known when training starts.
@@ -81,7 +81,7 @@ def describe_result(
     files: Sequence[Path],
     validation: Mapping[str, float],
 ) -> RunRecord:
-    """Create the run of a training that has ended.
+    """Create the run of a training run that has ended.
 
     Args:
         record: Complete training record.

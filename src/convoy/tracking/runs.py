@@ -1,4 +1,4 @@
-"""MLflow runs: write each training once, with its curves, results and files."""
+"""MLflow runs: write each training run once, with its curves, results and files."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ def find_run(store: TrackingStore, fingerprint: str) -> MlflowRun | None:
 
 
 def start_run(store: TrackingStore, run: RunRecord, process: str, time_ms: int) -> str | None:
-    """Create the run of a training that starts, or continue it if it exists.
+    """Create the run of a training run that starts, or continue it if it exists.
 
     Args:
         store: Tracking store.

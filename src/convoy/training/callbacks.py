@@ -54,7 +54,7 @@ class EmaWeights(WeightAveraging):
 
 
 class StopEarly(EarlyStopping):
-    """Early stopping on a metric that also holds for a training that resumes after its last epoch.
+    """Early stopping on a metric that also holds for a training run that resumes after its last epoch.
 
     Args:
         metric: Metric on the validation images.

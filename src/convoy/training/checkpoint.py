@@ -1,4 +1,4 @@
-"""The checkpoint from which a training resumes bit-identically, and the callback that writes it."""
+"""The checkpoint from which a training run resumes bit-identically, and the callback that writes it."""
 
 import os
 import time
@@ -175,7 +175,7 @@ def _check(checkpoint: Any, module: lightning.LightningModule, max_epochs: int) 
         if not len(checkpoint[part]):
             raise ValueError(f"it has no {part}")
     if not 0 <= checkpoint["epoch"] <= max_epochs or len(rows) > max_epochs:
-        raise ValueError(f"epoch {checkpoint['epoch']} of a training of {max_epochs} epochs")
+        raise ValueError(f"epoch {checkpoint['epoch']} of a training run of {max_epochs} epochs")
     if any(not set(COLUMNS) <= set(row) for row in rows) or [row["epoch"] for row in rows] != list(
         range(1, len(rows) + 1)
     ):

@@ -1,4 +1,4 @@
-"""The callback that stops a training whose loss diverges."""
+"""The callback that stops a training run whose loss diverges."""
 
 import math
 import time
@@ -18,7 +18,7 @@ LOSS_CHECK_S = 1  # seconds
 
 
 class TrainingDiverged(Exception):
-    """Raised when a training diverges.
+    """Raised when a training run diverges.
 
     Args:
         failure: The reason and the position of the failure.
@@ -30,7 +30,7 @@ class TrainingDiverged(Exception):
 
 
 class StopOnDivergence(Callback):
-    """Stop a training whose loss is NaN or far above that of random guessing, and name the first such step.
+    """Stop a training run whose loss is NaN or far above that of random guessing, and name the first such step.
 
     The loss is read once a second, and before a checkpoint is written, because reading it blocks the host.
 

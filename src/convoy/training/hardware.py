@@ -1,4 +1,4 @@
-"""The choice of hardware, precision and number of threads for a training."""
+"""The choice of hardware, precision and number of threads for a training run."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The training record: what later stages, other trainings and MLflow need to know about a training."""
+"""The training record: what later stages, other training runs and MLflow need to know about a training run."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ class DatasetVersion:
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-    """The weights that a training started from. For random weights all fields but the first have their default."""
+    """The weights that a training run started from. For random weights all fields but the first have their default."""
 
     init: str  # the setting `init`
     source: str = ""  # description of the model or file
@@ -67,7 +67,7 @@ class InitialWeights:
 
 @dataclasses.dataclass(frozen=True)
 class FailureInfo:
-    """Reason and position of the failure of a training."""
+    """Reason and position of the failure of a training run."""
 
     reason: str
     epoch: int  # from 1

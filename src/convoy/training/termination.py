@@ -1,4 +1,4 @@
-"""The end of a training on SIGTERM: it finishes the current step, saves its state and exits."""
+"""The end of a training run on SIGTERM: it finishes the current step, saves its state and exits."""
 
 import contextlib
 import os

@@ -38,7 +38,7 @@ NONDETERMINISTIC_ERROR = "does not have a deterministic implementation"
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """Result of a training; if it failed, it covers the epochs before the failure."""
+    """Result of a training run; if it failed, it covers the epochs before the failure."""
 
     weights: dict[str, Tensor]  # state dict of the best epoch, on the CPU
     history: list[dict[str, float]]  # one row per epoch, with the keys `COLUMNS`; epochs count from 1

@@ -23,8 +23,8 @@ INTRODUCTION = """\
 # Error messages
 
 A message says what is wrong, where, and how to fix it. This page lists all of them, to be searched; *italic words*
-stand for a name or a value. [Troubleshooting](troubleshooting.md) explains those whose cause lies elsewhere. The page is
-made from the source by `python docs/messages.py`.
+stand for a name or a value. [Troubleshooting](troubleshooting.md) explains those whose cause lies elsewhere. The page
+is made from the source by `python docs/messages.py`.
 """
 
 

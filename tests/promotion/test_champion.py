@@ -80,6 +80,14 @@ def test_champion_that_another_moved_meanwhile_is_left_alone(store: TrackingStor
     assert audit_log(store, NAME)["after"].tolist() == [1]
 
 
+def test_promotion_that_another_has_done_meanwhile_is_done_once(store: TrackingStore) -> None:
+    set_champion(store, NAME, make_promotion(None, 1))
+    set_champion(store, NAME, make_promotion(1, 3))
+    set_champion(store, NAME, make_promotion(1, 3))
+    assert read_aliases(store) == {CHAMPION: 3, PREVIOUS: 1}
+    assert audit_log(store, NAME)["after"].tolist() == [1, 3]
+
+
 @pytest.mark.parametrize("how", ["version", "alias"])
 def test_lost_champion_is_never_a_first_run(store: TrackingStore, how: str) -> None:
     set_champion(store, NAME, make_promotion(None, 1))

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from convoy.core.artifact_names import TRAINING_HASHES
 from convoy.core.errors import ConvoyError
 from convoy.registry import model_loader, versions
-from convoy.tracking.store import open_store
+from convoy.tracking.store import TrackingStore, open_store
 from crash_injection import run_until_write
 from registry_fixtures import LIBRARY, write_trained_files
 
@@ -40,16 +40,20 @@ def read_run(client: MlflowClient, experiment: str) -> tuple[str, str, int]:
 
 def register_trained(root: Path) -> None:
     with open_store(root, "convoy") as store:
-        versions.register(
-            store,
-            name="convoy",
-            run_id=read_run(store.client, store.experiment.experiment_id)[0],
-            identity="made here",
-            model=LIBRARY / "inference/pyfunc_model.py",
-            files={file.stem: file for file in sorted((root / "left").iterdir())},
-            code=LIBRARY,
-            step=1,
-        )
+        register_in(store, root)
+
+
+def register_in(store: TrackingStore, root: Path) -> None:
+    versions.register(
+        store,
+        name="convoy",
+        run_id=read_run(store.client, store.experiment.experiment_id)[0],
+        identity="made here",
+        model=LIBRARY / "inference/pyfunc_model.py",
+        files={file.stem: file for file in sorted((root / "left").iterdir())},
+        code=LIBRARY,
+        step=1,
+    )
 
 
 def assert_run_is_finished(root: Path) -> None:
@@ -87,6 +91,22 @@ def test_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> 
         models = store.client.search_logged_models([store.experiment.experiment_id])
         assert [model.status for model in models].count(LoggedModelStatus.READY) >= 1
         assert LoggedModelStatus.PENDING not in [model.status for model in models]
+
+
+def test_results_that_another_registers_meanwhile_stay_one_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify_checksums = versions.verify_checksums
+    with open_store(root, "convoy") as store:
+
+        def register_too(*arguments: object) -> None:
+            monkeypatch.setattr(versions, "verify_checksums", verify_checksums)
+            register_in(store, root)
+
+        monkeypatch.setattr(versions, "verify_checksums", register_too)
+        register_in(store, root)
+        (version,) = store.client.search_model_versions("name = 'convoy'")
+        (model,) = store.client.search_logged_models([store.experiment.experiment_id])
+        assert model.status == LoggedModelStatus.READY
+        assert (version.version, version.source) == (1, f"models:/{model.model_id}")
 
 
 def test_registered_model_belongs_to_its_run(root: Path) -> None:

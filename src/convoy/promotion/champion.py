@@ -112,16 +112,19 @@ def _tags(store: TrackingStore, name: str) -> dict[str, str]:
 
 
 def set_champion(store: TrackingStore, name: str, event: PromotionEvent) -> None:
-    """Make `event.after` the champion in place of `event.before`, which must still be the champion.
+    """Make `event.after` the champion in place of `event.before`, unless another process has done so already.
 
     The alias is moved in one atomic step. A process that is killed before or after it leaves either the old or the
     new champion, and `complete_pending` completes what is missing.
 
     Raises:
-        ConvoyError: If the champion was changed by another process in the meantime.
+        ConvoyError: If another process has made another version the champion in the meantime.
     """
     with registry_lock(store, name):
         _complete_pending(store, name)
+        found = version_of(store, name, CHAMPION)
+        if found and int(found.version) == event.after:
+            return
         _check_unchanged(store, name, event.before)
         store.client.set_registered_model_tag(name, PENDING_EVENT_TAG, json.dumps(dataclasses.asdict(event)))
         store.client.set_registered_model_alias(name, CHAMPION, str(event.after))

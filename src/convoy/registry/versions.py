@@ -60,9 +60,9 @@ SERVED_BY = (
 
 
 def find_version(store: TrackingStore, name: str, identity: str) -> ModelVersion | None:
-    """Return the version of a registered model that was created from the results `identity`, or `None`."""
+    """Return the first version of a registered model that was created from the results `identity`, or `None`."""
     found = store.client.search_model_versions(f"name = '{name}' and tags.`{FINGERPRINT_TAG}` = '{identity}'")
-    return found[0] if found else None
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
 def register(
@@ -79,7 +79,8 @@ def register(
 ) -> ModelVersion:
     """Log a model and create a version of it, with the sha256 of each of its files in the tag `CHECKSUMS_TAG`.
 
-    Nothing is pickled: the model consists of Python code and of the given files.
+    Nothing is pickled: the model consists of Python code and of the given files. If another process has registered the
+    same results in the meantime, its version is returned, and the own one is removed.
 
     Args:
         store: The MLflow store.
@@ -130,13 +131,19 @@ def register(
         verify_checksums(stored / "artifacts", artifacts)
         hashes = {str(file.relative_to(stored)): sha256(file) for file in _files(stored)}
     tags = {FINGERPRINT_TAG: identity, CHECKSUMS_TAG: json.dumps(hashes)}
-    return mlflow.register_model(logged.model_uri, name, tags=tags)
+    registered = mlflow.register_model(logged.model_uri, name, tags=tags)
+    first = find_version(store, name, identity)
+    if first is None or first.version == registered.version:
+        return registered
+    store.client.delete_model_version(name, registered.version)
+    store.client.delete_logged_model(logged.model_id)
+    return first
 
 
 def _fail_lost_models(store: TrackingStore, run_id: str) -> None:
     """Mark the pending models of a run as failed.
 
-    Only one process registers models at a time, so that a pending model was left by a killed process.
+    It was left by a killed process; if another machine is about to register it, that one makes it ready again.
     """
     experiment = [store.experiment.experiment_id]
     for model in store.client.search_logged_models(experiment, f"source_run_id = '{run_id}'"):

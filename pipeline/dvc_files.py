@@ -161,7 +161,7 @@ def read_locked_file(root: Path, stage: str, folder: str, name: str) -> bytes | 
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        (dep,) = (each for each in repo.stage.load_one(stage).deps if each.def_path == folder)
+        (dep,) = (each for each in repo.stage.load_one(name=stage).deps if each.def_path == folder)
     return read_folder_file(root, dep.hash_info.value, name) if dep.hash_info else None
 
 

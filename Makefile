@@ -19,12 +19,15 @@ BROKEN := $(shell test ! -e $(READY) || { \
     } 2>/dev/null || echo yes)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help install repro test test-slow lint docs screenshots lock audit retrain push again
+.PHONY: help install install-cluster repro test test-slow lint docs screenshots lock audit retrain push again
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /make \1|/p' Makefile | awk -F'|' '{ printf "%-26s%s\n", $$1, $$2 }'
 
 install: $(READY) ## create the environment from requirements.lock
+
+install-cluster: $(READY) ## add Ray, from cluster.lock, for trainer=ray and `convoy tune --ray`
+	uv pip install --python $(VENV) --quiet --compile-bytecode --no-deps --require-hashes --requirements cluster.lock
 
 repro: $(READY) ## run the whole pipeline, as `convoy run --jobs auto` does
 	convoy run --jobs auto
@@ -48,9 +51,13 @@ docs: $(READY) ## build the documentation as a site, in docs/_build/
 	sphinx-build --quiet --fail-on-warning --keep-going -c docs . docs/_build
 	@echo "docs/_build/docs/index.html"
 
-lock: $(READY) ## update requirements.lock from pyproject.toml: the newest versions, with hashes
-	uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
-		--no-emit-index-url --no-emit-find-links --extra dev --extra timm --output-file requirements.lock pyproject.toml --quiet
+COMPILE := uv pip compile --universal --python-version 3.11 --upgrade --generate-hashes --no-annotate --no-header \
+	--no-emit-index-url --no-emit-find-links --quiet pyproject.toml --extra dev --extra timm
+# cluster.lock holds only what requirements.lock does not.
+lock: $(READY) ## update requirements.lock and cluster.lock from pyproject.toml: the newest versions, with hashes
+	$(COMPILE) --output-file requirements.lock
+	$(COMPILE) --extra cluster --constraints requirements.lock --output-file cluster.lock \
+		$$(sed -nE 's/^([a-z0-9._-]+)==.*/--no-emit-package \1/p' requirements.lock)
 
 # diskcache (a dependency of DVC) has no version without CVE-2025-69872: who can write to DVC's folder for temporary
 # files can run code, and that folder is the user's own.

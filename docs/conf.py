@@ -33,6 +33,8 @@ html_show_sphinx = False
 html_show_copyright = False
 
 templates_path = [str(Path(__file__).with_name("_templates"))]
+# It is an extra.
+autodoc_mock_imports = ["ray"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_numpy_docstring = False

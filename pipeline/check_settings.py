@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import convoy
+from convoy.cluster import uses_cluster
 from convoy.core import config
 from convoy.core.config import validate
 from convoy.core.errors import ConvoyError
@@ -59,10 +60,11 @@ def _check(params: dict[str, Any]) -> None:
 
     # These modules import torch, which takes seconds, so they are imported after the checks that need no torch.
     from convoy import models
+    from convoy.cluster.config import ClusterConfig
     from convoy.training import init_weights
     from convoy.training.hardware import TrainerConfig
 
-    validate(TrainerConfig, params["trainer"], "trainer")
+    validate(ClusterConfig if uses_cluster(params["trainer"]) else TrainerConfig, params["trainer"], "trainer")
     for name, values in params["model"].items():
         models.check_settings(name, values)
         init_weights.check_init(name, values)

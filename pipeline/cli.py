@@ -348,6 +348,9 @@ def tune(
         Literal["tpe", "random"], typer.Option(help="What draws the next settings; tpe learns from earlier trials.")
     ] = "tpe",
     jobs: Annotated[int, typer.Option(min=1, help="Trials at a time, each in a process of its own.")] = 1,
+    on_cluster: Annotated[
+        bool, typer.Option("--ray", help="Run the trials on the Ray cluster of trainer=ray, as many at a time as fit.")
+    ] = False,
     apply: Annotated[bool, typer.Option("--apply", help="Write better settings into conf/.")] = False,
     as_json: AsJson = False,
     is_worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
@@ -359,7 +362,7 @@ def tune(
     """
     from pipeline.tune import TuneOptions, tune
 
-    options = TuneOptions(trials, minutes, param or (), sampler, jobs, apply, as_json, is_worker)
+    options = TuneOptions(trials, minutes, param or (), sampler, jobs, apply, as_json, on_cluster, is_worker)
     tune(Path.cwd(), architecture, overrides or (), options)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from convoy.cluster import uses_cluster
 from convoy.core.artifact_names import DATASET_INFO
 from convoy.core.errors import ConvoyError, suggest
 from pipeline.stage import Stage
@@ -22,6 +23,8 @@ def find_lr(root: Path, architecture: str, *, as_json: bool = False) -> None:
     stage = Stage(root, "train", architecture)
     if architecture not in (known := list(stage.params["model"])):
         raise ConvoyError(f"params.yaml has no model.{architecture}; {suggest(architecture, known)}")
+    if uses_cluster(stage.section("trainer")):
+        raise ConvoyError("convoy find-lr trains on this machine: choose another trainer than ray in conf/config.yaml")
     prepared = stage.images()
 
     # torch takes seconds to import.

@@ -15,7 +15,7 @@ class Job:
 
     name: str
     work: int  # MACs per image
-    units: int  # processors, or GPUs, that the training uses
+    units: int  # processors, or GPUs, that the training uses; 0 if it runs on a cluster, which divides its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +35,21 @@ def plan_jobs(params: Mapping[str, Any]) -> tuple[list[Job], Machine]:
     import joblib
 
     from convoy import models
+    from convoy.cluster import uses_cluster
     from convoy.core.config import validate
     from convoy.data.packed.dataset_info import DatasetInfo
     from convoy.training.hardware import TrainerConfig, count_gpus, count_macs, resolve_trainer
 
-    trainer = validate(TrainerConfig, params["trainer"], "trainer")
+    trainer = None if uses_cluster(params["trainer"]) else validate(TrainerConfig, params["trainer"], "trainer")
     jobs, is_gpu = [], False
     for name, settings in params["model"].items():
         info = DatasetInfo("", [str(label) for label in range(1000)], settings["size"], 3, [0.5] * 3, [0.5] * 3)
         classifier = models.build(name, settings, info)
-        hardware = resolve_trainer(trainer, classifier)
-        is_gpu = hardware.accelerator == "gpu"
-        units = hardware.devices if is_gpu else hardware.devices * hardware.threads
+        units = 0
+        if trainer:
+            hardware = resolve_trainer(trainer, classifier)
+            is_gpu = hardware.accelerator == "gpu"
+            units = hardware.devices if is_gpu else hardware.devices * hardware.threads
         jobs.append(Job(name, count_macs(classifier), units))
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if is_gpu else []
     if is_gpu and len(gpus) < count_gpus():

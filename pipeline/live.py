@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ class LiveRun(Callback):
         self.start_after_s = start_after_s()
         self.ended = threading.Event()
         self.status = ""
+        # Epochs that were sent by `show`.
+        self.epochs = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the run, or continue it with the epochs before a checkpoint."""
@@ -72,9 +75,7 @@ class LiveRun(Callback):
         if not trainer.is_global_zero:
             return
         (self.history,) = (each for each in trainer.callbacks if isinstance(each, EpochHistory))  # type: ignore[attr-defined]
-        self.thread.start()
-        for row in self.history.rows:
-            self._send({"row": row})
+        self.show(self.history.rows)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Start the clock of the epoch."""
@@ -88,6 +89,17 @@ class LiveRun(Callback):
             # No output of the stage has the speed, which differs in each run.
             speed = images / (time.monotonic() - self.started)
             self._send({"row": {**row, "images_per_second": round(speed, 1)}})
+
+    def show(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Start the run, and add the epochs of a history that it does not have yet.
+
+        This is for a training whose callbacks run elsewhere.
+        """
+        if self.thread.ident is None:
+            self.thread.start()
+        for row in rows[self.epochs :]:
+            self._send({"row": row})
+        self.epochs = len(rows)
 
     def end(self, status: str) -> None:
         """End the run, and wait for MLflow for a few seconds at most.

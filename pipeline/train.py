@@ -1,19 +1,22 @@
 """The train stage, which trains one architecture on the prepared images and records the run."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import safetensors.torch
 import torch
 
 from convoy import models
+from convoy.cluster import uses_cluster
+from convoy.cluster.config import ClusterConfig
 from convoy.core.artifact_names import DATA_PROFILE, DATASET_INFO, HISTORY, MANIFEST, RECORD, WEIGHTS
 from convoy.core.errors import ConvoyError
 from convoy.core.hashing import sha256
@@ -32,6 +35,10 @@ from convoy.training.trainer import fit
 from pipeline.live import LiveRun
 from pipeline.stage import Stage, main
 
+# Ray is an extra.
+if TYPE_CHECKING:
+    from convoy.cluster.training import Cluster
+
 
 def train(stage: Stage) -> None:
     """Train one architecture."""
@@ -48,28 +55,29 @@ def train(stage: Stage) -> None:
     start = init_weights.init_weights(
         classifier, architecture, settings, lambda init, folder: fetch_weights(stage, init, folder), stage.scratch
     )
-    hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
-    hardware = resolve_determinism(hardware, classifier)
-    if hardware.deterministic == "warn":
-        operations = ", ".join(list_nondeterministic(classifier))
-        print(f"{architecture}: no determinism of {operations} on a GPU: repeated training runs differ slightly")
-    # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
-    if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
-        raise ConvoyError(
-            f"trainer.num_nodes={hardware.num_nodes}: start it on each machine by torchrun (docs/training.md)"
+    is_live = os.environ.get("CONVOY_LIVE") != "0"
+    with open_cluster(stage) as cluster:
+        hardware, machine = cluster.describe_worker(classifier) if cluster else describe_machine(stage, classifier)
+        if hardware.deterministic == "warn":
+            operations = ", ".join(list_nondeterministic(classifier))
+            print(f"{architecture}: no determinism of {operations} on a GPU: repeated training runs differ slightly")
+        data = ImageDataModule(images, Images.load(resized, "val"), classifier.recipe, params.seed)
+        identity = stage.fingerprint(machine, dataclasses.asdict(start))
+        record = describe_training(
+            architecture, settings, params, hardware, classifier, prepared, start, identity, machine
         )
-    machine = describe_environment(hardware)
-    data = ImageDataModule(images, Images.load(resized, "val"), classifier.recipe, params.seed)
-    identity = stage.fingerprint(machine, dataclasses.asdict(start))
-    checkpoint = stage.project_root / "artifacts/.cache/checkpoints" / stage.name / identity[:12] / "last.ckpt"
-    record = describe_training(architecture, settings, params, hardware, classifier, prepared, start, identity, machine)
-    live = LiveRun(stage.root, record)
-    callbacks = [live] if os.environ.get("CONVOY_LIVE") != "0" else []
-    try:
-        trained = fit(classifier, data, params, hardware, checkpoint, callbacks)
-    except BaseException as error:
-        live.end("FAILED" if isinstance(error, Exception) else "KILLED")
-        raise
+        checkpoint = checkpoint_folder(stage) / identity[:12] / "last.ckpt"
+        live = LiveRun(stage.root, record)
+        try:
+            if cluster:
+                name = f"{architecture}-{identity[:12]}"
+                show = live.show if is_live else None
+                trained = cluster.fit(name, classifier, data, params, hardware, machine, show)
+            else:
+                trained = fit(classifier, data, params, hardware, checkpoint, [live] if is_live else [])
+        except BaseException as error:
+            live.end("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
 
     columns = None if trained.history else COLUMNS
     pd.DataFrame(trained.history, columns=columns).to_csv(stage.scratch / HISTORY, index=False)
@@ -82,9 +90,48 @@ def train(stage: Stage) -> None:
     else:
         print(trained.failure.describe(architecture), file=sys.stderr, flush=True)
     stage.on_published += [
-        lambda: remove_checkpoint(checkpoint),
+        cluster.remove_checkpoints if cluster else lambda: remove_checkpoint(checkpoint),
         lambda: live.end("FAILED" if trained.failure else "FINISHED"),
     ]
+
+
+@contextlib.contextmanager
+def open_cluster(stage: Stage, **changes: Any) -> "Iterator[Cluster | None]":
+    """Connect to the cluster that the settings choose, if they choose one.
+
+    Args:
+        stage: The train stage.
+        **changes: Settings of the cluster that replace those of params.yaml.
+    """
+    if not uses_cluster(stage.section("trainer")):
+        yield None
+        return
+    from convoy.cluster import training
+
+    config = dataclasses.replace(stage.validate(ClusterConfig, "trainer"), **changes)
+    with training.open_cluster(config, checkpoint_folder(stage)) as cluster:
+        yield cluster
+
+
+def checkpoint_folder(stage: Stage) -> Path:
+    """Return the folder for the checkpoints of a stage, in the project."""
+    return stage.project_root / "artifacts/.cache/checkpoints" / stage.name
+
+
+def describe_machine(stage: Stage, classifier: Classifier) -> tuple[ResolvedTrainer, dict[str, str | int]]:
+    """Return the hardware for a training in this process, and its environment.
+
+    Raises:
+        ConvoyError: If several machines are to train, and this process was not started as one of them.
+    """
+    hardware = resolve_trainer(stage.validate(TrainerConfig, "trainer"), classifier)
+    hardware = resolve_determinism(hardware, classifier)
+    # Without a rank from torchrun or Slurm, the process on each machine would take itself for rank 0.
+    if hardware.num_nodes > 1 and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise ConvoyError(
+            f"trainer.num_nodes={hardware.num_nodes}: start it on each machine by torchrun (docs/training.md)"
+        )
+    return hardware, describe_environment(hardware)
 
 
 def describe_training(

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import optuna
@@ -29,6 +30,12 @@ from convoy.training.trainer import fit
 from pipeline.stage import Stage
 from pipeline.train import describe_training, fetch_weights
 
+# Ray is an extra.
+if TYPE_CHECKING:
+    from convoy.cluster.training import Cluster
+    from convoy.cluster.trial import TrialJob
+    from convoy.cluster.worker import SharedImages
+
 # The files of prepared images that a search opens. Settings that were chosen by the test images would look better on
 # them than they are, so their files are not among these.
 IMAGE_FILES = (DATASET_INFO, *(f"{split}_{part}.npy" for split in ("train", "val") for part in ("pixels", "labels")))
@@ -42,14 +49,16 @@ class TrialTrainer:
     Args:
         stage: The train stage of the architecture.
         jobs: Trials that run at the same time, among which the processor is divided.
+        cluster: The cluster on which the trials run; None for this machine.
     """
 
-    def __init__(self, stage: Stage, jobs: int) -> None:
+    def __init__(self, stage: Stage, jobs: int, cluster: "Cluster | None" = None) -> None:
         self.stage = stage
         self.jobs = jobs
         self.architecture = stage.foreach_key
         self.params = stage.validate(TrainConfig, "train")
-        self.trainer = stage.validate(TrainerConfig, "trainer")
+        self.cluster = cluster
+        self.trainer = None if cluster else stage.validate(TrainerConfig, "trainer")
         self.prepared = stage.input("preprocess", only=[*IMAGE_FILES, DATA_PROFILE])
         self.images = stage.input(stage.images_name(), only=IMAGE_FILES)
         self.info = DatasetInfo.load(self.images / DATASET_INFO)
@@ -91,17 +100,17 @@ class TrialTrainer:
             self.note(trial, report.rows)
             remove_checkpoint(checkpoint)
             raise
-        self.note(trial, trained.history)
+        self.note(trial, trained.history, trained.failure.reason if trained.failure else "")
         remove_checkpoint(checkpoint)
-        if trained.failure:
-            trial.set_user_attr(FAILURE, trained.failure.reason)
         return trained.best.get(f"val_{params.selection_metric}", 0.0), trained.failure is None
 
-    def note(self, trial: optuna.Trial, rows: Sequence[Mapping[str, float]]) -> None:
-        """Note the epochs of a training run, and the best of them, in its trial."""
+    def note(self, trial: optuna.Trial, rows: Sequence[Mapping[str, float]], failure: str = "") -> None:
+        """Note the epochs of a training, the best of them, and why it failed, if it did, in its trial."""
         best = max(rows, key=lambda row: ranking_key(row, self.params.selection_metric), default={})
         trial.set_user_attr(HISTORY, rows)
         trial.set_user_attr(BEST, best)
+        if failure:
+            trial.set_user_attr(FAILURE, failure)
 
     def build(
         self, settings: Mapping[str, Any], seed: int
@@ -113,15 +122,39 @@ class TrialTrainer:
         start = init_weights.init_weights(
             classifier, self.architecture, settings, lambda init, folder: fetch_weights(self.stage, init, folder)
         )
+        if self.trainer is None:
+            return classifier, self.worker[0], start
         hardware = resolve_trainer(dataclasses.replace(self.trainer, devices=1, num_nodes=1), classifier)
         hardware = resolve_determinism(hardware, classifier)
         threads = min(hardware.threads, max(1, joblib.cpu_count(only_physical_cores=True) // self.jobs))
         return classifier, dataclasses.replace(hardware, strategy="auto", threads=threads), start
 
+    @functools.cached_property
+    def worker(self) -> tuple[ResolvedTrainer, dict[str, str | int]]:
+        """Hardware of a worker of the cluster for the present settings, and its environment."""
+        assert self.cluster
+        settings = self.stage.section(f"model.{self.architecture}")
+        return self.cluster.describe_worker(models.build(self.architecture, settings, self.info))
+
+    def share(self, settings: Mapping[str, Any], seed: int) -> "TrialJob":
+        """Return the training of a trial, for a worker of the cluster."""
+        from convoy.cluster.trial import TrialJob
+
+        classifier, hardware, _ = self.build(settings, seed)
+        return TrialJob(classifier, *self.shared_images, dataclasses.replace(self.params, seed=seed), hardware)
+
+    @functools.cached_property
+    def shared_images(self) -> "tuple[SharedImages, SharedImages]":
+        """Training and validation images, for the workers of the cluster."""
+        assert self.cluster
+        train, val = (self.cluster.share(Images.load(self.images, split), split) for split in ("train", "val"))
+        return train, val
+
     def describe(self, settings: Mapping[str, Any]) -> TrainingRecord:
         """Return the training record of a trial, without its results."""
         classifier, hardware, start = self.build(settings, self.params.seed)
-        fingerprint, machine = self.fingerprint(settings, self.params.seed), describe_environment(hardware)
+        machine = self.worker[1] if self.cluster else describe_environment(hardware)
+        fingerprint = self.fingerprint(settings, self.params.seed)
         return describe_training(
             self.architecture,
             settings,

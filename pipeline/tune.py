@@ -6,10 +6,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from convoy.cluster import uses_cluster
 from convoy.core import config
 from convoy.core.errors import ConvoyError, suggest
 from convoy.core.yaml_parser import parse_yaml
@@ -37,6 +38,7 @@ class TuneOptions:
     jobs: int = 1  # trials at a time
     apply: bool = False  # whether to write better settings into conf/
     as_json: bool = False
+    on_cluster: bool = False  # whether the trials run on a Ray cluster
     is_worker: bool = False  # whether another process has started this one to help it
 
     def list_arguments(self) -> list[str]:
@@ -45,6 +47,7 @@ class TuneOptions:
         given = [part for name, value in limits.items() if value is not None for part in (name, f"{value:g}")]
         given += [part for text in self.ranges for part in ("--param", text)]
         given += ["--sampler", self.sampler] if self.sampler != "tpe" else []
+        given += ["--ray"] if self.on_cluster else []
         return [*given, "--jobs", str(self.jobs)] if self.jobs > 1 else given
 
 
@@ -63,7 +66,11 @@ def tune(root: Path, architecture: str, overrides: Sequence[str], options: TuneO
         ConvoyError: If the architecture, a setting or a range is wrong, there are no prepared images, or no trial can
             be completed.
     """
+    if options.on_cluster:
+        overrides = [*(["trainer=ray"] if "trainer=ray" not in overrides else []), *overrides]
     stage = open_stage(root, architecture, overrides)
+    if uses_cluster(stage.section("trainer")) != options.on_cluster:
+        raise ConvoyError("trainer=ray and --ray belong together: a search on a cluster needs both, any other neither")
     settings = stage.section(f"model.{architecture}")
     ranges = read_ranges(root, settings["recipe"]["optimizer"], options.ranges)
 
@@ -73,11 +80,13 @@ def tune(root: Path, architecture: str, overrides: Sequence[str], options: TuneO
     space = parse_space(ranges, settings, architecture)
     check_settings(stage.params)
 
+    from pipeline.train import open_cluster
     from pipeline.tuner import Tuner
 
-    tuner = Tuner(stage, space, ranges, options)
-    with start_workers(architecture, overrides, options):
-        result = tuner.run()
+    with open_cluster(stage, workers=1) as cluster:
+        tuner = Tuner(stage, space, ranges, options, cluster)
+        with nullcontext() if cluster else start_workers(architecture, overrides, options):
+            result = tuner.run()
     if options.is_worker:
         return
     folder = root / "artifacts" / "tune" / architecture

@@ -6,9 +6,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
@@ -26,6 +26,11 @@ from pipeline.stage import Stage
 from pipeline.trial import BEST, FAILURE, HISTORY, TrialTrainer
 from pipeline.tune import TuneOptions
 from pipeline.tune_runs import SearchRuns, TrialRun
+
+# Ray is an extra.
+if TYPE_CHECKING:
+    from convoy.cluster.training import Cluster
+    from convoy.cluster.trial import TrialJob
 
 # Trials if neither their number nor the time is limited.
 DEFAULT_TRIALS = 30
@@ -79,9 +84,17 @@ class Tuner:
         space: The search space.
         ranges: The search space as text.
         options: Options of the search.
+        cluster: The cluster on which the trials run; None for this machine.
     """
 
-    def __init__(self, stage: Stage, space: Space, ranges: Mapping[str, str], options: TuneOptions) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        space: Space,
+        ranges: Mapping[str, str],
+        options: TuneOptions,
+        cluster: "Cluster | None" = None,
+    ) -> None:
         self.settings: dict[str, Any] = stage.section(f"model.{stage.foreach_key}")
         for values in list_bounds(space):
             changed = change_settings(self.settings, values)
@@ -89,7 +102,8 @@ class Tuner:
         self.stage = stage
         self.space = space
         self.options = options
-        self.trainer = TrialTrainer(stage, options.jobs)
+        self.cluster = cluster
+        self.trainer = TrialTrainer(stage, options.jobs, cluster)
         self.params = self.trainer.params
         self.metric = f"val_{self.params.selection_metric}"
         self.seeds = [self.params.seed + number for number in range(1, COMPARED_SEEDS + 1)]
@@ -117,12 +131,22 @@ class Tuner:
         with open_search(self.folder, self.name, self.params.seed, self.options.sampler, pruner) as search:
             if contains(self.space, self.settings):
                 search.enqueue(present)
-            search.run(
-                self.space,
-                lambda trial: self._try_settings(search, trial),
-                lambda: self._is_over(search),
-                lambda trial: self._show_trial(search, trial, is_live),
-            )
+            if self.cluster:
+                self._run_on_cluster(
+                    search,
+                    self.space,
+                    lambda values: self.trainer.share(
+                        change_settings(self.settings, round_values(values)), self.params.seed
+                    ),
+                    lambda trial: self._show_trial(search, trial, is_live),
+                )
+            else:
+                search.run(
+                    self.space,
+                    lambda trial: self._try_settings(search, trial),
+                    lambda: self._is_over(search),
+                    lambda trial: self._show_trial(search, trial, is_live),
+                )
             trials = search.list_trials(*ENDED)
             if not search.list_trials(TrialState.COMPLETE):
                 raise ConvoyError(
@@ -226,6 +250,41 @@ class Tuner:
         if is_live:
             self.runs.write([self._describe_run(f"trial {trial.number}", trial, self.params.seed)])
 
+    def _run_on_cluster(
+        self,
+        search: Search,
+        space: Space,
+        make_job: "Callable[[Mapping[str, Any]], TrialJob]",
+        show: Callable[[FrozenTrial], None],
+    ) -> None:
+        """Run the trials that `Search.run` would run on this machine.
+
+        Args:
+            search: The search for settings, whose trials may end early, or the one over the seeds of the comparison.
+            space: The search space.
+            make_job: Returns the training for a trial, by its values.
+            show: Called with each trial that has ended.
+        """
+        from convoy.cluster.search import StudySearch, run_trials
+
+        assert self.cluster
+        search.retry_killed()
+        is_comparison = space is not self.space
+        ended = len(search.list_trials(*ENDED))
+        count: int | None = len(search.list_trials(TrialState.WAITING))
+        if not is_comparison:
+            count = max(0, self.trials - ended) if self.trials is not None else None
+        if count == 0:
+            return
+        run_trials(
+            self.cluster,
+            StudySearch(search, space, make_job, self.trainer.note, show),
+            count=count,
+            jobs=self.options.jobs if self.options.jobs > 1 else None,
+            seconds=max(1.0, self.end - time.monotonic()) if self.end and not is_comparison else None,
+            epochs=None if is_comparison else self.params.max_epochs,
+        )
+
     # The comparison
 
     def _compare(self, seeds: Search, tuned: Mapping[str, Any], is_live: bool) -> dict[str, list[float]]:
@@ -253,12 +312,17 @@ class Tuner:
             if is_live:
                 self.runs.write([describe(trial)])
 
-        seeds.run(
-            space,
-            lambda trial: self.trainer.train(trial, settings[trial.params["settings"]], trial.params["seed"])[0],
-            lambda: not seeds.list_trials(TrialState.WAITING),
-            show,
-        )
+        if self.cluster:
+            self._run_on_cluster(
+                seeds, space, lambda values: self.trainer.share(settings[values["settings"]], values["seed"]), show
+            )
+        else:
+            seeds.run(
+                space,
+                lambda trial: self.trainer.train(trial, settings[trial.params["settings"]], trial.params["seed"])[0],
+                lambda: not seeds.list_trials(TrialState.WAITING),
+                show,
+            )
         done = seeds.list_trials(TrialState.COMPLETE)
         self.ended += [describe(trial) for trial in done]
         found = {(trial.params["settings"], trial.params["seed"]): trial.value for trial in done}

@@ -23,8 +23,9 @@ from convoy.data.sources.base import DatasetConfig
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "src" / "convoy"
-# How a process ends, which library it imports and who watches it changes no output.
+# How a process ends, which library it imports, who watches it and on which machines it trains changes no output.
 NO_INPUT = {f"pipeline/{name}.py" for name in ("__init__", "errors", "fork_server", "live", "signals")}
+NO_INPUT |= {str(file.relative_to(ROOT)) for file in (LIBRARY / "cluster").iterdir()}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PYTHON = sorted(
     file
@@ -282,6 +283,7 @@ def test_nothing_that_a_stage_imports_later_is_left_out(stage: str) -> None:
     }
     modules = {re.sub(r"(/__init__)?\.py$", "", dep.removeprefix("src/")).replace("/", ".") for dep in named}
     modules |= {"pipeline.errors", "pipeline.fork_server", "pipeline.live", "pipeline.signals"}
+    modules |= {"convoy.cluster", "convoy.cluster.config", "convoy.cluster.training"}
     for file in named:
         for name in list_imports(ROOT / file):
             if name.partition(".")[0] in ("convoy", "pipeline"):
@@ -321,10 +323,11 @@ def test_no_file_knows_the_machine_it_was_written_on(file: Path) -> None:
     assert not re.findall(r"/(?:work|root|home)\b", file.read_text())
 
 
-def test_lock_is_of_hashes_alone_and_names_no_address() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
+@pytest.mark.parametrize(("name", "least"), [("requirements.lock", 50), ("cluster.lock", 5)])
+def test_lock_is_of_hashes_alone_and_names_no_address(name: str, least: int) -> None:
+    lock = (ROOT / name).read_text()
     requirements = re.split(r"\n(?=\S)", lock.strip())
-    assert len(requirements) > 50
+    assert len(requirements) >= least
     for requirement in requirements:
         assert re.match(r"[a-z0-9._-]+(\[[a-z0-9,-]+\])?==\S+", requirement), requirement
         assert "--hash=sha256:" in requirement, requirement
@@ -335,8 +338,12 @@ def test_lock_is_of_hashes_alone_and_names_no_address() -> None:
 def test_lock_holds_every_package_that_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    locked = re.findall(r"^([a-z0-9._-]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    assert {re.match(r"[\w.-]+", name).group().lower() for name in asked} <= set(locked)  # type: ignore[union-attr]
+    locked, added = (
+        re.findall(r"^([a-z0-9._-]+)", (ROOT / name).read_text(), re.MULTILINE)
+        for name in ("requirements.lock", "cluster.lock")
+    )
+    assert not set(locked) & set(added)
+    assert {re.match(r"[\w.-]+", name).group().lower() for name in asked} <= {*locked, *added}  # type: ignore[union-attr]
 
 
 def test_every_make_target_that_is_named_anywhere_exists() -> None:

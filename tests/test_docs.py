@@ -104,6 +104,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     # x is any architecture, and a recipe is that of any.
     params["model"]["x"] = params["model"]["lenet"] | {"weights": "DEFAULT"}
     params["recipe"] = params["model"]["lenet"]["recipe"]
+    params["trainer"] |= yaml.safe_load((ROOT / "conf/trainer/ray.yaml").read_text())
     for code in list_spans(page):
         setting = re.match(r"([a-z]+)(\.[a-z_]+)+(?=$|[:=])", code)
         if setting and setting[1] in params and code != "model.onnx":

@@ -185,6 +185,31 @@ def test_two_machines_train_by_torchrun_and_the_first_writes(tmp_path: Path) -> 
     assert not (second / "artifacts/train").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_train_with_the_variables_of_slurm(tmp_path: Path) -> None:
+    nodes = ["trainer.accelerator=cpu", "trainer.num_nodes=2", "trainer.threads=1", "trainer.precision=32-true"]
+    root = make_project(tmp_path / "project", [*STILL, *nodes])
+    run_stages(root, until="preprocess")
+    job = {"SLURM_JOB_ID": "31", "SLURM_JOB_NAME": "convoy", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
+    job |= {"MASTER_PORT": str(servers.find_free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.train", "lenet"],
+            cwd=root,
+            env=make_environment() | job | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    done = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    assert [code for _, code in done] == [0, 0], done
+    record = json.loads((root / "artifacts/train/lenet/record.json").read_text())
+    assert record["environment"]["processes"] == 2
+    assert len(pd.read_csv(root / "artifacts/train/lenet/history.csv")) == 3
+
+
 def test_too_many_requested_gpus_is_one_clear_line(tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", [*STILL, "trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=64"])
     run_stages(root, until="preprocess")

@@ -36,14 +36,18 @@ class Search:
 
     Args:
         study: Study of Optuna.
+        storage: The database of the study.
         folder: Folder of the locks.
         worker: Name of this process in the study.
         seed: Seed of the sampler.
         sampler: Name of the sampler.
     """
 
-    def __init__(self, study: optuna.Study, folder: Path, worker: str, seed: int, sampler: SamplerName) -> None:
+    def __init__(
+        self, study: optuna.Study, storage: RDBStorage, folder: Path, worker: str, seed: int, sampler: SamplerName
+    ) -> None:
         self.study = study
+        self.storage = storage
         self.folder = folder
         self.worker = worker
         self.seed = seed
@@ -71,7 +75,7 @@ class Search:
         """
         while True:
             with self.lock:
-                self._retry_killed()
+                self.retry_killed()
                 running = self.list_trials(TrialState.RUNNING)
                 trial = None if is_over() else self._ask(space)
             if trial is not None:
@@ -112,7 +116,7 @@ class Search:
         else:
             self.study.tell(trial, value)
 
-    def _retry_killed(self) -> None:
+    def retry_killed(self) -> None:
         """Run trials again whose process is gone."""
         for trial in self.list_trials(TrialState.RUNNING):
             # A process that was killed just after it began a trial has not left its name.
@@ -169,7 +173,7 @@ def open_search(
                 f"{file} can't be used ({describe_error(error)}): remove it, which discards the searches in it"
             ) from error
         try:
-            yield Search(study, folder, worker, seed, sampler)
+            yield Search(study, storage, folder, worker, seed, sampler)
         finally:
             storage.engine.dispose()
     _worker_file(folder, worker).unlink(missing_ok=True)

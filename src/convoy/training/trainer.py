@@ -54,6 +54,7 @@ def fit(
     hardware: ResolvedTrainer,
     checkpoint: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    **arguments: Any,
 ) -> TrainResult:
     """Train a classifier and keep the weights of the epoch with the best validation metrics.
 
@@ -68,6 +69,7 @@ def fit(
         hardware: Hardware, precision and number of threads.
         checkpoint: File that the state is saved to, and resumed from if it exists. None disables checkpoints.
         callbacks: More callbacks of the Trainer. They must not draw random numbers.
+        **arguments: More arguments of the Trainer, instead of those that follow from `hardware`.
 
     Returns:
         The best weights, the history and the reason why the training stopped. If the training
@@ -102,6 +104,7 @@ def fit(
         # There is a result even if the time was up before.
         min_epochs=1,
         callbacks=[*own, *callbacks],
+        **arguments,
     )
     if resume_from:
         print(f"resuming after {epochs_done} epochs and {steps_done} steps", flush=True)
@@ -137,7 +140,7 @@ def make_trainer(classifier: Classifier, hardware: ResolvedTrainer, **arguments:
     Args:
         classifier: The network, whose recipe has the settings of the optimization.
         hardware: Hardware, precision and number of threads.
-        **arguments: More arguments of the Trainer.
+        **arguments: More arguments of the Trainer, instead of those that follow from `hardware`.
     """
     # Lightning reports its profile as information.
     logging.getLogger("pytorch_lightning").setLevel(logging.INFO if hardware.profiler else logging.WARNING)
@@ -149,24 +152,25 @@ def make_trainer(classifier: Classifier, hardware: ResolvedTrainer, **arguments:
     keep_memory()
     # Compute float32 in full precision, as inference does.
     torch.backends.cudnn.allow_tf32 = False
-    trainer = lightning.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=hardware.strategy,
-        precision=hardware.precision,  # type: ignore[arg-type]
-        sync_batchnorm=hardware.sync_batchnorm,
-        profiler=hardware.profiler,
-        accumulate_grad_batches=classifier.recipe.accumulate_grad_batches,
-        gradient_clip_val=classifier.recipe.grad_clip_norm or None,
-        deterministic=hardware.deterministic,
-        plugins=[AtomicCheckpointIO()],
-        enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **{"logger": False, **arguments},
-    )
+    defaults: dict[str, Any] = {
+        "accelerator": hardware.accelerator,
+        "devices": hardware.devices,
+        "num_nodes": hardware.num_nodes,
+        "strategy": hardware.strategy,
+        "precision": hardware.precision,
+        "sync_batchnorm": hardware.sync_batchnorm,
+        "profiler": hardware.profiler,
+        "accumulate_grad_batches": classifier.recipe.accumulate_grad_batches,
+        "gradient_clip_val": classifier.recipe.grad_clip_norm or None,
+        "deterministic": hardware.deterministic,
+        "plugins": [AtomicCheckpointIO()],
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    trainer = lightning.Trainer(**defaults | arguments)
     # We never read uninitialised memory, and filling it takes time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return trainer

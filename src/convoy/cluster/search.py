@@ -144,7 +144,8 @@ def run_trials(
             verbose=0,
         ),
     )
-    tuner.fit()
+    found = tuner.fit()
+    found.filesystem.delete_dir(found.experiment_path)
 
 
 def suggest(asked: Any, name: str, distribution: BaseDistribution) -> Any:

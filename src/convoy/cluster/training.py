@@ -46,7 +46,8 @@ def open_cluster(config: ClusterConfig, storage: Path) -> Iterator["Cluster"]:
         storage: Folder for checkpoints if the settings name none.
     """
     with connect(config):
-        yield Cluster(config, config.storage or str(storage))
+        given = config.storage or str(storage)
+        yield Cluster(config, given if "://" in given else str(Path(given).absolute()))
 
 
 class Cluster:

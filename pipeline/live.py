@@ -93,7 +93,7 @@ class LiveRun(Callback):
     def show(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Start the run, and add the epochs of a history that it does not have yet.
 
-        This is for a training whose callbacks run elsewhere.
+        This is for a training run whose callbacks run elsewhere.
         """
         if self.thread.ident is None:
             self.thread.start()

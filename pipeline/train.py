@@ -119,7 +119,7 @@ def checkpoint_folder(stage: Stage) -> Path:
 
 
 def describe_machine(stage: Stage, classifier: Classifier) -> tuple[ResolvedTrainer, dict[str, str | int]]:
-    """Return the hardware for a training in this process, and its environment.
+    """Return the hardware for a training run in this process, and its environment.
 
     Raises:
         ConvoyError: If several machines are to train, and this process was not started as one of them.

@@ -105,7 +105,7 @@ class TrialTrainer:
         return trained.best.get(f"val_{params.selection_metric}", 0.0), trained.failure is None
 
     def note(self, trial: optuna.Trial, rows: Sequence[Mapping[str, float]], failure: str = "") -> None:
-        """Note the epochs of a training, the best of them, and why it failed, if it did, in its trial."""
+        """Note the epochs of a training run, the best of them, and why it failed, if it did, in its trial."""
         best = max(rows, key=lambda row: ranking_key(row, self.params.selection_metric), default={})
         trial.set_user_attr(HISTORY, rows)
         trial.set_user_attr(BEST, best)

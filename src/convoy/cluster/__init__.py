@@ -1,4 +1,4 @@
-"""Trainings and searches on a Ray cluster."""
+"""Training runs and searches on a Ray cluster."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The settings of a training on a Ray cluster."""
+"""The settings of a training run on a Ray cluster."""
 
 from typing import Literal
 

@@ -87,7 +87,7 @@ def count_places(request: Mapping[str, float]) -> int:
 
 
 class Patience:
-    """The time for which a training waits for nodes, since the cluster has been too small for it.
+    """The time for which a training run waits for nodes, since the cluster has been too small for it.
 
     Args:
         config: Settings of the cluster.

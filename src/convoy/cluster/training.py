@@ -1,4 +1,4 @@
-"""A training on a Ray cluster: what it runs on, its progress, and its result."""
+"""A training run on a Ray cluster: what it runs on, its progress, and its result."""
 
 import contextlib
 import platform
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Packages whose versions must be those of this machine: they decide the results, and what a worker can read.
 PACKAGES = ("numpy", "pytorch-lightning", "torch")
-# Failures of workers since the last checkpoint after which a training ends with an error.
+# Failures of workers since the last checkpoint after which a training run ends with an error.
 MAX_FAILURES = 3
 POLL_S = 1.0
 SAME_LOCK = "install the same requirements.lock and cluster.lock on all nodes"
@@ -39,7 +39,7 @@ Rows = list[dict[str, float]]
 
 @contextlib.contextmanager
 def open_cluster(config: ClusterConfig, storage: Path) -> Iterator["Cluster"]:
-    """Connect to the cluster for a training.
+    """Connect to the cluster for a training run.
 
     Args:
         config: Settings of the cluster.
@@ -65,7 +65,7 @@ class Cluster:
         self.finished: Any = None
 
     def describe_worker(self, classifier: Classifier) -> tuple[ResolvedTrainer, dict[str, str | int]]:
-        """Return the hardware for a training by a node of the cluster, and the environment there.
+        """Return the hardware for a training run by a node of the cluster, and the environment there.
 
         This waits until the cluster has room for a worker.
 
@@ -155,7 +155,7 @@ class Cluster:
                 name=name,
                 storage_path=self.storage,
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                # `_follow` ends a training that fails again and again.
+                # `_follow` ends a training run that fails again and again.
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Relay(messages)],  # type: ignore[list-item]
             ),
@@ -213,7 +213,7 @@ class Cluster:
         return SharedImages(pixels, images.labels, Path(str(images.pixels.filename)).parent, split)
 
     def remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a training that has ended."""
+        """Remove the checkpoints of a training run that has ended."""
         self.finished.filesystem.delete_dir(self.finished.path)
 
 

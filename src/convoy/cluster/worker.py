@@ -1,4 +1,4 @@
-"""What a worker of a Ray cluster runs: its part of a training, and the report of each checkpoint."""
+"""What a worker of a Ray cluster runs: its part of a training run, and the report of each checkpoint."""
 
 import contextlib
 import dataclasses
@@ -72,7 +72,7 @@ class SharedImages:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training, as it is sent to the workers."""
+    """A training run, as it is sent to the workers."""
 
     classifier: Classifier
     train: SharedImages
@@ -105,7 +105,7 @@ class LineSender(io.TextIOBase):
 def describe_worker(
     trainer: TrainerConfig, classifier: Classifier, cpus: float
 ) -> tuple[ResolvedTrainer, dict[str, str | int]]:
-    """Choose hardware, precision and threads for a training by the node that this runs on, and describe them.
+    """Choose hardware, precision and threads for a training run by the node that this runs on, and describe them.
 
     Args:
         trainer: Settings of a worker.
@@ -156,7 +156,7 @@ def train(config: Mapping[str, Job]) -> TrainResult:
 def distributed_arguments() -> dict[str, Any]:
     """Return the arguments of a Trainer for several workers.
 
-    One worker trains without them: even alone, DDP rounds differently from a training on one machine.
+    One worker trains without them: even alone, DDP rounds differently from a training run on one machine.
     """
     return {
         "strategy": RayDDPStrategy(),

@@ -16,6 +16,7 @@ from pipeline.report import report
 from pipeline.resize import resize
 from pipeline.stage import Stage
 from pipeline.train import train
+from repositories import init_git, run_dvc, run_git
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -37,6 +38,18 @@ def make_project(root: Path, overrides: Sequence[str] = SMALL) -> Path:
     settings.write_text(settings.read_text().replace("name: ${dataset.name}", "name: convoy"))
     config.compose(root, overrides)
     draw_images(root / "data", each=30)
+    return root
+
+
+def make_repository(root: Path, overrides: Sequence[str] = SMALL) -> Path:
+    """A project with the code of this one, under git and DVC."""
+    make_project(root, overrides)
+    for name in ("pipeline", "src"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    init_git(root)
+    run_git(root, "add", "conf")
+    run_dvc(root, "init", "--quiet")
+    run_dvc(root, "add", "--quiet", "data")
     return root
 
 

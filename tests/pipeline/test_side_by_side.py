@@ -1,7 +1,6 @@
 """Trainings side by side: their order and number, their output, and how a failure or a signal ends them."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import pytest
 from convoy.core import config
 from pipeline.job_plan import Job, Machine, plan_jobs
 from pipeline.side_by_side import run_jobs
-from repositories import init_git, run_dvc, run_git
-from small_project import ROOT, SMALL, make_project
+from small_project import ROOT, SMALL, make_repository
 
 PYTHON = sys.executable
 PROCESSORS = Machine(units=2, gpus=())
@@ -136,20 +134,13 @@ def test_signal_stops_all_jobs_and_waits_for_them(number: signal.Signals, dvc: P
 def test_forks_side_by_side_are_bit_identical_to_one_by_one(tmp_path: Path) -> None:
     results = []
     for jobs, fork in (("1", "0"), ("auto", "1")):
-        root = make_project(tmp_path / jobs, SMALL)
-        for name in ("pipeline", "src"):
-            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        results.append(run_project(root, jobs, fork))
+        results.append(run_project(make_repository(tmp_path / jobs), jobs, fork))
     assert results[0].keys() == results[1].keys()
     assert results[0] == results[1]
 
 
 def run_project(root: Path, jobs: str, fork: str) -> dict[str, bytes]:
     """Run the pipeline of a project under DVC, and return its results by file."""
-    init_git(root)
-    run_git(root, "add", "conf")
-    run_dvc(root, "init", "--quiet")
-    run_dvc(root, "add", "--quiet", "data")
     command = [sys.executable, "-m", "pipeline.cli", "run", "--jobs", jobs, *SMALL]
     done = subprocess.run(command, cwd=root, env=os.environ | {"CONVOY_FORK": fork}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

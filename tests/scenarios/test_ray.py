@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from ray_cluster import LENET, add_node, run_cluster, settings, start
-from small_project import make_project, run_stages
+from small_project import make_project, make_repository, run_stages
 
 pytest.importorskip("ray", reason="Ray is not installed: make install-cluster")
 pytestmark = pytest.mark.slow
@@ -22,6 +22,10 @@ RESULTS = ("history.csv", "weights.safetensors")
 def cluster() -> Iterator[Any]:
     with run_cluster() as cluster:
         yield cluster
+
+
+TWO = ["model=[lenet,alexnet]", *(f"model.{name}.recipe.batch_size=10" for name in ("lenet", "alexnet"))]
+TWO += ["train.max_epochs=2", "register.gate.min_accuracy=0", "register.gate.min_test_images=1"]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,20 @@ def test_one_worker_gives_the_bits_of_one_machine(cluster: Any, alone: Path, tmp
         assert found[value] == expected[value]
     # Nothing is left of the checkpoints.
     assert not list((root / "artifacts/.cache").rglob("*.ckpt"))
+
+
+def test_jobs_side_by_side_give_the_bits_of_one_machine(cluster: Any, tmp_path: Path) -> None:
+    found = []
+    for jobs, overrides in (
+        ("1", [*TWO, "trainer=cpu", "trainer.threads=1"]),
+        ("2", [*TWO, "trainer=ray", f"trainer.address={cluster.address}"]),
+    ):
+        root = make_repository(tmp_path / jobs, overrides)
+        process = start(root, "pipeline.cli", "run", "--jobs", jobs, *overrides)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        found.append({name: hash_results(root, name) for name in ("lenet", "alexnet")})
+    assert found[0] == found[1]
 
 
 def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from small_project import make_project, make_repository, run_stages
 
 pytest.importorskip("ray", reason="Ray is not installed: make install-cluster")
 pytestmark = pytest.mark.slow
+# So many that a node is gone before the training ends.
+EPOCHS = "train.max_epochs=40"
 RESULTS = ("history.csv", "weights.safetensors")
 
 
@@ -85,26 +87,27 @@ def test_jobs_side_by_side_give_the_bits_of_one_machine(cluster: Any, tmp_path: 
 
 def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:
     with run_cluster() as cluster:
-        undisturbed = prepare(tmp_path / "undisturbed", *settings(cluster, 2))
+        undisturbed = prepare(tmp_path / "undisturbed", *settings(cluster, 2, EPOCHS))
         said = train(undisturbed)
         assert "resuming after" not in said
         record = read_record(undisturbed)
         assert (record["trainer"]["num_nodes"], record["environment"]["processes"]) == (2, 2)
 
-        root = prepare(tmp_path / "killed", *settings(cluster, 2))
+        root = prepare(tmp_path / "killed", *settings(cluster, 2, EPOCHS))
         process = start(root, "pipeline.train", "lenet")
         assert process.stdout
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if "epoch 1/" in line:
+            # The checkpoint of the first epoch is stored.
+            if "epoch 2/" in line:
                 # Each of the two nodes holds a worker, and this one is not the head node.
                 cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
                 add_node(cluster)
                 break
         lines += process.stdout
         assert process.wait() == 0, "".join(lines)
-        resumed = re.search(r"resuming after (\d) epochs and (\d+) steps", "".join(lines))
+        resumed = re.search(r"resuming after (\d+) epochs and (\d+) steps", "".join(lines))
         assert resumed, "".join(lines)
         assert int(resumed[1]) >= 1
         assert int(resumed[2]) > 0
@@ -113,13 +116,13 @@ def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:
 
 def test_node_that_is_lost_for_good_ends_with_a_message(tmp_path: Path) -> None:
     with run_cluster() as cluster:
-        root = prepare(tmp_path / "project", *settings(cluster, 2, "trainer.wait_minutes=0.1"))
+        root = prepare(tmp_path / "project", *settings(cluster, 2, "trainer.wait_minutes=0.1", EPOCHS))
         process = start(root, "pipeline.train", "lenet")
         assert process.stdout
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if "epoch 1/" in line:
+            if "epoch 2/" in line:
                 cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         said = "".join(lines)
         assert process.wait() == 1, said

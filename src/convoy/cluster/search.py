@@ -71,8 +71,13 @@ class StudySearch(OptunaSearch):
         super().on_trial_complete(trial_id, result if report.get(trial.COMPLETE) else None, error)
         self.on_trial_end(self.search.study.trials[started.number])
 
+    # Ray Tune saves the searcher to continue from there. The database of the study has all that it takes.
+
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing: the database of the study has all."""
+        """Write nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     def _ask(self, asked: Any) -> dict[str, Any]:
         asked.set_user_attr(WORKER, self.search.worker)

@@ -16,7 +16,7 @@ from small_project import make_project, make_repository, run_stages
 pytest.importorskip("ray", reason="Ray is not installed: make install-cluster")
 pytestmark = pytest.mark.slow
 # So many that a node is gone before the training ends.
-EPOCHS = "train.max_epochs=40"
+EPOCHS = "train.max_epochs=20"
 RESULTS = ("history.csv", "weights.safetensors")
 
 

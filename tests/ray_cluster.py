@@ -18,8 +18,12 @@ LENET = ("model=[lenet]", "train.max_epochs=2", "model.lenet.recipe.batch_size=1
 @contextlib.contextmanager
 def run_cluster(nodes: int = 2) -> Iterator[Any]:
     """Start a cluster; its nodes end with the context."""
-    # Ray gives its workers the lowest priority.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    # By default, Ray gives its workers the lowest priority, and stores checkpoints every two seconds.
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    }
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}

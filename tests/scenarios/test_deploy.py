@@ -67,7 +67,7 @@ def run_mlflow(folder: Path, services: Mapping[str, str]) -> Iterator[str]:
     uri, port = f"postgresql+psycopg2://convoy@/{{}}?host={services['PGHOST']}", servers.find_free_port()
     settings = configparser.RawConfigParser()
     settings.read_string(COMPOSE["configs"]["auth"]["content"])
-    settings["mlflow"] |= {"database_uri": uri.format("users"), "admin_password": PASSWORD}
+    settings["mlflow"].update({"database_uri": uri.format("users"), "admin_password": PASSWORD})
     with (folder / "auth.ini").open("w") as file:
         settings.write(file)
     environment = {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret"}

@@ -60,6 +60,24 @@ def read_record(root: Path) -> dict:
     return json.loads((root / "artifacts/train/lenet/record.json").read_text())
 
 
+# The first test, as `auto` would find the cluster of the others.
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.address=127.0.0.1:9", "no Ray cluster answers there"),
+        ("trainer.address=ray://127.0.0.1:10001", "give HOST:PORT of the head node"),
+        ("trainer.address=auto", "there is no Ray cluster"),
+    ],
+)
+def test_wrong_address_is_one_message(change: str, message: str, tmp_path: Path) -> None:
+    root = prepare(tmp_path / "project", *LENET, "trainer=ray", change)
+    process = start(root, "pipeline.train", "lenet", RAY_TMPDIR=str(tmp_path))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert message in said
+    assert "Traceback" not in said
+
+
 def test_one_worker_gives_the_bits_of_one_machine(cluster: Any, alone: Path, tmp_path: Path) -> None:
     root = prepare(tmp_path / "project", *settings(cluster, 1))
     train(root)
@@ -131,23 +149,6 @@ def test_node_that_is_lost_for_good_ends_with_a_message(tmp_path: Path) -> None:
         assert "Traceback" not in said.partition("convoy: train:")[2]
         add_node(cluster)
         assert re.search(r"resuming after [1-9]\d* epochs", train(root))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("trainer.address=127.0.0.1:9", "no Ray cluster answers there"),
-        ("trainer.address=ray://127.0.0.1:10001", "give HOST:PORT of the head node"),
-        ("trainer.address=auto", "there is no Ray cluster"),
-    ],
-)
-def test_wrong_address_is_one_message(change: str, message: str, tmp_path: Path) -> None:
-    root = prepare(tmp_path / "project", *LENET, "trainer=ray", change)
-    process = start(root, "pipeline.train", "lenet", RAY_TMPDIR=str(tmp_path))
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert message in said
-    assert "Traceback" not in said
 
 
 def test_cluster_that_is_too_small_is_one_message(cluster: Any, tmp_path: Path) -> None:

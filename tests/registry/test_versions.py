@@ -93,7 +93,7 @@ def test_kill_in_registering_leaves_the_run_finished(write: int, root: Path) -> 
         assert LoggedModelStatus.PENDING not in [model.status for model in models]
 
 
-def test_results_that_another_registers_meanwhile_stay_one_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_another_registers_too_stay_one_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify_checksums = versions.verify_checksums
     with open_store(root, "convoy") as store:
 

@@ -36,6 +36,7 @@ NOT_RUN = {
     "dvc remote add --default store s3://dvc": "test_deploy.py runs it",
     "dvc remote modify": "test_deploy.py runs it",
     "export MLFLOW_TRACKING_URI=http": "test_mlflow_server.py runs a server",
+    "git checkout --theirs": "nothing is in conflict",
     "git clone": "the tests run in a clone",
     "make install": "continuous integration runs it",
     "pre-commit": "it is installed outside the environment",

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pandas as pd
 import pytest
 
 from ray_cluster import LENET, add_node, run_cluster, settings, start
+from servers import BUCKET, run_s3
 from small_project import make_project, make_repository, run_stages
 
 pytest.importorskip("ray", reason="Ray is not installed: make install-cluster")
@@ -149,6 +151,22 @@ def test_node_that_is_lost_for_good_ends_with_a_message(tmp_path: Path) -> None:
         assert "Traceback" not in said.partition("convoy: train:")[2]
         add_node(cluster)
         assert re.search(r"resuming after [1-9]\d* epochs", train(root))
+
+
+def test_ended_training_resumes_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in BUCKET.items():
+        monkeypatch.setenv(name, value)
+    with run_s3(tmp_path) as address, run_cluster(1) as cluster:
+        place = f"s3://convoy/checkpoints?endpoint_override={address.removeprefix('http://')}&scheme=http"
+        root = prepare(tmp_path / "project", *settings(cluster, 1, EPOCHS, f"trainer.storage='{place}'"))
+        with start(root, "pipeline.train", "lenet") as process:
+            assert process.stdout
+            for line in process.stdout:
+                if "epoch 4/" in line:
+                    process.kill()
+        assert re.search(r"resuming after [1-9]\d* epochs", train(root))
+        stored = boto3.client("s3", endpoint_url=address).list_objects(Bucket="convoy")["Contents"]
+        assert [each["Key"] for each in stored] == ["checkpoints/"]
 
 
 def test_cluster_that_is_too_small_is_one_message(cluster: Any, tmp_path: Path) -> None:

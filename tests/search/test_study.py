@@ -66,7 +66,7 @@ def test_trial_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     tried = []
     for _ in range(2 + MAX_RETRIES):
         with open_search(tmp_path, "a", 0) as search:
-            search._retry_killed()
+            search.retry_killed()
             tried.append(search._ask(SPACE).params["lr"])
     assert len(set(tried[:-1])) == 1
     assert tried[-1] != tried[0]

@@ -18,7 +18,7 @@ class Relay(UserCallback):
     def __init__(self, messages: Queue) -> None:
         self.messages = messages
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: "Checkpoint | None") -> None:
         """Pass the history on."""
         self.messages.put({"rows": metrics[0]["rows"]})
 

@@ -6,6 +6,11 @@ mkdocs-material, the alternative, only receives fixes by now.
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.application import Sphinx
 
 project = "convoy"
 author = "The convoy authors"
@@ -25,7 +30,8 @@ extensions = [
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+html_math_renderer = "mathml"
 
 html_theme = "furo"
 html_title = f"convoy {version}"
@@ -38,3 +44,15 @@ autodoc_mock_imports = ["ray"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_numpy_docstring = False
+
+
+def setup(app: Sphinx) -> None:
+    """Show formulas as MathML, which browsers draw themselves, as MathJax would be loaded from the network."""
+    app.add_html_math_renderer("mathml", (show_formula, None), (show_formula, None))
+
+
+def show_formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula in LaTeX as MathML."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode

@@ -89,10 +89,7 @@ class Cluster:
             hardware, environment = ray.get(asked)
         except ray.exceptions.RayTaskError as error:
             raise explain(error) from error
-        own = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-        if different := [name for name in own if own[name] != environment[name]]:
-            values = ", ".join(f"{name} {own[name]} here, {environment[name]} there" for name in different)
-            raise ConvoyError(f"versions differ between this machine and the cluster ({values}): {SAME_LOCK}")
+        check_versions(environment)
         return hardware, environment
 
     def fit(
@@ -215,6 +212,21 @@ class Cluster:
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints of a training run that has ended."""
         self.finished.filesystem.delete_dir(self.finished.path)
+
+
+def check_versions(environment: Mapping[str, str | int]) -> None:
+    """Check that a worker has the versions of this machine.
+
+    Args:
+        environment: Environment of the worker, with the versions of `PACKAGES` and Python.
+
+    Raises:
+        ConvoyError: If a version differs.
+    """
+    own = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    if different := [name for name in own if own[name] != environment[name]]:
+        values = ", ".join(f"{name} {own[name]} here, {environment[name]} there" for name in different)
+        raise ConvoyError(f"versions differ between this machine and the cluster ({values}): {SAME_LOCK}")
 
 
 def _run(work: Callable[[], Any], done: "Future[Any]") -> None:

@@ -144,5 +144,6 @@ def run_project(root: Path, jobs: str, fork: str) -> dict[str, bytes]:
     command = [sys.executable, "-m", "pipeline.cli", "run", "--jobs", jobs, *SMALL]
     done = subprocess.run(command, cwd=root, env=os.environ | {"CONVOY_FORK": fork}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    files = [file for stage in ("train", "evaluate") for file in sorted((root / "artifacts" / stage).rglob("*.*"))]
+    # DVC adds to .gitignore in the order in which the stages end.
+    files = [file for stage in ("train", "evaluate") for file in sorted((root / "artifacts" / stage).rglob("[!.]*.*"))]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}

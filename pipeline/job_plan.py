@@ -23,7 +23,7 @@ class Machine:
     """The processors, or the GPUs, that the training runs of a project share."""
 
     units: int
-    gpus: tuple[str, ...]  # as in CUDA_VISIBLE_DEVICES; empty if the training runs run on processors
+    gpus: tuple[str, ...]  # as in CUDA_VISIBLE_DEVICES; empty if the networks are trained on processors
 
 
 def plan_jobs(params: Mapping[str, Any]) -> tuple[list[Job], Machine]:

@@ -124,7 +124,7 @@ def replay(root: Path, name: str, *, as_json: bool = False) -> int:
 
 
 def check_machines(record: TrainingRecord) -> None:
-    """Raise ConvoyError if a training run ran on several machines."""
+    """Raise ConvoyError if a run was trained on several machines."""
     if record.trainer.num_nodes > 1:
         raise ConvoyError(
             f"the run was trained on {record.trainer.num_nodes} machines at once, and a replay runs on one: check out "

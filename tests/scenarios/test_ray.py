@@ -53,6 +53,24 @@ def train(root: Path) -> str:
     return said
 
 
+def train_and_lose_node(cluster: Any, root: Path, *, is_replaced: bool) -> tuple[int, str]:
+    """The exit status and the output of a training on two nodes, one of which is killed meanwhile."""
+    lines = []
+    with start(root, "pipeline.train", "lenet") as process:
+        assert process.stdout
+        for line in process.stdout:
+            lines.append(line)
+            # The checkpoint of an epoch is stored soon after it.
+            if "epoch 4/" in line:
+                # Each of the two nodes holds a worker, and this one is not the head node.
+                cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+                if is_replaced:
+                    add_node(cluster)
+                break
+        lines += process.stdout
+    return process.returncode, "".join(lines)
+
+
 def hash_results(root: Path, name: str = "lenet") -> dict[str, str]:
     folder = root / "artifacts/train" / name
     return {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in RESULTS}
@@ -114,21 +132,10 @@ def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:
         assert (record["trainer"]["num_nodes"], record["environment"]["processes"]) == (2, 2)
 
         root = prepare(tmp_path / "killed", *settings(cluster, 2, EPOCHS))
-        lines = []
-        with start(root, "pipeline.train", "lenet") as process:
-            assert process.stdout
-            for line in process.stdout:
-                lines.append(line)
-                # The checkpoint of an epoch is stored soon after it.
-                if "epoch 4/" in line:
-                    # Each of the two nodes holds a worker, and this one is not the head node.
-                    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-                    add_node(cluster)
-                    break
-            lines += process.stdout
-        assert process.returncode == 0, "".join(lines)
-        resumed = re.search(r"resuming after (\d+) epochs and (\d+) steps", "".join(lines))
-        assert resumed, "".join(lines)
+        status, said = train_and_lose_node(cluster, root, is_replaced=True)
+        assert status == 0, said
+        resumed = re.search(r"resuming after (\d+) epochs and (\d+) steps", said)
+        assert resumed, said
         assert int(resumed[1]) >= 1
         assert int(resumed[2]) > 0
         assert hash_results(root) == hash_results(undisturbed)
@@ -137,15 +144,8 @@ def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:
 def test_node_that_is_lost_for_good_ends_with_a_message(tmp_path: Path) -> None:
     with run_cluster() as cluster:
         root = prepare(tmp_path / "project", *settings(cluster, 2, "trainer.wait_minutes=0.1", EPOCHS))
-        lines = []
-        with start(root, "pipeline.train", "lenet") as process:
-            assert process.stdout
-            for line in process.stdout:
-                lines.append(line)
-                if "epoch 4/" in line:
-                    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        said = "".join(lines)
-        assert process.returncode == 1, said
+        status, said = train_and_lose_node(cluster, root, is_replaced=False)
+        assert status == 1, said
         assert "convoy: train: the cluster has room for 1 of 2 workers of CPU=1, and no node was added" in said
         assert "the checkpoint is kept in" in said
         assert "Traceback" not in said.partition("convoy: train:")[2]

@@ -140,7 +140,7 @@ def download(store: TrackingStore, found: MlflowRun, folder: Path) -> LoggedRun:
     """Download the files of a run that tell what it was made from and what came out, and verify their checksums.
 
     Raises:
-        ConvoyError: If the run is not of a training run, or a file was changed.
+        ConvoyError: If the run is not that of a training, or a file was changed.
     """
     run_id, checksums = found.info.run_id, checksums_of(found)
     held = {file.path for file in store.client.list_artifacts(run_id)}

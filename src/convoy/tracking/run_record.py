@@ -28,7 +28,7 @@ class RunRecord:
 
 
 def describe_training(record: TrainingRecord, tags: Mapping[str, str], provenance: Mapping[str, str]) -> RunRecord:
-    """Create the run of a training run that has started.
+    """Describe the MLflow run of a training that has started.
 
     Args:
         record: Training record, with everything known when training starts.
@@ -81,7 +81,7 @@ def describe_result(
     files: Sequence[Path],
     validation: Mapping[str, float],
 ) -> RunRecord:
-    """Create the run of a training run that has ended.
+    """Describe the MLflow run of a training that has ended.
 
     Args:
         record: Complete training record.

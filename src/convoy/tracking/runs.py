@@ -78,7 +78,7 @@ def find_run(store: TrackingStore, fingerprint: str) -> MlflowRun | None:
 
 
 def start_run(store: TrackingStore, run: RunRecord, process: str, time_ms: int) -> str | None:
-    """Create the run of a training run that starts, or continue it if it exists.
+    """Create the MLflow run of a training that starts, or continue it if it exists.
 
     Args:
         store: Tracking store.

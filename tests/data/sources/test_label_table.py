@@ -331,7 +331,12 @@ words = st.text(st.characters(codec="utf-8")).filter(str.strip)
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\.")).map(lambda name: f"a{name}.png"[-50:])
 
 
-@given(st.dictionaries(names, st.tuples(words, st.sampled_from(["", "train", "val", "test"]), words), min_size=1))
+single_labels = words.filter(lambda label: not set(label) & set("|;["))  # lists of labels are refused
+
+
+@given(
+    st.dictionaries(names, st.tuples(single_labels, st.sampled_from(["", "train", "val", "test"]), words), min_size=1)
+)
 def test_any_text_round_trips_through_csv(
     tmp_path_factory: pytest.TempPathFactory, said: dict[str, tuple[str, str, str]]
 ) -> None:
@@ -522,6 +527,13 @@ def test_paths_repeated_with_other_labels_are_refused(data: Path) -> None:
     rows = "".join(f"{name},{label}\n" for name in PETS for label in "ab")
     with pytest.raises(ConvoyError, match=r"labels\.csv has several labels for an image, such as cat/1\.png \(a, b\)"):
         read_folder(write(data, PETS | {"labels.csv": f"path,label\n{rows}"}))
+
+
+@pytest.mark.parametrize("label", ["|", ";", ",", "a|a", "cat|", "|cat"])
+def test_separator_without_two_labels_is_part_of_a_label(data: Path, label: str) -> None:
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("path", "label"), *((name, label) for name in PETS)])
+    assert {member.label for member in read(write(data, PETS | {"labels.csv": table.getvalue()}))} == {label}
 
 
 def test_another_table_is_set_aside_if_one_is_named(data: Path) -> None:

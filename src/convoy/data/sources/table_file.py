@@ -322,8 +322,9 @@ def check_single_labels(name: str, table: pd.DataFrame) -> None:
 
 
 def _split_label(label: str) -> list[str]:
+    """Return the different parts between separators, without empty ones, such as those of a label that is "|"."""
     separator = next((each for each in LABEL_SEPARATORS if each in label), None)
-    return [part.strip() for part in label.split(separator)] if separator else [label]
+    return sorted({part.strip() for part in label.split(separator)} - {""}) if separator else [label]
 
 
 def multi_label_error(name: str, example: str) -> ConvoyError:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import psutil
 import safetensors.torch
 import torch
 
@@ -61,6 +62,8 @@ def train(stage: Stage) -> None:
         if hardware.deterministic == "warn":
             operations = ", ".join(list_nondeterministic(classifier))
             print(f"{architecture}: no determinism of {operations} on a GPU: repeated training runs differ slightly")
+        if not cluster:
+            warn_if_busy(hardware)
         data = ImageDataModule(images, Images.load(resized, "val"), classifier.recipe, params.seed)
         identity = stage.fingerprint(machine, dataclasses.asdict(start))
         record = describe_training(
@@ -111,6 +114,24 @@ def open_cluster(stage: Stage, **changes: Any) -> "Iterator[Cluster | None]":
     config = dataclasses.replace(stage.validate(ClusterConfig, "trainer"), **changes)
     with training.open_cluster(config, checkpoint_folder(stage)) as cluster:
         yield cluster
+
+
+def warn_if_busy(hardware: ResolvedTrainer) -> None:
+    """Print a note if other programs use the processors that several threads of a training run on.
+
+    The threads of oneDNN wait for each other without sleeping, so that those that share a processor with another program
+    delay all others, in bfloat16 more than tenfold.
+    """
+    threads = hardware.threads * hardware.devices
+    if hardware.accelerator == "cpu" and hardware.threads > 1:
+        processors = psutil.cpu_count()
+        busy = round(processors * psutil.cpu_percent(interval=0.5) / 100)
+        if busy + threads > processors:
+            print(
+                f"other programs use {busy} of {processors} processors, which slows down training with {threads} "
+                f"threads, often more than tenfold: end them, or set trainer.threads={max(1, processors - busy)}",
+                flush=True,
+            )
 
 
 def checkpoint_folder(stage: Stage) -> Path:

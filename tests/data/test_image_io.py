@@ -312,7 +312,7 @@ def test_only_images_above_the_maximum_side_are_reduced(width: int, height: int,
     if max(width, height) <= side:
         assert pixels.shape[:2] == (height, width)
     else:  # in proportion, to the pixel
-        scale = side / max(width, height)
+        scale = max(pixels.shape[:2]) / max(width, height)
         assert abs(pixels.shape[0] - height * scale) <= 1
         assert abs(pixels.shape[1] - width * scale) <= 1
 

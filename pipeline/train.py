@@ -119,8 +119,8 @@ def open_cluster(stage: Stage, **changes: Any) -> "Iterator[Cluster | None]":
 def warn_if_busy(hardware: ResolvedTrainer) -> None:
     """Print a note if other programs use the processors that several threads of a training run on.
 
-    The threads of oneDNN wait for each other without sleeping, so that those that share a processor with another program
-    delay all others, in bfloat16 more than tenfold.
+    The threads of oneDNN wait for each other without sleeping, so that those that share a processor with another
+    program delay all others, in bfloat16 more than tenfold.
     """
     threads = hardware.threads * hardware.devices
     if hardware.accelerator == "cpu" and hardware.threads > 1:

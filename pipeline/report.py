@@ -16,6 +16,7 @@ from convoy.core.artifact_names import (
     IMAGE_TABLE,
     INTERVALS,
     LABEL_ERRORS,
+    MISTAKES,
     PER_CLASS,
     PREDICTIONS,
     RECORD,
@@ -31,7 +32,8 @@ from convoy.promotion.config import RegisterConfig
 from convoy.promotion.ranking import Choice, ValidatedModel
 from convoy.reporting import comparison_section, model_section, page
 from convoy.reporting.comparison_section import DataSummary
-from convoy.reporting.model_section import Images, ModelResults, Section
+from convoy.reporting.evaluated_images import Images, list_label_errors, list_mistakes
+from convoy.reporting.model_section import ModelResults, Section
 from convoy.reporting.sheet import save_sheet
 from convoy.training.record import TrainingRecord
 from pipeline.stage import Stage, main
@@ -202,16 +204,15 @@ def list_conditions(records: Mapping[str, TrainingRecord]) -> pd.DataFrame:
 
 
 def write_model_page(folder: Path, results: ModelResults, section: Section, data: DataSummary) -> None:
-    """Write the page, sheets and probable label errors of one architecture, which also go into its run in MLflow."""
+    """Write the page, sheets and lists of images of one architecture, which also go into its run in MLflow."""
     folder.mkdir()
     html = page.render_page("model.html.jinja", section=section, data=data, metrics=results.intervals)
     (folder / REPORT_PAGE).write_text(html, encoding="utf-8", newline="\n")
     for figure in section.figures:
         save_sheet(figure, results.name, folder)
-    write_csv(
-        model_section.list_label_errors(results.classes, results.held_out).drop(columns="row").round(4),
-        folder / LABEL_ERRORS,
-    )
+    label_errors = list_label_errors(results.classes, results.held_out).drop(columns="row")
+    write_csv(label_errors.round(4), folder / LABEL_ERRORS)
+    write_csv(list_mistakes(results.classes, results.test).round(4), folder / MISTAKES)
 
 
 if __name__ == "__main__":

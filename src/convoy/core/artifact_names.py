@@ -33,6 +33,7 @@ DATA_CARD = "data_card.html"
 # In the folder of each architecture.
 REPORT_PAGE = "report.html"
 LABEL_ERRORS = "label_errors.csv"
+MISTAKES = "mistakes.csv"
 
 # register
 LEADERBOARD = "leaderboard.csv"

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from convoy.reporting import comparison_charts
+from convoy.reporting.evaluated_images import Images
 from convoy.reporting.figures import Figure, Tile, draw_safely, encode_image, make_chart
-from convoy.reporting.model_section import Images, ModelResults, Section, show_label_errors
+from convoy.reporting.model_section import ModelResults, Section, show_label_errors
 from convoy.training.record import DatasetVersion
 
 MAX_DISPUTED = 24  # images

@@ -1,7 +1,6 @@
 """The section of a report about one architecture."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import pandas as pd
 from convoy.evaluation.metrics import PROBABILITY_PREFIX
 from convoy.models.base import Classifier
 from convoy.reporting import inspection, model_charts
+from convoy.reporting.evaluated_images import Images, list_label_errors
 from convoy.reporting.figures import (
     Figure,
     Tile,
@@ -20,43 +20,11 @@ from convoy.reporting.figures import (
     overlay_evidence,
     scale_to_unit,
 )
-from convoy.reporting.label_errors import find_label_errors
 from convoy.training.record import TrainingRecord
 
 MAX_SAMPLES, MAX_MISTAKES, MAX_UNCERTAIN, MAX_LABEL_ERRORS, MAX_EXPLAINED = 12, 24, 12, 24, 6  # images
 MAX_FILTERS, MAX_MAPS, MAX_BLOCKS, MAX_CONFUSIONS = 60, 12, 12, 15
 FILTER_SIDE = 80  # pixels
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """The images of a split as the networks see them, with the predictions of one network."""
-
-    pixels: np.ndarray  # (N, H, W, C) uint8
-    paths: list[str]
-    labels: np.ndarray  # (N,) class indices
-    probabilities: np.ndarray  # (N, K)
-
-    @functools.cached_property
-    def predicted(self) -> np.ndarray:
-        """Return the predicted classes (N,)."""
-        return self.probabilities.argmax(axis=1)
-
-    @functools.cached_property
-    def confidence(self) -> np.ndarray:
-        """Return the probability of the predicted class (N,)."""
-        return self.probabilities.max(axis=1)
-
-    @functools.cached_property
-    def is_correct(self) -> np.ndarray:
-        """Return whether the predicted class is that of the label (N,)."""
-        return self.predicted == self.labels
-
-    @functools.cached_property
-    def mistakes(self) -> np.ndarray:
-        """Return the positions of the images that are classified wrongly, the most confident mistake first."""
-        wrong = np.flatnonzero(~self.is_correct)
-        return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,37 +183,6 @@ def show_uncertain(results: ModelResults) -> Figure:
     """Show the least certain images."""
     chosen = np.argsort(results.test.confidence, kind="stable")[:MAX_UNCERTAIN]
     return Figure("Least certain images", tiles=_make_tiles(results, chosen), is_wide=True)
-
-
-def list_label_errors(classes: Sequence[str], splits: Mapping[str, Images]) -> pd.DataFrame:
-    """List the probable label errors of some splits, the most probable first.
-
-    Args:
-        classes: Names of the classes.
-        splits: Images of the validation and test splits, by the name of the split.
-
-    Returns:
-        A table with the columns path, split, label, suggested, margin, and row, the position in the split.
-    """
-    names = np.array(classes, dtype=object)
-    tables = []
-    for split, images in splits.items():
-        found = find_label_errors(images.labels, images.probabilities)
-        rows = found["row"].to_numpy()
-        tables.append(
-            pd.DataFrame(
-                {
-                    "path": np.array(images.paths, dtype=object)[rows],
-                    "split": split,
-                    "label": names[images.labels[rows]],
-                    "suggested": names[found["suggested"].to_numpy()],
-                    "margin": found["margin"],
-                    "row": rows,
-                }
-            )
-        )
-    table = pd.concat(tables, ignore_index=True)
-    return table.sort_values(["margin", "path"], ascending=[False, True], ignore_index=True)
 
 
 def show_label_errors(classes: Sequence[str], splits: Mapping[str, Images], method: str) -> Figure:

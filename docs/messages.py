@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/messages.md"
 # Sections of the page: the modules whose messages they list, by the beginning of their paths. The first that matches
 # counts.
 SECTIONS = {
@@ -28,14 +27,27 @@ SECTIONS = {
 INTRODUCTION = """\
 # Error messages
 
-A message says what is wrong, where, and how to fix it. This page lists all of them, to be searched; *italic words*
-stand for a name or a value. [Troubleshooting](troubleshooting.md) explains those whose cause lies elsewhere. The page
-is made from the source by `python docs/messages.py`.
+A message says what is wrong, where, and how to fix it. This page lists the errors that end a command, refuse a request
+or leave a file out, to be searched; *italic words* stand for a name or a value, so search for the words between them.
+[Troubleshooting](troubleshooting.md) explains those whose cause lies elsewhere. Also listed are
+[what forms of images and tables are refused](data.md#forms-of-labelled-images), [verdicts](promotion.md#examples) and
+[messages of a cluster](cluster.md#when-something-is-lost). The page is made from the source by
+`python docs/messages.py`.
 """
+# Errors, and what stands before their messages.
+ERRORS = {
+    "ConvoyError": "",
+    "DownloadError": "",
+    "StoreUnavailableError": "",
+    "RequestError": "",
+    "UnknownTableError": "*table* ",
+    "InvalidImageError": "*image* ",
+}
 
 
 def main() -> None:
-    PAGE.write_text(render())
+    for name, render_page in PAGES.items():
+        (ROOT / "docs" / name).write_text(render_page())
 
 
 def render() -> str:
@@ -54,12 +66,28 @@ def render() -> str:
 
 def find_messages(tree: ast.AST) -> Iterator[str]:
     """Yield the messages of the errors that a module raises, as Markdown."""
+    texts = {
+        target.id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.JoinedStr, ast.BinOp))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ConvoyError" and node.args:
-            message = render_text(node.args[0])
+        if isinstance(node, ast.Call) and node.args and (error := name_function(node.func)) in ERRORS:
+            # The first argument of RequestError is a status.
+            message = node.args[-1] if error == "RequestError" else node.args[0]
+            if isinstance(message, ast.Name):
+                message = texts.get(message.id, message)
+            text = render_text(message)
             # A message without words of its own is another one's that is passed on.
-            if re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r"\*[^*]*\*", "", message)):
-                yield message
+            if re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r"\*[^*]*\*", "", text)):
+                yield ERRORS[error] + text
+
+
+def name_function(function: ast.expr) -> str:
+    """Return the name of a function or class that is called, without its module."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def render_text(node: ast.expr) -> str:
@@ -86,6 +114,8 @@ def sort_key(message: str) -> str:
     """Return the words of a message, by which it is sorted."""
     return re.sub(r"[^a-z ]", "", message.lower()).strip()
 
+
+PAGES = {"messages.md": render}
 
 if __name__ == "__main__":
     main()

@@ -122,10 +122,23 @@ def test_files_of_the_project_that_are_named_exist(page: Path) -> None:
             assert (ROOT / code).exists() or Path(code).stem in ("x", "mynet"), code
 
 
-def test_index_of_messages_is_that_of_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "page"), [("messages", "messages.md"), ("reference", "commands.md")])
+def test_page_made_from_the_source_is_that_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, module: str, page: str
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "docs")
-    rendered = importlib.import_module("messages").render()
-    assert (ROOT / "docs/messages.md").read_text() == rendered, "run `python docs/messages.py`"
+    rendered = importlib.import_module(module).PAGES[page]()
+    assert (ROOT / "docs" / page).read_text() == rendered, f"run `python docs/{module}.py`"
+
+
+def test_page_of_settings_lists_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    listed, current = (
+        # The values are those of this project, which may differ.
+        [(line.partition(":")[0], line.partition("#")[2]) for line in text.splitlines()]
+        for text in ((ROOT / "docs/settings.md").read_text(), importlib.import_module("reference").render_settings())
+    )
+    assert listed == current, "run `python docs/reference.py`"
 
 
 def test_readme_is_short() -> None:
@@ -138,7 +151,8 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_every_architecture_is_named_in_the_readme() -> None:
-    assert all(name in (ROOT / "README.md").read_text().lower() for name in models.names())
+    readme = (ROOT / "README.md").read_text().lower().replace("resnet-9", "resnet9")
+    assert all(name in readme for name in models.names())
 
 
 def test_hooks_run_what_make_lint_runs() -> None:

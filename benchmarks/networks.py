@@ -1,8 +1,9 @@
 """The networks in conf/model/ at their own sizes: `python benchmarks/networks.py [NAME ...]`.
 
 Prints the table in docs/models.md: parameters and MACs for 10 classes of RGB images, and on this machine the processor
-time to predict one image in float32, and to train on one, in batches of 8 with the precision that `trainer: auto`
-chooses; both with one thread. Unlike wall time it hardly depends on other load.
+time to predict one image in float32, and to train on one, with the precision that `trainer: auto` chooses and in the
+batches of the recipe, for large networks in smaller ones; both with one thread. Unlike wall time it hardly depends on
+other load.
 """
 
 import sys
@@ -23,8 +24,9 @@ from convoy.training.hardware import TrainerConfig, count_macs, resolve_trainer
 from convoy.training.trainer import make_module, make_trainer
 
 ROOT = Path(__file__).parents[1]
-BATCH_SIZE = 8  # images
-STEPS = 4  # the first is not measured
+STEP_MACS = 40e9  # work in a step, at least 8 images
+WARM_UP = 3  # steps, in which oneDNN chooses its kernels
+MAX_STEPS, MIN_STEPS = 40, 6
 CALLS = 8  # the first two are not measured
 CLASSES = [str(label) for label in range(10)]
 
@@ -37,12 +39,17 @@ def main() -> None:
     print("| network | parameters | MACs | size | ms to predict an image | ms to train on an image |")
     print("|---|---|---|---|---|---|")
     for name, settings in params["model"].items():
-        settings["recipe"] |= {"batch_size": BATCH_SIZE, "class_balance": "none"}
+        settings["recipe"] |= {"class_balance": "none"}
         size = settings["size"]
         info = DatasetInfo("images", CLASSES, size, 3, [0.4] * 3, [0.2] * 3)
         classifier = models.build(name, settings, info)
+        macs = 3 * count_macs(classifier)
+        batch_size = max(8, min(settings["recipe"]["batch_size"], int(STEP_MACS / macs)))
+        settings["recipe"] |= {"batch_size": batch_size}
+        classifier = models.build(name, settings, info)
+        steps = max(MIN_STEPS, min(MAX_STEPS, int(10 * STEP_MACS / macs / batch_size)))
         hardware = resolve_trainer(config.validate(TrainerConfig, trainer, "trainer"), classifier)
-        pixels = np.random.default_rng(0).integers(0, 256, (BATCH_SIZE * STEPS, size, size, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (batch_size * steps, size, size, 3), np.uint8)
         images = Images(pixels, np.arange(len(pixels)) % len(CLASSES))
         data = ImageDataModule(images, Images(pixels[:1], images.labels[:1]), classifier.recipe, 1)
         clock = Clock()
@@ -50,7 +57,8 @@ def main() -> None:
             classifier, hardware, max_epochs=1, callbacks=[clock], limit_val_batches=0, enable_checkpointing=False
         )
         fitted.fit(make_module(classifier, data, hardware), data)
-        training = 1e3 * (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1) / BATCH_SIZE
+        measured = clock.times[WARM_UP - 1 :]
+        training = 1e3 * (measured[-1] - measured[0]) / (len(measured) - 1) / batch_size
         times = []
         for _ in range(CALLS):
             start = time.process_time()
@@ -60,7 +68,7 @@ def main() -> None:
         count = sum(parameter.numel() for parameter in classifier.parameters())
         print(
             f"| {name} | {count / 1e6:.2f}M | {count_macs(classifier) / 1e6:,.0f}M | {size} | {predicting:.1f} | "
-            f"{training:.1f} |",
+            f"{training:.{2 if training < 10 else 0}f} |",
             flush=True,
         )
 

@@ -16,7 +16,8 @@ All commands with their options and exit codes, as `--help` prints them.
 SETTINGS = """\
 # Settings
 
-All settings, with their default values; a comment says what each means and between which values it makes sense.
+The settings with their default values; a comment says what each means and between which values it makes sense. The
+files that are not shown, in the same folders of `conf/`, have the same settings with other values.
 [Configuration](configuration.md) says how to change them: for one run, `convoy run model.resnet.recipe.lr=0.05`; for
 good, in these files. `model.x` stands for an architecture, `recipe.lr` is `model.x.recipe.lr` in full.
 """

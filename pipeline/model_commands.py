@@ -126,7 +126,7 @@ def sync() -> None:
 
 @app.command(epilog="Example: MLFLOW_TRACKING_URI=http://server:5000 convoy migrate")
 def migrate() -> None:
-    """Copy all runs and models to an MLflow server.
+    """Copy the runs and models of this data set to an MLflow server.
 
     These are the runs and the registered model, with its versions and its champion, in mlflow.db. MLFLOW_TRACKING_URI
     names the server.

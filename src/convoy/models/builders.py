@@ -237,7 +237,7 @@ def split_builder(builder: str) -> tuple[str, str]:
             import timm  # noqa: F401
         except ImportError:
             raise ConvoyError(
-                f"builder={builder}: timm is not installed: `make install` installs it, or `pip install convoy[timm]`"
+                f"builder={builder}: timm is not installed: `make install` installs it"
             ) from None
     return library, name
 

@@ -33,7 +33,7 @@ RECORD = np.dtype(
         ("traits", np.uint8),  # sum of `BILEVEL` and `ONE_COLOUR`
     ]
 )
-# What a note tells of an image: its file has one bit per pixel; its pixels have one colour.
+# What a note says about an image: its file has one bit per pixel; its pixels have one colour.
 BILEVEL, ONE_COLOUR = 1, 2
 # Records that are in memory at a time.
 CHUNK_RECORDS = 2**13

@@ -38,7 +38,7 @@ class ServerConfig:
 
 
 def serve(config: ServerConfig) -> None:
-    """Serve a model until the process is told to end.
+    """Serve a model until the process is asked to end.
 
     Raises:
         ConvoyError: If there is no such model, or the settings are not safe.

@@ -36,7 +36,10 @@ def make_network(name: str, torchvision_name: str = "", **of_info: int) -> Predi
             nn.init.uniform_(layer.running_var, 0.5, 2)
     weights = classifier.state_dict()
     last = [key for key in weights if classifier.is_in_head(key) and "auxiliary" not in key and weights[key].ndim == 2]
-    nn.init.normal_(weights[last[-1]], std=0.1)  # fresh output layers hardly prefer a class
+    head = nn.init.normal_(weights[last[-1]], std=0.1)  # fresh output layers hardly prefer a class
+    with torch.inference_mode():
+        spread = classifier(make_images(4, classifier.info.size, classifier.info.channels)).std()
+        head.mul_((1 / spread).clamp(min=1))  # the features of some networks are small
     return Predictor(name, classifier.info, classifier, temperature=0.6)
 
 

@@ -88,7 +88,8 @@ def test_network_becomes_champion_is_served_and_starts_the_next(
 @pytest.mark.slow
 def test_documented_file_adds_a_network_that_becomes_champion(tmp_path: Path, embedded_store: None) -> None:
     root = make_project(tmp_path / "project")
-    (text,) = re.findall(r"```yaml\n(defaults:\n  - /builder.*?)```", (ROOT / "docs/models.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/models.md").read_text()
+    (text,) = re.findall(r"```yaml\n(defaults:\n  - /builder@regnet_y_400mf:.*?)```", page, re.DOTALL)
     (root / "conf/model/regnet_y_400mf.yaml").write_text(text)
     config.compose(root, [*list_overrides("regnet_y_400mf", epochs=15, size=64), *GATE])
     run_stages(root)

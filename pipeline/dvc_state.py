@@ -30,14 +30,17 @@ def repair(root: Path) -> None:
 
 
 def restore_lock_file(root: Path) -> None:
-    """Restore dvc.lock if a run was stopped while DVC wrote it; otherwise keep a copy of it.
+    """Restore dvc.lock if a run was stopped while DVC wrote it, or remove that of a first run; else keep a copy of it.
 
     Raises:
         ConvoyError: If dvc.lock can't be read, and it holds a merge conflict or there is no copy of its previous
             version.
     """
     lock, backup = root / "dvc.lock", root / "artifacts" / ".scratch" / "dvc.lock"
+    backup.parent.mkdir(parents=True, exist_ok=True)
     if not lock.exists():
+        # An empty copy says that there was none.
+        backup.write_bytes(b"")
         return
     try:
         is_complete = _is_complete(read_yaml(lock))
@@ -47,11 +50,13 @@ def restore_lock_file(root: Path) -> None:
             raise
         is_complete = False
     if is_complete:
-        backup.parent.mkdir(parents=True, exist_ok=True)
         # Replacing the backup atomically ensures that it is never incomplete itself.
         temporary = backup.with_suffix(".new")
         shutil.copyfile(lock, temporary)
         temporary.replace(backup)
+    elif backup.exists() and backup.stat().st_size == 0:
+        lock.unlink()
+        print("dvc.lock was truncated when the first run was stopped: removed, as there was none before that run")
     elif backup.exists():
         shutil.copyfile(backup, lock)
         print("dvc.lock was truncated when a run was stopped: restored as it was before that run")

@@ -20,7 +20,6 @@ def test_dvc_lock_that_was_cut_short_is_restored(cut: int, tmp_path: Path, capsy
     whole = (
         "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
     )
-    restore_lock_file(tmp_path)  # there is none yet
     lock.write_text(whole)
     restore_lock_file(tmp_path)
     lock.write_text(whole[:cut])
@@ -30,6 +29,25 @@ def test_dvc_lock_that_was_cut_short_is_restored(cut: int, tmp_path: Path, capsy
     lock.write_text(f"<<<<<<< HEAD\n{whole}=======\n>>>>>>> other\n")
     with pytest.raises(ConvoyError, match=r"dvc\.lock can't be read: resolve the merge conflict"):
         restore_lock_file(tmp_path)
+
+
+@pytest.mark.parametrize("torn", ["", "schema", "schema: '2.0'\nstages:\n  fetch:\n    deps:\n    - path: da"])
+def test_dvc_lock_of_a_killed_first_run_is_removed(
+    torn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "dvc.lock"
+    restore_lock_file(tmp_path)  # there is none yet
+    lock.write_text(torn)
+    restore_lock_file(tmp_path)
+    assert not lock.exists()
+    assert "removed, as there was none" in capsys.readouterr().out
+
+
+def test_damaged_dvc_lock_of_a_fresh_clone_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_text("schema")
+    with pytest.raises(ConvoyError, match=r"restore it by `git checkout dvc\.lock`"):
+        restore_lock_file(tmp_path)
+    assert (tmp_path / "dvc.lock").read_text() == "schema"
 
 
 # The list of locked paths

@@ -365,6 +365,15 @@ def test_recently_modified_file_is_read_again(files_read: list[Content], tmp_pat
     assert files_read == 2 * [str(file)]
 
 
+def test_file_that_was_just_copied_with_its_time_is_read_again(files_read: list[Content], tmp_path: Path) -> None:
+    file = tmp_path / "1.png"
+    file.write_bytes(encode(make_noise(1)))
+    os.utime(file, (0, 0))
+    decode_and_keep(tmp_path, [str(file)])
+    decode_batch([str(file)], 512, make_cache(tmp_path))
+    assert files_read == 2 * [str(file)]
+
+
 def test_cache_in_use_by_another_process_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def emptied_and_filled_again(folder: Path, ignore_errors: bool) -> None:
         (folder / "here").mkdir(parents=True)

@@ -29,6 +29,7 @@ from convoy.data.preprocessing import (
     PreprocessResult,
     find_near_duplicates,
     prepare,
+    prepare_size,
 )
 from convoy.data.sources.base import DatasetConfig, Sample, Source
 from factories import EMPTY_LOCK, read_table
@@ -63,6 +64,18 @@ def test_training_image_of_a_cross_split_pair_is_excluded(tmp_path: Path) -> Non
     used = pd.read_parquet(tmp_path / "images.parquet")
     assert not set(found.excluded["path"]) & set(used["path"])
     assert len(found.excluded) + len(used) == 180
+
+
+def test_excluded_images_stay_out_of_another_size(tmp_path: Path) -> None:
+    pictures = make_noise(60, 1, 1, size=40)
+    slightly = [np.clip(picture.astype(int) + 1, 0, 255).astype(np.uint8) for picture in pictures]
+    packed = pack(tmp_path / "packed", {"cat": pictures + slightly, "dog": make_noise(60, 1, 2)})
+    assert len(prepare_images(packed, tmp_path).excluded)
+    (tmp_path / "48").mkdir()
+    prepare_size(packed, tmp_path, 48, tmp_path / "48", CacheDir(tmp_path / "remembered 48", tmp_path / "48"))
+    for split in SPLITS:
+        small, large = (np.load(folder / f"{split}_pixels.npy") for folder in (tmp_path, tmp_path / "48"))
+        assert large.shape == (len(small), 48, 48, 1)
 
 
 # The arrays

@@ -120,12 +120,13 @@ def test_modified_shard_is_not_linked(tmp_path: Path) -> None:
     assert read_files(write_shards(tmp_path / "grown", numbers, earlier, locate(numbers)).folder) == sound
 
 
-@pytest.mark.parametrize("harm", ["gone", "cut"])
+@pytest.mark.parametrize("harm", ["gone", "empty", "cut"])
 def test_shard_lost_during_reuse_is_reported(tmp_path: Path, harm: str) -> None:
     numbers = list(range(50))
     earlier = write_shards(tmp_path / "earlier", numbers)
     for name in earlier.names:
-        (earlier.folder / name).unlink() if harm == "gone" else (earlier.folder / name).write_bytes(b"")
+        file = earlier.folder / name
+        file.unlink() if harm == "gone" else file.write_bytes(file.read_bytes()[:-1] if harm == "cut" else b"")
     with pytest.raises(MissingShardError, match="earlier was changed while it was read: run this again"):
         write_shards(tmp_path / "grown", [*numbers[1:]], earlier, locate(numbers))
 

@@ -129,6 +129,20 @@ def test_folder_without_images_is_no_class(data: Path) -> None:
     assert {split for _, _, split in read_rows(data)} == {"train", "val", "test"}
 
 
+@pytest.mark.parametrize(
+    ("lists", "split", "faults"),
+    [({"test.txt": "1.png"}, "train", []), ({"train.txt": "1.png"}, "", ["data/cat/3.png is in no list of a split"])],
+)
+def test_unlisted_image_trains_unless_training_is_listed(
+    lists: dict[str, str], split: str, faults: list[str], data: Path
+) -> None:
+    names = ("cat/1.png", "dog/2.png", "cat/3.png")
+    write(data, {name: make_png(number) for number, name in enumerate(names)} | {"val.txt": "2.png"} | lists)
+    members = read(data)
+    assert {member.path: member.split for member in members}["data/cat/3.png"] == split
+    assert list_faults(members) == faults
+
+
 def test_archives_may_be_named_after_splits(data: Path) -> None:
     pets = {"cat/1.png": make_png(1), "dog/1.png": make_png(2)}
     write(data, {"pets-train.zip": make_zip(pets), "test/pets.tar.gz": make_tar(pets), "more.zip": make_zip(pets)})

@@ -50,6 +50,16 @@ def test_temperature_that_fits_noise_is_not_used() -> None:
     assert np.mean(left_alone) >= 0.9
 
 
+def test_gain_within_its_standard_error_is_not_used() -> None:
+    fits = [
+        fit_temperature(labels, softmax(1.2 * logits))
+        for labels, logits in (draw_labels(seed, 100, 10) for seed in range(12))
+    ]
+    uncertain = [fit for fit in fits if fit.p_value < 0.05 and 0 < fit.gain < fit.gain_error]
+    assert uncertain
+    assert {fit.temperature for fit in uncertain} == {1}
+
+
 def test_kept_temperature_lowers_the_loss_of_other_images() -> None:
     labels, logits = draw_labels(0, 600, 10)
     fit = fit_temperature(labels[:300], softmax(1.7 * logits[:300]))

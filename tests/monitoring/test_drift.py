@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from convoy.core.errors import ConvoyError
-from convoy.monitoring.drift import MAX_IMAGES, MIN_IMAGES, detect_drift, sample_rows
+from convoy.monitoring.drift import MAX_IMAGES, MIN_IMAGES, detect_drift, measure_unusualness, sample_rows
 from convoy.monitoring.embedding import embed
 from convoy.reporting.unusual_images import draw_unusual
 from model_fixtures import build, make_images
@@ -45,6 +45,13 @@ def test_image_far_from_the_reference_is_the_most_unusual() -> None:
     unusualness = detect_drift(draw_embeddings(60, 1), new, 1).unusualness
     assert unusualness.argmax() == 17
     assert 0.5 < np.median(unusualness) < 2
+
+
+def test_unusualness_is_a_multiple_of_the_usual_distance() -> None:
+    # The fifth nearest of the others is at a distance of 3 for most numbers of the reference.
+    reference, new = np.arange(1000.0)[:, None], np.array([[500.0], [2000.0]])
+    pooled = np.concatenate([new, reference])
+    assert measure_unusualness(abs(pooled - pooled.T), len(new)).tolist() == [2 / 3, 1005 / 3]
 
 
 @pytest.mark.parametrize("counts", [(MIN_IMAGES, MIN_IMAGES - 1), (MIN_IMAGES - 1, MIN_IMAGES)])

@@ -38,7 +38,9 @@ def log_run(store: TrackingStore, name: str, **more: Any) -> str:
     history = [{"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.5}, {"epoch": 2, "val_accuracy": 0.6, "val_loss": 1.2}]
     given = {"history": history, "metrics": {"test/accuracy": 0.6}, "files": [file], "status": "FINISHED"} | more
     tags = {run_record.FINGERPRINT_TAG: f"of {name}", "data": "digits@a99769f9303d"}
-    run = run_record.RunRecord(name, {"model": name, "recipe.lr": 0.1}, tags, {"who": "ada"}, DIGITS, **given)
+    # A server accepts no more than 100 parameters in a request.
+    params = {"model": name, "recipe.lr": 0.1} | {f"model.widths.{number}": number for number in range(100)}
+    run = run_record.RunRecord(name, params, tags, {"who": "ada"}, DIGITS, **given)
     return runs.sync_run(store, run, f"results of {name}", time_ms=2_000_000_000_000)
 
 

@@ -30,3 +30,9 @@ def test_labels_that_fit_the_probabilities_are_not_doubted() -> None:
     assert find_label_errors(labels, np.eye(3)[labels] * 0.8 + 0.2 / 3).empty
     # No image has class 1 or 2, so nothing says how confident a prediction of them must be.
     assert find_label_errors(np.zeros(3, int), np.full((3, 3), 1 / 3)).empty
+
+
+def test_less_probable_class_is_not_suggested() -> None:
+    # 0.3 is confident for class 1, whose only image has 0.2, and 0.7 is not for class 0.
+    probabilities = np.array([[0.7, 0.3], [1.0, 0.0], [0.8, 0.2]])
+    assert find_label_errors(np.array([0, 0, 1]), probabilities).empty

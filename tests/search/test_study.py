@@ -89,6 +89,15 @@ def test_enqueued_values_are_tried_once(tmp_path: Path) -> None:
         assert run(search, 2).count(0.5) == 1
 
 
+def test_enqueued_trial_that_was_stopped_is_not_enqueued_twice(tmp_path: Path) -> None:
+    with open_search(tmp_path, "a", 0) as search:
+        for _ in range(3):
+            search.enqueue({"lr": 0.5})
+            begin(search, SystemExit)
+        search.enqueue({"lr": 0.5})
+        assert run(search, 3).count(0.5) == 1
+
+
 def test_damaged_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "studies.db").write_text("no database")
     with pytest.raises(ConvoyError, match=r"studies\.db can't be used .*: remove it"), open_search(tmp_path, "a", 0):

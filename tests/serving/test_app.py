@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def test_json_takes_base64_data_uris_and_lists(client: TestClient) -> None:
     for content in (texts, {"images": texts}):
         assert [each["label"] for each in post_json(client, content)["predictions"]] == ["cat", "dog", "cat"]
     assert post_json(client, texts[1])["predictions"][0]["label"] == "dog"
+    # A browser may escape what base64 has besides letters and digits.
+    escaped = "data:image/png;base64," + urllib.parse.quote(encode(cat), safe="")
+    assert "%" in escaped
+    assert post_json(client, escaped)["predictions"][0]["label"] == "cat"
 
 
 def test_empty_list_gives_an_empty_answer(client: TestClient) -> None:

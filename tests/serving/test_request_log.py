@@ -92,10 +92,32 @@ def test_full_disk_loses_nothing_that_fits_in_memory(tmp_path: Path, monkeypatch
         patch.setattr(RequestLog, "_append", fail)
         log.write()
         log.write()
-    patch.setattr(request_log, "MAX_WAITING_BYTES", 0)
+    monkeypatch.setattr(request_log, "MAX_WAITING_BYTES", 0)
     assert log.add([LogEntry(draw("dog"), "dog", 0.9, "3")]) == 1
     log.close()
     assert [row["label"] for row in read_rows(tmp_path)] == ["cat"]
+
+
+def test_half_a_line_on_a_full_disk_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open_log(tmp_path)
+    log.add([LogEntry(draw("cat"), "cat", 0.9, "3")])
+    log.write()
+    assert log._text
+    truly, is_full = log._text.write, False
+
+    def write_half(line: memoryview) -> int:
+        nonlocal is_full
+        if is_full:
+            raise OSError(28, "No space left on device")
+        is_full = True
+        return truly(line[: len(line) // 2])
+
+    log.add([LogEntry(draw("dog"), "dog", 0.9, "3")])
+    with monkeypatch.context() as patch:
+        patch.setattr(log._text, "write", write_half)
+        log.write()
+    log.close()
+    assert [row["label"] for row in read_rows(tmp_path)] == ["cat", "dog"]
 
 
 def test_folder_that_cant_be_written_is_one_clear_line(tmp_path: Path) -> None:

@@ -228,6 +228,29 @@ def test_database_of_an_older_mlflow_is_upgraded_as_a_copy(
         assert opened.execute("pragma journal_mode").fetchone() == (mode,)
 
 
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_nobody_writes_to_a_database_that_is_upgraded(
+    mode: str, tmp_path: Path, old_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, truly = tmp_path / "mlflow.db", database._migrate
+    shutil.copy(old_database, file)
+    execute(file, f"pragma journal_mode = {mode}")
+    add_run(file, tmp_path / "mlartifacts/theirs")
+
+    def write_meanwhile(new: Path) -> None:
+        with (
+            contextlib.closing(sqlite3.connect(file, timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="database is locked"),
+        ):
+            # The copy would lack this change.
+            other.execute("update runs set name = 'changed'")
+        truly(new)
+
+    monkeypatch.setattr(database, "_migrate", write_meanwhile)
+    database.prepare(file)
+    assert read_version(file) == VERSIONS[-1]
+
+
 def fail_upgrade(_: Path) -> None:
     raise sqlalchemy.exc.OperationalError("alter table", {}, Exception("duplicate column name: kind"))
 

@@ -15,7 +15,7 @@ from convoy.core.errors import ConvoyError
 from convoy.evaluation.calibration import per_image_log_loss
 from convoy.models.base import predict
 from convoy.recipe import AugmentConfig
-from convoy.training import module, optimizers
+from convoy.training import divergence, module, optimizers
 from convoy.training.callbacks import SeedSteps
 from convoy.training.history import COLUMNS
 from convoy.training.optimizers import (
@@ -200,6 +200,15 @@ def test_epochs_before_a_failure_stay_in_the_history(accumulate: int) -> None:
     assert [row["epoch"] for row in trained.history] == [1, 2]
     assert trained.failure is not None
     assert (trained.failure.epoch, trained.failure.step) == (3, 9)  # the step after the one with that rate
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_loss_is_limited_alike_however_a_batch_is_divided(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half of the loss of random guessing, which the first step exceeds.
+    monkeypatch.setattr(divergence, "MAX_LOSS_RATIO", 0.5)
+    trained = train(build(accumulate_grad_batches=accumulate), max_epochs=1)
+    assert trained.failure is not None
+    assert trained.failure.step == 1
 
 
 def test_diverged_training_leaves_its_last_good_checkpoint(tmp_path: Path) -> None:

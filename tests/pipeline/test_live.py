@@ -19,7 +19,7 @@ from convoy.tracking import runs
 from convoy.tracking.store import open_store
 from convoy.training.record import TrainingRecord
 from pipeline.evaluate import evaluate
-from pipeline.live import Reporter
+from pipeline.live import LiveRun, Reporter
 from pipeline.stage import Stage
 from servers import FaultyHandler, FaultyServer
 from small_project import ROOT, run_stages
@@ -245,6 +245,19 @@ def test_short_training_is_left_to_the_register_stage(root: Path, start: Start) 
     training.join()
     assert training.exitcode == 0
     assert list_runs(root) == []
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_short_training_without_a_result_is_shown(
+    status: str, root: Path, record: TrainingRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only a run that has finished is left to the register stage.
+    monkeypatch.setenv("CONVOY_LIVE_AFTER", "600")
+    live = LiveRun(root, record)
+    live.show([epoch_message(1)["row"]])
+    live.end(status)
+    live.thread.join(60)
+    assert [run.info.status for run in list_runs(root)] == [status]
 
 
 def test_wrong_delay_is_one_line(root: Path, tmp_path: Path, start: Start) -> None:

@@ -236,9 +236,7 @@ def split_builder(builder: str) -> tuple[str, str]:
         try:
             import timm  # noqa: F401
         except ImportError:
-            raise ConvoyError(
-                f"builder={builder}: timm is not installed: `make install` installs it"
-            ) from None
+            raise ConvoyError(f"builder={builder}: timm is not installed: `make install` installs it") from None
     return library, name
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/messages.md"
 # Sections of the page: the modules whose messages they list, by the beginning of their paths. The first that matches
 # counts.
 SECTIONS = {
@@ -46,8 +47,7 @@ ERRORS = {
 
 
 def main() -> None:
-    for name, render_page in PAGES.items():
-        (ROOT / "docs" / name).write_text(render_page())
+    PAGE.write_text(render())
 
 
 def render() -> str:
@@ -64,12 +64,12 @@ def render() -> str:
     return "\n".join([INTRODUCTION, *parts])
 
 
-def find_messages(tree: ast.AST) -> Iterator[str]:
+def find_messages(tree: ast.Module) -> Iterator[str]:
     """Yield the messages of the errors that a module raises, as Markdown."""
-    texts = {
+    constants = {
         target.id: node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.JoinedStr, ast.BinOp))
+        for node in tree.body
+        if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
@@ -78,7 +78,7 @@ def find_messages(tree: ast.AST) -> Iterator[str]:
             # The first argument of RequestError is a status.
             message = node.args[-1] if error == "RequestError" else node.args[0]
             if isinstance(message, ast.Name):
-                message = texts.get(message.id, message)
+                message = constants.get(message.id, message)
             text = render_text(message)
             # A message without words of its own is another one's that is passed on.
             if re.search(r"[a-z]{3,} [a-z]{2,}", re.sub(r"\*[^*]*\*", "", text)):
@@ -114,8 +114,6 @@ def sort_key(message: str) -> str:
     """Return the words of a message, by which it is sorted."""
     return re.sub(r"[^a-z ]", "", message.lower()).strip()
 
-
-PAGES = {"messages.md": render}
 
 if __name__ == "__main__":
     main()

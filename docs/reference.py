@@ -44,24 +44,24 @@ SECTIONS = (
      ["trainer/auto.yaml", "trainer/ray.yaml"]),
     (
         "Experiments",
-        "`experiment=NAME` chooses a file, whose settings override all others.",
+        "`experiment=NAME` chooses a file, whose settings override those of the other files.",
         [f"experiment/{name}.yaml" for name in ("photographs", "finetune_small", "finetune", "cifar10", "mnist")],
     ),
 )  # fmt: skip
 
 
 def main() -> None:
-    for name, render in PAGES.items():
-        (ROOT / "docs" / name).write_text(render())
+    (ROOT / "docs/commands.md").write_text(render_commands())
+    (ROOT / "docs/settings.md").write_text(render_settings())
 
 
 def render_commands() -> str:
     """Return the page of all commands, made by Typer."""
     command = [sys.executable, "-m", "typer", "pipeline.cli", "utils", "docs", "--name", "convoy"]
     page = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    page = page.replace("# `convoy`\n", COMMANDS, 1).replace(
-        "\b\n", ""
-    )  # Click's mark of a paragraph that is not wrapped
+    page = page.replace("# `convoy`\n", COMMANDS, 1)
+    # Click's mark of a paragraph that is not wrapped.
+    page = page.replace("\b\n", "")
     # The list of all commands has shortened descriptions.
     for name, first_line in re.findall(r"(?m)^## `convoy ([a-z-]+)`\n\n(.*)$", page):
         page = re.sub(rf"(?m)^\* `{name}`: .*$", f"* [`{name}`](#convoy-{name}): {first_line}", page, count=1)
@@ -84,21 +84,16 @@ def wrap_comments(file: Path) -> str:
     """Return the text of a YAML file with long comments above their lines, so that the page need not be scrolled."""
     lines = []
     for line in file.read_text().splitlines():
-        setting, mark, comment = line.partition(" # ")
-        indent = " " * (len(line) - len(line.lstrip()))
-        if line.lstrip().startswith("# "):
-            setting, mark, comment = "", "# ", line.lstrip()[2:]
+        setting, mark, comment = line.partition("# ")
         # Whatever the value, so that another one does not move a comment.
-        if mark and len(setting.partition(":")[0]) + len(comment) > WIDTH - 15:
-            start = f"{indent}# "
-            lines += textwrap.wrap(comment, WIDTH, initial_indent=start, subsequent_indent=start)
-            lines += [setting] if setting else []
-        else:
+        if not mark or len(setting.partition(":")[0].rstrip()) + len(comment) <= WIDTH - 15:
             lines.append(line)
+            continue
+        start = setting[: len(setting) - len(setting.lstrip())] + mark
+        lines += textwrap.wrap(comment, WIDTH, initial_indent=start, subsequent_indent=start)
+        lines += [setting.rstrip()] if setting.strip() else []
     return "\n".join(lines) + "\n"
 
-
-PAGES = {"commands.md": render_commands, "settings.md": render_settings}
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ batches of the recipe, for large networks in smaller ones; both with one thread.
 other load.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -43,11 +44,11 @@ def main() -> None:
         size = settings["size"]
         info = DatasetInfo("images", CLASSES, size, 3, [0.4] * 3, [0.2] * 3)
         classifier = models.build(name, settings, info)
-        macs = 3 * count_macs(classifier)
-        batch_size = max(8, min(settings["recipe"]["batch_size"], int(STEP_MACS / macs)))
-        settings["recipe"] |= {"batch_size": batch_size}
-        classifier = models.build(name, settings, info)
-        steps = max(MIN_STEPS, min(MAX_STEPS, int(10 * STEP_MACS / macs / batch_size)))
+        macs = count_macs(classifier)
+        training_macs = 3 * macs
+        batch_size = max(8, min(classifier.recipe.batch_size, int(STEP_MACS / training_macs)))
+        classifier.recipe = dataclasses.replace(classifier.recipe, batch_size=batch_size)
+        steps = max(MIN_STEPS, min(MAX_STEPS, int(10 * STEP_MACS / training_macs / batch_size)))
         hardware = resolve_trainer(config.validate(TrainerConfig, trainer, "trainer"), classifier)
         pixels = np.random.default_rng(0).integers(0, 256, (batch_size * steps, size, size, 3), np.uint8)
         images = Images(pixels, np.arange(len(pixels)) % len(CLASSES))
@@ -67,7 +68,7 @@ def main() -> None:
         predicting = float(np.median(times[2:]))
         count = sum(parameter.numel() for parameter in classifier.parameters())
         print(
-            f"| {name} | {count / 1e6:.2f}M | {count_macs(classifier) / 1e6:,.0f}M | {size} | {predicting:.1f} | "
+            f"| {name} | {count / 1e6:.2f}M | {macs / 1e6:,.0f}M | {size} | {predicting:.1f} | "
             f"{training:.{2 if training < 10 else 0}f} |",
             flush=True,
         )

@@ -20,6 +20,7 @@ def test_dvc_lock_that_was_cut_short_is_restored(cut: int, tmp_path: Path, capsy
     whole = (
         "schema: '2.0'\nstages:\n  fetch:\n    cmd: fetch\n    deps:\n    - path: data\n      md5: 5d41402abc4b2a76\n"
     )
+    restore_lock_file(tmp_path)  # there is none yet
     lock.write_text(whole)
     restore_lock_file(tmp_path)
     lock.write_text(whole[:cut])

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from pipeline import train
-from tests.record_factory import make_record
+from record_factory import make_record
 
 
 @pytest.mark.parametrize(

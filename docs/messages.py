@@ -11,7 +11,7 @@ PAGE = ROOT / "docs/messages.md"
 # counts.
 SECTIONS = {
     "Images, labels and data sources": ("src/convoy/data", "pipeline/fetch", "pipeline/data_folder", "pipeline/use"),
-    "Settings": ("src/convoy/core/config", "src/convoy/core/renamed", "pipeline/settings", "pipeline/adoption"),
+    "Settings": ("src/convoy/core/config", "src/convoy/core/renamed", "pipeline/settings", "pipeline/conf_files"),
     "Networks and their weights": ("src/convoy/models", "src/convoy/training/init", "src/convoy/training/tor"),
     "Training and search": (
         "src/convoy/training",

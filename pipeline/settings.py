@@ -14,7 +14,7 @@ from typing import Any
 from convoy.core import config
 from convoy.core.errors import ConvoyError
 from convoy.tracking.provenance import git
-from pipeline.adoption import adopt_settings, differences
+from pipeline.conf_files import adopt_settings, differences
 
 # Checksum of the params.yaml that was composed last.
 CHECKSUM_FILE = Path("artifacts/.scratch/params.sha256")

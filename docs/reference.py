@@ -45,7 +45,10 @@ SECTIONS = (
     (
         "Experiments",
         "`experiment=NAME` chooses a file, whose settings override those of the other files.",
-        [f"experiment/{name}.yaml" for name in ("photographs", "finetune_small", "finetune", "cifar10", "mnist")],
+        [
+            f"experiment/{name}.yaml"
+            for name in ("photographs", "finetune_small", "finetune", "cifar10", "cifar10_classics", "mnist")
+        ],
     ),
 )  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""One peer's training of the small VGG, from JPEG files to its accuracy: `python peer.py PEER FOLDER`.
+"""One peer's training of the small VGG, from JPEG files to its accuracy: `python peer.py PEER FOLDER [bfloat16]`.
 
 benchmarks/peers.py runs it in an environment that has the peers. FOLDER has the folders train, val and test with one
-folder per class. It prints JSON: the accuracy on the test images, and the wall and processor time of the last epoch and
-of the prediction of the test images. All peers use the same network, batches, optimizer and augmentation (shift and
-flip), one thread and no worker processes, and otherwise what their documentation begins with.
+folder per class; "bfloat16" says that the processor has its instructions. It prints JSON: the accuracy on the test
+images, and the wall and processor time of the last epoch and of the prediction of the test images. All peers use the
+same network, batches, optimizer and augmentation (shift and flip), one thread and no worker processes, and otherwise
+what their documentation begins with.
 """
 
 import json
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 EPOCHS, BATCH, SIZE, LR = 2, 32, 32, 0.02
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-HAS_BFLOAT16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+HAS_BFLOAT16 = "bfloat16" in sys.argv[3:]
 Result = dict[str, float]
 
 

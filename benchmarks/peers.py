@@ -31,9 +31,10 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".peers"
 UV = str(Path(sys.executable).with_name("uv"))
 PACKAGES = ("fastai", "pytorch-lightning", "simplejpeg", "timm", "torchmetrics", "ultralytics")
-WAYS = ["hand-written loop", "timm", "timm, bfloat16", "fastai", "Ultralytics", "Lightning template"]
-if not has_bfloat16():  # without its instructions it takes longer than float32
-    WAYS.remove("timm, bfloat16")
+# Without its instructions bfloat16 takes longer than float32.
+BFLOAT16 = ["bfloat16"] if has_bfloat16() else []
+TIMM = ("timm", *(f"timm, {precision}" for precision in BFLOAT16))
+WAYS = ("hand-written loop", *TIMM, "fastai", "Ultralytics", "Lightning template")
 OURS = "convoy"
 STAGES = """
 import subprocess, sys
@@ -113,7 +114,8 @@ def run(way: str, folder: Path, project: Path) -> dict[str, float]:
         (project / "dvc.lock").unlink(missing_ok=True)
         command = [sys.executable, "-c", STAGES]
     else:
-        command = [str(ENVIRONMENT / "bin" / "python"), str(Path(__file__).with_name("peer.py")), way, str(folder)]
+        program = str(Path(__file__).with_name("peer.py"))
+        command = [str(ENVIRONMENT / "bin" / "python"), program, way, str(folder), *BFLOAT16]
     began, before = time.perf_counter(), processor_seconds()
     printed = run_quietly(command, project, environment)
     seconds = {"wall": time.perf_counter() - began, "cpu": processor_seconds() - before}

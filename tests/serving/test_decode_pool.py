@@ -33,7 +33,7 @@ image_io.decode = fail
 
 def run(work: Callable[[DecodePool], Awaitable[None]], *, workers: int = 2, timeout: float = 20) -> None:
     async def start() -> None:
-        async with DecodePool(workers, timeout) as pool:
+        async with asyncio.timeout(60), DecodePool(workers, timeout) as pool:
             await work(pool)
 
     asyncio.run(start())
@@ -84,6 +84,29 @@ def test_processes_killed_while_idle_are_replaced() -> None:
         assert describe(await pool.decode(SPEC, [draw("cat")])) == ["decoded"]
         assert pool.crashes == 0
 
+    run(work)
+
+
+def test_images_are_not_blamed_for_processes_killed_at_start() -> None:
+    async def work(pool: DecodePool) -> None:
+        (worker,) = pool._workers
+        worker.process.kill()
+        task = asyncio.create_task(pool.decode(SPEC, [draw("cat")]))
+        for _ in range(2 * decode_pool.MAX_TRIES):
+            while (new := next(iter(pool._workers))) is worker:
+                await asyncio.sleep(0)
+            worker = new
+            worker.process.kill()
+        assert describe(await task) == ["decoded"]
+
+    run(work, workers=1)
+
+
+def test_pool_without_processes_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(pool: DecodePool) -> None:
+        assert describe(await pool.decode(SPEC, [draw("cat")] * 2)) == ["can't be decoded, as no decoder starts"] * 2
+
+    monkeypatch.setattr(decode_pool.sys, "executable", "/bin/false")
     run(work)
 
 

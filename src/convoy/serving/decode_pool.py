@@ -24,6 +24,8 @@ IMAGE_TIMEOUT_S = 20
 START_TIMEOUT_S = 120
 # An image crashes its decoder if so many processes have ended over it: something else may have killed the first.
 MAX_TRIES = 3
+# No process starts if so many in a row have ended before they were ready.
+MAX_STARTS = 10
 # Numeric libraries in a worker have one thread, as there are as many workers as processors.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -72,11 +74,11 @@ class Worker(asyncio.Protocol):
         self._received = bytearray()
         self._answer: asyncio.Future[bytearray] | None = None
 
-    async def ask(self, spec: InputSpec, images: Sequence[Image], timeout: float) -> list[Decoded]:
-        """Let the process decode a batch.
+    async def start(self) -> None:
+        """Wait until the process is ready, if it is new.
 
         Raises:
-            TimeoutError: If it takes longer than `timeout` seconds.
+            TimeoutError: If it takes longer than `START_TIMEOUT_S`.
             WorkerCrashed: If the process ends.
         """
         if self._transport is None:
@@ -84,6 +86,14 @@ class Worker(asyncio.Protocol):
             ready = self._expect_answer()
             await asyncio.get_running_loop().create_connection(lambda: self, sock=self._socket)
             await self._wait(ready, START_TIMEOUT_S)
+
+    async def ask(self, spec: InputSpec, images: Sequence[Image], timeout: float) -> list[Decoded]:
+        """Let the process decode a batch, once it is ready.
+
+        Raises:
+            TimeoutError: If it takes longer than `timeout` seconds.
+            WorkerCrashed: If the process ends.
+        """
         assert self._transport
         answer = self._expect_answer()
         self._transport.write(decode_worker.pack_request(spec, images))
@@ -194,11 +204,9 @@ class DecodePool:
         return [image for batch in await asyncio.gather(*map(decode_next, batches)) for image in batch]
 
     async def _decode_batch(self, spec: InputSpec, images: Sequence[Image], tries: int = 1) -> list[Decoded]:
-        worker = await self._idle.get()
-        # Something has killed it while it had nothing to do.
-        while worker.is_lost:
-            self._replace(worker)
-            worker = await self._idle.get()
+        worker = await self._get_ready_worker()
+        if worker is None:
+            return [InvalidImageError("can't be decoded, as no decoder starts")] * len(images)
         is_late = False
         try:
             decoded = await worker.ask(spec, images, self.timeout * (2 if len(images) > 1 else 1))
@@ -219,6 +227,24 @@ class DecodePool:
             return [InvalidImageError("crashes its decoder")]
         # Decoding each image by itself shows which of them is broken.
         return [(await self._decode_batch(spec, [image], tries + 1))[0] for image in images]
+
+    async def _get_ready_worker(self) -> Worker | None:
+        """Wait for a process that is ready, and replace those that something has killed while they had no image."""
+        for _ in range(MAX_STARTS):
+            worker = await self._idle.get()
+            while worker.is_lost:
+                self._replace(worker)
+                worker = await self._idle.get()
+            try:
+                await worker.start()
+                return worker
+            except (WorkerCrashed, TimeoutError):
+                self._replace(worker)
+            # The request was cancelled.
+            except BaseException:
+                self._replace(worker)
+                raise
+        return None
 
     def _replace(self, worker: Worker) -> None:
         self._workers.discard(worker)

@@ -16,6 +16,25 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+def use_own_interpreter() -> None:
+    """Make this interpreter the `python` of every process started from here, the name by which DVC starts stages.
+
+    Without this, `.venv/bin/convoy` would run them in whatever environment is active, or in none.
+
+    Exits with a message where this interpreter lacks the project's packages, as where `.venv/bin/dvc repro` starts
+    stages without an active environment.
+    """
+    folder = str(Path(sys.executable).parent)
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if folders[0] != folder:
+        os.environ["PATH"] = os.pathsep.join([folder, *folders])
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        sys.exit(
+            f"convoy: {sys.executable} lacks the packages of this project: run `make install`, then"
+            " `source .venv/bin/activate` and the same command again"
+        )
+
+
 def use_own_library() -> None:
     """Make `convoy` the library of this very project, here and in every process started from here.
 
@@ -49,4 +68,5 @@ if sys.argv[0] == "-m":
     signals.install()
     if fork_server.VARIABLE in os.environ:
         fork_server.hand_over(signals.ENDING)
+use_own_interpreter()
 use_own_library()

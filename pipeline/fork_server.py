@@ -50,9 +50,9 @@ def started() -> Iterator[None]:
 
 
 def socket_path(folder: str) -> str:
-    """Return the path of the socket of a server with this interpreter and these variables for imports."""
+    """Return the path of the socket of a server in this environment and with these variables for imports."""
     read = sorted(item for item in os.environ.items() if item[0].startswith(READ_BY_IMPORTS))
-    return str(Path(folder) / f"{zlib.crc32(repr([sys.executable, read]).encode()):x}")
+    return str(Path(folder) / f"{zlib.crc32(repr([sys.prefix, read]).encode()):x}")
 
 
 def hand_over(forwarded: Sequence[signal.Signals]) -> None:

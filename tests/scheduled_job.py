@@ -162,7 +162,9 @@ class Schedule:
             for name, value in os.environ.items()
             if not re.match("MLFLOW_|DVC_|CONVOY_|AWS_|GIT_|PYTHONPATH|VIRTUAL_ENV|OMP_", name)
         }
-        path = f"{self.folder / 'bin'}{os.pathsep}{kept['PATH']}"
+        # The environment of the tests is active, that of a job is not.
+        others = [folder for folder in kept["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
+        path = os.pathsep.join([str(self.folder / "bin"), *others])
         return kept | {name: evaluate(text) for name, text in WORKFLOW["env"].items()} | {"PATH": path}
 
     def run_job(self, **inputs: bool) -> subprocess.CompletedProcess[str]:

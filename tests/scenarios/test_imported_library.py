@@ -74,6 +74,27 @@ def test_stages_of_another_project_are_refused(project: Path) -> None:
     assert f"the stages of {ROOT} would run in {project}" in done.stderr
 
 
+def test_stages_run_with_the_interpreter_of_the_command(project: Path, tmp_path: Path) -> None:
+    for name in ("python", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\necho another python; exit 9\n")
+        (tmp_path / name).chmod(0o755)
+    init_git(project)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert run_command(project, sys.executable, "-m", "dvc", "init", "--quiet").returncode == 0
+    by_itself = run_command(project, sys.executable, "-m", "dvc", "repro", "fetch", PATH=path)
+    assert "another python" in by_itself.stdout
+    code = "from pipeline.dvc_process import run_dvc; raise SystemExit(run_dvc('repro', 'fetch'))"
+    done = run_command(project, sys.executable, "-c", code, PATH=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_interpreter_without_the_packages_is_named(project: Path) -> None:
+    done = run_command(project, sys.executable, "-S", "-m", "pipeline.fetch")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"convoy: {sys.executable} lacks the packages of this project: run `make install`")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def repository(project: Path) -> Path:
     """The copy as a git and DVC repository of its own, its first results made."""

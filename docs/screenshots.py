@@ -16,6 +16,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 
 from pipeline.leaderboard import save_views
 from pipeline.show_report import PAGE_WITH_VERDICT, show_report
@@ -86,10 +87,15 @@ return {figures, overflow: document.documentElement.scrollWidth - window.innerWi
 """
 
 
+IS_LOADED = "return document.readyState === 'complete' && location.href === arguments[0];"
+
+
 def check_page(browser: webdriver.Chrome, file: Path) -> PageCheck:
     """Open a page, unfold all of it, and return what can be seen and what went wrong."""
     address = file.resolve().as_uri()
     browser.get(address)
+    # On a busy machine a new browser may return from the page that it started with.
+    WebDriverWait(browser, TIMEOUT_S).until(lambda _: browser.execute_script(IS_LOADED, address))
     measured = browser.execute_script(MEASURE)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]

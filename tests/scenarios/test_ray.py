@@ -110,47 +110,43 @@ def test_one_worker_gives_the_bits_of_one_machine(cluster: Any, alone: Path, tmp
 
 
 def test_jobs_side_by_side_give_the_bits_of_one_machine(cluster: Any, tmp_path: Path) -> None:
-    found = []
-    for jobs, overrides in (
-        ("1", [*TWO, "trainer=cpu", "trainer.threads=1"]),
-        ("2", [*TWO, "trainer=ray", f"trainer.address={cluster.address}"]),
-    ):
-        root = make_repository(tmp_path / jobs, overrides)
-        process = start(root, "pipeline.cli", "run", "--jobs", jobs, *overrides)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-        found.append({name: hash_results(root, name) for name in ("lenet", "alexnet")})
-    assert found[0] == found[1]
+    alone = make_project(tmp_path / "alone", [*TWO, "trainer=cpu", "trainer.threads=1"])
+    run_stages(alone, until="train")
+    overrides = [*TWO, "trainer=ray", f"trainer.address={cluster.address}"]
+    root = make_repository(tmp_path / "side by side", overrides)
+    process = start(root, "pipeline.cli", "run", "--jobs", "2", *overrides)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    for name in ("lenet", "alexnet"):
+        assert hash_results(root, name) == hash_results(alone, name)
 
 
-def test_killed_node_is_replaced_and_training_resumes(tmp_path: Path) -> None:
-    with run_cluster() as cluster:
-        undisturbed = prepare(tmp_path / "undisturbed", *settings(cluster, 2, EPOCHS))
-        said = train(undisturbed)
-        assert "resuming after" not in said
-        record = read_record(undisturbed)
-        assert (record["trainer"]["num_nodes"], record["environment"]["processes"]) == (2, 2)
+def test_killed_node_is_replaced_and_training_resumes(cluster: Any, tmp_path: Path) -> None:
+    undisturbed = prepare(tmp_path / "undisturbed", *settings(cluster, 2, EPOCHS))
+    said = train(undisturbed)
+    assert "resuming after" not in said
+    record = read_record(undisturbed)
+    assert (record["trainer"]["num_nodes"], record["environment"]["processes"]) == (2, 2)
 
-        root = prepare(tmp_path / "killed", *settings(cluster, 2, EPOCHS))
-        status, said = train_and_lose_node(cluster, root, is_replaced=True)
-        assert status == 0, said
-        resumed = re.search(r"resuming after (\d+) epochs and (\d+) steps", said)
-        assert resumed, said
-        assert int(resumed[1]) >= 1
-        assert int(resumed[2]) > 0
-        assert hash_results(root) == hash_results(undisturbed)
+    root = prepare(tmp_path / "killed", *settings(cluster, 2, EPOCHS))
+    status, said = train_and_lose_node(cluster, root, is_replaced=True)
+    assert status == 0, said
+    resumed = re.search(r"resuming after (\d+) epochs and (\d+) steps", said)
+    assert resumed, said
+    assert int(resumed[1]) >= 1
+    assert int(resumed[2]) > 0
+    assert hash_results(root) == hash_results(undisturbed)
 
 
-def test_node_that_is_lost_for_good_ends_with_a_message(tmp_path: Path) -> None:
-    with run_cluster() as cluster:
-        root = prepare(tmp_path / "project", *settings(cluster, 2, "trainer.wait_minutes=0.1", EPOCHS))
-        status, said = train_and_lose_node(cluster, root, is_replaced=False)
-        assert status == 1, said
-        assert "convoy: train: the cluster has room for 1 of 2 workers of CPU=1, and no node was added" in said
-        assert "the checkpoint is kept in" in said
-        assert "Traceback" not in said.partition("convoy: train:")[2]
-        add_node(cluster)
-        assert re.search(r"resuming after [1-9]\d* epochs", train(root))
+def test_node_that_is_lost_for_good_ends_with_a_message(cluster: Any, tmp_path: Path) -> None:
+    root = prepare(tmp_path / "project", *settings(cluster, 2, "trainer.wait_minutes=0.1", EPOCHS))
+    status, said = train_and_lose_node(cluster, root, is_replaced=False)
+    assert status == 1, said
+    assert "convoy: train: the cluster has room for 1 of 2 workers of CPU=1, and no node was added" in said
+    assert "the checkpoint is kept in" in said
+    assert "Traceback" not in said.partition("convoy: train:")[2]
+    add_node(cluster)
+    assert re.search(r"resuming after [1-9]\d* epochs", train(root))
 
 
 def test_ended_training_resumes_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

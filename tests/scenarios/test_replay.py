@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,9 +66,11 @@ def list_worktrees(root: Path) -> Sequence[str]:
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone after `make repro`, with its five runs."""
+    """A fresh clone after `make repro` with few epochs, with its five runs."""
     root = tmp_path_factory.mktemp("reproduced") / "convoy"
     copy_project(root)
+    make_small(root, {"max_epochs: 16": "max_epochs: 3"})
+    config.compose(root)
     init_git(root)
     commit(root, "first")
     # What `make repro` does in an environment that is ready.
@@ -85,10 +87,10 @@ def test_each_run_of_make_repro_is_bit_identical(architecture: str, reproduced: 
     assert len(list_worktrees(reproduced)) == 1
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A project with a run of LeNet of one epoch, on 60 images."""
-    root = tmp_path / "convoy"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a run of LeNet of two epochs, on 60 images."""
+    root = tmp_path_factory.mktemp("trained") / "convoy"
     copy_project(root)
     make_small(root, SMALL)
     config.compose(root)
@@ -102,7 +104,13 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run([sys.executable, "-m", "dvc", "freeze", "--quiet", "data.dvc"], cwd=root, check=True)
     commit(root, "first")
     run_convoy(root, "run", "train.max_epochs=2")
-    yield root
+    return root
+
+
+@pytest.fixture
+def small(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained project, to change."""
+    return shutil.copytree(trained, tmp_path / "convoy", symlinks=True)
 
 
 def test_run_of_earlier_code_and_images_is_bit_identical(small: Path) -> None:

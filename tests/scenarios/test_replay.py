@@ -87,10 +87,10 @@ def test_each_run_of_make_repro_is_bit_identical(architecture: str, reproduced: 
     assert len(list_worktrees(reproduced)) == 1
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
     """A project with a run of LeNet of two epochs, on 60 images."""
-    root = tmp_path_factory.mktemp("trained") / "convoy"
+    root = tmp_path / "convoy"
     copy_project(root)
     make_small(root, SMALL)
     config.compose(root)
@@ -105,12 +105,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit(root, "first")
     run_convoy(root, "run", "train.max_epochs=2")
     return root
-
-
-@pytest.fixture
-def small(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained project, to change."""
-    return shutil.copytree(trained, tmp_path / "convoy", symlinks=True)
 
 
 def test_run_of_earlier_code_and_images_is_bit_identical(small: Path) -> None:
